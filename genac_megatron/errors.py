@@ -1,0 +1,46 @@
+"""What a run ends with when something is wrong: one class per exit code, one clear message each."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_INPUT = 2
+EXIT_GATE = 3
+EXIT_LOST = 4
+EXIT_REQUEUE = 75
+
+
+class GenacError(Exception):
+    """A failure with a message meant for a person: what is wrong, where, and the way out."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
+        self.what, self.where, self.way_out = what, where, way_out
+        super().__init__("\n".join(part for part in (
+            f"{where}: {what}" if where else what,
+            f"  way out: {way_out}" if way_out else "",
+        ) if part))
+
+
+class InputError(GenacError):
+    """The recipe, the data, a checkpoint or a model folder is wrong (exit code 2)."""
+
+    exit_code = EXIT_INPUT
+
+
+class GateFailed(GenacError):
+    """A stage ended below its gate (exit code 3)."""
+
+    exit_code = EXIT_GATE
+
+
+class PeerLost(GenacError):
+    """An engine or a rank was lost beyond its budget (exit code 4)."""
+
+    exit_code = EXIT_LOST
+
+
+class StopRequested(GenacError):
+    """The run was asked to stop, saved a checkpoint and can go on with --resume (exit code 75)."""
+
+    exit_code = EXIT_REQUEUE

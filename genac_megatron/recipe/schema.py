@@ -1,0 +1,364 @@
+"""The typed recipe: every key, its default, its meaning. Imports no torch; defaults live only here.
+
+One recipe names the world, the roles, the task, and a list of stages. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Gate = Literal["stop", "warn", "off"]
+
+
+class Block(BaseModel):
+    """A recipe block: closed (an unknown key is an error) and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# --- roles ---------------------------------------------------------------------------------------
+
+
+class ModelShape(Block):
+    """The sizes of a dense GPT-class model, in Hugging Face's terms."""
+
+    layers: Positive
+    hidden: Positive
+    ffn: Positive
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive | None = None  # None: hidden / heads
+    vocab: Positive | None = None  # None: the tokenizer's size
+    tie_embeddings: bool = True
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-6
+    max_positions: Positive = 4096
+    init_std: PositiveFloat = 0.02
+
+
+class ModelConfig(Block):
+    """Which model: a Hugging Face folder, or a family and a shape with random weights."""
+
+    hf: str | None = None  # a local folder with config.json, safetensors, tokenizer
+    family: Literal["llama", "qwen2", "qwen3"] | None = None
+    shape: ModelShape | None = None
+    tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
+    init_seed: int = 0
+
+
+class LayoutConfig(Block):
+    """A role's block of ranks and its parallel sizes in it. dp = count / (tp * pp * cp)."""
+
+    first_rank: Annotated[int, Field(ge=0)] = 0
+    count: Positive | None = None  # None: all ranks from first_rank on
+    tp: Positive = 1
+    pp: Positive = 1
+    vpp: Positive = 1  # model chunks per pipeline stage
+    cp: Positive = 1
+    ep: Positive = 1
+    sequence_parallel: bool | None = None  # None: on where tp > 1
+
+
+class OptimizerConfig(Block):
+    """AdamW under Megatron's distributed optimizer."""
+
+    lr: PositiveFloat = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+
+
+class TrainingConfig(Block):
+    """How a role trains: precision, recomputation, micro-batches."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; master weights are fp32
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    tokens_per_microbatch: Positive = 8192
+    recompute: Literal["off", "selective", "full"] = "off"
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    logprob_chunk: Positive = 1024  # tokens whose logits exist at once
+    specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
+
+
+class EngineConfig(Block):
+    """What generates with the role's weights."""
+
+    kind: Literal["embedded"] = "embedded"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    max_batch: Positive = 64  # requests decoded together
+    max_batch_tokens: Positive = 65_536  # their prompt + new tokens together
+
+
+class RoleConfig(Block):
+    """A trained language model with a job."""
+
+    model: ModelConfig
+    layout: LayoutConfig = LayoutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+class StateTrackingTask(Block):
+    """Follow swaps of k objects; the answer is the whole final arrangement."""
+
+    kind: Literal["state_tracking"]
+    objects: Annotated[int, Field(ge=2, le=8)] = 4
+    min_swaps: Positive = 2
+    max_swaps: Positive = 5
+    train_size: Positive = 20_000
+    heldout_size: Positive = 256
+    slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
+
+
+class JsonlTask(Block):
+    """One object per line: a question, a reference answer, optionally a split."""
+
+    kind: Literal["jsonl"]
+    path: str
+    heldout_path: str | None = None  # None: a seeded share of path
+    heldout_size: Positive = 256
+    question_key: str = "question"
+    answer_key: str = "answer"
+    verifier: Literal["math", "exact"] | None = None
+    instruction: str = "Think step by step. Put the final answer in \\boxed{}."
+
+
+class DatasetTask(Block):
+    """A Hugging Face dataset by name or local folder."""
+
+    kind: Literal["datasets"]
+    name: str
+    config: str | None = None
+    split: str = "train"
+    heldout_split: str | None = None  # None: a seeded share of split
+    heldout_size: Positive = 256
+    question_key: str = "question"
+    answer_key: str = "answer"
+    answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
+    verifier: Literal["math", "exact"] | None = None
+    instruction: str = "Think step by step. Put the final answer in \\boxed{}."
+
+
+class ReasoningGymTask(Block):
+    """A reasoning-gym task by name."""
+
+    kind: Literal["reasoning_gym"]
+    name: str
+    options: dict[str, int | float | str | bool] = {}
+    train_size: Positive = 20_000
+    heldout_size: Positive = 256
+    pass_score: Fraction = 0.99  # scores below count as 0, at or above as 1
+    binary: bool = True  # False: keep the score in [0, 1] as the outcome
+    instruction: str = "Think step by step, then give the final answer as <answer>...</answer>."
+
+
+TaskConfig = Annotated[
+    StateTrackingTask | JsonlTask | DatasetTask | ReasoningGymTask, Field(discriminator="kind")
+]
+
+
+# --- the critic's game ---------------------------------------------------------------------------
+
+
+class StatesConfig(Block):
+    """Where a response is cut into segments (method §3)."""
+
+    cutter: Literal["lines", "fixed", "low_prob"] = "lines"
+    max_states: Positive = 8
+    min_segment: Positive = 8  # tokens
+    fixed_length: Positive = 128
+    low_prob: Fraction = 0.2
+
+
+class JudgingConfig(Block):
+    """What the critic is shown and how its answer is read (method §2)."""
+
+    template: str = "standard"  # standard, brief, or a path to a template file
+    actor_name: str = "actor"
+    icc: Literal["on", "off", "shuffled"] = "on"
+    icc_momentum: Fraction = 0.9
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: Positive = 1024
+    score: Literal["sampled", "soft"] = "sampled"
+    states: StatesConfig = StatesConfig()
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+class RolloutConfig(Block):
+    """How the actor is sampled."""
+
+    prompts: Positive = 128  # per step
+    samples: Positive = 8  # responses per prompt
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: Positive = 1024
+    truncated_outcome: Literal["verify", "zero"] = "verify"  # what a cut-off response earns
+
+
+class LossConfig(Block):
+    """The actor's PPO loss and the critic's REINFORCE loss share these corrections."""
+
+    clip_low: Fraction = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: PositiveFloat | None = 3.0
+    tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
+    entropy_coef: float = 0.0
+    aggregate: Literal["token", "sequence"] = "token"
+
+
+class AdvantageConfig(Block):
+    """Segment-level GAE (method §3)."""
+
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    lam_gate: float | None = 0.2  # lam is 1 until the critic's explained variance exceeds this
+    whiten: bool = True
+
+
+class SftGate(Block):
+    action: Gate = "stop"
+    parse_rate: Fraction = 0.98
+
+
+class CriticGate(Block):
+    action: Gate = "stop"
+    brier_below_constant: bool = True
+    auc: Fraction = 0.65
+    ranking: Fraction = 0.5
+
+
+class TeacherConfig(Block):
+    """Where the critic's SFT traces come from (method §4)."""
+
+    kind: Literal["exact", "self", "endpoint"] = "exact"
+    continuations: Positive = 8  # self: Monte-Carlo continuations per state
+    tolerance: Fraction = 0.15  # self: keep where |v - Monte-Carlo value| is at most this
+    url: str | None = None  # endpoint: OpenAI-compatible base URL
+    model: str | None = None
+    api_key_env: str | None = None  # name of the environment variable with the key
+    timeout_s: PositiveFloat = 120.0
+    concurrency: Positive = 8
+
+
+class SftStage(Block):
+    """Supervised fine-tuning of one role, loss on the completion only."""
+
+    kind: Literal["sft"]
+    name: str = "sft"
+    role: str
+    start_from: str | None = None  # begin from a copy of this role's current weights
+    data: Literal["demonstrations", "traces", "jsonl"]
+    path: str | None = None  # jsonl: lines of {"messages": [...]}
+    size: Positive = 2000  # demonstrations or traces to make
+    epochs: Positive = 2
+    batch: Positive = 64  # sequences per step
+    teacher: TeacherConfig = TeacherConfig()
+    rollout: RolloutConfig = RolloutConfig()  # traces: how the actor's states are made
+    optimizer: OptimizerConfig | None = None  # None: the role's
+    gate: SftGate = SftGate()
+
+
+class ReinforceStage(Block):
+    """REINFORCE pre-training of the critic, actor frozen."""
+
+    kind: Literal["reinforce"]
+    name: str = "reinforce"
+    steps: Positive = 50
+    rollout: RolloutConfig = RolloutConfig()
+    train_states: Positive = 4  # at most this many states per response are trained
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig | None = None
+    eval_every: Annotated[int, Field(ge=0)] = 10  # 0: only at the end
+    gate: CriticGate = CriticGate()
+
+
+class PpoStage(Block):
+    """Joint training: actor by PPO, critic by REINFORCE, both published every step."""
+
+    kind: Literal["ppo"]
+    name: str = "ppo"
+    steps: Positive = 100
+    rollout: RolloutConfig = RolloutConfig()
+    train_states: Positive = 4
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    train_critic: bool = True
+    minibatches: Positive = 1
+    epochs: Positive = 1
+    advantage: AdvantageConfig = AdvantageConfig()
+    actor_loss: LossConfig = LossConfig()
+    critic_loss: LossConfig = LossConfig()
+    actor_optimizer: OptimizerConfig | None = None
+    critic_optimizer: OptimizerConfig | None = None
+    eval_every: Annotated[int, Field(ge=0)] = 10
+
+
+StageConfig = Annotated[SftStage | ReinforceStage | PpoStage, Field(discriminator="kind")]
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+class EvaluationConfig(Block):
+    """Held-out evaluation: actor accuracy, and the critic on states of held-out rollouts."""
+
+    prompts: Positive = 64
+    samples: Positive = 4
+    temperature: PositiveFloat = 1.0
+
+
+class CheckpointConfig(Block):
+    every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end of a stage
+    keep: Positive = 2
+    asynchronous: bool = False
+
+
+class WandbConfig(Block):
+    mode: Literal["off", "offline", "online"] = "off"
+    project: str = "genac"
+    entity: str | None = None
+
+
+class ObserveConfig(Block):
+    tensorboard: bool = True
+    wandb: WandbConfig = WandbConfig()
+    shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable per evaluation
+    parity_alarm: PositiveFloat = 0.5  # p99 |delta log-prob| above which a run warns
+
+
+class WorldConfig(Block):
+    ranks: Positive = 1
+    threads: Positive = 1  # CPU threads per rank
+    timeout_s: PositiveFloat = 600.0  # of every collective
+
+
+class Recipe(Block):
+    """Everything a run needs. `genac run RECIPE --dry-run` prints it resolved."""
+
+    name: str
+    runs: str = "runs"  # the run folder is <runs>/<name>
+    seed: int = 0
+    world: WorldConfig = WorldConfig()
+    roles: dict[str, RoleConfig]
+    task: TaskConfig
+    judging: JudgingConfig = JudgingConfig()
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()

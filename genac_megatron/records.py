@@ -1,0 +1,114 @@
+"""The words every room shares (docs/architecture.md). Plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Finish = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem of a task: the chat messages to show, their ids, and what the verifier needs."""
+
+    id: str  # stable over runs: "<split>/<index>"
+    messages: tuple[dict[str, str], ...]  # chat messages, ends with the user's turn
+    problem: str  # the plain problem text, as the critic is shown it
+    reference: Any  # what the verifier compares with; never shown to a critic
+    ids: tuple[int, ...] = ()  # the chat template applied, generation prompt included
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request is sampled. temperature 0 is greedy. Log-probs are those of the tempered distribution."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation: token ids in. The same (ids, params, seed, weights) gives the same tokens."""
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+    key: str = ""  # for logs and abort
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine sampled: exact ids (the stop token included) and their log-probs."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # one per id, of the sampled token, temperature applied
+    finish: Finish
+    spans: tuple[tuple[int, int], ...] = ()  # (weight version, number of tokens), in order
+
+    @property
+    def version(self) -> int:
+        """The oldest weight version that any token was sampled with."""
+        return min((v for v, _ in self.spans), default=-1)
+
+
+@dataclass
+class Rollout:
+    """A prompt, one sampled response, and its verified outcome r in [0, 1]."""
+
+    prompt: Prompt
+    sample: int  # index within the prompt's group
+    completion: Completion
+    text: str  # the response decoded, special tokens left out
+    outcome: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.prompt.id}#{self.sample}"
+
+    @property
+    def truncated(self) -> bool:
+        return self.completion.finish == "length"
+
+
+@dataclass
+class State:
+    """The prefix of a response strictly before token `cut` (0 is the prompt state)."""
+
+    rollout: Rollout
+    index: int  # k, 0-based, in order of cut
+    cut: int  # number of response tokens in the prefix
+    end: int  # the segment this state is the baseline of is tokens [cut, end)
+
+
+@dataclass
+class Judgement:
+    """The critic's completion for a state. `value` is the parsed v in [0, 1], None where none parses."""
+
+    state: State
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    text: str
+    value: float | None
+    soft: float | None = None  # sum_n p(n) n/10 over the eleven answers, where asked for
+    used: float = 0.0  # what advantages use: value or soft, or the fallback where neither parses
+    weight: float = 0.0  # REINFORCE weight: R_v minus its leave-one-out baseline
+
+
+@dataclass
+class Sample:
+    """One sequence to train on: tokens, of which those from `start` on carry loss.
+
+    Per-token fields hold one figure for each of tokens[start:], for example `weights`
+    (loss weight), `advantages`, `behaviour` (the engine's log-probs), `old` (the trainer's).
+    """
+
+    tokens: list[int]
+    start: int
+    fields: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens that carry loss."""
+        return len(self.tokens) - self.start
