@@ -1,0 +1,5 @@
+"""Models: families, the one weight mapping, layer specs, building. Prepares megatron.core for this machine."""
+
+from genac_megatron.platform.megatron import install
+
+install()

@@ -1,0 +1,61 @@
+"""What differs by machine: device, torch.distributed backend, versions, memory. Imports torch lazily."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1024.0**3
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live: its GPU (LOCAL_RANK) where CUDA is, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that fits `device()`: "nccl" or "gloo"."""
+    return "nccl" if device().type == "cuda" else "gloo"
+
+
+@functools.cache
+def megatron_version() -> tuple[int, int]:
+    """(major, minor) of the installed megatron-core. Raises PackageNotFoundError where it is missing."""
+    major, minor, *_ = importlib.metadata.version("megatron-core").split(".")
+    return int(major), int(minor)
+
+
+@functools.cache
+def has_te() -> bool:
+    """Whether Transformer Engine can be used: there is a GPU and the package imports."""
+    if device().type != "cuda":
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError):  # OSError: a library whose CUDA symbols are missing
+        return False
+    return True
+
+
+def rss_gib() -> float:
+    """This process's resident memory now, in GiB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / GIB
+
+
+def peak_rss_gib() -> float:
+    """This process's highest resident memory so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -254,6 +254,7 @@ class TeacherConfig(Block):
     api_key_env: str | None = None  # name of the environment variable with the key
     timeout_s: PositiveFloat = 120.0
     concurrency: Positive = 8
+    attempts: Positive = 4  # per request, the first included
 
 
 class SftStage(Block):

@@ -1,0 +1,36 @@
+"""Tasks: prompts, verifiers, teachers. `make_task` is the way in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from genac_megatron.recipe.schema import DatasetTask, JsonlTask, StateTrackingTask, TaskConfig
+from genac_megatron.tasks.base import Problem, Task, Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Problem", "Task", "Teacher", "make_task"]
+
+
+def make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
+    """The task that a recipe's `task` block describes; `seed` fixes its problems and its split.
+
+    Raises InputError where its data is missing or wrong, or where it has no verifier.
+    """
+    # Imported here: each brings a library of its own that the other tasks do not need.
+    if isinstance(config, StateTrackingTask):
+        from genac_megatron.tasks.state_tracking import StateTracking
+
+        return StateTracking(config, tokenizer, seed)
+    if isinstance(config, JsonlTask):
+        from genac_megatron.tasks.jsonl import make_jsonl_task
+
+        return make_jsonl_task(config, tokenizer, seed)
+    if isinstance(config, DatasetTask):
+        from genac_megatron.tasks.hf_datasets import make_dataset_task
+
+        return make_dataset_task(config, tokenizer, seed)
+    from genac_megatron.tasks.reasoning_gym import ReasoningGym
+
+    return ReasoningGym(config, tokenizer, seed)

@@ -1,0 +1,89 @@
+# Needs Python 3.11 and make. Each target builds what it needs from an exact lock, once (tools/env.py).
+#   make quickstart ARGS='stages.2.steps=20'     overrides of the recipe
+#   make test-unit ARGS='-k recipe'              arguments for pytest
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+endif
+ARGS ?=
+RUN ?= runs/quickstart
+
+# More threads than processes make small matrices slower, not faster.
+export OMP_NUM_THREADS := 1
+export PYTHONPATH := $(CURDIR)
+export PYTHONNOUSERSITE := 1
+
+# $(call in,NAME): the interpreter of environment NAME, built first where there is none.
+in = py="$$($(PYTHON) tools/env.py $(1))" && "$$py"
+genac = $(call in,cpu) -m genac_megatron.cli
+
+.PHONY: help
+help: ## What each target does
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: python
+python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found as python3.11 or python3." >&2; \
+		echo "  way out: install it, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+
+.PHONY: quickstart
+quickstart: python ## Train an actor and a generative critic on this machine, then write the report
+	@$(genac) run recipes/quickstart.yaml $(ARGS)
+	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
+
+.PHONY: test
+test: lint test-unit test-distributed test-serving test-e2e ## Everything that CI runs
+
+.PHONY: test-unit
+test-unit: python ## Fast tests without processes
+	@$(call in,cpu) -m pytest -n 2 tests/unit $(ARGS)
+
+.PHONY: test-distributed
+test-distributed: python ## Layouts, checkpoints and publication over real processes (gloo)
+	@$(call in,cpu) -m pytest tests/distributed $(ARGS)
+
+.PHONY: test-serving
+test-serving: python ## Engines that generate
+	@$(call in,cpu) -m pytest tests/serving $(ARGS)
+
+.PHONY: test-e2e
+test-e2e: python ## Whole runs by the command line
+	@$(call in,cpu) -m pytest tests/e2e $(ARGS)
+
+.PHONY: test-megatron-next
+test-megatron-next: python ## The distributed tests on megatron-core 0.19 (an environment of its own)
+	@$(call in,cpu-next) -m pytest tests/distributed $(ARGS)
+
+.PHONY: lint
+lint: python ## Lint, format check and types
+	@$(call in,cpu) -m ruff check .
+	@$(call in,cpu) -m ruff format --check .
+	@$(call in,cpu) -m mypy
+
+.PHONY: format
+format: python ## Format the code and mend what lint can mend
+	@$(call in,cpu) -m ruff check --fix-only .
+	@$(call in,cpu) -m ruff format .
+
+.PHONY: doctor
+doctor: python ## Versions of everything, what is missing and what that costs
+	@$(genac) doctor
+
+.PHONY: bench
+bench: python ## Measure the figures that the README states
+	@py="$$($(PYTHON) tools/env.py cpu)" && for script in benchmarks/*.py; do \
+		echo "== $$script"; "$$py" "$$script" $(ARGS) || exit 1; done
+
+.PHONY: lock
+lock: python ## Resolve requirements/cpu.lock and cpu-next.lock anew from pyproject.toml
+	@$(PYTHON) tools/lock.py
+
+.PHONY: clean
+clean: ## Remove caches of tools from the clone (runs/ and environments stay)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,152 @@
+"""From the critic's words to numbers: parse, Brier reward, baseline, what advantages use (no torch)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from genac_megatron.records import Judgement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEVELS = 11  # the integers 0..10
+_ANSWER = re.compile(r"<answer>\s*([+-]?[0-9]+)\s*</answer>")
+
+
+def format_answer(score: int) -> str:
+    """The answer tag that `parse_score` reads. Raises ValueError outside 0..10."""
+    if not 0 <= score < LEVELS:
+        raise ValueError(f"a score is an integer from 0 to 10, got {score}")
+    return f"<answer>{score}</answer>"
+
+
+def parse_score(text: str) -> float | None:
+    """v in {0, 0.1, ..., 1} from the last `<answer>int</answer>`; None where it is absent or not 0..10."""
+    found = _ANSWER.findall(text)
+    if not found:
+        return None
+    sign, digits = found[-1].startswith("-"), found[-1].lstrip("+-").lstrip("0") or "0"
+    if len(digits) > 2 or int(digits) >= LEVELS or (sign and digits != "0"):
+        return None
+    return int(digits) / 10
+
+
+def reward(value: float | None, outcome: float) -> float:
+    """R_v = 1 - (r - v)^2, the strictly proper Brier score; 0, the worst numeric error's, for no value."""
+    return 0.0 if value is None else 1.0 - (outcome - value) ** 2
+
+
+def soft_score(logprobs: Sequence[float]) -> float:
+    """sum_n p(n) n/10 over the eleven answers.
+
+    `logprobs[n]` is the log-prob of answer n *with its closing tag* (sum over its tokens), so that
+    "1" and "10" exclude each other; they are normalised over the eleven. Raises ValueError unless
+    there are eleven, at least one of them finite and none NaN.
+    """
+    if len(logprobs) != LEVELS:
+        raise ValueError(f"soft_score needs {LEVELS} log-probs, got {len(logprobs)}")
+    top = max(logprobs)
+    if any(math.isnan(x) for x in logprobs) or math.isinf(top):
+        raise ValueError("soft_score needs log-probs that are not NaN and not all -inf")
+    weights = [math.exp(x - top) for x in logprobs]
+    return sum(n * w for n, w in enumerate(weights)) / (10 * sum(weights))
+
+
+def answer_candidates(
+    tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]
+) -> tuple[int, list[tuple[int, ...]]] | None:
+    """What to score for `soft_score`: the eleven ways to go on where the last answer's integer stands.
+
+    Returns (n, candidates): keep completion_ids[:n], append candidates[k] (answer k and its closing
+    tag, one token or several) and sum the log-probs of the appended ids. None where no answer stands.
+    """
+    ids = list(completion_ids)
+    text = _decode(tokenizer, ids)
+    answers = list(_ANSWER.finditer(text))
+    if not answers:
+        return None
+    lead = text[: answers[-1].start(1)]
+    keep = next(n for n in range(len(ids), -1, -1) if lead.startswith(_decode(tokenizer, ids[:n])))
+    rest = lead[len(_decode(tokenizer, ids[:keep])) :]
+    encoded = [tokenizer.encode(f"{rest}{n}</answer>", add_special_tokens=False) for n in range(LEVELS)]
+    return keep, [tuple(candidate) for candidate in encoded]
+
+
+def leave_one_out(
+    rewards: Sequence[float], outcomes: Sequence[float], keys: Sequence[Hashable] | None = None
+) -> list[float]:
+    """The baseline b of each entry: mean reward of the batch's *other* entries with the same outcome.
+
+    Outcomes count as the same when they round to the same tenth, so that partial credit forms groups
+    too. `keys` name the critic completion of each entry; entries of one completion (a prompt state
+    shared by its group) are left out together, since b must not depend on what it is subtracted
+    from. An entry without others gets its own reward as baseline: it then carries weight 0.
+    All lists have one figure per (state, outcome) of the *global* batch.
+    """
+    names: Sequence[Hashable] = range(len(rewards)) if keys is None else keys
+    if not len(rewards) == len(outcomes) == len(names):
+        raise ValueError("rewards, outcomes and keys must be equally long")
+    totals: dict[Hashable, list[float]] = defaultdict(list)
+    own: dict[Hashable, list[float]] = defaultdict(list)
+    for value, outcome, name in zip(rewards, outcomes, names, strict=True):
+        totals[_level(outcome)].append(value)
+        own[_level(outcome), name].append(value)
+    sums = {level: math.fsum(values) for level, values in totals.items()}
+    baselines = []
+    for value, outcome, name in zip(rewards, outcomes, names, strict=True):
+        level = _level(outcome)
+        mine = own[level, name]
+        others = len(totals[level]) - len(mine)
+        baselines.append((sums[level] - math.fsum(mine)) / others if others else value)
+    return baselines
+
+
+def reinforce_weights(
+    rewards: Sequence[float],
+    outcomes: Sequence[float],
+    keys: Sequence[Hashable],
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out",
+) -> dict[Hashable, float]:
+    """w = R_v - b per critic completion, the mean over its entries where it was judged on several.
+
+    A prompt state is scored once for its whole group and so meets several outcomes. No division by a
+    deviation. Without a baseline w = R_v.
+    """
+    baselines = leave_one_out(rewards, outcomes, keys) if baseline == "leave_one_out" else [0.0] * len(rewards)
+    parts: dict[Hashable, list[float]] = defaultdict(list)
+    for value, base, key in zip(rewards, baselines, keys, strict=True):
+        parts[key].append(value - base)
+    return {key: math.fsum(values) / len(values) for key, values in parts.items()}
+
+
+def fill_used(
+    judgements: Sequence[Judgement], p_bar: float, score: Literal["sampled", "soft"] = "sampled"
+) -> list[float]:
+    """Set and return `used` for the judgements of one response, in order of their states.
+
+    The parsed value (or the soft one, where asked for and there); where nothing parses, the previous
+    state's, and p_bar before the first: 0 would hand the segment before it a bogus malus and its own
+    a bogus bonus.
+    """
+    last = p_bar
+    for judgement in judgements:
+        value = judgement.value
+        if score == "soft" and judgement.soft is not None:
+            value = judgement.soft
+        last = last if value is None else value
+        judgement.used = last
+    return [judgement.used for judgement in judgements]
+
+
+def _level(outcome: float) -> int:
+    return round(outcome * 10)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,149 @@
+"""One row of figures per step: metrics.jsonl always, TensorBoard and Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from genac_megatron.errors import InputError
+from genac_megatron.observe.runinfo import METRICS, Position, RunFolder
+from genac_megatron.recipe.schema import ObserveConfig
+
+logger = logging.getLogger(__name__)
+_EXTRA = {
+    "tensorboard": ("tensorboard", "observe.tensorboard: false"),
+    "wandb": ("wandb", "observe.wandb.mode: off"),
+}
+
+
+class MetricsLog:
+    """Writes a step's figures to every sink. One per run, on rank 0.
+
+    `resume_step` is the checkpoint's (stage, steps done): rows after it are dropped from
+    metrics.jsonl, evaluations.jsonl and rollouts.jsonl. Without it the run starts from nothing and logs
+    of an earlier one are set aside. TensorBoard and W&B plot over the row's number in the file, so that
+    stages follow one another on one axis.
+
+    The W&B run id is part of `state_dict`; `load` must come before the first row. W&B keeps rows that
+    were logged after the checkpoint: they lie under the resumed ones at the same `global_step`.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: ObserveConfig,
+        resume_step: Position | None = None,
+        *,
+        name: str = "",
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises InputError where a sink is asked for whose package is missing."""
+        self.folder = RunFolder(run_dir).create()
+        self.config = config
+        self.name = name or self.folder.path.name
+        self.recipe = dict(recipe or {})
+        for sink, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb.mode != "off")):
+            if wanted and importlib.util.find_spec(sink) is None:
+                package, off = _EXTRA[sink]
+                raise InputError(f"the package {package} is not installed", where=f"observe.{sink}",
+                                 way_out=f"pip install {package}, or {off}")
+        self.folder.rewind(resume_step)
+        self.rows = len(self.folder.rows(METRICS)[0])
+        self._wandb_id: str | None = secrets.token_hex(4) if config.wandb.mode != "off" else None
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+
+    def log(self, stage: str, kind: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a row and return it.
+
+        `metrics` maps `group/name` to anything that float() takes. A value that is not finite is
+        written as null, named in the row's `nonfinite` and warned of.
+        """
+        figures = {key: float(value) for key, value in metrics.items()}
+        plain = [key for key in figures if "/" not in key]
+        if plain:
+            raise ValueError(f"metric names are group/name; these are not: {', '.join(plain)}")
+        broken = sorted(key for key, value in figures.items() if not math.isfinite(value))
+        finite = {key: value for key, value in figures.items() if math.isfinite(value)}
+        row: dict[str, Any] = {"stage": stage, "kind": kind, "step": step, "time": time.time()}
+        row.update(figures)
+        if broken:
+            row.update(dict.fromkeys(broken), nonfinite=broken)
+            told = ", ".join(f"{key} = {figures[key]}" for key in broken)
+            logger.warning("%s step %d: not finite: %s", stage, step, told)
+        self.folder.append(METRICS, row)
+        self.rows += 1
+        if self.config.tensorboard:
+            self._to_tensorboard(finite)
+        if self.config.wandb.mode != "off":
+            self._to_wandb(stage, step, finite)
+        return row
+
+    def _to_tensorboard(self, figures: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what an interrupted run wrote beyond the checkpoint
+            self._tensorboard = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.rows)
+        for key, value in figures.items():
+            self._tensorboard.add_scalar(key, value, self.rows)
+        self._tensorboard.flush()
+
+    def _to_wandb(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+        if self._wandb is None:
+            import wandb
+
+            self._wandb = wandb.init(
+                mode=self.config.wandb.mode,
+                project=self.config.wandb.project,
+                entity=self.config.wandb.entity,
+                name=self.name,
+                id=self._wandb_id,
+                resume="allow",
+                dir=str(self.folder.path),
+                config=self.recipe,
+                settings=wandb.Settings(silent=True),
+            )
+            self._wandb.define_metric("*", step_metric="global_step")
+        self._wandb.log({**figures, "global_step": self.rows, "stage": stage, "stage_step": step})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the number of rows and the W&B run id."""
+        return {"rows": self.rows, "wandb_id": self._wandb_id}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's logging. Raises InputError where the file is not the one it was saved with."""
+        if self._wandb is not None:
+            raise RuntimeError("load the metrics log before its first row")
+        if self.rows != int(state["rows"]):
+            raise InputError(
+                f"the checkpoint counts {state['rows']} rows, the file holds {self.rows} up to that step",
+                where=str(self.folder.path / METRICS),
+                way_out="put the file back beside the checkpoint, or resume into a copy of the whole run folder",
+            )
+        if self.config.wandb.mode != "off" and state.get("wandb_id"):
+            self._wandb_id = str(state["wandb_id"])
+
+    def close(self) -> None:
+        """Flush and close the sinks. Safe to call twice."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+            self._wandb = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,228 @@
+"""What a person watches: pipeline, stage and phase with the time they still need.
+
+On a terminal a live block of three lines; elsewhere one line of text per step. Other ranks than the one
+with the display use `Progress(False)`: silent, but their phases are timed too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from genac_megatron.observe.timer import PhaseTimer
+
+# what a line shows first, where a step has it; the rest of its room goes to what else there is
+SHOWN = (
+    "rollout/outcome_mean",
+    "critic/brier",
+    "judge/brier",
+    "judge/parse_rate",
+    "actor/loss",
+    "critic/loss",
+    "actor/entropy",
+    "actor/grad_norm",
+    "critic/grad_norm",
+    "parity/actor_p99",
+)
+_ROOM = 6  # figures on a line
+_WINDOW = 10  # steps that a step's expected duration is the mean of
+_SILENT_GROUPS = ("time", "tokens", "memory", "publish")
+
+
+def format_duration(seconds: float) -> str:
+    """45s, 4m10s, 1h05m, 2d03h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def shown_figures(metrics: Mapping[str, float], room: int = _ROOM) -> list[tuple[str, str]]:
+    """The few figures of a step that fit on a line, as (name, text)."""
+    names = [key for key in SHOWN if key in metrics]
+    rest = (key for key in metrics if key not in SHOWN and key.split("/")[0] not in _SILENT_GROUPS)
+    names += list(rest)[: max(0, room - len(names))]
+    return [(name, f"{float(metrics[name]):.4g}") for name in names[:room]]
+
+
+class _Stage:
+    """A stage's steps and how long one takes."""
+
+    def __init__(self, name: str, total: int, done: int, now: float) -> None:
+        self.name, self.total, self.done = name, total, done
+        self.began = self.last = now
+        self._recent: deque[float] = deque(maxlen=_WINDOW)
+
+    def advance(self, step: int, now: float) -> None:
+        steps = step - self.done
+        if steps > 0:
+            self._recent.append((now - self.last) / steps)
+        self.done, self.last = step, now
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return sum(self._recent) / len(self._recent) if self._recent else None
+
+    def eta(self, now: float) -> float | None:
+        """Seconds to the stage's end; None before a first step has been timed."""
+        each = self.seconds_per_step
+        if each is None:
+            return None
+        left = max(0, self.total - self.done)
+        return max(0.0, each * left - min(now - self.last, each)) if left else 0.0
+
+
+class Progress:
+    """Shows a run's progress: `with Progress(rank == 0, stages=names) as progress: ...`.
+
+    `timer` collects the phases' seconds; `progress.timer.take()` gives them for a step's row.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        *,
+        name: str = "",
+        stages: Sequence[str] = (),
+        timer: PhaseTimer | None = None,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.timer = timer or PhaseTimer()
+        self._enabled = enabled
+        self._name, self._stages = name, list(stages)
+        self._console = console or Console()
+        self._clock = clock
+        self._began = clock()
+        self._stage: _Stage | None = None
+        self._phases: list[tuple[str, float]] = []  # open phases: name, begin
+        self._usual: dict[tuple[str, str], float] = {}  # seconds of a (stage, phase) last time
+        self._figures: list[tuple[str, str]] = []
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self._enabled and self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # --- what a run calls ------------------------------------------------------------------------
+
+    def stage(self, name: str, total_steps: int, done: int = 0) -> None:
+        """A stage of `total_steps` begins, or goes on after its first `done` steps."""
+        self._stage = _Stage(name, total_steps, done, self._clock())
+        self._figures = []
+        if name not in self._stages:
+            self._stages.append(name)
+        self._line(f"{self._place()}: {total_steps} steps" + (f", going on after {done}" if done else ""))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Step `step` (counted from 1) of the current stage is done."""
+        stage = self._current()
+        now = self._clock()
+        stage.advance(step, now)
+        self._figures = shown_figures(metrics)
+        eta = stage.eta(now)
+        parts = [f"{name} {text}" for name, text in self._figures]
+        if stage.seconds_per_step is not None:
+            parts.append(f"{stage.seconds_per_step:.3g} s/step")
+        if eta is not None:
+            parts.append(f"eta {format_duration(eta)}")
+        self._line(f"[{stage.name} {step}/{stage.total}] " + " · ".join(parts))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show and time a phase; its seconds go to the timer as `time/<name>_s`. Phases nest."""
+        key = (self._stage.name if self._stage else "", name)
+        begin = self._clock()
+        self._phases.append((name, begin))
+        try:
+            with self.timer.phase(name):
+                yield
+        finally:
+            self._phases.pop()
+            self._usual[key] = self._clock() - begin
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._enabled:
+            self._console.print(Text(text), soft_wrap=True)
+
+    # --- how it looks ----------------------------------------------------------------------------
+
+    def _current(self) -> _Stage:
+        if self._stage is None:
+            raise RuntimeError("a step before its stage")
+        return self._stage
+
+    def _place(self) -> str:
+        stage = self._current()
+        return f"stage {self._stages.index(stage.name) + 1}/{len(self._stages)} {stage.name}"
+
+    def _line(self, text: str) -> None:
+        if self._enabled and self._live is None:
+            self._console.print(Text(text), soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        now = self._clock()
+        grid = Table.grid(padding=(0, 1))
+        for width in (24, 26, None):
+            grid.add_column(width=width, no_wrap=True)
+        stage = self._stage
+        if stage is None:
+            return Text(f"{self._name} starting, {format_duration(now - self._began)}")
+        index = self._stages.index(stage.name)
+        share = min(1.0, stage.done / stage.total) if stage.total else 1.0
+        grid.add_row(
+            Text(f"{self._name} {index + 1}/{len(self._stages)} stages".strip(), style="bold"),
+            ProgressBar(total=len(self._stages), completed=index + share, width=26),
+            Text(f"{format_duration(now - self._began)} so far", style="dim"),
+        )
+        grid.add_row(
+            Text(f"  {stage.name} {stage.done}/{stage.total}"),
+            ProgressBar(total=max(1, stage.total), completed=stage.done, width=26),
+            Text(self._pace(stage, now), style="cyan"),
+        )
+        for depth, (name, begin) in enumerate(list(self._phases)):
+            grid.add_row(*self._phase_row(stage.name, name, now - begin, depth))
+        lines: list[RenderableType] = [grid]
+        if self._figures:
+            lines.append(Text("  " + " · ".join(f"{n} {t}" for n, t in self._figures), style="dim"))
+        return Group(*lines)
+
+    def _pace(self, stage: _Stage, now: float) -> str:
+        each, eta = stage.seconds_per_step, stage.eta(now)
+        if each is None or eta is None:
+            return f"first step: {format_duration(now - stage.last)}"
+        return f"eta {format_duration(eta)}, {each:.3g} s/step"
+
+    def _phase_row(self, stage: str, name: str, spent: float, depth: int) -> tuple[RenderableType, ...]:
+        label = Text("  " * (depth + 2) + name, style="green")
+        usual = self._usual.get((stage, name))
+        if usual is None:
+            return label, ProgressBar(total=None, width=26, pulse=True), Text(f"{spent:.1f} s")
+        bar = ProgressBar(total=max(usual, 1e-9), completed=min(spent, usual), width=26)
+        left = f"eta {format_duration(usual - spent)}" if spent < usual else "longer than last time"
+        return label, bar, Text(f"{spent:.1f} s, {left}")

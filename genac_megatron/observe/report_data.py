@@ -1,0 +1,334 @@
+"""What a report is made of: a run folder's logs, read once, and the summary of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genac_megatron.evaluation import metrics as figures
+from genac_megatron.errors import InputError
+from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
+
+KINDS = ("sft", "reinforce", "ppo")
+ROLES = ("actor", "critic")
+CRITIC_FIGURES = (
+    "brier", "brier_constant", "mse", "mse_constant", "auc", "ece", "explained_variance", "spearman",
+    "ranking_between", "ranking_prompt", "ranking_response", "parse_rate", "score_entropy",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def number(value: Any) -> float:
+    """A finite float, or NaN for whatever is none."""
+    if not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def groups(value: Any) -> dict[str, list[float]]:
+    """An evaluation's `outcomes` of the actor: samples by prompt, what is no number left out."""
+    if not isinstance(value, Mapping):
+        return {}
+    kept = {str(k): [number(x) for x in v if not math.isnan(number(x))] for k, v in value.items()}
+    return {k: v for k, v in kept.items() if v}
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """A stage's rows on the axis of all steps: rows first+1 .. last."""
+
+    name: str
+    kind: str
+    first: int
+    last: int
+
+
+@dataclass
+class RunData:
+    """A run folder's contents, partial ones included."""
+
+    path: Path
+    recipe: Row
+    metrics: list[Row]
+    evaluations: list[Row]
+    rollouts: list[Row]
+    unreadable: dict[str, int]  # log: lines that are no JSON object
+
+    @cached_property
+    def spans(self) -> list[StageSpan]:
+        """Stages in order of their first row, those with evaluations alone included."""
+        found: dict[str, list[int]] = {}
+        kinds: dict[str, str] = {}
+        for i, row in enumerate(self.metrics):
+            name = str(row.get("stage"))
+            found.setdefault(name, [i, i])[1] = i + 1
+            kinds.setdefault(name, str(row.get("kind")))
+        spans = [StageSpan(n, kinds[n], a, b) for n, (a, b) in found.items()]
+        for row in self.evaluations:
+            name = str(row.get("stage"))
+            if name not in found:
+                found[name] = [len(self.metrics)] * 2
+                spans.append(StageSpan(name, str(row.get("kind")), *found[name]))
+        return spans
+
+    def position(self, row: Row) -> float:
+        """Where an evaluation lies on the axis of all steps: steps done before it."""
+        for span in self.spans:
+            if span.name == row.get("stage"):
+                done = [i + 1 for i in range(span.first, span.last)
+                        if number(self.metrics[i].get("step")) <= number(row.get("step"))]
+                return float(max(done, default=span.first))
+        return float(len(self.metrics))
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(axis position, value) of the rows that have a finite figure under this name."""
+        points = [(i + 1, number(row.get(key))) for i, row in enumerate(self.metrics)]
+        kept = [p for p in points if not math.isnan(p[1])]
+        return np.array([p[0] for p in kept], dtype=float), np.array([p[1] for p in kept], dtype=float)
+
+    def keys(self, prefix: str, suffix: str = "") -> list[str]:
+        """Names of figures logged anywhere, in order of first sight."""
+        seen: dict[str, None] = {}
+        for row in self.metrics:
+            for key in row:
+                if key.startswith(prefix) and key.endswith(suffix):
+                    seen.setdefault(key)
+        return list(seen)
+
+    def judged(self, kind: str | None = None) -> list[Row]:
+        """Evaluations with a critic's figures, of one kind of stage or of all."""
+        return [e for e in self.evaluations
+                if isinstance(e.get("critic"), dict) and kind in (None, e.get("kind"))]
+
+    def acted(self) -> list[Row]:
+        """Evaluations with the actor's held-out accuracy."""
+        return [e for e in self.evaluations if isinstance(e.get("actor"), dict)]
+
+    def recipe_stages(self) -> list[Row]:
+        """The recipe's stages, each with its name."""
+        stages = self.recipe.get("stages")
+        known = [s for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+        return [{**s, "name": s.get("name", s.get("kind"))} for s in known]
+
+    @cached_property
+    def at_stage_end(self) -> dict[str, Row]:
+        """By kind, the critic's evaluation that stands for the stage's end.
+
+        SFT and REINFORCE: the last one of that kind, else the one the next stage starts with (no step
+        of it done, so it sees the same critic and the same frozen actor). PPO: the last one after a step.
+        """
+        ends: dict[str, Row] = {}
+        for kind, after in (("sft", "reinforce"), ("reinforce", "ppo")):
+            own = [e for e in self.judged(kind) if not is_start(e)]
+            next_start = [e for e in self.judged(after) if is_start(e)]
+            if own or next_start:
+                ends[kind] = own[-1] if own else next_start[0]
+        joint = [e for e in self.judged("ppo") if not is_start(e)]
+        if joint:
+            ends["ppo"] = joint[-1]
+        return ends
+
+    @cached_property
+    def actor_before(self) -> Row | None:
+        """The actor's last evaluation before the first joint step."""
+        before = []
+        for row in self.acted():
+            if row.get("kind") == "ppo" and not is_start(row):
+                break
+            before.append(row)
+        return before[-1] if before else None
+
+    @cached_property
+    def actor_after(self) -> Row | None:
+        """The actor's last evaluation after a joint step."""
+        after = [e for e in self.acted() if e.get("kind") == "ppo" and not is_start(e)]
+        return after[-1] if after else None
+
+
+def is_start(row: Row) -> bool:
+    """Whether an evaluation was made before its stage's first step."""
+    return row.get("name") == "start" or (number(row.get("step")) == 0 and row.get("name") != "end")
+
+
+def read_run(path: str | Path) -> RunData:
+    """Read a run folder. Raises InputError where it is no folder, or holds nothing to report."""
+    folder = RunFolder(path)
+    if not folder.path.is_dir():
+        raise InputError("no such run folder", where=str(path), way_out="genac report runs/<name>")
+    rows: dict[str, list[Row]] = {}
+    unreadable: dict[str, int] = {}
+    for log in (METRICS, EVALUATIONS, ROLLOUTS):
+        rows[log], bad = folder.rows(log)
+        if bad:
+            unreadable[log] = bad
+    recipe = folder.resolved_recipe()
+    if not recipe and not any(rows.values()):
+        raise InputError(f"neither recipe.yaml nor {METRICS} is in it", where=str(path),
+                         way_out="name the folder of a run: genac report runs/<name>")
+    # a resumed stage may evaluate the same point again; the later one counts
+    unique = {(e.get("stage"), e.get("name"), e.get("step")): e for e in rows[EVALUATIONS]}
+    last = set(map(id, unique.values()))
+    evaluations = [e for e in rows[EVALUATIONS] if id(e) in last]
+    return RunData(folder.path, recipe, rows[METRICS], evaluations, rows[ROLLOUTS], unreadable)
+
+
+# --- the summary ---------------------------------------------------------------------------------
+
+
+def summarise(run: RunData) -> dict[str, Any]:
+    """The flat object of summary.json. A figure that the run does not give is null, not left out,
+    where its name is one that scripts rely on; totals are sums over all stages' rows."""
+    summary: dict[str, Any] = {
+        "run/name": run.recipe.get("name", run.path.name),
+        "run/steps": len(run.metrics),
+    }
+    summary.update(_actor(run))
+    summary.update(_critic(run))
+    summary.update(_training(run))
+    summary.update(_costs(run))
+    missing = what_is_missing(run)
+    summary["report/complete"] = not missing
+    summary["report/missing"] = "; ".join(missing)
+    return summary
+
+
+def accuracy_interval(row: Row) -> tuple[float, float]:
+    """95 % interval of an evaluation's accuracy, prompts resampled; NaN where outcomes are not kept."""
+    outcomes = groups((row.get("actor") or {}).get("outcomes"))
+    flat = [(p, x) for p, samples in outcomes.items() for x in samples]
+    return figures.bootstrap_mean([x for _, x in flat], [p for p, _ in flat])
+
+
+def brier_interval(row: Row) -> tuple[float, float]:
+    """95 % interval of an evaluation's Brier score, prompts resampled."""
+    critic = row.get("critic") or {}
+    triples = list(zip(critic.get("values") or [], critic.get("outcomes") or [],
+                       critic.get("prompts") or [], strict=False))
+    errors = [((number(v) - number(r)) ** 2, p) for v, r, p in triples]
+    kept = [(e, p) for e, p in errors if not math.isnan(e)]
+    return figures.bootstrap_mean([e for e, _ in kept], [p for _, p in kept])
+
+
+def _actor(run: RunData) -> Row:
+    result: Row = {"actor/accuracy_sft": math.nan, "actor/accuracy_ppo": math.nan}
+    for name, row in (("sft", run.actor_before), ("ppo", run.actor_after)):
+        if row is None:
+            continue
+        result[f"actor/accuracy_{name}"] = number(row["actor"].get("accuracy"))
+        low, high = accuracy_interval(row)
+        result |= {f"actor/accuracy_{name}_low": low, f"actor/accuracy_{name}_high": high}
+        outcomes = groups(row["actor"].get("outcomes"))
+        if outcomes and (k := min(map(len, outcomes.values()))) > 1:
+            result[f"actor/pass_at_{k}_{name}"] = figures.pass_at_k(outcomes, k)
+        result[f"actor/truncated_{name}"] = number(row["actor"].get("truncated"))
+    if run.actor_before and run.actor_after:
+        result["actor/accuracy_gain"] = result["actor/accuracy_ppo"] - result["actor/accuracy_sft"]
+        before = groups(run.actor_before["actor"].get("outcomes"))
+        after = groups(run.actor_after["actor"].get("outcomes"))
+        shared = [p for p in before if p in after]
+        gains = [float(np.mean(after[p]) - np.mean(before[p])) for p in shared]
+        low, high = figures.bootstrap_mean(gains, shared)
+        result |= {"actor/accuracy_gain_low": low, "actor/accuracy_gain_high": high}
+        result["actor/accuracy_ppo_step"] = number(run.actor_after.get("step"))
+    return result
+
+
+def _critic(run: RunData) -> Row:
+    result: Row = {f"critic/brier_{name}": math.nan for name in ("constant", *KINDS, "constant_ppo")}
+    for kind, row in run.at_stage_end.items():
+        for name in CRITIC_FIGURES:
+            if name in row["critic"]:
+                result[f"critic/{name}_{kind}"] = number(row["critic"][name])
+        low, high = brier_interval(row)
+        result |= {f"critic/brier_{kind}_low": low, f"critic/brier_{kind}_high": high}
+    frozen = run.at_stage_end.get("reinforce") or run.at_stage_end.get("sft")
+    if frozen:
+        result["critic/brier_constant"] = number(frozen["critic"].get("brier_constant"))
+    judged = run.judged()
+    result["critic/parse_rate"] = number(judged[-1]["critic"].get("parse_rate")) if judged else math.nan
+    return result
+
+
+def _training(run: RunData) -> Row:
+    result: Row = {"parity/logp_p99": math.nan}
+    for statistic in ("p99", "max", "mean", "k3"):
+        worst = {role: run.series(f"parity/{role}_{statistic}")[1] for role in ROLES}
+        result |= {f"parity/{role}_{statistic}": float(v.max()) for role, v in worst.items() if v.size}
+        values = [float(v.max()) for v in worst.values() if v.size]
+        if values:
+            result[f"parity/logp_{statistic}" if statistic != "k3" else "parity/k3"] = max(values)
+    for role in ROLES:
+        versions = run.series(f"publish/{role}_version")[1]
+        result[f"publish/{role}_version"] = int(versions[-1]) if versions.size else None
+    for key in run.keys("publish/"):
+        values = run.series(key)[1]
+        if not key.endswith("_version") and values.size:
+            result |= {key: float(values.sum()), f"{key}_mean": float(values.mean())}
+    result["metrics/nonfinite"] = sum(len(row.get("nonfinite") or ()) for row in run.metrics)
+    return result
+
+
+def phase_totals(rows: Iterable[Row], prefix: str, suffix: str = "") -> dict[str, float]:
+    """Sum by phase of the figures `<prefix><phase><suffix>`; a step's total is no phase."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(prefix) and key.endswith(suffix) and not math.isnan(number(value)):
+                phase = key[len(prefix) : len(key) - len(suffix)]
+                if phase != "total":
+                    totals[phase] = totals.get(phase, 0.0) + number(value)
+    return totals
+
+
+def _costs(run: RunData) -> Row:
+    seconds = phase_totals(run.metrics, "time/", "_s")
+    steps = float(np.sum(run.series("time/total_s")[1]))
+    total = steps if steps > 0 else sum(seconds.values())
+    result: Row = {f"time/{phase}_s": value for phase, value in seconds.items()}
+    result["time/total_s"] = total if run.metrics else math.nan
+    times = run.series("time")[1]
+    result["time/wall_s"] = float(times[-1] - times[0]) if times.size > 1 else math.nan
+    if total > 0:
+        result |= {f"share/time_{phase}": value / total for phase, value in seconds.items()}
+        result["share/time_other"] = max(0.0, 1.0 - sum(seconds.values()) / total)
+    tokens = phase_totals(run.metrics, "tokens/")
+    result |= {f"tokens/{phase}": value for phase, value in tokens.items()}
+    result["tokens/total"] = sum(tokens.values())
+    for name in ("peak_gib", "rss_gib"):
+        values = run.series(f"memory/{name}")[1]
+        if values.size:
+            result[f"memory/{name}"] = float(values.max())
+    result.setdefault("memory/peak_gib", result.get("memory/rss_gib", math.nan))
+    return result
+
+
+def what_is_missing(run: RunData) -> list[str]:
+    """What a whole run of this recipe would have and this folder has not, in words."""
+    missing = []
+    if not run.recipe:
+        missing.append("recipe.yaml")
+    for log, rows in ((METRICS, run.metrics), (EVALUATIONS, run.evaluations), (ROLLOUTS, run.rollouts)):
+        if not rows:
+            missing.append(f"{log} has no rows")
+        if log in run.unreadable:
+            missing.append(f"{run.unreadable[log]} unreadable line(s) of {log}")
+    steps = {s.name: number(run.metrics[s.last - 1].get("step")) for s in run.spans if s.last > s.first}
+    for stage in run.recipe_stages():
+        name, wanted = str(stage["name"]), number(stage.get("steps"))
+        if name not in steps:
+            missing.append(f"stage {name} has not begun")
+        elif not math.isnan(wanted) and steps[name] < wanted:
+            missing.append(f"stage {name} is at step {steps[name]:.0f} of {wanted:.0f}")
+    wanted_kinds = {s.get("kind") for s in run.recipe_stages()}
+    for kind in KINDS:
+        if kind in wanted_kinds and kind != "sft" and kind not in run.at_stage_end:
+            missing.append(f"no evaluation of the critic after {kind}")
+    if "ppo" in wanted_kinds and run.actor_after is None:
+        missing.append("no evaluation of the actor after a ppo step")
+    return missing

@@ -1,0 +1,482 @@
+"""The report's plots: each drawn once for a light and once for a dark page."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from genac_megatron.evaluation.metrics import LEVELS, reliability
+from genac_megatron.observe.report_data import (
+    KINDS,
+    ROLES,
+    Row,
+    RunData,
+    accuracy_interval,
+    brier_interval,
+    number,
+    phase_totals,
+)
+
+WIDTH = 5.4  # inches; read at phone width its 9.5 pt text stays legible
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one page, told apart by people who see few."""
+
+    card: str
+    ink: str
+    soft: str
+    grid: str
+    sft: str
+    reinforce: str
+    ppo: str
+    actor: str
+    critic: str
+    phases: tuple[str, ...]
+
+    def of(self, name: str) -> str:
+        return str(getattr(self, name, self.soft))
+
+
+LIGHT = Theme(
+    "#ffffff", "#1c2230", "#7b8494", "#e7eaf0", "#d97706", "#7c3aed", "#2563eb", "#0f766e", "#be185d",
+    ("#2563eb", "#0f766e", "#d97706", "#7c3aed", "#be185d", "#65a30d", "#0891b2", "#b45309", "#475569", "#e11d48"),
+)  # fmt: skip
+DARK = Theme(
+    "#171b23", "#e8ebf1", "#8b94a5", "#2b313d", "#fbbf24", "#a78bfa", "#60a5fa", "#2dd4bf", "#f472b6",
+    ("#60a5fa", "#2dd4bf", "#fbbf24", "#a78bfa", "#f472b6", "#a3e635", "#22d3ee", "#fb923c", "#94a3b8", "#fb7185"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot: PNG bytes for both pages."""
+
+    id: str
+    title: str
+    caption: str
+    light: bytes
+    dark: bytes
+
+
+Draw = Callable[[Figure, RunData, Theme], bool]
+
+
+def draw_all(run: RunData) -> tuple[list[Plot], list[str]]:
+    """Every plot that the run has data for, and the titles of the others."""
+    plots, absent = [], []
+    for id_, title, caption, height, draw in PLOTS:
+        light = _png(draw, run, LIGHT, height)
+        dark = _png(draw, run, DARK, height)
+        if light is None or dark is None:
+            absent.append(title)
+        else:
+            plots.append(Plot(id_, title, caption, light, dark))
+    return plots, absent
+
+
+def _png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
+    style = {
+        "font.size": 9.5, "axes.titlesize": 9.5, "figure.facecolor": theme.card, "axes.facecolor": theme.card,
+        "savefig.facecolor": theme.card, "text.color": theme.ink, "axes.labelcolor": theme.soft,
+        "axes.titlecolor": theme.soft, "axes.edgecolor": theme.grid, "xtick.color": theme.soft,
+        "ytick.color": theme.soft, "grid.color": theme.grid, "axes.grid": True, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
+        "legend.fontsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0,
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        if not draw(figure, run, theme):
+            return None
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
+    """Stages as lightly tinted bands of the axis of all steps, named along the top."""
+    end = max(len(run.metrics), 1)
+    for span in run.spans:
+        if span.last == span.first:
+            continue
+        axes.axvspan(span.first, span.last, color=theme.of(span.kind), alpha=0.07, linewidth=0)
+        if names and span.last - span.first >= 0.08 * end:
+            axes.annotate(
+                span.name, ((span.first + span.last) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                textcoords="offset points", ha="center", va="bottom", fontsize=8, color=theme.of(span.kind),
+            )  # fmt: skip
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.set_xlabel("step, over all stages")
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over about a twentieth of the run, shorter at the ends."""
+    half = len(values) // 40
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(0, index - half), np.minimum(len(values), index + half + 1)
+    return np.asarray((total[high] - total[low]) / (high - low))
+
+
+def _stage_lines(axes: Axes, run: RunData, key: str, colour: str, label: str | None, style: str = "-") -> bool:
+    """A figure over all steps, each stage a line of its own: faint as logged, strong as running mean."""
+    x, y = run.series(key)
+    for span in run.spans:
+        inside = (x > span.first) & (x <= span.last)
+        if not inside.any():
+            continue
+        if inside.sum() > 40:
+            axes.plot(x[inside], y[inside], color=colour, alpha=0.25, linewidth=0.9)
+        mark = "." if inside.sum() < 3 else ""
+        axes.plot(x[inside], _smooth(y[inside]), style, marker=mark, color=colour, label=label)
+        label = None
+    return bool(x.size)
+
+
+def _per_cent(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+
+
+def _legend(axes: Axes, **options: object) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(**options)
+
+
+def _stacked(figure: Figure, count: int) -> list[Axes]:
+    return list(np.atleast_1d(figure.subplots(count, 1, sharex=True)))
+
+
+# --- the actor -----------------------------------------------------------------------------------
+
+
+def accuracy(figure: Figure, run: RunData, theme: Theme) -> bool:
+    rows = [r for r in run.acted() if not math.isnan(number(r["actor"].get("accuracy")))]
+    if not rows:
+        return False
+    axes = figure.subplots()
+    x = [run.position(r) for r in rows]
+    y = [number(r["actor"]["accuracy"]) for r in rows]
+    low, high = zip(*(accuracy_interval(r) for r in rows), strict=True)
+    axes.fill_between(x, low, high, color=theme.actor, alpha=0.16, linewidth=0)
+    axes.plot(x, y, color=theme.actor, marker="o", markersize=4)
+    axes.annotate(f"{100 * y[-1]:.1f} %", (x[-1], y[-1]), xytext=(-6, 8), textcoords="offset points",
+                  ha="right", color=theme.actor, fontweight="bold")  # fmt: skip
+    _bands(axes, run, theme)
+    _per_cent(axes)
+    return True
+
+
+def reward(figure: Figure, run: RunData, theme: Theme) -> bool:
+    axes = figure.subplots()
+    if not _stage_lines(axes, run, "rollout/outcome_mean", theme.actor, "mean outcome of rollouts"):
+        return False
+    _stage_lines(axes, run, "judge/score_mean", theme.critic, "mean value given by the critic", "--")
+    _bands(axes, run, theme)
+    _per_cent(axes)
+    _legend(axes)
+    return True
+
+
+# --- the critic ----------------------------------------------------------------------------------
+
+
+def _evaluated(run: RunData, figure: str, rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    points = [(run.position(r), number(r["critic"].get(figure))) for r in rows]
+    kept = [p for p in points if not math.isnan(p[1])]
+    return [p[0] for p in kept], [p[1] for p in kept]
+
+
+def critic_error(figure: Figure, run: RunData, theme: Theme) -> bool:
+    rows = run.judged()
+    panels = [
+        (name, constant, title)
+        for name, constant, title in (
+            ("brier", "brier_constant", "Brier score"),
+            ("mse", "mse_constant", "squared error against Monte-Carlo values"),
+        )
+        if _evaluated(run, name, rows)[0]
+    ]
+    if not panels:
+        return False
+    if len(panels) == 2:
+        figure.set_figheight(4.8)
+    for axes, (name, constant, title) in zip(_stacked(figure, len(panels)), panels, strict=True):
+        x, y = _evaluated(run, name, rows)
+        if name == "brier":
+            low, high = zip(*(brier_interval(r) for r in rows), strict=True)
+            axes.fill_between([run.position(r) for r in rows], low, high, color=theme.critic, alpha=0.16, lw=0)
+        axes.plot(x, y, color=theme.critic, marker="o", markersize=4, label="critic")
+        x, y = _evaluated(run, constant, rows)
+        axes.plot(x, y, "--", color=theme.soft, marker="o", markersize=3, label="best constant")
+        axes.set_ylabel(title)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        _bands(axes, run, theme, names=name == panels[0][0])
+        _legend(axes, ncols=2)
+    for axes in figure.axes[:-1]:
+        axes.set_xlabel("")
+    return True
+
+
+def _critic_points(row: Row, *names: str) -> list[np.ndarray]:
+    """Columns of an evaluation's states, rows with a gap left out. One array per name."""
+    columns = [[number(x) for x in row["critic"].get(name) or []] for name in names]
+    table = np.array(list(zip(*columns, strict=False)), dtype=float).reshape(-1, len(names))
+    table = table[np.isfinite(table).all(axis=1)]
+    return [table[:, i] for i in range(len(names))]
+
+
+def reliability_diagram(figure: Figure, run: RunData, theme: Theme) -> bool:
+    axes = figure.subplots()
+    drawn = False
+    for kind, row in run.at_stage_end.items():
+        values, outcomes = _critic_points(row, "values", "outcomes")
+        if not values.size:
+            continue
+        drawn = True
+        bins = reliability(np.clip(values, 0, 1), outcomes)
+        full = bins.count > 0
+        size = 12 + 160 * bins.count[full] / bins.count.sum()
+        axes.plot(bins.value[full], bins.outcome[full], color=theme.of(kind), alpha=0.6, linewidth=1.2)
+        axes.scatter(bins.value[full], bins.outcome[full], s=size, color=theme.of(kind),
+                     label=f"{kind} (ECE {bins.ece:.3f})", linewidth=0, alpha=0.85)  # fmt: skip
+    axes.plot([0, 1], [0, 1], ":", color=theme.soft, linewidth=1.2)
+    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xlabel="value given", ylabel="share that succeeded")
+    _legend(axes, loc="upper left", markerscale=0.7)
+    return drawn
+
+
+def scores(figure: Figure, run: RunData, theme: Theme) -> bool:
+    axes = figure.subplots()
+    ends = {k: np.array([number(c) for c in r["critic"].get("scores_hist") or []])
+            for k, r in run.at_stage_end.items()}  # fmt: skip
+    ends = {k: h for k, h in ends.items() if h.size == LEVELS and h.sum() > 0}
+    width = 0.8 / max(1, len(ends))
+    for i, (kind, counts) in enumerate(ends.items()):
+        at = np.arange(LEVELS) + (i - (len(ends) - 1) / 2) * width
+        axes.bar(at, counts / counts.sum(), width * 0.94, color=theme.of(kind), label=kind)
+    axes.set_xticks(range(LEVELS))
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel="score", ylabel="share of judgements")
+    _legend(axes)
+    return bool(ends)
+
+
+def ranking(figure: Figure, run: RunData, theme: Theme) -> bool:
+    axes = figure.subplots()
+    kinds = [k for k in KINDS if k in run.at_stage_end]
+    scopes = (("between", "between\nprompts"), ("prompt", "within a\nprompt"), ("response", "within a\nresponse"))
+    known = [(s, t) for s, t in scopes
+             if any(not math.isnan(number(run.at_stage_end[k]["critic"].get(f"ranking_{s}"))) for k in kinds)]
+    width = 0.8 / max(1, len(kinds))
+    for i, kind in enumerate(kinds):
+        heights = [number(run.at_stage_end[kind]["critic"].get(f"ranking_{s}")) for s, _ in known]
+        at = np.arange(len(known)) + (i - (len(kinds) - 1) / 2) * width
+        axes.bar(at, heights, width * 0.94, color=theme.of(kind), label=kind)
+        for x, h in zip(at, heights, strict=True):
+            if not math.isnan(h):
+                axes.annotate(f"{h:.2f}", (x, h), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+    axes.axhline(0.5, color=theme.soft, linestyle=":", linewidth=1.2)
+    axes.set_xticks(range(len(known)), [t for _, t in known])
+    axes.grid(axis="x", visible=False)
+    axes.set(ylim=(0, 1.05), ylabel="pairs ordered right")
+    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
+    return bool(known)
+
+
+def value_by_position(figure: Figure, run: RunData, theme: Theme) -> bool:
+    rows = [r for r in run.judged() if r["critic"].get("positions")]
+    if not rows:
+        return False
+    axes = figure.subplots()
+    values, outcomes, positions = _critic_points(rows[-1], "values", "outcomes", "positions")
+    drawn = False
+    for good, colour, label in ((True, theme.ppo, "ended right"), (False, theme.sft, "ended wrong")):
+        of = (outcomes >= 0.5) == good
+        at = [k for k in np.unique(positions[of]) if (of & (positions == k)).sum() >= 3]
+        cells = [values[of & (positions == k)] for k in at]
+        if not at:
+            continue
+        drawn = True
+        mean = np.array([c.mean() for c in cells])
+        error = np.array([c.std(ddof=1) / math.sqrt(c.size) for c in cells])
+        axes.fill_between(at, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(at, mean, color=colour, marker="o", markersize=4, label=label)
+    axes.set(ylim=(0, 1), xlabel="state k of the response (0: only the problem)", ylabel="mean value")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return drawn
+
+
+def parsing(figure: Figure, run: RunData, theme: Theme) -> bool:
+    axes = figure.subplots()
+    drawn = _stage_lines(axes, run, "judge/parse_rate", theme.critic, "in training")
+    x, y = _evaluated(run, "parse_rate", run.judged())
+    axes.plot(x, y, "o", markersize=4.5, color=theme.ink, label="held out")
+    _bands(axes, run, theme)
+    _per_cent(axes)
+    _legend(axes)
+    return drawn or bool(x)
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def mismatch(figure: Figure, run: RunData, theme: Theme) -> bool:
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    drawn = False
+    positive = False
+    for role in ROLES:
+        for statistic, style in (("max", ":"), ("p99", "-"), ("mean", "--")):
+            key = f"parity/{role}_{statistic}"
+            drawn |= _stage_lines(top, run, key, theme.of(role), f"{role} {statistic}", style)
+            positive |= bool((run.series(key)[1] > 0).any())
+        drawn |= _stage_lines(bottom, run, f"parity/{role}_k3", theme.of(role), role)
+    if positive:
+        top.set_yscale("log")
+    _bands(top, run, theme)
+    _bands(bottom, run, theme, names=False)
+    top.set(ylabel="|Δ log-prob|", xlabel="")
+    bottom.set_ylabel("k3 KL")
+    _legend(top, ncols=2)
+    return drawn
+
+
+def _pick(run: RunData, role: str, names: Sequence[str]) -> str | None:
+    return next((f"{role}/{n}" for n in names if run.series(f"{role}/{n}")[0].size), None)
+
+
+def optimisation(figure: Figure, run: RunData, theme: Theme) -> bool:
+    panels = [
+        (title, {role: key for role in ROLES if (key := _pick(run, role, names))})
+        for title, names in (
+            ("loss", ("loss",)),
+            ("gradient norm", ("grad_norm",)),
+            ("entropy, nats", ("entropy", "entropy_mean")),
+            ("share clipped", ("clip_share", "clip_fraction", "clipped")),
+            ("learning rate", ("lr",)),
+        )
+    ]
+    panels = [(title, keys) for title, keys in panels if keys]
+    if not panels:
+        return False
+    figure.set_figheight(1.0 + 1.55 * len(panels))
+    for i, (axes, (title, keys)) in enumerate(zip(_stacked(figure, len(panels)), panels, strict=True)):
+        for role, key in keys.items():
+            _stage_lines(axes, run, key, theme.of(role), role)
+        _bands(axes, run, theme, names=i == 0)
+        axes.set_ylabel(title)
+        if i < len(panels) - 1:
+            axes.set_xlabel("")
+        if i == 0:
+            _legend(axes, ncols=2)
+    return True
+
+
+def lengths(figure: Figure, run: RunData, theme: Theme) -> bool:
+    top, bottom = _stacked(figure, 2)
+    drawn = _stage_lines(top, run, "rollout/length_mean", theme.actor, None)
+    drawn |= _stage_lines(bottom, run, "rollout/truncated", theme.actor, None)
+    _bands(top, run, theme)
+    _bands(bottom, run, theme, names=False)
+    top.set(ylabel="tokens per response", xlabel="")
+    bottom.set_ylabel("share cut off")
+    _per_cent(bottom)
+    return drawn
+
+
+def costs(figure: Figure, run: RunData, theme: Theme) -> bool:
+    spans = [s for s in run.spans if s.last > s.first]
+    panels = []
+    for prefix, suffix, unit in (("time/", "_s", "seconds"), ("tokens/", "", "tokens")):
+        totals = [phase_totals(run.metrics[s.first : s.last], prefix, suffix) for s in spans]
+        if prefix == "time/":
+            for span, phases in zip(spans, totals, strict=True):
+                whole = sum(number(r.get("time/total_s", 0.0)) for r in run.metrics[span.first : span.last])
+                if whole > sum(phases.values()):
+                    phases["other"] = whole - sum(phases.values())
+        if any(totals):
+            panels.append((totals, unit))
+    if not panels:
+        return False
+    names = list(dict.fromkeys(p for totals, _ in panels for phases in totals for p in phases))
+    colours = {n: theme.soft if n == "other" else theme.phases[i % len(theme.phases)] for i, n in enumerate(names)}
+    figure.set_figheight(1.2 + len(panels) * (0.75 + 0.34 * len(spans)))
+    for axes, (totals, unit) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
+        left = np.zeros(len(spans))
+        for name in names:
+            share = np.array([phases.get(name, 0.0) for phases in totals])
+            axes.barh(range(len(spans)), share, 0.62, left=left, color=colours[name], label=name)
+            left += share
+        axes.set_yticks(range(len(spans)), [s.name for s in spans])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return True
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def versions(figure: Figure, run: RunData, theme: Theme) -> bool:
+    axes = figure.subplots()
+    drawn = False
+    for role, style in zip(ROLES, ("-", "--"), strict=True):
+        x, y = run.series(f"publish/{role}_version")
+        if x.size:
+            axes.step(x, y, style, where="post", color=theme.of(role), label=role)
+            drawn = True
+    _bands(axes, run, theme)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("version served")
+    _legend(axes, loc="upper left")
+    return drawn
+
+
+PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
+    ("accuracy", "Actor: held-out accuracy", "Band: 95 % interval, prompts resampled.", 3.3, accuracy),
+    ("reward", "Training reward", "Mean outcome of a step's rollouts, and what the critic expected of them.",
+     3.3, reward),
+    ("critic_error", "Critic: error against the best constant",
+     "Below the dashed line the critic knows more than the mean outcome. Band: 95 % interval, prompts resampled. "
+     "In ppo the actor moves, and the constant with it.", 3.3, critic_error),
+    ("reliability", "Critic: reliability", "At the end of each stage; larger points hold more states. "
+     "On the dotted line, values are honest chances.", 3.9, reliability_diagram),
+    ("scores", "Critic: scores given", "At the end of each stage. All on one score: the critic has collapsed.",
+     3.3, scores),
+    ("ranking", "Critic: ranking accuracy", "Pairs of states that the values order rightly; 0.5 is chance.",
+     3.5, ranking),
+    ("position", "Critic: value along the response", "Last evaluation. The lines part where the critic sees how a "
+     "response will end. Band: two standard errors.", 3.3, value_by_position),
+    ("parse_rate", "Critic: judgements that parse", "A judgement without a readable score earns no reward.",
+     3.1, parsing),
+    ("mismatch", "Trainer against engine", "How far the trainer's log-probs of the sampled tokens lie from the "
+     "engine's.", 4.6, mismatch),
+    ("optimisation", "Optimisation", "Running means; as logged where faint.", 6.5, optimisation),
+    ("lengths", "Response length", "", 3.9, lengths),
+    ("costs", "Time and tokens by phase", "Totals of each stage.", 3.6, costs),
+    ("versions", "Published versions", "Weights that the engines served after each step.", 3.1, versions),
+)  # fmt: skip

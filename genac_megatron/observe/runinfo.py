@@ -1,0 +1,165 @@
+"""The run folder: its files by name, JSON lines, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Position = tuple[str, int]  # (stage name, number of its steps that are done)
+METRICS, EVALUATIONS, ROLLOUTS = "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"
+LOGS = (METRICS, EVALUATIONS, ROLLOUTS)
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON data: arrays to lists, numpy and torch scalars to numbers, non-finite floats to None."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    return str(value)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write so that a reader, or a crash, sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """`jsonable(value)` as indented JSON, atomically."""
+    write_text_atomic(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The file's objects in order, and how many lines are no JSON object (a write cut off by a crash)."""
+    if not path.exists():
+        return [], 0
+    rows: list[dict[str, Any]] = []
+    bad = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.strip():
+                bad += 1
+    return rows, bad
+
+
+class RunFolder:
+    """`runs/<name>/`: recipe.yaml, the three logs, checkpoints/, logs/, report/."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def create(self) -> RunFolder:
+        """Make the folder and its subfolders where they are missing."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def rows(self, log: str) -> tuple[list[dict[str, Any]], int]:
+        """The rows of one of LOGS, and how many of its lines could not be read."""
+        return read_jsonl(self.path / log)
+
+    def append(self, log: str, row: Mapping[str, Any]) -> None:
+        """Append one object, flushed to the system before the call returns."""
+        with (self.path / log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+
+    def resolved_recipe(self) -> dict[str, Any]:
+        """recipe.yaml as plain data; empty where it is missing or no mapping."""
+        if not self.recipe.exists():
+            return {}
+        data = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        return data if isinstance(data, dict) else {}
+
+    def stage_names(self) -> list[str]:
+        """The recipe's stage names in order."""
+        stages = self.resolved_recipe().get("stages") or []
+        return [str(s.get("name", s.get("kind", ""))) for s in stages if isinstance(s, dict)]
+
+    def rewind(self, position: Position | None) -> None:
+        """Make the logs end where training goes on, so that no step is logged twice.
+
+        A position: rows after that stage and step are dropped (the steps will be run again), as is a
+        last line that a crash cut off. None (a run from the start): logs that hold anything are set
+        aside as `<log>.1`, `<log>.2` and so on.
+        """
+        for log in LOGS:
+            path = self.path / log
+            if not path.exists():
+                continue
+            if position is None:
+                _set_aside(path)
+                continue
+            kept = _rows_until(read_jsonl(path)[0], position, self.stage_names())
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _set_aside(path: Path) -> None:
+    if path.stat().st_size == 0:
+        return
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.replace(aside)
+
+
+def _rows_until(
+    rows: list[dict[str, Any]], position: Position, stages: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows up to a position. A stage that the recipe does not name is placed by order in the file."""
+    stage, step = position
+    order = {name: i for i, name in enumerate(stages)}
+    here = order.get(stage)
+    reached = False
+    kept = []
+    for row in rows:
+        name = row.get("stage")
+        reached = reached or name == stage
+        if name == stage:
+            after = int(row.get("step") or 0) > step
+        elif here is not None and name in order:
+            after = order[str(name)] > here
+        else:
+            after = reached
+        if not after:
+            kept.append(row)
+    return kept

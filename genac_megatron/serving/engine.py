@@ -1,0 +1,73 @@
+"""What every engine offers: completions of token ids, and weights loaded under a version number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from genac_megatron.errors import InputError
+from genac_megatron.records import Completion, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Engine(ABC):
+    """Generates with a role's weights. Every method is called from the event loop's thread."""
+
+    version: int = -1  # of the weights loaded; -1 while there is no complete set
+
+    @abstractmethod
+    async def complete(self, request: Request) -> Completion:
+        """Sample one completion.
+
+        The tokens depend on the request's ids, params and seed and on the weights, not on what else
+        is being generated (but for floating-point rounding). Log-probs are those of
+        softmax(logits / temperature), in fp32; of softmax(logits) where the temperature is 0.
+        Raises InputError on a malformed request, or where no complete weights were ever loaded.
+        """
+
+    @abstractmethod
+    def abort(self, key: str | None = None) -> None:
+        """End the requests with this key, or all: they finish as "abort" with the tokens they have."""
+
+    @abstractmethod
+    def load_weights(
+        self, version: int, tensors: Iterable[tuple[str, Tensor]], *, final: bool = True
+    ) -> None:
+        """Copy full tensors, by their Hugging Face names, into the engine.
+
+        One version may come in several calls; it becomes current with the call that has final=True,
+        and requests wait in between. A tied output layer is left out, as in a saved model. A name
+        that is missing, surplus, repeated or misshapen raises InputError, after which the engine
+        holds no usable weights (version -1) until a full set is loaded.
+        """
+
+    @abstractmethod
+    def stats(self) -> dict[str, float]:
+        """Since the last call: tokens (generated), prompt_tokens, seconds (generating), batches."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Abort what is left and release the memory."""
+
+
+def check_request(request: Request, vocab: int) -> None:
+    """Raise InputError where a request cannot be served by a model with `vocab` token ids."""
+    where = f"request {request.key!r}" if request.key else "request"
+    if not request.ids:
+        raise InputError("the prompt has no tokens", where=where)
+    if min(request.ids) < 0 or max(request.ids) >= vocab:
+        bad = next(token for token in request.ids if not 0 <= token < vocab)
+        raise InputError(
+            f"token id {bad} is outside the model's vocabulary of {vocab}",
+            where=where,
+            way_out="use the tokenizer that belongs to the model",
+        )
+    if request.params.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {request.params.max_new_tokens}, not at least 1", where=where)
+    if request.params.temperature < 0:
+        raise InputError(f"temperature is {request.params.temperature}, not at least 0", where=where)
+    if request.seed < 0:
+        raise InputError(f"seed is {request.seed}, not at least 0", where=where)

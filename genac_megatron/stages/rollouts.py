@@ -1,0 +1,135 @@
+"""Generation, verification and judging of one batch, overlapped in one asyncio pipeline.
+
+As each response finishes, its states go to the critic; the prompt state is judged once per group.
+Every rank drives its own share of the prompts; the batch is then gathered on all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import build_prompt_ids
+from genac_megatron.critic.score import answer_candidates, parse_score, soft_score
+from genac_megatron.critic.states import cut_states, state_text
+from genac_megatron.recipe.schema import JudgingConfig, RolloutConfig
+from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
+from genac_megatron.serving.engine import Engine
+from genac_megatron.stages.seeds import seed_for
+from genac_megatron.tasks.base import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Group:
+    """A prompt, its responses, and per response the judgements of its states in order of cut.
+
+    The prompt state's judgement is one object, shared by the whole group.
+    """
+
+    prompt: Prompt
+    rollouts: list[Rollout] = field(default_factory=list)
+    judgements: list[list[Judgement]] = field(default_factory=list)
+
+
+@dataclass
+class Judge:
+    """Everything needed to have the critic judge states."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase  # the critic's
+    actor_tokenizer: PreTrainedTokenizerBase
+    config: JudgingConfig
+    icc: IccState
+    stop_ids: tuple[int, ...]
+    limit: int  # the actor's token limit, part of the critic's prompt
+    seed: tuple[object, ...]
+
+    async def judge(self, state: State) -> Judgement:
+        """One critic completion for one state, parsed."""
+        rollout = state.rollout
+        partial = state_text(state, self.actor_tokenizer)
+        prompt_ids = build_prompt_ids(
+            self.tokenizer, self.config, self.icc, rollout.prompt, partial, state.cut, self.limit
+        )
+        key = f"{rollout.prompt.id}#{rollout.sample}@{state.index}"
+        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
+        request = Request(prompt_ids, params, seed_for(*self.seed, key), key)
+        completion = await self.engine.complete(request)
+        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        judgement = Judgement(state, prompt_ids, completion, text, parse_score(text))
+        if self.config.score == "soft":
+            judgement.soft = await self._soft(judgement)
+        return judgement
+
+    async def _soft(self, judgement: Judgement) -> float | None:
+        """The expected score over the eleven answers, after the reasoning that was sampled."""
+        ids = judgement.completion.ids
+        found = answer_candidates(self.tokenizer, ids)
+        if found is None or judgement.value is None:
+            return None
+        keep, candidates = found
+        return soft_score(await self.engine.score((*judgement.prompt_ids, *ids[:keep]), candidates))
+
+
+@dataclass
+class Generator:
+    """Everything needed to roll the actor out on prompts and, where a judge is given, to judge states."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    config: RolloutConfig
+    stop_ids: tuple[int, ...]
+    seed: tuple[object, ...]
+    judge: Judge | None = None
+
+    async def group(self, prompt: Prompt, samples: int) -> Group:
+        """All responses to one prompt."""
+        group = Group(prompt)
+        shared = None
+        if self.judge is not None:
+            empty = Rollout(prompt, 0, Completion((), (), "stop"), "")
+            shared = asyncio.ensure_future(self.judge.judge(State(empty, 0, 0, 0)))
+        parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in range(samples)))
+        for rollout, judgements in parts:
+            group.rollouts.append(rollout)
+            group.judgements.append(judgements)
+        return group
+
+    async def _response(
+        self, prompt: Prompt, sample: int, shared: asyncio.Future[Judgement] | None
+    ) -> tuple[Rollout, list[Judgement]]:
+        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
+        seed = seed_for(*self.seed, prompt.id, sample)
+        completion = await self.engine.complete(Request(prompt.ids, params, seed, f"{prompt.id}#{sample}"))
+        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        rollout = Rollout(prompt, sample, completion, text)
+        if self.judge is None or shared is None:
+            self._verify(rollout)
+            return rollout, []
+        states = cut_states(rollout, self.tokenizer, self.judge.config.states)
+        later = [asyncio.ensure_future(self.judge.judge(state)) for state in states[1:]]
+        self._verify(rollout)
+        judgements = [await shared, *[await one for one in later]]
+        return rollout, judgements
+
+    def _verify(self, rollout: Rollout) -> None:
+        if rollout.truncated and self.config.truncated_outcome == "zero":
+            rollout.outcome = 0.0
+        else:
+            rollout.outcome = self.task.verify(rollout.prompt, rollout.text)
+
+
+def generate(generator: Generator, prompts: Sequence[Prompt], samples: int) -> list[Group]:
+    """Roll out `prompts` on this rank, `samples` responses each."""
+
+    async def run() -> list[Group]:
+        return list(await asyncio.gather(*(generator.group(p, samples) for p in prompts)))
+
+    return asyncio.run(run())

@@ -1,0 +1,201 @@
+"""What a run holds: the world, roles, engines, publishers, task and logs, the same on every rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from genac_megatron import platform
+from genac_megatron.critic.icc import IccState
+from genac_megatron.errors import InputError
+from genac_megatron.models.hf_folder import HfFolder
+from genac_megatron.models.mapping import load_hf_into, random_weights
+from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.observe.progress import Progress
+from genac_megatron.observe.runinfo import RunFolder
+from genac_megatron.publication.publisher import Publisher
+from genac_megatron.recipe.schema import Recipe, RoleConfig
+from genac_megatron.serving.embedded import EmbeddedEngine
+from genac_megatron.serving.engine import Engine
+from genac_megatron.tasks import make_task
+from genac_megatron.tasks.tokenizer import load_tokenizer
+from genac_megatron.training.layout import Layout, World
+from genac_megatron.training.role import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+@dataclass
+class Progression:
+    """How far a run is: everything small that a checkpoint must bring back."""
+
+    stage: int = 0  # index of the stage to work on
+    step: int = 0  # its steps that are done
+    cursor: int = 0  # training prompts consumed
+    versions: dict[str, int] = field(default_factory=dict)  # of each role's published weights
+    icc: dict[str, Any] | None = None
+    explained_variance: float | None = None  # the critic's, held-out, newest
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # newest by stage name
+
+
+class Run:
+    """One rank's view of a run. Collective methods are called by every rank in the same order."""
+
+    def __init__(self, recipe: Recipe, world: World, log: MetricsLog | None, progress: Progress) -> None:
+        self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
+        self.folder = RunFolder(Path(recipe.runs) / recipe.name)
+        self.at = Progression()
+        self.tokenizers = {n: load_tokenizer(_tokenizer_spec(n, r)) for n, r in recipe.roles.items()}
+        self.task = make_task(recipe.task, self.tokenizers["actor"], recipe.seed)
+        self.roles: dict[str, Role] = {}
+        self.engines: dict[str, Engine] = {}
+        self.publishers: dict[str, Publisher] = {}
+        for name, config in recipe.roles.items():
+            self._build_role(name, config)
+        self.icc: IccState | None = None
+        self.heldout_cache: dict[str, Any] = {}
+        self._stop = False
+        self._began = time.perf_counter()
+
+    def _build_role(self, name: str, config: RoleConfig) -> None:
+        layout = Layout.from_config(name, config.layout, self.world.size)
+        shape = shape_of(config.model, len(self.tokenizers[name]))
+        role = Role(name, config, shape, layout, layout.groups())
+        if role.active:
+            seed = config.model.init_seed
+            weights = HfFolder(config.model.hf).get if config.model.hf else random_weights(shape, seed)
+            load_hf_into(role.models, layout, shape, weights)
+        self.roles[name] = role
+        self.engines[name] = EmbeddedEngine(hf_config(shape), config.engine, platform.device())
+        self.publishers[name] = Publisher(role, [self.engines[name]])
+
+    # --- the actor and the critic ----------------------------------------------------------------
+
+    @property
+    def actor(self) -> Role:
+        return self.roles["actor"]
+
+    @property
+    def critic(self) -> Role:
+        return self.roles["critic"]
+
+    def stop_ids(self, role: str) -> tuple[int, ...]:
+        """Token ids that end this role's generations."""
+        eos = self.tokenizers[role].eos_token_id
+        if eos is None:
+            raise InputError("the tokenizer has no end-of-sequence token", where=f"roles.{role}.model")
+        return (int(eos),)
+
+    def publish(self, *names: str) -> dict[str, float]:
+        """Bring the roles' current weights to their engines under the next version."""
+        figures: dict[str, float] = {}
+        with self.phase("publish"):
+            for name in names:
+                version = self.at.versions.get(name, 0) + 1
+                self.at.versions[name] = version
+                stats = self.publishers[name].publish(version)
+                figures[f"publish/{name}_version"] = float(version)
+                figures[f"publish/{name}_bytes"] = stats["bytes"]
+                figures[f"publish/{name}_s"] = stats["seconds"]
+        return figures
+
+    # --- the world -------------------------------------------------------------------------------
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of `items`: every world.size-th."""
+        return list(items[self.world.rank :: self.world.size])
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """The inverse of `share`, on every rank."""
+        if self.world.size == 1:
+            return list(mine)
+        parts: list[Any] = [None] * self.world.size
+        dist.all_gather_object(parts, list(mine))
+        longest = max(len(part) for part in parts)
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def sum_figures(self, figures: dict[str, float]) -> dict[str, float]:
+        """Each figure summed over ranks."""
+        parts = self.gather([figures])
+        return {key: sum(part.get(key, 0.0) for part in parts) for key in sorted(set().union(*parts))}
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time (and show) a phase."""
+        return self.progress.phase(name)
+
+    # --- logging ---------------------------------------------------------------------------------
+
+    def log_step(self, stage: str, kind: str, step: int, total: int, metrics: dict[str, float]) -> None:
+        """One row of figures, with times, memory and versions added. Collective (memory is summed)."""
+        memory = self.sum_figures(
+            {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
+        )
+        times = self.progress.timer.take()
+        if self.log is not None:
+            self.log.log(stage, kind, step, {**metrics, **memory, **times})
+        self.progress.step(step, metrics)
+
+    def append(self, log: str, row: dict[str, Any]) -> None:
+        """A row of one of the run folder's other logs, by rank 0."""
+        if self.log is not None:
+            self.folder.append(log, row)
+
+    # --- stopping --------------------------------------------------------------------------------
+
+    def install_signals(self) -> None:
+        """SIGUSR1, SIGTERM and SIGINT ask for a checkpoint and an end at the next safe point."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self._stop and number == signal.SIGINT:
+            os._exit(130)  # asked a second time: leave at once, the last checkpoint stands
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all. Collective."""
+        if self.world.size == 1:
+            return self._stop
+        flag = torch.tensor([int(self._stop)], device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def close(self) -> None:
+        """Release engines and logs."""
+        for engine in self.engines.values():
+            engine.close()
+        if self.log is not None:
+            self.log.close()
+
+
+def _tokenizer_spec(name: str, config: RoleConfig) -> str:
+    spec = config.model.tokenizer or config.model.hf
+    if spec is None:
+        raise InputError(
+            "a role without an hf folder needs a tokenizer",
+            where=f"roles.{name}.model.tokenizer",
+            way_out="name a tokenizer folder, or builtin:tiny",
+        )
+    return spec
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, NaN of nothing."""
+    got = list(values)
+    return sum(got) / len(got) if got else float("nan")
+
+
+Evaluate = Callable[[Run, str], dict[str, float]]

@@ -1,0 +1,176 @@
+"""What a task is: problems in two splits that never meet, a verifier, perhaps an exact teacher."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from genac_megatron.errors import InputError
+from genac_megatron.records import Prompt
+from genac_megatron.tasks.tokenizer import chat_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "heldout"]
+DRAWS_PER_PROBLEM = 200  # tries for one more problem that is new, before the space counts as too small
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem before tokenization: its plain text, and what the verifier compares with."""
+
+    text: str
+    reference: Any
+    instruction: str = ""  # shown to the actor after the text, never to the critic
+
+    @property
+    def key(self) -> str:
+        """What makes two problems the same one: the text, whatever its white space."""
+        return " ".join(self.text.split())
+
+
+class Teacher(ABC):
+    """Writes what models are fine-tuned on, from exact knowledge of the task; never sees an outcome."""
+
+    @abstractmethod
+    def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
+        """A response to `prompt`, the task's slips included, without an end token."""
+
+    @abstractmethod
+    def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
+        """A critic's reasoning about any `partial` response, and its score 0-10.
+
+        `p_bar` is the actor's success rate in [0, 1]. The text ends without a newline and holds no
+        answer tag: the caller adds both.
+        """
+
+
+class Task(ABC):
+    """Problems by split and index, and their verifier.
+
+    Subclasses give `_problem` and `verify`. A text in the held-out split is in no training prompt.
+    """
+
+    teacher: Teacher | None = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_size: int, heldout_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.train_size = train_size
+        self.heldout_size = heldout_size
+        self._order: tuple[tuple[int, int], list[int]] | None = None
+
+    @abstractmethod
+    def _problem(self, split: Split, index: int) -> Problem:
+        """The problem at `index`, which is within the split's size."""
+
+    @abstractmethod
+    def verify(self, prompt: Prompt, text: str) -> float:
+        """The outcome in [0, 1] of the response `text`. Any text is legal."""
+
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """`verify` for each (prompt, response text), in order."""
+        return [self.verify(prompt, text) for prompt, text in pairs]
+
+    def prompt(self, split: Split, index: int) -> Prompt:
+        """The prompt at `index` of `split`, its ids by the tokenizer's chat template.
+
+        Raises IndexError outside the split's size.
+        """
+        size = self.train_size if split == "train" else self.heldout_size
+        if not 0 <= index < size:
+            raise IndexError(f"{split} has {size} prompts, no index {index}")
+        problem = self._problem(split, index)
+        content = f"{problem.text}\n\n{problem.instruction}" if problem.instruction else problem.text
+        messages = ({"role": "user", "content": content},)
+        return Prompt(
+            id=f"{split}/{index}",
+            messages=messages,
+            problem=problem.text,
+            reference=problem.reference,
+            ids=chat_ids(self.tokenizer, messages),
+        )
+
+    def train_index(self, seed: int, cursor: int) -> int:
+        """The index of the `cursor`-th training prompt of a run: a seeded permutation per epoch."""
+        epoch, offset = divmod(cursor, self.train_size)
+        if self._order is None or self._order[0] != (seed, epoch):
+            order = list(range(self.train_size))
+            random.Random(f"order/{seed}/{epoch}").shuffle(order)
+            self._order = ((seed, epoch), order)
+        return self._order[1][offset]
+
+
+class GeneratedProblems:
+    """Problems drawn from a generator, split so that no held-out text is ever trained on.
+
+    The held-out problems are drawn first, all different. A training problem is a function of its index
+    and the seed alone; a draw whose text is held out is drawn again.
+    """
+
+    def __init__(self, draw: Callable[[int], Problem], seed: int, heldout_size: int) -> None:
+        """`draw(n)` makes the problem of the integer seed n. Raises InputError where the space is too small."""
+        self._draw, self._seed = draw, seed
+        found: dict[str, Problem] = {}
+        rng = random.Random(f"heldout/{seed}")
+        for _ in range(heldout_size * DRAWS_PER_PROBLEM):
+            if len(found) == heldout_size:
+                break
+            problem = draw(rng.getrandbits(31))
+            found.setdefault(problem.key, problem)
+        if len(found) < heldout_size:
+            raise InputError(
+                f"the task has too few different problems: {len(found)} found for heldout_size {heldout_size}",
+                where="task.heldout_size",
+                way_out="make the task larger, or heldout_size smaller",
+            )
+        self.heldout: list[Problem] = list(found.values())
+        self._heldout_keys = frozenset(found)
+
+    def train(self, index: int) -> Problem:
+        """The training problem at `index`. Raises InputError where the held-out split takes all problems."""
+        rng = random.Random(f"train/{self._seed}/{index}")
+        for _ in range(DRAWS_PER_PROBLEM):
+            problem = self._draw(rng.getrandbits(31))
+            if problem.key not in self._heldout_keys:
+                return problem
+        raise InputError(
+            "the held-out split takes (nearly) every problem of the task: none is left to train on",
+            where="task.heldout_size",
+            way_out="make the task larger, or heldout_size smaller",
+        )
+
+
+def split_problems(
+    problems: Iterable[Problem], heldout: Iterable[Problem] | None, heldout_size: int, seed: int, where: str
+) -> tuple[list[Problem], list[Problem]]:
+    """(train, held-out) of a fixed set: the given held-out problems, else a seeded share of `problems`.
+
+    A text that occurs twice counts once, and one that is held out leaves the training split.
+    Raises InputError where nothing is left to train on or to hold out.
+    """
+    unique = list({problem.key: problem for problem in problems}.values())
+    if heldout is None:
+        random.Random(f"split/{seed}").shuffle(unique)
+        if len(unique) <= heldout_size:
+            raise InputError(
+                f"{len(unique)} different problems do not suffice for heldout_size {heldout_size}",
+                where=where,
+                way_out="lower task.heldout_size, or name held-out data",
+            )
+        return unique[heldout_size:], unique[:heldout_size]
+    held = list({problem.key: problem for problem in heldout}.values())
+    random.Random(f"split/{seed}").shuffle(held)
+    held = held[:heldout_size]
+    keys = {problem.key for problem in held}
+    train = [problem for problem in unique if problem.key not in keys]
+    if not train or not held:
+        raise InputError(
+            f"{len(train)} training and {len(held)} held-out problems are left after removing repeats",
+            where=where,
+            way_out="check that both files hold problems, and different ones",
+        )
+    return train, held

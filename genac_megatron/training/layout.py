@@ -1,0 +1,264 @@
+"""Layouts: a role's block of ranks, its parallel sizes, and its own process groups.
+
+Interface in short:
+
+    world = init_world(timeout_s=600, seed=0)          # once per process, before anything else
+    layout = Layout.from_config("actor", recipe.roles["actor"].layout, world.size)
+    groups = layout.groups()                            # EVERY rank of the world calls it, in the same order;
+                                                        # None on ranks outside the block
+    layout.contains(rank), layout.coords(rank) -> Coords(tp, cp, dp, pp), layout.rank_of(Coords)
+    layout.dp, layout.ranks, layout.leaders             # leaders: ranks with tp = cp = pp = 0, one per dp
+    layout.is_last_stage(groups), layout.output_rank    # who holds the outputs; the first of them
+    layout.chunk_layers(layers, pp, chunk) -> range     # global layers of a (virtual) model chunk
+    close_world()                                       # destroys every group
+
+Roles may share ranks, be disjoint or overlap. Roles with equal sizes on equal ranks share their groups.
+No role uses megatron's global parallel state: it is initialised once only because Megatron's global memory
+buffer and random-state tracker live there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from genac_megatron import platform
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import LayoutConfig
+
+GRID = ("tp", "cp", "dp", "pp")  # fastest first
+EXPERT_GRID = ("expt_tp", "ep", "expt_dp", "pp")  # the same ranks as an expert layer sees them; expt_tp is 1
+
+
+class World(NamedTuple):
+    """This process's place among all processes."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+class Coords(NamedTuple):
+    """A rank's coordinates in its layout."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+_timeout = timedelta(seconds=600)
+_groups: dict[tuple[int, ...], ProcessGroupCollection | None] = {}
+
+
+def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
+    """Join the ranks given by RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them be a world of one.
+
+    Every collective of every group made afterwards fails after `timeout_s` seconds. Seeds torch's generator
+    and Megatron's random-state tracker with `seed`. Calling it again returns the same world.
+    """
+    global _timeout
+    if not dist.is_initialized():
+        _timeout = timedelta(seconds=timeout_s)
+        local = platform.device()
+        if local.type == "cuda":
+            torch.cuda.set_device(local)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(platform.backend(), timeout=_timeout)
+        else:
+            dist.init_process_group(
+                platform.backend(), timeout=_timeout, store=dist.HashStore(), rank=0, world_size=1
+            )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            distributed_timeout_minutes=max(1, round(_timeout.total_seconds() / 60))
+        )
+    seed_everything(seed)
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators and Megatron's random-state tracker."""
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed + 1, force_reset_rng=True)
+
+
+def close_world() -> None:
+    """Destroy every process group. The process may call `init_world` again."""
+    _groups.clear()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A role's block of ranks [first_rank, first_rank + count) and its parallel sizes in it."""
+
+    name: str
+    first_rank: int
+    count: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"layout of {self.name}"
+        block = self.tp * self.pp * self.cp
+        if self.count % block:
+            raise InputError(
+                f"{self.count} ranks cannot be divided by tp {self.tp} x pp {self.pp} x cp {self.cp}",
+                where=where,
+                way_out=f"give it a multiple of {block} ranks",
+            )
+        if (self.tp * self.cp * self.dp) % self.ep:
+            raise InputError(f"ep {self.ep} does not divide its {self.count // self.pp} ranks", where=where)
+        if self.vpp > 1 and self.pp == 1:
+            raise InputError("vpp needs pp > 1", where=where, way_out="set vpp: 1, or pp to at least 2")
+        if self.sequence_parallel and self.tp == 1:
+            raise InputError("sequence_parallel needs tp > 1", where=where, way_out="leave it out")
+
+    @classmethod
+    def from_config(cls, name: str, config: LayoutConfig, world: int) -> Layout:
+        """The layout of role `name` in a world of `world` ranks. Raises InputError where it does not fit."""
+        count = world - config.first_rank if config.count is None else config.count
+        if count < 1 or config.first_rank + count > world:
+            raise InputError(
+                f"ranks {config.first_rank} to {config.first_rank + count - 1} of a world of {world}",
+                where=f"layout of {name}",
+                way_out="set world.ranks, first_rank and count so that the block lies in the world",
+            )
+        parallel = config.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
+        sizes = config.model_dump(include={"first_rank", "tp", "pp", "vpp", "cp", "ep"})
+        return cls(name=name, count=count, sequence_parallel=parallel, **sizes)
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size."""
+        return self.count // (self.tp * self.pp * self.cp)
+
+    @property
+    def ranks(self) -> range:
+        """Global ranks of the block."""
+        return range(self.first_rank, self.first_rank + self.count)
+
+    @property
+    def leaders(self) -> list[int]:
+        """Global ranks with tp = cp = pp = 0, in order of dp."""
+        return [self.rank_of(Coords(0, 0, d, 0)) for d in range(self.dp)]
+
+    @property
+    def output_rank(self) -> int:
+        """Global rank that holds outputs: the first of the last stage."""
+        return self.rank_of(Coords(0, 0, 0, self.pp - 1))
+
+    def is_last_stage(self, groups: ProcessGroupCollection) -> bool:
+        """Whether this rank is in the last pipeline stage, where outputs are."""
+        return bool(groups.pp.rank() == self.pp - 1)
+
+    def contains(self, rank: int) -> bool:
+        """Whether global rank `rank` is in the block."""
+        return rank in self.ranks
+
+    def coords(self, rank: int) -> Coords:
+        """Coordinates of global rank `rank`; raises ValueError outside the block."""
+        if not self.contains(rank):
+            raise ValueError(f"rank {rank} is not in the layout of {self.name} ({self.ranks})")
+        rest = rank - self.first_rank
+        rest, tp = divmod(rest, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return Coords(tp, cp, dp, pp)
+
+    def rank_of(self, at: Coords) -> int:
+        """Global rank at coordinates `at`."""
+        return self.first_rank + at.tp + self.tp * (at.cp + self.cp * (at.dp + self.dp * at.pp))
+
+    def chunk_layers(self, layers: int, pp: int, chunk: int) -> range:
+        """Global indices of the layers in model chunk `chunk` (0..vpp-1) of pipeline stage `pp`."""
+        each = layers // (self.pp * self.vpp)
+        first = chunk * (layers // self.vpp) + pp * each
+        return range(first, first + each)
+
+    def groups(self) -> ProcessGroupCollection | None:
+        """This layout's process groups, or None on a rank outside the block.
+
+        Collective over the whole world: every rank calls it, for all layouts in the same order.
+        """
+        key = (self.first_rank, self.count, self.tp, self.pp, self.cp, self.ep)
+        if key not in _groups:
+            _groups[key] = _make_groups(self)
+        return _groups[key]
+
+
+class _GridGroups:
+    """The process groups of one block of ranks; the same enumeration of ranks is made only once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        sizes = [layout.tp, layout.cp, layout.dp, layout.pp]
+        experts = [1, layout.ep, layout.tp * layout.cp * layout.dp // layout.ep, layout.pp]
+        self.dense = self._grid(sizes, GRID, layout)
+        self.expert = self._grid(experts, EXPERT_GRID, layout)
+
+    @staticmethod
+    def _grid(sizes: list[int], names: Sequence[str], layout: Layout) -> HyperCommGrid:
+        return HyperCommGrid(sizes, list(names), layout.first_rank, platform.backend())
+
+    def __call__(self, *dims: str) -> dist.ProcessGroup | None:
+        """The group that this rank is in, of those that vary along `dims`; None outside the block."""
+        grid = self.dense if all(d in GRID for d in dims) else self.expert
+        return self.of(grid.get_rank_enum(list(dims)))
+
+    def of(self, enumeration: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        """The group that this rank is in, of those listed."""
+        key = tuple(tuple(int(r) for r in ranks) for ranks in enumeration)
+        if key not in self.made:
+            self.made[key], _ = dist.new_subgroups_by_enumeration(
+                [list(ranks) for ranks in key], timeout=_timeout, backend=platform.backend()
+            )
+        return self.made[key]
+
+
+def _make_groups(layout: Layout) -> ProcessGroupCollection | None:
+    """Make every group that Megatron asks a collection for."""
+    group = _GridGroups(layout)
+    pipelines = group.dense.get_rank_enum("pp")
+    alone = group("expt_tp")  # every rank by itself
+    ends = group.of([[ranks[0], ranks[-1]] for ranks in pipelines]) if layout.pp > 1 else alone
+    fields = {
+        "tp": group("tp"),
+        "cp": group("cp"),
+        "dp": group("dp"),
+        "pp": group("pp"),
+        "mp": group("tp", "pp"),
+        "tp_cp": group("tp", "cp"),
+        "dp_cp": group("cp", "dp"),
+        "tp_dp_cp": group("tp", "cp", "dp"),
+        "intra_dp_cp": group("cp", "dp"),
+        "intra_dist_opt": group(*GRID),
+        "ep": group("ep"),
+        "expt_tp": alone,
+        "expt_dp": group("expt_dp"),
+        "intra_expt_dp": group("expt_dp"),
+        "tp_ep": group("expt_tp", "ep"),
+        "tp_ep_pp": group("expt_tp", "ep", "pp"),
+        # Tied embeddings are summed over the first and the last stage; a middle stage is by itself.
+        "embd": ends if ends is not None else alone,
+        "pos_embd": alone,
+    }
+    return ProcessGroupCollection(**fields) if layout.contains(dist.get_rank()) else None

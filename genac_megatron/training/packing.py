@@ -1,0 +1,307 @@
+"""Sequences packed without a gap into micro-batches: the plan, the tensors, and the way back.
+
+A sample of n tokens takes n - 1 positions: inputs tokens[:-1], labels tokens[1:]. Position j of a
+sample predicts its token j + 1, so everything that belongs to token t (loss mask, advantages, the
+engine's log-probs, the log-probs read back) lies at position t - 1.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genac_megatron.errors import InputError
+from genac_megatron.records import Sample
+
+Plan = list[list[list[int]]]  # [dp][micro-batch][sample indices]
+
+# How many rows an FP8 matrix needs a multiple of (Transformer Engine: 16 for a scale per tensor, a
+# whole block for a scale per block).
+_FP8_ROWS = {"off": 1, "delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+_FP8_BLOCKS = ("mxfp8", "blockwise")
+
+
+def multiple_for(tp: int, cp: int, fp8: bool | str, *, sequence_parallel: bool | None = None) -> int:
+    """What a pack's length must be a multiple of.
+
+    Each context-parallel rank holds an even share (two half-chunks), which sequence parallelism
+    splits over tp ranks and FP8 needs in whole rows. fp8 is the recipe's word, or whether it is on.
+    A scale per block is taken before sequence parallelism gathers, so there each tp shard alone is
+    made of whole blocks. sequence_parallel None: on where tp > 1.
+    """
+    word = fp8 if isinstance(fp8, str) else ("delayed" if fp8 else "off")
+    if word not in _FP8_ROWS:
+        raise InputError(f"fp8 {word!r} is none of {', '.join(_FP8_ROWS)}", where="multiple_for")
+    shards = tp if (tp > 1 if sequence_parallel is None else sequence_parallel) else 1
+    rows = shards * _FP8_ROWS[word] if word in _FP8_BLOCKS else math.lcm(shards, _FP8_ROWS[word])
+    return cp * math.lcm(rows, 2 if cp > 1 else 1)
+
+
+def sample_multiple_for(cp: int) -> int:
+    """What each sample's span must be a multiple of: context parallelism cuts it in 2 cp chunks."""
+    return 2 * cp if cp > 1 else 1
+
+
+def pack_length(used: int, *, multiple: int = 1, pad_to: int | None = None) -> int:
+    """Positions of a pack that holds `used` ones: at least pad_to and 1, a multiple of `multiple`."""
+    return _round_up(max(used, pad_to or 0, 1), multiple)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def plan_packs(
+    lengths: Sequence[int],
+    *,
+    dp: int,
+    tokens_per_microbatch: int,
+    multiple: int = 1,
+    microbatch_multiple: int = 1,
+    sample_multiple: int = 1,
+) -> Plan:
+    """Deal samples out to data-parallel ranks and micro-batches, even in tokens over both.
+
+    lengths: input positions of each sample (its tokens less one). Returns [dp][micro-batch][sample
+    indices]: every index once; on each rank the same number of micro-batches, the least that holds
+    the fullest rank, rounded up to microbatch_multiple (at least one of it). No micro-batch exceeds
+    tokens_per_microbatch once padded to `multiple`, except that a longer sample has one to itself.
+    Within a rank the longest micro-batch comes first (memory is tried at once, and ranks in step
+    hold alike lengths); where samples are few the last ones may be empty. Deterministic: the same
+    arguments give the same plan on every rank.
+
+    Ranks differ by at most the longest sample: longest-first to the least loaded (Graham 1969). So
+    do micro-batches, save where that overflows one and MULTIFIT (Coffman, Garey, Johnson 1978) fits.
+    Raises InputError for a length below 1 or a tokens_per_microbatch below `multiple`.
+    """
+    capacity = tokens_per_microbatch // multiple * multiple
+    if capacity < 1:
+        raise InputError(
+            f"tokens_per_microbatch {tokens_per_microbatch} is below the {multiple} that packs are padded to",
+            where="training.tokens_per_microbatch",
+            way_out=f"raise it to a multiple of {multiple}",
+        )
+    if min(lengths, default=1) < 1:
+        raise InputError(f"sample {lengths.index(min(lengths))} has no input position", where="plan_packs")
+    sizes = [_round_up(n, sample_multiple) for n in lengths]
+    longest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    rows = _spread(longest_first, sizes, dp)
+    needed = max(len(_best_fit(row, sizes, capacity)) for row in rows)
+    count = _round_up(max(needed, 1), microbatch_multiple)
+    return [_pack_row(row, sizes, count, capacity) for row in rows]
+
+
+def _pack_row(row: list[int], sizes: list[int], count: int, capacity: int) -> list[list[int]]:
+    packs = _spread(row, sizes, count)
+    if any(len(pack) > 1 and _load(pack, sizes) > capacity for pack in packs):
+        packs = _multifit(row, sizes, count, capacity)
+        packs += [[] for _ in range(count - len(packs))]
+    return sorted((sorted(pack) for pack in packs), key=lambda pack: (-_load(pack, sizes), pack))
+
+
+def _load(pack: list[int], sizes: list[int]) -> int:
+    return sum(sizes[i] for i in pack)
+
+
+def _spread(longest_first: list[int], sizes: list[int], bins: int) -> list[list[int]]:
+    """Each item to the bin with the least load so far. Bins keep the order, longest first."""
+    heap = [(0, b) for b in range(bins)]
+    out: list[list[int]] = [[] for _ in range(bins)]
+    for i in longest_first:
+        load, b = heap[0]
+        out[b].append(i)
+        heapq.heapreplace(heap, (load + sizes[i], b))
+    return out
+
+
+def _best_fit(longest_first: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
+    """Each item to the fullest bin that still holds it, else to a new one; as many bins as it takes."""
+    out: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free, bin), sorted
+    for i in longest_first:
+        at = bisect_left(room, (sizes[i], -1))
+        if at < len(room):
+            free, b = room.pop(at)
+        else:
+            free, b = capacity, len(out)
+            out.append([])
+        out[b].append(i)
+        if free > sizes[i]:
+            insort(room, (free - sizes[i], b))
+    return out
+
+
+def _multifit(longest_first: list[int], sizes: list[int], bins: int, capacity: int) -> list[list[int]]:
+    """Best fit under the smallest capacity, found by bisection, that needs no more than `bins`."""
+    best = _best_fit(longest_first, sizes, capacity)
+    low, high = _load(longest_first, sizes) // bins, capacity
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = _best_fit(longest_first, sizes, middle)
+        if len(tried) <= bins:
+            best, high = tried, middle
+        else:
+            low = middle
+    return best
+
+
+@dataclass(frozen=True)
+class PackingStats:
+    """How well a plan fills its packs."""
+
+    microbatches: int  # on each rank
+    tokens: int  # positions that belong to samples
+    slots: int  # positions computed
+    waste: float  # share of slots that is padding
+    rank_imbalance: float  # fullest rank's slots over the mean rank's, less 1
+    microbatch_imbalance: float  # longest pack's slots over the mean pack's, less 1
+
+
+def packing_stats(
+    lengths: Sequence[int],
+    plan: Plan,
+    *,
+    multiple: int = 1,
+    pad_to: int | None = None,
+    sample_multiple: int = 1,
+) -> PackingStats:
+    """Padding waste and imbalance of `plan`, its packs built with the same arguments as here."""
+    slots = [
+        [
+            pack_length(
+                sum(_round_up(lengths[i], sample_multiple) for i in pack), multiple=multiple, pad_to=pad_to
+            )
+            for pack in row
+        ]
+        for row in plan
+    ]
+    tokens = sum(lengths[i] for row in plan for pack in row for i in pack)
+    total = sum(map(sum, slots))
+    packs = sum(map(len, slots))
+    return PackingStats(
+        microbatches=len(slots[0]),
+        tokens=tokens,
+        slots=total,
+        waste=1 - tokens / total,
+        rank_imbalance=max(map(sum, slots)) * len(slots) / total - 1,
+        microbatch_imbalance=max(map(max, slots)) * packs / total - 1,
+    )
+
+
+# --- the tensors ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Pack:
+    """One micro-batch of T positions. Sequences lie end to end; the tail is padding."""
+
+    tokens_T: Tensor  # int64
+    labels_T: Tensor  # int64: the next token; 0 on padding
+    positions_T: Tensor  # int64: from 0 in each sequence
+    cu_seqlens: Tensor  # int32 [n + 1]: where sequences begin and end, the padding tail's included
+    max_seqlen: int  # of the longest sequence, the padding tail included
+    loss_mask_T: Tensor  # bool: positions whose label carries loss
+    fields: dict[str, Tensor]  # fp32 [T] each; 0 where loss_mask_T is False
+    members: list[tuple[int, int, int]]  # (sample index, its first loss position, trained tokens)
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The same pack with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved, fields={name: x_T.to(device) for name, x_T in self.fields.items()})
+
+
+def build_pack(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    *,
+    multiple: int = 1,
+    pad_to: int | None = None,
+    field_names: Sequence[str] = (),
+    sample_multiple: int = 1,
+) -> Pack:
+    """Lay samples[i], i in indices, end to end in one pack of pack_length(...) positions.
+
+    A span is filled up to sample_multiple with padding of its own, which causal attention keeps
+    from the sample; the tail that fills the pack is a sequence of its own. Padding has token and
+    label 0, no loss, fields 0. `fields` holds field_names, of samples' figures for tokens[start:].
+    No indices: all padding. Tensors are on the CPU. Raises InputError for a sample that is too short, whose start is not in
+    1..n, or whose field is missing or not one figure per trained token.
+    """
+    spans = [_round_up(_positions(samples[i], i), sample_multiple) for i in indices]
+    used = sum(spans)
+    length = pack_length(used, multiple=multiple, pad_to=pad_to)
+    bounds = [0]
+    for span in [*spans, length - used] if length > used else spans:
+        bounds.append(bounds[-1] + span)
+
+    tokens_T, labels_T, positions_T = (torch.zeros(length, dtype=torch.int64) for _ in range(3))
+    loss_mask_T = torch.zeros(length, dtype=torch.bool)
+    fields = {name: torch.zeros(length) for name in field_names}
+    members: list[tuple[int, int, int]] = []
+    for i, begin in zip(indices, bounds, strict=False):
+        sample = samples[i]
+        ids = torch.tensor(sample.tokens, dtype=torch.int64)
+        tokens_T[begin : begin + len(ids) - 1] = ids[:-1]
+        labels_T[begin : begin + len(ids) - 1] = ids[1:]
+        loss = slice(begin + sample.start - 1, begin + len(ids) - 1)
+        loss_mask_T[loss] = True
+        for name, field_T in fields.items():
+            field_T[loss] = torch.tensor(_figures(sample, name, i), dtype=torch.float32)
+        members.append((i, loss.start, sample.trained))
+    for begin, end in pairwise(bounds):
+        positions_T[begin:end] = torch.arange(end - begin)
+    return Pack(
+        tokens_T=tokens_T,
+        labels_T=labels_T,
+        positions_T=positions_T,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(b - a for a, b in pairwise(bounds)),
+        loss_mask_T=loss_mask_T,
+        fields=fields,
+        members=members,
+    )
+
+
+def _positions(sample: Sample, index: int) -> int:
+    n = len(sample.tokens)
+    if n < 2 or not 1 <= sample.start <= n:
+        raise InputError(
+            f"sample {index} has {n} tokens and start {sample.start}",
+            where="build_pack",
+            way_out="a sample has at least 2 tokens, and its first is never predicted: 1 <= start <= n",
+        )
+    return n - 1
+
+
+def _figures(sample: Sample, name: str, index: int) -> list[float]:
+    figures = sample.fields.get(name)
+    if figures is None or len(figures) != sample.trained:
+        found = "is missing" if figures is None else f"has {len(figures)} figures"
+        raise InputError(
+            f"field {name!r} of sample {index} {found}, where {sample.trained} tokens are trained",
+            where="build_pack",
+        )
+    return figures
+
+
+def unpack(pack: Pack, values_T: Tensor) -> dict[int, Tensor]:
+    """Per sample index, the values [trained] of its trained tokens, in order. Views of values_T [T]."""
+    if values_T.shape != pack.tokens_T.shape:
+        raise InputError(
+            f"values of shape {tuple(values_T.shape)} for a pack of {len(pack.tokens_T)} positions",
+            where="unpack",
+        )
+    return {index: values_T[first : first + count] for index, first, count in pack.members}

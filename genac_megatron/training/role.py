@@ -1,0 +1,291 @@
+"""Role: a language model with a job, trained by Megatron-core in a layout of its own.
+
+All ranks of the world hold a `Role` object and call the same methods; the work happens on the role's
+block of ranks and results are shared with everyone, so that stage code reads the same on every rank.
+Nothing here asks which role it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from genac_megatron import platform
+from genac_megatron.models.build import build_model
+from genac_megatron.models.families.base import Shape
+from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
+from genac_megatron.records import Sample
+from genac_megatron.training.layout import Layout
+from genac_megatron.training.optimizer import build_optimizer, build_scheduler
+from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
+
+Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class StepResult:
+    """What a training step did, the same on every rank of the world."""
+
+    stats: dict[str, float]  # the loss's weighted sums over the batch, plus grad_norm, lr, tokens
+    logprobs: list[list[float]]  # per sample, of its trained tokens, before the update
+
+
+class Role:
+    """One trained model: its chunks on this rank, optimizer, schedule. Inactive outside its block."""
+
+    def __init__(self, name: str, config: RoleConfig, shape: Shape, layout: Layout, groups: Any) -> None:
+        self.name, self.config, self.shape, self.layout, self.groups = name, config, shape, layout, groups
+        self.active = groups is not None
+        self.chunks: list[Any] = []
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.optimizer_config: OptimizerConfig = config.optimizer
+        self.total_steps = 1
+        if self.active:
+            self.models = build_model(shape, layout, groups, config.training)
+            self.model_config = self.models[0].config
+            self.chunks = [self._wrap(model, index) for index, model in enumerate(self.models)]
+            self._connect()
+        self.multiple = multiple_for(
+            tp=layout.tp if layout.sequence_parallel else 1,
+            cp=layout.cp,
+            fp8=config.training.fp8 != "off",
+        )
+
+    def _wrap(self, model: Any, index: int) -> Any:
+        training = self.config.training
+        if training.dtype == "bf16":
+            from megatron.core.transformer.module import Float16Module
+
+            model = Float16Module(self.model_config, model)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=training.distributed_optimizer,
+            overlap_grad_reduce=training.overlap_grad_reduce,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,  # the step looks at the gradient norm instead
+        )
+        return DistributedDataParallel(
+            self.model_config, ddp, model, disable_bucketing=index > 0, pg_collection=self.groups
+        )
+
+    def _connect(self) -> None:
+        """Give the schedule its hooks: gradient finalisation over this role's groups only."""
+        groups, config, chunks = self.groups, self.model_config, self.chunks
+
+        def finalize(model: Any, num_tokens: Any = None, **_: Any) -> None:
+            finalize_model_grads(model, num_tokens, pg_collection=groups)
+
+        config.finalize_model_grads_func = finalize
+        config.grad_scale_func = None
+        if self.config.training.overlap_grad_reduce:
+            one = len(chunks) == 1
+            config.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
+        self.communicator = P2PCommunicator(groups.pp, config) if self.layout.pp > 1 else None
+
+    # --- stages --------------------------------------------------------------------------------
+
+    def begin_stage(self, optimizer: OptimizerConfig | None, total_steps: int) -> None:
+        """A fresh optimizer and schedule over the current weights."""
+        self.optimizer_config = optimizer or self.config.optimizer
+        self.total_steps = total_steps
+        if self.active:
+            self.optimizer = build_optimizer(
+                self.chunks, self.groups, self.optimizer_config, self.config.training
+            )
+            self.scheduler = build_scheduler(self.optimizer, self.optimizer_config, total_steps)
+
+    def end_stage(self) -> None:
+        """Let the optimizer's memory go."""
+        self.optimizer = self.scheduler = None
+
+    def refresh_master(self) -> None:
+        """After the weights were written from outside: copy them to the fp32 master weights."""
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    # --- passes --------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> StepResult:
+        """One optimizer step over `samples` (the whole batch, the same list on every rank).
+
+        The loss is a sum over tokens whose `weights` are normalised over the batch, so the step is the
+        same in every layout.
+        """
+        result: tuple[dict[str, float], list[list[float]]] | None = None
+        if self.active:
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            outputs, packs = self._run(samples, loss, temperature, with_entropy, forward_only=False)
+            ok, grad_norm, _ = self.optimizer.step()
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.scheduler.step(increment=1)
+            stats, logprobs = self._collect(outputs, packs, len(samples))
+            stats |= {"grad_norm": float(grad_norm or 0.0), "lr": float(lr), "updated": float(bool(ok))}
+            stats["tokens"] = float(sum(len(s.tokens) - 1 for s in samples))
+            result = stats, logprobs
+        stats, logprobs = self._share(result)
+        return StepResult(stats, logprobs)
+
+    @torch.no_grad()
+    def logprobs(self, samples: Sequence[Sample], *, temperature: float = 1.0) -> list[list[float]]:
+        """Per sample, the log-probs of its trained tokens under the current weights."""
+        result = None
+        if self.active:
+            for chunk in self.chunks:
+                chunk.eval()
+            outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
+            result = self._collect(outputs, packs, len(samples))
+        return self._share(result)[1]
+
+    def _packs(self, samples: Sequence[Sample]) -> list[Pack]:
+        """This data-parallel rank's micro-batches."""
+        layout, fields = self.layout, sorted(samples[0].fields) if samples else []
+        plan = plan_packs(
+            [len(s.tokens) - 1 for s in samples],
+            dp=layout.dp,
+            tokens_per_microbatch=self.config.training.tokens_per_microbatch,
+            multiple=self.multiple,
+            microbatch_multiple=layout.pp if layout.vpp > 1 else 1,
+        )
+        pad_to = None
+        if layout.pp > 1:  # stages exchange activations of one known shape
+            pad_to = max(sum(len(samples[i].tokens) - 1 for i in pack) for rank in plan for pack in rank)
+            pad_to = -(-pad_to // self.multiple) * self.multiple
+        mine = plan[self.groups.dp.rank()]
+        return [
+            build_pack(samples, pack, multiple=self.multiple, pad_to=pad_to, field_names=fields)
+            for pack in mine
+        ]
+
+    def _run(
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        temperature: float,
+        with_entropy: bool,
+        *,
+        forward_only: bool,
+    ) -> tuple[list[dict[str, Any]], list[Pack]]:
+        packs = [pack.to(platform.device()) for pack in self._packs(samples)]
+        scale = float(len(packs) * self.layout.dp)  # undoes the schedule's and DDP's means
+
+        def forward_step(packs_left: Iterator[Pack], model: Any) -> tuple[Tensor, Any]:
+            pack = next(packs_left)
+            output = model(
+                pack.tokens_T[None],
+                pack.positions_T[None],
+                None,
+                labels=pack.labels_T[None],
+                loss_mask=pack.loss_mask_T[None],
+                packed_seq_params=_packed(pack),
+            )
+            return output, partial(_apply_loss, loss, pack, scale)
+
+        for model in self.models:
+            model.scoring.temperature, model.scoring.with_entropy = temperature, with_entropy
+        iterators: Any = [iter(packs) for _ in self.chunks]
+        arguments: dict[str, Any] = dict(
+            forward_step_func=forward_step,
+            data_iterator=iterators if self.layout.vpp > 1 else iterators[0],
+            model=self.chunks if self.layout.vpp > 1 else self.chunks[0],
+            num_microbatches=len(packs),
+            seq_length=packs[0].tokens_T.numel(),
+            micro_batch_size=1,
+            decoder_seq_length=packs[0].tokens_T.numel(),
+            forward_only=forward_only,
+            pg_collection=self.groups,
+        )
+        if self.layout.pp == 1:
+            schedule = schedules.forward_backward_no_pipelining
+        elif self.layout.vpp == 1:
+            schedule = schedules.forward_backward_pipelining_without_interleaving
+        else:
+            schedule = schedules.forward_backward_pipelining_with_interleaving
+        if self.communicator is not None:
+            arguments["p2p_communicator"] = self.communicator
+        if not forward_only:
+            self.model_config.grad_scale_func = self.optimizer.scale_loss
+        return schedule(**arguments), packs
+
+    # --- results -------------------------------------------------------------------------------
+
+    def _collect(
+        self, outputs: list[dict[str, Any]], packs: list[Pack], count: int
+    ) -> tuple[dict[str, float], list[list[float]]]:
+        """Sums of stats and per-sample log-probs over the data-parallel group, on the last stage."""
+        if not self.layout.is_last_stage(self.groups):
+            return {}, []
+        stats: dict[str, float] = {}
+        mine: dict[int, list[float]] = {}
+        for output, pack in zip(outputs, packs, strict=True):
+            for key, value in output["stats"].items():
+                stats[key] = stats.get(key, 0.0) + float(value)
+            for index, values_T in unpack(pack, output["logp_T"]).items():
+                mine[index] = values_T.tolist()
+        parts: list[Any] = [None] * self.layout.dp
+        dist.all_gather_object(parts, (stats, mine), group=self.groups.dp)
+        totals: dict[str, float] = {}
+        logprobs: list[list[float]] = [[] for _ in range(count)]
+        for part_stats, part_logprobs in parts:
+            for key, value in part_stats.items():
+                totals[key] = totals.get(key, 0.0) + value
+            for index, values in part_logprobs.items():
+                logprobs[index] = values
+        return totals, logprobs
+
+    def _share(self, result: Any) -> Any:
+        """From the last stage's first rank to the whole world."""
+        if dist.get_world_size() == 1:
+            return result
+        box = [result]
+        dist.broadcast_object_list(box, src=self.layout.output_rank)
+        return box[0]
+
+
+def _packed(pack: Pack) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pack.cu_seqlens,
+        cu_seqlens_kv=pack.cu_seqlens,
+        max_seqlen_q=pack.max_seqlen,
+        max_seqlen_kv=pack.max_seqlen,
+    )
+
+
+def _no_loss(
+    logp_T: Tensor, entropy_T: Tensor | None, fields: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return logp_T.sum() * 0.0, {}
+
+
+def _apply_loss(loss: Loss, pack: Pack, scale: float, output: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """`output` is [1 or 2, T]: log-probs and, where asked for, entropies."""
+    logp_T = output[0].float()
+    entropy_T = output[1].float() if output.size(0) > 1 else None
+    value, stats = loss(logp_T, entropy_T, pack.fields)
+    detached = {key: figure.detach() for key, figure in stats.items()}
+    detached["loss"] = value.detach()
+    return value * scale, {"stats": detached, "logp_T": logp_T.detach()}
