@@ -140,7 +140,7 @@ def _install(folder: Path, lock: Lock, pip: list[str], log: Path) -> None:
         _run([*pip, "--no-deps", "-r", str(listed)], log, "a package cannot be installed", len(lock.wheels))
     torch = next((pin for pin in lock.wheels if pin.startswith("torch==")), None)
     if torch and subprocess.run([pip[0], "-I", "-c", "import torch"], capture_output=True).returncode:
-        # A CUDA build does not import without the libraries that it alone declares, each with an exact version.
+        # A CUDA build does not import without the libraries it declares, each with an exact version.
         _say("the index offers torch as a CUDA build: fetching its CUDA libraries too")
         _run([*pip, torch], log, f"the libraries of {torch} cannot be installed", 0)
     for pin in lock.source:
@@ -160,9 +160,17 @@ def _run(command: list[str], log: Path, what: str, packages: int) -> None:
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     tail: list[str] = []
     seen, told = 0, time.monotonic()
-    with open(log, "a") as file, subprocess.Popen(
-        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with (
+        open(log, "a") as file,
+        subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)

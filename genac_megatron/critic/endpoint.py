@@ -70,7 +70,9 @@ def ask_endpoint(
 def _address(config: TeacherConfig) -> tuple[str, dict[str, str]]:
     if not config.url or not config.model:
         raise InputError(
-            "an endpoint teacher needs url and model", where="teacher", way_out="set teacher.url and teacher.model"
+            "an endpoint teacher needs url and model",
+            where="teacher",
+            way_out="set teacher.url and teacher.model",
         )
     headers = {}
     if config.api_key_env is not None:

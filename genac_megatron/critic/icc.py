@@ -56,10 +56,13 @@ class IccState:
         """The state at step 0, seeded by the outcomes of a first evaluation of the actor."""
         return cls(p_bar=_mean(outcomes), momentum=momentum, seed=seed)
 
-    def update(self, outcomes: Sequence[float]) -> None:
-        """p_bar <- momentum * p_bar + (1 - momentum) * mean(outcomes); step <- step + 1."""
+    def update(self, outcomes: Sequence[float], *, advance: bool = True) -> None:
+        """p_bar <- momentum * p_bar + (1 - momentum) * mean(outcomes).
+
+        `advance`: the actor was trained on the batch, so the step it is said to be at moves on.
+        """
         self.p_bar = self.momentum * self.p_bar + (1.0 - self.momentum) * _mean(outcomes)
-        self.step += 1
+        self.step += int(advance)
 
     def block(self, judging: JudgingConfig, key: str, used: int, limit: int) -> IccBlock:
         """The figures to show for one state.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
-from genac_megatron.records import Prompt
 from genac_megatron.recipe.schema import JudgingConfig
+from genac_megatron.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +148,9 @@ def escape(text: str, tokens: Iterable[str] = ()) -> str:
 
 def encode_data(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of `text` as plain text: nothing in it can become a special token."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -198,7 +200,9 @@ def build_prompt_ids(
 
 
 @lru_cache(maxsize=8)
-def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+def _chat_frame(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
     """Ids of the chat template before and after the user's content, and the tokens to break in data."""
     where = str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
@@ -214,7 +218,9 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
             way_out="use a chat template that keeps the user's text",
         )
     head, tail = text.split(_CONTENT_MARK)
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(
+        tokenizer.all_special_tokens
+    )
     return (
         tuple(tokenizer(head, add_special_tokens=False)["input_ids"]),
         tuple(tokenizer(tail, add_special_tokens=False)["input_ids"]),

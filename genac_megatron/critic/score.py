@@ -116,7 +116,9 @@ def reinforce_weights(
     A prompt state is scored once for its whole group and so meets several outcomes. No division by a
     deviation. Without a baseline w = R_v.
     """
-    baselines = leave_one_out(rewards, outcomes, keys) if baseline == "leave_one_out" else [0.0] * len(rewards)
+    baselines = (
+        leave_one_out(rewards, outcomes, keys) if baseline == "leave_one_out" else [0.0] * len(rewards)
+    )
     parts: dict[Hashable, list[float]] = defaultdict(list)
     for value, base, key in zip(rewards, baselines, keys, strict=True):
         parts[key].append(value - base)

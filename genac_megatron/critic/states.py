@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from genac_megatron.records import Rollout, State
 from genac_megatron.recipe.schema import StatesConfig
+from genac_megatron.records import Rollout, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

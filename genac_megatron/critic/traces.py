@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
@@ -18,21 +18,16 @@ from genac_megatron.critic.prompt import build_prompt_ids, encode_data, prompt_t
 from genac_megatron.critic.score import format_answer, parse_score
 from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
-from genac_megatron.records import Judgement, Prompt, Sample, State
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
+from genac_megatron.records import Judgement, Sample, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from genac_megatron.tasks.base import Teacher
+
 _ANSWER_END = "</answer>"
 _ROUNDING = 1e-9  # 0.6 - 0.45 must count as within 0.15
-
-
-class TraceTeacher(Protocol):
-    """The part of a task's exact teacher that traces need."""
-
-    def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
-        """(reasoning without the answer tag, score 0..10)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def to_sample(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], tex
     return Sample(tokens=[*prompt_ids, *encode_data(tokenizer, text), end], start=len(prompt_ids))
 
 
-def exact_samples(states: Sequence[State], teacher: TraceTeacher, context: TraceContext) -> list[Sample]:
+def exact_samples(states: Sequence[State], teacher: Teacher, context: TraceContext) -> list[Sample]:
     """Traces of a task's exact teacher. Each state has its own seeded rng: order and ranks don't matter.
 
     A trace longer than the critic may write is left out.
@@ -111,7 +106,9 @@ def exact_samples(states: Sequence[State], teacher: TraceTeacher, context: Trace
     return samples
 
 
-def accept(judgements: Sequence[Judgement], monte_carlo: Sequence[float], tolerance: float) -> list[Judgement]:
+def accept(
+    judgements: Sequence[Judgement], monte_carlo: Sequence[float], tolerance: float
+) -> list[Judgement]:
     """The critic's own judgements worth imitating: ended by itself, parsed, |v - mc| <= tolerance.
 
     `monte_carlo[i]` is the mean outcome of fresh continuations from judgement i's state.

@@ -131,13 +131,13 @@ class MetricsLog:
         if self.config.wandb.mode != "off" and state.get("wandb_id"):
             self._wandb_id = str(state["wandb_id"])
 
-    def close(self) -> None:
-        """Flush and close the sinks. Safe to call twice."""
+    def close(self, failed: bool = False) -> None:
+        """Flush and close the sinks; `failed` marks the W&B run as such. Safe to call twice."""
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish(exit_code=int(failed))
             self._wandb = None
 
     def __enter__(self) -> MetricsLog:
@@ -146,4 +146,4 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)

@@ -26,8 +26,8 @@ from genac_megatron.observe.report_data import (
     phase_totals,
 )
 
-WIDTH = 5.4  # inches; read at phone width its 9.5 pt text stays legible
-DPI = 160
+WIDTH = 4.6  # inches; its 9.5 pt text stays legible at the width of a phone
+DPI = 170
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def _bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
         if span.last == span.first:
             continue
         axes.axvspan(span.first, span.last, color=theme.of(span.kind), alpha=0.07, linewidth=0)
-        if names and span.last - span.first >= 0.08 * end:
+        if span.first:
+            axes.axvline(span.first, color=theme.soft, alpha=0.35, linewidth=0.8)
+        if names and span.last - span.first >= 0.017 * len(span.name) * end:
             axes.annotate(
                 span.name, ((span.first + span.last) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
                 textcoords="offset points", ha="center", va="bottom", fontsize=8, color=theme.of(span.kind),
@@ -150,7 +152,7 @@ def _stage_lines(axes: Axes, run: RunData, key: str, colour: str, label: str | N
 
 
 def _per_cent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
 
 
 def _legend(axes: Axes, **options: object) -> None:
@@ -176,7 +178,7 @@ def accuracy(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes.fill_between(x, low, high, color=theme.actor, alpha=0.16, linewidth=0)
     axes.plot(x, y, color=theme.actor, marker="o", markersize=4)
     axes.annotate(f"{100 * y[-1]:.1f} %", (x[-1], y[-1]), xytext=(-6, 8), textcoords="offset points",
-                  ha="right", color=theme.actor, fontweight="bold")  # fmt: skip
+                  ha="right", color=theme.ink, fontweight="bold")  # fmt: skip
     _bands(axes, run, theme)
     _per_cent(axes)
     return True
@@ -208,7 +210,7 @@ def critic_error(figure: Figure, run: RunData, theme: Theme) -> bool:
         (name, constant, title)
         for name, constant, title in (
             ("brier", "brier_constant", "Brier score"),
-            ("mse", "mse_constant", "squared error against Monte-Carlo values"),
+            ("mse", "mse_constant", "MSE to Monte-Carlo"),
         )
         if _evaluated(run, name, rows)[0]
     ]
@@ -227,7 +229,7 @@ def critic_error(figure: Figure, run: RunData, theme: Theme) -> bool:
         axes.set_ylabel(title)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         _bands(axes, run, theme, names=name == panels[0][0])
-        _legend(axes, ncols=2)
+    _legend(figure.axes[0], ncols=2)
     for axes in figure.axes[:-1]:
         axes.set_xlabel("")
     return True
@@ -353,7 +355,9 @@ def mismatch(figure: Figure, run: RunData, theme: Theme) -> bool:
     _bands(bottom, run, theme, names=False)
     top.set(ylabel="|Δ log-prob|", xlabel="")
     bottom.set_ylabel("k3 KL")
-    _legend(top, ncols=2)
+    handles, labels = top.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return drawn
 
 

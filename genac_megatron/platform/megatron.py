@@ -38,6 +38,7 @@ from genac_megatron.platform.cpu_cuda import CPU_CUDA
 
 PACKAGE = "megatron.core"
 _FACADE = "__cpu_cuda__"
+_VERSION = sys.version.encode() + Path(__file__).read_bytes()  # another Python or rewriting, another cache
 
 
 def install() -> bool:
@@ -156,8 +157,7 @@ def _cache_file(path: str, source: bytes) -> Path | None:
     folder = _cache_folder()
     if folder is None:
         return None
-    version = "|".join((sys.version, path, Path(__file__).read_text()))
-    return folder / hashlib.sha256(version.encode() + source).hexdigest()
+    return folder / hashlib.sha256(_VERSION + path.encode() + b"\0" + source).hexdigest()
 
 
 def _cache_folder() -> Path | None:

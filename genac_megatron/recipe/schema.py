@@ -322,6 +322,8 @@ class EvaluationConfig(Block):
     prompts: Positive = 64
     samples: Positive = 4
     temperature: PositiveFloat = 1.0
+    mc_states: Annotated[int, Field(ge=0)] = 0  # states whose value is also estimated by Monte Carlo
+    mc_continuations: Annotated[int, Field(ge=2)] = 16  # continuations per such state
 
 
 class CheckpointConfig(Block):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Request
-from genac_megatron.serving.engine import Engine, check_request
-from genac_megatron.serving.generation import CPU_ATTENTION, Generation
+from genac_megatron.serving.engine import Engine, check_ids, check_request
+from genac_megatron.serving.generation import CPU_ATTENTION, Generation, score_continuations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETTLE_TURNS = 8  # of the loop between batches: what consumers submit at once joins the next batch
 
 
 def build_model(hf_config: dict[str, Any] | str | Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """A model with arbitrary weights from a Hugging Face config (its dictionary, or a folder with config.json).
+    """A model with random weights from a Hugging Face config: its dictionary, or a folder with config.json.
 
     Leaves torch's random state as it was. Raises InputError where the config is not a causal language
     model's that transformers knows.
@@ -57,7 +57,7 @@ def build_model(hf_config: dict[str, Any] | str | Path, dtype: str, device: torc
     return model.eval().requires_grad_(False)
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """A request in the queue."""
 
@@ -81,6 +81,7 @@ class EmbeddedEngine(Engine):
         self.version = -1
         self._model: PreTrainedModel | None = build_model(hf_config, config.dtype, self.device)
         self._queue: list[Waiting] = []  # oldest first
+        self._loop: asyncio.AbstractEventLoop | None = None  # of those in the queue
         self._scheduled = False
         self._running: Generation | None = None
         self._loading: int | None = None  # the version whose tensors are coming in
@@ -89,16 +90,23 @@ class EmbeddedEngine(Engine):
         self.stats()
 
     async def complete(self, request: Request) -> Completion:
-        if self._model is None:
-            raise InputError("the engine is closed", where=f"request {request.key!r}")
-        if self.version < 0 and self._loading is None:
-            raise InputError("the engine has no weights", way_out="publish the role's weights to it first")
-        check_request(request, self._model.config.get_text_config().vocab_size)
+        model = self._ready(f"request {request.key!r}")
+        check_request(request, model.config.vocab_size)
         loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # what waited in a loop that is gone waits no more
+            self._loop, self._scheduled, self._queue = loop, False, []
         waiting = Waiting(request, loop.create_future())
         self._queue.append(waiting)
-        self._schedule(loop)
+        self._schedule()
         return await waiting.future
+
+    async def score(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        model = self._ready("score")
+        if self._loading is not None:
+            raise InputError(f"weights of version {self._loading} are half loaded", where="score")
+        for part in (ids, *continuations):
+            check_ids(part, model.config.vocab_size, "score")
+        return score_continuations(model, ids, continuations) if continuations else []
 
     def abort(self, key: str | None = None) -> None:
         for waiting in self._queue:
@@ -112,11 +120,10 @@ class EmbeddedEngine(Engine):
     def load_weights(
         self, version: int, tensors: Iterable[tuple[str, Tensor]], *, final: bool = True
     ) -> None:
-        if self._model is None:
-            raise InputError("the engine is closed", where=f"weights of version {version}")
         where = f"weights of version {version}"
+        model = self._ready(where, weights=False)
         # Tied weights appear once here, under the name that a saved model has.
-        expected = dict(self._model.named_parameters()) | _persistent_buffers(self._model)
+        expected = dict(model.named_parameters()) | _persistent_buffers(model)
         try:
             if self._loading not in (None, version):
                 raise InputError(f"version {self._loading} was still coming in", where=where)
@@ -130,19 +137,27 @@ class EmbeddedEngine(Engine):
             raise
         if final:
             self.version, self._loading, self._loaded = version, None, set()
-            if self._queue:
-                self._schedule(self._queue[0].future.get_loop())
+            if self._loop is not None and not self._loop.is_closed():
+                self._schedule()
 
     def stats(self) -> dict[str, float]:
-        taken, self._stats = (
-            self._stats,
-            dict.fromkeys(("tokens", "prompt_tokens", "seconds", "batches"), 0.0),
-        )
+        taken = self._stats
+        self._stats = dict.fromkeys(("tokens", "prompt_tokens", "seconds", "batches"), 0.0)
         return taken
 
     def close(self) -> None:
         self.abort()
         self._model, self.version = None, -1
+
+    def _ready(self, where: str, *, weights: bool = True) -> PreTrainedModel:
+        """The model; InputError where there is none, or it has no weights and none are coming in."""
+        if self._model is None:
+            raise InputError("the engine is closed", where=where)
+        if weights and self.version < 0 and self._loading is None:
+            raise InputError(
+                "the engine has no weights", where=where, way_out="publish the role's weights to it first"
+            )
+        return self._model
 
     def _load_one(self, name: str, tensor: Tensor, expected: dict[str, Tensor], where: str) -> None:
         if name not in expected:
@@ -165,23 +180,21 @@ class EmbeddedEngine(Engine):
             if not waiting.future.done():
                 waiting.future.set_exception(error)
 
-    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._scheduled:
+    def _schedule(self) -> None:
+        if self._loop is not None and self._queue and not self._scheduled:
             self._scheduled = True
-            loop.call_soon(self._drain, loop, SETTLE_TURNS)
+            self._loop.call_soon(self._drain, self._loop, SETTLE_TURNS)
 
     def _drain(self, loop: asyncio.AbstractEventLoop, turns: int) -> None:
         """Run one batch after `turns` turns of the loop, and come back for the next."""
         if turns > 0:
             loop.call_soon(self._drain, loop, turns - 1)
             return
-        self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
         self._scheduled = False
-        if not self._queue or self._loading is not None:  # a finished load schedules again
-            return
-        self._run(self._take_batch())
-        if self._queue:
-            self._schedule(loop)
+        self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
+        if self._queue and self._loading is None:  # a load that is under way schedules again
+            self._run(self._take_batch())
+            self._schedule()
 
     def _take_batch(self) -> list[Waiting]:
         """Cut the queue, sorted by prompt, into batches; take the one with the oldest request."""
@@ -193,8 +206,8 @@ class EmbeddedEngine(Engine):
                     break
                 batch = []
             batch.append(waiting)
-        taken = set(map(id, batch))
-        self._queue = [waiting for waiting in self._queue if id(waiting) not in taken]
+        taken = set(batch)
+        self._queue = [waiting for waiting in self._queue if waiting not in taken]
         return batch
 
     def _fits(self, batch: list[Waiting]) -> bool:
@@ -223,5 +236,6 @@ class EmbeddedEngine(Engine):
 
 
 def _persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The buffers that a saved model has."""
     kept = model.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
@@ -27,6 +27,10 @@ class Engine(ABC):
         softmax(logits / temperature), in fp32; of softmax(logits) where the temperature is 0.
         Raises InputError on a malformed request, or where no complete weights were ever loaded.
         """
+
+    @abstractmethod
+    async def score(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """log p(continuation | ids), summed over its tokens at temperature 1, of each continuation."""
 
     @abstractmethod
     def abort(self, key: str | None = None) -> None:
@@ -56,18 +60,23 @@ class Engine(ABC):
 def check_request(request: Request, vocab: int) -> None:
     """Raise InputError where a request cannot be served by a model with `vocab` token ids."""
     where = f"request {request.key!r}" if request.key else "request"
-    if not request.ids:
-        raise InputError("the prompt has no tokens", where=where)
-    if min(request.ids) < 0 or max(request.ids) >= vocab:
-        bad = next(token for token in request.ids if not 0 <= token < vocab)
-        raise InputError(
-            f"token id {bad} is outside the model's vocabulary of {vocab}",
-            where=where,
-            way_out="use the tokenizer that belongs to the model",
-        )
+    check_ids(request.ids, vocab, where)
     if request.params.max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {request.params.max_new_tokens}, not at least 1", where=where)
     if request.params.temperature < 0:
         raise InputError(f"temperature is {request.params.temperature}, not at least 0", where=where)
     if request.seed < 0:
         raise InputError(f"seed is {request.seed}, not at least 0", where=where)
+
+
+def check_ids(ids: Sequence[int], vocab: int, where: str) -> None:
+    """Raise InputError where there are no ids, or one is outside the vocabulary."""
+    if not ids:
+        raise InputError("there are no tokens", where=where)
+    if min(ids) < 0 or max(ids) >= vocab:
+        raise InputError(
+            f"token id {next(token for token in ids if not 0 <= token < vocab)} is outside the model's "
+            f"vocabulary of {vocab}",
+            where=where,
+            way_out="use the tokenizer that belongs to the model",
+        )

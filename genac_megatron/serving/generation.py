@@ -7,8 +7,8 @@ per row, cache layers with room to grow, and an attention function that repeats 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -28,29 +28,33 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from genac_megatron.errors import GenacError
 from genac_megatron.records import Completion, Finish, Request
 
 CPU_ATTENTION = "genac_grouped_sdpa"
-PREFILL_TOKENS = 2048  # read at once on CPU: activations stay in cache, which is twice as fast
+PREFILL_TOKENS = 1024  # read at once on CPU: activations of small models stay in the processor's cache
 COMPACT_BELOW = 0.75  # share of rows still running below which the finished ones are dropped
 COMPACT_ROWS = 8  # fewer rows than this cost the same each
 
 
 def grouped_sdpa(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: Any,
+    **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for query [b, h, q, d] and key, value [b, kv_heads, k, d] -> [b, q, h, d].
 
     The library's "sdpa" copies keys and values once per query head where there is a mask; torch's CPU
-    kernel needs no such copies (3 times faster at 4 query and 2 key heads).
+    kernel needs no such copies. Where one token is decoded, the query heads of a key head act as its rows.
     """
+    batch, heads, length, width = query.shape
+    if length == 1:
+        query = query.reshape(batch, key.shape[1], -1, width)
     output = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -58,10 +62,10 @@ def grouped_sdpa(
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
-        is_causal=attention_mask is None and query.shape[2] > 1,
+        is_causal=attention_mask is None and length > 1,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.reshape(batch, heads, length, width).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(CPU_ATTENTION, grouped_sdpa)
@@ -77,13 +81,14 @@ class RoomyLayer(DynamicLayer):
         self._rooms: list[Tensor] = []  # of keys and of values
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append [b, kv_heads, n, d] keys and values; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._rooms = [
-                new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (key_states, value_states)
+                new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+                for new in (key_states, value_states)
             ]
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
@@ -95,7 +100,7 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep, in this order, the rows `indices` [n] of the batch; a row may be named more than once."""
         if length := self.get_seq_length():
-            self._rooms = [room[indices] for room in self._rooms]
+            self._rooms = [room.index_select(0, indices) for room in self._rooms]
             self.keys, self.values = (room[:, :, :length] for room in self._rooms)
 
 
@@ -134,7 +139,7 @@ class Sampler(LogitsProcessor):
         self.logprobs = torch.zeros(len(requests), steps, device=device)
         self.step = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [b, vocab], fp32 logits -> 0 at the chosen token and -inf elsewhere."""
         logprobs = torch.log_softmax(scores / self.temperatures, dim=-1)
         chosen = inverse_cdf(logprobs, self.uniforms[:, self.step, None])
@@ -159,23 +164,23 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Sample from log-probs [b, vocab] with uniforms [b, 1] in [0, 1), fp64 -> token ids [b, 1].
 
     The first token whose cumulative probability exceeds u times the total: summed in fp64, so that a
-    large vocabulary's tail keeps its share; never a token of probability 0.
+    large vocabulary's tail keeps its share; never a token of probability 0. NaN gives some token id.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)
 
 
 class RowsDone(StoppingCriteria):
-    """Ends rows one by one, and the call of `generate` once few enough are left to be worth dropping the rest."""
+    """Ends rows one by one, and the call of `generate` once it is worth dropping those that have ended."""
 
     def __init__(self, sampler: Sampler, rows: int) -> None:
         self.sampler = sampler
         self.lengths = torch.zeros(rows, dtype=torch.long, device=sampler.tokens.device)  # 0: still running
         self.aborted = torch.zeros_like(self.lengths, dtype=torch.bool)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, _input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
         """Rows [b] that are done; all of them where the call must end."""
         ended = self.sampler.at_end() | self.aborted
         self.lengths.masked_fill_(ended & (self.lengths == 0), self.sampler.step)
@@ -245,6 +250,12 @@ class Generation:
             if length == 0:
                 continue
             params = self.requests[self.rows[place]].params
+            if not all(map(math.isfinite, logprobs[place][:length])):
+                raise GenacError(
+                    f"the model's log-probs are not finite (weights of version {self.version})",
+                    where=f"request {self.requests[self.rows[place]].key!r}",
+                    way_out="the weights have diverged: resume from an earlier checkpoint, lower the lr",
+                )
             finish: Finish = "abort"
             if tokens[place][length - 1] in params.stop_token_ids:
                 finish = "stop"
@@ -266,36 +277,69 @@ class Generation:
         """
         prompts = [request.ids for request in self.requests]
         distinct = {ids: place for place, ids in enumerate(dict.fromkeys(prompts))}
-        shared = min(len(commonprefix(list(distinct))), min(map(len, distinct)) - 1)
+        shared = min(shared_length(list(distinct)), min(map(len, distinct)) - 1)
         width = max(map(len, distinct))
         ids = torch.zeros(len(distinct), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for prompt, place in distinct.items():
-            for part, columns in ((prompt[:shared], slice(0, shared)), (prompt[shared:], slice(shared - len(prompt), None))):
-                ids[place, columns] = torch.tensor(part)
-                mask[place, columns] = 1
+            rest = width - (len(prompt) - shared)
+            ids[place, :shared], ids[place, rest:] = torch.tensor(prompt).tensor_split([shared])
+            mask[place, :shared], mask[place, rest:] = 1, 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = make_cache(self.model, width + max(request.params.max_new_tokens for request in self.requests))
+        cache = make_cache(
+            self.model, width + max(request.params.max_new_tokens for request in self.requests)
+        )
         if shared:
-            self._read(ids[:1, :shared], mask[:1, :shared], cache)
+            read(self.model, ids[:1, :shared], mask[:1, :shared], cache)
             cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
-        self._read(ids[:, :-1], mask[:, :-1], cache)
+        read(self.model, ids[:, :-1], mask[:, :-1], cache)
         rows = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
         if len(distinct) < len(prompts):
             cache.batch_select_indices(rows)
         return ids[rows], mask[rows], cache
 
-    def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
-        """Extend the cache over ids and mask [b, w], from where it ends."""
-        width = ids.shape[1]
-        chunk = max(1, PREFILL_TOKENS // len(ids)) if self.device.type == "cpu" else width
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        for start in range(cache.get_seq_length(), width, chunk):
-            end = min(start + chunk, width)
-            self.model.base_model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-            )
+
+def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Number of ids that all prompts begin with."""
+    first, last = min(prompts), max(prompts)  # in lexicographic order these two differ earliest
+    differ = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return next(differ, min(len(first), len(last)))
+
+
+def read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
+    """Extend the cache over ids and mask [b, w], from where it ends."""
+    width = ids.shape[1]
+    chunk = max(1, PREFILL_TOKENS // len(ids)) if ids.device.type == "cpu" else width
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for start in range(cache.get_seq_length(), width, chunk):
+        end = min(start + chunk, width)
+        model.base_model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: PreTrainedModel, ids: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> list[float]:
+    """log p(continuation | ids) of each continuation: the fp32 sum over its tokens, at temperature 1."""
+    lengths = torch.tensor([len(continuation) for continuation in continuations])
+    longest = int(lengths.max())
+    targets = torch.zeros(len(continuations), longest, dtype=torch.long)
+    for row, continuation in enumerate(continuations):
+        targets[row, : len(continuation)] = torch.tensor(continuation)
+    targets = targets.to(model.device)
+    prefix = torch.tensor([ids], device=model.device)
+    cache = make_cache(model, len(ids) + longest)
+    read(model, prefix[:, :-1], torch.ones_like(prefix[:, :-1]), cache)
+    cache.batch_select_indices(torch.zeros(len(targets), dtype=torch.long, device=model.device))
+    inputs = torch.cat([prefix[:, -1:].expand(len(targets), 1), targets[:, :-1]], dim=1)
+    # What pads a short continuation comes after it, so that nothing that counts attends to it.
+    logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits.float()
+    logprobs = torch.log_softmax(logits, dim=-1).gather(2, targets[:, :, None])[:, :, 0]
+    within = torch.arange(longest)[None, :] < lengths[:, None]
+    return logprobs.where(within.to(model.device), 0.0).sum(1).tolist()

@@ -67,6 +67,19 @@ class Judge:
             judgement.soft = await self._soft(judgement)
         return judgement
 
+    async def judge_prompt(self, prompt: Prompt) -> Judgement:
+        """The judgement of the prompt state, which a whole group shares."""
+        nothing = Rollout(prompt, 0, Completion((), (), "stop"), "")
+        return await self.judge(State(nothing, 0, 0, 0))
+
+    async def judge_response(
+        self, rollout: Rollout, shared: asyncio.Future[Judgement]
+    ) -> list[Judgement]:
+        """Judgements of all states of a response, in order; the first is the group's."""
+        states = cut_states(rollout, self.actor_tokenizer, self.config.states)
+        later = await asyncio.gather(*(self.judge(state) for state in states[1:]))
+        return [await shared, *later]
+
     async def _soft(self, judgement: Judgement) -> float | None:
         """The expected score over the eleven answers, after the reasoning that was sampled."""
         ids = judgement.completion.ids
@@ -94,8 +107,7 @@ class Generator:
         group = Group(prompt)
         shared = None
         if self.judge is not None:
-            empty = Rollout(prompt, 0, Completion((), (), "stop"), "")
-            shared = asyncio.ensure_future(self.judge.judge(State(empty, 0, 0, 0)))
+            shared = asyncio.ensure_future(self.judge.judge_prompt(prompt))
         parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in range(samples)))
         for rollout, judgements in parts:
             group.rollouts.append(rollout)
@@ -111,15 +123,14 @@ class Generator:
         text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
         rollout = Rollout(prompt, sample, completion, text)
         if self.judge is None or shared is None:
-            self._verify(rollout)
+            self.verify(rollout)
             return rollout, []
-        states = cut_states(rollout, self.tokenizer, self.judge.config.states)
-        later = [asyncio.ensure_future(self.judge.judge(state)) for state in states[1:]]
-        self._verify(rollout)
-        judgements = [await shared, *[await one for one in later]]
-        return rollout, judgements
+        judging = asyncio.ensure_future(self.judge.judge_response(rollout, shared))
+        self.verify(rollout)
+        return rollout, await judging
 
-    def _verify(self, rollout: Rollout) -> None:
+    def verify(self, rollout: Rollout) -> None:
+        """Set the rollout's outcome, by the recipe's rule for cut-off responses."""
         if rollout.truncated and self.config.truncated_outcome == "zero":
             rollout.outcome = 0.0
         else:
@@ -131,5 +142,44 @@ def generate(generator: Generator, prompts: Sequence[Prompt], samples: int) -> l
 
     async def run() -> list[Group]:
         return list(await asyncio.gather(*(generator.group(p, samples) for p in prompts)))
+
+    return asyncio.run(run())
+
+
+async def _judged(judge: Judge, group: Group) -> Group:
+    shared = asyncio.ensure_future(judge.judge_prompt(group.prompt))
+
+    judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
+    return Group(group.prompt, group.rollouts, list(judgements))
+
+
+def judge_groups(judge: Judge, groups: Sequence[Group]) -> list[Group]:
+    """The same responses with fresh judgements of all their states."""
+
+    async def run() -> list[Group]:
+        return list(await asyncio.gather(*(_judged(judge, group) for group in groups)))
+
+    return asyncio.run(run())
+
+
+def continue_states(generator: Generator, states: Sequence[State], count: int) -> list[list[float]]:
+    """Outcomes of `count` fresh continuations of the actor from each state, within its token limit."""
+
+    async def one(state: State, sample: int) -> float:
+        rollout, limit = state.rollout, generator.config.max_new_tokens
+        kept = rollout.completion.ids[: state.cut]
+        params = SamplingParams(limit - state.cut, generator.config.temperature, generator.stop_ids)
+        key = f"{rollout.key}@{state.index}+{sample}"
+        seed = seed_for(*generator.seed, key)
+        completion = await generator.engine.complete(Request((*rollout.prompt.ids, *kept), params, seed, key))
+        ids = (*kept, *completion.ids)
+        text = generator.tokenizer.decode(ids, skip_special_tokens=True)
+        whole = Rollout(rollout.prompt, sample, Completion(ids, (), completion.finish), text)
+        generator.verify(whole)
+        return whole.outcome
+
+    async def run() -> list[list[float]]:
+        flat = await asyncio.gather(*(one(state, k) for state in states for k in range(count)))
+        return [list(flat[i * count : (i + 1) * count]) for i in range(len(states))]
 
     return asyncio.run(run())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,12 @@ from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
-from genac_megatron.publication.publisher import Publisher
+from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import Recipe, RoleConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
 from genac_megatron.tasks import make_task
-from genac_megatron.tasks.tokenizer import load_tokenizer
+from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
 
@@ -94,23 +94,31 @@ class Run:
 
     def stop_ids(self, role: str) -> tuple[int, ...]:
         """Token ids that end this role's generations."""
-        eos = self.tokenizers[role].eos_token_id
-        if eos is None:
-            raise InputError("the tokenizer has no end-of-sequence token", where=f"roles.{role}.model")
-        return (int(eos),)
+        return stop_token_ids(self.tokenizers[role])
 
-    def publish(self, *names: str) -> dict[str, float]:
-        """Bring the roles' current weights to their engines under the next version."""
+    def publish(self, *names: str, advance: bool = True) -> dict[str, float]:
+        """Bring the roles' current weights to their engines under the next version.
+
+        Without `advance` the version stays: engines that lost their weights get them again.
+        """
         figures: dict[str, float] = {}
         with self.phase("publish"):
             for name in names:
-                version = self.at.versions.get(name, 0) + 1
+                version = self.at.versions.get(name, 0) + int(advance)
                 self.at.versions[name] = version
                 stats = self.publishers[name].publish(version)
                 figures[f"publish/{name}_version"] = float(version)
                 figures[f"publish/{name}_bytes"] = stats["bytes"]
                 figures[f"publish/{name}_s"] = stats["seconds"]
         return figures
+
+    def copy_weights(self, source: str, target: str) -> None:
+        """Make `target` start from `source`'s weights. Raises InputError where the shapes differ."""
+        if self.roles[source].shape != self.roles[target].shape:
+            raise InputError(
+                f"{target} cannot start from {source}: their shapes differ", where=f"roles.{target}.model"
+            )
+        Publisher(self.roles[source], [RoleSink(self.roles[target])]).publish(0)
 
     # --- the world -------------------------------------------------------------------------------
 
@@ -197,5 +205,3 @@ def mean(values: Iterable[float]) -> float:
     got = list(values)
     return sum(got) / len(got) if got else float("nan")
 
-
-Evaluate = Callable[[Run, str], dict[str, float]]

@@ -28,6 +28,8 @@ Plan = list[list[list[int]]]  # [dp][micro-batch][sample indices]
 _FP8_ROWS = {"off": 1, "delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 _FP8_BLOCKS = ("mxfp8", "blockwise")
 
+_EVEN = 1.0025  # bins whose fullest is this near the mean are not levelled further
+
 
 def multiple_for(tp: int, cp: int, fp8: bool | str, *, sequence_parallel: bool | None = None) -> int:
     """What a pack's length must be a multiple of.
@@ -81,8 +83,9 @@ def plan_packs(
     hold alike lengths); where samples are few the last ones may be empty. Deterministic: the same
     arguments give the same plan on every rank.
 
-    Ranks differ by at most the longest sample: longest-first to the least loaded (Graham 1969). So
-    do micro-batches, save where that overflows one and MULTIFIT (Coffman, Garey, Johnson 1978) fits.
+    Longest first to the least loaded (Graham 1969), then swaps: ranks differ by at most the longest
+    sample. So do micro-batches, save where that overflows one, and best fit under a bisected
+    capacity (MULTIFIT: Coffman, Garey, Johnson 1978) takes its place.
     Raises InputError for a length below 1 or a tokens_per_microbatch below `multiple`.
     """
     capacity = tokens_per_microbatch // multiple * multiple
@@ -96,17 +99,19 @@ def plan_packs(
         raise InputError(f"sample {lengths.index(min(lengths))} has no input position", where="plan_packs")
     sizes = [_round_up(n, sample_multiple) for n in lengths]
     longest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    rows = _spread(longest_first, sizes, dp)
+    rows = [
+        sorted(row, key=lambda i: (-sizes[i], i)) for row in _level(_spread(longest_first, sizes, dp), sizes)
+    ]
     needed = max(len(_best_fit(row, sizes, capacity)) for row in rows)
     count = _round_up(max(needed, 1), microbatch_multiple)
     return [_pack_row(row, sizes, count, capacity) for row in rows]
 
 
 def _pack_row(row: list[int], sizes: list[int], count: int, capacity: int) -> list[list[int]]:
-    packs = _spread(row, sizes, count)
+    packs = _level(_spread(row, sizes, count), sizes)
     if any(len(pack) > 1 and _load(pack, sizes) > capacity for pack in packs):
         packs = _multifit(row, sizes, count, capacity)
-        packs += [[] for _ in range(count - len(packs))]
+        packs = _level(packs + [[] for _ in range(count - len(packs))], sizes)
     return sorted((sorted(pack) for pack in packs), key=lambda pack: (-_load(pack, sizes), pack))
 
 
@@ -115,7 +120,7 @@ def _load(pack: list[int], sizes: list[int]) -> int:
 
 
 def _spread(longest_first: list[int], sizes: list[int], bins: int) -> list[list[int]]:
-    """Each item to the bin with the least load so far. Bins keep the order, longest first."""
+    """Each item to the bin with the least load so far."""
     heap = [(0, b) for b in range(bins)]
     out: list[list[int]] = [[] for _ in range(bins)]
     for i in longest_first:
@@ -123,6 +128,51 @@ def _spread(longest_first: list[int], sizes: list[int], bins: int) -> list[list[
         out[b].append(i)
         heapq.heapreplace(heap, (load + sizes[i], b))
     return out
+
+
+def _level(bins: list[list[int]], sizes: list[int]) -> list[list[int]]:
+    """Move or swap items out of the fullest bin while that lowers it; no bin rises to what it was.
+
+    A bin of one item cannot be lowered and is passed over. Ends, as each step lowers the loads'
+    sum of squares.
+    """
+    loads = [_load(b, sizes) for b in bins]
+    goal = _EVEN * sum(loads) / len(loads)
+    while divisible := [b for b in range(len(bins)) if len(bins[b]) > 1 and loads[b] > goal]:
+        top = max(divisible, key=lambda b: loads[b])
+        for other in sorted(range(len(bins)), key=lambda b: loads[b]):
+            swap = _best_swap(bins[top], bins[other], sizes, loads[top] - loads[other])
+            if swap is not None:
+                break
+        else:
+            break
+        given, taken = swap
+        bins[top].remove(given)
+        bins[other].append(given)
+        if taken is not None:
+            bins[other].remove(taken)
+            bins[top].append(taken)
+        moved = sizes[given] - (0 if taken is None else sizes[taken])
+        loads[top] -= moved
+        loads[other] += moved
+    return bins
+
+
+def _best_swap(
+    fuller: list[int], emptier: list[int], sizes: list[int], gap: int
+) -> tuple[int, int | None] | None:
+    """The (item to give, item to take or None) that brings two bins, gap apart, nearest to equal."""
+    takes: list[int | None] = [None, *sorted(emptier, key=lambda i: sizes[i])]
+    weights = [0, *sorted(sizes[i] for i in emptier)]
+    best, best_miss = None, gap
+    for give in fuller:
+        at = bisect_left(weights, sizes[give] - gap / 2)
+        for j in (at - 1, at):
+            if 0 <= j < len(weights):
+                miss = abs(2 * (sizes[give] - weights[j]) - gap)
+                if miss < best_miss:  # so 0 < what moves < gap
+                    best, best_miss = (give, takes[j]), miss
+    return best
 
 
 def _best_fit(longest_first: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
@@ -237,8 +287,8 @@ def build_pack(
     A span is filled up to sample_multiple with padding of its own, which causal attention keeps
     from the sample; the tail that fills the pack is a sequence of its own. Padding has token and
     label 0, no loss, fields 0. `fields` holds field_names, of samples' figures for tokens[start:].
-    No indices: all padding. Tensors are on the CPU. Raises InputError for a sample that is too short, whose start is not in
-    1..n, or whose field is missing or not one figure per trained token.
+    No indices: all padding. Tensors are on the CPU. Raises InputError for a sample that is too
+    short, whose start is not in 1..n, or whose field is missing or not one figure per trained token.
     """
     spans = [_round_up(_positions(samples[i], i), sample_multiple) for i in indices]
     used = sum(spans)

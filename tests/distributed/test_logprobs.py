@@ -36,7 +36,7 @@ def _inputs(dtype: torch.dtype, vocab: int) -> tuple[Tensor, Tensor, Tensor, Ten
     return hidden_TH, weight_VH, labels_T, mask_T, torch.randn(2, TOKENS, generator=g)
 
 
-def _tp_cases(rank: int, world: int, folder: str) -> None:
+def _tp_cases(rank: int, folder: str) -> None:
     """Every case on this rank; [log-prob, entropy, partial hidden gradient, weight gradient] of each."""
     groups = {tp: dist.new_subgroups(tp)[0] for tp in (2, 4)}
     results = []
@@ -63,7 +63,7 @@ def _tp_cases(rank: int, world: int, folder: str) -> None:
 
 def _start(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    _tp_cases(rank, world, folder)
+    _tp_cases(rank, folder)
     dist.destroy_process_group()
 
 

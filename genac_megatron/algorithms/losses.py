@@ -1,0 +1,162 @@
+"""Losses over packed tokens. Pure: tensors in, tensors out.
+
+A loss is called as `loss(logp, entropy, fields) -> (scalar, stats)`:
+
+- logp: [T] float32, the trainer's log-prob of each token, with gradient.
+- entropy: [T] float32 or None.
+- fields: per token [T]. `weights` are normalised over the *global* batch (their sum over all ranks and
+  micro-batches is 1 for the token mean) and 0 on padding. Then, per loss, `advantages`, `behaviour`
+  (the log-probs the engine sampled with) and optionally `old` (the trainer's before the first update).
+- The scalar is sum_t weights_t * loss_t; stats are scalars weighted alike. So sums over micro-batches
+  and ranks are batch means, and gradients add up. Padding may hold any finite figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from genac_megatron.recipe.schema import LossConfig
+
+Stats = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, Stats]]
+
+# e^20: beyond any ratio that clipping lets through. Without it exp overflows and 0 * inf gives NaN gradients.
+LOG_RATIO_LIMIT = 20.0
+
+
+def token_weights(lengths: Tensor | Sequence[int], aggregate: str = "token") -> Tensor:
+    """The loss weight of each token of each sequence: trained lengths [B] -> [B] float32.
+
+    `lengths` are those of the whole global batch of one optimizer step. `token`: 1 / sum of lengths.
+    `sequence`: 1 / (number of non-empty sequences * own length). Either way the weights of all tokens
+    sum to 1 (0 for an empty batch).
+    """
+    sizes = torch.as_tensor(lengths, dtype=torch.float64)
+    filled = sizes > 0
+    if aggregate == "token":
+        weights = torch.full_like(sizes, 1.0) / sizes.sum().clamp(min=1.0)
+    elif aggregate == "sequence":
+        weights = 1.0 / (filled.sum().clamp(min=1) * sizes.clamp(min=1.0))
+    else:
+        raise ValueError(f"aggregate is token or sequence, not {aggregate!r}")
+    return torch.where(filled, weights, torch.zeros_like(weights)).float()
+
+
+def make_sft_loss() -> Loss:
+    """Cross-entropy: -sum weights * logp. Fields: weights. Stats: nll, entropy where given."""
+
+    def sft_loss(logp: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]) -> tuple[Tensor, Stats]:
+        weights = fields["weights"]
+        loss = -(weights * logp).sum()
+        return loss, _entropy_stat({"nll": loss.detach()}, weights, entropy)
+
+    return sft_loss
+
+
+def make_ppo_loss(config: LossConfig) -> Loss:
+    """PPO's clipped objective (arXiv 1707.06347) with asymmetric clip, dual clip (1912.09729) and TIS.
+
+    ratio = exp(logp - old); s = min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and for
+    A < 0 s = max(s, dual_clip A); loss = -sum weights * tis * s - entropy_coef * sum weights * entropy.
+    tis = min(exp(old - behaviour), tis_cap), detached: the engine's distribution differs from the
+    trainer's. `old` defaults to logp itself, detached: the first update after a rollout.
+    Fields: weights, advantages, behaviour, old (optional). Stats: ratio, clip_share, dual_clip_share,
+    and those of `_mismatch_stats`.
+    """
+
+    def ppo_loss(logp: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]) -> tuple[Tensor, Stats]:
+        weights, advantages = fields["weights"], fields["advantages"]
+        old = fields.get("old", logp).detach()
+        ratio = _ratio(logp, old, weights)
+        surrogate = torch.minimum(
+            ratio * advantages, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * advantages
+        )
+        negative = advantages < 0
+        if config.dual_clip is not None:
+            surrogate = torch.where(
+                negative, torch.maximum(surrogate, config.dual_clip * advantages), surrogate
+            )
+        tis = _tis(old, fields["behaviour"], weights, config.tis_cap)
+        loss = -(weights * tis * surrogate).sum()
+        if config.entropy_coef != 0.0:
+            if entropy is None:
+                raise ValueError("entropy_coef needs the tokens' entropy")
+            loss = loss - config.entropy_coef * (weights * entropy).sum()
+        with torch.no_grad():
+            above = (advantages > 0) & (ratio > 1.0 + config.clip_high)
+            below = negative & (ratio < 1.0 - config.clip_low)
+            far = negative & (ratio > (config.dual_clip or float("inf")))
+            stats = {
+                "ratio": (weights * ratio).sum(),
+                "clip_share": (weights * (above | below)).sum(),
+                "dual_clip_share": (weights * far).sum(),
+            }
+            stats |= _mismatch_stats(old, logp.detach(), fields["behaviour"], weights, config.tis_cap)
+        return loss, _entropy_stat(stats, weights, entropy)
+
+    return ppo_loss
+
+
+def make_reinforce_loss(config: LossConfig) -> Loss:
+    """REINFORCE: -sum weights * tis * advantages * logp - entropy_coef * sum weights * entropy.
+
+    `advantages` hold the completion's weight w = R_v - b on each of its tokens.
+    tis = min(exp(logp - behaviour), tis_cap), detached. Fields: weights, advantages, behaviour.
+    Stats: those of `_mismatch_stats`.
+    """
+
+    def reinforce_loss(
+        logp: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Stats]:
+        weights, behaviour = fields["weights"], fields["behaviour"]
+        now = logp.detach()
+        tis = _tis(now, behaviour, weights, config.tis_cap)
+        loss = -(weights * tis * fields["advantages"] * logp).sum()
+        if config.entropy_coef != 0.0:
+            if entropy is None:
+                raise ValueError("entropy_coef needs the tokens' entropy")
+            loss = loss - config.entropy_coef * (weights * entropy).sum()
+        return loss, _entropy_stat(
+            _mismatch_stats(now, now, behaviour, weights, config.tis_cap), weights, entropy
+        )
+
+    return reinforce_loss
+
+
+def _ratio(logp: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
+    """exp(logp - reference), [T]; 1 where the weight is 0, so that padding makes no inf."""
+    difference = torch.where(weights != 0, logp - reference, torch.zeros_like(logp))
+    return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _tis(trainer: Tensor, behaviour: Tensor, weights: Tensor, cap: float | None) -> Tensor:
+    """Truncated importance sampling weight min(trainer / behaviour, cap), [T], no gradient; 1 where off."""
+    if cap is None:
+        return torch.ones_like(trainer)
+    return _ratio(trainer, behaviour, weights).detach().clamp(max=cap)
+
+
+def _mismatch_stats(
+    trainer: Tensor, logp: Tensor, behaviour: Tensor, weights: Tensor, cap: float | None
+) -> Stats:
+    """tis (mean weight), tis_clip_share, and kl_behaviour.
+
+    kl_behaviour is KL(behaviour || trainer now) by the k3 estimator r - 1 - log r with
+    r = trainer / behaviour on tokens that behaviour sampled; it is never negative.
+    """
+    raw = _ratio(trainer, behaviour, weights)
+    ratio = _ratio(logp, behaviour, weights)
+    return {
+        "tis": (weights * _tis(trainer, behaviour, weights, cap)).sum(),
+        "tis_clip_share": (weights * (raw > (cap if cap is not None else float("inf")))).sum(),
+        "kl_behaviour": (weights * (ratio - 1.0 - ratio.log())).sum(),
+    }
+
+
+def _entropy_stat(stats: Stats, weights: Tensor, entropy: Tensor | None) -> Stats:
+    if entropy is not None:
+        stats["entropy"] = (weights * entropy.detach()).sum()
+    return stats

@@ -1,0 +1,119 @@
+"""The command line: genac run | report | doctor. Imports no torch before a run needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from genac_megatron import __version__
+from genac_megatron.errors import EXIT_INPUT, EXIT_OK, GenacError, InputError
+
+EPILOG = """exit codes: 0 done; 2 the recipe or an input is wrong; 3 a gate failed;
+4 an engine or peer was lost beyond its budget; 75 stopped on purpose with a checkpoint"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(
+        prog="genac", description="LLM reinforcement learning with a generative critic.", epilog=EPILOG
+    )
+    root.add_argument("--version", action="version", version=f"genac-megatron {__version__}")
+    commands = root.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run a recipe", epilog=EPILOG)
+    run.add_argument("recipe", help="a YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example stages.2.steps=5")
+    run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its estimate")
+    run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    report = commands.add_parser("report", help="write the report of a run folder")
+    report.add_argument("run", help="a run folder")
+    commands.add_parser("doctor", help="check this machine's packages")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `genac`; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_intermixed_args(given) if "run" not in given[:1] else _parse_run(given)
+    try:
+        match options.command:
+            case "run":
+                return _run(options, given)
+            case "report":
+                return _report(Path(options.run))
+            case _:
+                return _doctor()
+    except GenacError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            kind = "error" if error.exit_code != 75 else "stopped"
+            print(f"genac: {kind}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _parse_run(given: list[str]) -> argparse.Namespace:
+    """Options may stand before, between and behind the overrides."""
+    flags = [word for word in given if word.startswith("-")]
+    words = [word for word in given if not word.startswith("-")]
+    return parser().parse_args([*words[:1], *flags, *words[1:]])
+
+
+def _run(options: argparse.Namespace, given: list[str]) -> int:
+    from genac_megatron.launch import Launcher, adopt_slurm, in_world, rank_command
+    from genac_megatron.recipe.loader import check, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    check(recipe)
+    if options.dry_run:
+        from genac_megatron.recipe.estimate import describe
+        from genac_megatron.recipe.loader import dump_recipe
+
+        print(dump_recipe(recipe))
+        print(describe(recipe))
+        return EXIT_OK
+    if not in_world():
+        return Launcher(rank_command(given), recipe.world.ranks, recipe.world.threads).run()
+    os.environ.update(adopt_slurm())
+    return _rank(recipe, options.resume)
+
+
+def _rank(recipe: object, resume: bool) -> int:
+    """This process's part of a run."""
+    import torch
+
+    from genac_megatron.platform.megatron import install
+    from genac_megatron.recipe.schema import Recipe
+
+    assert isinstance(recipe, Recipe)
+    torch.set_num_threads(recipe.world.threads)
+    install()  # before anything imports megatron.core
+    from genac_megatron.stages.pipeline import run_recipe
+    from genac_megatron.training.layout import close_world, init_world
+
+    world = init_world(recipe.world.timeout_s, recipe.seed)
+    if world.size != recipe.world.ranks:
+        raise InputError(
+            f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started", where="world.ranks"
+        )
+    run_recipe(recipe, world, resume=resume)
+    close_world()
+    return EXIT_OK
+
+
+def _report(folder: Path) -> int:
+    from genac_megatron.observe.report import write_report
+
+    if not (folder / "metrics.jsonl").exists():
+        raise InputError("no metrics.jsonl there", where=str(folder), way_out="give the folder of a run")
+    write_report(folder)
+    print(folder / "report" / "index.html")
+    return EXIT_OK
+
+
+def _doctor() -> int:
+    from genac_megatron.platform.doctor import doctor
+
+    text, ok = doctor()
+    print(text)
+    return EXIT_OK if ok else EXIT_INPUT

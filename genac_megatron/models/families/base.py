@@ -1,0 +1,225 @@
+"""What a model family is: its sizes, its Hugging Face config, and how its weights map to Megatron's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from genac_megatron.errors import InputError
+
+Fuse = Literal["copy", "qkv", "gate_up"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All sizes of a dense decoder-only transformer, whatever its family."""
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int  # rows of the Hugging Face embedding, before any padding
+    tie: bool  # the output layer is the embedding
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    init_std: float
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    rope_factor: float | None = None  # Llama 3.1 rope scaling; None: plain rope
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise InputError(
+                f"{self.heads} heads cannot share {self.kv_heads} key-value heads", where=f"{self.family} shape"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd", where=f"{self.family} shape")
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key (or value) projection."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors that it is made of.
+
+    `fuse`: copy (one tensor), qkv (query, key, value interleaved per key-value group) or gate_up (gate above
+    up, per rank). `tp_axis`: the axis that tensor parallelism cuts, None where every rank holds all of it.
+    `padded`: axis 0 is the vocabulary, padded to a multiple of tp. `aliases`: other names of the same
+    parameter (Transformer Engine keeps a norm's weight inside the linear layer after it).
+    """
+
+    name: str  # in a Megatron model chunk; {layer} is the chunk's own layer index
+    hf: tuple[str, ...]  # {layer} is the global layer index
+    fuse: Fuse = "copy"
+    tp_axis: int | None = None
+    padded: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every transformer layer has such a parameter."""
+        return "{layer}" in self.name
+
+    def hf_names(self, layer: int | None = None) -> tuple[str, ...]:
+        """Names of its Hugging Face tensors, of global layer `layer` where it is per layer."""
+        return tuple(name.format(layer=layer) for name in self.hf)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: which config.json it reads and writes, and its weight rules."""
+
+    name: str
+    architecture: str  # class name in transformers
+    qk_norm: bool
+    qkv_bias: bool
+    read_extras: Callable[[Mapping[str, Any]], None]  # raises InputError on an option that we do not build
+    write_extras: Mapping[str, Any]
+
+    def shape_from_hf(self, config: Mapping[str, Any]) -> Shape:
+        """The Shape of a config.json's content. Raises InputError on what this family cannot be here."""
+        where = f"{self.name} config.json"
+        if config.get("hidden_act", "silu") != "silu":
+            raise InputError(f"hidden_act {config['hidden_act']!r} is not silu", where=where)
+        self.read_extras(config)
+        heads, hidden = int(_need(config, "num_attention_heads", where)), int(_need(config, "hidden_size", where))
+        rope_theta, rope_factor = _rope(config, where)
+        return Shape(
+            family=self.name,
+            layers=int(_need(config, "num_hidden_layers", where)),
+            hidden=hidden,
+            ffn=int(_need(config, "intermediate_size", where)),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=int(_need(config, "vocab_size", where)),
+            tie=bool(config.get("tie_word_embeddings", False)),
+            rope_theta=rope_theta,
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            max_positions=int(config.get("max_position_embeddings", 4096)),
+            init_std=float(config.get("initializer_range", 0.02)),
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+            rope_factor=rope_factor,
+        )
+
+    def hf_config(self, shape: Shape) -> dict[str, Any]:
+        """The config.json content of `shape`; transformers' AutoConfig reads it."""
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
+        if shape.rope_factor is not None:
+            rope |= {"rope_type": "llama3", "factor": shape.rope_factor} | LLAMA3_ROPE
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "hidden_act": "silu",
+            "num_hidden_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.ffn,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab,
+            "tie_word_embeddings": shape.tie,
+            "rms_norm_eps": shape.norm_eps,
+            "max_position_embeddings": shape.max_positions,
+            "initializer_range": shape.init_std,
+            "rope_parameters": rope,
+            # The same for readers older than transformers 5.
+            "rope_theta": shape.rope_theta,
+            "rope_scaling": None if shape.rope_factor is None else rope,
+            **self.write_extras,
+        }
+
+    def rules(self, shape: Shape) -> tuple[Rule, ...]:
+        """The weight rules of a model of `shape`."""
+        return decoder_rules(shape)
+
+
+# What Megatron's rope scaling is fixed to (Llama 3.1).
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
+    if config.get(key) is None:
+        raise InputError(f"{key} is missing", where=where)
+    return config[key]
+
+
+def _rope(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
+    """(theta, Llama 3 scaling factor or None), as transformers 4 and 5 write them."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "llama3" and all(float(rope.get(key, -1)) == value for key, value in LLAMA3_ROPE.items()):
+        return theta, float(rope["factor"])
+    raise InputError(f"rope scaling {dict(rope)} is not one that Megatron-core can build", where=where)
+
+
+def refuse(*options: str) -> Callable[[Mapping[str, Any]], None]:
+    """A reader that raises InputError where any of these options is on."""
+
+    def read(config: Mapping[str, Any]) -> None:
+        for option in options:
+            if config.get(option):
+                raise InputError(f"{option}: {config[option]} is not supported", where="config.json")
+
+    return read
+
+
+def decoder_rules(shape: Shape) -> tuple[Rule, ...]:
+    """The rules that Llama and its kin share; tensors that a family lacks are left out."""
+    hf, mega = "model.layers.{layer}.", "decoder.layers.{layer}."
+    qkv = tuple(f"{hf}self_attn.{x}_proj" for x in "qkv")
+    rules = [
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), tp_axis=0, padded=True),
+        Rule(
+            mega + "input_layernorm.weight",
+            (hf + "input_layernorm.weight",),
+            aliases=(mega + "self_attention.linear_qkv.layer_norm_weight",),
+        ),
+        Rule(mega + "self_attention.linear_qkv.weight", tuple(f"{x}.weight" for x in qkv), "qkv", tp_axis=0),
+        Rule(mega + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), tp_axis=1),
+        Rule(
+            mega + "pre_mlp_layernorm.weight",
+            (hf + "post_attention_layernorm.weight",),
+            aliases=(mega + "mlp.linear_fc1.layer_norm_weight",),
+        ),
+        Rule(
+            mega + "mlp.linear_fc1.weight",
+            (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"),
+            "gate_up",
+            tp_axis=0,
+        ),
+        Rule(mega + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), tp_axis=1),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Rule(
+            "output_layer.weight",
+            ("model.embed_tokens.weight" if shape.tie else "lm_head.weight",),
+            tp_axis=0,
+            padded=True,
+        ),
+    ]
+    if shape.qkv_bias:
+        rules.append(
+            Rule(mega + "self_attention.linear_qkv.bias", tuple(f"{x}.bias" for x in qkv), "qkv", tp_axis=0)
+        )
+    if shape.qk_norm:
+        rules += [
+            Rule(mega + f"self_attention.{x}_layernorm.weight", (hf + f"self_attn.{x}_norm.weight",)) for x in "qk"
+        ]
+    return tuple(rules)

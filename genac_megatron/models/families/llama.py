@@ -1,0 +1,12 @@
+"""Llama 2 and 3, and models of their shape (SmolLM2, TinyLlama)."""
+
+from genac_megatron.models.families.base import Family, refuse
+
+FAMILY = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    qk_norm=False,
+    qkv_bias=False,
+    read_extras=refuse("attention_bias", "mlp_bias"),
+    write_extras={"attention_bias": False, "mlp_bias": False},
+)

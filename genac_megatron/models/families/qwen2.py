@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5: Llama with biases on query, key and value."""
+
+from genac_megatron.models.families.base import Family, refuse
+
+FAMILY = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    qk_norm=False,
+    qkv_bias=True,
+    read_extras=refuse("use_sliding_window"),
+    write_extras={"use_sliding_window": False},
+)

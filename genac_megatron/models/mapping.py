@@ -1,0 +1,277 @@
+"""The one weight mapping between Hugging Face tensors and Megatron parameters.
+
+Loading, saving, publication and the tools all go through it. A family's `Rule`s say which tensors make which
+parameter (families/base.py); here are the only functions that fuse, cut, join and split them. They are pure and
+copy values bit for bit. To be cut by tensor parallelism a fused tensor is laid out so that a rank's share is one
+slice of one axis:
+
+    copy      the tensor itself; axis `tp_axis`
+    qkv       [kv_heads, (heads / kv_heads + 2) head_dim, ...]: a group's queries, its key, its value; axis 0
+    gate_up   [2, ffn, ...]: gate, up; axis 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from genac_megatron.errors import InputError
+from genac_megatron.models.families.base import Rule, Shape
+from genac_megatron.models.registry import rules
+
+GetTensor = Callable[[str], Tensor]
+
+
+class ChunkLayout(Protocol):
+    """What loading needs of a `training.layout.Layout`."""
+
+    tp: int
+
+    def chunk_layers(self, layers: int, pp: int, chunk: int) -> range: ...
+
+
+class ParamRule(NamedTuple):
+    """A parameter of a model chunk and what it is made of."""
+
+    name: str  # in the chunk
+    parameter: nn.Parameter
+    rule: Rule
+    layer: int | None  # global; None for embedding, final norm and output layer
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """Names of the Hugging Face tensors, in the order `fuse` takes them."""
+        return self.rule.hf_names(self.layer)
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def padded_vocab(shape: Shape, tp: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: the vocabulary rounded up to a multiple of tp."""
+    return -(-shape.vocab // tp) * tp
+
+
+def hf_size(name: str, shape: Shape) -> torch.Size:
+    """Size of the Hugging Face tensor `name` (a full name or a rule's template)."""
+    q, kv, hidden = shape.q_size, shape.kv_size, shape.hidden
+    sizes = {
+        "embed_tokens.weight": (shape.vocab, hidden),
+        "lm_head.weight": (shape.vocab, hidden),
+        "q_proj.weight": (q, hidden),
+        "k_proj.weight": (kv, hidden),
+        "v_proj.weight": (kv, hidden),
+        "q_proj.bias": (q,),
+        "k_proj.bias": (kv,),
+        "v_proj.bias": (kv,),
+        "o_proj.weight": (hidden, q),
+        "q_norm.weight": (shape.head_dim,),
+        "k_norm.weight": (shape.head_dim,),
+        "gate_proj.weight": (shape.ffn, hidden),
+        "up_proj.weight": (shape.ffn, hidden),
+        "down_proj.weight": (hidden, shape.ffn),
+    }
+    return torch.Size(sizes.get(".".join(name.split(".")[-2:]), (hidden,)))  # the rest are norms
+
+
+def hf_names(shape: Shape) -> dict[str, torch.Size]:
+    """Name and size of every tensor of the Hugging Face model, in the order of its layers."""
+    names: dict[str, torch.Size] = {}
+    for rule in rules(shape):
+        if not rule.per_layer and rule.name.startswith("embedding"):
+            names |= {name: hf_size(name, shape) for name in rule.hf}
+    for layer in range(shape.layers):
+        for rule in rules(shape):
+            if rule.per_layer:
+                names |= {name: hf_size(name, shape) for name in rule.hf_names(layer)}
+    for rule in rules(shape):
+        if not rule.per_layer:
+            names |= {name: hf_size(name, shape) for name in rule.hf if name not in names}
+    return names
+
+
+def local_size(rule: Rule, shape: Shape, tp: int) -> torch.Size:
+    """Size of the parameter on each of `tp` ranks."""
+    sizes = [list(hf_size(name, shape)) for name in rule.hf]
+    size = [sum(s[0] for s in sizes), *sizes[0][1:]]
+    if rule.padded:
+        size[0] = padded_vocab(shape, tp)
+    if rule.tp_axis is not None:
+        size[rule.tp_axis] //= tp
+    return torch.Size(size)
+
+
+# --- fuse and cut, join and split ----------------------------------------------------------------
+
+
+def fuse(rule: Rule, hf: Sequence[Tensor], shape: Shape) -> Tensor:
+    """The whole parameter in the layout of the module's docstring (padding of the vocabulary left out)."""
+    if rule.fuse == "copy":
+        return hf[0]
+    if rule.fuse == "gate_up":
+        return torch.stack(tuple(hf))
+    groups = [x.reshape(shape.kv_heads, -1, *x.shape[1:]) for x in hf]
+    return torch.cat(groups, dim=1)
+
+
+def split(rule: Rule, whole: Tensor, shape: Shape) -> tuple[Tensor, ...]:
+    """The inverse of `fuse`: the Hugging Face tensors, in the rule's order."""
+    if rule.fuse == "copy":
+        return (whole.contiguous(),)
+    if rule.fuse == "gate_up":
+        return tuple(x.contiguous() for x in whole)
+    rows = [shape.heads // shape.kv_heads * shape.head_dim, shape.head_dim, shape.head_dim]
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in whole.split(rows, dim=1))
+
+
+def shard(rule: Rule, hf: Sequence[Tensor], shape: Shape, tp_rank: int, tp: int) -> Tensor:
+    """The parameter as rank `tp_rank` of `tp` holds it, contiguous.
+
+    hf: the rule's Hugging Face tensors, in its order. Rows that only pad the vocabulary are 0.
+    """
+    whole = fuse(rule, hf, shape)
+    if rule.padded:
+        whole = nn.functional.pad(whole, (0, 0, 0, padded_vocab(shape, tp) - shape.vocab))
+    axis = _axis(rule)
+    if axis is not None:
+        each = whole.size(axis) // tp
+        whole = whole.narrow(axis, tp_rank * each, each)
+    return (whole if rule.fuse == "copy" else whole.flatten(0, 1)).contiguous()
+
+
+def unshard(
+    rule: Rule, shards: Sequence[Tensor], shape: Shape, layer: int | None = None
+) -> dict[str, Tensor]:
+    """The exact inverse of `shard`: Hugging Face name -> tensor, from the shards of all tp ranks in order.
+
+    layer: the global layer of a per-layer rule. A parameter that is not cut takes the first shard.
+    """
+    axis = _axis(rule)
+    parts = [_unflatten(rule, x, shape) for x in (shards if axis is not None else shards[:1])]
+    whole = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
+    if rule.padded:
+        whole = whole[: shape.vocab]
+    return dict(zip(rule.hf_names(layer), split(rule, whole, shape), strict=True))
+
+
+def _axis(rule: Rule) -> int | None:
+    """The axis of `fuse`'s result that tensor parallelism cuts."""
+    return 1 if rule.fuse == "gate_up" else rule.tp_axis
+
+
+def _unflatten(rule: Rule, x: Tensor, shape: Shape) -> Tensor:
+    if rule.fuse == "qkv":
+        return x.unflatten(0, (-1, (shape.heads // shape.kv_heads + 2) * shape.head_dim))
+    return x.unflatten(0, (2, -1)) if rule.fuse == "gate_up" else x
+
+
+# --- a model's parameters ------------------------------------------------------------------------
+
+
+def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[ParamRule]:
+    """The rule of every parameter of a model chunk (wrapped or not), in the chunk's order.
+
+    layer_offset: global index of the chunk's first layer. Raises InputError naming every parameter that is
+    missing, surplus or misshapen.
+    """
+    model = unwrap(chunk)
+    expected = dict(_expected(model, layer_offset, shape))
+    names = {alias: name for name, (rule, _) in expected.items() for alias in _aliases(name, rule)}
+    tp = int(model.config.tensor_model_parallel_size)
+    found: list[ParamRule] = []
+    faults: list[str] = []
+    for name, parameter in model.named_parameters():
+        rule, layer = expected.pop(names.get(name, name), (None, None))
+        if rule is None:
+            faults.append(f"surplus parameter {name}")
+        elif parameter.shape != local_size(rule, shape, tp):
+            wanted = tuple(local_size(rule, shape, tp))
+            faults.append(f"{name} has shape {tuple(parameter.shape)}, expected {wanted}")
+        else:
+            found.append(ParamRule(name, parameter, rule, layer))
+    faults += [f"missing parameter {name}" for name in expected]
+    if faults:
+        raise InputError("; ".join(faults), where=f"{shape.family} model chunk from layer {layer_offset}")
+    return found
+
+
+def _expected(model: nn.Module, layer_offset: int, shape: Shape) -> Iterator[tuple[str, tuple[Rule, int | None]]]:
+    """(name, (rule, global layer)) of the parameters that the chunk must have."""
+    head = model.post_process and not (shape.tie and model.pre_process)
+    present = {"embedding": model.pre_process, "decoder": model.post_process, "output_layer": head}
+    for rule in rules(shape):
+        if rule.per_layer:
+            for local in range(len(model.decoder.layers)):
+                yield rule.name.format(layer=local), (rule, layer_offset + local)
+        elif present[rule.name.split(".")[0]]:
+            yield rule.name, (rule, None)
+
+
+def _aliases(name: str, rule: Rule) -> tuple[str, ...]:
+    if not rule.aliases:
+        return ()
+    local = name.split(".")[2]  # decoder.layers.<local>...
+    return tuple(alias.format(layer=local) for alias in rule.aliases)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside Float16Module, DistributedDataParallel and the like."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+@torch.no_grad()
+def load_hf_into(chunks: Sequence[nn.Module], layout: ChunkLayout, shape: Shape, get_tensor: GetTensor) -> None:
+    """Set this rank's parameters from Hugging Face tensors; nothing is communicated.
+
+    chunks: this rank's model chunks, in order. get_tensor(name) gives a whole tensor. With tied embeddings and
+    pp > 1 the last stage loads its copy of the embedding too. Raises InputError by name on a tensor whose size
+    is not the shape's, and as `param_rules` does.
+    """
+    for index, chunk in enumerate(chunks):
+        model = unwrap(chunk)
+        pp_rank, tp_rank = model.pg_collection.pp.rank(), model.pg_collection.tp.rank()
+        offset = layout.chunk_layers(shape.layers, pp_rank, index).start
+        for item in param_rules(model, offset, shape):
+            tensors = [_checked(get_tensor(name), name, shape) for name in item.hf_names]
+            item.parameter.copy_(shard(item.rule, tensors, shape, tp_rank, layout.tp))
+
+
+def _checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:
+    if tensor.shape != hf_size(name, shape):
+        raise InputError(
+            f"{name} has shape {tuple(tensor.shape)}, expected {tuple(hf_size(name, shape))}", where="weights"
+        )
+    return tensor
+
+
+# --- random weights ------------------------------------------------------------------------------
+
+
+def init_tensor(name: str, size: Sequence[int], shape: Shape, seed: int) -> Tensor:
+    """A Hugging Face tensor's random initial value, fp32; it depends on name and seed alone, never on layout.
+
+    Weights are normal(0, init_std), the two projections that write to the residual stream scaled by
+    1 / sqrt(2 layers) (GPT-2); norms are 1, biases 0.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(*size)
+    if name.endswith(".bias"):
+        return torch.zeros(*size)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = shape.init_std / math.sqrt(2 * shape.layers) if residual else shape.init_std
+    return torch.randn(*size, generator=generator).mul_(std)
+
+
+def random_weights(shape: Shape, seed: int) -> GetTensor:
+    """`get_tensor` of a randomly initialised model."""
+    sizes = hf_names(shape)
+    return lambda name: init_tensor(name, sizes[name], shape, seed)

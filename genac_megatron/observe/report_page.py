@@ -1,0 +1,318 @@
+"""The report as one HTML file: no scripts, no other files, light and dark, readable on a phone."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+import yaml
+
+from genac_megatron.observe.progress import format_duration
+from genac_megatron.observe.report_data import KINDS, ROLES, Row, RunData, number
+from genac_megatron.observe.report_plots import Plot
+from genac_megatron.recipe.schema import ObserveConfig
+
+STYLE = """
+:root{color-scheme:light dark;--page:#f4f5f8;--card:#fff;--ink:#1c2230;--soft:#626c7e;--line:#e2e6ed;
+--good:#0f766e;--bad:#b45309;--accent:#2563eb;--low:217,119,6;--high:37,99,235}
+@media(prefers-color-scheme:dark){:root{--page:#0e1117;--card:#171b23;--ink:#e8ebf1;--soft:#98a2b3;--line:#2b313d;
+--good:#2dd4bf;--bad:#fbbf24;--accent:#60a5fa;--low:251,191,36;--high:96,165,250}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:78rem;margin:0 auto;padding:1.5rem clamp(.75rem,3vw,2rem) 4rem}
+h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:2.2rem 0 .8rem}
+h3{font-size:1rem;margin:0}
+p{margin:.3rem 0}.soft{color:var(--soft);font-size:.9rem}
+.tiles,.pair{display:grid;gap:.9rem}
+.tiles{grid-template-columns:repeat(auto-fill,minmax(min(100%,12.5rem),1fr));margin-top:1.2rem}
+.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));align-items:start}
+.plots{columns:23rem;column-gap:.9rem}.plots>*{break-inside:avoid;margin-bottom:.9rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.8rem;padding:.9rem 1rem;min-width:0}
+.tile b{display:block;font-size:1.55rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
+.good{color:var(--good)}.bad{color:var(--bad)}
+figure{margin:0}figure img{width:100%;height:auto;display:block;margin-top:.5rem}
+figcaption{color:var(--soft);font-size:.85rem;margin-top:.4rem}
+.warn{border-left:4px solid var(--bad);margin-top:1rem}.warn ul{margin:.3rem 0 0;padding-left:1.2rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{text-align:right;padding:.38rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere;min-width:7rem}
+th{color:var(--soft);font-weight:500}
+tbody tr:last-child td{border-bottom:0}
+details{margin-top:.8rem}summary{cursor:pointer;font-weight:550}
+pre{overflow:auto;max-height:32rem;font-size:.82rem;line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0 0}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;font:.88rem/1.75 ui-monospace,SFMono-Regular,Menlo,monospace;margin:.6rem 0}
+.seg{border-radius:.25rem;padding:.1rem 0;-webkit-box-decoration-break:clone;box-decoration-break:clone}
+.chip{display:inline-block;font:600 .74rem/1.35 system-ui,sans-serif;padding:0 .42rem;margin:0 .25rem 0 .1rem;
+border-radius:1rem;background:var(--card);border:1.5px solid var(--soft);white-space:nowrap;text-decoration:none;color:inherit}
+.rollout+.rollout{margin-top:.9rem}.state{border-top:1px solid var(--line);padding:.55rem 0}
+.state:target{background:rgba(var(--high),.1)}
+.scale{display:inline-block;vertical-align:middle;width:9rem;height:.7rem;border-radius:.3rem;margin:0 .4rem;
+background:linear-gradient(90deg,rgba(var(--low),.5),rgba(var(--low),.04) 50%,rgba(var(--high),.04) 50%,rgba(var(--high),.5))}
+"""
+
+_FIGURES = (
+    ("brier", "Brier score", 4),
+    ("brier_constant", "of the best constant", 4),
+    ("mse", "MSE against Monte-Carlo values", 4),
+    ("mse_constant", "of the best constant", 4),
+    ("auc", "AUC", 3),
+    ("ece", "calibration error (ECE)", 4),
+    ("explained_variance", "explained variance", 3),
+    ("spearman", "Spearman", 3),
+    ("ranking_between", "ranking, between prompts", 3),
+    ("ranking_prompt", "ranking, within a prompt", 3),
+    ("ranking_response", "ranking, within a response", 3),
+    ("parse_rate", "parse rate", 4),
+    ("score_entropy", "entropy of scores, nats", 2),
+)  # fmt: skip
+_SHOWN_PER_KIND = 2
+
+
+def page(
+    run: RunData, summary: Mapping[str, Any], plots: Sequence[Plot], absent: Sequence[str], missing: Sequence[str]
+) -> str:
+    """The whole document."""
+    body = "".join((
+        _head(run, summary),
+        _missing(missing, absent),
+        _tiles(run, summary),
+        "<h2>Plots</h2><div class=plots>" + "".join(map(_plot, plots)) + "</div>" if plots else "",
+        _headlines(summary),
+        _rollouts(run),
+        _folds(run, summary),
+    ))  # fmt: skip
+    title = escape(str(summary["run/name"]))
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"<title>{title} · GenAC report</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def _text(value: Any, digits: int = 3, per_cent: bool = False) -> str:
+    x = number(value)
+    if math.isnan(x):
+        return "–"
+    return f"{100 * x:.1f} %" if per_cent else f"{x:.{digits}f}"
+
+
+def _head(run: RunData, summary: Mapping[str, Any]) -> str:
+    stages = " → ".join(f"{s.name} ({s.last - s.first} steps)" for s in run.spans if s.last > s.first)
+    times = run.series("time")[1]
+    when = datetime.fromtimestamp(times[-1], UTC).strftime("last step %Y-%m-%d %H:%M UTC") if times.size else ""
+    roles = []
+    for name, role in (run.recipe.get("roles") or {}).items():
+        model = (role or {}).get("model") or {}
+        roles.append(f"{name}: {model.get('hf') or model.get('family') or '?'}")
+    line = " · ".join(escape(part) for part in (stages, ", ".join(roles), when) if part)
+    return f"<h1>{escape(str(summary['run/name']))}</h1><p class=soft>{line}</p>"
+
+
+def _missing(missing: Sequence[str], absent: Sequence[str]) -> str:
+    items = [escape(m) for m in missing]
+    if absent:
+        items.append("no data for: " + escape(", ".join(absent)))
+    if not items:
+        return ""
+    return (
+        "<section class='card warn'><h3>Not all of a run is here</h3><ul>"
+        + "".join(f"<li>{item}</li>" for item in items)
+        + "</ul></section>"
+    )
+
+
+def _tile(title: str, value: str, note: str, verdict: bool | None = None) -> str:
+    colour = "" if verdict is None else " class=good" if verdict else " class=bad"
+    return f"<div class='card tile'><span class=soft>{title}</span><b{colour}>{value}</b><span class=soft>{note}</span></div>"
+
+
+def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
+    tiles = []
+    before, after = number(s["actor/accuracy_sft"]), number(s["actor/accuracy_ppo"])
+    if not math.isnan(after):
+        low, high = number(s.get("actor/accuracy_gain_low")), number(s.get("actor/accuracy_gain_high"))
+        note = f"from {_text(before, per_cent=True)}"
+        sure = None
+        if not math.isnan(low):
+            note += f"; gain {100 * (after - before):+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+            sure = low > 0
+        tiles.append(_tile("Actor, held out", _text(after, per_cent=True), note, sure))
+    elif not math.isnan(before):
+        tiles.append(_tile("Actor, held out", _text(before, per_cent=True), "before joint training"))
+    for kind in KINDS:
+        own = number(s[f"critic/brier_{kind}"])
+        base = number(s.get(f"critic/brier_constant_{kind}"))
+        if not math.isnan(own):
+            better = None if math.isnan(base) else own < base
+            tiles.append(_tile(f"Critic Brier after {kind}", _text(own, 4), f"best constant {_text(base, 4)}", better))
+    if not math.isnan(number(s["critic/parse_rate"])):
+        tiles.append(_tile("Judgements that parse", _text(s["critic/parse_rate"], per_cent=True), "last evaluation"))
+    if not math.isnan(p99 := number(s["parity/logp_p99"])):
+        alarm = number(((run.recipe.get("observe") or {}).get("parity_alarm")) or ObserveConfig().parity_alarm)
+        tiles.append(_tile("Trainer against engine", f"{p99:.2g}", f"worst p99 of |Δ log-prob|; alarm at {alarm:g}",
+                           p99 <= alarm))  # fmt: skip
+    served = [f"{r} v{s[f'publish/{r}_version']}" for r in ROLES if s[f"publish/{r}_version"] is not None]
+    if served:
+        seconds = number(s.get("publish/seconds_mean"))
+        note = "last published" + ("" if math.isnan(seconds) else f"; {seconds:.2g} s each step")
+        tiles.append(_tile("Served", ", ".join(served), note))
+    if not math.isnan(total := number(s["time/total_s"])):
+        tokens = number(s["tokens/total"])
+        tiles.append(_tile("Time", format_duration(total), f"{tokens:,.0f} tokens" if tokens else ""))
+    if not math.isnan(peak := number(s["memory/peak_gib"])):
+        tiles.append(_tile("Peak memory", f"{peak:.2f} GiB", "most of any rank"))
+    if broken := int(s["metrics/nonfinite"]):
+        tiles.append(_tile("Not finite", str(broken), "figures logged as null", False))
+    return f"<div class=tiles>{''.join(tiles)}</div>" if tiles else ""
+
+
+def _plot(plot: Plot) -> str:
+    light, dark = (base64.b64encode(image).decode() for image in (plot.light, plot.dark))
+    caption = f"<figcaption>{escape(plot.caption)}</figcaption>" if plot.caption else ""
+    return (
+        f"<figure class=card id={plot.id}><h3>{escape(plot.title)}</h3><picture>"
+        f'<source media="(prefers-color-scheme:dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{escape(plot.title)}" src="data:image/png;base64,{light}"></picture>{caption}</figure>'
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{h}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _headlines(s: Mapping[str, Any]) -> str:
+    known = [k for k in KINDS if not math.isnan(number(s.get(f"critic/brier_{k}")))]
+    rows = []
+    for name, label, digits in _FIGURES:
+        cells = [_text(s.get(f"critic/{name}_{kind}"), digits) for kind in known]
+        if any(cell != "–" for cell in cells):
+            rows.append([label, *cells])
+    critic = ""
+    if rows:
+        critic = "<section><h2>The critic after each stage</h2><div class=card>"
+        critic += _table(["", *known], rows) + "</div></section>"
+    phases = [key[len("share/time_") :] for key in s if key.startswith("share/time_") and key != "share/time_other"]
+    cost_rows = [
+        [escape(p), format_duration(number(s[f"time/{p}_s"])), _text(s[f"share/time_{p}"], per_cent=True),
+         f"{number(s[f'tokens/{p}']):,.0f}" if f"tokens/{p}" in s else "–"]
+        for p in sorted(phases, key=lambda p: -number(s[f"time/{p}_s"]))
+    ]  # fmt: skip
+    costs = ""
+    if cost_rows:
+        head = ["phase", "time", "share", "tokens"]
+        costs = "<section><h2>Where the time went</h2><div class=card>"
+        costs += _table(head, cost_rows) + "</div></section>"
+    return f"<div class=pair>{critic}{costs}</div>" if critic or costs else ""
+
+
+# --- rollouts ------------------------------------------------------------------------------------
+
+
+def chosen_rollouts(run: RunData) -> list[Row]:
+    """The latest rollouts, latest stage first: of each kind of stage a right and a wrong one."""
+    kind_of = {span.name: span.kind for span in run.spans}
+    chosen: list[Row] = []
+    for kind in reversed(KINDS):
+        own = [r for r in reversed(run.rollouts) if kind_of.get(str(r.get("stage")), r.get("stage")) == kind]
+        right = [r for r in own if number(r.get("outcome")) >= 0.5]
+        wrong = [r for r in own if number(r.get("outcome")) < 0.5]
+        chosen += (right[:1] + wrong[:1]) or own[:_SHOWN_PER_KIND]
+    return chosen
+
+
+def _rollouts(run: RunData) -> str:
+    shown = chosen_rollouts(run)
+    if not shown:
+        return ""
+    explain = (
+        "<p class=soft>Each chip is a state: what the critic said the chance of success was, having read "
+        "the text before it. The segment after a chip is what that value is the baseline of. "
+        "<span class=scale></span> low to high. A chip with <b>?</b> did not parse; the value in "
+        "brackets was used instead.</p>"
+    )
+    return "<h2>A few rollouts</h2>" + explain + "".join(_rollout(i, r) for i, r in enumerate(shown))
+
+
+def _tint(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    side = "high" if value >= 0.5 else "low"
+    return f"background:rgba(var(--{side}),{0.04 + 0.9 * abs(value - 0.5):.2f})"
+
+
+def _chip(anchor: str, state: Row) -> str:
+    value, used = number(state.get("value")), number(state.get("used"))
+    label = f"{value:.1f}" if not math.isnan(value) else f"? ({_text(used, 2)})"
+    return f'<a class=chip href="#{anchor}">{label}</a>'
+
+
+def segments(rollout: Row) -> list[tuple[Row | None, str]]:
+    """A response cut at its states: (the state before the text, the text), in order, nothing lost."""
+    response = str(rollout.get("response") or "")
+    states = [s for s in rollout.get("states") or [] if not math.isnan(number(s.get("cut_text")))]
+    states.sort(key=lambda s: number(s["cut_text"]))
+    cuts = [min(max(0, int(s["cut_text"])), len(response)) for s in states]
+    pieces: list[tuple[Row | None, str]] = []
+    if not cuts or cuts[0] > 0:
+        pieces.append((None, response[: cuts[0] if cuts else len(response)]))
+    for state, begin, end in zip(states, cuts, [*cuts[1:], len(response)], strict=True):
+        pieces.append((state, response[begin:end]))
+    return pieces
+
+
+def _rollout(number_: int, rollout: Row) -> str:
+    outcome = number(rollout.get("outcome"))
+    verdict = "right" if outcome >= 0.5 else "wrong"
+    colour = "good" if outcome >= 0.5 else "bad"
+    pieces, notes = [], []
+    for k, (state, text) in enumerate(segments(rollout)):
+        if state is None:
+            pieces.append(escape(text))
+            continue
+        anchor = f"r{number_}s{k}"
+        value = number(state.get("used"))
+        pieces.append(f'<span class=seg style="{_tint(value)}">{_chip(anchor, state)}{escape(text)}</span>')
+        said = escape(str(state.get("text") or "(nothing)"))
+        notes.append(f"<div class=state id={anchor}>{_chip(anchor, state)}<div class=text>{said}</div></div>")
+    reasoning = f"<details><summary>The critic's reasoning, state by state</summary>{''.join(notes)}</details>"
+    return (
+        f"<section class='card rollout'><h3>{escape(str(rollout.get('stage')))}, step "
+        f"{escape(str(rollout.get('step')))}, {escape(str(rollout.get('prompt')))}: "
+        f"<span class={colour}>{verdict}</span> ({_text(outcome, 2)})</h3>"
+        f"<div class='text soft'>{escape(str(rollout.get('problem') or ''))}</div>"
+        f"<div class=text>{''.join(pieces)}</div>{reasoning if notes else ''}</section>"
+    )
+
+
+# --- folds ---------------------------------------------------------------------------------------
+
+
+def _folds(run: RunData, summary: Mapping[str, Any]) -> str:
+    shown = [[escape(k), escape(f"{v:.6g}" if isinstance(v, float) else str(v))] for k, v in summary.items()]
+    folds = "<h2>Everything else</h2><div class=card>"
+    folds += f"<details><summary>All figures of summary.json</summary>{_table(['figure', 'value'], shown)}</details>"
+    folds += f"<details><summary>Every logged figure, stage by stage</summary>{_logged(run)}</details>"
+    if run.recipe:
+        text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
+        folds += f"<details><summary>The resolved recipe</summary><pre>{escape(text)}</pre></details>"
+    return folds + "</div>"
+
+
+def _logged(run: RunData) -> str:
+    rows = []
+    for span in run.spans:
+        inside = run.metrics[span.first : span.last]
+        for key in dict.fromkeys(k for row in inside for k in row if "/" in k):
+            values = [x for x in (number(row.get(key)) for row in inside) if not math.isnan(x)]
+            if values:
+                shown = (values[0], values[-1], min(values), max(values))
+                rows.append([escape(f"{span.name}: {key}"), *(f"{x:.5g}" for x in shown)])
+    return _table(["figure", "first", "last", "least", "most"], rows)

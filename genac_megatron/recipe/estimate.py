@@ -1,0 +1,219 @@
+"""What a recipe will take, told before it runs: who is on which rank, memory, tokens. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from genac_megatron.recipe.rules import ranks_of
+from genac_megatron.recipe.schema import LayoutConfig, PpoStage, Recipe, RoleConfig, SftStage, StageConfig
+from genac_megatron.recipe.shapes import Sizes, read_sizes
+
+BYTES = {"fp32": 4, "bf16": 2}
+SHOWN_RANKS = 16  # more ranks than this are shown by their first and their heaviest
+
+
+class Place(NamedTuple):
+    """A rank's coordinates in a role's layout."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank leads its data-parallel replica, and so holds an engine."""
+        return self.tp == self.cp == self.pp == 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one role on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    engine: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.engine
+
+
+def place_of(layout: LayoutConfig, rank: int, world: int) -> Place | None:
+    """A global rank's coordinates, tp fastest, then cp, dp, pp; None outside the layout's block."""
+    count = ranks_of(layout, world)
+    rest = rank - layout.first_rank
+    if not 0 <= rest < count:
+        return None
+    rest, tp = divmod(rest, layout.tp)
+    rest, cp = divmod(rest, layout.cp)
+    pp, dp = divmod(rest, count // (layout.tp * layout.cp * layout.pp))
+    return Place(tp, cp, dp, pp)
+
+
+def parameters_on(sizes: Sizes, layout: LayoutConfig, pp: int) -> float:
+    """Parameters of one rank in pipeline stage `pp`: its layers' tensor-parallel shard, its norms, and on the
+    first and last stage the embedding and output shards (the last stage keeps a copy of a tied one).
+    """
+    held = sizes.layers // layout.pp * (sizes.layer_sharded / layout.tp + sizes.layer_replicated)
+    first, last = pp == 0, pp == layout.pp - 1
+    if first:
+        held += sizes.embedding / layout.tp
+    if last:
+        held += sizes.hidden + (0 if sizes.tied and first else sizes.embedding / layout.tp)
+    return held
+
+
+def activation_bytes(role: RoleConfig, sizes: Sizes, pp: int) -> float:
+    """Activations kept for the backward pass on a rank of stage `pp`, in bytes.
+
+    Per token and layer, in elements of the training dtype, with attention that keeps no scores:
+    residual stream and norm inputs and outputs 4h, divided by tp under sequence parallelism;
+    queries, keys, values and the attention's output (2 heads + 2 kv_heads) head_dim / tp;
+    gate, up and their product 3 ffn / tp. (After Korthikanti et al. 2022, arXiv 2205.05198, section 4, less
+    dropout and scores, with a gated MLP.) Full recomputation keeps h per layer and one layer's worth;
+    selective recomputation redoes attention's core alone, which keeps nothing here.
+    Under 1F1B stage i of p holds p - i micro-batches; interleaving v chunks multiplies by 1 + (p-1)/(p v).
+    The last stage adds three fp32 copies of a chunk's logits shard.
+    """
+    layout, training = role.layout, role.training
+    sequence_parallel = layout.tp > 1 if layout.sequence_parallel is None else layout.sequence_parallel
+    stream = sizes.hidden / (layout.tp if sequence_parallel else 1)
+    attention = (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim / layout.tp
+    per_layer = 4 * stream + attention + 3 * sizes.ffn / layout.tp
+    layers = sizes.layers // layout.pp
+    held = layers * stream + per_layer if training.recompute == "full" else layers * per_layer
+    in_flight = (layout.pp - pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp) if layout.vpp > 1 else 1)
+    tokens = training.tokens_per_microbatch / layout.cp
+    total = held * in_flight * tokens * BYTES[training.dtype]
+    if pp == layout.pp - 1:
+        total += 3 * 4 * training.logprob_chunk * sizes.vocab / layout.tp
+    return total
+
+
+def memory_of(role: RoleConfig, sizes: Sizes, place: Place, world: int) -> Memory:
+    """The parts of one role's memory on one rank, in bytes.
+
+    Weights in the training dtype; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
+    under bf16, fp32 master weights, divided over the data- and context-parallel ranks where the optimizer
+    is distributed. A leader's engine holds the whole model and a KV cache of max_batch_tokens.
+    """
+    layout, training, engine = role.layout, role.training, role.engine
+    count = parameters_on(sizes, layout, place.pp)
+    shards = ranks_of(layout, world) // (layout.tp * layout.pp) if training.distributed_optimizer else 1
+    cache = engine.max_batch_tokens * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+    return Memory(
+        weights=count * BYTES[training.dtype],
+        gradients=count * 4,
+        optimizer=count * (12 if training.dtype == "bf16" else 8) / shards,
+        activations=activation_bytes(role, sizes, place.pp),
+        engine=(sizes.parameters + cache) * BYTES[engine.dtype] if place.leads else 0.0,
+    )
+
+
+def describe(recipe: Recipe) -> str:
+    """Layouts, memory per rank and tokens per step of a checked recipe, as text for --dry-run.
+
+    Raises InputError where a model's folder cannot be read.
+    """
+    sizes = {name: read_sizes(role.model) for name, role in recipe.roles.items()}
+    blocks = [_describe_roles(recipe, sizes), _describe_ranks(recipe, sizes), _describe_stages(recipe)]
+    return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
+
+
+def _describe_roles(recipe: Recipe, sizes: dict[str, Sizes]) -> list[str]:
+    world = recipe.world.ranks
+    lines = [f"{recipe.name}: {world} {'rank' if world == 1 else 'ranks'}"]
+    for name, role in recipe.roles.items():
+        at, size, count = role.layout, sizes[name], ranks_of(role.layout, world)
+        last = at.first_rank + count - 1
+        dp = count // (at.tp * at.pp * at.cp)
+        lines.append(
+            f"  {name}: {size.family}, {_count(size.parameters)} parameters ({size.layers} layers, hidden "
+            f"{size.hidden}, {size.heads}/{size.kv_heads} heads, vocabulary {size.vocab:,}"
+            f"{', tied' if size.tied else ''})"
+        )
+        lines.append(
+            f"    ranks {at.first_rank} to {last}: tp {at.tp}, pp {at.pp}, vpp {at.vpp}, "
+            f"cp {at.cp}, dp {dp}; {role.training.dtype}, fp8 {role.training.fp8}, "
+            f"recompute {role.training.recompute}"
+        )
+    return lines
+
+
+def _describe_ranks(recipe: Recipe, sizes: dict[str, Sizes]) -> list[str]:
+    totals, rows = [], []
+    for rank in range(recipe.world.ranks):
+        total, lines = 0.0, []
+        for name, role in recipe.roles.items():
+            place = place_of(role.layout, rank, recipe.world.ranks)
+            if place is None:
+                continue
+            memory = memory_of(role, sizes[name], place, recipe.world.ranks)
+            total += memory.total
+            lines.append(
+                f"{name:<10} tp {place.tp} cp {place.cp} dp {place.dp} pp {place.pp}   "
+                f"weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, optimizer "
+                f"{_size(memory.optimizer)}, activations {_size(memory.activations)}, "
+                f"engine {_size(memory.engine)}"
+            )
+        totals.append(total)
+        rows.append([f"  rank {rank}: {_size(total)}", *(f"    {line}" for line in lines or ["idle"])])
+    heaviest = max(range(len(totals)), key=totals.__getitem__)
+    shown = range(len(rows)) if len(rows) <= SHOWN_RANKS else sorted({*range(SHOWN_RANKS), heaviest})
+    head = f"Memory, estimated (without the libraries' own): all ranks {_size(sum(totals))}, most on rank "
+    lines = [f"{head}{heaviest} ({_size(totals[heaviest])})"]
+    lines += [line for rank in shown for line in rows[rank]]
+    if len(shown) < len(rows):
+        lines.append(f"  {len(rows) - len(shown)} more ranks are placed alike")
+    return lines
+
+
+def _describe_stages(recipe: Recipe) -> list[str]:
+    lines = ["Tokens, at most (prompts not counted)"]
+    return lines + [
+        f"  {stage.name} ({stage.kind}): {_stage_tokens(recipe, stage)}" for stage in recipe.stages
+    ]
+
+
+def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
+    """What a stage generates and trains per step, if every completion ran to its limit."""
+    judging = recipe.judging
+    if isinstance(stage, SftStage):
+        text = f"{stage.batch} sequences a step, {stage.epochs} epochs"
+        if stage.data == "jsonl":
+            return text
+        text += f" over {stage.size:,} {stage.data}"
+        if stage.data == "traces":
+            text += f" of at most {judging.max_new_tokens:,} tokens"
+        return text
+    rollout = stage.rollout
+    responses = rollout.prompts * rollout.samples
+    # The prompt state is judged once for its whole group of samples.
+    states = rollout.prompts + responses * (judging.states.max_states - 1)
+    trained = min(states, responses * stage.train_states)
+    text = (
+        f"{stage.steps} steps; a step generates {_count(responses * rollout.max_new_tokens)} actor tokens "
+        f"({responses:,} responses) and {_count(states * judging.max_new_tokens)} critic tokens "
+        f"({states:,} states)"
+    )
+    if not isinstance(stage, PpoStage) or stage.train_critic:
+        text += f", trains {_count(trained * judging.max_new_tokens)} critic tokens"
+    if isinstance(stage, PpoStage):
+        text += f" and {_count(responses * rollout.max_new_tokens * stage.epochs)} actor tokens"
+    return text
+
+
+def _count(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _size(number: float) -> str:
+    gib = number / 2**30
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{number / 2**20:.1f} MiB"

@@ -1,0 +1,139 @@
+"""From a YAML file and overrides to a checked `Recipe`, and back. Imports no torch.
+
+`extends: base.yaml` (or a list) inherits, relative to the file it stands in. `key.path=value` overrides.
+Paths in a recipe that begin with ./ or ../ are relative to the file that holds them; all others are
+absolute or relative to the current directory, as in a shell.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe import document
+from genac_megatron.recipe.document import Entry
+from genac_megatron.recipe.rules import check
+from genac_megatron.recipe.schema import Recipe
+
+__all__ = ["check", "dump_recipe", "load_recipe"]
+
+SHOWN_ERRORS = 5
+Location = Sequence[str | int]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge, override, validate and check a recipe.
+
+    Raises InputError, naming file and line (or the override) and the nearest known key.
+    """
+    root = document.read(Path(path))
+    for text in overrides:
+        document.override(root, text)
+    try:
+        recipe = Recipe.model_validate(document.plain(root))
+    except ValidationError as error:
+        raise _explain(root, error) from None
+    check(recipe, lambda location: _find(root, location).where)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out; `load_recipe` reads it back to the same."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100, allow_unicode=True)
+
+
+def _explain(root: Entry, error: ValidationError) -> InputError:
+    """One message for what pydantic found: the first fault in full, others on a line each."""
+    found = [_explain_one(root, detail) for detail in error.errors(include_url=False)]
+    first = found[0]
+    also = [
+        (f"{place}: " if place else "") + what + (f" ({way_out})" if way_out else "")
+        for place, what, way_out in found[1:SHOWN_ERRORS]
+    ]
+    if len(found) > SHOWN_ERRORS:
+        also.append(f"and {len(found) - SHOWN_ERRORS} more")
+    return InputError("\n  ".join([first[1], *also]), where=first[0], way_out=first[2])
+
+
+def _explain_one(root: Entry, detail: Any) -> tuple[str, str, str]:
+    location: tuple[str | int, ...] = detail["loc"]
+    entry, path = _find(root, location), _readable(root, location)
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return entry.where, f"unknown key '{path}'", _nearest(str(location[-1]), _known_keys(location[:-1]))
+    if kind == "missing":
+        return entry.where, f"'{path}' is missing", "give it a value"
+    if kind == "union_tag_not_found":
+        return entry.where, f"'{path}' says no kind", f"add kind: one of {context.get('expected_tags', '')}"
+    if kind == "union_tag_invalid":
+        what = f"'{path}' has an unknown kind '{context.get('tag')}'"
+        tags = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
+        return _find(root, (*location, "kind")).where, what, _nearest(str(context.get("tag")), tags)
+    message = str(detail["msg"])
+    message = message[:1].lower() + message[1:]
+    return entry.where, f"'{path}': {message} (it is {detail['input']!r})", ""
+
+
+def _child(entry: Entry, part: str | int) -> Entry | None:
+    if isinstance(entry.value, dict):
+        return entry.value.get(part)
+    if isinstance(entry.value, list) and isinstance(part, int) and part < len(entry.value):
+        child: Entry = entry.value[part]
+        return child
+    return None
+
+
+def _find(root: Entry, location: Location) -> Entry:
+    """The entry at a location, or the innermost one around it. Tags of unions in it are passed by."""
+    entry = root
+    for part in location:
+        entry = _child(entry, part) or entry
+    return entry
+
+
+def _readable(root: Entry, location: Location) -> str:
+    """The location as an override would write it: without the tags that pydantic puts in for unions."""
+    entry, parts = root, []
+    for number, part in enumerate(location):
+        child = _child(entry, part)
+        if child is not None or number == len(location) - 1:
+            parts.append(str(part))
+        entry = child or entry
+    return ".".join(parts)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+
+
+def _known_keys(location: Location) -> set[str]:
+    """The keys that the schema knows in the block at a location."""
+    blocks: list[type[BaseModel]] = [Recipe]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotations = [block.model_fields[part].annotation for block in blocks if part in block.model_fields]
+        if annotations:
+            blocks = [found for annotation in annotations for found in _blocks_in(annotation)]
+        else:  # the tag of a union, or the free key of a dict
+            tagged = [block for block in blocks if part in _kinds(block)]
+            blocks = tagged or blocks
+    return {key for block in blocks for key in block.model_fields}
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _blocks_in(argument)]
+
+
+def _kinds(block: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(block.model_fields["kind"].annotation) if "kind" in block.model_fields else ()

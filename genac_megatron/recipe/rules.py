@@ -1,0 +1,260 @@
+"""Rules that a recipe keeps over more than one block: layouts, models, stages, task, files. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import (
+    DatasetTask,
+    JsonlTask,
+    LayoutConfig,
+    Recipe,
+    RoleConfig,
+    SftStage,
+    StateTrackingTask,
+)
+from genac_megatron.recipe.shapes import Sizes, read_sizes, tokenizer_size
+
+Where = Callable[[Sequence[str | int]], str]
+VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
+TEMPLATES = ("standard", "brief")
+
+
+def ranks_of(layout: LayoutConfig, world: int) -> int:
+    """How many ranks a layout has in a world."""
+    return layout.count if layout.count is not None else world - layout.first_rank
+
+
+def nowhere(location: Sequence[str | int]) -> str:  # noqa: ARG001
+    """For a recipe that was not read from a file."""
+    return ""
+
+
+def check(recipe: Recipe, where: Where = nowhere) -> None:
+    """All rules in order. Raises InputError at the first that is broken.
+
+    `where` says where in the user's files a key stands, for the message.
+    """
+    if not recipe.roles:
+        raise InputError("there are no roles", where=where(["roles"]), way_out="name at least one")
+    for name, role in recipe.roles.items():
+        _check_layout(recipe, name, role.layout, where)
+        _check_training(name, role, where)
+        _check_model(name, role, where)
+    _check_task(recipe, where)
+    _check_judging(recipe, where)
+    _check_stages(recipe, where)
+
+
+def _check_layout(recipe: Recipe, name: str, layout: LayoutConfig, where: Where) -> None:
+    world, count = recipe.world.ranks, ranks_of(layout, recipe.world.ranks)
+    place = ("roles", name, "layout")
+    if count < 1 or layout.first_rank + count > world:
+        last = layout.first_rank + max(count, 1) - 1
+        raise InputError(
+            f"the layout of '{name}' takes ranks {layout.first_rank} to {last} of a world of {world}",
+            where=where(place),
+            way_out="raise world.ranks, or lower first_rank or count",
+        )
+    block = layout.tp * layout.pp * layout.cp
+    if count % block:
+        raise InputError(
+            f"the layout of '{name}' has {count} ranks, no multiple of tp * pp * cp = "
+            f"{layout.tp} * {layout.pp} * {layout.cp} = {block}",
+            where=where(place),
+            way_out=f"change world.ranks or count to a multiple of {block}, or lower tp, pp or cp",
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        raise InputError(
+            f"the layout of '{name}' has vpp {layout.vpp} without pipeline stages",
+            where=where((*place, "vpp")),
+            way_out="set pp > 1, or vpp: 1",
+        )
+    if layout.ep > 1:
+        raise InputError(
+            f"the layout of '{name}' has ep {layout.ep}, and its model has no experts",
+            where=where((*place, "ep")),
+            way_out="set ep: 1",
+        )
+    if layout.sequence_parallel and layout.tp == 1:
+        raise InputError(
+            f"the layout of '{name}' has sequence_parallel with tp 1",
+            where=where((*place, "sequence_parallel")),
+            way_out="set tp > 1, or leave sequence_parallel out",
+        )
+
+
+def _check_training(name: str, role: RoleConfig, where: Where) -> None:
+    training, place = role.training, ("roles", name, "training")
+    if training.fp8 != "off" and training.specs == "torch":
+        raise InputError(
+            f"'{name}' asks for fp8 with torch's layers, which have none",
+            where=where((*place, "fp8")),
+            way_out="set specs: te, or fp8: off",
+        )
+    if training.fp8 != "off" and training.dtype == "fp32":
+        raise InputError(
+            f"'{name}' asks for fp8 in fp32 training",
+            where=where((*place, "fp8")),
+            way_out="set dtype: bf16, or fp8: off",
+        )
+    if role.layout.cp > 1 and training.specs == "torch":
+        raise InputError(
+            f"'{name}' asks for cp {role.layout.cp} with torch's layers, which cannot",
+            where=where(("roles", name, "layout", "cp")),
+            way_out="set specs: te, or cp: 1",
+        )
+
+
+def _check_model(name: str, role: RoleConfig, where: Where) -> None:
+    place = ("roles", name, "model")
+    sizes = read_sizes(role.model, where(place))
+    if role.model.tokenizer is not None:
+        needed = tokenizer_size(role.model.tokenizer, where((*place, "tokenizer")))
+        if needed > sizes.vocab:
+            raise InputError(
+                f"the tokenizer of '{name}' has ids up to {needed - 1}, its model only "
+                f"{sizes.vocab} embeddings",
+                where=where((*place, "tokenizer")),
+                way_out=f"set vocab to at least {needed}, or leave it out",
+            )
+    _check_split(name, sizes, role.layout, where)
+
+
+def _check_split(name: str, sizes: Sizes, layout: LayoutConfig, where: Where) -> None:
+    place = ("roles", name, "layout")
+    if sizes.heads % sizes.kv_heads:
+        raise InputError(
+            f"the model of '{name}' has {sizes.heads} heads, no multiple of its {sizes.kv_heads} kv_heads",
+            where=where(("roles", name, "model")),
+        )
+    for what, size in (("heads", sizes.heads), ("kv_heads", sizes.kv_heads), ("ffn", sizes.ffn)):
+        if size % layout.tp:
+            raise InputError(
+                f"tp {layout.tp} of '{name}' does not divide its model's {what} {size}",
+                where=where((*place, "tp")),
+                way_out=f"tp must divide heads {sizes.heads}, kv_heads {sizes.kv_heads} and ffn {sizes.ffn}",
+            )
+    chunks = layout.pp * layout.vpp
+    if sizes.layers % chunks:
+        raise InputError(
+            f"pp * vpp = {layout.pp} * {layout.vpp} = {chunks} of '{name}' does not divide its "
+            f"model's {sizes.layers} layers",
+            where=where((*place, "pp")),
+        )
+
+
+def _check_task(recipe: Recipe, where: Where) -> None:
+    task = recipe.task
+    if isinstance(task, StateTrackingTask) and task.min_swaps > task.max_swaps:
+        raise InputError(
+            f"min_swaps {task.min_swaps} is above max_swaps {task.max_swaps}",
+            where=where(("task", "min_swaps")),
+        )
+    if isinstance(task, JsonlTask | DatasetTask) and task.verifier is None:
+        known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
+        raise InputError(
+            f"the task '{task.kind}' has no verifier, so no answer can be graded",
+            where=where(("task",)),
+            way_out=f"add verifier: one of {known}",
+        )
+    if isinstance(task, JsonlTask):
+        _check_file(task.path, ("task", "path"), where)
+        if task.heldout_path is not None:
+            _check_file(task.heldout_path, ("task", "heldout_path"), where)
+
+
+def _check_file(path: str, location: Sequence[str | int], where: Where) -> None:
+    if not Path(path).expanduser().is_file():
+        raise InputError(
+            f"there is no file {path}",
+            where=where(location),
+            way_out="a path that begins with ./ is relative to the recipe, others to the current directory",
+        )
+
+
+def _check_judging(recipe: Recipe, where: Where) -> None:
+    if recipe.judging.template not in TEMPLATES:
+        _check_file(recipe.judging.template, ("judging", "template"), where)
+
+
+def _check_stages(recipe: Recipe, where: Where) -> None:
+    for name, times in Counter(stage.name for stage in recipe.stages).items():
+        if times > 1:
+            raise InputError(
+                f"{times} stages are called '{name}'",
+                where=where(("stages",)),
+                way_out="give each a name of its own",
+            )
+    for index, stage in enumerate(recipe.stages):
+        place = ("stages", index)
+        if isinstance(stage, SftStage):
+            _check_sft(recipe, stage, place, where)
+            continue
+        for needed in ("actor", "critic"):
+            _check_role(recipe, needed, f"the stage '{stage.name}' ({stage.kind})", place, where)
+
+
+def _check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int], where: Where) -> None:
+    if role not in recipe.roles:
+        raise InputError(
+            f"{who} needs a role '{role}'",
+            where=where(place),
+            way_out=f"the roles are: {', '.join(recipe.roles)}",
+        )
+
+
+def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], where: Where) -> None:
+    who = f"the stage '{stage.name}' (sft)"
+    _check_role(recipe, stage.role, who, (*place, "role"), where)
+    if stage.start_from is not None:
+        _check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
+        if stage.start_from == stage.role:
+            raise InputError(
+                f"{who} starts '{stage.role}' from itself",
+                where=where((*place, "start_from")),
+                way_out="leave start_from out",
+            )
+    if stage.data == "jsonl":
+        if stage.path is None:
+            raise InputError(f"{who} reads jsonl and has no path", where=where(place), way_out="add path:")
+        _check_file(stage.path, (*place, "path"), where)
+        return
+    if stage.path is not None:
+        raise InputError(
+            f"{who} makes its {stage.data} and reads no path",
+            where=where((*place, "path")),
+            way_out="take path out, or set data: jsonl",
+        )
+    exact = isinstance(recipe.task, StateTrackingTask)
+    if stage.data == "demonstrations" and not exact:
+        raise InputError(
+            f"{who} wants demonstrations; the task '{recipe.task.kind}' has no teacher",
+            where=where((*place, "data")),
+            way_out="set data: jsonl and a path, or start from a model that can answer",
+        )
+    if stage.data == "traces":
+        _check_traces(recipe, stage, exact, place, where)
+
+
+def _check_traces(
+    recipe: Recipe, stage: SftStage, exact: bool, place: tuple[str | int, ...], where: Where
+) -> None:
+    who = f"the stage '{stage.name}' (sft on traces)"
+    _check_role(recipe, "actor", who, place, where)
+    teacher = (*place, "teacher")
+    if stage.teacher.kind == "exact" and not exact:
+        raise InputError(
+            f"{who} asks for the exact teacher, and the task '{recipe.task.kind}' has none",
+            where=where(teacher),
+            way_out="set teacher.kind to self or endpoint",
+        )
+    if stage.teacher.kind == "endpoint" and not (stage.teacher.url and stage.teacher.model):
+        raise InputError(
+            f"{who} asks for an endpoint without its url and model",
+            where=where(teacher),
+            way_out="add teacher.url and teacher.model",
+        )

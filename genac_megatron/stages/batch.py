@@ -1,0 +1,231 @@
+"""One batch: prompts rolled out by the actor, verified, judged by the critic; then made into samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
+from genac_megatron.algorithms.losses import token_weights
+from genac_megatron.critic.score import fill_used, reinforce_weights, reward
+from genac_megatron.critic.states import trained_indices
+from genac_megatron.errors import GenacError
+from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, RolloutConfig
+from genac_megatron.records import Judgement, Prompt, Rollout, Sample
+from genac_megatron.stages.heldout import judge_for
+from genac_megatron.stages.rollouts import Generator, Group, generate
+from genac_megatron.stages.runtime import Run, mean
+
+
+@dataclass
+class Batch:
+    """A gathered batch, the same on every rank, and what making it cost."""
+
+    groups: list[Group]
+    figures: dict[str, float]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def outcomes(self) -> list[float]:
+        return [rollout.outcome for rollout in self.rollouts]
+
+    @property
+    def judgements(self) -> list[list[Judgement]]:
+        """Per rollout, in order of cut. A group shares its prompt state's judgement."""
+        return [judgements for group in self.groups for judgements in group.judgements]
+
+
+def next_prompts(run: Run, count: int) -> list[Prompt]:
+    """The next `count` training prompts; the cursor moves on."""
+    cursor = run.at.cursor
+    run.at.cursor += count
+    return [
+        run.task.prompt("train", run.task.train_index(run.recipe.seed, cursor + i)) for i in range(count)
+    ]
+
+
+def play(
+    run: Run,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    seed: tuple[object, ...],
+    *,
+    samples: int | None = None,
+    judged: bool = True,
+) -> Batch:
+    """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective."""
+    judge = None
+    if judged:
+        if run.icc is None:
+            raise GenacError("the critic judges before p_bar was seeded by an evaluation")
+        judge = judge_for(run, config.max_new_tokens, (*seed, "judge"))
+    generator = Generator(
+        engine=run.engines["actor"],
+        tokenizer=run.tokenizers["actor"],
+        task=run.task,
+        config=config,
+        stop_ids=run.stop_ids("actor"),
+        seed=(*seed, "actor"),
+        judge=judge,
+    )
+    began = time.perf_counter()
+    mine = generate(generator, run.share(prompts), samples or config.samples)
+    spent = time.perf_counter() - began
+    groups = run.gather(mine)
+    if run.icc is not None:
+        for group in groups:
+            for judgements in group.judgements:
+                fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
+    return Batch(groups, _costs(run, spent))
+
+
+def _costs(run: Run, spent: float) -> dict[str, float]:
+    """Seconds by phase on this rank (generation overlaps: engines measure themselves), tokens summed."""
+    tokens: dict[str, float] = {}
+    for role, phase in (("actor", "rollout"), ("critic", "judge")):
+        if role in run.engines:
+            stats = run.engines[role].stats()
+            tokens[f"tokens/{phase}"] = stats["tokens"]
+            tokens[f"tokens/{phase}_prompt"] = stats["prompt_tokens"]
+            run.progress.timer.add(phase, stats["seconds"])
+            spent -= stats["seconds"]
+    run.progress.timer.add("verify", max(spent, 0.0))
+    return run.sum_figures(tokens)
+
+
+def rollout_figures(batch: Batch) -> dict[str, float]:
+    """What the actor did in this batch."""
+    rollouts = batch.rollouts
+    solved = [mean(r.outcome for r in group.rollouts) for group in batch.groups]
+    return {
+        "rollout/outcome_mean": mean(batch.outcomes),
+        "rollout/length_mean": mean(len(r.completion.ids) for r in rollouts),
+        "rollout/truncated": mean(r.truncated for r in rollouts),
+        "rollout/mixed_groups": mean(0.0 < s < 1.0 for s in solved),
+        "rollout/staleness": float(
+            max(r.completion.version for r in rollouts) - min(r.completion.version for r in rollouts)
+        ),
+    }
+
+
+def judge_figures(batch: Batch) -> dict[str, float]:
+    """How well the critic judged this batch, over all (state, outcome) pairs."""
+    pairs = [(j, r.outcome) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
+    base = mean(outcome for _, outcome in pairs)
+    unique = {id(j): j for j, _ in pairs}.values()
+    return {
+        "judge/parse_rate": mean(j.value is not None for j in unique),
+        "judge/brier": mean((j.used - outcome) ** 2 for j, outcome in pairs),
+        "judge/brier_constant": mean((base - outcome) ** 2 for _, outcome in pairs),
+        "judge/score_mean": mean(j.used for j in unique),
+        "judge/states": float(len(unique)),
+        "judge/length_mean": mean(len(j.completion.ids) for j in unique),
+        "judge/truncated": mean(j.completion.finish == "length" for j in unique),
+    }
+
+
+def actor_samples(batch: Batch, config: AdvantageConfig, lam: float, aggregate: str) -> list[Sample]:
+    """PPO samples: every token of a segment gets its segment's advantage (method §3)."""
+    lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
+    values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
+    per_segment = segment_gae(values, torch.tensor(batch.outcomes), config.gamma, lam)
+    advantages_T = torch.cat(
+        [
+            to_tokens(advantage, _segment_lengths(judgements, length))
+            for advantage, judgements, length in zip(per_segment, batch.judgements, lengths, strict=True)
+        ]
+    )
+    if config.whiten:
+        advantages_T = whiten(advantages_T)
+    advantages = [part.tolist() for part in advantages_T.split(lengths)]
+    weights = token_weights(lengths, aggregate).tolist()
+    return [
+        Sample(
+            tokens=[*rollout.prompt.ids, *rollout.completion.ids],
+            start=len(rollout.prompt.ids),
+            fields={
+                "weights": [weight] * len(rollout.completion.ids),
+                "advantages": advantage,
+                "behaviour": list(rollout.completion.logprobs),
+            },
+        )
+        for rollout, advantage, weight in zip(batch.rollouts, advantages, weights, strict=True)
+    ]
+
+
+def _segment_lengths(judgements: Sequence[Judgement], length: int) -> Tensor:
+    """Tokens of each segment of a response of `length` tokens; the first begins at 0."""
+    edges = [0, *(judgement.state.cut for judgement in judgements[1:]), length]
+    return torch.tensor(edges).diff()
+
+
+def critic_samples(batch: Batch, most: int, baseline: str, loss: LossConfig) -> list[Sample]:
+    """REINFORCE samples: w = R_v - b on every token of a judgement's completion (method §2)."""
+    entries: list[tuple[Judgement, float]] = []
+    for rollout, judgements in zip(batch.rollouts, batch.judgements, strict=True):
+        for index in trained_indices(len(judgements), most):
+            entries.append((judgements[index], rollout.outcome))
+    rewards = [reward(judgement.value, outcome) for judgement, outcome in entries]
+    outcomes = [outcome for _, outcome in entries]
+    weights = reinforce_weights(rewards, outcomes, [id(j) for j, _ in entries], baseline)  # type: ignore[arg-type]
+    chosen = {id(judgement): judgement for judgement, _ in entries}
+    for key, judgement in chosen.items():
+        judgement.weight = weights[key]
+    judgements = list(chosen.values())
+    shares = token_weights([len(j.completion.ids) for j in judgements], loss.aggregate).tolist()
+    return [judgement_sample(j, share) for j, share in zip(judgements, shares, strict=True)]
+
+
+def judgement_sample(judgement: Judgement, share: float) -> Sample:
+    """The exact ids that were sampled, with the judgement's REINFORCE weight."""
+    ids = judgement.completion.ids
+    return Sample(
+        tokens=[*judgement.prompt_ids, *ids],
+        start=len(judgement.prompt_ids),
+        fields={
+            "weights": [share] * len(ids),
+            "advantages": [judgement.weight] * len(ids),
+            "behaviour": list(judgement.completion.logprobs),
+        },
+    )
+
+
+def supervised(samples: Iterable[Sample]) -> list[Sample]:
+    """Give samples the token-mean loss weights of one batch."""
+    batch = list(samples)
+    shares = token_weights([sample.trained for sample in batch], "token").tolist()
+    return [
+        Sample(sample.tokens, sample.start, {"weights": [share] * sample.trained})
+        for sample, share in zip(batch, shares, strict=True)
+    ]
+
+
+def prefixed(group: str, figures: dict[str, float]) -> dict[str, float]:
+    """`figures` under `group/`."""
+    return {f"{group}/{key}": value for key, value in figures.items()}
+
+
+def parity_figures(role: str, samples: Sequence[Sample], logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """How far the trainer's log-probs are from those the engine sampled with.
+
+    mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token.
+    """
+    import numpy as np
+
+    engine = np.array([x for sample in samples for x in sample.fields["behaviour"]])
+    trainer = np.array([x for values in logprobs for x in values])
+    delta = trainer - engine
+    size = np.abs(delta)
+    return {
+        f"parity/{role}_mean": float(size.mean()),
+        f"parity/{role}_p99": float(np.quantile(size, 0.99)),
+        f"parity/{role}_max": float(size.max()),
+        f"parity/{role}_k3": float((np.expm1(delta) - delta).mean()),
+    }

@@ -1,0 +1,229 @@
+"""Held-out evaluation: the actor's accuracy, and the critic on the states of held-out rollouts.
+
+The same prompts and seeds every time, so that evaluations of one actor share their rollouts and
+differences between critics are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.score import fill_used
+from genac_megatron.evaluation import metrics
+from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
+from genac_megatron.recipe.schema import PpoStage, ReinforceStage, RolloutConfig, SftStage
+from genac_megatron.records import Judgement, Rollout, State
+from genac_megatron.stages.rollouts import Generator, Group, Judge, continue_states, generate, judge_groups
+from genac_megatron.stages.runtime import Run, mean
+
+Stage = SftStage | ReinforceStage | PpoStage
+
+
+@dataclass
+class HeldOut:
+    """The current actor's held-out rollouts and, once asked for, Monte-Carlo values of some states."""
+
+    version: int
+    groups: list[Group]  # this rank's share
+    values: dict[tuple[str, int], float] | None = None  # (rollout key, state index) -> value
+
+    def outcomes(self) -> dict[str, list[float]]:
+        """This rank's outcomes by prompt."""
+        return {g.prompt.id: [r.outcome for r in g.rollouts] for g in self.groups}
+
+
+def evaluate(
+    run: Run, stage: Stage, name: str, step: int, *, critic: bool = True, monte_carlo: bool = False
+) -> dict[str, float]:
+    """Evaluate and log; the flat figures, the same on every rank. Collective."""
+    with run.phase("evaluate"):
+        held = held_out(run, stage)
+        outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
+        flat = [x for values in outcomes.values() for x in values]
+        truncated = [r.truncated for part in run.gather([_rollouts(held.groups)]) for r in part]
+        row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "name": name, "step": step}
+        row["actor"] = {
+            "accuracy": metrics.avg_at_k(outcomes),
+            "truncated": mean(truncated),
+            "outcomes": outcomes,
+            "version": held.version,
+        }
+        row["critic"] = None
+        if run.icc is None:
+            run.icc = IccState.from_evaluation(flat, run.recipe.judging.icc_momentum, run.recipe.seed)
+        if critic:
+            row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
+    run.append(EVALUATIONS, row)
+    figures = {"eval/accuracy": row["actor"]["accuracy"]}
+    if row["critic"] is not None:
+        scalars = {k: v for k, v in row["critic"].items() if isinstance(v, float)}
+        figures |= {f"eval/critic_{key}": value for key, value in scalars.items()}
+        known = figures["eval/critic_explained_variance"]
+        run.at.explained_variance = None if math.isnan(known) else known
+    shown = ", ".join(
+        f"{key.removeprefix('eval/')} {value:.3f}"
+        for key, value in figures.items()
+        if key.removeprefix("eval/") in SHOWN and not math.isnan(value)
+    )
+    run.progress.note(f"[{stage.name}] held-out, {name}: {shown}")
+    return figures
+
+
+SHOWN = ("accuracy", "critic_brier", "critic_brier_constant", "critic_auc", "critic_mse", "critic_parse_rate")
+
+
+def held_out(run: Run, stage: Stage) -> HeldOut:
+    """This rank's share of the current actor's held-out rollouts, made once per actor version."""
+    version = run.at.versions["actor"]
+    cached: HeldOut | None = run.heldout_cache.get("actor")
+    if cached is None or cached.version != version:
+        config = run.recipe.evaluation
+        count = min(config.prompts, run.task.heldout_size)
+        prompts = [run.task.prompt("heldout", index) for index in range(count)]
+        groups = generate(_held_generator(run, stage), run.share(prompts), config.samples)
+        cached = HeldOut(version, groups)
+        run.heldout_cache["actor"] = cached
+        run.engines["actor"].stats()
+    return cached
+
+
+def _rollout_config(run: Run, stage: Stage) -> RolloutConfig:
+    temperature = run.recipe.evaluation.temperature
+    return stage.rollout.model_copy(update={"temperature": temperature})
+
+
+def actor_generator(run: Run, stage: Stage, seed: tuple[object, ...]) -> Generator:
+    """The current actor, ready to be rolled out as it is in evaluations."""
+    return Generator(
+        engine=run.engines["actor"],
+        tokenizer=run.tokenizers["actor"],
+        task=run.task,
+        config=_rollout_config(run, stage),
+        stop_ids=run.stop_ids("actor"),
+        seed=seed,
+    )
+
+
+def _held_generator(run: Run, stage: Stage) -> Generator:
+    return actor_generator(run, stage, (run.recipe.seed, "heldout", "actor"))
+
+
+def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
+    """The current critic, ready to judge states of the actor."""
+    assert run.icc is not None
+    return Judge(
+        engine=run.engines["critic"],
+        tokenizer=run.tokenizers["critic"],
+        actor_tokenizer=run.tokenizers["actor"],
+        config=run.recipe.judging,
+        icc=run.icc,
+        stop_ids=run.stop_ids("critic"),
+        limit=limit,
+        seed=seed,
+    )
+
+
+def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_carlo: bool) -> dict[str, Any]:
+    assert run.icc is not None
+    judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
+    judged = judge_groups(judge, held.groups)
+    run.engines["critic"].stats()
+    for group in judged:
+        for judgements in group.judgements:
+            fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
+    if monte_carlo and held.values is None and run.recipe.evaluation.mc_states:
+        held.values = monte_carlo_values(run, stage, judged)
+    groups = run.gather(judged)
+    known = {k: v for part in run.gather([held.values or {}]) for k, v in part.items()}
+    row = critic_row(groups, known, run.recipe.evaluation.mc_continuations)
+    for group in groups[: run.recipe.observe.shown_rollouts]:
+        run.append(ROLLOUTS, shown_rollout(run, stage.name, step, group.rollouts[0], group.judgements[0]))
+    return row
+
+
+def monte_carlo_values(run: Run, stage: Stage, groups: list[Group]) -> dict[tuple[str, int], float]:
+    """V(s) of some states by fresh continuations, over this rank's share."""
+    config = run.recipe.evaluation
+    states = [j.state for g in groups for js in g.judgements for j in js if j.state.index > 0]
+    states += [group.judgements[0][0].state for group in groups]
+    count = max(1, config.mc_states // run.world.size)
+    every = max(1, len(states) // count)
+    chosen = states[::every][:count]
+    outcomes = continue_states(_held_generator(run, stage), chosen, config.mc_continuations)
+    run.engines["actor"].stats()
+    return {(s.rollout.key, s.index): mean(o) for s, o in zip(chosen, outcomes, strict=True)}
+
+
+def critic_row(
+    groups: list[Group], known: dict[tuple[str, int], float], continuations: int
+) -> dict[str, Any]:
+    """Every figure of method §6 on the states of these rollouts."""
+    pairs: list[tuple[Judgement, Rollout]] = [
+        (judgement, rollout)
+        for group in groups
+        for rollout, judgements in zip(group.rollouts, group.judgements, strict=True)
+        for judgement in judgements
+    ]
+    used = [j.used for j, _ in pairs]
+    outcomes = [r.outcome for _, r in pairs]
+    figures: dict[str, Any] = metrics.critic_figures(
+        used,
+        outcomes,
+        [r.prompt.id for _, r in pairs],
+        [r.key for _, r in pairs],
+        parsed=[j.value for j, _ in pairs],
+    )
+    with_value = {_key(j.state): j.used for j, _ in pairs if _key(j.state) in known}
+    if with_value:
+        keys = sorted(with_value)
+        means = np.array([known[key] for key in keys])
+        scores = np.array([with_value[key] for key in keys])
+        figures["mse"] = metrics.mse_monte_carlo(scores, means, continuations)
+        figures["mse_constant"] = metrics.mse_monte_carlo_constant(means, continuations)
+        figures["mse_spearman"] = metrics.spearman(scores, means)
+    figures["tokens_per_state"] = mean(len(j.completion.ids) for j, _ in pairs)
+    figures["values"] = used
+    figures["outcomes"] = outcomes
+    figures["positions"] = [j.state.index for j, _ in pairs]
+    figures["prompts"] = [r.prompt.id for _, r in pairs]
+    figures["scores_hist"] = metrics.score_histogram([j.value for j, _ in pairs if j.value is not None]).tolist()
+    return figures
+
+
+def _key(state: State) -> tuple[str, int]:
+    return state.rollout.key, state.index
+
+
+def _rollouts(groups: list[Group]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group.rollouts]
+
+
+def shown_rollout(
+    run: Run, stage: str, step: int, rollout: Rollout, judgements: list[Judgement]
+) -> dict[str, Any]:
+    """A rollout with its states, the critic's words and scores, for people."""
+    tokenizer = run.tokenizers["actor"]
+    return {
+        "stage": stage,
+        "step": step,
+        "prompt": rollout.prompt.id,
+        "problem": rollout.prompt.problem,
+        "response": rollout.text,
+        "outcome": rollout.outcome,
+        "states": [
+            {
+                "cut_text": len(
+                    tokenizer.decode(rollout.completion.ids[: j.state.cut], skip_special_tokens=True)
+                ),
+                "text": j.text,
+                "value": j.value,
+                "used": j.used,
+            }
+            for j in judgements
+        ],
+    }

@@ -1,0 +1,121 @@
+"""Joint training: the actor by PPO with the critic's values, the critic by REINFORCE (arXiv 2604.10701)."""
+
+from __future__ import annotations
+
+import random
+
+from genac_megatron.algorithms.advantages import gated_lam
+from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
+from genac_megatron.recipe.schema import PpoStage
+from genac_megatron.records import Sample
+from genac_megatron.stages.batch import (
+    Batch,
+    actor_samples,
+    critic_samples,
+    judge_figures,
+    next_prompts,
+    parity_figures,
+    play,
+    prefixed,
+    rollout_figures,
+)
+from genac_megatron.stages.heldout import evaluate
+from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.seeds import seed_for
+from genac_megatron.training.role import StepResult
+
+
+def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
+    """rollout -> verify -> states -> critic -> advantages -> actor PPO + critic REINFORCE -> publish."""
+    updates = stage.steps * stage.epochs * stage.minibatches
+    run.actor.begin_stage(stage.actor_optimizer, updates)
+    if stage.train_critic:
+        run.critic.begin_stage(stage.critic_optimizer, stage.steps)
+    loop.restore_optimizers()
+    if loop.fresh:
+        run.publish("actor", "critic")
+        evaluate(run, stage, "start", 0)
+    for step in loop.steps(stage.steps):
+        prompts = next_prompts(run, stage.rollout.prompts)
+        batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
+        lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
+        figures = {
+            **batch.figures,
+            **rollout_figures(batch),
+            **judge_figures(batch),
+            "actor/lam": lam,
+            "critic/p_bar": run.icc.p_bar if run.icc else float("nan"),
+        }
+        figures |= train_actor(run, stage, batch, lam, step)
+        if stage.train_critic:
+            figures |= train_critic(run, stage, batch)
+        if run.icc is not None:
+            run.icc.update(batch.outcomes)
+        figures |= run.publish("actor", *(["critic"] if stage.train_critic else []))
+        due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
+        loop.done(step, figures, (lambda at=step: evaluate(run, stage, f"step {at}", at)) if due else None)
+    evaluate(run, stage, "end", stage.steps, monte_carlo=True)
+
+
+def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> dict[str, float]:
+    """PPO over the batch's responses."""
+    samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss.aggregate)
+    temperature = stage.rollout.temperature
+    loss = make_ppo_loss(stage.actor_loss)
+    several = stage.epochs * stage.minibatches > 1
+    with run.phase("actor_train"):
+        if not several:
+            result = run.actor.train_step(samples, loss, temperature=temperature, with_entropy=True)
+            before = result.logprobs
+        else:
+            before = run.actor.logprobs(samples, temperature=temperature)
+            for sample, old in zip(samples, before, strict=True):
+                sample.fields["old"] = old
+            for part in minibatches(samples, stage, seed_for(run.recipe.seed, stage.name, step)):
+                result = run.actor.train_step(part, loss, temperature=temperature, with_entropy=True)
+    return trained_figures("actor", result, samples, before)
+
+
+def minibatches(samples: list[Sample], stage: PpoStage, seed: int) -> list[list[Sample]]:
+    """Each epoch's shuffled parts; loss weights rescaled so that each part's sum to 1."""
+    rng = random.Random(seed)
+    parts = []
+    for _ in range(stage.epochs):
+        order = rng.sample(samples, len(samples))
+        for i in range(stage.minibatches):
+            part = order[i :: stage.minibatches]
+            total = sum(sum(sample.fields["weights"]) for sample in part)
+            parts.append([_rescaled(sample, 1.0 / total) for sample in part] if total > 0 else [])
+    return [part for part in parts if part]
+
+
+def _rescaled(sample: Sample, factor: float) -> Sample:
+    weights = [weight * factor for weight in sample.fields["weights"]]
+    return Sample(sample.tokens, sample.start, {**sample.fields, "weights": weights})
+
+
+def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:
+    """REINFORCE over the same batch's judgements."""
+    samples = critic_samples(batch, stage.train_states, stage.baseline, stage.critic_loss)
+    with run.phase("critic_train"):
+        result = run.critic.train_step(
+            samples,
+            make_reinforce_loss(stage.critic_loss),
+            temperature=run.recipe.judging.temperature,
+            with_entropy=True,
+        )
+    return trained_figures("critic", result, samples, result.logprobs)
+
+
+def trained_figures(
+    role: str, result: StepResult, samples: list[Sample], logprobs: list[list[float]]
+) -> dict[str, float]:
+    """A step's figures: the loss's own, its tokens, and the parity of trainer and engine."""
+    stats = dict(result.stats)
+    tokens = stats.pop("tokens")
+    return {
+        **prefixed(role, stats),
+        f"tokens/{role}_train": tokens,
+        **parity_figures(role, samples, logprobs),
+    }

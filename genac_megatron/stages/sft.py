@@ -1,0 +1,159 @@
+"""Supervised fine-tuning of one role, loss on the completion only (method §4)."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+from genac_megatron.algorithms.losses import make_sft_loss
+from genac_megatron.critic import traces
+from genac_megatron.critic.icc import IccState
+from genac_megatron.errors import InputError
+from genac_megatron.records import Judgement, Sample, State
+from genac_megatron.recipe.schema import SftStage
+from genac_megatron.stages.batch import Batch, next_prompts, play, prefixed, supervised
+from genac_megatron.stages.gates import check_sft_gate
+from genac_megatron.stages.heldout import actor_generator, evaluate
+from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.rollouts import continue_states
+from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.seeds import seed_for
+
+
+def sft(run: Run, stage: SftStage, loop: Loop) -> None:
+    """`epochs` passes over the data in batches; a critic is then held to its parse rate."""
+    role = run.roles[stage.role]
+    if loop.fresh:
+        if stage.start_from is not None:
+            run.copy_weights(stage.start_from, stage.role)
+        run.publish(*run.roles)
+        if stage.data == "traces":
+            evaluate(run, stage, "start", 0, critic=False)  # seeds p_bar
+    with run.phase("data"):
+        samples = make_data(run, stage)
+    per_epoch = math.ceil(len(samples) / stage.batch)
+    total = per_epoch * stage.epochs
+    role.begin_stage(stage.optimizer, total)
+    loop.restore_optimizers()
+    loss = make_sft_loss()
+    for step in loop.steps(total):
+        epoch, index = divmod(step - 1, per_epoch)
+        order = random.Random(seed_for(run.recipe.seed, stage.name, epoch)).sample(samples, len(samples))
+        batch = supervised(order[index * stage.batch : (index + 1) * stage.batch])
+        with run.phase(f"{stage.role}_train"):
+            stats = dict(role.train_step(batch, loss).stats)
+        tokens = {f"tokens/{stage.role}_train": stats.pop("tokens")}
+        loop.done(step, {**prefixed(stage.role, stats), **tokens}, None)
+    run.publish(stage.role)
+    if stage.role == "actor":
+        run.icc = None  # the actor is another one now: p_bar is seeded anew
+        evaluate(run, stage, "end", total, critic=False)
+    elif stage.role == "critic":
+        check_sft_gate(stage, evaluate(run, stage, "end", total, monte_carlo=True))
+
+
+def make_data(run: Run, stage: SftStage) -> list[Sample]:
+    """The stage's samples, the same on every rank and after a resume."""
+    if stage.data == "jsonl":
+        return jsonl_samples(run, stage)
+    if stage.data == "demonstrations":
+        return demonstrations(run, stage)
+    return critic_traces(run, stage)
+
+
+def demonstrations(run: Run, stage: SftStage) -> list[Sample]:
+    """The exact teacher's responses to training prompts."""
+    teacher = run.task.teacher
+    if teacher is None:
+        raise InputError(
+            f"the task {run.recipe.task.kind} has no teacher that writes demonstrations",
+            where=f"stage {stage.name}",
+            way_out="give data: jsonl with a path, or start from a model that can already do the task",
+        )
+    samples = []
+    for index in range(stage.size):
+        prompt = run.task.prompt("train", run.task.train_index(run.recipe.seed, index))
+        rng = random.Random(seed_for(run.recipe.seed, stage.name, "demonstration", index))
+        text = teacher.demonstrate(prompt, rng)
+        samples.append(traces.to_sample(run.tokenizers[stage.role], prompt.ids, text))
+    return samples
+
+
+def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
+    """Traces over states of the current actor, balanced by outcome and position."""
+    assert run.icc is not None
+    per_prompt = stage.rollout.samples * (run.recipe.judging.states.max_states - 1) + 1
+    wanted = math.ceil(stage.size * 1.5 / per_prompt)  # balancing discards some
+    prompts = [
+        run.task.prompt("train", run.task.train_index(run.recipe.seed, index)) for index in range(wanted)
+    ]
+    batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, "states"), judged=False)
+    states = traces.balance(batch_states(run, batch), stage.size, run.recipe.seed)
+    context = traces.TraceContext(
+        tokenizer=run.tokenizers[stage.role],
+        actor_tokenizer=run.tokenizers["actor"],
+        judging=run.recipe.judging,
+        icc=run.icc,
+        limit=stage.rollout.max_new_tokens,
+        seed=run.recipe.seed,
+    )
+    kind = stage.teacher.kind
+    if kind == "self":
+        samples = own_traces(run, stage, states)
+    elif kind == "endpoint":
+        mine = traces.endpoint_samples(run.share(states), stage.teacher, context)
+        samples = run.gather(mine)
+    elif run.task.teacher is not None:
+        samples = traces.exact_samples(states, run.task.teacher, context)
+    else:
+        raise InputError(
+            f"the task {run.recipe.task.kind} has no exact teacher",
+            where=f"stage {stage.name}, teacher.kind",
+            way_out="use teacher.kind: self or endpoint",
+        )
+    if not samples:
+        raise InputError(f"the {kind} teacher gave no usable trace", where=f"stage {stage.name}")
+    return samples
+
+
+def batch_states(run: Run, batch: Batch) -> list[State]:
+    """Every state of every rollout of a batch."""
+    from genac_megatron.critic.states import cut_states
+
+    config, tokenizer = run.recipe.judging.states, run.tokenizers["actor"]
+    return [state for rollout in batch.rollouts for state in cut_states(rollout, tokenizer, config)]
+
+
+def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:
+    """The critic's own judgements where they agree with Monte-Carlo values (rejection)."""
+    import asyncio
+
+    from genac_megatron.stages.heldout import judge_for
+
+    mine = run.share(states)
+    generator = actor_generator(run, stage, (run.recipe.seed, stage.name, "monte carlo"))
+    values = [mean(o) for o in continue_states(generator, mine, stage.teacher.continuations)]
+    judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, stage.name, "own"))
+
+    async def judge_all() -> list[Judgement]:
+        return list(await asyncio.gather(*(judge.judge(state) for state in mine)))
+
+    kept = traces.accept(asyncio.run(judge_all()), values, stage.teacher.tolerance)
+    return run.gather(traces.own_samples(kept))
+
+
+def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
+    """Conversations, one {"messages": [...]} a line; loss on the last (assistant) message."""
+    from genac_megatron.tasks.conversations import read_conversations
+    from genac_megatron.tasks.tokenizer import chat_ids
+
+    tokenizer = run.tokenizers[stage.role]
+    if stage.path is None:
+        raise InputError("data: jsonl needs a path", where=f"stage {stage.name}")
+    return [
+        traces.to_sample(tokenizer, chat_ids(tokenizer, messages[:-1]), messages[-1]["content"])
+        for messages in read_conversations(Path(stage.path))
+    ][: stage.size]
+
+

@@ -1,0 +1,207 @@
+"""Parser, Brier reward, soft score, leave-one-out baseline, and the fallback of parse failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genac_megatron.critic.score import (
+    answer_candidates,
+    fill_used,
+    format_answer,
+    leave_one_out,
+    parse_score,
+    reinforce_weights,
+    reward,
+    soft_score,
+)
+from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
+from genac_megatron.tasks.tokenizer import load_tokenizer
+
+fractions = st.floats(0, 1)
+
+
+# --- parse ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.text(), st.integers(0, 10), st.text(" \n\t", max_size=4), st.text(alphabet="abc <>/0123456789answer\n")
+)
+def test_reads_the_last_answer(before: str, score: int, space: str, after: str) -> None:
+    text = f"{before}<answer>{space}{score}{space}</answer>"
+    assert parse_score(text) == score / 10
+    assert parse_score(f"<answer>{(score + 1) % 11}</answer>{text}") == score / 10
+    if "</answer>" not in after:
+        assert parse_score(text + after) == score / 10
+
+
+@given(st.integers().filter(lambda n: not 0 <= n <= 10))
+def test_integers_out_of_range_fail(number: int) -> None:
+    assert parse_score(f"<answer>3</answer> or rather <answer>{number}</answer>") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "7", "<answer></answer>", "<answer>7.5</answer>", "<answer>7/10</answer>", "<answer>seven</answer>",
+     "<answer>7", "7</answer>", "< answer>7</ answer>", "<ANSWER>7</ANSWER>", "<answer>٧</answer>",
+     "<answer>1 0</answer>", "<answer>" + "9" * 5000 + "</answer>", "<answer>-1</answer>"],
+)  # fmt: skip
+def test_anything_else_fails(text: str) -> None:
+    assert parse_score(text) is None
+
+
+@given(st.text(alphabet="<>/answer 0123456789\n-+"))
+def test_never_raises_and_stays_on_the_eleven_levels(text: str) -> None:
+    assert parse_score(text) in (None, *(n / 10 for n in range(11)))
+
+
+def test_format_is_what_parse_reads() -> None:
+    assert [parse_score(format_answer(n)) for n in range(11)] == [n / 10 for n in range(11)]
+    with pytest.raises(ValueError, match="0 to 10"):
+        format_answer(11)
+
+
+# --- reward --------------------------------------------------------------------------------------
+
+
+def test_no_parse_earns_what_the_worst_number_earns() -> None:
+    assert reward(None, 1.0) == reward(0.0, 1.0) == reward(None, 0.0) == reward(1.0, 0.0) == 0.0
+    assert reward(1.0, 1.0) == 1.0
+    assert reward(0.5, 0.0) == 0.75
+
+
+@given(fractions)
+def test_strictly_proper(chance: float) -> None:
+    """The level nearest the true chance earns most: E R = 1 - p(1-p) - (p-v)^2."""
+    expected = [chance * reward(n / 10, 1.0) + (1 - chance) * reward(n / 10, 0.0) for n in range(11)]
+    formula = [1 - chance * (1 - chance) - (chance - n / 10) ** 2 for n in range(11)]
+    assert expected == pytest.approx(formula, abs=1e-12)  # a handful of roundings of numbers below 1
+    best = max(range(11), key=expected.__getitem__)
+    assert abs(best / 10 - chance) <= 0.05 + 1e-9
+
+
+# --- soft score ----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-40, 0), min_size=11, max_size=11), st.floats(-500, 500))
+def test_soft_score_is_the_normalised_mean(logprobs: list[float], shift: float) -> None:
+    weights = [math.exp(x) for x in logprobs]
+    slow = sum(n / 10 * w for n, w in enumerate(weights)) / sum(weights)
+    assert soft_score(logprobs) == pytest.approx(slow, rel=1e-9)
+    # A shift by hundreds keeps about 13 digits of the differences.
+    assert soft_score([x + shift for x in logprobs]) == pytest.approx(slow, rel=1e-9, abs=1e-9)
+
+
+def test_soft_score_edges() -> None:
+    sure = [-math.inf] * 11
+    sure[10] = -3.0
+    assert soft_score(sure) == 1.0
+    for bad in ([0.0] * 10, [-math.inf] * 11, [math.nan] + [0.0] * 10, [0.0] * 10 + [math.nan]):
+        with pytest.raises(ValueError):
+            soft_score(bad)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["so <answer>7</answer>", "<answer>3</answer> no\n<answer> 10 </answer>", "a<answer>\n0</answer>b"],
+)
+def test_candidates_go_on_where_the_integer_stands(text: str) -> None:
+    tokenizer = load_tokenizer("builtin:tiny")
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    found = answer_candidates(tokenizer, ids)
+    assert found is not None
+    keep, candidates = found
+    start = text.rindex("<answer>")
+    for n, candidate in enumerate(candidates):
+        continued = tokenizer.decode([*ids[:keep], *candidate])
+        assert continued.startswith(text[:start])
+        assert continued.endswith(f"{n}</answer>")
+        assert continued.count("<answer>") == text.count("<answer>")
+        assert parse_score(continued) == n / 10
+    assert len(set(candidates)) == 11
+    assert answer_candidates(tokenizer, tokenizer.encode("no answer", add_special_tokens=False)) is None
+
+
+# --- leave one out -------------------------------------------------------------------------------
+
+
+def slow_baselines(
+    rewards: Sequence[float], outcomes: Sequence[float], keys: Sequence[object]
+) -> list[float]:
+    answer = []
+    for i in range(len(rewards)):
+        others = [
+            rewards[j]
+            for j in range(len(rewards))
+            if round(outcomes[j] * 10) == round(outcomes[i] * 10) and keys[j] != keys[i]
+        ]
+        answer.append(sum(others) / len(others) if others else rewards[i])
+    return answer
+
+
+@given(st.lists(st.tuples(fractions, st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 4)), max_size=20))
+def test_leave_one_out_against_the_definition(entries: list[tuple[float, float, int]]) -> None:
+    rewards, outcomes, keys = ([e[i] for e in entries] for i in range(3))
+    # 1e-12: sums of at most 20 numbers below 1, in another order.
+    assert leave_one_out(rewards, outcomes, keys) == pytest.approx(
+        slow_baselines(rewards, outcomes, keys), abs=1e-12
+    )
+    alone = list(range(len(entries)))
+    assert leave_one_out(rewards, outcomes) == pytest.approx(
+        slow_baselines(rewards, outcomes, alone), abs=1e-12
+    )
+
+
+@given(st.lists(st.tuples(fractions, st.booleans()), min_size=2, max_size=12), fractions)
+def test_a_baseline_never_sees_its_own_reward(entries: list[tuple[float, bool]], other: float) -> None:
+    rewards, outcomes = [e[0] for e in entries], [float(e[1]) for e in entries]
+    if outcomes.count(outcomes[0]) < 2:
+        return
+    before = leave_one_out(rewards, outcomes)[0]
+    assert leave_one_out([other, *rewards[1:]], outcomes)[0] == pytest.approx(before, abs=1e-12)
+
+
+def test_weights() -> None:
+    # Key "p" is a prompt state judged on both outcomes; "a", "b" are right, "c" is alone among the wrong.
+    rewards, outcomes, keys = [0.9, 0.2, 0.5, 0.7], [1.0, 0.0, 1.0, 1.0], ["p", "p", "a", "b"]
+    weights = reinforce_weights(rewards, outcomes, keys)
+    assert weights == pytest.approx({"p": ((0.9 - 0.6) + 0.0) / 2, "a": 0.5 - 0.8, "b": 0.7 - 0.7})
+    assert reinforce_weights(rewards, outcomes, keys, "none") == pytest.approx(
+        {"p": 0.55, "a": 0.5, "b": 0.7}
+    )
+    assert leave_one_out([0.4], [1.0]) == [0.4]  # alone: weight 0
+    with pytest.raises(ValueError, match="equally long"):
+        leave_one_out([0.4], [1.0, 0.0])
+
+
+# --- fallback ------------------------------------------------------------------------------------
+
+
+def judgements(values: Sequence[float | None], softs: Sequence[float | None] = ()) -> list[Judgement]:
+    rollout = Rollout(Prompt("train/0", (), "", None), 0, Completion((), (), "stop"), "")
+    filled = [*softs, *[None] * (len(values) - len(softs))]
+    return [
+        Judgement(State(rollout, k, k, k + 1), (), rollout.completion, "", value, soft)
+        for k, (value, soft) in enumerate(zip(values, filled, strict=True))
+    ]
+
+
+@given(st.lists(st.none() | fractions, max_size=8), fractions)
+def test_failures_use_the_previous_value_else_p_bar(values: list[float | None], p_bar: float) -> None:
+    filled = judgements(values)
+    used = fill_used(filled, p_bar)
+    assert used == [j.used for j in filled]
+    assert len(used) == len(values)
+    for k, value in enumerate(values):
+        known = [v for v in values[: k + 1] if v is not None]
+        assert used[k] == (known[-1] if known else p_bar)
+        assert filled[k].value == value  # the parse itself stays as it was
+
+
+def test_soft_scores_are_used_where_asked_for() -> None:
+    assert fill_used(judgements([0.3, 0.8, None], [0.33, None, None]), 0.5, "soft") == [0.33, 0.8, 0.8]
+    assert fill_used(judgements([0.3], [0.33]), 0.5) == [0.3]

@@ -1,0 +1,320 @@
+"""Trace sources: the exact teacher, own judgements with rejection, a chat endpoint; and balance."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from genac_megatron.critic import endpoint
+from genac_megatron.critic.endpoint import ask_endpoint
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.score import parse_score
+from genac_megatron.critic.states import cut_states
+from genac_megatron.critic.traces import (
+    TraceContext,
+    accept,
+    balance,
+    endpoint_messages,
+    endpoint_samples,
+    exact_samples,
+    own_samples,
+    to_sample,
+)
+from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, StateTrackingTask, TeacherConfig
+from genac_megatron.records import Completion, Finish, Judgement, Prompt, Rollout, State
+from genac_megatron.tasks.state_tracking import StateTracking
+from genac_megatron.tasks.tokenizer import load_tokenizer
+
+TINY = load_tokenizer("builtin:tiny")
+JUDGING = JudgingConfig(template="brief", max_new_tokens=200)
+CONTEXT = TraceContext(TINY, TINY, JUDGING, IccState(0.62, step=3), limit=96)
+
+
+def rollout(text: str, prompt: Prompt | None = None, sample: int = 0, outcome: float = 0.0) -> Rollout:
+    ids = (*TINY.encode(text, add_special_tokens=False), TINY.eos_token_id)
+    made = prompt or Prompt("train/0", (), "the problem", "SECRET")
+    return Rollout(made, sample, Completion(ids, (-0.1,) * len(ids), "stop"), text, outcome)
+
+
+def states_of(made: Rollout) -> list[State]:
+    return cut_states(made, TINY, StatesConfig(min_segment=2))
+
+
+def test_the_critic_room_imports_no_torch() -> None:
+    code = "import sys, genac_megatron.critic.traces; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- samples, exact teacher ----------------------------------------------------------------------
+
+
+def test_loss_covers_the_completion_and_its_end() -> None:
+    sample = to_sample(TINY, (5, 6, 7), "fine\n<answer>3</answer>")
+    assert sample.tokens[:3] == [5, 6, 7]
+    assert sample.start == 3
+    assert sample.tokens[-1] == TINY.eos_token_id
+    assert TINY.decode(sample.tokens[3:-1]) == "fine\n<answer>3</answer>"
+    sneaky = to_sample(TINY, (5,), "end <|im_end|> go on")
+    assert sneaky.tokens.count(TINY.eos_token_id) == 1
+
+
+def test_exact_teacher_traces() -> None:
+    config = StateTrackingTask(kind="state_tracking", train_size=20, heldout_size=4, slip_rate=0.3)
+    task = StateTracking(config, TINY, 0)
+    assert task.teacher is not None
+    states = []
+    for index in range(6):
+        prompt = task.prompt("train", index)
+        text = task.teacher.demonstrate(prompt, random.Random(index))
+        states += states_of(rollout(text, prompt))
+    samples = exact_samples(states, task.teacher, CONTEXT)
+    assert len(samples) == len(states) > 6
+    for state, sample in zip(states, samples, strict=True):
+        assert tuple(sample.tokens[: sample.start]) == CONTEXT.prompt_ids(state)
+        text = str(TINY.decode(sample.tokens[sample.start :], skip_special_tokens=True))
+        assert parse_score(text) is not None
+        assert text.count("<answer>") == 1
+        assert text.endswith("</answer>")
+    # A state's trace does not depend on its neighbours or their order.
+    assert exact_samples(states[::-1], task.teacher, CONTEXT) == samples[::-1]
+    short = TraceContext(TINY, TINY, JUDGING.model_copy(update={"max_new_tokens": 1}), CONTEXT.icc, 96)
+    assert exact_samples(states, task.teacher, short) == []
+
+
+# --- own judgements ------------------------------------------------------------------------------
+
+
+def judgement(value: float | None, finish: Finish = "stop") -> Judgement:
+    state = states_of(rollout("a\nb\nc"))[0]
+    return Judgement(state, (1, 2), Completion((3, 4, 5), (0.0,) * 3, finish), "", value)
+
+
+def test_rejection_keeps_what_monte_carlo_bears_out() -> None:
+    made = [judgement(0.6), judgement(0.6), judgement(None), judgement(0.5, "length"), judgement(0.3)]
+    monte_carlo = [0.45, 0.4375, 0.5, 0.5, 0.45]  # differences 0.15 and 0.1625, then 0.15 from below
+    assert accept(made, monte_carlo, 0.15) == [made[0], made[4]]
+    samples = own_samples(made[:1])
+    assert samples[0].tokens == [1, 2, 3, 4, 5]
+    assert samples[0].start == 2
+    with pytest.raises(ValueError):
+        accept(made, [0.5], 0.15)
+
+
+# --- balance -------------------------------------------------------------------------------------
+
+
+def test_balance_by_outcome_and_position() -> None:
+    states: list[State] = []
+    for index in range(40):
+        prompt = Prompt(f"train/{index}", (), "p", None)
+        for sample in range(4):
+            right = sample == 0 and index < 25  # one in six is right
+            states += states_of(rollout("a b\nc d\ne f\ng h\ni j", prompt, sample, float(right)))
+    chosen = balance(states, 60, seed=1)
+    assert len(chosen) == 60
+    assert all(any(c is s for s in states) for c in chosen)
+
+    def stratum(state: State) -> tuple[float, int]:
+        late = 2 * state.cut >= len(state.rollout.completion.ids)
+        return state.rollout.outcome, 0 if state.cut == 0 else 1 + late
+
+    counts: dict[tuple[float, int], int] = {}
+    for state in chosen:
+        counts[stratum(state)] = counts.get(stratum(state), 0) + 1
+    assert len(counts) == 6
+    assert set(counts.values()) == {10}
+    starts = [(s.rollout.prompt.id, s.rollout.outcome) for s in balance(states, 10_000) if s.cut == 0]
+    assert len(starts) == len(set(starts)) == 40 + 25
+    again = balance(states, 60, seed=1)
+    assert all(a is b for a, b in zip(chosen, again, strict=True))
+    assert any(a is not b for a, b in zip(chosen, balance(states, 60, seed=2), strict=True))
+    assert balance([], 5) == []
+
+
+# --- endpoint ------------------------------------------------------------------------------------
+
+Answer = Callable[[dict[str, Any]], tuple[int, Any]]
+
+
+class Server:
+    """An OpenAI-compatible chat endpoint on loopback. `answer(body)` gives status and reply."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.open = self.most_open = 0
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    outer.bodies.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer.paths.append(self.path)
+                    outer.open += 1
+                    outer.most_open = max(outer.most_open, outer.open)
+                try:
+                    status, reply = answer(body)
+                finally:
+                    with lock:
+                        outer.open -= 1
+                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("content-length", str(len(data)))
+                    if status == 429:
+                        self.send_header("retry-after", "0.01")
+                    self.end_headers()
+                    self.wfile.write(data)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True  # the client's time-out
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
+        self.thread.start()
+
+    def config(self, **changes: Any) -> TeacherConfig:
+        url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        return TeacherConfig.model_validate({"kind": "endpoint", "url": url, "model": "wise", **changes})
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+def chat(content: str | None) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", "content": content}}]}
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers: list[Server] = []
+
+    def start(answer: Answer) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_answers_come_in_order_under_bounded_concurrency(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        question = body["messages"][0]["content"]
+        time.sleep(0.05 if question in ("q0", "q3", "q7") else 0.01)  # so that answers overtake each other
+        return 200, chat(f"re: {question}")
+
+    server = serve(slow)
+    monkeypatch.setenv("MY_KEY", "k-123")
+    answers = ask_endpoint(
+        server.config(concurrency=3, api_key_env="MY_KEY"), [ask(f"q{i}") for i in range(12)], 77
+    )
+    assert answers == [f"re: q{i}" for i in range(12)]
+    assert 2 <= server.most_open <= 3
+    assert set(server.paths) == {"/v1/chat/completions"}
+    assert all(h["Authorization"] == "Bearer k-123" for h in server.headers)
+    assert all(b["model"] == "wise" and b["max_tokens"] == 77 for b in server.bodies)
+
+
+def test_failures_are_tried_again_and_then_skipped(serve: Any) -> None:
+    tries: dict[str, int] = {}
+
+    def shaky(body: dict[str, Any]) -> tuple[int, Any]:
+        name = body["messages"][0]["content"]
+        tries[name] = tries.get(name, 0) + 1
+        if name == "late" and tries[name] == 1:
+            time.sleep(1.0)
+        if name == "never" or (name == "busy" and tries[name] < 3):
+            return (429 if name == "busy" else 503), {}
+        return 200, chat(None if name == "empty" else name)
+
+    config = serve(shaky).config(timeout_s=0.4, attempts=3)
+    answers = ask_endpoint(config, [ask(n) for n in ("good", "busy", "never", "late", "empty")], 10)
+    assert answers == ["good", "busy", None, "late", None]
+    assert tries == {"good": 1, "busy": 3, "never": 3, "late": 2, "empty": 1}
+
+
+def test_a_dead_endpoint_is_a_lost_peer(serve: Any) -> None:
+    server = serve(lambda _: (200, chat("x")))
+    config = server.config(attempts=2, timeout_s=1.0)
+    server.http.server_close()
+    with pytest.raises(PeerLost, match="none of 2"):
+        ask_endpoint(config, [ask("a"), ask("b")], 10)
+    assert ask_endpoint(config, [], 10) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "reply", "message"),
+    [(401, {"error": "bad key"}, "status 401.*bad key"), (404, {}, "404"), (200, b"<html>", "not an OpenAI"),
+     (200, {"text": "x"}, "not an OpenAI")],
+)  # fmt: skip
+def test_refusals_are_input_errors(serve: Any, status: int, reply: Any, message: str) -> None:
+    server = serve(lambda _: (status, reply))
+    with pytest.raises(InputError, match=message) as error:
+        ask_endpoint(server.config(concurrency=1), [ask(str(i)) for i in range(20)], 10)
+    assert "way out" in str(error.value)
+    assert len(server.bodies) <= 2
+
+
+def test_missing_settings_are_input_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ABSENT_KEY", raising=False)
+    for config, message in (
+        (TeacherConfig(kind="endpoint", model="m"), "needs url and model"),
+        (TeacherConfig(kind="endpoint", url="http://127.0.0.1:9/v1"), "needs url and model"),
+        (
+            TeacherConfig(kind="endpoint", url="http://127.0.0.1:9", model="m", api_key_env="ABSENT_KEY"),
+            "ABSENT_KEY",
+        ),
+        (TeacherConfig(kind="endpoint", url="ftp://x", model="m"), "not an http address"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask_endpoint(config, [ask("a")], 10)
+
+
+def test_endpoint_traces_parse_fit_and_never_saw_the_outcome(serve: Any) -> None:
+    replies = {
+        "a\n": "Easy. <answer>9</answer> Hope that helps!",
+        "a\nb\n": "I cannot say.",
+        "a\nb\nc\n": "long " * 300 + "<answer>1</answer>",
+    }
+
+    def teach(body: dict[str, Any]) -> tuple[int, Any]:
+        content = body["messages"][0]["content"]
+        partial = content.split("<partial_response>\n")[1].split("\n</partial_response>")[0]
+        return 200, chat(replies.get(partial, "So far nothing.\n<answer>6</answer>"))
+
+    states = cut_states(rollout("a\nb\nc\nd", outcome=1.0), TINY, StatesConfig(min_segment=2))
+    server = serve(teach)
+    samples = endpoint_samples(states, server.config(), CONTEXT)
+    texts = [TINY.decode(s.tokens[s.start : -1]) for s in samples]
+    assert len(states) == 4
+    assert texts == ["So far nothing.\n<answer>6</answer>", "Easy. <answer>9</answer>"]
+    assert [tuple(s.tokens[: s.start]) for s in samples] == [CONTEXT.prompt_ids(s) for s in states[:2]]
+    assert all("SECRET" not in json.dumps(body) for body in server.bodies)
+    other = cut_states(rollout("a\nb\nc\nd", outcome=0.0), TINY, StatesConfig(min_segment=2))
+    assert [endpoint_messages(s, CONTEXT) for s in states] == [endpoint_messages(s, CONTEXT) for s in other]

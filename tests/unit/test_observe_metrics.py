@@ -1,0 +1,172 @@
+"""Metrics logs and the run folder: nothing doubled, nothing torn, nothing non-finite."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from genac_megatron.errors import InputError
+from genac_megatron.observe import runinfo
+from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
+from genac_megatron.recipe.schema import ObserveConfig, WandbConfig
+
+PLAIN = ObserveConfig(tensorboard=False)
+RECIPE = "stages:\n- {kind: sft, name: sft}\n- {kind: reinforce, name: rl}\n- {kind: ppo}\n"
+
+
+def train(log: MetricsLog, stage: str, first: int, last: int, value: float = 0.0) -> None:
+    for step in range(first, last + 1):
+        log.log(stage, stage, step, {"critic/loss": value + step})
+
+
+def kept(run: Path, name: str = METRICS) -> list[tuple[str, int]]:
+    return [(row["stage"], row["step"]) for row in RunFolder(run).rows(name)[0]]
+
+
+def test_a_row_is_flat_and_plain(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, PLAIN)
+    log.log("ppo", "ppo", 3, {"actor/loss": np.float32(0.5), "time/train_s": 2})
+    (row,) = (json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+    assert row.pop("time") > 1e9
+    assert row == {"stage": "ppo", "kind": "ppo", "step": 3, "actor/loss": 0.5, "time/train_s": 2.0}
+    with pytest.raises(ValueError, match="loss"):
+        log.log("ppo", "ppo", 4, {"loss": 1.0})
+
+
+def test_what_is_not_finite_is_null_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        MetricsLog(tmp_path, PLAIN).log("ppo", "ppo", 1, {"a/x": float("nan"), "a/y": float("-inf"), "a/z": 1.0})
+    (row,) = RunFolder(tmp_path).rows(METRICS)[0]
+    assert row["a/x"] is None and row["a/y"] is None and row["a/z"] == 1.0
+    assert row["nonfinite"] == ["a/x", "a/y"]
+    assert "a/x = nan" in caplog.text and "a/y = -inf" in caplog.text
+    assert "NaN" not in (tmp_path / METRICS).read_text()
+
+
+def test_a_resumed_run_has_the_rows_of_one_that_was_not(tmp_path: Path) -> None:
+    whole = MetricsLog(tmp_path / "whole", PLAIN)
+    train(whole, "sft", 1, 3)
+    train(whole, "rl", 1, 6)
+    broken = MetricsLog(tmp_path / "broken", PLAIN)
+    train(broken, "sft", 1, 3)
+    train(broken, "rl", 1, 2)
+    state = broken.state_dict()  # the checkpoint
+    train(broken, "rl", 3, 4, value=99.0)
+    with (tmp_path / "broken" / METRICS).open("a") as file:
+        file.write('{"stage": "rl", "step": 5, "cri')  # the crash
+    resumed = MetricsLog(tmp_path / "broken", PLAIN, resume_step=("rl", 2))
+    resumed.load(state)
+    train(resumed, "rl", 3, 6)
+    rows = [RunFolder(tmp_path / name).rows(METRICS)[0] for name in ("whole", "broken")]
+    assert [[{**r, "time": 0} for r in run] for run in rows][0] == [{**r, "time": 0} for r in rows[1]]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, None])
+def test_all_three_logs_are_cut_at_the_checkpoint(tmp_path: Path, recipe: str | None) -> None:
+    if recipe:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+    folder = RunFolder(tmp_path).create()
+    for stage, steps in (("sft", (1, 2)), ("rl", (0, 1, 2, 3)), ("ppo", (0, 1))):
+        for step in steps:
+            for log in (METRICS, EVALUATIONS, ROLLOUTS):
+                folder.append(log, {"stage": stage, "step": step})
+    folder.rewind(("rl", 2))
+    for log in (METRICS, EVALUATIONS, ROLLOUTS):
+        assert kept(tmp_path, log) == [("sft", 1), ("sft", 2), ("rl", 0), ("rl", 1), ("rl", 2)]
+
+
+def test_a_checkpoint_at_a_stage_begin_drops_later_stages(tmp_path: Path) -> None:
+    """No row of the checkpoint's own stage is in the log: the recipe's order decides."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    folder = RunFolder(tmp_path).create()
+    for stage in ("sft", "ppo"):
+        folder.append(ROLLOUTS, {"stage": stage, "step": 1})
+    folder.rewind(("rl", 0))
+    assert kept(tmp_path, ROLLOUTS) == [("sft", 1)]
+
+
+def test_a_run_from_the_start_sets_old_logs_aside(tmp_path: Path) -> None:
+    for attempt in range(3):
+        train(MetricsLog(tmp_path, PLAIN), "sft", 1, attempt + 1)
+    assert kept(tmp_path) == [("sft", 1), ("sft", 2), ("sft", 3)]
+    assert kept(tmp_path, f"{METRICS}.1") == [("sft", 1)]
+    assert kept(tmp_path, f"{METRICS}.2") == [("sft", 1), ("sft", 2)]
+
+
+def test_a_log_that_is_not_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, PLAIN)
+    train(log, "sft", 1, 3)
+    state = log.state_dict()
+    (tmp_path / METRICS).unlink()
+    with pytest.raises(InputError, match="counts 3 rows, the file holds 0"):
+        MetricsLog(tmp_path, PLAIN, resume_step=("sft", 3)).load(state)
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first = MetricsLog(tmp_path, ObserveConfig())
+    train(first, "rl", 1, 5, value=100.0)
+    first.close()
+    with MetricsLog(tmp_path, ObserveConfig(), resume_step=("rl", 3)) as second:
+        train(second, "rl", 4, 6)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(e.step, e.value) for e in events.Scalars("critic/loss")]
+    assert shown == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 4.0), (5, 5.0), (6, 6.0)]
+
+
+def test_wandb_off_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from genac_megatron.observe.metrics import MetricsLog;"
+        "from genac_megatron.recipe.schema import ObserveConfig;"
+        f"MetricsLog({str(tmp_path)!r}, ObserveConfig(tensorboard=False)).log('s', 'sft', 1, {{'a/b': 1}});"
+        "assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens: any call out would fail
+    config = ObserveConfig(tensorboard=False, wandb=WandbConfig(mode="offline"))
+    with MetricsLog(tmp_path, config, recipe={"seed": 1}) as log:
+        train(log, "rl", 1, 2)
+        state = log.state_dict()
+    resumed = MetricsLog(tmp_path, config, resume_step=("rl", 2))
+    assert resumed.state_dict() != state
+    resumed.load(state)
+    assert resumed.state_dict() == state
+    with resumed:
+        train(resumed, "rl", 3, 3)
+    written = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert written and all(state["wandb_id"] in path.name for path in written)
+
+
+def test_a_missing_sink_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="tensorboard is not installed"):
+        MetricsLog(tmp_path, ObserveConfig())
+
+
+def test_atomic_files_leave_no_parts_and_survive_a_failed_write(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "summary.json"
+    runinfo.write_json_atomic(path, {"a": float("inf"), "b": np.arange(2), "c": np.float64(0.5)})
+    assert json.loads(path.read_text()) == {"a": None, "b": [0, 1], "c": 0.5}
+    with pytest.raises(UnicodeEncodeError):
+        runinfo.write_text_atomic(path, "\ud800")
+    assert json.loads(path.read_text())["c"] == 0.5
+    runinfo.write_json_atomic(path, {})
+    assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_unreadable_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 1}\n\n[1]\n{"step": 2}\n{"st')
+    assert runinfo.read_jsonl(tmp_path / METRICS) == ([{"step": 1}, {"step": 2}], 2)
+    assert runinfo.read_jsonl(tmp_path / "none.jsonl") == ([], 0)

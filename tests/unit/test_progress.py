@@ -1,0 +1,142 @@
+"""Progress on a clock of its own: times, expected times, and what is printed where."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from genac_megatron.observe.progress import Progress, format_duration, shown_figures
+from genac_megatron.observe.timer import PhaseTimer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def text_progress(clock: Clock, enabled: bool = True) -> tuple[Progress, io.StringIO]:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=False, width=200)
+    timer = PhaseTimer(clock)
+    return Progress(enabled, stages=["sft", "ppo"], timer=timer, console=console, clock=clock), out
+
+
+def test_phases_inside_phases_are_counted_once() -> None:
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    with timer.phase("train"):
+        clock.now += 2
+        with timer.phase("publish"):
+            clock.now += 3
+        clock.now += 1
+    with timer.phase("train"):
+        clock.now += 4
+    clock.now += 5
+    timer.add("judge", 1.5)
+    wanted = {"time/train_s": 7.0, "time/publish_s": 3.0, "time/judge_s": 1.5, "time/total_s": 15.0}
+    assert timer.take() == wanted
+    clock.now += 1
+    assert timer.take() == {"time/total_s": 1.0}
+
+
+def test_a_phase_that_raises_is_timed() -> None:
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    with pytest.raises(KeyError), timer.phase("train"):
+        clock.now += 2
+        raise KeyError
+    assert timer.take()["time/train_s"] == 2.0
+
+
+def test_a_line_per_step_with_the_time_left() -> None:
+    clock = Clock()
+    progress, out = text_progress(clock)
+    with progress:
+        progress.stage("ppo", 12, done=10)
+        clock.now += 60
+        progress.step(11, {"rollout/outcome_mean": 0.51234, "time/train_s": 9.0})
+        progress.note("published actor 3")
+        progress.step(12, {})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "stage 2/2 ppo: 12 steps, going on after 10"
+    assert lines[1] == "[ppo 11/12] rollout/outcome_mean 0.5123 · 60 s/step · eta 1m00s"
+    assert lines[2] == "published actor 3"
+    assert lines[3].startswith("[ppo 12/12]") and lines[3].endswith("eta 0s")
+
+
+def test_steps_done_before_a_resume_do_not_make_the_estimate_rosy() -> None:
+    clock = Clock()
+    progress, out = text_progress(clock)
+    with progress:
+        progress.stage("sft", 1000, done=998)
+        clock.now += 100
+        progress.step(999, {})
+    assert "100 s/step · eta 1m40s" in out.getvalue()
+
+
+def test_other_ranks_are_silent_and_timed() -> None:
+    clock = Clock()
+    progress, out = text_progress(clock, enabled=False)
+    with progress:
+        progress.stage("sft", 2)
+        with progress.phase("train"):
+            clock.now += 2
+        progress.step(1, {"a/b": 1.0})
+        progress.note("hello")
+    assert out.getvalue() == ""
+    assert progress.timer.take()["time/train_s"] == 2.0
+
+
+def test_a_terminal_shows_pipeline_stage_and_phase() -> None:
+    clock = Clock()
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
+    progress = Progress(True, name="run", stages=["sft", "ppo"], timer=PhaseTimer(clock), console=console, clock=clock)
+    progress.stage("sft", 10)
+    for step in (1, 2):
+        with progress.phase("judge"):
+            clock.now += 8
+        clock.now += 2
+        progress.step(step, {"critic/loss": 0.25})
+    with progress.phase("judge"):
+        clock.now += 3
+        shown = Console(file=io.StringIO(), width=120, record=True)
+        shown.print(progress._render())
+        text = shown.export_text()
+    assert "run 1/2 stages" in text and "23s so far" in text
+    assert "sft 2/10" in text and "eta 1m17s, 10 s/step" in text  # 8 steps of 10 s, 3 s of the next done
+    assert "judge" in text and "3.0 s, eta 5s" in text
+    assert "critic/loss 0.25" in text
+
+
+def test_the_live_block_ends_and_leaves_its_last_state() -> None:
+    out = io.StringIO()
+    with Progress(True, stages=["sft"], console=Console(file=out, force_terminal=True, width=100)) as progress:
+        progress.stage("sft", 3)
+        with progress.phase("train"):
+            pass
+        progress.step(1, {"critic/loss": 0.5})
+    assert "sft 1/3" in out.getvalue()
+    assert out.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_a_step_needs_a_stage() -> None:
+    with pytest.raises(RuntimeError, match="before its stage"):
+        Progress(False).step(1, {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (3599.4, "59m59s"), (3700, "1h01m"), (90000, "1d01h"), (-3, "0s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_the_figures_shown_are_the_telling_ones() -> None:
+    metrics = {"time/train_s": 1.0, "x/y": 2.0, "critic/loss": 3.0, "rollout/outcome_mean": 0.5}
+    assert [name for name, _ in shown_figures(metrics, room=2)] == ["rollout/outcome_mean", "critic/loss"]
+    assert [name for name, _ in shown_figures(metrics)] == ["rollout/outcome_mean", "critic/loss", "x/y"]
