@@ -20,3 +20,234 @@ Interface in short:
 positions (padding is a sequence of its own). Every micro-batch of a step has the same T where pp > 1: pass
 seq_length=T, micro_batch_size=1 to the schedule.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from genac_megatron import platform
+from genac_megatron.errors import InputError
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.mapping import padded_vocab
+from genac_megatron.models.packed_attention import plan_of
+from genac_megatron.models.specs import Kind, block_spec, choose
+from genac_megatron.recipe.schema import TrainingConfig
+from genac_megatron.training.layout import Layout
+from genac_megatron.training.logprobs import vocab_parallel_logprobs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FP8 = {  # training.fp8 -> Megatron's (format, recipe)
+    "delayed": ("hybrid", "delayed"),
+    "tensorwise": ("hybrid", "tensorwise"),
+    "blockwise": ("e4m3", "blockwise"),
+    "mxfp8": ("e4m3", "mxfp8"),
+}
+
+
+@dataclass
+class Scoring:
+    """How the last stage turns hidden states into log-probs. Set before a pass."""
+
+    temperature: float = 1.0
+    with_entropy: bool = False
+    chunk: int = 1024  # tokens whose logits exist at once
+
+
+class RoleModel(GPTModel):
+    """A GPT model chunk whose last stage gives log-probs of labels, without ever holding all logits."""
+
+    def __init__(self, *args: Any, shape: Shape, specs: Kind, scoring: Scoring, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shape, self.specs, self.scoring = shape, specs, scoring
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Under torch specs the packed attention rotates queries and keys itself, from tables made once."""
+        prepared = super()._preprocess(*args, **kwargs)
+        packed = kwargs.get("packed_seq_params")
+        if packed is None or self.specs != "torch":
+            return tuple(prepared)
+        hidden, freqs, *rest = prepared
+        plan_of(packed, freqs.device).set_rope(freqs)
+        return (hidden, None, *rest)
+
+    def _postprocess(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """[1, T] log-probs or [2, T] log-probs and entropies where this is the last stage and has labels."""
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        mask = kwargs.get("loss_mask")
+        return self.score(hidden_states, labels, mask)
+
+    def score(self, hidden_states: Tensor, labels_1T: Tensor, mask_1T: Tensor | None) -> Tensor:
+        """Log-probs (and entropies) of labels from the decoder's output [T or T / tp, 1, hidden]."""
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # The gradient that comes back is this rank's share of a sum: backward must reduce-scatter it.
+            hidden = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=tp_group
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        logp_T, entropy_T = vocab_parallel_logprobs(
+            hidden.squeeze(1),
+            weight,
+            labels_1T[0],
+            tp_group=tp_group,
+            temperature=self.scoring.temperature,
+            chunk=self.scoring.chunk,
+            vocab=self.shape.vocab,
+            with_entropy=self.scoring.with_entropy,
+            mask_T=None if mask_1T is None else mask_1T[0].bool(),
+        )
+        return torch.stack([logp_T] if entropy_T is None else [logp_T, entropy_T])
+
+
+def build_model(
+    shape: Shape, layout: Layout, groups: ProcessGroupCollection, training: TrainingConfig
+) -> list[RoleModel]:
+    """This rank's model chunks, on its device, weights not yet set (see `load_hf_into`).
+
+    The chunks share one TransformerConfig. Raises InputError where shape, layout and training do not fit.
+    """
+    specs = choose(training.specs)
+    check(shape, layout, training, specs)
+    config = transformer_config(shape, layout, training, specs)
+    scoring = Scoring(chunk=training.logprob_chunk)
+    return [_chunk(shape, layout, groups, config, specs, scoring, index) for index in range(layout.vpp)]
+
+
+def _chunk(
+    shape: Shape,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    config: TransformerConfig,
+    specs: Kind,
+    scoring: Scoring,
+    index: int,
+) -> RoleModel:
+    pp_rank = groups.pp.rank()
+    vp_stage = index if layout.vpp > 1 else None
+    return RoleModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, specs, pp_rank, vp_stage),
+        vocab_size=padded_vocab(shape, layout.tp),
+        max_sequence_length=shape.max_positions,
+        pre_process=pp_rank == 0 and index == 0,
+        post_process=pp_rank == layout.pp - 1 and index == layout.vpp - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tie,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        rope_scaling=shape.rope_factor is not None,
+        rope_scaling_factor=shape.rope_factor or 8.0,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+        shape=shape,
+        specs=specs,
+        scoring=scoring,
+    ).to(platform.device())
+
+
+def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -> None:
+    """Raise InputError where a layout cannot cut this shape, or the machine cannot do what is asked."""
+    where = f"layout of {layout.name}"
+    stages = layout.pp * layout.vpp
+    if shape.layers % stages:
+        raise InputError(f"{shape.layers} layers cannot be cut in pp x vpp = {stages}", where=where)
+    for what in ("heads", "kv_heads", "ffn"):
+        if getattr(shape, what) % layout.tp:
+            raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
+    if layout.ep > 1:
+        raise InputError("ep needs a mixture of experts, and this family is dense", where=where)
+    if training.fp8 != "off" and specs != "te":
+        # Without Transformer Engine Megatron ignores fp8 without a word.
+        raise InputError(
+            f"fp8 {training.fp8} needs Transformer Engine", where="training.fp8", way_out="set it to off"
+        )
+
+
+def transformer_config(
+    shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind
+) -> TransformerConfig:
+    """Megatron's configuration of a role."""
+    fused = specs == "te"
+    dtype = DTYPES[training.dtype]
+    arguments: dict[str, Any] = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "kv_channels": shape.head_dim,
+        "qk_layernorm": shape.qk_norm,
+        "add_qkv_bias": shape.qkv_bias,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": shape.init_std,
+        "perform_initialization": False,  # every weight is loaded, random ones too
+        "use_cpu_initialization": platform.device().type == "cpu",
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        # Fusions need kernels that only GPUs have; accumulating weight gradients in a kernel needs apex.
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "apply_rope_fusion": fused,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**arguments, **_parallel(layout, dtype), **_precision(training))
+
+
+def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+    interleaved = layout.vpp > 1
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": dtype,
+        # Interleaving with batched exchanges mixes up messages; freeing outputs that are still being sent
+        # gives wrong results (both without an error, seen on 0.16).
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": False,
+    }
+
+
+def _precision(training: TrainingConfig) -> dict[str, Any]:
+    """FP8 and recomputation."""
+    arguments: dict[str, Any] = {}
+    if training.fp8 != "off":
+        arguments["fp8"], arguments["fp8_recipe"] = FP8[training.fp8]
+    if training.recompute == "selective":
+        arguments |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    elif training.recompute == "full":
+        arguments |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return arguments

@@ -44,6 +44,7 @@ class PackPlan:
     order: Tensor  # int64 [T]: where each pack position lies in the groups' tokens, one after the other
     positions: Tensor  # int64 [T]: position in its own sequence
     rope: tuple[Tensor, Tensor] | None = None  # cos, sin: fp32 [T, 1, head_dim]
+    freqs: Tensor | None = None  # what they were made from
 
     def rotate(self, x_Thd: Tensor) -> Tensor:
         """Rotary embedding of queries or keys [T, heads, head_dim] (halves rotated, as Hugging Face does)."""
@@ -55,23 +56,18 @@ class PackPlan:
 
     def set_rope(self, freqs: Tensor) -> None:
         """Keep the tables for angles freqs [longest, 1, 1, head_dim] (radians)."""
-        if self.rope is None:
+        if self.freqs is not freqs:
+            self.freqs = freqs
             angles = freqs[:, 0].index_select(0, self.positions)
             self.rope = angles.cos(), angles.sin()
 
 
-def plan_of(pack: PackedSeqParams, total: int, device: torch.device) -> PackPlan:
-    """The plan of a pack of `total` positions, made at the first call and kept on `pack`."""
+def plan_of(pack: PackedSeqParams, device: torch.device) -> PackPlan:
+    """The plan of a pack, made at the first call and kept on `pack`."""
     plan = getattr(pack, _ATTRIBUTE, None)
     if plan is None:
         padded = pack.cu_seqlens_q_padded
         bounds = (pack.cu_seqlens_q if padded is None else padded).tolist()
-        if bounds[-1] != total:
-            raise InputError(
-                f"cu_seqlens end at {bounds[-1]} and the pack has {total} positions",
-                where="packed attention",
-                way_out="make the padding tail a sequence of its own",
-            )
         plan = make_plan(bounds, device)
         setattr(pack, _ATTRIBUTE, plan)
     return plan

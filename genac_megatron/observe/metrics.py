@@ -52,8 +52,11 @@ class MetricsLog:
         for sink, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb.mode != "off")):
             if wanted and importlib.util.find_spec(sink) is None:
                 package, off = _EXTRA[sink]
-                raise InputError(f"the package {package} is not installed", where=f"observe.{sink}",
-                                 way_out=f"pip install {package}, or {off}")
+                raise InputError(
+                    f"the package {package} is not installed",
+                    where=f"observe.{sink}",
+                    way_out=f"pip install {package}, or {off}",
+                )
         self.folder.rewind(resume_step)
         self.rows = len(self.folder.rows(METRICS)[0])
         self._wandb_id: str | None = secrets.token_hex(4) if config.wandb.mode != "off" else None
@@ -101,7 +104,7 @@ class MetricsLog:
             import wandb
 
             self._wandb = wandb.init(
-                mode=self.config.wandb.mode,
+                mode="online" if self.config.wandb.mode == "online" else "offline",
                 project=self.config.wandb.project,
                 entity=self.config.wandb.entity,
                 name=self.name,
@@ -119,14 +122,14 @@ class MetricsLog:
         return {"rows": self.rows, "wandb_id": self._wandb_id}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's logging. Raises InputError where the file is not the one it was saved with."""
+        """Take up a checkpoint's logging. Raises InputError where metrics.jsonl is not the one it left."""
         if self._wandb is not None:
             raise RuntimeError("load the metrics log before its first row")
         if self.rows != int(state["rows"]):
             raise InputError(
                 f"the checkpoint counts {state['rows']} rows, the file holds {self.rows} up to that step",
                 where=str(self.folder.path / METRICS),
-                way_out="put the file back beside the checkpoint, or resume into a copy of the whole run folder",
+                way_out="put the file back, or resume in a copy of the whole run folder",
             )
         if self.config.wandb.mode != "off" and state.get("wandb_id"):
             self._wandb_id = str(state["wandb_id"])

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from genac_megatron.evaluation import metrics as figures
 from genac_megatron.errors import InputError
+from genac_megatron.evaluation import metrics as figures
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
 
 KINDS = ("sft", "reinforce", "ppo")
@@ -81,8 +81,11 @@ class RunData:
         """Where an evaluation lies on the axis of all steps: steps done before it."""
         for span in self.spans:
             if span.name == row.get("stage"):
-                done = [i + 1 for i in range(span.first, span.last)
-                        if number(self.metrics[i].get("step")) <= number(row.get("step"))]
+                done = [
+                    i + 1
+                    for i in range(span.first, span.last)
+                    if number(self.metrics[i].get("step")) <= number(row.get("step"))
+                ]
                 return float(max(done, default=span.first))
         return float(len(self.metrics))
 
@@ -103,8 +106,9 @@ class RunData:
 
     def judged(self, kind: str | None = None) -> list[Row]:
         """Evaluations with a critic's figures, of one kind of stage or of all."""
-        return [e for e in self.evaluations
-                if isinstance(e.get("critic"), dict) and kind in (None, e.get("kind"))]
+        return [
+            e for e in self.evaluations if isinstance(e.get("critic"), dict) and kind in (None, e.get("kind"))
+        ]
 
     def acted(self) -> list[Row]:
         """Evaluations with the actor's held-out accuracy."""
@@ -169,8 +173,11 @@ def read_run(path: str | Path) -> RunData:
             unreadable[log] = bad
     recipe = folder.resolved_recipe()
     if not recipe and not any(rows.values()):
-        raise InputError(f"neither recipe.yaml nor {METRICS} is in it", where=str(path),
-                         way_out="name the folder of a run: genac report runs/<name>")
+        raise InputError(
+            f"neither recipe.yaml nor {METRICS} is in it",
+            where=str(path),
+            way_out="name the folder of a run: genac report runs/<name>",
+        )
     # a resumed stage may evaluate the same point again; the later one counts
     unique = {(e.get("stage"), e.get("name"), e.get("step")): e for e in rows[EVALUATIONS]}
     last = set(map(id, unique.values()))
@@ -208,8 +215,14 @@ def accuracy_interval(row: Row) -> tuple[float, float]:
 def brier_interval(row: Row) -> tuple[float, float]:
     """95 % interval of an evaluation's Brier score, prompts resampled."""
     critic = row.get("critic") or {}
-    triples = list(zip(critic.get("values") or [], critic.get("outcomes") or [],
-                       critic.get("prompts") or [], strict=False))
+    triples = list(
+        zip(
+            critic.get("values") or [],
+            critic.get("outcomes") or [],
+            critic.get("prompts") or [],
+            strict=False,
+        )
+    )
     errors = [((number(v) - number(r)) ** 2, p) for v, r, p in triples]
     kept = [(e, p) for e, p in errors if not math.isnan(e)]
     return figures.bootstrap_mean([e for e, _ in kept], [p for _, p in kept])
@@ -267,9 +280,9 @@ def _training(run: RunData) -> Row:
         versions = run.series(f"publish/{role}_version")[1]
         result[f"publish/{role}_version"] = int(versions[-1]) if versions.size else None
     for key in run.keys("publish/"):
-        values = run.series(key)[1]
-        if not key.endswith("_version") and values.size:
-            result |= {key: float(values.sum()), f"{key}_mean": float(values.mean())}
+        logged = run.series(key)[1]
+        if not key.endswith("_version") and logged.size:
+            result |= {key: float(logged.sum()), f"{key}_mean": float(logged.mean())}
     result["metrics/nonfinite"] = sum(len(row.get("nonfinite") or ()) for row in run.metrics)
     return result
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
+from importlib import resources
 from typing import Any
 
 import yaml
@@ -16,45 +17,7 @@ from genac_megatron.observe.report_data import KINDS, ROLES, Row, RunData, numbe
 from genac_megatron.observe.report_plots import Plot
 from genac_megatron.recipe.schema import ObserveConfig
 
-STYLE = """
-:root{color-scheme:light dark;--page:#f4f5f8;--card:#fff;--ink:#1c2230;--soft:#626c7e;--line:#e2e6ed;
---good:#0f766e;--bad:#b45309;--accent:#2563eb;--low:217,119,6;--high:37,99,235}
-@media(prefers-color-scheme:dark){:root{--page:#0e1117;--card:#171b23;--ink:#e8ebf1;--soft:#98a2b3;--line:#2b313d;
---good:#2dd4bf;--bad:#fbbf24;--accent:#60a5fa;--low:251,191,36;--high:96,165,250}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:78rem;margin:0 auto;padding:1.5rem clamp(.75rem,3vw,2rem) 4rem}
-h1{font-size:1.6rem;margin:0;overflow-wrap:anywhere}
-h2{font-size:1.15rem;margin:2.2rem 0 .8rem}
-h3{font-size:1rem;margin:0}
-p{margin:.3rem 0}.soft{color:var(--soft);font-size:.9rem}
-.tiles,.pair{display:grid;gap:.9rem}
-.tiles{grid-template-columns:repeat(auto-fill,minmax(min(100%,12.5rem),1fr));margin-top:1.2rem}
-.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));align-items:start}
-.plots{columns:23rem;column-gap:.9rem}.plots>*{break-inside:avoid;margin-bottom:.9rem}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.8rem;padding:.9rem 1rem;min-width:0}
-.tile b{display:block;font-size:1.55rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
-.good{color:var(--good)}.bad{color:var(--bad)}
-figure{margin:0}figure img{width:100%;height:auto;display:block;margin-top:.5rem}
-figcaption{color:var(--soft);font-size:.85rem;margin-top:.4rem}
-.warn{border-left:4px solid var(--bad);margin-top:1rem}.warn ul{margin:.3rem 0 0;padding-left:1.2rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.38rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere;min-width:7rem}
-th{color:var(--soft);font-weight:500}
-tbody tr:last-child td{border-bottom:0}
-details{margin-top:.8rem}summary{cursor:pointer;font-weight:550}
-pre{overflow:auto;max-height:32rem;font-size:.82rem;line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0 0}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;font:.88rem/1.75 ui-monospace,SFMono-Regular,Menlo,monospace;margin:.6rem 0}
-.seg{border-radius:.25rem;padding:.1rem 0;-webkit-box-decoration-break:clone;box-decoration-break:clone}
-.chip{display:inline-block;font:600 .74rem/1.35 system-ui,sans-serif;padding:0 .42rem;margin:0 .25rem 0 .1rem;
-border-radius:1rem;background:var(--card);border:1.5px solid var(--soft);white-space:nowrap;text-decoration:none;color:inherit}
-.rollout+.rollout{margin-top:.9rem}.state{border-top:1px solid var(--line);padding:.55rem 0}
-.state:target{background:rgba(var(--high),.1)}
-.scale{display:inline-block;vertical-align:middle;width:9rem;height:.7rem;border-radius:.3rem;margin:0 .4rem;
-background:linear-gradient(90deg,rgba(var(--low),.5),rgba(var(--low),.04) 50%,rgba(var(--high),.04) 50%,rgba(var(--high),.5))}
-"""
+STYLE = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
 
 _FIGURES = (
     ("brier", "Brier score", 4),
@@ -75,7 +38,11 @@ _SHOWN_PER_KIND = 2
 
 
 def page(
-    run: RunData, summary: Mapping[str, Any], plots: Sequence[Plot], absent: Sequence[str], missing: Sequence[str]
+    run: RunData,
+    summary: Mapping[str, Any],
+    plots: Sequence[Plot],
+    absent: Sequence[str],
+    missing: Sequence[str],
 ) -> str:
     """The whole document."""
     body = "".join((
@@ -91,7 +58,8 @@ def page(
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>{title} · GenAC report</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{title} · GenAC report</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -105,7 +73,9 @@ def _text(value: Any, digits: int = 3, per_cent: bool = False) -> str:
 def _head(run: RunData, summary: Mapping[str, Any]) -> str:
     stages = " → ".join(f"{s.name} ({s.last - s.first} steps)" for s in run.spans if s.last > s.first)
     times = run.series("time")[1]
-    when = datetime.fromtimestamp(times[-1], UTC).strftime("last step %Y-%m-%d %H:%M UTC") if times.size else ""
+    when = (
+        datetime.fromtimestamp(times[-1], UTC).strftime("last step %Y-%m-%d %H:%M UTC") if times.size else ""
+    )
     roles = []
     for name, role in (run.recipe.get("roles") or {}).items():
         model = (role or {}).get("model") or {}
@@ -129,7 +99,10 @@ def _missing(missing: Sequence[str], absent: Sequence[str]) -> str:
 
 def _tile(title: str, value: str, note: str, verdict: bool | None = None) -> str:
     colour = "" if verdict is None else " class=good" if verdict else " class=bad"
-    return f"<div class='card tile'><span class=soft>{title}</span><b{colour}>{value}</b><span class=soft>{note}</span></div>"
+    return (
+        f"<div class='card tile'><span class=soft>{title}</span><b{colour}>{value}</b>"
+        f"<span class=soft>{note}</span></div>"
+    )
 
 
 def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
@@ -140,7 +113,9 @@ def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
         note = f"from {_text(before, per_cent=True)}"
         sure = None
         if not math.isnan(low):
-            note += f"; gain {100 * (after - before):+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+            note += (
+                f"; gain {100 * (after - before):+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+            )
             sure = low > 0
         tiles.append(_tile("Actor, held out", _text(after, per_cent=True), note, sure))
     elif not math.isnan(before):
@@ -150,13 +125,19 @@ def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
         base = number(s.get(f"critic/brier_constant_{kind}"))
         if not math.isnan(own):
             better = None if math.isnan(base) else own < base
-            tiles.append(_tile(f"Critic Brier after {kind}", _text(own, 4), f"best constant {_text(base, 4)}", better))
+            tiles.append(
+                _tile(f"Critic Brier after {kind}", _text(own, 4), f"best constant {_text(base, 4)}", better)
+            )
     if not math.isnan(number(s["critic/parse_rate"])):
-        tiles.append(_tile("Judgements that parse", _text(s["critic/parse_rate"], per_cent=True), "last evaluation"))
+        tiles.append(
+            _tile("Judgements that parse", _text(s["critic/parse_rate"], per_cent=True), "last evaluation")
+        )
     if not math.isnan(p99 := number(s["parity/logp_p99"])):
-        alarm = number(((run.recipe.get("observe") or {}).get("parity_alarm")) or ObserveConfig().parity_alarm)
-        tiles.append(_tile("Trainer against engine", f"{p99:.2g}", f"worst p99 of |Δ log-prob|; alarm at {alarm:g}",
-                           p99 <= alarm))  # fmt: skip
+        alarm = number(
+            ((run.recipe.get("observe") or {}).get("parity_alarm")) or ObserveConfig().parity_alarm
+        )
+        note = f"worst p99 of |Δ log-prob|; alarm at {alarm:g}"
+        tiles.append(_tile("Trainer against engine", f"{p99:.2g}", note, p99 <= alarm))
     served = [f"{r} v{s[f'publish/{r}_version']}" for r in ROLES if s[f"publish/{r}_version"] is not None]
     if served:
         seconds = number(s.get("publish/seconds_mean"))
@@ -199,7 +180,9 @@ def _headlines(s: Mapping[str, Any]) -> str:
     if rows:
         critic = "<section><h2>The critic after each stage</h2><div class=card>"
         critic += _table(["", *known], rows) + "</div></section>"
-    phases = [key[len("share/time_") :] for key in s if key.startswith("share/time_") and key != "share/time_other"]
+    phases = [
+        key[len("share/time_") :] for key in s if key.startswith("share/time_") and key != "share/time_other"
+    ]
     cost_rows = [
         [escape(p), format_duration(number(s[f"time/{p}_s"])), _text(s[f"share/time_{p}"], per_cent=True),
          f"{number(s[f'tokens/{p}']):,.0f}" if f"tokens/{p}" in s else "–"]
@@ -251,7 +234,7 @@ def _tint(value: float) -> str:
 def _chip(anchor: str, state: Row) -> str:
     value, used = number(state.get("value")), number(state.get("used"))
     label = f"{value:.1f}" if not math.isnan(value) else f"? ({_text(used, 2)})"
-    return f'<a class=chip href="#{anchor}">{label}</a>'
+    return f'<a class=chip href="#{anchor}">{label}</a>' if anchor else f"<span class=chip>{label}</span>"
 
 
 def segments(rollout: Row) -> list[tuple[Row | None, str]]:
@@ -263,7 +246,8 @@ def segments(rollout: Row) -> list[tuple[Row | None, str]]:
     pieces: list[tuple[Row | None, str]] = []
     if not cuts or cuts[0] > 0:
         pieces.append((None, response[: cuts[0] if cuts else len(response)]))
-    for state, begin, end in zip(states, cuts, [*cuts[1:], len(response)], strict=True):
+    ends = [*cuts, len(response)][1:]
+    for state, begin, end in zip(states, cuts, ends, strict=True):
         pieces.append((state, response[begin:end]))
     return pieces
 
@@ -281,8 +265,10 @@ def _rollout(number_: int, rollout: Row) -> str:
         value = number(state.get("used"))
         pieces.append(f'<span class=seg style="{_tint(value)}">{_chip(anchor, state)}{escape(text)}</span>')
         said = escape(str(state.get("text") or "(nothing)"))
-        notes.append(f"<div class=state id={anchor}>{_chip(anchor, state)}<div class=text>{said}</div></div>")
-    reasoning = f"<details><summary>The critic's reasoning, state by state</summary>{''.join(notes)}</details>"
+        notes.append(f"<div class=state id={anchor}>{_chip('', state)}<div class=text>{said}</div></div>")
+    reasoning = (
+        f"<details><summary>The critic's reasoning, state by state</summary>{''.join(notes)}</details>"
+    )
     return (
         f"<section class='card rollout'><h3>{escape(str(rollout.get('stage')))}, step "
         f"{escape(str(rollout.get('step')))}, {escape(str(rollout.get('prompt')))}: "
@@ -298,7 +284,8 @@ def _rollout(number_: int, rollout: Row) -> str:
 def _folds(run: RunData, summary: Mapping[str, Any]) -> str:
     shown = [[escape(k), escape(f"{v:.6g}" if isinstance(v, float) else str(v))] for k, v in summary.items()]
     folds = "<h2>Everything else</h2><div class=card>"
-    folds += f"<details><summary>All figures of summary.json</summary>{_table(['figure', 'value'], shown)}</details>"
+    table = _table(["figure", "value"], shown)
+    folds += f"<details><summary>All figures of summary.json</summary>{table}</details>"
     folds += f"<details><summary>Every logged figure, stage by stage</summary>{_logged(run)}</details>"
     if run.recipe:
         text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)

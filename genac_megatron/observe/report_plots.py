@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from genac_megatron.evaluation.metrics import LEVELS, reliability
+from genac_megatron.observe.report_canvas import (
+    DARK,
+    LIGHT,
+    Draw,
+    Theme,
+    bands,
+    legend,
+    per_cent,
+    png,
+    stacked,
+    stage_lines,
+)
 from genac_megatron.observe.report_data import (
     KINDS,
     ROLES,
@@ -25,38 +33,6 @@ from genac_megatron.observe.report_data import (
     number,
     phase_totals,
 )
-
-WIDTH = 4.6  # inches; its 9.5 pt text stays legible at the width of a phone
-DPI = 170
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one page, told apart by people who see few."""
-
-    card: str
-    ink: str
-    soft: str
-    grid: str
-    sft: str
-    reinforce: str
-    ppo: str
-    actor: str
-    critic: str
-    phases: tuple[str, ...]
-
-    def of(self, name: str) -> str:
-        return str(getattr(self, name, self.soft))
-
-
-LIGHT = Theme(
-    "#ffffff", "#1c2230", "#7b8494", "#e7eaf0", "#d97706", "#7c3aed", "#2563eb", "#0f766e", "#be185d",
-    ("#2563eb", "#0f766e", "#d97706", "#7c3aed", "#be185d", "#65a30d", "#0891b2", "#b45309", "#475569", "#e11d48"),
-)  # fmt: skip
-DARK = Theme(
-    "#171b23", "#e8ebf1", "#8b94a5", "#2b313d", "#fbbf24", "#a78bfa", "#60a5fa", "#2dd4bf", "#f472b6",
-    ("#60a5fa", "#2dd4bf", "#fbbf24", "#a78bfa", "#f472b6", "#a3e635", "#22d3ee", "#fb923c", "#94a3b8", "#fb7185"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,98 +46,17 @@ class Plot:
     dark: bytes
 
 
-Draw = Callable[[Figure, RunData, Theme], bool]
-
-
 def draw_all(run: RunData) -> tuple[list[Plot], list[str]]:
     """Every plot that the run has data for, and the titles of the others."""
     plots, absent = [], []
     for id_, title, caption, height, draw in PLOTS:
-        light = _png(draw, run, LIGHT, height)
-        dark = _png(draw, run, DARK, height)
+        light = png(draw, run, LIGHT, height)
+        dark = png(draw, run, DARK, height)
         if light is None or dark is None:
             absent.append(title)
         else:
             plots.append(Plot(id_, title, caption, light, dark))
     return plots, absent
-
-
-def _png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
-    style = {
-        "font.size": 9.5, "axes.titlesize": 9.5, "figure.facecolor": theme.card, "axes.facecolor": theme.card,
-        "savefig.facecolor": theme.card, "text.color": theme.ink, "axes.labelcolor": theme.soft,
-        "axes.titlecolor": theme.soft, "axes.edgecolor": theme.grid, "xtick.color": theme.soft,
-        "ytick.color": theme.soft, "grid.color": theme.grid, "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
-        "legend.fontsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0,
-    }  # fmt: skip
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        if not draw(figure, run, theme):
-            return None
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
-
-
-# --- parts ---------------------------------------------------------------------------------------
-
-
-def _bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
-    """Stages as lightly tinted bands of the axis of all steps, named along the top."""
-    end = max(len(run.metrics), 1)
-    for span in run.spans:
-        if span.last == span.first:
-            continue
-        axes.axvspan(span.first, span.last, color=theme.of(span.kind), alpha=0.07, linewidth=0)
-        if span.first:
-            axes.axvline(span.first, color=theme.soft, alpha=0.35, linewidth=0.8)
-        if names and span.last - span.first >= 0.017 * len(span.name) * end:
-            axes.annotate(
-                span.name, ((span.first + span.last) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                textcoords="offset points", ha="center", va="bottom", fontsize=8, color=theme.of(span.kind),
-            )  # fmt: skip
-    axes.set_xlim(0, end)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.set_xlabel("step, over all stages")
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a twentieth of the run, shorter at the ends."""
-    half = len(values) // 40
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(0, index - half), np.minimum(len(values), index + half + 1)
-    return np.asarray((total[high] - total[low]) / (high - low))
-
-
-def _stage_lines(axes: Axes, run: RunData, key: str, colour: str, label: str | None, style: str = "-") -> bool:
-    """A figure over all steps, each stage a line of its own: faint as logged, strong as running mean."""
-    x, y = run.series(key)
-    for span in run.spans:
-        inside = (x > span.first) & (x <= span.last)
-        if not inside.any():
-            continue
-        if inside.sum() > 40:
-            axes.plot(x[inside], y[inside], color=colour, alpha=0.25, linewidth=0.9)
-        mark = "." if inside.sum() < 3 else ""
-        axes.plot(x[inside], _smooth(y[inside]), style, marker=mark, color=colour, label=label)
-        label = None
-    return bool(x.size)
-
-
-def _per_cent(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
-
-
-def _legend(axes: Axes, **options: object) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(**options)
-
-
-def _stacked(figure: Figure, count: int) -> list[Axes]:
-    return list(np.atleast_1d(figure.subplots(count, 1, sharex=True)))
 
 
 # --- the actor -----------------------------------------------------------------------------------
@@ -179,19 +74,19 @@ def accuracy(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes.plot(x, y, color=theme.actor, marker="o", markersize=4)
     axes.annotate(f"{100 * y[-1]:.1f} %", (x[-1], y[-1]), xytext=(-6, 8), textcoords="offset points",
                   ha="right", color=theme.ink, fontweight="bold")  # fmt: skip
-    _bands(axes, run, theme)
-    _per_cent(axes)
+    bands(axes, run, theme)
+    per_cent(axes)
     return True
 
 
 def reward(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes = figure.subplots()
-    if not _stage_lines(axes, run, "rollout/outcome_mean", theme.actor, "mean outcome of rollouts"):
+    if not stage_lines(axes, run, "rollout/outcome_mean", theme.actor, "mean outcome of rollouts"):
         return False
-    _stage_lines(axes, run, "judge/score_mean", theme.critic, "mean value given by the critic", "--")
-    _bands(axes, run, theme)
-    _per_cent(axes)
-    _legend(axes)
+    stage_lines(axes, run, "judge/score_mean", theme.critic, "mean value given by the critic", "--")
+    bands(axes, run, theme)
+    per_cent(axes)
+    legend(axes)
     return True
 
 
@@ -218,18 +113,20 @@ def critic_error(figure: Figure, run: RunData, theme: Theme) -> bool:
         return False
     if len(panels) == 2:
         figure.set_figheight(4.8)
-    for axes, (name, constant, title) in zip(_stacked(figure, len(panels)), panels, strict=True):
+    for axes, (name, constant, title) in zip(stacked(figure, len(panels)), panels, strict=True):
         x, y = _evaluated(run, name, rows)
         if name == "brier":
             low, high = zip(*(brier_interval(r) for r in rows), strict=True)
-            axes.fill_between([run.position(r) for r in rows], low, high, color=theme.critic, alpha=0.16, lw=0)
+            axes.fill_between(
+                [run.position(r) for r in rows], low, high, color=theme.critic, alpha=0.16, lw=0
+            )
         axes.plot(x, y, color=theme.critic, marker="o", markersize=4, label="critic")
         x, y = _evaluated(run, constant, rows)
         axes.plot(x, y, "--", color=theme.soft, marker="o", markersize=3, label="best constant")
         axes.set_ylabel(title)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        _bands(axes, run, theme, names=name == panels[0][0])
-    _legend(figure.axes[0], ncols=2)
+        bands(axes, run, theme, names=name == panels[0][0])
+    legend(figure.axes[0], ncols=2)
     for axes in figure.axes[:-1]:
         axes.set_xlabel("")
     return True
@@ -259,7 +156,7 @@ def reliability_diagram(figure: Figure, run: RunData, theme: Theme) -> bool:
                      label=f"{kind} (ECE {bins.ece:.3f})", linewidth=0, alpha=0.85)  # fmt: skip
     axes.plot([0, 1], [0, 1], ":", color=theme.soft, linewidth=1.2)
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xlabel="value given", ylabel="share that succeeded")
-    _legend(axes, loc="upper left", markerscale=0.7)
+    legend(axes, loc="upper left", markerscale=0.7)
     return drawn
 
 
@@ -275,16 +172,23 @@ def scores(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes.set_xticks(range(LEVELS))
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="score", ylabel="share of judgements")
-    _legend(axes)
+    legend(axes)
     return bool(ends)
 
 
 def ranking(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes = figure.subplots()
     kinds = [k for k in KINDS if k in run.at_stage_end]
-    scopes = (("between", "between\nprompts"), ("prompt", "within a\nprompt"), ("response", "within a\nresponse"))
-    known = [(s, t) for s, t in scopes
-             if any(not math.isnan(number(run.at_stage_end[k]["critic"].get(f"ranking_{s}"))) for k in kinds)]
+    scopes = (
+        ("between", "between\nprompts"),
+        ("prompt", "within a\nprompt"),
+        ("response", "within a\nresponse"),
+    )
+    known = [
+        (s, t)
+        for s, t in scopes
+        if any(not math.isnan(number(run.at_stage_end[k]["critic"].get(f"ranking_{s}"))) for k in kinds)
+    ]
     width = 0.8 / max(1, len(kinds))
     for i, kind in enumerate(kinds):
         heights = [number(run.at_stage_end[kind]["critic"].get(f"ranking_{s}")) for s, _ in known]
@@ -292,12 +196,14 @@ def ranking(figure: Figure, run: RunData, theme: Theme) -> bool:
         axes.bar(at, heights, width * 0.94, color=theme.of(kind), label=kind)
         for x, h in zip(at, heights, strict=True):
             if not math.isnan(h):
-                axes.annotate(f"{h:.2f}", (x, h), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+                axes.annotate(
+                    f"{h:.2f}", (x, h), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8
+                )
     axes.axhline(0.5, color=theme.soft, linestyle=":", linewidth=1.2)
     axes.set_xticks(range(len(known)), [t for _, t in known])
     axes.grid(axis="x", visible=False)
     axes.set(ylim=(0, 1.05), ylabel="pairs ordered right")
-    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
+    legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
     return bool(known)
 
 
@@ -321,18 +227,18 @@ def value_by_position(figure: Figure, run: RunData, theme: Theme) -> bool:
         axes.plot(at, mean, color=colour, marker="o", markersize=4, label=label)
     axes.set(ylim=(0, 1), xlabel="state k of the response (0: only the problem)", ylabel="mean value")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes)
+    legend(axes)
     return drawn
 
 
 def parsing(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes = figure.subplots()
-    drawn = _stage_lines(axes, run, "judge/parse_rate", theme.critic, "in training")
+    drawn = stage_lines(axes, run, "judge/parse_rate", theme.critic, "in training")
     x, y = _evaluated(run, "parse_rate", run.judged())
     axes.plot(x, y, "o", markersize=4.5, color=theme.ink, label="held out")
-    _bands(axes, run, theme)
-    _per_cent(axes)
-    _legend(axes)
+    bands(axes, run, theme)
+    per_cent(axes)
+    legend(axes)
     return drawn or bool(x)
 
 
@@ -346,13 +252,13 @@ def mismatch(figure: Figure, run: RunData, theme: Theme) -> bool:
     for role in ROLES:
         for statistic, style in (("max", ":"), ("p99", "-"), ("mean", "--")):
             key = f"parity/{role}_{statistic}"
-            drawn |= _stage_lines(top, run, key, theme.of(role), f"{role} {statistic}", style)
+            drawn |= stage_lines(top, run, key, theme.of(role), f"{role} {statistic}", style)
             positive |= bool((run.series(key)[1] > 0).any())
-        drawn |= _stage_lines(bottom, run, f"parity/{role}_k3", theme.of(role), role)
+        drawn |= stage_lines(bottom, run, f"parity/{role}_k3", theme.of(role), role)
     if positive:
         top.set_yscale("log")
-    _bands(top, run, theme)
-    _bands(bottom, run, theme, names=False)
+    bands(top, run, theme)
+    bands(bottom, run, theme, names=False)
     top.set(ylabel="|Δ log-prob|", xlabel="")
     bottom.set_ylabel("k3 KL")
     handles, labels = top.get_legend_handles_labels()
@@ -380,27 +286,27 @@ def optimisation(figure: Figure, run: RunData, theme: Theme) -> bool:
     if not panels:
         return False
     figure.set_figheight(1.0 + 1.55 * len(panels))
-    for i, (axes, (title, keys)) in enumerate(zip(_stacked(figure, len(panels)), panels, strict=True)):
+    for i, (axes, (title, keys)) in enumerate(zip(stacked(figure, len(panels)), panels, strict=True)):
         for role, key in keys.items():
-            _stage_lines(axes, run, key, theme.of(role), role)
-        _bands(axes, run, theme, names=i == 0)
+            stage_lines(axes, run, key, theme.of(role), role)
+        bands(axes, run, theme, names=i == 0)
         axes.set_ylabel(title)
         if i < len(panels) - 1:
             axes.set_xlabel("")
         if i == 0:
-            _legend(axes, ncols=2)
+            legend(axes, ncols=2)
     return True
 
 
 def lengths(figure: Figure, run: RunData, theme: Theme) -> bool:
-    top, bottom = _stacked(figure, 2)
-    drawn = _stage_lines(top, run, "rollout/length_mean", theme.actor, None)
-    drawn |= _stage_lines(bottom, run, "rollout/truncated", theme.actor, None)
-    _bands(top, run, theme)
-    _bands(bottom, run, theme, names=False)
+    top, bottom = stacked(figure, 2)
+    drawn = stage_lines(top, run, "rollout/length_mean", theme.actor, None)
+    drawn |= stage_lines(bottom, run, "rollout/truncated", theme.actor, None)
+    bands(top, run, theme)
+    bands(bottom, run, theme, names=False)
     top.set(ylabel="tokens per response", xlabel="")
     bottom.set_ylabel("share cut off")
-    _per_cent(bottom)
+    per_cent(bottom)
     return drawn
 
 
@@ -419,7 +325,10 @@ def costs(figure: Figure, run: RunData, theme: Theme) -> bool:
     if not panels:
         return False
     names = list(dict.fromkeys(p for totals, _ in panels for phases in totals for p in phases))
-    colours = {n: theme.soft if n == "other" else theme.phases[i % len(theme.phases)] for i, n in enumerate(names)}
+    names.sort(key=lambda name: name == "other")
+    colours = {
+        n: theme.soft if n == "other" else theme.phases[i % len(theme.phases)] for i, n in enumerate(names)
+    }
     figure.set_figheight(1.2 + len(panels) * (0.75 + 0.34 * len(spans)))
     for axes, (totals, unit) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
         left = np.zeros(len(spans))
@@ -453,34 +362,76 @@ def versions(figure: Figure, run: RunData, theme: Theme) -> bool:
         if x.size:
             axes.step(x, y, style, where="post", color=theme.of(role), label=role)
             drawn = True
-    _bands(axes, run, theme)
+    bands(axes, run, theme)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("version served")
-    _legend(axes, loc="upper left")
+    legend(axes, loc="upper left")
     return drawn
 
 
 PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
     ("accuracy", "Actor: held-out accuracy", "Band: 95 % interval, prompts resampled.", 3.3, accuracy),
-    ("reward", "Training reward", "Mean outcome of a step's rollouts, and what the critic expected of them.",
-     3.3, reward),
-    ("critic_error", "Critic: error against the best constant",
-     "Below the dashed line the critic knows more than the mean outcome. Band: 95 % interval, prompts resampled. "
-     "In ppo the actor moves, and the constant with it.", 3.3, critic_error),
-    ("reliability", "Critic: reliability", "At the end of each stage; larger points hold more states. "
-     "On the dotted line, values are honest chances.", 3.9, reliability_diagram),
-    ("scores", "Critic: scores given", "At the end of each stage. All on one score: the critic has collapsed.",
-     3.3, scores),
-    ("ranking", "Critic: ranking accuracy", "Pairs of states that the values order rightly; 0.5 is chance.",
-     3.5, ranking),
-    ("position", "Critic: value along the response", "Last evaluation. The lines part where the critic sees how a "
-     "response will end. Band: two standard errors.", 3.3, value_by_position),
-    ("parse_rate", "Critic: judgements that parse", "A judgement without a readable score earns no reward.",
-     3.1, parsing),
-    ("mismatch", "Trainer against engine", "How far the trainer's log-probs of the sampled tokens lie from the "
-     "engine's.", 4.6, mismatch),
+    (
+        "reward",
+        "Training reward",
+        "Mean outcome of a step's rollouts, and what the critic expected of them.",
+        3.3,
+        reward,
+    ),
+    (
+        "critic_error",
+        "Critic: error against the best constant",
+        "Below the dashed line the critic knows more than the mean outcome. Band: 95 % interval, prompts "
+        "resampled. In ppo the actor moves, and the constant with it.",
+        3.3,
+        critic_error,
+    ),
+    (
+        "reliability",
+        "Critic: reliability",
+        "At the end of each stage; larger points hold more states. On the dotted line, values are honest "
+        "chances.",
+        3.9,
+        reliability_diagram,
+    ),
+    (
+        "scores",
+        "Critic: scores given",
+        "At the end of each stage. All on one score: the critic has collapsed.",
+        3.3,
+        scores,
+    ),
+    (
+        "ranking",
+        "Critic: ranking accuracy",
+        "Pairs of states that the values order rightly; 0.5 is chance.",
+        3.5,
+        ranking,
+    ),
+    (
+        "position",
+        "Critic: value along the response",
+        "Last evaluation. The lines part where the critic sees how a response will end. Band: two standard "
+        "errors.",
+        3.3,
+        value_by_position,
+    ),
+    (
+        "parse_rate",
+        "Critic: judgements that parse",
+        "A judgement without a readable score earns no reward.",
+        3.1,
+        parsing,
+    ),
+    (
+        "mismatch",
+        "Trainer against engine",
+        "How far the trainer's log-probs of the sampled tokens lie from the engine's.",
+        4.6,
+        mismatch,
+    ),
     ("optimisation", "Optimisation", "Running means; as logged where faint.", 6.5, optimisation),
-    ("lengths", "Response length", "", 3.9, lengths),
+    ("lengths", "Response length", "Of the rollouts of each step.", 3.9, lengths),
     ("costs", "Time and tokens by phase", "Totals of each stage.", 3.6, costs),
     ("versions", "Published versions", "Weights that the engines served after each step.", 3.1, versions),
-)  # fmt: skip
+)

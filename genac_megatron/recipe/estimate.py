@@ -74,7 +74,7 @@ def activation_bytes(role: RoleConfig, sizes: Sizes, pp: int) -> float:
     residual stream and norm inputs and outputs 4h, divided by tp under sequence parallelism;
     queries, keys, values and the attention's output (2 heads + 2 kv_heads) head_dim / tp;
     gate, up and their product 3 ffn / tp. (After Korthikanti et al. 2022, arXiv 2205.05198, section 4, less
-    dropout and scores, with a gated MLP.) Full recomputation keeps h per layer and one layer's worth;
+    dropout and scores, with a gated MLP.) Full recomputation keeps h per layer, and one layer's worth once;
     selective recomputation redoes attention's core alone, which keeps nothing here.
     Under 1F1B stage i of p holds p - i micro-batches; interleaving v chunks multiplies by 1 + (p-1)/(p v).
     The last stage adds three fp32 copies of a chunk's logits shard.
@@ -85,10 +85,12 @@ def activation_bytes(role: RoleConfig, sizes: Sizes, pp: int) -> float:
     attention = (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim / layout.tp
     per_layer = 4 * stream + attention + 3 * sizes.ffn / layout.tp
     layers = sizes.layers // layout.pp
-    held = layers * stream + per_layer if training.recompute == "full" else layers * per_layer
     in_flight = (layout.pp - pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp) if layout.vpp > 1 else 1)
-    tokens = training.tokens_per_microbatch / layout.cp
-    total = held * in_flight * tokens * BYTES[training.dtype]
+    if training.recompute == "full":
+        held = layers * stream * in_flight + per_layer
+    else:
+        held = layers * per_layer * in_flight
+    total = held * training.tokens_per_microbatch / layout.cp * BYTES[training.dtype]
     if pp == layout.pp - 1:
         total += 3 * 4 * training.logprob_chunk * sizes.vocab / layout.tp
     return total

@@ -28,7 +28,7 @@ def ranks_of(layout: LayoutConfig, world: int) -> int:
     return layout.count if layout.count is not None else world - layout.first_rank
 
 
-def nowhere(location: Sequence[str | int]) -> str:  # noqa: ARG001
+def nowhere(location: Sequence[str | int]) -> str:
     """For a recipe that was not read from a file."""
     return ""
 

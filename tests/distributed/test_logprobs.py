@@ -36,14 +36,14 @@ def _inputs(dtype: torch.dtype, vocab: int) -> tuple[Tensor, Tensor, Tensor, Ten
     return hidden_TH, weight_VH, labels_T, mask_T, torch.randn(2, TOKENS, generator=g)
 
 
-def _tp_cases(rank: int, folder: str) -> None:
-    """Every case on this rank; [log-prob, entropy, partial hidden gradient, weight gradient] of each."""
+def _tp_cases(rank: int) -> list[list[Tensor]]:
+    """[log-prob, entropy, partial hidden gradient, weight gradient] of each case, on one of four ranks."""
     groups = {tp: dist.new_subgroups(tp)[0] for tp in (2, 4)}
     results = []
     for tp, dtype, vocab, temperature, masked in CASES:
         hidden_TH, weight_VH, labels_T, mask_T, upstream_2T = _inputs(dtype, vocab)
         hidden_TH.requires_grad_()
-        shard_VH = weight_VH.chunk(tp)[groups[tp].rank()].clone().requires_grad_()
+        shard_VH = weight_VH.chunk(tp)[rank % tp].clone().requires_grad_()
         logp_T, entropy_T = vocab_parallel_logprobs(
             hidden_TH,
             shard_VH,
@@ -57,13 +57,15 @@ def _tp_cases(rank: int, folder: str) -> None:
         )
         assert entropy_T is not None
         (logp_T @ upstream_2T[0] + entropy_T @ upstream_2T[1]).backward()
+        assert hidden_TH.grad is not None
+        assert shard_VH.grad is not None
         results.append([logp_T.detach(), entropy_T.detach(), hidden_TH.grad, shard_VH.grad])
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    return results
 
 
-def _start(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    _tp_cases(rank, folder)
+def _start(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    torch.save(_tp_cases(rank), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -71,7 +73,7 @@ def _start(rank: int, world: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
     """[rank][case][figure]"""
     folder = str(tmp_path_factory.mktemp("logprobs"))
-    mp.spawn(_start, args=(4, folder), nprocs=4)
+    mp.spawn(_start, args=(folder,), nprocs=4)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(4)]
 
 

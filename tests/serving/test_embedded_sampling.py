@@ -214,8 +214,7 @@ def test_scores_of_continuations() -> None:
     assert scores == pytest.approx(expected, abs=FP32)
 
 
-def test_a_shared_sampling_params_object_is_not_needed() -> None:
-    """Requests may mix temperatures, greedy ones included, in one batch."""
+def test_one_batch_mixes_temperatures() -> None:
     config = tiny_config("llama")
     model = plain_model(config)
     temperatures = [0.0, 0.5, 1.0, 2.0]

@@ -43,7 +43,9 @@ def plain_model(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torc
     return model
 
 
-def make_engine(config: dict[str, Any], model: PreTrainedModel | None = None, **engine: Any) -> EmbeddedEngine:
+def make_engine(
+    config: dict[str, Any], model: PreTrainedModel | None = None, **engine: Any
+) -> EmbeddedEngine:
     """An fp32 engine, with the model's weights as version 0 where one is given."""
     made = EmbeddedEngine(config, EngineConfig(**{"dtype": "fp32", **engine}), "cpu")
     if model is not None:
@@ -75,7 +77,7 @@ def prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 20) -> 
 def forced_logprobs(
     model: PreTrainedModel, ids: Sequence[int], response: Sequence[int], temperature: float = 1.0
 ) -> list[float]:
-    """log p of each response token given what precedes it: one forward of one sequence, no cache, no padding."""
+    """log p of each response token given what precedes it: one forward, no cache, no padding."""
     logits = model(torch.tensor([[*ids, *response]])).logits[0].float()
     logprobs = torch.log_softmax(logits / temperature, dim=-1)[len(ids) - 1 : -1]
     return logprobs.gather(1, torch.tensor([*response])[:, None])[:, 0].tolist()

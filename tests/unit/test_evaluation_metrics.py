@@ -26,14 +26,19 @@ def same(got: float, wanted: float, tolerance: float = EXACT) -> bool:
 @st.composite
 def judged(draw: st.DrawFn) -> tuple[list[float], list[float]]:
     size = draw(st.integers(1, 40))
-    return (draw(st.lists(SCORES, min_size=size, max_size=size)), draw(st.lists(BITS, min_size=size, max_size=size)))
+    return (
+        draw(st.lists(SCORES, min_size=size, max_size=size)),
+        draw(st.lists(BITS, min_size=size, max_size=size)),
+    )
 
 
 @given(judged())
 def test_brier_and_its_constant(pair: tuple[list[float], list[float]]) -> None:
     values, outcomes = pair
     n = len(values)
-    assert same(m.brier(values, outcomes), sum((r - v) ** 2 for v, r in zip(values, outcomes)) / n)
+    assert same(
+        m.brier(values, outcomes), sum((r - v) ** 2 for v, r in zip(values, outcomes, strict=True)) / n
+    )
     # no constant on a fine grid beats the best in hindsight, and the mean attains it
     best = m.brier_constant(outcomes)
     grid = [m.brier([c / 200] * n, outcomes) for c in range(201)]
@@ -45,7 +50,8 @@ def test_brier_and_its_constant(pair: tuple[list[float], list[float]]) -> None:
 def test_explained_variance_and_skill(pair: tuple[list[float], list[float]]) -> None:
     values, outcomes = map(np.array, pair)
     if outcomes.std() == 0:
-        assert math.isnan(m.explained_variance(values, outcomes)) and math.isnan(m.skill(values, outcomes))
+        assert math.isnan(m.explained_variance(values, outcomes))
+        assert math.isnan(m.skill(values, outcomes))
         return
     residual = outcomes - values
     wanted = 1 - ((residual - residual.mean()) ** 2).sum() / ((outcomes - outcomes.mean()) ** 2).sum()
@@ -90,10 +96,12 @@ def test_reliability_and_ece(pair: tuple[list[float], list[float]]) -> None:
         inside = [i for i, v in enumerate(values) if round(10 * v) == n]
         assert bins.count[n] == len(inside)
         if not inside:
-            assert math.isnan(bins.value[n]) and math.isnan(bins.outcome[n])
+            assert math.isnan(bins.value[n])
+            assert math.isnan(bins.outcome[n])
             continue
         value, outcome = (sum(x[i] for i in inside) / len(inside) for x in (values, outcomes))
-        assert same(bins.value[n], value) and same(bins.outcome[n], outcome)
+        assert same(bins.value[n], value)
+        assert same(bins.outcome[n], outcome)
         wanted += len(inside) / len(values) * abs(outcome - value)
     assert same(bins.ece, wanted)
 
@@ -122,8 +130,8 @@ def test_ranks_and_spearman(pair: tuple[list[float], list[float]]) -> None:
 @given(judged())
 def test_auc_is_the_chance_that_a_success_outscores_a_failure(pair: tuple[list[float], list[float]]) -> None:
     values, outcomes = pair
-    good = [v for v, r in zip(values, outcomes) if r >= 0.5]
-    bad = [v for v, r in zip(values, outcomes) if r < 0.5]
+    good = [v for v, r in zip(values, outcomes, strict=True) if r >= 0.5]
+    bad = [v for v, r in zip(values, outcomes, strict=True) if r < 0.5]
     wins = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
     assert same(m.auc(values, outcomes), sum(wins) / len(wins) if wins else math.nan)
 
@@ -141,7 +149,7 @@ def test_ranking_accuracy(rows: list[tuple[float, float, int, int]], scope: m.Sc
         within = {"between": p != p2, "prompt": p == p2 and q != q2, "response": (p, q) == (p2, q2)}[scope]
         if within and abs(t - t2) > margin:
             hits.append(0.5 if v == v2 else float((v > v2) == (t > t2)))
-    got, pairs = m.ranking_accuracy(*map(list, zip(*rows)), scope=scope, margin=margin)
+    got, pairs = m.ranking_accuracy(*map(list, zip(*rows, strict=True)), scope=scope, margin=margin)
     assert pairs == len(hits)
     assert same(got, sum(hits) / len(hits) if hits else math.nan)
 
@@ -158,11 +166,24 @@ def test_scopes_part_what_a_critic_knows() -> None:
 
 
 def test_scores() -> None:
-    assert m.score_histogram([0.0, 0.1, 0.1, 1.0, 0.30000000000000004]).tolist() == [1, 2, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert m.score_histogram([0.0, 0.1, 0.1, 1.0, 0.30000000000000004]).tolist() == [
+        1,
+        2,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
     assert m.parse_rate([0.3, None, 0.0, None]) == 0.5
     assert m.entropy([0, 7, 0]) == 0.0
     assert same(m.entropy([3] * 11), math.log(11))
-    assert math.isnan(m.entropy([0] * 11)) and math.isnan(m.parse_rate([]))
+    assert math.isnan(m.entropy([0] * 11))
+    assert math.isnan(m.parse_rate([]))
 
 
 @given(st.integers(1, 7), st.data())
@@ -223,11 +244,19 @@ def test_critic_figures_of_a_perfect_and_a_constant_critic() -> None:
     outcomes = [0.0, 1.0, 1.0, 0.0]
     prompts, responses = ["a", "a", "b", "b"], [0, 1, 0, 1]
     perfect = m.critic_figures(outcomes, outcomes, prompts, responses)
-    assert perfect["brier"] == 0 and perfect["auc"] == 1 and perfect["ranking_prompt"] == 1 and perfect["ece"] == 0
-    assert perfect["brier_constant"] == 0.25 and perfect["skill"] == 1 and perfect["explained_variance"] == 1
-    assert math.isnan(perfect["mse"]) and math.isnan(perfect["ranking_response"])
+    assert perfect["brier"] == 0
+    assert perfect["auc"] == 1
+    assert perfect["ranking_prompt"] == 1
+    assert perfect["ece"] == 0
+    assert perfect["brier_constant"] == 0.25
+    assert perfect["skill"] == 1
+    assert perfect["explained_variance"] == 1
+    assert math.isnan(perfect["mse"])
+    assert math.isnan(perfect["ranking_response"])
     flat = m.critic_figures([0.5] * 4, outcomes, prompts, responses, parsed=[0.5, None, 0.5, 0.5])
-    assert flat["brier"] == flat["brier_constant"] and flat["auc"] == 0.5 and flat["score_entropy"] == 0
+    assert flat["brier"] == flat["brier_constant"]
+    assert flat["auc"] == 0.5
+    assert flat["score_entropy"] == 0
     assert flat["parse_rate"] == 0.75
 
 

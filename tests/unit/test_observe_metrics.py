@@ -42,11 +42,16 @@ def test_a_row_is_flat_and_plain(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        MetricsLog(tmp_path, PLAIN).log("ppo", "ppo", 1, {"a/x": float("nan"), "a/y": float("-inf"), "a/z": 1.0})
+        MetricsLog(tmp_path, PLAIN).log(
+            "ppo", "ppo", 1, {"a/x": float("nan"), "a/y": float("-inf"), "a/z": 1.0}
+        )
     (row,) = RunFolder(tmp_path).rows(METRICS)[0]
-    assert row["a/x"] is None and row["a/y"] is None and row["a/z"] == 1.0
+    assert row["a/x"] is None
+    assert row["a/y"] is None
+    assert row["a/z"] == 1.0
     assert row["nonfinite"] == ["a/x", "a/y"]
-    assert "a/x = nan" in caplog.text and "a/y = -inf" in caplog.text
+    assert "a/x = nan" in caplog.text
+    assert "a/y = -inf" in caplog.text
     assert "NaN" not in (tmp_path / METRICS).read_text()
 
 
@@ -64,8 +69,9 @@ def test_a_resumed_run_has_the_rows_of_one_that_was_not(tmp_path: Path) -> None:
     resumed = MetricsLog(tmp_path / "broken", PLAIN, resume_step=("rl", 2))
     resumed.load(state)
     train(resumed, "rl", 3, 6)
-    rows = [RunFolder(tmp_path / name).rows(METRICS)[0] for name in ("whole", "broken")]
-    assert [[{**r, "time": 0} for r in run] for run in rows][0] == [{**r, "time": 0} for r in rows[1]]
+    straight, taken_up = (RunFolder(tmp_path / name).rows(METRICS)[0] for name in ("whole", "broken"))
+    assert len(straight) == 9
+    assert [{**row, "time": 0} for row in taken_up] == [{**row, "time": 0} for row in straight]
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, None])
@@ -146,11 +152,12 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: 
     with resumed:
         train(resumed, "rl", 3, 3)
     written = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert written and all(state["wandb_id"] in path.name for path in written)
+    assert written
+    assert all(state["wandb_id"] in path.name for path in written)
 
 
 def test_a_missing_sink_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match="tensorboard is not installed"):
         MetricsLog(tmp_path, ObserveConfig())
 

@@ -22,10 +22,20 @@ from genac_megatron.observe.report_page import chosen_rollouts, page, segments
 from genac_megatron.observe.report_plots import PLOTS, draw_all
 
 PROMISED = (
-    "actor/accuracy_sft", "actor/accuracy_ppo", "critic/brier_constant", "critic/brier_sft", "critic/brier_reinforce",
-    "critic/brier_ppo", "critic/brier_constant_ppo", "critic/parse_rate", "parity/logp_p99", "publish/actor_version",
-    "publish/critic_version", "time/total_s", "memory/peak_gib",
-)  # fmt: skip
+    "actor/accuracy_sft",
+    "actor/accuracy_ppo",
+    "critic/brier_constant",
+    "critic/brier_sft",
+    "critic/brier_reinforce",
+    "critic/brier_ppo",
+    "critic/brier_constant_ppo",
+    "critic/parse_rate",
+    "parity/logp_p99",
+    "publish/actor_version",
+    "publish/critic_version",
+    "time/total_s",
+    "memory/peak_gib",
+)
 
 
 class Document(HTMLParser):
@@ -58,19 +68,24 @@ def summary(run: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def html(run: Path, summary: dict[str, Any]) -> str:
+    assert summary
     return (run / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_page_stands_alone(html: str) -> None:
     document = Document(html)
-    assert "script" not in document.tags and "link" not in document.tags
+    assert "script" not in document.tags
+    assert "link" not in document.tags
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in document.links)
-    assert "url(" not in html and "http" not in document.text
+    assert "url(" not in html
+    assert "http" not in document.text
     assert document.tags.count("img") == len(PLOTS)
     images = [base64.b64decode(link.split(",", 1)[1]) for link in document.links if link.startswith("data:")]
-    assert len(images) == 2 * len(PLOTS) and len(set(images)) == len(images)
+    assert len(images) == 2 * len(PLOTS)
+    assert len(set(images)) == len(images)
     assert all(image.startswith(b"\x89PNG") for image in images)
-    assert "width=device-width" in html and "prefers-color-scheme:dark" in html
+    assert "width=device-width" in html
+    assert "prefers-color-scheme:dark" in html
 
 
 def test_the_page_says_what_the_summary_says(html: str, summary: dict[str, Any]) -> None:
@@ -83,7 +98,8 @@ def test_the_page_says_what_the_summary_says(html: str, summary: dict[str, Any])
 
 
 def test_what_a_model_wrote_is_shown_and_not_run(html: str) -> None:
-    assert "<script" not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "&lt;b&gt;Final&lt;/b&gt;: blue green red &amp; done" in html
     assert "? (0.60)" in html  # a judgement that did not parse, and what was used
 
@@ -111,15 +127,21 @@ def test_summary_figures_come_from_the_rows_they_should(run: Path, summary: dict
 def test_summary_totals(summary: dict[str, Any]) -> None:
     # 74 steps train 1 s each; 50 of them generate 4 s, judge 6 s, publish 0.5 s; 0.25 s of each is no phase
     assert summary["run/steps"] == 74
-    assert summary["time/train_s"] == 74 and summary["time/generate_s"] == 200 and summary["time/judge_s"] == 300
+    assert summary["time/train_s"] == 74
+    assert summary["time/generate_s"] == 200
+    assert summary["time/judge_s"] == 300
     assert summary["time/total_s"] == pytest.approx(74 + 200 + 300 + 25 + 74 * 0.25)
     assert summary["share/time_judge"] == pytest.approx(300 / summary["time/total_s"])
     shares = [v for k, v in summary.items() if k.startswith("share/time_")]
     assert sum(shares) == pytest.approx(1.0)
-    assert summary["tokens/generate"] == 250_000 and summary["tokens/total"] == 74_000 + 250_000 + 600_000
-    assert summary["parity/logp_p99"] == pytest.approx(5e-5) and summary["parity/critic_p99"] == 1e-5
-    assert summary["publish/actor_version"] == 30 and summary["publish/critic_version"] == 50
-    assert summary["publish/seconds"] == 25.0 and summary["memory/peak_gib"] == pytest.approx(2.3)
+    assert summary["tokens/generate"] == 250_000
+    assert summary["tokens/total"] == 74_000 + 250_000 + 600_000
+    assert summary["parity/logp_p99"] == pytest.approx(5e-5)
+    assert summary["parity/critic_p99"] == 1e-5
+    assert summary["publish/actor_version"] == 30
+    assert summary["publish/critic_version"] == 50
+    assert summary["publish/seconds"] == 25.0
+    assert summary["memory/peak_gib"] == pytest.approx(2.3)
     assert summary["report/complete"] is True
 
 
@@ -137,8 +159,11 @@ def part(path: Path, *, steps: int, evaluations: int, rollouts: int, recipe: boo
 def test_a_run_in_its_first_stage(tmp_path: Path) -> None:
     got = write_report(part(tmp_path / "run", steps=5, evaluations=0, rollouts=0))
     assert all(key in got for key in PROMISED)
-    assert got["actor/accuracy_ppo"] is None and got["critic/brier_sft"] is None and got["publish/actor_version"] is None
-    assert got["report/complete"] is False and got["time/train_s"] == 5
+    assert got["actor/accuracy_ppo"] is None
+    assert got["critic/brier_sft"] is None
+    assert got["publish/actor_version"] is None
+    assert got["report/complete"] is False
+    assert got["time/train_s"] == 5
     text = Document((tmp_path / "run/report/index.html").read_text()).text
     for words in ("stage reinforce has not begun", "evaluations.jsonl has no rows", "Critic: reliability"):
         assert words in text
@@ -150,7 +175,8 @@ def test_the_critic_after_sft_is_the_one_reinforce_starts_with(tmp_path: Path) -
     run = part(tmp_path / "run", steps=40, evaluations=0, rollouts=1)
     write_lines(run / "evaluations.jsonl", rows)
     got = summarise(read_run(run))
-    assert rows[1]["name"] == "start" and got["critic/brier_sft"] == rows[1]["critic"]["brier"]
+    assert rows[1]["name"] == "start"
+    assert got["critic/brier_sft"] == rows[1]["critic"]["brier"]
     assert got["critic/brier_reinforce"] == rows[2]["critic"]["brier"]
     assert math.isnan(got["critic/brier_ppo"])
     assert "stage reinforce is at step 16 of 20" in got["report/missing"]
@@ -158,8 +184,10 @@ def test_the_critic_after_sft_is_the_one_reinforce_starts_with(tmp_path: Path) -
 
 def test_the_start_of_ppo_is_not_its_end(tmp_path: Path) -> None:
     got = summarise(read_run(part(tmp_path / "run", steps=46, evaluations=6, rollouts=4)))
-    assert got["actor/accuracy_sft"] > 0 and math.isnan(got["actor/accuracy_ppo"])
-    assert math.isnan(got["critic/brier_ppo"]) and got["critic/brier_reinforce"] > 0
+    assert got["actor/accuracy_sft"] > 0
+    assert math.isnan(got["actor/accuracy_ppo"])
+    assert math.isnan(got["critic/brier_ppo"])
+    assert got["critic/brier_reinforce"] > 0
     assert "no evaluation of the actor after a ppo step" in got["report/missing"]
 
 
@@ -190,7 +218,8 @@ def test_rows_with_gaps_and_broken_lines(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "ppo", "st')
     got = write_report(run)
-    assert got["metrics/nonfinite"] == 1 and got["run/steps"] == 74
+    assert got["metrics/nonfinite"] == 1
+    assert got["run/steps"] == 74
     assert "1 unreadable line(s) of metrics.jsonl" in got["report/missing"]
 
 
@@ -206,21 +235,28 @@ def test_an_evaluation_made_again_after_a_resume_counts_once(tmp_path: Path) -> 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run folder"):
         write_report(tmp_path / "none")
-    with pytest.raises(InputError, match="neither recipe.yaml nor metrics.jsonl"):
+    with pytest.raises(InputError, match=r"neither recipe\.yaml nor metrics\.jsonl"):
         write_report(tmp_path)
 
 
 def test_evaluations_lie_where_their_step_is(run: Path) -> None:
     data = read_run(run)
     at = {(r["stage"], r["name"]): data.position(r) for r in data.evaluations}
-    assert at["sft-actor", "end"] == 12 and at["reinforce", "start"] == 24 and at["reinforce", "end"] == 44
-    assert at["ppo", "start"] == 44 and at["ppo", "step 10"] == 54 and at["ppo", "end"] == 74
+    assert at["sft-actor", "end"] == 12
+    assert at["reinforce", "start"] == 24
+    assert at["reinforce", "end"] == 44
+    assert at["ppo", "start"] == 44
+    assert at["ppo", "step 10"] == 54
+    assert at["ppo", "end"] == 74
     assert [s.kind for s in data.spans] == [s["kind"] for s in RECIPE["stages"]]  # type: ignore[index]
     assert data.series("time")[1][0] > T0
 
 
 def test_segments_give_the_response_back() -> None:
-    rollout = {"response": "abcdef", "states": [{"cut_text": 4, "v": 2}, {"cut_text": 0, "v": 1}, {"cut_text": 99, "v": 3}]}
+    rollout = {
+        "response": "abcdef",
+        "states": [{"cut_text": 4, "v": 2}, {"cut_text": 0, "v": 1}, {"cut_text": 99, "v": 3}],
+    }
     pieces = segments(rollout)
     assert "".join(text for _, text in pieces) == "abcdef"
     assert [(s and s["v"], t) for s, t in pieces] == [(1, "abcd"), (2, "ef"), (3, "")]
@@ -238,5 +274,6 @@ def test_plots_beside_the_page_are_the_embedded_ones(run: Path, html: str) -> No
         image = (run / "report" / "plots" / f"{name}.png").read_bytes()
         assert base64.b64encode(image).decode() in html
         width, height = np.frombuffer(image[16:24], dtype=">u4")
-        assert 600 < width < 1200 and 300 < height < 2000
+        assert 600 < width < 1200
+        assert 300 < height < 2000
     assert len(re.findall("<figure", html)) == len(PLOTS)

@@ -1,0 +1,134 @@
+"""Layer specs: Transformer Engine's on GPUs that have it, torch's own anywhere.
+
+The torch specs are Megatron's local specs with two parts of ours, which those lack: a norm that works under
+sequence parallelism, and a core attention on SDPA that takes packed sequences and holds no s^2 scores.
+Parameters have the same names in checkpoints under both kinds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from genac_megatron import platform
+from genac_megatron.errors import InputError
+from genac_megatron.models.packed_attention import packed_sdpa, plan_of, sdpa
+
+Kind = Literal["torch", "te"]
+
+
+def choose(specs: Literal["auto", "torch", "te"]) -> Kind:
+    """The kind of specs for a recipe's `training.specs`. Raises InputError where te is asked for and missing."""
+    if specs == "te" and not platform.has_te():
+        raise InputError(
+            "Transformer Engine cannot be used here", where="training.specs", way_out="use auto or torch"
+        )
+    return "te" if specs == "te" or (specs == "auto" and platform.has_te()) else "torch"
+
+
+def block_spec(config: TransformerConfig, kind: Kind, pp_rank: int, vp_stage: int | None) -> Any:
+    """The decoder's submodules for one model chunk: TransformerBlockSubmodules."""
+    if kind == "te":
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec(config)] * layers, layer_norm=TorchNorm)
+
+
+def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's local layer spec with our norm and core attention."""
+    stock = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    head_norm = TorchNorm if config.qk_layernorm else IdentityOp
+    attention = dataclasses.replace(
+        stock.submodules.self_attention,
+        submodules=dataclasses.replace(
+            stock.submodules.self_attention.submodules,
+            core_attention=SDPACoreAttention,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    submodules = dataclasses.replace(
+        stock.submodules,
+        input_layernorm=TorchNorm,
+        pre_mlp_layernorm=TorchNorm,
+        self_attention=attention,
+    )
+    return dataclasses.replace(stock, submodules=submodules)
+
+
+class TorchNorm(nn.Module):
+    """RMSNorm over the last axis, computed by torch.
+
+    Its weight is marked `sequence_parallel` where that is on: each rank then sees a part of the tokens, and
+    Megatron sums the marked weights' gradients over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        if config.normalization != "RMSNorm":
+            raise InputError(f"normalization {config.normalization} is not RMSNorm", where="torch specs")
+        self.eps = eps
+        device = torch.device("cpu") if config.use_cpu_initialization else platform.device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal core attention on torch's SDPA: GQA, packed sequences ("thd") or a plain batch ("sbhd")."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,  # cp_comm_type, pg_collection and such: they concern context parallelism
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise InputError(
+                f"context parallelism (cp {config.context_parallel_size}) needs Transformer Engine's attention",
+                where="torch specs",
+                way_out="set cp: 1, or train on a GPU machine with Transformer Engine",
+            )
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s, b, heads, d] or, packed, [T, heads, d]; key and value with kv_heads.
+
+        Returns [s, b, heads d] or [T, heads d]. Always causal: attention_mask is not looked at.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if packed_seq_params is not None:
+            plan = plan_of(packed_seq_params, query.device)
+            return packed_sdpa(query, key, value, plan, scale=self.scale, dropout=dropout).flatten(1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return sdpa(q, k, v, scale=self.scale, dropout=dropout).permute(2, 0, 1, 3).flatten(2)

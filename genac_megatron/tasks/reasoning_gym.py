@@ -1,0 +1,77 @@
+"""The procedural tasks of reasoning-gym, by name. Each has its own generator and its own scorer."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import ReasoningGymTask
+from genac_megatron.records import Prompt
+from genac_megatron.tasks.base import GeneratedProblems, Problem, Split, Task
+from genac_megatron.tasks.grading import last_tagged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ReasoningGym(Task):
+    """One reasoning-gym task; `reference` is its whole entry, which its scorer needs."""
+
+    def __init__(self, config: ReasoningGymTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        """Raises InputError for an unknown name (naming the nearest) or options it does not take."""
+        super().__init__(tokenizer, config.train_size, config.heldout_size)
+        self._config = config
+        self._make = _factory(config)
+        self._scorer = self._make(0)
+        self._problems = GeneratedProblems(self._draw, seed, config.heldout_size)
+
+    def _draw(self, number: int) -> Problem:
+        entry = self._make(number)[0]
+        return Problem(str(entry["question"]).strip(), reference=entry, instruction=self._config.instruction)
+
+    def _problem(self, split: Split, index: int) -> Problem:
+        return self._problems.train(index) if split == "train" else self._problems.heldout[index]
+
+    def verify(self, prompt: Prompt, text: str) -> float:
+        """reasoning-gym's score of the last <answer>, made 0 or 1 by `pass_score` unless `binary` is off.
+
+        Without `binary`, a score below `pass_score` is kept as it is.
+        """
+        answer = last_tagged(text)
+        if answer is None:
+            return 0.0
+        try:
+            score = float(self._scorer.score_answer(answer.strip(), entry=prompt.reference))
+        except Exception:  # scorers parse model text with whatever raises; none of it is a right answer
+            return 0.0
+        if self._config.binary:
+            return float(score >= self._config.pass_score)
+        return min(max(score, 0.0), 1.0)
+
+
+def _factory(config: ReasoningGymTask) -> Any:
+    """A function: integer seed -> the task's dataset of one entry."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if config.name not in DATASETS:
+        nearest = difflib.get_close_matches(config.name, DATASETS, n=3, cutoff=0.0)
+        raise InputError(
+            f"reasoning-gym has no task {config.name!r}",
+            where="task.name",
+            way_out=f"the nearest: {', '.join(nearest)}",
+        )
+
+    def make(seed: int) -> Any:
+        return reasoning_gym.create_dataset(config.name, seed=seed, size=1, **config.options)
+
+    try:
+        make(0)[0]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"reasoning-gym's {config.name} refuses these options: {error}",
+            where="task.options",
+            way_out="use the option names and ranges of its config class",
+        ) from error
+    return make

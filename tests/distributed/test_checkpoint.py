@@ -1,0 +1,156 @@
+"""Checkpoints: exact in the same layout, layout-free otherwise, atomic, refused where they don't fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import make_role, published, role_config, train
+
+STATE = {"at": {"step": 2}, "position": ["ppo", 2]}
+
+
+def roles_of(actor: dict[str, Any], critic: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+    roles = {
+        "actor": make_role("actor", role_config(layout=actor, **overrides), 4),
+        "critic": make_role("critic", role_config(layout=critic, **overrides), 4, seed=9),
+    }
+    for role in roles.values():
+        role.begin_stage(None, 10)
+    return roles
+
+
+def step_all(roles: dict[str, Any], steps: int, first: int) -> Any:
+    return {name: train(role, steps, first) for name, role in roles.items()}
+
+
+def save_case(rank: int, folder: str, layouts: Any, asynchronous: bool, overrides: Any) -> Any:
+    """Two steps, a checkpoint, two more: what a run without interruption does."""
+    from genac_megatron.training.checkpoint import Checkpoints
+
+    roles = roles_of(*layouts, **overrides)
+    checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=asynchronous)
+    step_all(roles, 2, 0)
+    checkpoints.save("ppo-00002", roles, STATE)
+    at_save = {name: published(role) for name, role in roles.items()}
+    after = step_all(roles, 2, 2)
+    checkpoints.wait()
+    return at_save, after, {name: published(role) for name, role in roles.items()}
+
+
+def load_case(rank: int, folder: str, layouts: Any, overrides: Any) -> Any:
+    """Other weights to begin with, all replaced by the checkpoint; then the two steps."""
+    from genac_megatron.training.checkpoint import Checkpoints
+
+    roles = roles_of(*layouts, **overrides)
+    step_all(roles, 1, 77)
+    for role in roles.values():
+        role.begin_stage(None, 10)
+    checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=False)
+    path, manifest = checkpoints.newest()
+    assert manifest["state"] == STATE
+    checkpoints.load(path, roles)
+    checkpoints.load(path, roles, optimizers=True)
+    at_load = {name: published(role) for name, role in roles.items()}
+    after = step_all(roles, 2, 2)
+    return at_load, after, {name: published(role) for name, role in roles.items()}
+
+
+def same(got: dict[str, dict[str, torch.Tensor]], wanted: dict[str, dict[str, torch.Tensor]], atol: float) -> None:
+    for role, weights in wanted.items():
+        for name, weight in weights.items():
+            torch.testing.assert_close(got[role][name], weight, atol=atol, rtol=0, msg=f"{role} {name}")
+
+
+TP2_PP2 = ({"tp": 2}, {"pp": 2})
+
+
+@pytest.mark.parametrize(
+    ("layouts", "asynchronous", "overrides"),
+    [
+        (TP2_PP2, False, {}),
+        (TP2_PP2, True, {}),
+        (({"count": 2, "tp": 2}, {"first_rank": 2, "count": 2, "pp": 2, "vpp": 2}), False, {}),
+        (TP2_PP2, False, {"training": {"dtype": "bf16"}}),
+        (({"first_rank": 1, "count": 1}, {"first_rank": 2, "count": 2}), False, {"tie": False}),
+    ],
+    ids=["sync", "async", "split", "bf16", "rank0-idle"],
+)
+def test_resume_is_exact(pool: Any, tmp_path: Path, layouts: Any, asynchronous: bool, overrides: Any) -> None:
+    saved, after, end = pool.run(save_case, str(tmp_path), layouts, asynchronous, overrides)[0]
+    loaded, after_load, end_load = pool.run(load_case, str(tmp_path), layouts, overrides)[0]
+    same(loaded, saved, atol=0)
+    assert after_load == after
+    same(end_load, end, atol=0)
+
+
+def test_saved_at_tp2_resumed_at_pp2(pool: Any, tmp_path: Path) -> None:
+    layouts = ({"tp": 2}, {"tp": 2, "count": 2})
+    other = ({"pp": 2}, {"pp": 2, "first_rank": 2, "count": 2})
+    saved, after, end = pool.run(save_case, str(tmp_path), layouts, False, {})[0]
+    loaded, after_load, end_load = pool.run(load_case, str(tmp_path), other, {})[0]
+    same(loaded, saved, atol=0)
+    for role, figures in after.items():
+        for mine, theirs in zip(after_load[role], figures, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)  # test_role.py: fp32 in another order
+    same(end_load, end, atol=2e-5)
+
+
+def fail_case(rank: int, folder: str, what: str) -> str:
+    from genac_megatron.errors import GenacError
+    from genac_megatron.training import checkpoint
+
+    roles = roles_of({"tp": 2}, {"pp": 2})
+    checkpoints = checkpoint.Checkpoints(Path(folder), keep=2, asynchronous=False)
+    checkpoints.save("ppo-00002", roles, STATE)
+    try:
+        if what == "full":
+            checkpoint.SPARE_BYTES = 1 << 60
+            checkpoints.save("ppo-00004", roles, STATE)
+        else:
+            other = {"actor": make_role("actor", role_config(family="llama", tie=False), 4)}
+            other["actor"].begin_stage(None, 10)
+            checkpoints.load(Path(folder) / "ppo-00002", other)
+    except GenacError as error:
+        return f"{error.exit_code} {error}"
+    finally:
+        checkpoint.SPARE_BYTES = 64 << 20
+    return "nothing was raised"
+
+
+def test_no_space_left_keeps_the_checkpoint_before(pool: Any, tmp_path: Path) -> None:
+    for message in pool.run(fail_case, str(tmp_path), "full"):
+        assert "no space left" in message
+        assert "--resume" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["ppo-00002"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(pool: Any, tmp_path: Path) -> None:
+    for message in pool.run(fail_case, str(tmp_path), "other"):
+        assert message.startswith("2 "), message
+        assert "ppo-00002" in message
+
+
+def prune_case(rank: int, folder: str) -> None:
+    from genac_megatron.training.checkpoint import Checkpoints
+
+    roles = {"actor": make_role("actor", role_config(), 4)}
+    checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=False)
+    for step in (2, 4, 6):
+        checkpoints.save(f"ppo-{step:05d}", roles, STATE)
+
+
+def test_old_and_partial_checkpoints(pool: Any, tmp_path: Path) -> None:
+    from genac_megatron.training.checkpoint import complete
+
+    pool.run(prune_case, str(tmp_path))
+    assert [path.name for path in complete(tmp_path)] == ["ppo-00004", "ppo-00006"]
+    (tmp_path / "ppo-00006" / "manifest.json").unlink()  # as if it had not been finished
+    assert [path.name for path in complete(tmp_path)] == ["ppo-00004"]
+    manifest = json.loads((tmp_path / "ppo-00004" / "manifest.json").read_text())
+    assert manifest["trained"] == []
+    assert set(manifest["roles"]) == {"actor"}

@@ -1,0 +1,61 @@
+"""The pool itself: results by rank, failures with their place, recovery."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.pool import RANKS, RankFailed
+
+
+def total(rank: int, scale: int) -> tuple[int, float]:
+    """(process id, sum of scale * rank over ranks)."""
+    value = torch.tensor(float(scale * rank))
+    dist.all_reduce(value)
+    return os.getpid(), float(value)
+
+
+def raise_on(rank: int, which: int) -> None:
+    if rank == which:
+        raise ValueError(f"wrong on {rank}")
+    dist.barrier()
+
+
+def sleep_on(rank: int, which: int) -> None:
+    if rank == which:
+        time.sleep(30)
+
+
+def exit_on(rank: int, which: int) -> None:
+    if rank == which:
+        os._exit(7)
+    dist.barrier()
+
+
+def test_results_come_by_rank_from_processes_that_stay(pool: Any) -> None:
+    first, second = pool.run(total, 1), pool.run(total, 2)
+    assert [value for _, value in first] == [6.0] * RANKS
+    assert [value for _, value in second] == [12.0] * RANKS
+    assert [pid for pid, _ in first] == [pid for pid, _ in second]
+    assert len({pid for pid, _ in first}) == RANKS
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (raise_on, r"rank 2: .*(\n.*)*raise_on(\n.*)*ValueError: wrong on 2"),
+        (exit_on, r"rank 2: the process died \(7\)"),
+        (sleep_on, r"rank 2: not done after 2 s, at(\n.*)*sleep_on"),
+    ],
+)
+def test_a_failure_names_its_rank_and_place_and_the_pool_recovers(pool: Any, case: Any, message: str) -> None:
+    pool.run(total, 1)
+    with pytest.raises(RankFailed, match=message) as failure:
+        pool.run(case, 2, timeout=2)
+    assert "test_a_failure_names_its_rank" in str(failure.value)
+    assert pool.run(total, 1)[0][1] == 6.0

@@ -1,0 +1,123 @@
+"""The layout changes no result: losses, gradient norms and weights agree over every axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import make_role, published, role_config, train, train_case
+
+# fp32 sums in another order: measured differences are below 2e-6 (losses of about 1); Adam divides by the
+# root of the second moment, which lifts rounding of tiny gradients to about 1e-4 of a step of 5e-3.
+LOSS, NORM, WEIGHT = 1e-5, 1e-5, 2e-5
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {"count": 2},
+    "dp4": {"count": 4},
+    "tp2": {"count": 2, "tp": 2, "sequence_parallel": False},
+    "tp2-sp": {"count": 2, "tp": 2},
+    "pp2": {"count": 2, "pp": 2},
+    "pp2-vpp2": {"count": 2, "pp": 2, "vpp": 2},
+    "pp4": {"count": 4, "pp": 4},
+    "tp2-pp2": {"count": 4, "tp": 2, "pp": 2},
+    "tp2-dp2": {"count": 4, "tp": 2},
+    "pp2-dp2": {"count": 4, "pp": 2},
+    "tp2-offset": {"first_rank": 2, "count": 2, "tp": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Any) -> dict[tuple[str, bool], Any]:
+    """One rank, no parallelism."""
+    return {
+        (family, tie): pool.run(train_case, role_config(family=family, tie=tie, layout={"count": 1}))[0]
+        for family, tie in (("qwen3", True), ("llama", False))
+    }
+
+
+def check(got: Any, wanted: Any) -> None:
+    for mine, theirs in zip(got["before"], wanted["before"], strict=True):
+        assert mine == pytest.approx(theirs, abs=LOSS)
+    for (loss, norm), (loss_ref, norm_ref) in zip(got["figures"], wanted["figures"], strict=True):
+        assert loss == pytest.approx(loss_ref, abs=LOSS)
+        assert norm == pytest.approx(norm_ref, rel=NORM)
+    assert got["weights"].keys() == wanted["weights"].keys()
+    for name, weight in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], weight, atol=WEIGHT, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("family", "tie"), [("qwen3", True), ("llama", False)])
+def test_a_layout_trains_like_one_rank(
+    pool: Any, reference: Any, layout: str, family: str, tie: bool
+) -> None:
+    config = role_config(family=family, tie=tie, layout=LAYOUTS[layout])
+    for result in pool.run(train_case, config):
+        check(result, reference[family, tie])
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"recompute": "full"}, {"overlap_grad_reduce": True}, {"distributed_optimizer": False}],
+    ids=["recompute", "overlap", "replicated-optimizer"],
+)
+def test_a_training_option_changes_no_result(pool: Any, reference: Any, training: dict[str, Any]) -> None:
+    config = role_config(layout={"count": 4, "tp": 2}, training=training)
+    check(pool.run(train_case, config)[0], reference["qwen3", True])
+
+
+def two_roles(rank: int, actor_layout: dict[str, Any], critic_layout: dict[str, Any]) -> Any:
+    actor = make_role("actor", role_config(layout=actor_layout), 4)
+    critic = make_role("critic", role_config(layout=critic_layout), 4, seed=9)
+    figures = []
+    for role in (actor, critic):
+        role.begin_stage(None, 10)
+    for step in range(3):
+        figures.append((train(actor, 1, step)[0], train(critic, 1, step + 50)[0]))
+    return figures, published(actor), published(critic)
+
+
+def alone(rank: int, seed: int, first: int) -> Any:
+    role = make_role("actor", role_config(layout={"count": 1}), 4, seed=seed)
+    role.begin_stage(None, 10)
+    return train(role, 3, first), published(role)
+
+
+@pytest.mark.parametrize(
+    ("actor", "critic"),
+    [
+        ({"tp": 2}, {"pp": 2}),
+        ({"count": 2, "tp": 2}, {"first_rank": 2, "count": 2, "pp": 2}),
+        ({"count": 2, "tp": 2}, {"first_rank": 1, "count": 2, "pp": 2}),
+    ],
+    ids=["colocated", "split", "overlapping"],
+)
+def test_actor_tp2_with_critic_pp2(pool: Any, actor: dict[str, Any], critic: dict[str, Any]) -> None:
+    want_actor, want_critic = pool.run(alone, 3, 0)[0], pool.run(alone, 9, 50)[0]
+    for figures, actor_weights, critic_weights in pool.run(two_roles, actor, critic):
+        for step, (mine, theirs) in enumerate(figures):
+            assert mine == pytest.approx(want_actor[0][step], rel=NORM, abs=LOSS)
+            assert theirs == pytest.approx(want_critic[0][step], rel=NORM, abs=LOSS)
+        for got, wanted in ((actor_weights, want_actor[1]), (critic_weights, want_critic[1])):
+            for name, weight in wanted.items():
+                torch.testing.assert_close(got[name], weight, atol=WEIGHT, rtol=0, msg=name)
+
+
+def bf16_case(rank: int, layout: dict[str, Any]) -> Any:
+    role = make_role("actor", role_config(layout=layout, training={"dtype": "bf16"}), 4)
+    role.begin_stage(None, 10)
+    masters = role.optimizer.get_parameters() if role.active else []
+    return train(role, 3), {parameter.dtype for parameter in masters}, published(role)
+
+
+def test_bf16_weights_have_fp32_masters_and_agree_over_layouts(pool: Any) -> None:
+    """bf16 keeps 8 bits: losses agree to about 2^-8, master weights are fp32 everywhere."""
+    wanted = pool.run(bf16_case, {"count": 1})[0]
+    results = pool.run(bf16_case, {"count": 4, "tp": 2})
+    for figures, dtypes, weights in results:
+        assert dtypes == {torch.float32}
+        assert all(w.dtype == torch.bfloat16 for w in weights.values())
+        for (loss, _), (loss_ref, _) in zip(figures, wanted[0], strict=True):
+            assert loss == pytest.approx(loss_ref, abs=0.02)

@@ -1,0 +1,202 @@
+"""Whole runs by the command line: every stage, stop and resume, layouts, and what a bad input gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE: dict[str, Any] = {
+    "name": "run",
+    "seed": 5,
+    "world": {"ranks": 2, "threads": 1, "timeout_s": 120},
+    "task": {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2, "heldout_size": 16},
+    "roles": {
+        name: {
+            "model": {
+                "family": "qwen3",
+                "tokenizer": "builtin:tiny",
+                "shape": {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2, "init_std": 0.1},
+            },
+            "layout": {"tp": 2} if name == "actor" else {"pp": 2},
+            "training": {"dtype": "fp32", "tokens_per_microbatch": 512},
+            "engine": {"dtype": "fp32"},
+            "optimizer": {"lr": 1e-3},
+        }
+        for name in ("actor", "critic")
+    },
+    "judging": {"template": "brief", "max_new_tokens": 12, "states": {"max_states": 3, "min_segment": 4}},
+    "stages": [
+        {"kind": "sft", "name": "sft-actor", "role": "actor", "data": "demonstrations", "size": 24,
+         "epochs": 1, "batch": 8},
+        {"kind": "sft", "name": "sft-critic", "role": "critic", "start_from": "actor", "data": "traces",
+         "size": 16, "epochs": 1, "batch": 8, "gate": {"action": "off"}},
+        {"kind": "reinforce", "steps": 2, "gate": {"action": "off"}},
+        {"kind": "ppo", "steps": 4, "minibatches": 2, "eval_every": 2},
+    ],
+    "evaluation": {"prompts": 4, "samples": 2, "mc_states": 2, "mc_continuations": 2},
+    "checkpoint": {"every": 2},
+}  # fmt: skip
+for _stage in RECIPE["stages"]:
+    _stage["rollout"] = {"prompts": 4, "samples": 2, "max_new_tokens": 16}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "genac_megatron", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def genac(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
+    )
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return path
+
+
+def rows(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Rows without what time and machine decide."""
+    kept = []
+    for line in (folder / "runs" / "run" / log).read_text().splitlines():
+        row = json.loads(line)
+        kept.append({k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_s")})
+    return kept
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from beginning to end, actor TP2 and critic PP2 on the same two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = genac("run", str(write_recipe(folder)), cwd=folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return folder
+
+
+def test_a_run_leaves_its_report(whole: Path) -> None:
+    run = whole / "runs" / "run"
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    for key in ("actor/accuracy_sft", "actor/accuracy_ppo", "critic/brier_sft", "critic/brier_reinforce",
+                "critic/brier_ppo", "critic/brier_constant", "critic/parse_rate", "parity/logp_p99",
+                "publish/actor_version", "publish/critic_version", "time/total_s", "memory/peak_gib"):  # fmt: skip
+        assert key in summary, key
+    assert (run / "report" / "index.html").stat().st_size > 10_000
+    steps = [(row["stage"], row["step"]) for row in rows(whole)]
+    assert steps == [("sft-actor", i) for i in (1, 2, 3)] + [("sft-critic", i) for i in (1, 2)] + [
+        ("reinforce", i) for i in (1, 2)
+    ] + [("ppo", i) for i in (1, 2, 3, 4)]  # fmt: skip
+
+
+def test_trainer_and_engine_agree(whole: Path) -> None:
+    """fp32 on both sides, weights through publication from TP2 and PP2; measured below 1e-5."""
+    seen = [row["parity/actor_max"] for row in rows(whole) if row["stage"] == "ppo"]
+    seen += [row["parity/critic_max"] for row in rows(whole) if row["stage"] in ("ppo", "reinforce")]
+    assert len(seen) == 10
+    assert max(seen) < 1e-4
+
+
+def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: Path) -> None:
+    """2N = N + resume + N: figures, rollouts and weights are the same to the last bit."""
+    recipe = str(write_recipe(tmp_path))
+    stops = 0
+    for stage, step in (("sft-critic", 1), ("ppo", 1), ("ppo", 3)):
+        resume = ["--resume"] if stops else []
+        process = subprocess.Popen(
+            command("run", recipe, *resume), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+        give_up = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < give_up:
+            if metrics.exists() and any((r["stage"], r["step"]) == (stage, step) for r in rows(tmp_path)):
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.02)
+        text = process.communicate(timeout=300)[0]
+        assert process.returncode == 75, text[-4000:]
+        assert "--resume" in text
+        stops += 1
+    done = genac("run", recipe, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert rows(tmp_path) == rows(whole)
+    for log in ("evaluations.jsonl", "rollouts.jsonl"):
+        assert rows(tmp_path, log) == rows(whole, log)
+    weights = [sorted((f / "runs/run/checkpoints/ppo-end/weights").glob("*.distcp")) for f in (tmp_path, whole)]
+    assert [p.name for p in weights[0]] == [p.name for p in weights[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*weights, strict=True))
+
+
+def test_dry_run_prints_the_recipe_and_its_estimate_without_torch(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    code = "import sys; from genac_megatron.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(c)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(recipe), "--dry-run", "stages.2.steps=7"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "steps: 7" in done.stdout
+    assert "rank" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({"sed": 1}, [], "seed"),
+        ({}, ["stages.3.step=3"], "steps"),
+        ({"world": {"ranks": 3}}, [], "3"),
+        ({"task": {"kind": "jsonl", "path": "none.jsonl", "verifier": "math"}}, [], "none.jsonl"),
+        ({"task": {"kind": "jsonl", "path": "bad.jsonl", "verifier": "math"}}, [], "bad.jsonl:2"),
+        ({"task": {"kind": "jsonl", "path": "good.jsonl"}}, [], "verifier"),
+        ({"task": {"kind": "reasoning_gym", "name": "chain_sums"}}, [], "chain_sum"),
+        ({}, ["roles.actor.layout.tp=4", "world.ranks=4"], "heads"),
+        ({}, ["--resume"], "--resume"),
+    ],
+    ids=["unknown-key", "unknown-override", "ranks", "no-file", "bad-line", "no-verifier", "task", "heads", "no-checkpoint"],
+)
+def test_bad_input_is_one_message_and_exit_2(
+    tmp_path: Path, changes: dict[str, Any], arguments: list[str], said: str
+) -> None:
+    good = '{"question": "1+1?", "answer": "2"}\n'
+    (tmp_path / "good.jsonl").write_text(good * 3)
+    (tmp_path / "bad.jsonl").write_text(good + '{"question": \n' + good)
+    done = genac("run", str(write_recipe(tmp_path, **changes)), *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
+    assert said in done.stderr
+    assert done.stderr.count("genac: error") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    done = genac("run", "nothing.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nothing.yaml" in done.stderr
+
+
+def test_a_second_run_does_not_overwrite_the_first(whole: Path) -> None:
+    done = genac("run", str(whole / "recipe.yaml"), cwd=whole)
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+
+
+def test_a_gate_that_is_not_reached_ends_with_3(tmp_path: Path) -> None:
+    stages = [dict(RECIPE["stages"][0]), dict(RECIPE["stages"][1], gate={"action": "stop", "parse_rate": 1.0})]
+    done = genac("run", str(write_recipe(tmp_path, stages=stages)), cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "parse rate" in done.stderr
