@@ -133,10 +133,13 @@ def _ratio(logp: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
 
 
 def _tis(trainer: Tensor, behaviour: Tensor, weights: Tensor, cap: float | None) -> Tensor:
-    """Truncated importance sampling weight min(trainer / behaviour, cap), [T], no gradient; 1 where off."""
+    """Truncated importance sampling weight min(trainer / behaviour, cap), [T]; 1 where off.
+
+    `trainer` must come detached: the weight is a constant to the gradient.
+    """
     if cap is None:
         return torch.ones_like(trainer)
-    return _ratio(trainer, behaviour, weights).detach().clamp(max=cap)
+    return _ratio(trainer, behaviour, weights).clamp(max=cap)
 
 
 def _mismatch_stats(

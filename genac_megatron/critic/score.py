@@ -29,8 +29,9 @@ def parse_score(text: str) -> float | None:
     found = _ANSWER.findall(text)
     if not found:
         return None
-    sign, digits = found[-1].startswith("-"), found[-1].lstrip("+-").lstrip("0") or "0"
-    if len(digits) > 2 or int(digits) >= LEVELS or (sign and digits != "0"):
+    last = found[-1]
+    digits = last.lstrip("+-").lstrip("0") or "0"
+    if len(digits) > 2 or int(digits) >= LEVELS or (last.startswith("-") and digits != "0"):
         return None
     return int(digits) / 10
 

@@ -204,7 +204,8 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": shape.init_std,
-        "perform_initialization": False,  # every weight is loaded, random ones too
+        # Every weight is loaded later, but what initialises them also marks which ones are cut over TP.
+        "perform_initialization": True,
         "use_cpu_initialization": platform.device().type == "cpu",
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

@@ -140,7 +140,8 @@ def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
         tiles.append(_tile("Trainer against engine", f"{p99:.2g}", note, p99 <= alarm))
     served = [f"{r} v{s[f'publish/{r}_version']}" for r in ROLES if s[f"publish/{r}_version"] is not None]
     if served:
-        seconds = number(s.get("publish/seconds_mean"))
+        means = [s.get("publish/seconds_mean"), *(s.get(f"publish/{r}_s_mean") for r in ROLES)]
+        seconds = sum(number(m) for m in means if m is not None) if any(means) else math.nan
         note = "last published" + ("" if math.isnan(seconds) else f"; {seconds:.2g} s each step")
         tiles.append(_tile("Served", ", ".join(served), note))
     if not math.isnan(total := number(s["time/total_s"])):

@@ -5,20 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from genac_megatron.recipe.schema import OptimizerConfig, TrainingConfig
 
+PARAMETER_GROUP_EXCHANGES = 2  # get_megatron_optimizer asks for dense and for expert groups
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_optimizer(
-    chunks: list[Any], groups: Any, optimizer: OptimizerConfig, training: TrainingConfig
-) -> Any:
-    """AdamW over the role's DDP chunks: fp32 master weights, sharded over its data-parallel group."""
-    config = MegatronOptimizerConfig(
+    chunks: list[Any], groups: Any | None, optimizer: OptimizerConfig, training: TrainingConfig
+) -> Any | None:
+    """AdamW over the role's DDP chunks: fp32 master weights, sharded over its data-parallel group.
+
+    Collective over the whole world, since Megatron aligns parameter groups over all ranks, also those
+    outside the role's block (groups None): there it returns None.
+    """
+    config = _megatron_config(optimizer, training)
+    if groups is None:
+        for _ in range(PARAMETER_GROUP_EXCHANGES):
+            dist.all_gather_object([None] * dist.get_world_size(), [])
+        return None
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+
+
+def _megatron_config(optimizer: OptimizerConfig, training: TrainingConfig) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
         min_lr=optimizer.min_lr,
@@ -31,7 +46,6 @@ def build_optimizer(
         params_dtype=DTYPES[training.dtype],
         use_distributed_optimizer=training.distributed_optimizer,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
 
 
 def build_scheduler(megatron_optimizer: Any, optimizer: OptimizerConfig, total_steps: int) -> Any:

@@ -99,13 +99,13 @@ class Role:
     # --- stages --------------------------------------------------------------------------------
 
     def begin_stage(self, optimizer: OptimizerConfig | None, total_steps: int) -> None:
-        """A fresh optimizer and schedule over the current weights."""
+        """A fresh optimizer and schedule over the current weights. Collective over the world."""
         self.optimizer_config = optimizer or self.config.optimizer
         self.total_steps = total_steps
+        self.optimizer = build_optimizer(
+            self.chunks, self.groups, self.optimizer_config, self.config.training
+        )
         if self.active:
-            self.optimizer = build_optimizer(
-                self.chunks, self.groups, self.optimizer_config, self.config.training
-            )
             self.scheduler = build_scheduler(self.optimizer, self.optimizer_config, total_steps)
 
     def end_stage(self) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from genac_megatron.training.logprobs import vocab_parallel_logprobs
+from tests.distributed.pool import Pool
 
 TOKENS, HIDDEN, ROWS = 37, 24, 64
-# vocab 61: the last shard is padded in part; 30: at TP4 the last two shards hold 14 rows and none.
+# vocab 61: the last shard is padded in part; 30: at TP4 the shards hold 16, 14, 0 and 0 true rows.
 CASES = [
     (tp, dtype, vocab, temperature, masked)
     for tp in (2, 4)
@@ -36,7 +34,7 @@ def _inputs(dtype: torch.dtype, vocab: int) -> tuple[Tensor, Tensor, Tensor, Ten
     return hidden_TH, weight_VH, labels_T, mask_T, torch.randn(2, TOKENS, generator=g)
 
 
-def _tp_cases(rank: int) -> list[list[Tensor]]:
+def tp_cases(rank: int) -> list[list[Tensor]]:
     """[log-prob, entropy, partial hidden gradient, weight gradient] of each case, on one of four ranks."""
     groups = {tp: dist.new_subgroups(tp)[0] for tp in (2, 4)}
     results = []
@@ -63,18 +61,10 @@ def _tp_cases(rank: int) -> list[list[Tensor]]:
     return results
 
 
-def _start(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    torch.save(_tp_cases(rank), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
+def results(pool: Pool) -> list[list[list[Tensor]]]:
     """[rank][case][figure]"""
-    folder = str(tmp_path_factory.mktemp("logprobs"))
-    mp.spawn(_start, args=(folder,), nprocs=4)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(4)]
+    return pool.run(tp_cases)
 
 
 def _dense(dtype: torch.dtype, vocab: int, temperature: float, masked: bool, exact: bool) -> list[Tensor]:

@@ -9,8 +9,8 @@ import torch
 
 from tests.distributed.cases import make_role, published, role_config, train, train_case
 
-# fp32 sums in another order: measured differences are below 2e-6 (losses of about 1); Adam divides by the
-# root of the second moment, which lifts rounding of tiny gradients to about 1e-4 of a step of 5e-3.
+# fp32 sums in another order: measured differences are below 2e-6 (losses of about 1). Adam divides by the
+# root of the second moment, which lifts rounding of small gradients to under 1e-2 of a step of 5e-3.
 LOSS, NORM, WEIGHT = 1e-5, 1e-5, 2e-5
 
 LAYOUTS: dict[str, dict[str, Any]] = {

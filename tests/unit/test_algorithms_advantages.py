@@ -131,6 +131,13 @@ def test_equal_figures_whiten_to_zero() -> None:
         assert whiten(torch.full((1000,), figure)).abs().max() == 0.0
 
 
+def test_rounding_noise_is_not_whitened_into_signal() -> None:
+    figure = torch.tensor(0.3)
+    noisy = torch.stack([figure, torch.nextafter(figure, torch.tensor(1.0))] * 50)
+    assert whiten(noisy).abs().max() == 0.0
+    assert whiten(noisy + torch.tensor([0.0, 1e-4] * 50)).abs().min() > 0.9  # what is real stays
+
+
 def test_whitened_has_mean_0_and_deviation_1() -> None:
     white = whiten(torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 0.03 + 0.4)
     assert white.dtype == torch.float32

@@ -134,13 +134,13 @@ def test_reinforce_against_the_formula(made: Rows, config: LossConfig) -> None:
     loss.backward()
     total = 0.0
     for t, (_, _, _, a, h, w) in enumerate(made):
-        mismatch = math.exp(float(logp[t]) - float(fields["behaviour"][t]))
+        mismatch = math.exp(float(logp.detach()[t]) - float(fields["behaviour"][t]))
         tis = 1.0 if config.tis_cap is None else min(mismatch, config.tis_cap)
-        total -= w * (tis * a * float(logp[t]) + config.entropy_coef * h)
+        total -= w * (tis * a * float(logp.detach()[t]) + config.entropy_coef * h)
         assert logp.grad is not None
         # The importance weight is a constant to the gradient.
         assert float(logp.grad[t]) == pytest.approx(-w * tis * a, rel=1e-9, abs=1e-9)
-    assert float(loss) == pytest.approx(total, rel=1e-9, abs=1e-9)
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-9, abs=1e-9)
     assert set(stats) == {"tis", "tis_clip_share", "kl_behaviour", "entropy"}
 
 
@@ -149,7 +149,7 @@ def test_sft_is_weighted_cross_entropy(made: Rows) -> None:
     logp, _, fields = tensors(made)
     loss, stats = make_sft_loss()(logp, None, {"weights": fields["weights"]})
     loss.backward()
-    assert float(loss) == float(stats["nll"]) == pytest.approx(-sum(r[5] * r[0] for r in made))
+    assert float(loss.detach()) == float(stats["nll"]) == pytest.approx(-sum(r[5] * r[0] for r in made))
     assert logp.grad is not None
     assert torch.equal(logp.grad, -fields["weights"])
     assert set(stats) == {"nll"}

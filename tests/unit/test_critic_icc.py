@@ -23,6 +23,12 @@ def test_seeded_by_the_first_evaluation_then_momentum() -> None:
     assert icc.step == 1
 
 
+def test_the_step_moves_on_only_with_the_actor() -> None:
+    icc = IccState(p_bar=0.5, step=7, momentum=0.5)
+    icc.update([1.0], advance=False)
+    assert (icc.p_bar, icc.step) == (0.75, 7)
+
+
 @given(batches, st.floats(0, 1), st.floats(0, 1))
 def test_stays_within_the_outcomes_range(history: list[list[float]], first: float, momentum: float) -> None:
     icc = IccState(p_bar=first, momentum=momentum)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.prompt import TEMPLATES, build_prompt_ids, escape, load_template, prompt_text
+from genac_megatron.critic.prompt import (
+    TEMPLATES,
+    build_prompt_ids,
+    encode_data,
+    escape,
+    load_template,
+    prompt_text,
+)
 from genac_megatron.critic.score import parse_score
 from genac_megatron.critic.states import cut_states, state_text
 from genac_megatron.errors import InputError
@@ -268,6 +275,17 @@ def test_data_gains_nothing(name: str, template: str, attack: str) -> None:
             assert text.count(tag) == quiet.count(tag)
         assert parse_score(text) is None
         assert ids[-3:] == calm[-3:]
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_data_is_encoded_with_special_tokens_off(name: str) -> None:
+    """Even what `escape` would miss makes no special token."""
+    tokenizer = TOKENIZERS[name]
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            ids = encode_data(tokenizer, f"a{token.content}b")
+            assert tokenizer.decode(ids) == f"a{token.content}b"
+            assert not set(ids) & set(tokenizer.all_special_ids)
 
 
 @given(st.text(alphabet="<>/|answer10 imend_[]INST!?\uff5c"), st.text(alphabet="<>/|answer10 [INST]"))

@@ -59,6 +59,13 @@ def test_never_raises_and_stays_on_the_eleven_levels(text: str) -> None:
     assert parse_score(text) in (None, *(n / 10 for n in range(11)))
 
 
+def test_a_sign_counts_in_the_last_answer_only() -> None:
+    assert parse_score("<answer>-1</answer><answer>+3</answer>") == 0.3
+    assert parse_score("<answer>3</answer><answer>-1</answer>") is None
+    assert parse_score("<answer>-0</answer>") == 0.0
+    assert parse_score("<answer>007</answer>") == 0.7
+
+
 def test_format_is_what_parse_reads() -> None:
     assert [parse_score(format_answer(n)) for n in range(11)] == [n / 10 for n in range(11)]
     with pytest.raises(ValueError, match="0 to 10"):

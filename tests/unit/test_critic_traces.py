@@ -241,6 +241,15 @@ def test_answers_come_in_order_under_bounded_concurrency(serve: Any, monkeypatch
     assert all(b["model"] == "wise" and b["max_tokens"] == 77 for b in server.bodies)
 
 
+def test_waiting_for_a_turn_is_no_time_out(serve: Any) -> None:
+    def slow(_: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.15)
+        return 200, chat("done")
+
+    config = serve(slow).config(concurrency=1, timeout_s=0.6, attempts=1)
+    assert ask_endpoint(config, [ask("q")] * 8, 10) == ["done"] * 8
+
+
 def test_failures_are_tried_again_and_then_skipped(serve: Any) -> None:
     tries: dict[str, int] = {}
 
