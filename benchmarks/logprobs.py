@@ -143,10 +143,14 @@ def main() -> None:
         return
     settings = {name: getattr(options, name) for name in ("vocab", "hidden", "tokens", "threads")}
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    dtypes = [options.dtype] if options.dtype else ["float32", "bfloat16"]
-    rows = [measure(variant, dtype, arguments, options.threads) for dtype in dtypes for variant in VARIANTS]
-    print(table(rows))
-    print("written", save("logprobs", settings, rows).name)
+    for dtype in [options.dtype] if options.dtype else ["float32", "bfloat16"]:
+        rows: list[dict[str, Any]] = []
+        for variant in VARIANTS:
+            rows.append(measure(variant, dtype, arguments, options.threads))
+            path = save(f"logprobs-{dtype}", settings, rows)  # after each, as the whole takes minutes
+            print(json.dumps(rows[-1]), flush=True)
+        print(table(rows))
+        print("written", path.name)
 
 
 if __name__ == "__main__":

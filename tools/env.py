@@ -139,10 +139,12 @@ def _install(folder: Path, lock: Lock, pip: list[str], log: Path) -> None:
         listed.write_text("\n".join(lock.wheels) + "\n")
         _run([*pip, "--no-deps", "-r", str(listed)], log, "a package cannot be installed", len(lock.wheels))
     torch = next((pin for pin in lock.wheels if pin.startswith("torch==")), None)
-    if torch and subprocess.run([pip[0], "-I", "-c", "import torch"], capture_output=True).returncode:
+    probe = [pip[0], "-I", "-c", "import torch"]
+    if torch and subprocess.run(probe, capture_output=True).returncode:
         # A CUDA build does not import without the libraries it declares, each with an exact version.
         _say("the index offers torch as a CUDA build: fetching its CUDA libraries too")
         _run([*pip, torch], log, f"the libraries of {torch} cannot be installed", 0)
+        _run(probe, log, f"{torch} cannot be imported", 0)
     for pin in lock.source:
         _say(f"building {pin} from source")
         package = pin.partition("==")[0]

@@ -14,8 +14,8 @@ Interface in short:
                 packed_seq_params=PackedSeqParams(qkv_format="thd", ...))
 
 `model` may be wrapped (Float16Module, DistributedDataParallel). With labels, the last stage returns fp32
-[1, T] (log-prob of each label) or, with_entropy, [2, T] (log-prob, entropy); where loss_mask is False both are
-0. Earlier stages return hidden states, as the schedules want. Without labels the last stage returns logits
+[1, T] (log-prob of each label) or, with_entropy, [2, T] (log-prob, entropy); where loss_mask is False both
+are 0. Earlier stages return hidden states, as the schedules want. Without labels the last stage returns logits
 [1, T, padded vocab / tp]. T is a multiple of tp where sequence parallelism is on; cu_seqlens covers all T
 positions (padding is a sequence of its own). Every micro-batch of a step has the same T where pp > 1: pass
 seq_length=T, micro_batch_size=1 to the schedule.
@@ -82,14 +82,14 @@ class RoleModel(GPTModel):
         plan_of(packed, freqs.device).set_rope(freqs)
         return (hidden, None, *rest)
 
-    def _postprocess(  # type: ignore[override]
+    def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """[1, T] log-probs or [2, T] log-probs and entropies where this is the last stage and has labels."""
         if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
-        mask = kwargs.get("loss_mask")
-        return self.score(hidden_states, labels, mask)
+            output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return output
+        return self.score(hidden_states, labels, kwargs.get("loss_mask"))
 
     def score(self, hidden_states: Tensor, labels_1T: Tensor, mask_1T: Tensor | None) -> Tensor:
         """Log-probs (and entropies) of labels from the decoder's output [T or T / tp, 1, hidden]."""
@@ -142,7 +142,7 @@ def _chunk(
 ) -> RoleModel:
     pp_rank = groups.pp.rank()
     vp_stage = index if layout.vpp > 1 else None
-    return RoleModel(
+    model = RoleModel(
         config=config,
         transformer_layer_spec=block_spec(config, specs, pp_rank, vp_stage),
         vocab_size=padded_vocab(shape, layout.tp),
@@ -160,7 +160,9 @@ def _chunk(
         shape=shape,
         specs=specs,
         scoring=scoring,
-    ).to(platform.device())
+    )
+    model.to(platform.device())
+    return model
 
 
 def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -> None:

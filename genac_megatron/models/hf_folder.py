@@ -68,7 +68,7 @@ class HfFolder:
         return tensor
 
     def check(self, shape: Shape) -> None:
-        """Raise InputError naming every tensor that a model of `shape` lacks, has too many or of another size.
+        """Raise InputError naming the tensors that a model of `shape` lacks, or that are surplus or misshapen.
 
         A tied model may carry its output layer, and old files their rotary tables; neither is read.
         """

@@ -1,9 +1,9 @@
 """The one weight mapping between Hugging Face tensors and Megatron parameters.
 
-Loading, saving, publication and the tools all go through it. A family's `Rule`s say which tensors make which
-parameter (families/base.py); here are the only functions that fuse, cut, join and split them. They are pure and
-copy values bit for bit. To be cut by tensor parallelism a fused tensor is laid out so that a rank's share is one
-slice of one axis:
+Loading, saving, publication and the tools all go through it. A family's `Rule`s say which tensors make
+which parameter (families/base.py); here are the only functions that fuse, cut, join and split them. They are
+pure and copy values bit for bit. To be cut by tensor parallelism a fused tensor is laid out so that a rank's
+share is one slice of one axis:
 
     copy      the tensor itself; axis `tp_axis`
     qkv       [kv_heads, (heads / kv_heads + 2) head_dim, ...]: a group's queries, its key, its value; axis 0
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -165,9 +165,10 @@ def _axis(rule: Rule) -> int | None:
 
 
 def _unflatten(rule: Rule, x: Tensor, shape: Shape) -> Tensor:
-    if rule.fuse == "qkv":
-        return x.unflatten(0, (-1, (shape.heads // shape.kv_heads + 2) * shape.head_dim))
-    return x.unflatten(0, (2, -1)) if rule.fuse == "gate_up" else x
+    if rule.fuse == "copy":
+        return x
+    rows = (shape.heads // shape.kv_heads + 2) * shape.head_dim  # of one key-value group
+    return x.reshape(-1, rows, *x.shape[1:]) if rule.fuse == "qkv" else x.reshape(2, -1, *x.shape[1:])
 
 
 # --- a model's parameters ------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[Param
     return found
 
 
-def _expected(model: nn.Module, layer_offset: int, shape: Shape) -> Iterator[tuple[str, tuple[Rule, int | None]]]:
+def _expected(model: Any, layer_offset: int, shape: Shape) -> Iterator[tuple[str, tuple[Rule, int | None]]]:
     """(name, (rule, global layer)) of the parameters that the chunk must have."""
     head = model.post_process and not (shape.tie and model.pre_process)
     present = {"embedding": model.pre_process, "decoder": model.post_process, "output_layer": head}
@@ -219,20 +220,23 @@ def _aliases(name: str, rule: Rule) -> tuple[str, ...]:
     return tuple(alias.format(layer=local) for alias in rule.aliases)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The model inside Float16Module, DistributedDataParallel and the like."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return inner
 
 
 @torch.no_grad()
-def load_hf_into(chunks: Sequence[nn.Module], layout: ChunkLayout, shape: Shape, get_tensor: GetTensor) -> None:
+def load_hf_into(
+    chunks: Sequence[nn.Module], layout: ChunkLayout, shape: Shape, get_tensor: GetTensor
+) -> None:
     """Set this rank's parameters from Hugging Face tensors; nothing is communicated.
 
-    chunks: this rank's model chunks, in order. get_tensor(name) gives a whole tensor. With tied embeddings and
-    pp > 1 the last stage loads its copy of the embedding too. Raises InputError by name on a tensor whose size
-    is not the shape's, and as `param_rules` does.
+    chunks: this rank's model chunks, in order. get_tensor(name) gives a whole tensor. With tied embeddings
+    and pp > 1 the last stage loads its copy of the embedding too. Raises InputError by name on a tensor whose
+    size is not the shape's, and as `param_rules` does.
     """
     for index, chunk in enumerate(chunks):
         model = unwrap(chunk)

@@ -1,8 +1,8 @@
 """Causal attention over packed sequences on torch's SDPA, fast for many short sequences too.
 
-A pack's sequences are sorted by length and put in groups of like length. A group is gathered into a padded batch
-[n, heads, longest, head_dim] and takes one causal SDPA call: right padding needs no mask, for a causal query
-never sees a later key. All index tensors, and the rotary tables, are made once per pack and kept on it.
+A pack's sequences are sorted by length and put in groups of like length. A group is gathered into a padded
+batch [n, heads, longest, head_dim] and takes one causal SDPA call: right padding needs no mask, for a causal
+query never sees a later key. All index tensors, and the rotary tables, are made once per pack and kept on it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _group(members: Sequence[tuple[int, int]], longest: int) -> _Group:
 
 
 class _Pad(torch.autograd.Function):
-    """x [T, ...] -> its padded batch [slots, ...]. Padding has no gradient, so backward is a copy, not a sum."""
+    """x [T, ...] -> its padded batch [slots, ...]. Padding has no gradient, so backward copies, not sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: _Group) -> Tensor:
@@ -148,8 +148,14 @@ def packed_sdpa(
     """Causal attention within each sequence of a pack.
 
     q: [T, heads, head_dim]; k, v: [T, kv_heads, head_dim]. Returns [T, heads, head_dim]. Queries and keys are
-    rotated first where the plan has rotary tables.
+    rotated first where the plan has rotary tables. Raises InputError where the sequences do not cover it all.
     """
+    if q.size(0) != plan.positions.size(0):
+        raise InputError(
+            f"cu_seqlens end at {plan.positions.size(0)} and the pack has {q.size(0)} positions",
+            where="packed attention",
+            way_out="make the padding tail a sequence of its own",
+        )
     q, k = plan.rotate(q), plan.rotate(k)
     outputs = []
     for g in plan.groups:

@@ -29,7 +29,7 @@ Kind = Literal["torch", "te"]
 
 
 def choose(specs: Literal["auto", "torch", "te"]) -> Kind:
-    """The kind of specs for a recipe's `training.specs`. Raises InputError where te is asked for and missing."""
+    """The kind of specs for a recipe's `training.specs`. Raises InputError where te is wanted and missing."""
     if specs == "te" and not platform.has_te():
         raise InputError(
             "Transformer Engine cannot be used here", where="training.specs", way_out="use auto or torch"
@@ -105,7 +105,7 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise InputError(
-                f"context parallelism (cp {config.context_parallel_size}) needs Transformer Engine's attention",
+                f"cp {config.context_parallel_size} needs Transformer Engine's attention",
                 where="torch specs",
                 way_out="set cp: 1, or train on a GPU machine with Transformer Engine",
             )

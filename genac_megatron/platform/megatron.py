@@ -1,9 +1,9 @@
 """Megatron-core on machines without CUDA: an import hook, and repairs of a few upstream faults.
 
 Megatron-core names CUDA at about forty places of its training path (`torch.cuda.current_device()`,
-`device="cuda"`, `.cuda()`, comparisons with "torch.cuda.FloatTensor"). `install()` puts a finder before Python's
-own that rewrites these names in `megatron.core.*` as the source is loaded, so that they mean the CPU. torch
-itself stays as it is, nothing costs time after the import, and where CUDA is, nothing is installed.
+`device="cuda"`, `.cuda()`, comparisons with "torch.cuda.FloatTensor"). `install()` puts a finder before
+Python's own that rewrites these names in `megatron.core.*` as the source is loaded, so that they mean the CPU.
+torch itself stays as it is, nothing costs time after the import, and where CUDA is, nothing is installed.
 
 The rewriting, by kind:
     torch.cuda                      -> platform.cpu_cuda.CPU_CUDA
@@ -122,7 +122,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         if cached is None:
             return to_cpu(source, path)
         with suppress(OSError, ValueError, EOFError, TypeError):
-            return marshal.loads(cached.read_bytes())
+            kept: CodeType = marshal.loads(cached.read_bytes())
+            return kept
         code = to_cpu(source, path)
         with suppress(OSError):
             part = cached.with_suffix(f".{os.getpid()}")
@@ -261,3 +262,17 @@ _REPAIRS: dict[str, Callable[[Any], None]] = {
     "megatron.core.tensor_parallel.random": _repair_random,
     "megatron.core.transformer.moe.moe_utils": _repair_moe,
 }
+
+
+def keep_bucket_padding(ddp: Any) -> None:
+    """Make checkpoints of this model's distributed optimizer exact where its buffer has several buckets.
+
+    Upstream (0.16.1, 0.19.2; its own comment calls it issue #504): a save joins the buckets' states without
+    the padding at their ends, then cuts parameters out by offsets that count it, so that every parameter
+    after the first padded bucket is saved shifted and the last one is filled up with zeros. A tied embedding under
+    pipeline parallelism always has a bucket of its own. Counting the padding as data makes both agree.
+    """
+    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel

@@ -63,12 +63,13 @@ def evaluate(
     if row["critic"] is not None:
         scalars = {k: v for k, v in row["critic"].items() if isinstance(v, float)}
         figures |= {f"eval/critic_{key}": value for key, value in scalars.items()}
-        known = figures["eval/critic_explained_variance"]
-        run.at.explained_variance = None if math.isnan(known) else known
+        best = [run.at.explained_variance, figures["eval/critic_explained_variance"]]
+        run.at.explained_variance = max((x for x in best if x is not None and x == x), default=None)
+    figures = {key: value for key, value in figures.items() if not math.isnan(value)}
     shown = ", ".join(
         f"{key.removeprefix('eval/')} {value:.3f}"
         for key, value in figures.items()
-        if key.removeprefix("eval/") in SHOWN and not math.isnan(value)
+        if key.removeprefix("eval/") in SHOWN
     )
     run.progress.note(f"[{stage.name}] held-out, {name}: {shown}")
     return figures

@@ -47,8 +47,7 @@ class Progression:
     cursor: int = 0  # training prompts consumed
     versions: dict[str, int] = field(default_factory=dict)  # of each role's published weights
     icc: dict[str, Any] | None = None
-    explained_variance: float | None = None  # the critic's, held-out, newest
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # newest by stage name
+    explained_variance: float | None = None  # the critic's, held-out, best so far
 
 
 class Run:

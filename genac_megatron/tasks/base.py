@@ -105,38 +105,41 @@ class Task(ABC):
 
 
 class GeneratedProblems:
-    """Problems drawn from a generator, split so that no held-out text is ever trained on.
+    """Problems of a generator, split so that no held-out text is ever trained on.
 
-    The held-out problems are drawn first, all different. A training problem is a function of its index
-    and the seed alone; a draw whose text is held out is drawn again.
+    The held-out problems are the generator's first different ones. A training problem is a function of
+    its index alone; where the generator repeats a held-out text there, a later problem, chosen by the index, takes its place.
     """
 
-    def __init__(self, draw: Callable[[int], Problem], seed: int, heldout_size: int) -> None:
-        """`draw(n)` makes the problem of the integer seed n. Raises InputError where the space is too small."""
-        self._draw, self._seed = draw, seed
+    def __init__(self, draw: Callable[[int], Problem], train_size: int, heldout_size: int) -> None:
+        """`draw(n)` is the generator's n-th problem. Raises InputError where it has too few different ones."""
+        self._draw, self._train_size = draw, train_size
         found: dict[str, Problem] = {}
-        rng = random.Random(f"heldout/{seed}")
-        for _ in range(heldout_size * DRAWS_PER_PROBLEM):
-            if len(found) == heldout_size:
-                break
-            problem = draw(rng.getrandbits(31))
+        drawn = 0
+        while len(found) < heldout_size and drawn < heldout_size * DRAWS_PER_PROBLEM:
+            problem = draw(drawn)
             found.setdefault(problem.key, problem)
+            drawn += 1
         if len(found) < heldout_size:
             raise InputError(
                 f"the task has too few different problems: {len(found)} found for heldout_size {heldout_size}",
                 where="task.heldout_size",
                 way_out="make the task larger, or heldout_size smaller",
             )
+        self._first_train = drawn
         self.heldout: list[Problem] = list(found.values())
         self._heldout_keys = frozenset(found)
 
     def train(self, index: int) -> Problem:
         """The training problem at `index`. Raises InputError where the held-out split takes all problems."""
-        rng = random.Random(f"train/{self._seed}/{index}")
+        number = self._first_train + index
+        rng = random.Random(index)
         for _ in range(DRAWS_PER_PROBLEM):
-            problem = self._draw(rng.getrandbits(31))
+            problem = self._draw(number)
             if problem.key not in self._heldout_keys:
                 return problem
+            # Beyond the other training problems, at no fixed stride: a generator may repeat in a cycle.
+            number = self._first_train + self._train_size + rng.getrandbits(24)
         raise InputError(
             "the held-out split takes (nearly) every problem of the task: none is left to train on",
             where="task.heldout_size",

@@ -19,30 +19,27 @@ class ReasoningGym(Task):
     """One reasoning-gym task; `reference` is its whole entry, which its scorer needs."""
 
     def __init__(self, config: ReasoningGymTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        """Raises InputError for an unknown name (naming the nearest) or options it does not take."""
+        """Raises InputError for an unknown name (naming the nearest) or options that it does not take."""
         super().__init__(tokenizer, config.train_size, config.heldout_size)
         self._config = config
-        self._make = _factory(config)
-        self._scorer = self._make(0)
-        self._problems = GeneratedProblems(self._draw, seed, config.heldout_size)
+        self._pool_size = config.train_size + config.heldout_size
+        self._pool = _make_pool(config, seed, self._pool_size)
+        self._problems = GeneratedProblems(self._draw, config.train_size, config.heldout_size)
 
     def _draw(self, number: int) -> Problem:
-        entry = self._make(number)[0]
+        entry = self._pool[number % self._pool_size]
         return Problem(str(entry["question"]).strip(), reference=entry, instruction=self._config.instruction)
 
     def _problem(self, split: Split, index: int) -> Problem:
         return self._problems.train(index) if split == "train" else self._problems.heldout[index]
 
     def verify(self, prompt: Prompt, text: str) -> float:
-        """reasoning-gym's score of the last <answer>, made 0 or 1 by `pass_score` unless `binary` is off.
-
-        Without `binary`, a score below `pass_score` is kept as it is.
-        """
+        """reasoning-gym's score of the last <answer>; 0 or 1 by `pass_score` where `binary` is on."""
         answer = last_tagged(text)
         if answer is None:
             return 0.0
         try:
-            score = float(self._scorer.score_answer(answer.strip(), entry=prompt.reference))
+            score = float(self._pool.score_answer(answer.strip(), entry=prompt.reference))
         except Exception:  # scorers parse model text with whatever raises; none of it is a right answer
             return 0.0
         if self._config.binary:
@@ -50,8 +47,8 @@ class ReasoningGym(Task):
         return min(max(score, 0.0), 1.0)
 
 
-def _factory(config: ReasoningGymTask) -> Any:
-    """A function: integer seed -> the task's dataset of one entry."""
+def _make_pool(config: ReasoningGymTask, seed: int, size: int) -> Any:
+    """reasoning-gym's dataset: entries by index, each generated when it is asked for."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -62,16 +59,13 @@ def _factory(config: ReasoningGymTask) -> Any:
             where="task.name",
             way_out=f"the nearest: {', '.join(nearest)}",
         )
-
-    def make(seed: int) -> Any:
-        return reasoning_gym.create_dataset(config.name, seed=seed, size=1, **config.options)
-
     try:
-        make(0)[0]
+        pool = reasoning_gym.create_dataset(config.name, seed=seed, size=size, **config.options)
+        pool[0]
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"reasoning-gym's {config.name} refuses these options: {error}",
+            f"reasoning-gym's {config.name} refuses these options or this size ({size}): {error}",
             where="task.options",
-            way_out="use the option names and ranges of its config class",
+            way_out="use the option names and ranges of its config class; lower task.train_size",
         ) from error
-    return make
+    return pool

@@ -147,13 +147,13 @@ class StateTracking(Task):
 
     def __init__(self, config: StateTrackingTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         super().__init__(tokenizer, config.train_size, config.heldout_size)
-        self._config = config
-        self._problems = GeneratedProblems(self._draw, seed, config.heldout_size)
+        self._config, self._seed = config, seed
+        self._problems = GeneratedProblems(self._draw, config.train_size, config.heldout_size)
         mean_swaps = (config.min_swaps + config.max_swaps) / 2
         self.teacher: StateTrackingTeacher = StateTrackingTeacher(config.slip_rate, mean_swaps)
 
     def _draw(self, number: int) -> Problem:
-        rng, config = random.Random(number), self._config
+        rng, config = random.Random(f"problem/{self._seed}/{number}"), self._config
         names = list(NAMES[: config.objects])
         start = tuple(rng.sample(names, len(names)))
         count = rng.randint(config.min_swaps, config.max_swaps)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,12 +26,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import hf_names
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.training.role import Role
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PART = ".part-"
@@ -46,10 +51,10 @@ def role_state(role: Role, *, optimizer: bool, loading: bool = False) -> Sharded
     if not role.active:
         return {}
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.dp_cp}
-    models = {
-        f"model{index}": model.sharded_state_dict(prefix=f"{role.name}.", metadata=dict(metadata))
-        for index, model in enumerate(role.models)
-    }
+    models: Sharded = {}
+    for index, model in enumerate(role.models):
+        models[f"model{index}"] = model.sharded_state_dict(metadata=dict(metadata))
+        add_prefix_for_sharding(models[f"model{index}"], f"{role.name}.")
     if not optimizer or role.optimizer is None:
         return models
     merged: Sharded = {}
@@ -152,7 +157,8 @@ class Checkpoints:
         result, failure = None, ""
         try:
             result = act()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
+            logger.debug("checkpoint step failed on this rank", exc_info=True)
             failure = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 failure = f"no space left on the device ({error.strerror or error})"
@@ -201,9 +207,10 @@ class Checkpoints:
         }
         try:
             loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
             raise InputError(
-                f"it cannot be read into this model: {type(error).__name__}: {error}",
+                f"it cannot be read into this model: {type(error).__name__}: {reason}",
                 where=str(path / WEIGHTS),
                 way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
             ) from error

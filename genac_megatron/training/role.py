@@ -27,6 +27,7 @@ from torch import Tensor
 from genac_megatron import platform
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
+from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
@@ -78,9 +79,12 @@ class Role:
             grad_reduce_in_fp32=True,
             check_for_nan_in_grad=False,  # the step looks at the gradient norm instead
         )
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             self.model_config, ddp, model, disable_bucketing=index > 0, pg_collection=self.groups
         )
+        if training.distributed_optimizer:
+            keep_bucket_padding(wrapped)
+        return wrapped
 
     def _connect(self) -> None:
         """Give the schedule its hooks: gradient finalisation over this role's groups only."""

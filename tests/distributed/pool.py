@@ -6,9 +6,9 @@ start in a second.
     def case(rank, x): ...                     # a module-level function; runs on every rank
     def test_it(pool): results = pool.run(case, x, timeout=60)     # one result per rank
 
-The ranks have joined one world (training.layout.init_world); process groups of layouts stay cached in them. An
-exception on any rank is raised in the test with that rank's traceback, and a rank that does not end in time is
-named with the line it stands at; either way the ranks are then replaced by fresh ones.
+The ranks have joined one world (training.layout.init_world); process groups of layouts stay cached in
+them. An exception on any rank is raised in the test with that rank's traceback, and a rank that does not end
+in time is named with the line it stands at; either way the ranks are then replaced by fresh ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ COLLECTIVE_S = 60.0  # a collective whose peers do not come fails after this
 GRACE_S = 1.0  # how long other ranks may still report after the first error
 ROOT = Path(__file__).resolve().parents[2]
 # Set before torch is imported: one thread per rank (more made a rank 7 times slower), and never a GPU.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+}
 PRELOAD = ["genac_megatron.training.role", "genac_megatron.models.build"]
 
 
@@ -98,8 +102,9 @@ class Pool:
             port = free.getsockname()[1]
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
+            # Not daemonic: a rank that saves a checkpoint starts a helper process of its own.
             worker = context.Process(
-                target=_work, args=(rank, self.ranks, port, theirs, str(self._trace(rank))), daemon=True
+                target=_work, args=(rank, self.ranks, port, theirs, str(self._trace(rank))), daemon=False
             )
             worker.start()
             theirs.close()
@@ -119,13 +124,15 @@ class Pool:
         return self._trace(rank).read_text()
 
     def close(self) -> None:
-        """End the ranks; the next run starts fresh ones."""
-        for worker in self._workers:
-            worker.kill()
-        for worker in self._workers:
-            worker.join()
+        """End the ranks; the next run starts fresh ones. Idle ranks end by themselves, with their helpers."""
         for pipe in self._pipes:
             pipe.close()
+        until = time.monotonic() + GRACE_S
+        for worker in self._workers:
+            worker.join(max(0.0, until - time.monotonic()))
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
         self._workers, self._pipes = [], []
 
 

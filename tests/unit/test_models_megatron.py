@@ -1,4 +1,4 @@
-"""The Megatron model against transformers: same weights, same logits; and its log-probs against its logits."""
+"""The Megatron model against transformers on the same weights; its log-probs against its own logits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def megatron_model(shape: Shape, **training: Any) -> RoleModel:
     layout = Layout("test", 0, 1)
     groups = layout.groups()
     assert groups is not None
-    (model,) = build_model(shape, layout, groups, TrainingConfig(**{"dtype": "fp32", "specs": "torch", **training}))
+    (model,) = build_model(
+        shape, layout, groups, TrainingConfig(**{"dtype": "fp32", "specs": "torch", **training})
+    )
     load_hf_into([model], layout, shape, get_tensor(shape))
     return model
 

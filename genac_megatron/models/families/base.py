@@ -35,7 +35,8 @@ class Shape:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise InputError(
-                f"{self.heads} heads cannot share {self.kv_heads} key-value heads", where=f"{self.family} shape"
+                f"{self.heads} heads cannot share {self.kv_heads} key-value heads",
+                where=f"{self.family} shape",
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd", where=f"{self.family} shape")
@@ -95,7 +96,10 @@ class Family:
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"hidden_act {config['hidden_act']!r} is not silu", where=where)
         self.read_extras(config)
-        heads, hidden = int(_need(config, "num_attention_heads", where)), int(_need(config, "hidden_size", where))
+        heads, hidden = (
+            int(_need(config, "num_attention_heads", where)),
+            int(_need(config, "hidden_size", where)),
+        )
         rope_theta, rope_factor = _rope(config, where)
         return Shape(
             family=self.name,
@@ -220,6 +224,7 @@ def decoder_rules(shape: Shape) -> tuple[Rule, ...]:
         )
     if shape.qk_norm:
         rules += [
-            Rule(mega + f"self_attention.{x}_layernorm.weight", (hf + f"self_attn.{x}_norm.weight",)) for x in "qk"
+            Rule(mega + f"self_attention.{x}_layernorm.weight", (hf + f"self_attn.{x}_norm.weight",))
+            for x in "qk"
         ]
     return tuple(rules)

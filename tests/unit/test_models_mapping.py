@@ -1,0 +1,266 @@
+"""Weights: Hugging Face to shards and back is exact, faults are named, random weights know no layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from genac_megatron.errors import InputError
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.hf_folder import INDEX, SINGLE, HfFolder
+from genac_megatron.models.mapping import (
+    hf_names,
+    hf_size,
+    init_tensor,
+    local_size,
+    padded_vocab,
+    param_rules,
+    random_weights,
+    shard,
+    unshard,
+)
+from genac_megatron.models.registry import FAMILIES, family, hf_config, rules, shape_from_hf
+
+TINY = Shape(
+    family="qwen3", layers=2, hidden=12, ffn=8, heads=4, kv_heads=2, head_dim=6, vocab=23, tie=False,
+    rope_theta=1e4, norm_eps=1e-6, max_positions=64, init_std=0.02, qk_norm=True,
+)  # fmt: skip
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[Shape, int]:
+    """A shape of any family, and a tp that can cut it."""
+    tp = draw(st.sampled_from([1, 2, 4]))
+    name = draw(st.sampled_from(sorted(FAMILIES)))
+    kv_heads = tp * draw(st.integers(1, 2))
+    return (
+        dataclasses.replace(
+            TINY,
+            family=name,
+            layers=draw(st.integers(1, 2)),
+            hidden=draw(st.integers(1, 9)),
+            ffn=tp * draw(st.integers(1, 4)),
+            heads=kv_heads * draw(st.integers(1, 3)),
+            kv_heads=kv_heads,
+            head_dim=2 * draw(st.integers(1, 3)),
+            vocab=draw(st.integers(1, 30)),
+            tie=draw(st.booleans()),
+            qk_norm=family(name).qk_norm,
+            qkv_bias=family(name).qkv_bias,
+        ),
+        tp,
+    )
+
+
+@given(shapes())
+@settings(max_examples=60)
+def test_there_and_back_is_exact(case: tuple[Shape, int]) -> None:
+    shape, tp = case
+    tensors = {name: torch.randn(size) for name, size in hf_names(shape).items()}
+    seen = {}
+    for rule in rules(shape):
+        for layer in range(shape.layers) if rule.per_layer else [None]:
+            hf = [tensors[name] for name in rule.hf_names(layer)]
+            shards = [shard(rule, hf, shape, rank, tp) for rank in range(tp)]
+            assert {x.shape for x in shards} == {local_size(rule, shape, tp)}
+            assert all(x.is_contiguous() for x in shards)
+            seen |= unshard(rule, shards, shape, layer)
+    assert seen.keys() == tensors.keys()
+    assert all(torch.equal(seen[name], tensors[name]) for name in tensors)
+
+
+def test_a_rank_holds_whole_groups_of_query_key_value() -> None:
+    (rule,) = (r for r in rules(TINY) if r.name.endswith("linear_qkv.weight"))
+    q, k, v = (torch.randn(hf_size(name, TINY)) for name in rule.hf)
+    wanted = torch.cat([q[12:24], k[6:12], v[6:12]])  # group 1: heads 2 and 3, and their key and value
+    assert torch.equal(shard(rule, [q, k, v], TINY, 1, 2), wanted)
+
+
+def test_a_rank_holds_its_gate_above_its_up() -> None:
+    (rule,) = (r for r in rules(TINY) if r.fuse == "gate_up")
+    gate, up = (torch.randn(hf_size(name, TINY)) for name in rule.hf)
+    assert torch.equal(shard(rule, [gate, up], TINY, 1, 2), torch.cat([gate[4:], up[4:]]))
+
+
+def test_the_vocabulary_is_padded_with_zeros() -> None:
+    rule = rules(TINY)[0]
+    table = torch.ones(23, 12)
+    last = shard(rule, [table], TINY, 3, 4)
+    assert padded_vocab(TINY, 4) == 24
+    assert last[:5].eq(1).all()
+    assert last[5:].eq(0).all()
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_config_survives_the_way_to_hf_and_back(name: str, tie: bool) -> None:
+    kind = FAMILIES[name]
+    shape = dataclasses.replace(
+        TINY, family=name, tie=tie, qk_norm=kind.qk_norm, qkv_bias=kind.qkv_bias, rope_factor=32.0
+    )
+    assert shape_from_hf(json.loads(json.dumps(hf_config(shape)))) == shape
+    old = {key: value for key, value in hf_config(shape).items() if key != "rope_parameters"}
+    assert shape_from_hf(old) == shape  # as transformers 4 wrote it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"model_type": "gemma"}, "'gemma' is not supported"),
+    ],
+)
+def test_a_config_that_we_cannot_build_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        shape_from_hf(hf_config(TINY) | change)
+
+
+# --- random weights ------------------------------------------------------------------------------
+
+
+def test_random_weights_depend_on_name_and_seed_alone() -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    first = random_weights(TINY, 3)(name)
+    assert torch.equal(first, init_tensor(name, hf_size(name, TINY), TINY, 3))
+    assert not torch.equal(first, random_weights(TINY, 4)(name))
+    assert not torch.equal(first, random_weights(TINY, 3)(name.replace("up", "gate")))
+
+
+def test_random_weights_have_the_shapes_deviations() -> None:
+    big = dataclasses.replace(TINY, hidden=256, ffn=512, heads=16, head_dim=16)
+    get = random_weights(big, 0)
+    # The deviation of n normal samples is within 5 standard errors, sigma / sqrt(2 n): here n >= 65536.
+    assert float(get("model.layers.0.mlp.up_proj.weight").std()) == pytest.approx(0.02, rel=0.015)
+    assert float(get("model.layers.0.mlp.down_proj.weight").std()) == pytest.approx(0.01, rel=0.015)
+    assert float(get("model.layers.1.self_attn.o_proj.weight").std()) == pytest.approx(0.01, rel=0.015)
+    assert get("model.norm.weight").eq(1).all()
+
+
+# --- a model's parameters ------------------------------------------------------------------------
+
+
+class _Chunk(torch.nn.Module):
+    """As much of a model chunk as param_rules looks at: it has the right parameters for TINY, tied or not."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.pre_process = self.post_process = True
+        self.config = type("Config", (), {"tensor_model_parallel_size": 1})
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(shape.layers))
+        for rule in rules(shape):
+            if rule.name.startswith("output_layer") and shape.tie:
+                continue
+            for layer in range(shape.layers) if rule.per_layer else [0]:
+                self.put(rule.name.format(layer=layer), torch.zeros(local_size(rule, shape, 1)))
+
+    def put(self, name: str, value: torch.Tensor | None) -> None:
+        *path, last = name.split(".")
+        module: torch.nn.Module = self
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, None if value is None else torch.nn.Parameter(value))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_parameter_has_its_rule_and_global_layer(tie: bool) -> None:
+    shape = dataclasses.replace(TINY, tie=tie)
+    found = param_rules(_Chunk(shape), 5, shape)
+    assert {item.layer for item in found} == {None, 5, 6}
+    by_name = {item.name: item for item in found}
+    assert by_name["decoder.layers.1.mlp.linear_fc2.weight"].hf_names == (
+        "model.layers.6.mlp.down_proj.weight",
+    )
+    assert ("output_layer.weight" in by_name) != tie
+
+
+def test_transformer_engines_fused_norms_are_known() -> None:
+    chunk = _Chunk(TINY)
+    for layer in range(2):
+        chunk.put(f"decoder.layers.{layer}.input_layernorm.weight", None)
+        chunk.put(f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight", torch.zeros(12))
+    names = {item.name: item.hf_names for item in param_rules(chunk, 0, TINY)}
+    fused = names["decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"]
+    assert fused == ("model.layers.1.input_layernorm.weight",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("decoder.layers.1.mlp.linear_fc2.weight", None, "missing parameter decoder.layers.1.mlp.linear_fc2"),
+        ("decoder.layers.0.mlp.linear_fc2.bias", torch.zeros(12), "surplus parameter decoder.layers.0.mlp"),
+        (
+            "output_layer.weight",
+            torch.zeros(22, 12),
+            r"output_layer.weight has shape \(22, 12\), expected \(23, 12\)",
+        ),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_named(name: str, value: Any, message: str) -> None:
+    chunk = _Chunk(TINY)
+    chunk.put(name, value)
+    with pytest.raises(InputError, match=message):
+        param_rules(chunk, 0, TINY)
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def _folder(path: Path, shards: int) -> dict[str, torch.Tensor]:
+    """A folder of random weights for TINY, in `shards` files."""
+    tensors = {name: random_weights(TINY, 1)(name) for name in hf_names(TINY)}
+    if shards == 1:
+        save_file(tensors, path / SINGLE)
+        return tensors
+    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, path / file)
+    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_gives_its_tensors(tmp_path: Path, shards: int) -> None:
+    tensors = _folder(tmp_path, shards)
+    folder = HfFolder(tmp_path)
+    folder.check(TINY)
+    assert sorted(folder.names) == sorted(tensors)
+    assert all(torch.equal(folder.get(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_folders_faults_are_named(tmp_path: Path) -> None:
+    _folder(tmp_path, 3)
+    folder = HfFolder(tmp_path)
+    with pytest.raises(InputError, match=r"model.extra is missing"):
+        folder.get("model.extra")
+    with pytest.raises(InputError, match=r"embed_tokens.weight has shape \(23, 12\), expected \(24, 12\)"):
+        folder.check(dataclasses.replace(TINY, vocab=24))
+    with pytest.raises(InputError, match=r"missing tensor model.layers.2.*and \d+ more"):
+        folder.check(dataclasses.replace(TINY, layers=3))
+    with pytest.raises(InputError, match=r"surplus tensor model.layers.0.self_attn.k_norm.weight"):
+        folder.check(dataclasses.replace(TINY, family="llama", qk_norm=False))
+    folder.check(dataclasses.replace(TINY, tie=True))  # an output layer beside a tied embedding is not read
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_file_cut_short_or_missing_is_named(tmp_path: Path, shards: int) -> None:
+    _folder(tmp_path, shards)
+    file = tmp_path / (SINGLE if shards == 1 else "model-1.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(InputError, match=file.name):
+        HfFolder(tmp_path).check(TINY)
+    file.unlink()
+    with pytest.raises(InputError, match=file.name):
+        HfFolder(tmp_path).check(TINY)

@@ -1,0 +1,78 @@
+"""The import hook: what it rewrites, what it leaves alone, where it does nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from genac_megatron import platform
+from genac_megatron.platform.cpu_cuda import CPU_CUDA
+from genac_megatron.platform.megatron import to_cpu
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("torch.cuda.current_device().type", "cpu"),
+        ("torch.zeros(1, device='cuda').device.type", "cpu"),
+        ("torch.zeros(1, device=f'cuda:{3}').device.type", "cpu"),
+        ("torch.zeros(1).cuda(non_blocking=True).device.type", "cpu"),
+        ("torch.zeros(1).pin_memory().is_cuda", True),  # "is it where the work is done?"
+        ("torch.empty(1, pin_memory=True).is_pinned()", False),
+        ("torch.zeros(1).type() == 'torch.cuda.FloatTensor'", True),
+        ("torch.cuda.Stream().wait_stream(torch.cuda.current_stream())", None),
+        ("torch.cuda.OutOfMemoryError.__name__", "OutOfMemoryError"),  # falls through to torch.cuda
+    ],
+)
+def test_cuda_names_mean_the_cpu(source: str, wanted: object) -> None:
+    names = {"__cpu_cuda__": CPU_CUDA}
+    exec(to_cpu(f"import torch\nvalue = {source}".encode(), "<test>"), names)
+    assert names["value"] == wanted
+
+
+def _python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def test_nothing_is_installed_where_cuda_is() -> None:
+    code = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+from genac_megatron.platform.megatron import install
+before = list(sys.meta_path)
+print(install(), sys.meta_path == before)
+"""
+    assert _python(code).split() == ["False", "True"]
+
+
+@pytest.mark.skipif(platform.device().type == "cuda", reason="the hook is for machines without CUDA")
+def test_the_hook_is_put_in_once_and_leaves_torch_alone_and_refuses_to_come_late() -> None:
+    code = """
+import sys, torch
+from genac_megatron.platform.megatron import install
+cuda = {name: value for name, value in vars(torch.cuda).items() if callable(value)}
+sizes = [install() and len(sys.meta_path) for _ in range(2)]
+import megatron.core.jit
+same = all(getattr(torch.cuda, name) is value for name, value in cuda.items())
+print(sizes[0] == sizes[1], same, megatron.core.jit.__cpu_cuda__ is not torch.cuda)
+del sys.meta_path[0]
+try:
+    install()
+except RuntimeError as error:
+    print(error)
+"""
+    out = _python(code)
+    assert out.startswith("True True True\n")
+    assert "megatron.core was imported before" in out
+
+
+def test_memory_is_counted_in_gib() -> None:
+    held = bytearray(b"x") * (64 << 20)
+    assert 0.05 < platform.rss_gib() <= platform.peak_rss_gib() + 0.01
+    assert platform.peak_rss_gib() < 100
+    del held

@@ -1,0 +1,96 @@
+"""Graders: math-verify in processes with a time limit of ours, exact match, answer extraction."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genac_megatron.tasks.grading import ExactGrader, MathGrader, final_answer, last_boxed
+
+RIGHT = [
+    ("72", "Natalia sold 48 + 24 = 72 clips. The answer is \\boxed{72}."),
+    ("1/2", "so it is $\\boxed{\\frac{1}{2}}$"),
+    ("0.5", "\\boxed{\\frac{1}{2}}"),
+    ("\\frac{3}{4}", "\\boxed{3/4}"),
+    ("1,000", "\\boxed{1000}"),
+    ("x^2+2x+1", "\\boxed{(x+1)^2}"),
+]
+WRONG = [
+    ("72", "The answer is \\boxed{71}."),
+    ("72", ""),
+    ("72", "\\boxed{"),
+    ("72", "no idea"),
+    ("(1,2)", "\\boxed{(2,1)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[MathGrader]:
+    grader = MathGrader(workers=1)
+    yield grader
+    grader.close()
+
+
+def test_math_verdicts_in_order(grader: MathGrader) -> None:
+    pairs = [pair for both in zip(RIGHT, WRONG, strict=False) for pair in both]
+    expected = [1.0, 0.0] * len(WRONG)
+    assert grader.grade(pairs) == expected
+    assert grader.grade([RIGHT[-1]]) == [1.0]
+    assert grader.grade([]) == []
+
+
+def test_grading_works_outside_the_main_thread(grader: MathGrader) -> None:
+    results: list[float] = []
+    thread = threading.Thread(target=lambda: results.extend(grader.grade(RIGHT[:1])))
+    thread.start()
+    thread.join(60)
+    assert results == [1.0]
+
+
+def test_a_hostile_answer_costs_its_time_limit_and_nothing_else() -> None:
+    grader = MathGrader(workers=1, limit_s=2.0)
+    hostile = ("7", "\\boxed{9^{9^{9^{9}}}}")
+    started = time.monotonic()
+    # What comes before and after in the same batch is graded all the same.
+    assert grader.grade([RIGHT[0], hostile, RIGHT[0]]) == [1.0, 0.0, 1.0]
+    # The limit, and two process starts on a busy machine.
+    assert time.monotonic() - started < 90
+    grader.close()
+
+
+def test_exact_match_is_about_the_final_answer() -> None:
+    pairs = [
+        ("a  b", "first c\n\\boxed{a b}"),
+        ("yes", "<answer>no</answer> wait <answer> yes </answer>"),
+        ("12", "so it is\n12\n\n"),
+        ("12", "12\n13"),
+        ("12", ""),
+    ]
+    assert ExactGrader().grade(pairs) == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_last_complete_box_counts() -> None:
+    assert last_boxed("\\boxed{1} and \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert last_boxed("\\boxed{1} and \\boxed{2") == "1"
+    assert last_boxed("none") is None
+
+
+@given(st.text(alphabet="\\boxed{}<answer>/ \n1", max_size=80))
+def test_extraction_takes_any_text(text: str) -> None:
+    assert isinstance(final_answer(text), str)
+
+
+@given(st.text(alphabet="ab{} ", max_size=20), st.text(max_size=20))
+def test_a_balanced_box_is_found_whatever_precedes_it(inner: str, before: str) -> None:
+    depth = 0
+    for character in inner:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            return
+    if depth == 0:
+        assert last_boxed(f"{before}\\boxed{{{inner}}} so") == inner
