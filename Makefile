@@ -20,7 +20,7 @@ export PYTHONNOUSERSITE := 1
 
 # $(call in,NAME): the interpreter of environment NAME, built first where there is none.
 in = py="$$($(PYTHON) tools/env.py $(1))" && "$$py"
-genac = $(call in,cpu) -m genac_megatron.cli
+genac = $(call in,cpu) -m genac_megatron
 
 .PHONY: help
 help: ## What each target does

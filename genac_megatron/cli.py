@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `genac`; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_intermixed_args(given) if "run" not in given[:1] else _parse_run(given)
+    options = parser().parse_args(_options_first(given))
     try:
         match options.command:
             case "run":
@@ -52,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-def _parse_run(given: list[str]) -> argparse.Namespace:
-    """Options may stand before, between and behind the overrides."""
+def _options_first(given: list[str]) -> list[str]:
+    """Options may stand before, between and behind a run's overrides."""
+    if given[:1] != ["run"]:
+        return given
     flags = [word for word in given if word.startswith("-")]
-    words = [word for word in given if not word.startswith("-")]
-    return parser().parse_args([*words[:1], *flags, *words[1:]])
+    return ["run", *flags, *(word for word in given[1:] if not word.startswith("-"))]
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
     from genac_megatron.launch import Launcher, adopt_slurm, in_world, rank_command
-    from genac_megatron.recipe.loader import check, load_recipe
+    from genac_megatron.recipe.loader import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    check(recipe)
     if options.dry_run:
         from genac_megatron.recipe.estimate import describe
         from genac_megatron.recipe.loader import dump_recipe

@@ -15,10 +15,10 @@ Interface in short:
 
 `model` may be wrapped (Float16Module, DistributedDataParallel). With labels, the last stage returns fp32
 [1, T] (log-prob of each label) or, with_entropy, [2, T] (log-prob, entropy); where loss_mask is False both
-are 0. Earlier stages return hidden states, as the schedules want. Without labels the last stage returns logits
-[1, T, padded vocab / tp]. T is a multiple of tp where sequence parallelism is on; cu_seqlens covers all T
-positions (padding is a sequence of its own). Every micro-batch of a step has the same T where pp > 1: pass
-seq_length=T, micro_batch_size=1 to the schedule.
+are 0. Earlier stages return hidden states, as the schedules want. Without labels the last stage returns
+logits [1, T, padded vocab / tp]. T is a multiple of tp where sequence parallelism is on; cu_seqlens covers
+all T positions (padding is a sequence of its own). Every micro-batch of a step has the same T where pp > 1:
+pass seq_length=T, micro_batch_size=1 to the schedule.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class HfFolder:
         return tensor
 
     def check(self, shape: Shape) -> None:
-        """Raise InputError naming the tensors that a model of `shape` lacks, or that are surplus or misshapen.
+        """Raise InputError naming the tensors of a model of `shape` that are missing, surplus or misshapen.
 
         A tied model may carry its output layer, and old files their rotary tables; neither is read.
         """

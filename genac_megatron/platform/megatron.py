@@ -2,7 +2,7 @@
 
 Megatron-core names CUDA at about forty places of its training path (`torch.cuda.current_device()`,
 `device="cuda"`, `.cuda()`, comparisons with "torch.cuda.FloatTensor"). `install()` puts a finder before
-Python's own that rewrites these names in `megatron.core.*` as the source is loaded, so that they mean the CPU.
+Python's own that rewrites these names in `megatron.core.*` as the source is loaded: they then mean the CPU.
 torch itself stays as it is, nothing costs time after the import, and where CUDA is, nothing is installed.
 
 The rewriting, by kind:
@@ -269,8 +269,8 @@ def keep_bucket_padding(ddp: Any) -> None:
 
     Upstream (0.16.1, 0.19.2; its own comment calls it issue #504): a save joins the buckets' states without
     the padding at their ends, then cuts parameters out by offsets that count it, so that every parameter
-    after the first padded bucket is saved shifted and the last one is filled up with zeros. A tied embedding under
-    pipeline parallelism always has a bucket of its own. Counting the padding as data makes both agree.
+    after the first padded bucket is saved shifted and the last one is filled up with zeros. A tied embedding
+    under pipeline parallelism always has a bucket of its own. Counting the padding as data makes both agree.
     """
     for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
         for bucket in buffer.buckets:

@@ -48,6 +48,7 @@ class ModelConfig(Block):
     family: Literal["llama", "qwen2", "qwen3"] | None = None
     shape: ModelShape | None = None
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
+    checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
     init_seed: int = 0
 
 

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 def check_sft_gate(stage: SftStage, figures: dict[str, float]) -> None:
     """The critic must write scores that parse."""
-    rate = figures["eval/critic_parse_rate"]
+    rate = figures.get("eval/critic_parse_rate", float("nan"))
     failures = []
     if not rate >= stage.gate.parse_rate:
         failures.append(f"parse rate {rate:.3f} is below {stage.gate.parse_rate}")
@@ -21,8 +21,8 @@ def check_sft_gate(stage: SftStage, figures: dict[str, float]) -> None:
 
 def check_critic_gate(stage: ReinforceStage, figures: dict[str, float]) -> None:
     """The critic must beat the constant predictor, tell right from wrong, and rank within a prompt."""
-    brier, constant = figures["eval/critic_brier"], figures["eval/critic_brier_constant"]
-    auc, ranking = figures["eval/critic_auc"], figures["eval/critic_ranking_prompt"]
+    names = ("brier", "brier_constant", "auc", "ranking_prompt")
+    brier, constant, auc, ranking = (figures.get(f"eval/critic_{name}", float("nan")) for name in names)
     failures = []
     if stage.gate.brier_below_constant and not brier < constant:
         failures.append(f"Brier {brier:.4f} is not below the constant predictor's {constant:.4f}")

@@ -12,7 +12,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import GenacError, InputError, StopRequested
 from genac_megatron.recipe.schema import PpoStage, ReinforceStage, SftStage
 from genac_megatron.stages.runtime import Progression, Run
-from genac_megatron.training.checkpoint import Checkpoints
+from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
 Stage = SftStage | ReinforceStage | PpoStage
 
@@ -33,7 +33,7 @@ class Loop:
     def restore_optimizers(self) -> None:
         """After `begin_stage`: load what the checkpoint holds, and give engines the weights again."""
         if self._resumed is not None and not self.fresh:
-            self.checkpoints.load(self._resumed, self.run.roles, optimizers=True)
+            load_checkpoint(self._resumed, self.run.roles, optimizers=True)
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps left, counted from 1."""

@@ -16,7 +16,7 @@ from genac_megatron.stages.ppo import joint_ppo
 from genac_megatron.stages.reinforce import reinforce
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
-from genac_megatron.training.checkpoint import Checkpoints, read_manifest
+from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint, read_manifest
 from genac_megatron.training.layout import World
 
 
@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, world: World, *, resume: bool) -> None:
 def _stages(run: Run, checkpoints: Checkpoints, resumed: Path | None) -> None:
     if resumed is not None:
         restore_state(run, read_manifest(resumed)["state"])
-        checkpoints.load(resumed, run.roles)
+        load_checkpoint(resumed, run.roles)
         run.publish(*run.roles, advance=False)
     for index in range(run.at.stage, len(run.recipe.stages)):
         stage = run.recipe.stages[index]

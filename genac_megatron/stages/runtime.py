@@ -29,6 +29,7 @@ from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
+from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
 
@@ -64,6 +65,7 @@ class Run:
         self.publishers: dict[str, Publisher] = {}
         for name, config in recipe.roles.items():
             self._build_role(name, config)
+        self._start_from_checkpoints()
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
         self._stop = False
@@ -80,6 +82,13 @@ class Run:
         self.roles[name] = role
         self.engines[name] = EmbeddedEngine(hf_config(shape), config.engine, platform.device())
         self.publishers[name] = Publisher(role, [self.engines[name]])
+
+    def _start_from_checkpoints(self) -> None:
+        """Roles whose recipe names a checkpoint begin with the weights they have in it."""
+        for name, config in self.recipe.roles.items():
+            if config.model.checkpoint is not None:
+                path = find_checkpoint(Path(config.model.checkpoint))
+                load_checkpoint(path, {name: self.roles[name]})
 
     # --- the actor and the critic ----------------------------------------------------------------
 

@@ -181,42 +181,67 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         _barrier()
 
-    # --- loading -------------------------------------------------------------------------------
-
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest complete checkpoint and its manifest."""
         found = complete(self.folder)
         return (found[-1], read_manifest(found[-1])) if found else None
 
-    def load(self, path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
-        """Weights of every role, or (inside a stage) the optimizers of those that train.
 
-        The layout may differ from the one that saved. Raises InputError where it does not fit.
-        """
-        manifest = read_manifest(path)
-        if missing := sorted(set(roles) - set(manifest["roles"])):
-            raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
-        common = torch.load(path / COMMON, map_location="cpu", weights_only=False)
-        chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
-        request = {
-            name: extract_matching_values(
-                role_state(role, optimizer=optimizers, loading=True), lambda v: isinstance(v, ShardedBase)
-            )[0]
-            for name, role in chosen.items()
-            if role.active
-        }
-        try:
-            loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
-        except (Exception, CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
-            raise InputError(
-                f"it cannot be read into this model: {type(error).__name__}: {reason}",
-                where=str(path / WEIGHTS),
-                way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
-            ) from error
-        for name, role in chosen.items():
-            if role.active:
-                _put(role, merge(common[name], loaded[name]), optimizers, common[name]["steps"])
+def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
+    """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
+
+    The layout may differ from the one that saved. Raises InputError where it does not fit.
+    """
+    manifest = read_manifest(path)
+    if missing := sorted(set(roles) - set(manifest["roles"])):
+        raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
+    for name, role in roles.items():
+        _check_shape(path, name, manifest["roles"][name], role.shape)
+    common = torch.load(path / COMMON, map_location="cpu", weights_only=False)
+    chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
+    request = {
+        name: extract_matching_values(
+            role_state(role, optimizer=optimizers, loading=True), lambda v: isinstance(v, ShardedBase)
+        )[0]
+        for name, role in chosen.items()
+        if role.active
+    }
+    try:
+        loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+        raise InputError(
+            f"it cannot be read into this model: {type(error).__name__}: {reason}",
+            where=str(path / WEIGHTS),
+            way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
+        ) from error
+    for name, role in chosen.items():
+        if role.active:
+            _put(role, merge(common[name], loaded[name]), optimizers, common[name]["steps"])
+
+
+def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape) -> None:
+    """Raises InputError naming every size in which a saved role differs from the recipe's."""
+    wanted = dataclasses.asdict(shape)
+    different = [f"{k} {saved.get(k)} (the recipe: {v})" for k, v in wanted.items() if saved.get(k) != v]
+    if different:
+        raise InputError(
+            f"its {name} is another model: {', '.join(different)}",
+            where=str(path),
+            way_out="use the recipe that made the checkpoint",
+        )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself where it is a checkpoint, else the newest complete one of a run folder."""
+    if (path / MANIFEST).exists():
+        return path
+    found = complete(path / "checkpoints") or complete(path)
+    if not found:
+        raise InputError(
+            "no complete checkpoint there", where=str(path), way_out="give a run folder, or one checkpoint of it"
+        )
+    return found[-1]
 
 
 def _put(role: Role, state: Sharded, optimizers: bool, steps: int) -> None:

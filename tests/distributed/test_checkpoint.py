@@ -44,7 +44,7 @@ def save_case(rank: int, folder: str, layouts: Any, asynchronous: bool, override
 
 def load_case(rank: int, folder: str, layouts: Any, overrides: Any) -> Any:
     """Other weights to begin with, all replaced by the checkpoint; then the two steps."""
-    from genac_megatron.training.checkpoint import Checkpoints
+    from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
     roles = roles_of(*layouts, **overrides)
     step_all(roles, 1, 77)
@@ -53,8 +53,8 @@ def load_case(rank: int, folder: str, layouts: Any, overrides: Any) -> Any:
     checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=False)
     path, manifest = checkpoints.newest()
     assert manifest["state"] == STATE
-    checkpoints.load(path, roles)
-    checkpoints.load(path, roles, optimizers=True)
+    load_checkpoint(path, roles)
+    load_checkpoint(path, roles, optimizers=True)
     at_load = {name: published(role) for name, role in roles.items()}
     after = step_all(roles, 2, 2)
     return at_load, after, {name: published(role) for name, role in roles.items()}
@@ -114,7 +114,7 @@ def fail_case(rank: int, folder: str, what: str) -> str:
         else:
             other = {"actor": make_role("actor", role_config(family="llama", tie=False), 4)}
             other["actor"].begin_stage(None, 10)
-            checkpoints.load(Path(folder) / "ppo-00002", other)
+            checkpoint.load_checkpoint(Path(folder) / "ppo-00002", other)
     except GenacError as error:
         return f"{error.exit_code} {error}"
     finally:
@@ -133,6 +133,7 @@ def test_a_checkpoint_of_another_model_is_refused(pool: Any, tmp_path: Path) -> 
     for message in pool.run(fail_case, str(tmp_path), "other"):
         assert message.startswith("2 "), message
         assert "ppo-00002" in message
+        assert "family qwen3 (the recipe: llama)" in message
 
 
 def prune_case(rank: int, folder: str) -> None:
