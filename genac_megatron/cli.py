@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +90,9 @@ def _rank(recipe: object, resume: bool) -> int:
     assert isinstance(recipe, Recipe)
     torch.set_num_threads(recipe.world.threads)
     install()  # before anything imports megatron.core
+    # What is missing and what it costs is said once, by `genac doctor`, not by each rank.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     from genac_megatron.stages.pipeline import run_recipe
     from genac_megatron.training.layout import close_world, init_world
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -20,9 +21,11 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / "genac_megatron" / "tasks" / "tiny_
 
 SPECIALS = ("<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OBJECTS = tuple(f" {letter}" for letter in "abcdefgh")
+PAIRS = tuple(f" {first}{second}" for first, second in combinations("abcdefgh", 2))
 DIGITS = tuple(f" {digit}" for digit in range(10))
 WORDS = (
     *OBJECTS,
+    *PAIRS,
     *DIGITS,
     "10",
     " 10",

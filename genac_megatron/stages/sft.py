@@ -21,6 +21,9 @@ from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 
 
+SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
+
+
 def sft(run: Run, stage: SftStage, loop: Loop) -> None:
     """`epochs` passes over the data in batches; a critic is then held to its parse rate."""
     role = run.roles[stage.role]
@@ -84,7 +87,7 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
     """Traces over states of the current actor, balanced by outcome and position."""
     assert run.icc is not None
     per_prompt = stage.rollout.samples * (run.recipe.judging.states.max_states - 1) + 1
-    wanted = math.ceil(stage.size * 1.5 / per_prompt)  # balancing discards some
+    wanted = math.ceil(SPARE * stage.size / per_prompt)
     prompts = [
         run.task.prompt("train", run.task.train_index(run.recipe.seed, index)) for index in range(wanted)
     ]
@@ -114,6 +117,7 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
         )
     if not samples:
         raise InputError(f"the {kind} teacher gave no usable trace", where=f"stage {stage.name}")
+    run.progress.note(f"[{stage.name}] {len(samples)} traces from {len(batch.rollouts)} responses")
     return samples
 
 

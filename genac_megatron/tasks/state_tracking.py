@@ -2,12 +2,14 @@
 
     start c a d b          the problem: the row, and numbered swaps of two objects
     swaps 2
-    1 a c
-    2 d b
+    1 ac
+    2 bd
 
-    1 a c : a c d b        the response: each swap again, and the row after it
-    2 d b : a c b d
+    1 ac : a c d b         the response: each swap again, and the row after it
+    2 bd : a c b d
     answer a c b d
+
+Numbers are there to find a swap by, and a pair is one word, so that a small model learns it soon.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from genac_megatron.records import Prompt
@@ -29,7 +32,7 @@ SURE = 0.98  # p_bar is kept within [1 - SURE, SURE] before roots are taken of i
 _ANSWER = re.compile(r"^[ \t]*answer\b[ \t:]*(.*)$", re.MULTILINE)
 
 Row = tuple[str, ...]
-Swap = tuple[str, str]
+Swap = tuple[str, str]  # in alphabetical order
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Puzzle:
     swaps: tuple[Swap, ...]
 
     def text(self) -> str:
-        steps = (f"{number} {first} {second}" for number, (first, second) in enumerate(self.swaps, 1))
+        steps = (f"{number} {first}{second}" for number, (first, second) in enumerate(self.swaps, 1))
         return "\n".join((f"start {' '.join(self.start)}", f"swaps {len(self.swaps)}", *steps))
 
     def rows(self) -> list[Row]:
@@ -61,7 +64,7 @@ def apply_swap(row: Row, swap: Swap) -> Row:
 def parse_puzzle(text: str) -> Puzzle:
     """The puzzle that `Puzzle.text` wrote."""
     start, _, *steps = text.splitlines()
-    swaps = ((first, second) for _, first, second in (step.split() for step in steps))
+    swaps = ((pair[0], pair[1]) for _, pair in (step.split() for step in steps))
     return Puzzle(tuple(start.split()[1:]), tuple(swaps))
 
 
@@ -73,7 +76,7 @@ def parse_answer(text: str) -> Row | None:
 
 def write_line(number: int, swap: Swap, row: Row) -> str:
     """One line of a response: the step's number, its swap, the row after it."""
-    return f"{number} {swap[0]} {swap[1]} : {' '.join(row)}"
+    return f"{number} {swap[0]}{swap[1]} : {' '.join(row)}"
 
 
 class StateTrackingTeacher(Teacher):
@@ -112,34 +115,39 @@ class StateTrackingTeacher(Teacher):
 
 def _other_swap(swap: Swap, row: Row, rng: random.Random) -> Swap:
     """A pair of the row's objects that is not `swap`; `swap` itself where there is no other."""
-    names = sorted(row)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if {a, b} != set(swap)]
+    pairs = [pair for pair in combinations(sorted(row), 2) if pair != swap]
     return rng.choice(pairs) if pairs else swap
 
 
 def _check(puzzle: Puzzle, partial: str) -> tuple[list[str], int | None]:
-    """(one verdict per line of `partial`, number of swaps left); None left where a line is bad."""
+    """(one verdict per line of `partial`, number of swaps left); None left where a line is bad.
+
+    A verdict writes the line as it should be, then ok or bad: the critic does the step again by what
+    the actor knows already, and compares.
+    """
     rows = puzzle.rows()
+    rights = [write_line(step, *both) for step, both in enumerate(zip(puzzle.swaps, rows, strict=True), 1)]
+    rights.append(f"answer {' '.join(rows[-1])}")
     verdicts: list[str] = []
     lines = partial.rstrip("\n").split("\n") if partial.strip() else []
     for place, line in enumerate(lines):
-        at_end = place == len(lines) - 1 and not partial.endswith("\n")
         step = len(verdicts)
-        if step > len(rows):
-            return [*verdicts, "bad"], None  # writes on after the answer
-        if step == len(rows):
-            name, right, row = "answer", f"answer {' '.join(rows[-1])}", rows[-1]
-            agrees = parse_answer(line) == row
-        else:
-            name, row = str(step + 1), rows[step]
-            right = write_line(step + 1, puzzle.swaps[step], row)
-            agrees = line.startswith(f"{name} ") and tuple(line.partition(":")[2].split()) == row
-        if at_end and not agrees and right.startswith(line):
+        if step == len(rights):
+            return [*verdicts, "bad"], None  # it goes on after the answer
+        cut = place == len(lines) - 1 and not partial.endswith("\n")
+        agrees = parse_answer(line) == rows[-1] if step == len(rows) else _row_of(line, step + 1) == rows[step]
+        if cut and not agrees and rights[step].startswith(line):
             break  # cut within a line that is right so far: it is still to be written
-        verdicts.append(f"{name} {' '.join(row)} {'ok' if agrees else 'bad'}")
+        verdicts.append(f"{rights[step]} {'ok' if agrees else 'bad'}")
         if not agrees:
             return verdicts, None
     return verdicts, max(0, len(rows) - len(verdicts))
+
+
+def _row_of(line: str, number: int) -> Row | None:
+    """The row on a response's line `number`; None where it isn't that line."""
+    step, colon, row = line.partition(":")
+    return tuple(row.split()) if colon and step.split()[:1] == [str(number)] else None
 
 
 class StateTracking(Task):
@@ -154,11 +162,11 @@ class StateTracking(Task):
 
     def _draw(self, number: int) -> Problem:
         rng, config = random.Random(f"problem/{self._seed}/{number}"), self._config
-        names = list(NAMES[: config.objects])
+        names = NAMES[: config.objects]
         start = tuple(rng.sample(names, len(names)))
-        count = rng.randint(config.min_swaps, config.max_swaps)
-        swaps = (tuple(rng.sample(names, 2)) for _ in range(count))
-        puzzle = Puzzle(start, tuple((first, second) for first, second in swaps))
+        pairs = list(combinations(names, 2))
+        swaps = tuple(rng.choices(pairs, k=rng.randint(config.min_swaps, config.max_swaps)))
+        puzzle = Puzzle(start, swaps)
         return Problem(puzzle.text(), reference=" ".join(puzzle.rows()[-1]))
 
     def _problem(self, split: Split, index: int) -> Problem:

@@ -26,6 +26,8 @@ from genac_megatron.errors import InputError
 # Stands for log 0 where a rank holds no true vocabulary row: finite, so that 0 times it is 0.
 _FLOOR = -1e30
 
+_ROWS = 8192  # of the weight's gradient whose half-precision product exists at once
+
 
 @dataclass(frozen=True)
 class _Shard:
@@ -202,7 +204,8 @@ def _add_product(sum_VH: Tensor, a_VC: Tensor, b_CH: Tensor) -> None:
     if a_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(a_VC, b_CH)  # no V x H product beside the sum
     else:
-        sum_VH += a_VC @ b_CH
+        for sum_RH, a_RC in zip(sum_VH.split(_ROWS), a_VC.split(_ROWS), strict=True):
+            sum_RH += a_RC @ b_CH
 
 
 def _check(

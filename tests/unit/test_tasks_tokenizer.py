@@ -41,7 +41,7 @@ def test_each_number_and_word_of_the_brief_form_is_cheap() -> None:
     assert pieces("judge actor p 0.10 step 123") == [
         *("judge", " actor", " p", " 0", ".", "1", "0", " step", " 1", "2", "3"),
     ]
-    assert pieces("10 a c : a d\n") == ["10", " a", " c", " :", " a", " d", "\n"]
+    assert pieces("10 ac : a d\n") == ["10", " ac", " :", " a", " d", "\n"]
     assert pieces("left 2 ok bad") == ["left", " 2", " ok", " bad"]
 
 

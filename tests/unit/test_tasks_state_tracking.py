@@ -1,0 +1,202 @@
+"""State tracking: the answer parser, the verifier, the teacher's exactness against a naive simulation."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genac_megatron.recipe.schema import StateTrackingTask
+from genac_megatron.records import Prompt
+from genac_megatron.tasks import make_task
+from genac_megatron.tasks.base import Teacher
+from genac_megatron.tasks.state_tracking import (
+    Puzzle,
+    StateTrackingTeacher,
+    parse_answer,
+    parse_puzzle,
+    write_line,
+)
+from genac_megatron.tasks.tokenizer import completion_ids, load_tokenizer
+
+TINY = load_tokenizer("builtin:tiny")
+RNG = random.Random(0)
+
+
+@st.composite
+def puzzles(draw: st.DrawFn) -> Puzzle:
+    names = "abcdefgh"[: draw(st.integers(2, 8))]
+    pair = st.sampled_from(list(combinations(names, 2)))
+    return Puzzle(tuple(draw(st.permutations(names))), tuple(draw(st.lists(pair, min_size=1, max_size=12))))
+
+
+def as_prompt(puzzle: Puzzle) -> Prompt:
+    reference = " ".join(simulate(puzzle)[-1])
+    return Prompt(id="train/0", messages=(), problem=puzzle.text(), reference=reference)
+
+
+def simulate(puzzle: Puzzle) -> list[list[str]]:
+    """The rows by moving list items: slow and plain, not the way the task does it."""
+    row, rows = list(puzzle.start), []
+    for first, second in puzzle.swaps:
+        i, j = row.index(first), row.index(second)
+        row[i], row[j] = row[j], row[i]
+        rows.append(list(row))
+    return rows
+
+
+def task(slip_rate: float = 0.0, **more: int):  # type: ignore[no-untyped-def]
+    config = StateTrackingTask(kind="state_tracking", slip_rate=slip_rate, train_size=200, heldout_size=16, **more)
+    return make_task(config, TINY, 0)
+
+
+@given(puzzles())
+def test_the_problem_text_says_the_whole_puzzle(puzzle: Puzzle) -> None:
+    assert parse_puzzle(puzzle.text()) == puzzle
+    assert [list(row) for row in puzzle.rows()] == simulate(puzzle)
+
+
+@given(st.text(), st.lists(st.sampled_from("abcd"), min_size=1, max_size=4), st.sampled_from(["", "\n", "\nso\n"]))
+def test_the_last_answer_line_counts(before: str, row: list[str], after: str) -> None:
+    text = f"{before}\nanswer {' '.join(row)}{after}"
+    assert parse_answer(text) == tuple(row)
+    assert parse_answer(f"answer z\n{text}") == tuple(row)
+
+
+@given(st.text(alphabet="answer abcd:\n\t1", max_size=60))
+def test_any_text_has_an_outcome(text: str) -> None:
+    problem = task()
+    prompt = problem.prompt("train", 0)
+    outcome = problem.verify(prompt, text)
+    assert outcome in (0.0, 1.0)
+    assert outcome == float(parse_answer(text) == tuple(prompt.reference.split()))
+
+
+def test_the_whole_final_row_must_agree() -> None:
+    problem = task(objects=4)
+    prompt = problem.prompt("heldout", 3)
+    row = prompt.reference.split()
+    right = f"answer {prompt.reference}"
+    assert problem.verify(prompt, right) == 1.0
+    assert problem.verify(prompt, f"answer: {prompt.reference} ") == 1.0
+    for wrong in (
+        f"answer {' '.join(row[:-1])}",
+        f"answer {' '.join([*row, row[0]])}",
+        f"answer {' '.join([row[1], row[0], *row[2:]])}",
+        f"{right}\nanswer",
+        f"answers {prompt.reference}",
+        prompt.reference,
+        "",
+    ):
+        assert problem.verify(prompt, wrong) == 0.0
+
+
+@given(puzzles(), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_a_demonstration_without_slips_is_exact(puzzle: Puzzle, seed: int) -> None:
+    teacher = StateTrackingTeacher(slip_rate=0.0, mean_swaps=3.0)
+    *lines, answer = teacher.demonstrate(as_prompt(puzzle), random.Random(seed)).split("\n")
+    assert answer == f"answer {' '.join(simulate(puzzle)[-1])}"
+    assert [line.split(" : ")[1].split() for line in lines] == simulate(puzzle)
+    assert [int(line.split()[0]) for line in lines] == list(range(1, len(puzzle.swaps) + 1))
+
+
+def test_slips_make_the_share_of_right_answers_that_they_should() -> None:
+    problem = task(slip_rate=0.2, objects=4, min_swaps=3, max_swaps=3)
+    rng = random.Random(1)
+    prompts = [problem.prompt("train", i % 200) for i in range(2000)]
+    right = sum(problem.verify(p, problem.teacher.demonstrate(p, rng)) for p in prompts) / 2000
+    # No slip: 0.8^3 = 0.512. Slips that undo each other add a little: exactly two in three lines
+    # (chance 0.096) cancel for at most one pair in five. 4 deviations of 2000 draws are 0.045.
+    assert 0.512 - 0.045 < right < 0.512 + 0.096 / 5 + 0.045
+
+
+@given(puzzles(), st.data())
+@settings(deadline=None, max_examples=200)
+def test_the_trace_finds_the_first_bad_line_and_counts_what_is_left(puzzle: Puzzle, data: st.DataObject) -> None:
+    prompt = as_prompt(puzzle)
+    slips = random.Random(data.draw(st.integers(0, 2**31)))
+    text = StateTrackingTeacher(0.3, 3.0).demonstrate(prompt, slips)
+    cut = data.draw(st.integers(0, len(puzzle.swaps)))  # whole lines kept
+    partial = "".join(f"{line}\n" for line in text.split("\n")[:cut])
+    trace, score = StateTrackingTeacher(0.3, 3.0).trace(prompt, partial, 0.6, RNG)
+
+    wanted, bad = [], False
+    for step, (line, row) in enumerate(zip(partial.splitlines(), simulate(puzzle), strict=False)):
+        bad = line.split(" : ")[1].split() != row
+        right = f"{step + 1} {''.join(puzzle.swaps[step])} : {' '.join(row)}"
+        wanted.append(f"{right} {'bad' if bad else 'ok'}")
+        if bad:
+            break
+    left = len(puzzle.swaps) - cut
+    if not bad:
+        wanted.append(f"left {left}")
+    assert trace.split("\n") == wanted
+    assert score == (0 if bad else round(10 * 0.6 ** (left / 3.0)))
+
+
+@given(puzzles(), st.text(alphabet="answer abcd:\n\t123<>/", max_size=80), st.floats(0, 1))
+def test_the_trace_takes_any_partial_text(puzzle: Puzzle, partial: str, p_bar: float) -> None:
+    trace, score = StateTrackingTeacher(0.0, 3.0).trace(as_prompt(puzzle), partial, p_bar, RNG)
+    assert trace and "<" not in trace and not trace.endswith("\n")
+    assert 0 <= score <= 10
+    for line in trace.split("\n"):
+        assert re.fullmatch(r"(\d+ \w\w : |answer )(\w ?)+ (ok|bad)|left \d+|bad", line), line
+    assert (score == 0) >= trace.endswith("bad")
+
+
+def test_a_line_that_is_cut_is_not_bad_while_it_is_right_so_far() -> None:
+    puzzle = Puzzle(("a", "b", "c"), (("a", "b"), ("b", "c")))
+    teacher, prompt = StateTrackingTeacher(0.0, 2.0), as_prompt(puzzle)
+    for partial in ("", "1", "1 ab : b a"):
+        assert teacher.trace(prompt, partial, 0.49, RNG) == ("left 2", 5)
+    done = write_line(1, ("a", "b"), ("b", "a", "c"))
+    for partial in (done, f"{done}\n", f"{done}\n2 bc : c"):
+        assert teacher.trace(prompt, partial, 0.49, RNG) == (f"{done} ok\nleft 1", 7)
+    assert teacher.trace(prompt, f"{done}\n2 bc : b", 0.49, RNG)[1] == 0
+    whole = f"{done}\n2 bc : c a b\nanswer c a b"
+    assert teacher.trace(prompt, whole, 0.49, RNG) == (
+        f"{done} ok\n2 bc : c a b ok\nanswer c a b ok\nleft 0",
+        10,
+    )
+    assert teacher.trace(prompt, f"{whole}\nanswer a b c", 0.49, RNG)[1] == 0
+
+
+@given(puzzles(), st.floats(0, 1), st.floats(0, 1))
+def test_a_better_actor_scores_no_lower_and_fewer_lines_left_score_no_lower(
+    puzzle: Puzzle, one: float, two: float
+) -> None:
+    prompt, teacher = as_prompt(puzzle), StateTrackingTeacher(0.0, 3.0)
+    low, high = sorted((one, two))
+    assert teacher.trace(prompt, "", low, RNG)[1] <= teacher.trace(prompt, "", high, RNG)[1]
+    text = teacher.demonstrate(prompt, RNG).split("\n")
+    scores = [
+        teacher.trace(prompt, "".join(f"{line}\n" for line in text[:n]), low, RNG)[1] for n in range(len(text) + 1)
+    ]
+    assert scores == sorted(scores) and scores[-1] == 10
+
+
+@pytest.mark.parametrize("objects", [2, 8])
+def test_extreme_sizes_work(objects: int) -> None:
+    config = StateTrackingTask(
+        kind="state_tracking", objects=objects, min_swaps=8, max_swaps=12, train_size=50, heldout_size=8, slip_rate=0.5
+    )
+    problem = make_task(config, TINY, 0)
+    assert isinstance(problem.teacher, Teacher)
+    prompt = problem.prompt("train", 7)
+    assert problem.teacher.demonstrate(prompt, random.Random(0)).startswith("1 ")
+
+
+def test_a_response_line_is_token_thrifty() -> None:
+    # number, pair, colon, four names, newline
+    assert len(completion_ids(TINY, "3 ac : d b c a\n")) - 1 == 8
+
+
+def test_the_prompt_holds_the_problem_and_the_same_seed_gives_the_same() -> None:
+    one, again = task().prompt("train", 11), task().prompt("train", 11)
+    assert one == again and one.id == "train/11"
+    assert TINY.decode(one.ids).count(one.problem) == 1
