@@ -167,7 +167,9 @@ class MathGrader:
                 self._workers.remove(worker)
                 if not worker.ready:
                     self.close()
-                    raise RuntimeError("a math-verify grading process did not start: is math-verify installed?")
+                    raise RuntimeError(
+                        "a math-verify grading process did not start: is math-verify installed?"
+                    )
 
 
 def make_grader(verifier: str) -> Grader:

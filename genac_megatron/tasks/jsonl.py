@@ -65,7 +65,9 @@ def _parse(line: bytes, where: str) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8: {error.reason}", where=where, way_out=way_out) from error
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at column {error.colno}", where=where, way_out=way_out) from error
+        raise InputError(
+            f"not JSON: {error.msg} at column {error.colno}", where=where, way_out=way_out
+        ) from error
     if not isinstance(row, dict):
         raise InputError(f"a {type(row).__name__}, not an object", where=where, way_out=way_out)
     return row

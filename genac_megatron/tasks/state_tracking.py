@@ -1,15 +1,17 @@
 """State tracking: follow swaps of k objects in a row. The answer needs serial work, each line is easy.
 
-    start c a d b          the problem: the row, and numbered swaps of two objects
+    start : c a d b        the problem: the row, and numbered swaps of two objects
     swaps 2
     1 ac
     2 bd
 
-    1 ac : a c d b         the response: each swap again, and the row after it
+    start : c a d b        the response: the row, then each swap again and the row after it
+    1 ac : a c d b
     2 bd : a c b d
     answer a c b d
 
-Numbers are there to find a swap by, and a pair is one word, so that a small model learns it soon.
+The form is one that a small model learns soon: a number to find a swap by, a pair that is one word,
+each row at the same distance from the row that it comes from.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ class Puzzle:
 
     def text(self) -> str:
         steps = (f"{number} {first}{second}" for number, (first, second) in enumerate(self.swaps, 1))
-        return "\n".join((f"start {' '.join(self.start)}", f"swaps {len(self.swaps)}", *steps))
+        return "\n".join((self.start_line(), f"swaps {len(self.swaps)}", *steps))
+
+    def start_line(self) -> str:
+        return f"start : {' '.join(self.start)}"
 
     def rows(self) -> list[Row]:
         """The row after each swap, in order."""
@@ -65,7 +70,7 @@ def parse_puzzle(text: str) -> Puzzle:
     """The puzzle that `Puzzle.text` wrote."""
     start, _, *steps = text.splitlines()
     swaps = ((pair[0], pair[1]) for _, pair in (step.split() for step in steps))
-    return Puzzle(tuple(start.split()[1:]), tuple(swaps))
+    return Puzzle(tuple(start.split()[2:]), tuple(swaps))
 
 
 def parse_answer(text: str) -> Row | None:
@@ -91,7 +96,7 @@ class StateTrackingTeacher(Teacher):
 
     def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
         puzzle = parse_puzzle(prompt.problem)
-        row, lines = puzzle.start, []
+        row, lines = puzzle.start, [puzzle.start_line()]
         for number, swap in enumerate(puzzle.swaps, 1):
             done = _other_swap(swap, puzzle.start, rng) if rng.random() < self.slip_rate else swap
             row = apply_swap(row, done)
@@ -125,9 +130,9 @@ def _check(puzzle: Puzzle, partial: str) -> tuple[list[str], int | None]:
     A verdict writes the line as it should be, then ok or bad: the critic does the step again by what
     the actor knows already, and compares.
     """
-    rows = puzzle.rows()
-    rights = [write_line(step, *both) for step, both in enumerate(zip(puzzle.swaps, rows, strict=True), 1)]
-    rights.append(f"answer {' '.join(rows[-1])}")
+    rows = [puzzle.start, *puzzle.rows()]
+    steps = (write_line(step, *both) for step, both in enumerate(zip(puzzle.swaps, rows[1:], strict=True), 1))
+    rights = [puzzle.start_line(), *steps, f"answer {' '.join(rows[-1])}"]
     verdicts: list[str] = []
     lines = partial.rstrip("\n").split("\n") if partial.strip() else []
     for place, line in enumerate(lines):
@@ -135,19 +140,21 @@ def _check(puzzle: Puzzle, partial: str) -> tuple[list[str], int | None]:
         if step == len(rights):
             return [*verdicts, "bad"], None  # it goes on after the answer
         cut = place == len(lines) - 1 and not partial.endswith("\n")
-        agrees = parse_answer(line) == rows[-1] if step == len(rows) else _row_of(line, step + 1) == rows[step]
+        agrees = _agrees(line, rights[step])
         if cut and not agrees and rights[step].startswith(line):
             break  # cut within a line that is right so far: it is still to be written
         verdicts.append(f"{rights[step]} {'ok' if agrees else 'bad'}")
         if not agrees:
             return verdicts, None
-    return verdicts, max(0, len(rows) - len(verdicts))
+    return verdicts, len(puzzle.swaps) - min(max(len(verdicts) - 1, 0), len(puzzle.swaps))
 
 
-def _row_of(line: str, number: int) -> Row | None:
-    """The row on a response's line `number`; None where it isn't that line."""
-    step, colon, row = line.partition(":")
-    return tuple(row.split()) if colon and step.split()[:1] == [str(number)] else None
+def _agrees(line: str, right: str) -> bool:
+    """Whether a line is of the same step and has the same row; which pair it names does not matter."""
+    if right.startswith("answer"):
+        return parse_answer(line) == parse_answer(right)
+    (step, _, row), (right_step, _, right_row) = line.partition(":"), right.partition(":")
+    return step.split()[:1] == right_step.split()[:1] and row.split() == right_row.split()
 
 
 class StateTracking(Task):

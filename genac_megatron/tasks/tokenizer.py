@@ -27,7 +27,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     folder = TINY_FOLDER if spec == "builtin:tiny" else Path(spec).expanduser()
     if not folder.is_dir():
         raise InputError(
-            "no such tokenizer folder", where=str(folder), way_out="give a folder with a tokenizer, or builtin:tiny"
+            "no such tokenizer folder",
+            where=str(folder),
+            way_out="give a folder with a tokenizer, or builtin:tiny",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -38,7 +40,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             way_out="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer names no eos_token", where=str(folder), way_out="add it to tokenizer_config.json")
+        raise InputError(
+            "the tokenizer names no eos_token", where=str(folder), way_out="add it to tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -55,7 +59,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any) -> tuple[int, ..
             where=str(tokenizer.name_or_path),
             way_out="put a chat_template.jinja beside tokenizer.json",
         )
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     return tuple(ids)
 
 

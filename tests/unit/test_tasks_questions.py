@@ -87,13 +87,18 @@ def test_jsonl_that_cannot_serve(tmp_path: Path) -> None:
 
 
 GSM = [
-    {"question": f"Ann has {n} pens and buys {n} more. How many?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n:,}"}
+    {
+        "question": f"Ann has {n} pens and buys {n} more. How many?",
+        "answer": f"{n}+{n}={2 * n}\n#### {2 * n:,}",
+    }
     for n in range(400, 440)
 ]
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_datasets_from_local_data_in_gsm8k_form(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_from_local_data_in_gsm8k_form(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "gsm"
     folder.mkdir()

@@ -50,7 +50,9 @@ def simulate(puzzle: Puzzle) -> list[list[str]]:
 
 
 def task(slip_rate: float = 0.0, **more: int):  # type: ignore[no-untyped-def]
-    config = StateTrackingTask(kind="state_tracking", slip_rate=slip_rate, train_size=200, heldout_size=16, **more)
+    config = StateTrackingTask(
+        kind="state_tracking", slip_rate=slip_rate, train_size=200, heldout_size=16, **more
+    )
     return make_task(config, TINY, 0)
 
 
@@ -60,7 +62,11 @@ def test_the_problem_text_says_the_whole_puzzle(puzzle: Puzzle) -> None:
     assert [list(row) for row in puzzle.rows()] == simulate(puzzle)
 
 
-@given(st.text(), st.lists(st.sampled_from("abcd"), min_size=1, max_size=4), st.sampled_from(["", "\n", "\nso\n"]))
+@given(
+    st.text(),
+    st.lists(st.sampled_from("abcd"), min_size=1, max_size=4),
+    st.sampled_from(["", "\n", "\nso\n"]),
+)
 def test_the_last_answer_line_counts(before: str, row: list[str], after: str) -> None:
     text = f"{before}\nanswer {' '.join(row)}{after}"
     assert parse_answer(text) == tuple(row)
@@ -99,7 +105,8 @@ def test_the_whole_final_row_must_agree() -> None:
 @settings(deadline=None)
 def test_a_demonstration_without_slips_is_exact(puzzle: Puzzle, seed: int) -> None:
     teacher = StateTrackingTeacher(slip_rate=0.0, mean_swaps=3.0)
-    *lines, answer = teacher.demonstrate(as_prompt(puzzle), random.Random(seed)).split("\n")
+    start, *lines, answer = teacher.demonstrate(as_prompt(puzzle), random.Random(seed)).split("\n")
+    assert start == f"start : {' '.join(puzzle.start)}"
     assert answer == f"answer {' '.join(simulate(puzzle)[-1])}"
     assert [line.split(" : ")[1].split() for line in lines] == simulate(puzzle)
     assert [int(line.split()[0]) for line in lines] == list(range(1, len(puzzle.swaps) + 1))
@@ -117,22 +124,24 @@ def test_slips_make_the_share_of_right_answers_that_they_should() -> None:
 
 @given(puzzles(), st.data())
 @settings(deadline=None, max_examples=200)
-def test_the_trace_finds_the_first_bad_line_and_counts_what_is_left(puzzle: Puzzle, data: st.DataObject) -> None:
+def test_the_trace_finds_the_first_bad_line_and_counts_what_is_left(
+    puzzle: Puzzle, data: st.DataObject
+) -> None:
     prompt = as_prompt(puzzle)
     slips = random.Random(data.draw(st.integers(0, 2**31)))
     text = StateTrackingTeacher(0.3, 3.0).demonstrate(prompt, slips)
-    cut = data.draw(st.integers(0, len(puzzle.swaps)))  # whole lines kept
+    cut = data.draw(st.integers(0, len(puzzle.swaps) + 1))  # whole lines kept, the start line among them
     partial = "".join(f"{line}\n" for line in text.split("\n")[:cut])
     trace, score = StateTrackingTeacher(0.3, 3.0).trace(prompt, partial, 0.6, RNG)
 
-    wanted, bad = [], False
-    for step, (line, row) in enumerate(zip(partial.splitlines(), simulate(puzzle), strict=False)):
+    wanted, bad = [f"start : {' '.join(puzzle.start)} ok"][:cut], False
+    for step, (line, row) in enumerate(zip(partial.splitlines()[1:], simulate(puzzle), strict=False)):
         bad = line.split(" : ")[1].split() != row
         right = f"{step + 1} {''.join(puzzle.swaps[step])} : {' '.join(row)}"
         wanted.append(f"{right} {'bad' if bad else 'ok'}")
         if bad:
             break
-    left = len(puzzle.swaps) - cut
+    left = len(puzzle.swaps) - max(cut - 1, 0)
     if not bad:
         wanted.append(f"left {left}")
     assert trace.split("\n") == wanted
@@ -145,22 +154,25 @@ def test_the_trace_takes_any_partial_text(puzzle: Puzzle, partial: str, p_bar: f
     assert trace and "<" not in trace and not trace.endswith("\n")
     assert 0 <= score <= 10
     for line in trace.split("\n"):
-        assert re.fullmatch(r"(\d+ \w\w : |answer )(\w ?)+ (ok|bad)|left \d+|bad", line), line
+        assert re.fullmatch(r"(\d+ \w\w : |start : |answer )(\w ?)+ (ok|bad)|left \d+|bad", line), line
     assert (score == 0) >= trace.endswith("bad")
 
 
 def test_a_line_that_is_cut_is_not_bad_while_it_is_right_so_far() -> None:
     puzzle = Puzzle(("a", "b", "c"), (("a", "b"), ("b", "c")))
     teacher, prompt = StateTrackingTeacher(0.0, 2.0), as_prompt(puzzle)
-    for partial in ("", "1", "1 ab : b a"):
+    start, first = "start : a b c", write_line(1, ("a", "b"), ("b", "a", "c"))
+    for partial in ("", "s", "start : a b"):
         assert teacher.trace(prompt, partial, 0.49, RNG) == ("left 2", 5)
-    done = write_line(1, ("a", "b"), ("b", "a", "c"))
+    for partial in (f"{start}\n", f"{start}\n1", f"{start}\n1 ab : b a"):
+        assert teacher.trace(prompt, partial, 0.49, RNG) == (f"{start} ok\nleft 2", 5)
+    done, checked = f"{start}\n{first}", f"{start} ok\n{first} ok"
     for partial in (done, f"{done}\n", f"{done}\n2 bc : c"):
-        assert teacher.trace(prompt, partial, 0.49, RNG) == (f"{done} ok\nleft 1", 7)
+        assert teacher.trace(prompt, partial, 0.49, RNG) == (f"{checked}\nleft 1", 7)
     assert teacher.trace(prompt, f"{done}\n2 bc : b", 0.49, RNG)[1] == 0
     whole = f"{done}\n2 bc : c a b\nanswer c a b"
     assert teacher.trace(prompt, whole, 0.49, RNG) == (
-        f"{done} ok\n2 bc : c a b ok\nanswer c a b ok\nleft 0",
+        f"{checked}\n2 bc : c a b ok\nanswer c a b ok\nleft 0",
         10,
     )
     assert teacher.trace(prompt, f"{whole}\nanswer a b c", 0.49, RNG)[1] == 0
@@ -175,7 +187,8 @@ def test_a_better_actor_scores_no_lower_and_fewer_lines_left_score_no_lower(
     assert teacher.trace(prompt, "", low, RNG)[1] <= teacher.trace(prompt, "", high, RNG)[1]
     text = teacher.demonstrate(prompt, RNG).split("\n")
     scores = [
-        teacher.trace(prompt, "".join(f"{line}\n" for line in text[:n]), low, RNG)[1] for n in range(len(text) + 1)
+        teacher.trace(prompt, "".join(f"{line}\n" for line in text[:n]), low, RNG)[1]
+        for n in range(len(text) + 1)
     ]
     assert scores == sorted(scores) and scores[-1] == 10
 
@@ -183,12 +196,18 @@ def test_a_better_actor_scores_no_lower_and_fewer_lines_left_score_no_lower(
 @pytest.mark.parametrize("objects", [2, 8])
 def test_extreme_sizes_work(objects: int) -> None:
     config = StateTrackingTask(
-        kind="state_tracking", objects=objects, min_swaps=8, max_swaps=12, train_size=50, heldout_size=8, slip_rate=0.5
+        kind="state_tracking",
+        objects=objects,
+        min_swaps=8,
+        max_swaps=12,
+        train_size=50,
+        heldout_size=8,
+        slip_rate=0.5,
     )
     problem = make_task(config, TINY, 0)
     assert isinstance(problem.teacher, Teacher)
     prompt = problem.prompt("train", 7)
-    assert problem.teacher.demonstrate(prompt, random.Random(0)).startswith("1 ")
+    assert problem.teacher.demonstrate(prompt, random.Random(0)).startswith("start : ")
 
 
 def test_a_response_line_is_token_thrifty() -> None:

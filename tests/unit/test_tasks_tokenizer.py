@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genac_megatron.errors import InputError
-from genac_megatron.tasks.tokenizer import TINY_FOLDER, chat_ids, completion_ids, load_tokenizer, stop_token_ids
+from genac_megatron.tasks.tokenizer import (
+    TINY_FOLDER,
+    chat_ids,
+    completion_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 TINY = load_tokenizer("builtin:tiny")
 TOOL = Path(__file__).parents[2] / "tools" / "make_tiny_tokenizer.py"
