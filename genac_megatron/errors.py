@@ -16,10 +16,16 @@ class GenacError(Exception):
 
     def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
         self.what, self.where, self.way_out = what, where, way_out
-        super().__init__("\n".join(part for part in (
-            f"{where}: {what}" if where else what,
-            f"  way out: {way_out}" if way_out else "",
-        ) if part))
+        super().__init__(
+            "\n".join(
+                part
+                for part in (
+                    f"{where}: {what}" if where else what,
+                    f"  way out: {way_out}" if way_out else "",
+                )
+                if part
+            )
+        )
 
 
 class InputError(GenacError):

@@ -6,6 +6,7 @@ about to save. Here each rank's exit code means something (errors.py) and a stop
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -15,15 +16,19 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.errors import EXIT_GATE, EXIT_INPUT, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, InputError
 
 GRACE_S = 20.0  # how long other ranks may go on after one has failed
+LEAVE_S = 2.0  # and after a second Ctrl-C, which a rank inside a collective does not see
+PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
 POLL_S = 0.1
+SAYING = (EXIT_INPUT, EXIT_GATE, EXIT_LOST, EXIT_REQUEUE)  # exit codes that say why
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def in_world(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is already a rank of a world."""
-    return "RANK" in environ or "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
+    return "RANK" in environ or ("SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1)
 
 
 def adopt_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -51,18 +56,29 @@ def free_port() -> int:
 
 
 class Launcher:
-    """Starts `ranks` copies of a command, each a rank, and waits for them."""
+    """Starts `ranks` copies of a command, each a rank, and waits for them.
 
-    def __init__(self, command: Sequence[str], ranks: int, threads: int) -> None:
-        self.command, self.ranks, self.threads = list(command), ranks, threads
+    grace_s: seconds that the others may go on once a rank has failed.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, threads: int, *, grace_s: float = GRACE_S) -> None:
+        self.command, self.ranks, self.threads, self.grace_s = list(command), ranks, threads, grace_s
         self._children: list[subprocess.Popen[bytes]] = []
         self._asked = 0
+        self._deadline = math.inf  # on the monotonic clock: who is left then is ended
 
     def run(self) -> int:
-        """The first failure's exit code, or 0."""
-        port = free_port()
+        """The first failure's exit code, or 0. 128 + n where a signal n ended that rank."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
+        try:
+            self._start()
+            return self._wait()
+        finally:
+            self._end()
+
+    def _start(self) -> None:
+        port = free_port()
         for rank in range(self.ranks):
             environ = {
                 **os.environ,
@@ -75,41 +91,43 @@ class Launcher:
             }
             # A session of its own: a Ctrl-C reaches the ranks through us, once.
             self._children.append(subprocess.Popen(self.command, env=environ, start_new_session=True))
-        try:
-            return self._wait()
-        finally:
-            self._end()
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self._asked += number == signal.SIGINT
         if self._asked == 1 and number == signal.SIGINT:
-            print("\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once", flush=True)
+            print(
+                "\nstopping after this step, with a checkpoint; press Ctrl-C again to leave at once",
+                flush=True,
+            )
+        elif self._asked == 2:
+            self._deadline = min(self._deadline, time.monotonic() + LEAVE_S)
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(number)
 
     def _wait(self) -> int:
-        failed_at: float | None = None
         code = EXIT_OK
         while True:
             codes = [child.poll() for child in self._children]
-            for got in codes:
-                if got not in (None, 0) and code == EXIT_OK:
-                    code = got if got > 0 else 128 - got
-                    failed_at = time.monotonic()
+            failed = [got for got in codes if got]
+            if failed and code == EXIT_OK:
+                # Of several within one poll, one that says why: a rank that loses its peer ends with 1.
+                got = next((got for got in failed if got in SAYING), failed[0])
+                code = got if got > 0 else 128 - got
+                self._deadline = min(self._deadline, time.monotonic() + self.grace_s)
             if all(got is not None for got in codes):
                 return code
-            if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
-                return code
+            if time.monotonic() > self._deadline:
+                return code or INTERRUPTED
             time.sleep(POLL_S)
 
     def _end(self) -> None:
-        """Nothing of ours outlives us."""
-        for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        """Nothing of ours outlives us, helper processes of the ranks included."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
             alive = [child for child in self._children if child.poll() is None]
             for child in alive:
-                child.send_signal(number)
-            until = time.monotonic() + patience
+                os.killpg(child.pid, number)  # it leads a session of its own
+            until = time.monotonic() + PATIENCE_S
             for child in alive:
                 try:
                     child.wait(max(0.1, until - time.monotonic()))

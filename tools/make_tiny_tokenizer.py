@@ -31,6 +31,7 @@ WORDS = (
     " 10",
     # state tracking: problem, response, trace
     *("start", "swaps", " :", "answer", " answer", "left", " left", " ok", " bad", " part"),
+    *("step", " row", "has"),
     # chat roles
     *("user", "assistant", "system"),
     # the critic's brief template and its answer

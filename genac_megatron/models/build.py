@@ -40,8 +40,8 @@ from torch import Tensor
 from genac_megatron import platform
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.mapping import padded_vocab
 from genac_megatron.models.packed_attention import plan_of
+from genac_megatron.models.sizes import padded_vocab
 from genac_megatron.models.specs import Kind, block_spec, choose
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.training.layout import Layout

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.mapping import hf_names, hf_size
+from genac_megatron.models.sizes import hf_names, hf_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -78,8 +78,8 @@ class HfFolder:
             unread = name.endswith("rotary_emb.inv_freq") or (shape.tie and name == "lm_head.weight")
             if name in wanted:
                 size = tuple(self._size(name))
-                if size != tuple(hf_size(name, shape)):
-                    faults.append(f"{name} has shape {size}, expected {tuple(hf_size(name, shape))}")
+                if size != hf_size(name, shape):
+                    faults.append(f"{name} has shape {size}, expected {hf_size(name, shape)}")
             elif not unread:
                 faults.append(f"surplus tensor {name}")
         if faults:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Rule, Shape
 from genac_megatron.models.registry import rules
+from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab
 
 GetTensor = Callable[[str], Tensor]
 
@@ -30,7 +31,8 @@ GetTensor = Callable[[str], Tensor]
 class ChunkLayout(Protocol):
     """What loading needs of a `training.layout.Layout`."""
 
-    tp: int
+    @property
+    def tp(self) -> int: ...
 
     def chunk_layers(self, layers: int, pp: int, chunk: int) -> range: ...
 
@@ -47,63 +49,6 @@ class ParamRule(NamedTuple):
     def hf_names(self) -> tuple[str, ...]:
         """Names of the Hugging Face tensors, in the order `fuse` takes them."""
         return self.rule.hf_names(self.layer)
-
-
-# --- sizes ---------------------------------------------------------------------------------------
-
-
-def padded_vocab(shape: Shape, tp: int) -> int:
-    """Rows of the embedding over all tensor-parallel ranks: the vocabulary rounded up to a multiple of tp."""
-    return -(-shape.vocab // tp) * tp
-
-
-def hf_size(name: str, shape: Shape) -> torch.Size:
-    """Size of the Hugging Face tensor `name` (a full name or a rule's template)."""
-    q, kv, hidden = shape.q_size, shape.kv_size, shape.hidden
-    sizes = {
-        "embed_tokens.weight": (shape.vocab, hidden),
-        "lm_head.weight": (shape.vocab, hidden),
-        "q_proj.weight": (q, hidden),
-        "k_proj.weight": (kv, hidden),
-        "v_proj.weight": (kv, hidden),
-        "q_proj.bias": (q,),
-        "k_proj.bias": (kv,),
-        "v_proj.bias": (kv,),
-        "o_proj.weight": (hidden, q),
-        "q_norm.weight": (shape.head_dim,),
-        "k_norm.weight": (shape.head_dim,),
-        "gate_proj.weight": (shape.ffn, hidden),
-        "up_proj.weight": (shape.ffn, hidden),
-        "down_proj.weight": (hidden, shape.ffn),
-    }
-    return torch.Size(sizes.get(".".join(name.split(".")[-2:]), (hidden,)))  # the rest are norms
-
-
-def hf_names(shape: Shape) -> dict[str, torch.Size]:
-    """Name and size of every tensor of the Hugging Face model, in the order of its layers."""
-    names: dict[str, torch.Size] = {}
-    for rule in rules(shape):
-        if not rule.per_layer and rule.name.startswith("embedding"):
-            names |= {name: hf_size(name, shape) for name in rule.hf}
-    for layer in range(shape.layers):
-        for rule in rules(shape):
-            if rule.per_layer:
-                names |= {name: hf_size(name, shape) for name in rule.hf_names(layer)}
-    for rule in rules(shape):
-        if not rule.per_layer:
-            names |= {name: hf_size(name, shape) for name in rule.hf if name not in names}
-    return names
-
-
-def local_size(rule: Rule, shape: Shape, tp: int) -> torch.Size:
-    """Size of the parameter on each of `tp` ranks."""
-    sizes = [list(hf_size(name, shape)) for name in rule.hf]
-    size = [sum(s[0] for s in sizes), *sizes[0][1:]]
-    if rule.padded:
-        size[0] = padded_vocab(shape, tp)
-    if rule.tp_axis is not None:
-        size[rule.tp_axis] //= tp
-    return torch.Size(size)
 
 
 # --- fuse and cut, join and split ----------------------------------------------------------------
@@ -191,7 +136,7 @@ def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[Param
         if rule is None:
             faults.append(f"surplus parameter {name}")
         elif parameter.shape != local_size(rule, shape, tp):
-            wanted = tuple(local_size(rule, shape, tp))
+            wanted = local_size(rule, shape, tp)
             faults.append(f"{name} has shape {tuple(parameter.shape)}, expected {wanted}")
         else:
             found.append(ParamRule(name, parameter, rule, layer))
@@ -209,7 +154,7 @@ def _expected(model: Any, layer_offset: int, shape: Shape) -> Iterator[tuple[str
         if rule.per_layer:
             for local in range(len(model.decoder.layers)):
                 yield rule.name.format(layer=local), (rule, layer_offset + local)
-        elif present[rule.name.split(".")[0]]:
+        elif present[rule.room]:
             yield rule.name, (rule, None)
 
 
@@ -250,7 +195,7 @@ def load_hf_into(
 def _checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:
     if tensor.shape != hf_size(name, shape):
         raise InputError(
-            f"{name} has shape {tuple(tensor.shape)}, expected {tuple(hf_size(name, shape))}", where="weights"
+            f"{name} has shape {tuple(tensor.shape)}, expected {hf_size(name, shape)}", where="weights"
         )
     return tensor
 

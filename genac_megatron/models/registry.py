@@ -1,80 +1,140 @@
-"""From a recipe's model or a Hugging Face folder to a Shape, and from a Shape to everything made of it."""
+"""From a recipe's model or a Hugging Face folder to a Shape, and from a Shape to everything made of it.
+
+Imports no torch: recipes are checked, and their memory estimated, with it. A new family is a file in
+`families/` and a row of FAMILIES.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families import llama, qwen2, qwen3
-from genac_megatron.models.families.base import Family, Rule, Shape
+from genac_megatron.models.families.base import Family, Rule, Shape, default_head_dim
 from genac_megatron.recipe.schema import ModelConfig
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+Where = Callable[[str], str]  # from a key of the model's block ("": itself) to its place in the user's files
+
+
+def _in_block(key: str) -> str:
+    return f"model.{key}" if key else "model"
 
 
 def family(name: str) -> Family:
     """The family called `name`. Raises InputError where there is none."""
     if name not in FAMILIES:
         raise InputError(
-            f"model family {name!r} is not supported", way_out=f"supported are {', '.join(sorted(FAMILIES))}"
+            f"the model family '{name}' is not supported",
+            way_out=f"supported are {', '.join(sorted(FAMILIES))}",
         )
     return FAMILIES[name]
 
 
-def shape_of(config: ModelConfig, tokenizer_vocab: int) -> Shape:
+def shape_of(model: ModelConfig, tokenizer_vocab: int | None, where: Where = _in_block) -> Shape:
     """The Shape of a recipe's model: its folder's config.json, or its family and sizes.
 
-    tokenizer_vocab: number of ids of the tokenizer; the model must have a row for each, and it is the
-    vocabulary where the recipe names none. Raises InputError.
+    tokenizer_vocab: one more than the tokenizer's highest id; the model must have a row for each, and it is
+    the vocabulary where the recipe names none. None: the tokenizer is the folder's own. Raises InputError.
     """
-    if config.hf is not None:
-        shape = shape_from_folder(config.hf)
-    elif config.family is not None and config.shape is not None:
-        sizes = config.shape
-        shape = Shape(
-            family=config.family,
+    if model.hf is not None:
+        if model.family or model.shape:
+            raise InputError(
+                "a model is either `hf` or `family` and `shape`, not both",
+                where=where(""),
+                way_out="take one out (a key set to null is out)",
+            )
+        shape = shape_from_folder(Path(model.hf).expanduser(), where("hf"))
+    else:
+        shape = _shape_of_sizes(model, tokenizer_vocab, where)
+    if tokenizer_vocab is not None and shape.vocab < tokenizer_vocab:
+        raise InputError(
+            f"the tokenizer has ids up to {tokenizer_vocab - 1}, its model only {shape.vocab} embeddings",
+            where=where("tokenizer"),
+            way_out=f"set vocab to at least {tokenizer_vocab}, or leave it out"
+            if model.hf is None
+            else "use the model's own tokenizer",
+        )
+    return shape
+
+
+def _shape_of_sizes(model: ModelConfig, tokenizer_vocab: int | None, where: Where) -> Shape:
+    sizes = model.shape
+    if model.family is None or sizes is None:
+        raise InputError(
+            "the model is not given",
+            where=where(""),
+            way_out="hf: a local folder, or family: and shape: for random weights",
+        )
+    if tokenizer_vocab is None:
+        raise InputError(
+            "a model with random weights needs a tokenizer",
+            where=where(""),
+            way_out="tokenizer: builtin:tiny, or a folder",
+        )
+    with _named(where("family")):
+        kind = family(model.family)
+    with _named(where("shape")):
+        return Shape(
+            family=kind.name,
             layers=sizes.layers,
             hidden=sizes.hidden,
             ffn=sizes.ffn,
             heads=sizes.heads,
             kv_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim or sizes.hidden // sizes.heads,
+            head_dim=sizes.head_dim or default_head_dim(sizes.hidden, sizes.heads),
             vocab=sizes.vocab or tokenizer_vocab,
             tie=sizes.tie_embeddings,
             rope_theta=sizes.rope_theta,
             norm_eps=sizes.norm_eps,
             max_positions=sizes.max_positions,
             init_std=sizes.init_std,
-            qk_norm=family(config.family).qk_norm,
-            qkv_bias=family(config.family).qkv_bias,
+            qk_norm=kind.qk_norm,
+            qkv_bias=kind.qkv_bias,
         )
-    else:
-        raise InputError("a model needs either hf, or family and shape", where="model")
-    if shape.vocab < tokenizer_vocab:
-        raise InputError(
-            f"the tokenizer has {tokenizer_vocab} ids and the model only {shape.vocab} embedding rows",
-            where="model",
-            way_out="use the model's own tokenizer",
-        )
-    return shape
 
 
-def shape_from_folder(folder: str | Path) -> Shape:
-    """The Shape that a Hugging Face folder's config.json describes. Raises InputError naming the file."""
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Give the place to an InputError that names none."""
+    try:
+        yield
+    except InputError as error:
+        if error.where:
+            raise
+        raise InputError(error.what, where=where, way_out=error.way_out) from None
+
+
+def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
+    """The Shape that a Hugging Face folder's config.json describes.
+
+    Raises InputError naming the file, or `where` (who names the folder) if it cannot be read.
+    """
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(path)) from error
-    return shape_from_hf(config)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(
+            f"cannot read {path}: {reason}",
+            where=where,
+            way_out="hf is a local folder with config.json, safetensors and a tokenizer",
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+    if not isinstance(config, dict):
+        raise InputError("not a JSON object", where=str(path))
+    return shape_from_hf(config, str(path))
 
 
-def shape_from_hf(config: Mapping[str, Any]) -> Shape:
-    """The Shape that the content of a config.json describes. Raises InputError."""
-    return family(str(config.get("model_type"))).shape_from_hf(config)
+def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Shape:
+    """The Shape that the content of a config.json (`where`) describes. Raises InputError."""
+    with _named(where):
+        return family(str(config.get("model_type"))).shape_from_hf(config)
 
 
 def hf_config(shape: Shape) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Megatron-core names CUDA at about forty places of its training path (`torch.cuda.current_device()`,
 `device="cuda"`, `.cuda()`, comparisons with "torch.cuda.FloatTensor"). `install()` puts a finder before
 Python's own that rewrites these names in `megatron.core.*` as the source is loaded: they then mean the CPU.
-torch itself stays as it is, nothing costs time after the import, and where CUDA is, nothing is installed.
+torch itself stays as it is and is first imported when megatron.core is; nothing costs time after the import,
+and where CUDA is, the finder steps aside.
 
 The rewriting, by kind:
     torch.cuda                      -> platform.cpu_cuda.CPU_CUDA
@@ -17,10 +18,12 @@ The rewriting, by kind:
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import marshal
 import os
 import stat
@@ -30,31 +33,34 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from genac_megatron.platform.cpu_cuda import CPU_CUDA
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = "megatron.core"
 _FACADE = "__cpu_cuda__"
 _VERSION = sys.version.encode() + Path(__file__).read_bytes()  # another Python or rewriting, another cache
 
 
-def install() -> bool:
+def install() -> None:
     """Prepare `megatron.core` for this machine; call it before megatron.core is imported.
 
-    Returns whether the hook is in place: False where CUDA is. May be called any number of times. Raises
-    RuntimeError where megatron.core was imported without it.
+    May be called any number of times, and imports no torch. Raises RuntimeError where megatron.core was
+    imported without it on a machine without CUDA.
     """
-    if torch.cuda.is_available():
-        return False
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return True
-    if PACKAGE in sys.modules:
+        return
+    if PACKAGE in sys.modules and not _has_cuda():
         raise RuntimeError("megatron.core was imported before genac_megatron.platform.megatron.install()")
     sys.meta_path.insert(0, _Finder())
-    return True
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 # --- the rewriting -------------------------------------------------------------------------------
@@ -132,6 +138,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return code
 
     def exec_module(self, module: ModuleType) -> None:
+        from genac_megatron.platform.cpu_cuda import CPU_CUDA
+
         setattr(module, _FACADE, CPU_CUDA)
         super().exec_module(module)
         repair = _REPAIRS.get(module.__name__)
@@ -145,7 +153,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != PACKAGE and not fullname.startswith(PACKAGE + "."):
+        if (fullname != PACKAGE and not fullname.startswith(PACKAGE + ".")) or _has_cuda():
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
@@ -184,6 +192,7 @@ def _repair_random(module: Any) -> None:
     Megatron's tracker would keep and restore the state of a generator that does not exist, so dropout in
     recomputed layers would not repeat. Its warning that the CPU generator changed is then expected.
     """
+    import torch
 
     def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
@@ -216,6 +225,8 @@ def _repair_distributed_optimizer(module: Any) -> None:
     3. Loading raises KeyError on `step`, which torch's Adam keeps per parameter.
     4. After a load all parameters share one `step` tensor, so that each step advances it many times. Silent.
     """
+    import torch
+
     if module.HAVE_APEX_OR_TE:
         return
     optimizer = module.DistributedOptimizer
@@ -246,6 +257,8 @@ def _repair_distributed_optimizer(module: Any) -> None:
 
 def _fill_adam_state(adam: torch.optim.Optimizer) -> None:
     """Give torch's Adam the zero state that it would make itself at its first step."""
+    import torch
+
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
@@ -276,3 +289,14 @@ def keep_bucket_padding(ddp: Any) -> None:
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = buffer.numel
+
+
+def save_options() -> dict[str, Any]:
+    """Arguments of `dist_checkpointing.save` that only some versions have.
+
+    From 0.17 an asynchronous save would ask for nvidia-resiliency-ext, which is on no CPU machine.
+    """
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}

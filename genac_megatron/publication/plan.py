@@ -6,18 +6,17 @@ how bytes travel (transports do) nor of which role it serves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Rule, Shape
-from genac_megatron.models.mapping import hf_size, local_size
 from genac_megatron.models.registry import rules
+from genac_megatron.models.sizes import Size, hf_size, local_size
 from genac_megatron.training.layout import Layout
 
-BUCKET_BYTES = 512 << 20
+BUCKET_BYTES = 512 << 20  # unless a single tensor is larger: an embedding may be
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,17 @@ class Item:
     layer: int | None  # global
     chunk: int  # index among the stage's model chunks
     local: int | None  # layer index in the chunk
-    shard_size: torch.Size  # on each tensor-parallel rank
-    hf: tuple[tuple[str, torch.Size], ...]
+    shard_size: Size  # on each tensor-parallel rank
+    hf: tuple[tuple[str, Size], ...]
 
     @property
     def shard_numel(self) -> int:
-        return self.shard_size.numel()
+        return math.prod(self.shard_size)
 
     @property
     def numel(self) -> int:
         """Elements of its Hugging Face tensors together."""
-        return sum(size.numel() for _, size in self.hf)
+        return sum(math.prod(size) for _, size in self.hf)
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,27 @@ class Bucket:
         return sum(item.numel for item in self.items)
 
 
-def make_plan(shape: Shape, layout: Layout, bytes_per_element: int, bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+def make_plan(
+    shape: Shape, layout: Layout, bytes_per_element: int, bucket_bytes: int | None = None
+) -> list[Bucket]:
     """Every tensor of the model once (a tied output layer not at all), bucket by bucket.
 
-    Raises InputError where a single tensor does not fit in a bucket.
+    bucket_bytes: the most that a bucket holds; None: BUCKET_BYTES, or the largest parameter where that is
+    more. Raises InputError where a parameter does not fit in the bucket that was asked for.
     """
     buckets: list[Bucket] = []
+    if bucket_bytes is None:
+        items = (item for stage in range(layout.pp) for item in _stage_items(shape, layout, stage))
+        bucket_bytes = max(BUCKET_BYTES, *(item.numel * bytes_per_element for item in items))
     for stage in range(layout.pp):
         pending: list[Item] = []
         size = 0
         for item in _stage_items(shape, layout, stage):
             bytes_ = item.numel * bytes_per_element
             if bytes_ > bucket_bytes:
+                names = " + ".join(name for name, _ in item.hf)  # fused ones travel together
                 raise InputError(
-                    f"{item.hf[0][0]} has {bytes_ / 2**20:.0f} MiB, a bucket {bucket_bytes / 2**20:.0f} MiB",
+                    f"{names} has {bytes_:,} bytes, a bucket {bucket_bytes:,}",
                     where="publication",
                     way_out="allow larger buckets",
                 )
@@ -90,18 +96,13 @@ def _stage_items(shape: Shape, layout: Layout, stage: int) -> Iterator[Item]:
     for rule in rules(shape):
         if rule.per_layer:
             continue
-        room = rule.name.split(".")[0]
-        if room == "embedding" and first:
+        if rule.room == "embedding" and first:
             yield _item(shape, layout, rule, None, 0, None)
-        elif room == "decoder" and last:
-            yield _item(shape, layout, rule, None, layout.vpp - 1, None)
-        elif room == "output_layer" and last and not shape.tie:
+        elif last and (rule.room == "decoder" or (rule.room == "output_layer" and not shape.tie)):
             yield _item(shape, layout, rule, None, layout.vpp - 1, None)
 
 
-def _item(
-    shape: Shape, layout: Layout, rule: Rule, layer: int | None, chunk: int, local: int | None
-) -> Item:
+def _item(shape: Shape, layout: Layout, rule: Rule, layer: int | None, chunk: int, local: int | None) -> Item:
     names = rule.hf_names(layer)
     sizes = tuple((name, hf_size(name, shape)) for name in names)
     return Item(rule, layer, chunk, local, local_size(rule, shape, layout.tp), sizes)

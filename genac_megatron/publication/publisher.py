@@ -7,6 +7,7 @@ This is the in-process transport; the plan it follows is apart from it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from genac_megatron import platform
 from genac_megatron.models.mapping import load_hf_into, param_rules, unshard
-from genac_megatron.publication.plan import BUCKET_BYTES, Bucket, Item, make_plan
+from genac_megatron.publication.plan import Bucket, Item, make_plan
 from genac_megatron.training.layout import Coords
 from genac_megatron.training.optimizer import DTYPES
 from genac_megatron.training.role import Role
@@ -34,7 +35,7 @@ class Sink(Protocol):
 class Publisher:
     """A role's weights to the sinks of this rank. Collective over the world."""
 
-    def __init__(self, role: Role, sinks: Sequence[Sink], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, role: Role, sinks: Sequence[Sink], bucket_bytes: int | None = None) -> None:
         self.role, self.sinks = role, list(sinks)
         self.dtype = DTYPES[role.config.training.dtype]
         self.plan = make_plan(role.shape, role.layout, self.dtype.itemsize, bucket_bytes)
@@ -99,8 +100,9 @@ def _named(bucket: Bucket, flat: Tensor) -> Iterator[Named]:
     at = 0
     for item in bucket.items:
         for name, size in item.hf:
-            yield name, flat[at : at + size.numel()].view(size)
-            at += size.numel()
+            count = math.prod(size)
+            yield name, flat[at : at + count].view(size)
+            at += count
 
 
 class RoleSink:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from genac_megatron.recipe.rules import ranks_of
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.sizes import parameters, stage_parameters
+from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import LayoutConfig, PpoStage, Recipe, RoleConfig, SftStage, StageConfig
-from genac_megatron.recipe.shapes import Sizes, read_sizes
 
 BYTES = {"fp32": 4, "bf16": 2}
 SHOWN_RANKS = 16  # more ranks than this are shown by their first and their heaviest
@@ -21,21 +22,16 @@ class Place(NamedTuple):
     dp: int
     pp: int
 
-    @property
-    def leads(self) -> bool:
-        """Whether this rank leads its data-parallel replica, and so holds an engine."""
-        return self.tp == self.cp == self.pp == 0
-
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one role on one rank."""
+    """Bytes of one role on one rank; a rank outside its layout has only its engine."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
     engine: float
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
 
     @property
     def total(self) -> float:
@@ -54,20 +50,7 @@ def place_of(layout: LayoutConfig, rank: int, world: int) -> Place | None:
     return Place(tp, cp, dp, pp)
 
 
-def parameters_on(sizes: Sizes, layout: LayoutConfig, pp: int) -> float:
-    """Parameters of one rank in pipeline stage `pp`: its layers' tensor-parallel shard, its norms, and on the
-    first and last stage the embedding and output shards (the last stage keeps a copy of a tied one).
-    """
-    held = sizes.layers // layout.pp * (sizes.layer_sharded / layout.tp + sizes.layer_replicated)
-    first, last = pp == 0, pp == layout.pp - 1
-    if first:
-        held += sizes.embedding / layout.tp
-    if last:
-        held += sizes.hidden + (0 if sizes.tied and first else sizes.embedding / layout.tp)
-    return held
-
-
-def activation_bytes(role: RoleConfig, sizes: Sizes, pp: int) -> float:
+def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     """Activations kept for the backward pass on a rank of stage `pp`, in bytes.
 
     Per token and layer, in elements of the training dtype, with attention that keeps no scores:
@@ -81,10 +64,10 @@ def activation_bytes(role: RoleConfig, sizes: Sizes, pp: int) -> float:
     """
     layout, training = role.layout, role.training
     sequence_parallel = layout.tp > 1 if layout.sequence_parallel is None else layout.sequence_parallel
-    stream = sizes.hidden / (layout.tp if sequence_parallel else 1)
-    attention = (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim / layout.tp
-    per_layer = 4 * stream + attention + 3 * sizes.ffn / layout.tp
-    layers = sizes.layers // layout.pp
+    stream = shape.hidden / (layout.tp if sequence_parallel else 1)
+    attention = 2 * (shape.q_size + shape.kv_size) / layout.tp
+    per_layer = 4 * stream + attention + 3 * shape.ffn / layout.tp
+    layers = shape.layers // layout.pp
     in_flight = (layout.pp - pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp) if layout.vpp > 1 else 1)
     if training.recompute == "full":
         held = layers * stream * in_flight + per_layer
@@ -92,27 +75,35 @@ def activation_bytes(role: RoleConfig, sizes: Sizes, pp: int) -> float:
         held = layers * per_layer * in_flight
     total = held * training.tokens_per_microbatch / layout.cp * BYTES[training.dtype]
     if pp == layout.pp - 1:
-        total += 3 * 4 * training.logprob_chunk * sizes.vocab / layout.tp
+        total += 3 * 4 * training.logprob_chunk * shape.vocab / layout.tp
     return total
 
 
-def memory_of(role: RoleConfig, sizes: Sizes, place: Place, world: int) -> Memory:
-    """The parts of one role's memory on one rank, in bytes.
+def engine_bytes(role: RoleConfig, shape: Shape) -> float:
+    """An embedded engine: the whole model in the engine's dtype, and a KV cache of max_batch_tokens."""
+    cache = role.engine.max_batch_tokens * 2 * shape.layers * shape.kv_size
+    return float((parameters(shape) + cache) * BYTES[role.engine.dtype])
+
+
+def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -> Memory:
+    """The parts of one role's memory on one rank, in bytes; `place` is None outside the role's layout.
 
     Weights in the training dtype; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
     under bf16, fp32 master weights, divided over the data- and context-parallel ranks where the optimizer
-    is distributed. A leader's engine holds the whole model and a KV cache of max_batch_tokens.
+    is distributed. Every rank of the world generates with every role, and so holds an engine of each.
     """
-    layout, training, engine = role.layout, role.training, role.engine
-    count = parameters_on(sizes, layout, place.pp)
+    engine = engine_bytes(role, shape)
+    if place is None:
+        return Memory(engine)
+    layout, training = role.layout, role.training
+    count = stage_parameters(shape, layout.tp, layout.pp, place.pp)
     shards = ranks_of(layout, world) // (layout.tp * layout.pp) if training.distributed_optimizer else 1
-    cache = engine.max_batch_tokens * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
     return Memory(
+        engine,
         weights=count * BYTES[training.dtype],
         gradients=count * 4,
         optimizer=count * (12 if training.dtype == "bf16" else 8) / shards,
-        activations=activation_bytes(role, sizes, place.pp),
-        engine=(sizes.parameters + cache) * BYTES[engine.dtype] if place.leads else 0.0,
+        activations=activation_bytes(role, shape, place.pp),
     )
 
 
@@ -121,22 +112,22 @@ def describe(recipe: Recipe) -> str:
 
     Raises InputError where a model's folder cannot be read.
     """
-    sizes = {name: read_sizes(role.model) for name, role in recipe.roles.items()}
-    blocks = [_describe_roles(recipe, sizes), _describe_ranks(recipe, sizes), _describe_stages(recipe)]
+    shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
+    blocks = [_describe_roles(recipe, shapes), _describe_ranks(recipe, shapes), _describe_stages(recipe)]
     return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
 
 
-def _describe_roles(recipe: Recipe, sizes: dict[str, Sizes]) -> list[str]:
+def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
     world = recipe.world.ranks
     lines = [f"{recipe.name}: {world} {'rank' if world == 1 else 'ranks'}"]
     for name, role in recipe.roles.items():
-        at, size, count = role.layout, sizes[name], ranks_of(role.layout, world)
+        at, shape, count = role.layout, shapes[name], ranks_of(role.layout, world)
         last = at.first_rank + count - 1
         dp = count // (at.tp * at.pp * at.cp)
         lines.append(
-            f"  {name}: {size.family}, {_count(size.parameters)} parameters ({size.layers} layers, hidden "
-            f"{size.hidden}, {size.heads}/{size.kv_heads} heads, vocabulary {size.vocab:,}"
-            f"{', tied' if size.tied else ''})"
+            f"  {name}: {shape.family}, {_count(parameters(shape))} parameters ({shape.layers} layers, "
+            f"hidden {shape.hidden}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab:,}"
+            f"{', tied' if shape.tie else ''})"
         )
         lines.append(
             f"    ranks {at.first_rank} to {last}: tp {at.tp}, pp {at.pp}, vpp {at.vpp}, "
@@ -146,24 +137,17 @@ def _describe_roles(recipe: Recipe, sizes: dict[str, Sizes]) -> list[str]:
     return lines
 
 
-def _describe_ranks(recipe: Recipe, sizes: dict[str, Sizes]) -> list[str]:
+def _describe_ranks(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
     totals, rows = [], []
     for rank in range(recipe.world.ranks):
         total, lines = 0.0, []
         for name, role in recipe.roles.items():
             place = place_of(role.layout, rank, recipe.world.ranks)
-            if place is None:
-                continue
-            memory = memory_of(role, sizes[name], place, recipe.world.ranks)
+            memory = memory_of(role, shapes[name], place, recipe.world.ranks)
             total += memory.total
-            lines.append(
-                f"{name:<10} tp {place.tp} cp {place.cp} dp {place.dp} pp {place.pp}   "
-                f"weights {_size(memory.weights)}, gradients {_size(memory.gradients)}, optimizer "
-                f"{_size(memory.optimizer)}, activations {_size(memory.activations)}, "
-                f"engine {_size(memory.engine)}"
-            )
+            lines.append(f"{name:<10} {_describe_place(place, memory)}, engine {_size(memory.engine)}")
         totals.append(total)
-        rows.append([f"  rank {rank}: {_size(total)}", *(f"    {line}" for line in lines or ["idle"])])
+        rows.append([f"  rank {rank}: {_size(total)}", *(f"    {line}" for line in lines)])
     heaviest = max(range(len(totals)), key=totals.__getitem__)
     shown = range(len(rows)) if len(rows) <= SHOWN_RANKS else sorted({*range(SHOWN_RANKS), heaviest})
     head = f"Memory, estimated (without the libraries' own): all ranks {_size(sum(totals))}, most on rank "
@@ -172,6 +156,16 @@ def _describe_ranks(recipe: Recipe, sizes: dict[str, Sizes]) -> list[str]:
     if len(shown) < len(rows):
         lines.append(f"  {len(rows) - len(shown)} more ranks are placed alike")
     return lines
+
+
+def _describe_place(place: Place | None, memory: Memory) -> str:
+    if place is None:
+        return "not trained here"
+    return (
+        f"tp {place.tp} cp {place.cp} dp {place.dp} pp {place.pp}   weights {_size(memory.weights)}, "
+        f"gradients {_size(memory.gradients)}, optimizer {_size(memory.optimizer)}, activations "
+        f"{_size(memory.activations)}"
+    )
 
 
 def _describe_stages(recipe: Recipe) -> list[str]:

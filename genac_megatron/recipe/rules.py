@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.schema import (
     DatasetTask,
     JsonlTask,
     LayoutConfig,
+    ModelConfig,
     Recipe,
     RoleConfig,
     SftStage,
     StateTrackingTask,
 )
-from genac_megatron.recipe.shapes import Sizes, read_sizes, tokenizer_size
+from genac_megatron.tasks.tokenizer import tokenizer_size
 
 Where = Callable[[Sequence[str | int]], str]
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
@@ -31,6 +34,15 @@ def ranks_of(layout: LayoutConfig, world: int) -> int:
 def nowhere(location: Sequence[str | int]) -> str:
     """For a recipe that was not read from a file."""
     return ""
+
+
+def read_shape(model: ModelConfig, where: Callable[[str], str] = lambda key: "") -> Shape:
+    """The Shape of a recipe's model, from the recipe and, of folders, config.json and tokenizer.json alone.
+
+    `where` says where in the user's files a key of the model's block stands. Raises InputError.
+    """
+    vocab = None if model.tokenizer is None else tokenizer_size(model.tokenizer, where("tokenizer"))
+    return shape_of(model, vocab, where)
 
 
 def check(recipe: Recipe, where: Where = nowhere) -> None:
@@ -110,39 +122,24 @@ def _check_training(name: str, role: RoleConfig, where: Where) -> None:
 
 
 def _check_model(name: str, role: RoleConfig, where: Where) -> None:
-    place = ("roles", name, "model")
-    sizes = read_sizes(role.model, where(place))
-    if role.model.tokenizer is not None:
-        needed = tokenizer_size(role.model.tokenizer, where((*place, "tokenizer")))
-        if needed > sizes.vocab:
-            raise InputError(
-                f"the tokenizer of '{name}' has ids up to {needed - 1}, its model only "
-                f"{sizes.vocab} embeddings",
-                where=where((*place, "tokenizer")),
-                way_out=f"set vocab to at least {needed}, or leave it out",
-            )
-    _check_split(name, sizes, role.layout, where)
+    shape = read_shape(role.model, lambda key: where(("roles", name, "model", *([key] if key else []))))
+    _check_split(name, shape, role.layout, where)
 
 
-def _check_split(name: str, sizes: Sizes, layout: LayoutConfig, where: Where) -> None:
+def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) -> None:
     place = ("roles", name, "layout")
-    if sizes.heads % sizes.kv_heads:
-        raise InputError(
-            f"the model of '{name}' has {sizes.heads} heads, no multiple of its {sizes.kv_heads} kv_heads",
-            where=where(("roles", name, "model")),
-        )
-    for what, size in (("heads", sizes.heads), ("kv_heads", sizes.kv_heads), ("ffn", sizes.ffn)):
+    for what, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn)):
         if size % layout.tp:
             raise InputError(
                 f"tp {layout.tp} of '{name}' does not divide its model's {what} {size}",
                 where=where((*place, "tp")),
-                way_out=f"tp must divide heads {sizes.heads}, kv_heads {sizes.kv_heads} and ffn {sizes.ffn}",
+                way_out=f"tp must divide heads {shape.heads}, kv_heads {shape.kv_heads} and ffn {shape.ffn}",
             )
     chunks = layout.pp * layout.vpp
-    if sizes.layers % chunks:
+    if shape.layers % chunks:
         raise InputError(
             f"pp * vpp = {layout.pp} * {layout.vpp} = {chunks} of '{name}' does not divide its "
-            f"model's {sizes.layers} layers",
+            f"model's {shape.layers} layers",
             where=where((*place, "pp")),
         )
 

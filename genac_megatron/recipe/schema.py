@@ -45,7 +45,7 @@ class ModelConfig(Block):
     """Which model: a Hugging Face folder, or a family and a shape with random weights."""
 
     hf: str | None = None  # a local folder with config.json, safetensors, tokenizer
-    family: Literal["llama", "qwen2", "qwen3"] | None = None
+    family: str | None = None  # llama, qwen2, qwen3, ...: a row of models/registry.py
     shape: ModelShape | None = None
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest

@@ -46,9 +46,7 @@ def next_prompts(run: Run, count: int) -> list[Prompt]:
     """The next `count` training prompts; the cursor moves on."""
     cursor = run.at.cursor
     run.at.cursor += count
-    return [
-        run.task.prompt("train", run.task.train_index(run.recipe.seed, cursor + i)) for i in range(count)
-    ]
+    return [run.task.prompt("train", run.task.train_index(run.recipe.seed, cursor + i)) for i in range(count)]
 
 
 def play(
@@ -212,7 +210,9 @@ def prefixed(group: str, figures: dict[str, float]) -> dict[str, float]:
     return {f"{group}/{key}": value for key, value in figures.items()}
 
 
-def parity_figures(role: str, samples: Sequence[Sample], logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
+def parity_figures(
+    role: str, samples: Sequence[Sample], logprobs: Sequence[Sequence[float]]
+) -> dict[str, float]:
     """How far the trainer's log-probs are from those the engine sampled with.
 
     mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token.

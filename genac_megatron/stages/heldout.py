@@ -192,7 +192,9 @@ def critic_row(
     figures["outcomes"] = outcomes
     figures["positions"] = [j.state.index for j, _ in pairs]
     figures["prompts"] = [r.prompt.id for _, r in pairs]
-    figures["scores_hist"] = metrics.score_histogram([j.value for j, _ in pairs if j.value is not None]).tolist()
+    figures["scores_hist"] = metrics.score_histogram(
+        [j.value for j, _ in pairs if j.value is not None]
+    ).tolist()
     return figures
 
 

@@ -41,7 +41,9 @@ class Loop:
         self.run.progress.stage(self.stage.name, total, self.run.at.step)
         yield from range(self.run.at.step + 1, total + 1)
 
-    def done(self, step: int, figures: dict[str, float], evaluate: Callable[[], dict[str, float]] | None) -> None:
+    def done(
+        self, step: int, figures: dict[str, float], evaluate: Callable[[], dict[str, float]] | None
+    ) -> None:
         """Log a step; evaluate, save and stop where due."""
         run = self.run
         _check_finite(self.stage.name, step, figures)

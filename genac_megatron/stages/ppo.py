@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 from genac_megatron.algorithms.advantages import gated_lam
 from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
@@ -54,7 +55,7 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
             run.icc.update(batch.outcomes)
         figures |= run.publish("actor", *(["critic"] if stage.train_critic else []))
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
-        loop.done(step, figures, (lambda at=step: evaluate(run, stage, f"step {at}", at)) if due else None)
+        loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     evaluate(run, stage, "end", stage.steps, monte_carlo=True)
 
 

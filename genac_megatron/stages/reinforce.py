@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from genac_megatron.algorithms.losses import make_reinforce_loss
 from genac_megatron.recipe.schema import ReinforceStage
 from genac_megatron.stages.batch import critic_samples, judge_figures, next_prompts, play, rollout_figures
@@ -34,6 +36,6 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
             run.icc.update(batch.outcomes, advance=False)
         figures |= run.publish("critic")
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
-        loop.done(step, figures, (lambda at=step: evaluate(run, stage, f"step {at}", at)) if due else None)
+        loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)
     check_critic_gate(stage, held_out)

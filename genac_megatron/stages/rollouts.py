@@ -72,9 +72,7 @@ class Judge:
         nothing = Rollout(prompt, 0, Completion((), (), "stop"), "")
         return await self.judge(State(nothing, 0, 0, 0))
 
-    async def judge_response(
-        self, rollout: Rollout, shared: asyncio.Future[Judgement]
-    ) -> list[Judgement]:
+    async def judge_response(self, rollout: Rollout, shared: asyncio.Future[Judgement]) -> list[Judgement]:
         """Judgements of all states of a response, in order; the first is the group's."""
         states = cut_states(rollout, self.actor_tokenizer, self.config.states)
         later = await asyncio.gather(*(self.judge(state) for state in states[1:]))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,6 @@ from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -212,4 +209,3 @@ def mean(values: Iterable[float]) -> float:
     """The mean, NaN of nothing."""
     got = list(values)
     return sum(got) / len(got) if got else float("nan")
-

@@ -8,18 +8,16 @@ from pathlib import Path
 
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.critic import traces
-from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
-from genac_megatron.records import Judgement, Sample, State
 from genac_megatron.recipe.schema import SftStage
-from genac_megatron.stages.batch import Batch, next_prompts, play, prefixed, supervised
+from genac_megatron.records import Judgement, Sample, State
+from genac_megatron.stages.batch import Batch, play, prefixed, supervised
 from genac_megatron.stages.gates import check_sft_gate
 from genac_megatron.stages.heldout import actor_generator, evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.rollouts import continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
-
 
 SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
 
@@ -159,5 +157,3 @@ def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
         traces.to_sample(tokenizer, chat_ids(tokenizer, messages[:-1]), messages[-1]["content"])
         for messages in read_conversations(Path(stage.path))
     ][: stage.size]
-
-

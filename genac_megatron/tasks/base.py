@@ -108,11 +108,12 @@ class GeneratedProblems:
     """Problems of a generator, split so that no held-out text is ever trained on.
 
     The held-out problems are the generator's first different ones. A training problem is a function of
-    its index alone; where the generator repeats a held-out text there, a later problem, chosen by the index, takes its place.
+    its index alone; where the generator repeats a held-out text there, another problem, chosen by the
+    index, takes its place.
     """
 
     def __init__(self, draw: Callable[[int], Problem], train_size: int, heldout_size: int) -> None:
-        """`draw(n)` is the generator's n-th problem. Raises InputError where it has too few different ones."""
+        """`draw(n)` is the generator's n-th problem. Raises InputError for too few different ones."""
         self._draw, self._train_size = draw, train_size
         found: dict[str, Problem] = {}
         drawn = 0
@@ -122,7 +123,7 @@ class GeneratedProblems:
             drawn += 1
         if len(found) < heldout_size:
             raise InputError(
-                f"the task has too few different problems: {len(found)} found for heldout_size {heldout_size}",
+                f"too few different problems: {len(found)} found for heldout_size {heldout_size}",
                 where="task.heldout_size",
                 way_out="make the task larger, or heldout_size smaller",
             )

@@ -78,5 +78,5 @@ def _rows(config: DatasetTask, split: str) -> Any:
         raise InputError(
             f"cannot load split {split!r}: {str(error).splitlines()[0]}",
             where=config.name,
-            way_out="give a dataset's name (this needs its hub or its cache), a local folder, or a local file",
+            way_out="give a local file or folder, or the name of a dataset on its hub or in its cache",
         ) from error

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from genac_megatron.records import Prompt
 from genac_megatron.recipe.schema import StateTrackingTask
+from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import GeneratedProblems, Problem, Split, Task, Teacher
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def write_line(number: int, swap: Swap, row: Row) -> str:
 class StateTrackingTeacher(Teacher):
     """Solves and checks by simulation.
 
-    `slip_rate` is the chance that a line of a demonstration swaps another pair than it names; what
-    follows goes on from the wrong row, so that the answer is wrong.
+    `slip_rate` is the chance that a line of a demonstration writes one object of its pair over the other,
+    which is then lost; what follows goes on from that row, so that the answer is wrong.
     """
 
     def __init__(self, slip_rate: float, mean_swaps: float) -> None:
@@ -98,55 +98,55 @@ class StateTrackingTeacher(Teacher):
         puzzle = parse_puzzle(prompt.problem)
         row, lines = puzzle.start, [puzzle.start_line()]
         for number, swap in enumerate(puzzle.swaps, 1):
-            done = _other_swap(swap, puzzle.start, rng) if rng.random() < self.slip_rate else swap
-            row = apply_swap(row, done)
+            slips = rng.random() < self.slip_rate
+            row = overwrite(row, swap if rng.random() < 0.5 else swap[::-1]) if slips else apply_swap(row, swap)
             lines.append(write_line(number, swap, row))
         return "\n".join((*lines, f"answer {' '.join(row)}"))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
-        """The right row of each line that `partial` has, whether the line agrees, how many are left.
+        """How far the response is, the row it has got to, a roll call of the objects, a verdict.
 
-        The checking stops at the first bad line: from a wrong row the answer is wrong, score 0. Else
-        each line left succeeds with the chance that gives a response of average length p_bar.
+            step 3 of 5 row b a c a
+            has a + b + c + d - bad
+
+        The verdict is exact: ok where every whole line is right. From a wrong row the answer is wrong,
+        score 0. Else each line left succeeds with the chance that gives a response of average length p_bar.
         """
         puzzle = parse_puzzle(prompt.problem)
-        words, left = _check(puzzle, partial)
-        if left is None:
-            return "\n".join(words), 0
-        words.append(f"left {left}")
+        step, row, right = _survey(puzzle, partial)
+        swaps = len(puzzle.swaps)
+        call = " ".join(f"{name} {'+' if name in row else '-'}" for name in sorted(puzzle.start))
+        words = f"step {step} of {swaps} row {' '.join(row) or 'part'}\nhas {call}"
+        if not right:
+            return f"{words} bad", 0
         per_line = min(max(p_bar, 1 - SURE), SURE) ** (1 / self.mean_swaps)
-        return "\n".join(words), round(10 * per_line**left)
+        return f"{words} ok\nleft {swaps - step}", round(10 * per_line ** (swaps - step))
 
 
-def _other_swap(swap: Swap, row: Row, rng: random.Random) -> Swap:
-    """A pair of the row's objects that is not `swap`; `swap` itself where there is no other."""
-    pairs = [pair for pair in combinations(sorted(row), 2) if pair != swap]
-    return rng.choice(pairs) if pairs else swap
+def overwrite(row: Row, swap: Swap) -> Row:
+    """The slip: the row with the second object of `swap` also where the first was."""
+    return tuple(swap[1] if name == swap[0] else name for name in row)
 
 
-def _check(puzzle: Puzzle, partial: str) -> tuple[list[str], int | None]:
-    """(one verdict per line of `partial`, number of swaps left); None left where a line is bad.
+def _survey(puzzle: Puzzle, partial: str) -> tuple[int, Row, bool]:
+    """(swaps that are done, the objects named by the last whole line, whether all lines are right).
 
-    A verdict writes the line as it should be, then ok or bad: the critic does the step again by what
-    the actor knows already, and compares.
+    A last line that is cut is not looked at while it is right so far.
     """
     rows = [puzzle.start, *puzzle.rows()]
     steps = (write_line(step, *both) for step, both in enumerate(zip(puzzle.swaps, rows[1:], strict=True), 1))
     rights = [puzzle.start_line(), *steps, f"answer {' '.join(rows[-1])}"]
-    verdicts: list[str] = []
     lines = partial.rstrip("\n").split("\n") if partial.strip() else []
-    for place, line in enumerate(lines):
-        step = len(verdicts)
-        if step == len(rights):
-            return [*verdicts, "bad"], None  # it goes on after the answer
-        cut = place == len(lines) - 1 and not partial.endswith("\n")
-        agrees = _agrees(line, rights[step])
-        if cut and not agrees and rights[step].startswith(line):
-            break  # cut within a line that is right so far: it is still to be written
-        verdicts.append(f"{rights[step]} {'ok' if agrees else 'bad'}")
-        if not agrees:
-            return verdicts, None
-    return verdicts, len(puzzle.swaps) - min(max(len(verdicts) - 1, 0), len(puzzle.swaps))
+    at_end = len(lines) - 1
+    if lines and not partial.endswith("\n") and at_end < len(rights):
+        cut = lines[-1]
+        if rights[at_end].startswith(cut) and not _agrees(cut, rights[at_end]):
+            lines.pop()
+    if not lines:
+        return 0, puzzle.start, True
+    right = len(lines) <= len(rights) and all(_agrees(*both) for both in zip(lines, rights, strict=False))
+    named = [word for word in lines[-1].split() if word in puzzle.start]
+    return min(len(lines) - 1, len(puzzle.swaps)), tuple(named[: len(puzzle.start)]), right
 
 
 def _agrees(line: str, right: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,41 @@ from genac_megatron.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILTIN_PREFIX = "builtin:"
+BUILTIN, BUILTIN_PREFIX = "builtin:tiny", "builtin:"
 TINY_FOLDER = Path(__file__).parent / "tiny_tokenizer"
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+
+
+def tokenizer_folder(spec: str, where: str = "") -> Path:
+    """The folder of a tokenizer spec. Raises InputError, at `where`, on an unknown built-in one."""
+    if spec.startswith(BUILTIN_PREFIX) and spec != BUILTIN:
+        raise InputError(
+            f"no built-in tokenizer is called '{spec}'", where=where, way_out=f"use {BUILTIN}, or a folder"
+        )
+    return TINY_FOLDER if spec == BUILTIN else Path(spec).expanduser()
+
+
+def tokenizer_size(spec: str, where: str = "") -> int:
+    """One more than the highest token id of a tokenizer folder or of builtin:tiny, without loading it.
+
+    Raises InputError, at `where` (who names the folder) or naming the file.
+    """
+    path = tokenizer_folder(spec, where) / "tokenizer.json"
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(
+            f"cannot read {path}: {reason}", where=where, way_out="a tokenizer folder holds tokenizer.json"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+    try:
+        vocab = tokenizer["model"]["vocab"]
+        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+        return int(max(ids + [token["id"] for token in tokenizer.get("added_tokens", [])])) + 1
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError("not a tokenizer in the format of `tokenizers`", where=str(path)) from None
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -22,9 +55,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    if spec.startswith(BUILTIN_PREFIX) and spec != "builtin:tiny":
-        raise InputError(f"no built-in tokenizer is called {spec!r}", way_out="use builtin:tiny, or a folder")
-    folder = TINY_FOLDER if spec == "builtin:tiny" else Path(spec).expanduser()
+    folder = tokenizer_folder(spec)
     if not folder.is_dir():
         raise InputError(
             "no such tokenizer folder",

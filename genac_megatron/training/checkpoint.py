@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.mapping import hf_names
+from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.runinfo import write_json_atomic
+from genac_megatron.platform.megatron import save_options
 from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,10 @@ class Checkpoints:
         sharded, common = self._split(roles, trained)
         request = self._agree(
             lambda: dist_checkpointing.save(
-                {"roles": sharded}, str(part / WEIGHTS), async_sharded_save=self.asynchronous
+                {"roles": sharded},
+                str(part / WEIGHTS),
+                async_sharded_save=self.asynchronous,
+                **save_options(),
             ),
             part,
         )
@@ -109,7 +113,7 @@ class Checkpoints:
         shutil.rmtree(part, ignore_errors=True)
         (part / WEIGHTS).mkdir(parents=True)
         need = SPARE_BYTES + sum(
-            parameter_count(role.shape) * (BYTES_PER_PARAMETER if name in trained else 4)
+            parameters(role.shape) * (BYTES_PER_PARAMETER if name in trained else 4)
             for name, role in roles.items()
         )
         free = shutil.disk_usage(self.folder).free
@@ -239,7 +243,9 @@ def find_checkpoint(path: Path) -> Path:
     found = complete(path / "checkpoints") or complete(path)
     if not found:
         raise InputError(
-            "no complete checkpoint there", where=str(path), way_out="give a run folder, or one checkpoint of it"
+            "no complete checkpoint there",
+            where=str(path),
+            way_out="give a run folder, or one checkpoint of it",
         )
     return found[-1]
 
@@ -301,11 +307,6 @@ def _seal(
     if final.exists():
         shutil.rmtree(final)
     os.replace(part, final)
-
-
-def parameter_count(shape: Shape) -> int:
-    """Number of weights of a model of `shape`."""
-    return sum(size.numel() for size in hf_names(shape).values())
 
 
 def _gathered(value: Any) -> list[Any]:

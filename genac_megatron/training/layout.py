@@ -12,7 +12,8 @@ Interface in short:
     layout.chunk_layers(layers, pp, chunk) -> range     # global layers of a (virtual) model chunk
     close_world()                                       # destroys every group
 
-Roles may share ranks, be disjoint or overlap. Roles with equal sizes on equal ranks share their groups.
+Roles may share ranks, be disjoint or overlap. Every role has groups of its own, also where sizes and ranks
+are equal, so that no two roles' collectives meet in one group.
 No role uses megatron's global parallel state: it is initialised once only because Megatron's global memory
 buffer and random-state tracker live there.
 """
@@ -58,7 +59,7 @@ class Coords(NamedTuple):
 
 
 _timeout = timedelta(seconds=600)
-_groups: dict[tuple[int, ...], ProcessGroupCollection | None] = {}
+_groups: dict[tuple[str | int, ...], ProcessGroupCollection | None] = {}
 
 
 def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
@@ -197,9 +198,10 @@ class Layout:
     def groups(self) -> ProcessGroupCollection | None:
         """This layout's process groups, or None on a rank outside the block.
 
-        Collective over the whole world: every rank calls it, for all layouts in the same order.
+        Collective over the whole world: every rank calls it, for all layouts in the same order. Asked for
+        again by the same role with the same sizes, they are the same groups.
         """
-        key = (self.first_rank, self.count, self.tp, self.pp, self.cp, self.ep)
+        key = (self.name, self.first_rank, self.count, self.tp, self.pp, self.cp, self.ep)
         if key not in _groups:
             _groups[key] = _make_groups(self)
         return _groups[key]

@@ -211,17 +211,17 @@ class Role:
         for model in self.models:
             model.scoring.temperature, model.scoring.with_entropy = temperature, with_entropy
         iterators: Any = [iter(packs) for _ in self.chunks]
-        arguments: dict[str, Any] = dict(
-            forward_step_func=forward_step,
-            data_iterator=iterators if self.layout.vpp > 1 else iterators[0],
-            model=self.chunks if self.layout.vpp > 1 else self.chunks[0],
-            num_microbatches=len(packs),
-            seq_length=packs[0].tokens_T.numel(),
-            micro_batch_size=1,
-            decoder_seq_length=packs[0].tokens_T.numel(),
-            forward_only=forward_only,
-            pg_collection=self.groups,
-        )
+        arguments: dict[str, Any] = {
+            "forward_step_func": forward_step,
+            "data_iterator": iterators if self.layout.vpp > 1 else iterators[0],
+            "model": self.chunks if self.layout.vpp > 1 else self.chunks[0],
+            "num_microbatches": len(packs),
+            "seq_length": packs[0].tokens_T.numel(),
+            "micro_batch_size": 1,
+            "decoder_seq_length": packs[0].tokens_T.numel(),
+            "forward_only": forward_only,
+            "pg_collection": self.groups,
+        }
         if self.layout.pp == 1:
             schedule = schedules.forward_backward_no_pipelining
         elif self.layout.vpp == 1:

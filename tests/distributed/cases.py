@@ -17,18 +17,33 @@ def role_config(**overrides: Any) -> Any:
     from genac_megatron.recipe.schema import RoleConfig
 
     layout = overrides.pop("layout", {})
-    training = {"dtype": "fp32", "tokens_per_microbatch": 48, "logprob_chunk": 16, **overrides.pop("training", {})}
+    training = {
+        "dtype": "fp32",
+        "tokens_per_microbatch": 48,
+        "logprob_chunk": 16,
+        **overrides.pop("training", {}),
+    }
     shape = {
         "layers": 4, "hidden": 32, "ffn": 64, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 67,
         "tie_embeddings": overrides.pop("tie", True), "init_std": 0.1,
     }  # fmt: skip
     return RoleConfig.model_validate(
         {
-            "model": {"family": overrides.pop("family", "qwen3"), "shape": shape, "tokenizer": "builtin:tiny"},
+            "model": {
+                "family": overrides.pop("family", "qwen3"),
+                "shape": shape,
+                "tokenizer": "builtin:tiny",
+            },
             "layout": layout,
             "training": training,
             # eps keeps Adam from blowing the rounding of a vanishing gradient up to a whole step.
-            "optimizer": {"lr": 5e-3, "eps": 1e-5, "clip_grad": 0.5, "weight_decay": 0.1, **overrides.pop("optimizer", {})},
+            "optimizer": {
+                "lr": 5e-3,
+                "eps": 1e-5,
+                "clip_grad": 0.5,
+                "weight_decay": 0.1,
+                **overrides.pop("optimizer", {}),
+            },
         }
     )
 
@@ -74,7 +89,9 @@ class Collected:
         self.tensors: dict[str, Tensor] = {}
         self.version = -1
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, final: bool = True) -> None:
+    def load_weights(
+        self, version: int, tensors: Iterable[tuple[str, Tensor]], *, final: bool = True
+    ) -> None:
         self.tensors |= {name: tensor.clone() for name, tensor in tensors}
         if final:
             self.version = version

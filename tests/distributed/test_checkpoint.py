@@ -60,7 +60,9 @@ def load_case(rank: int, folder: str, layouts: Any, overrides: Any) -> Any:
     return at_load, after, {name: published(role) for name, role in roles.items()}
 
 
-def same(got: dict[str, dict[str, torch.Tensor]], wanted: dict[str, dict[str, torch.Tensor]], atol: float) -> None:
+def same(
+    got: dict[str, dict[str, torch.Tensor]], wanted: dict[str, dict[str, torch.Tensor]], atol: float
+) -> None:
     for role, weights in wanted.items():
         for name, weight in weights.items():
             torch.testing.assert_close(got[role][name], weight, atol=atol, rtol=0, msg=f"{role} {name}")

@@ -55,13 +55,14 @@ def test_groups_hold_the_right_ranks(pool: Any, sizes: dict[str, Any], wanted: d
         assert [None if f is None else f[name] for f in found] == ranks, name
 
 
-def same_objects(rank: int) -> bool:
-    """Whether layouts of other names but equal sizes share their groups."""
+def shared_objects(rank: int) -> tuple[bool, set[str]]:
+    """Whether a role gets its collection again, and which groups two roles of equal sizes have in common."""
     from genac_megatron.training.layout import Layout
 
-    a, b = (Layout(name, 0, 4, tp=2).groups() for name in ("actor", "critic"))
-    return a is b
+    actor, again, critic = (Layout(name, 0, 4, tp=2).groups() for name in ("actor", "actor", "critic"))
+    other = {id(group) for group in vars(critic).values()}
+    return actor is again, {name for name, group in vars(actor).items() if id(group) in other}
 
 
-def test_equal_layouts_share_their_groups(pool: Any) -> None:
-    assert pool.run(same_objects) == [True] * 4
+def test_each_role_has_groups_of_its_own(pool: Any) -> None:
+    assert pool.run(shared_objects) == [(True, set())] * 4

@@ -78,7 +78,9 @@ def rows(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
     kept = []
     for line in (folder / "runs" / "run" / log).read_text().splitlines():
         row = json.loads(line)
-        kept.append({k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_s")})
+        kept.append(
+            {k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_s")}
+        )
     return kept
 
 
@@ -96,7 +98,8 @@ def test_a_run_leaves_its_report(whole: Path) -> None:
     summary = json.loads((run / "report" / "summary.json").read_text())
     for key in ("actor/accuracy_sft", "actor/accuracy_ppo", "critic/brier_sft", "critic/brier_reinforce",
                 "critic/brier_ppo", "critic/brier_constant", "critic/parse_rate", "parity/logp_p99",
-                "publish/actor_version", "publish/critic_version", "time/total_s", "memory/peak_gib"):  # fmt: skip
+                "publish/actor_version", "publish/critic_version", "time/total_s",
+                "memory/peak_gib"):  # fmt: skip
         assert key in summary, key
     assert (run / "report" / "index.html").stat().st_size > 10_000
     steps = [(row["stage"], row["step"]) for row in rows(whole)]
@@ -117,8 +120,7 @@ def test_trainer_and_engine_agree(whole: Path) -> None:
 def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: Path) -> None:
     """2N = N + resume + N: figures, rollouts and weights are the same to the last bit."""
     recipe = str(write_recipe(tmp_path))
-    stops = 0
-    for stage, step in (("sft-critic", 1), ("ppo", 1), ("ppo", 3)):
+    for stops, (stage, step) in enumerate((("sft-critic", 1), ("ppo", 1), ("ppo", 3))):
         resume = ["--resume"] if stops else []
         process = subprocess.Popen(
             command("run", recipe, *resume), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
@@ -134,20 +136,24 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: P
         text = process.communicate(timeout=300)[0]
         assert process.returncode == 75, text[-4000:]
         assert "--resume" in text
-        stops += 1
     done = genac("run", recipe, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert rows(tmp_path) == rows(whole)
     for log in ("evaluations.jsonl", "rollouts.jsonl"):
         assert rows(tmp_path, log) == rows(whole, log)
-    weights = [sorted((f / "runs/run/checkpoints/ppo-end/weights").glob("*.distcp")) for f in (tmp_path, whole)]
+    weights = [
+        sorted((f / "runs/run/checkpoints/ppo-end/weights").glob("*.distcp")) for f in (tmp_path, whole)
+    ]
     assert [p.name for p in weights[0]] == [p.name for p in weights[1]]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*weights, strict=True))
 
 
 def test_dry_run_prints_the_recipe_and_its_estimate_without_torch(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    code = "import sys; from genac_megatron.cli import main; c = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(c)"
+    code = (
+        "import sys; from genac_megatron.cli import main; c = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(c)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "run", str(recipe), "--dry-run", "stages.2.steps=7"],
         cwd=tmp_path, env=environment(), capture_output=True, text=True,
@@ -176,7 +182,18 @@ def task(block: dict[str, Any]) -> dict[str, Any]:
         ({}, ["roles.actor.layout.tp=4", "world.ranks=4"], "heads"),
         ({}, ["--resume"], "--resume"),
     ],
-    ids=["unknown-key", "unknown-override", "ranks", "no-file", "bad-line", "no-verifier", "task", "no-teacher", "heads", "no-checkpoint"],
+    ids=[
+        "unknown-key",
+        "unknown-override",
+        "ranks",
+        "no-file",
+        "bad-line",
+        "no-verifier",
+        "task",
+        "no-teacher",
+        "heads",
+        "no-checkpoint",
+    ],
 )
 def test_bad_input_is_one_message_and_exit_2(
     tmp_path: Path, changes: dict[str, Any], arguments: list[str], said: str
@@ -204,7 +221,10 @@ def test_a_second_run_does_not_overwrite_the_first(whole: Path) -> None:
 
 
 def test_a_gate_that_is_not_reached_ends_with_3(tmp_path: Path) -> None:
-    stages = [dict(RECIPE["stages"][0]), dict(RECIPE["stages"][1], gate={"action": "stop", "parse_rate": 1.0})]
+    stages = [
+        dict(RECIPE["stages"][0]),
+        dict(RECIPE["stages"][1], gate={"action": "stop", "parse_rate": 1.0}),
+    ]
     done = genac("run", str(write_recipe(tmp_path, stages=stages)), cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "parse rate" in done.stderr

@@ -12,22 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import INDEX, SINGLE, HfFolder
-from genac_megatron.models.mapping import (
-    hf_names,
-    hf_size,
-    init_tensor,
-    local_size,
-    padded_vocab,
-    param_rules,
-    random_weights,
-    shard,
-    unshard,
-)
+from genac_megatron.models.mapping import init_tensor, param_rules, random_weights, shard, unshard
 from genac_megatron.models.registry import FAMILIES, family, hf_config, rules, shape_from_hf
+from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab
 
 TINY = Shape(
     family="qwen3", layers=2, hidden=12, ffn=8, heads=4, kv_heads=2, head_dim=6, vocab=23, tie=False,
@@ -111,12 +103,25 @@ def test_a_config_survives_the_way_to_hf_and_back(name: str, tie: bool) -> None:
     assert shape_from_hf(old) == shape  # as transformers 4 wrote it
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
+    given = {
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "intermediate_size": 64,
+        "num_attention_heads": 32,
+        "vocab_size": 40,
+    }
+    full = AutoConfig.for_model(name, **given).to_dict()
+    assert shape_from_hf(given | {"model_type": name}) == shape_from_hf(full)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_hidden_layers": None}, "'num_hidden_layers' is missing"),
         ({"model_type": "gemma"}, "'gemma' is not supported"),
     ],
 )

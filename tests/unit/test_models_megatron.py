@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from genac_megatron.errors import InputError
 from genac_megatron.models.build import RoleModel, build_model
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.mapping import hf_names, load_hf_into, random_weights
+from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_from_hf, shape_of
+from genac_megatron.models.sizes import hf_names
 from genac_megatron.recipe.schema import ModelConfig, ModelShape, TrainingConfig
 from genac_megatron.training.layout import Layout, init_world
 

@@ -39,15 +39,27 @@ def _python(code: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_nothing_is_installed_where_cuda_is() -> None:
+def test_megatron_is_loaded_as_it_is_where_cuda_is() -> None:
     code = """
-import sys, torch
+import importlib.util, torch
 torch.cuda.is_available = lambda: True
 from genac_megatron.platform.megatron import install
-before = list(sys.meta_path)
-print(install(), sys.meta_path == before)
+plain = importlib.util.find_spec("megatron.core").loader
+install()
+found = importlib.util.find_spec("megatron.core").loader
+print(type(plain) is type(found), type(found).__name__)
 """
-    assert _python(code).split() == ["False", "True"]
+    assert _python(code).split() == ["True", "SourceFileLoader"]
+
+
+def test_installing_imports_no_torch() -> None:
+    code = """
+import sys
+from genac_megatron.platform.megatron import install
+install()
+print('torch' in sys.modules)
+"""
+    assert _python(code).split() == ["False"]
 
 
 @pytest.mark.skipif(platform.device().type == "cuda", reason="the hook is for machines without CUDA")
@@ -56,7 +68,7 @@ def test_the_hook_is_put_in_once_and_leaves_torch_alone_and_refuses_to_come_late
 import sys, torch
 from genac_megatron.platform.megatron import install
 cuda = {name: value for name, value in vars(torch.cuda).items() if callable(value)}
-sizes = [install() and len(sys.meta_path) for _ in range(2)]
+sizes = [install() or len(sys.meta_path) for _ in range(2)]
 import megatron.core.jit
 same = all(getattr(torch.cuda, name) is value for name, value in cuda.items())
 print(sizes[0] == sizes[1], same, megatron.core.jit.__cpu_cuda__ is not torch.cuda)

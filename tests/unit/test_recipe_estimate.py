@@ -6,12 +6,30 @@ from pathlib import Path
 
 import pytest
 
-from genac_megatron.recipe.estimate import activation_bytes, describe, memory_of, parameters_on, place_of
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.sizes import parameters, stage_parameters
+from genac_megatron.recipe.estimate import Memory, activation_bytes, describe, memory_of, place_of
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.schema import LayoutConfig, ModelConfig, ModelShape, RoleConfig, TrainingConfig
-from genac_megatron.recipe.shapes import Sizes, read_sizes
+from genac_megatron.recipe.rules import read_shape
+from genac_megatron.recipe.schema import (
+    EngineConfig,
+    LayoutConfig,
+    ModelConfig,
+    ModelShape,
+    RoleConfig,
+    TrainingConfig,
+)
 
-QWEN3_8B = Sizes("qwen3", 36, 4096, 12288, 32, 8, 128, 151_936, False)
+QWEN3_8B = ModelShape(
+    layers=36,
+    hidden=4096,
+    ffn=12_288,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocab=151_936,
+    tie_embeddings=False,
+)
 
 RECIPE = """\
 name: tiny
@@ -40,8 +58,12 @@ def shape(**changes: object) -> ModelShape:
     return ModelShape(**({"layers": 3, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2} | changes))
 
 
+def model(family: str, sizes: ModelShape) -> Shape:
+    return read_shape(ModelConfig(family=family, shape=sizes, tokenizer="builtin:tiny"))
+
+
 def role(**layout: int) -> RoleConfig:
-    model = ModelConfig(family="llama", shape=shape(vocab=100), tokenizer="builtin:tiny")
+    model = ModelConfig(family="llama", shape=shape(vocab=500), tokenizer="builtin:tiny")
     return RoleConfig(model=model, layout=LayoutConfig(**layout))
 
 
@@ -53,23 +75,17 @@ def test_parameters_are_those_of_the_model_that_transformers_builds(family: str,
 
     config = AutoConfig.for_model(
         family, num_hidden_layers=3, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=100, tie_word_embeddings=tied,
+        num_key_value_heads=2, head_dim=16, vocab_size=500, tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head_dim = model.model.layers[0].self_attn.head_dim
-    sizes = read_sizes(
-        ModelConfig(
-            family=family,
-            shape=shape(vocab=100, head_dim=head_dim, tie_embeddings=tied),
-            tokenizer="builtin:tiny",
-        )
-    )
-    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+        theirs = AutoModelForCausalLM.from_config(config)
+    head_dim = theirs.model.layers[0].self_attn.head_dim
+    ours = model(family, shape(vocab=500, head_dim=head_dim, tie_embeddings=tied))
+    assert parameters(ours) == sum(parameter.numel() for parameter in theirs.parameters())
 
 
 def test_parameters_of_a_published_size():
-    assert round(QWEN3_8B.parameters / 1e9, 2) == 8.19
+    assert round(parameters(model("qwen3", QWEN3_8B)) / 1e9, 2) == 8.19
 
 
 @pytest.mark.parametrize(
@@ -90,51 +106,56 @@ def test_places_are_those_of_the_layout_that_training_uses(layout: LayoutConfig)
         assert (place is not None) == real.contains(rank)
         if place is not None:
             assert place._asdict() == real.coords(rank)._asdict()
-            assert place.leads == (rank in real.leaders)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_shards_add_up_to_the_model_and_its_copies(tied: bool):
-    sizes = Sizes("qwen3", 4, 64, 128, 4, 2, 16, 320, tied)
-    layout = LayoutConfig(tp=2, pp=4)
-    total = sum(layout.tp * parameters_on(sizes, layout, pp) for pp in range(layout.pp))
-    copied_norms = sizes.layers * sizes.layer_replicated + sizes.hidden
-    copied_embedding = sizes.embedding if tied else 0  # the last stage keeps its own copy of a tied one
-    assert total == sizes.parameters + copied_norms + copied_embedding
+    sizes = {"layers": 4, "hidden": 64, "ffn": 128, "head_dim": 16, "vocab": 449}
+    whole = model("qwen3", shape(**sizes, tie_embeddings=tied))
+    total = sum(2 * stage_parameters(whole, 2, 4, stage) for stage in range(4))
+    copied_norms = 4 * (2 * 64 + 2 * 16) + 64
+    padding = 64 * (1 if tied else 2)  # 450 rows, so that two ranks hold as many
+    copied_embedding = 64 * 450 if tied else 0  # the last stage keeps its own copy of a tied one
+    assert total == parameters(whole) + copied_norms + padding + copied_embedding
 
 
 def test_the_distributed_optimizer_divides_its_state_over_data_parallel_ranks():
-    config, sizes = role(tp=2), read_sizes(role().model)
+    config, whole = role(tp=2), read_shape(role().model)
     first = place_of(config.layout, 0, 8)
     assert first is not None
-    one = memory_of(config, sizes, first, 2)
-    four = memory_of(config, sizes, first, 8)
+    held = stage_parameters(whole, 2, 1, 0)
+    one = memory_of(config, whole, first, 2)
+    four = memory_of(config, whole, first, 8)
     assert four.optimizer == one.optimizer / 4
-    assert four.weights == one.weights == parameters_on(sizes, config.layout, 0) * 2
-    assert one.optimizer == parameters_on(sizes, config.layout, 0) * 12
-    whole = config.model_copy(update={"training": TrainingConfig(distributed_optimizer=False)})
-    assert memory_of(whole, sizes, first, 8).optimizer == one.optimizer
+    assert four.weights == one.weights == held * 2
+    assert one.optimizer == held * 12
+    undivided = config.model_copy(update={"training": TrainingConfig(distributed_optimizer=False)})
+    assert memory_of(undivided, whole, first, 8).optimizer == one.optimizer
 
 
-def test_only_leaders_hold_an_engine():
-    config, sizes = role(tp=2, pp=2), read_sizes(role().model)
-    held = [
-        memory_of(config, sizes, place, 8).engine
-        for place in (place_of(config.layout, r, 8) for r in range(8))
-        if place
-    ]
-    assert [bool(engine) for engine in held] == [True, False, True, False, False, False, False, False]
+def test_every_rank_of_the_world_holds_an_engine():
+    config, whole = role(tp=2, pp=2), read_shape(role().model)
+    config = config.model_copy(update={"engine": EngineConfig(dtype="fp32", max_batch_tokens=10)})
+    outside = memory_of(config, whole, None, 8)
+    cache = 10 * 2 * 3 * 2 * 8  # tokens; keys and values; layers; kv_heads; head_dim
+    assert outside == Memory(engine=4 * (parameters(whole) + cache))
+    for rank in range(8):
+        place = place_of(config.layout, rank, 8)
+        assert place is not None
+        inside = memory_of(config, whole, place, 8)
+        assert inside.engine == outside.engine
+        assert inside.total > outside.total
 
 
 def test_activations_fall_with_recomputation_and_along_the_pipeline():
-    config, sizes = role(pp=3), read_sizes(role().model)
+    config, whole = role(pp=3), read_shape(role().model)
     full = config.model_copy(update={"training": TrainingConfig(recompute="full", logprob_chunk=1)})
     plain = config.model_copy(update={"training": TrainingConfig(logprob_chunk=1)})
-    assert activation_bytes(full, sizes, 0) < activation_bytes(plain, sizes, 0)
+    assert activation_bytes(full, whole, 0) < activation_bytes(plain, whole, 0)
     assert (
-        activation_bytes(plain, sizes, 0)
-        > activation_bytes(plain, sizes, 1)
-        > activation_bytes(plain, sizes, 2)
+        activation_bytes(plain, whole, 0)
+        > activation_bytes(plain, whole, 1)
+        > activation_bytes(plain, whole, 2)
     )
 
 
@@ -144,7 +165,11 @@ def test_a_recipe_is_described(tmp_path: Path):
     text = describe(load_recipe(path))
     assert "actor      tp 1 cp 0 dp 0 pp 0" in text
     assert "critic     tp 0 cp 0 dp 0 pp 1" in text
-    assert "idle" in text  # rank 3 has no role
+    idle = text.split("  rank 3: ")[1].splitlines()[:3]  # rank 3 trains no role and generates with both
+    assert [line.split(", engine ")[0].split() for line in idle[1:]] == [
+        ["actor", "not", "trained", "here"],
+        ["critic", "not", "trained", "here"],
+    ]
     # 5 * 4 responses; 5 prompt states and 20 * 3 later ones; at most 20 * 2 of them trained
     assert "2 k actor tokens (20 responses) and 650 critic tokens (65 states)" in text
     assert "trains 400 critic tokens and 2 k actor tokens" in text

@@ -9,8 +9,9 @@ import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.loader import check, load_recipe
+from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import ModelConfig
-from genac_megatron.recipe.shapes import read_sizes, tokenizer_size
+from genac_megatron.tasks.tokenizer import tokenizer_size
 
 RECIPE = """\
 name: tiny
@@ -72,6 +73,8 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.model.tokenizer=null", "needs a tokenizer"),
         ("roles.actor.model.tokenizer=builtin:small", "builtin:tiny"),
         ("roles.actor.model.shape.vocab=10", "only 10 embeddings"),
+        ("roles.actor.model.family=mamba", "supported are llama, qwen2, qwen3"),
+        ("roles.actor.model.shape.head_dim=15", "head_dim 15 is odd"),
         ("roles.actor.model.shape.hidden=66", "not a multiple of heads"),
         ("roles.actor.model.shape={layers: 4, hidden: 64, ffn: 128, heads: 4, kv_heads: 3}", "kv_heads"),
         ("task.min_swaps=6", "above max_swaps"),
@@ -143,20 +146,28 @@ def test_the_layout_is_checked_against_a_folder_too(path: Path, tmp_path: Path):
     [
         ({"model_type": "mamba"}, "family 'mamba'"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
-        ({"hidden_size": "wide"}, "not a positive number"),
+        ({"hidden_size": "wide"}, "'hidden_size' is 'wide', not a positive number"),
+        (
+            {"head_dim": None, "model_type": "llama", "hidden_size": 31},
+            "hidden 31 is not a multiple of heads",
+        ),
+        ({"num_attention_heads": 0}, "'num_attention_heads' is 0, not a positive number"),
+        ({"num_key_value_heads": 5}, "heads 32 is no multiple of kv_heads 5"),
+        ({"attention_bias": True}, "attention_bias: True is not supported"),
+        ({"rope_scaling": {"type": "llama3"}}, "rope scaling"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, changes: dict, said: str):
     folder = hf_folder(tmp_path / "model", **changes)
     with pytest.raises(InputError, match=said) as caught:
-        read_sizes(ModelConfig(hf=str(folder)))
+        read_shape(ModelConfig(hf=str(folder)))
     assert str(folder) in caught.value.where
 
 
 def test_a_broken_config_names_its_line(tmp_path: Path):
     (tmp_path / "config.json").write_text('{\n"a": 1,\n}')
     with pytest.raises(InputError, match="not JSON") as caught:
-        read_sizes(ModelConfig(hf=str(tmp_path)))
+        read_shape(ModelConfig(hf=str(tmp_path)))
     assert caught.value.where == f"{tmp_path}/config.json:3"
 
 

@@ -38,7 +38,8 @@ def test_jsonl_with_a_seeded_share_held_out(tmp_path: Path) -> None:
     assert not problems(task, "train") & problems(task, "heldout")
     assert problems(task, "heldout") == problems(again, "heldout") != problems(other, "heldout")
     prompt = task.prompt("heldout", 0)
-    assert "boxed" in prompt.messages[0]["content"] and "boxed" not in prompt.problem
+    assert "boxed" in prompt.messages[0]["content"]
+    assert "boxed" not in prompt.problem
     assert TINY.decode(prompt.ids).endswith("<|im_start|>assistant\n")
     assert task.verify(prompt, f"\\boxed{{{prompt.reference}}}") == 1.0
     assert task.verify(prompt, "\\boxed{-1}") == 0.0
@@ -86,7 +87,7 @@ def test_jsonl_that_cannot_serve(tmp_path: Path) -> None:
         make_task(JsonlTask(kind="jsonl", path=str(tmp_path / "no.jsonl"), verifier="exact"), TINY, 0)
 
 
-GSM = [
+GSM: list[dict[str, object]] = [
     {
         "question": f"Ann has {n} pens and buys {n} more. How many?",
         "answer": f"{n}+{n}={2 * n}\n#### {2 * n:,}",
@@ -129,7 +130,7 @@ def test_datasets_that_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
     with pytest.raises(InputError, match="no group"):
         make_task(DatasetTask(kind="datasets", name=path, answer_pattern="####", verifier="exact"), TINY, 0)
-    with pytest.raises(InputError, match="none of .jsonl"):
+    with pytest.raises(InputError, match=r"none of \.jsonl"):
         make_task(DatasetTask(kind="datasets", name=__file__, verifier="exact"), TINY, 0)
-    with pytest.raises(InputError, match="row 0.*no text under 'solution'"):
+    with pytest.raises(InputError, match=r"row 0.*no text under 'solution'"):
         make_task(DatasetTask(kind="datasets", name=path, answer_key="solution", verifier="exact"), TINY, 0)

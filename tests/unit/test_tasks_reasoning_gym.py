@@ -60,5 +60,5 @@ def test_an_unknown_name_names_the_nearest() -> None:
 def test_wrong_options_are_input_errors() -> None:
     with pytest.raises(InputError, match="terms_min"):
         make_task(config(options={"terms_min": 2}), TINY, 0)
-    with pytest.raises(InputError, match="task.options"):
+    with pytest.raises(InputError, match=r"task\.options"):
         make_task(config(options={"min_terms": 9, "max_terms": 2}), TINY, 0)

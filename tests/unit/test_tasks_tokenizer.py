@@ -53,7 +53,8 @@ def test_each_number_and_word_of_the_brief_form_is_cheap() -> None:
 
 def test_sizes_and_special_tokens() -> None:
     assert len(TINY) <= 448
-    assert TINY.eos_token == "<|im_end|>" and TINY.pad_token == "<pad>"
+    assert TINY.eos_token == "<|im_end|>"
+    assert TINY.pad_token == "<pad>"
     ids = {TINY.convert_tokens_to_ids(t) for t in ("<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")}
     assert len(ids) == 4
     assert stop_token_ids(TINY)[0] == TINY.eos_token_id

@@ -1,4 +1,7 @@
-"""What a model family is: its sizes, its Hugging Face config, and how its weights map to Megatron's."""
+"""What a model family is: its sizes, its Hugging Face config, and how its weights map to Megatron's.
+
+Imports no torch. An InputError from here names no place: `models.registry` adds the file or the line.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,13 @@ class Shape:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise InputError(
-                f"{self.heads} heads cannot share {self.kv_heads} key-value heads",
-                where=f"{self.family} shape",
+                f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}",
+                way_out="each key-value head serves the same number of heads: change one",
             )
         if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd", where=f"{self.family} shape")
+            raise InputError(
+                f"head_dim {self.head_dim} is odd", way_out="rotary positions need pairs: make it even"
+            )
 
     @property
     def q_size(self) -> int:
@@ -70,6 +75,11 @@ class Rule:
     aliases: tuple[str, ...] = ()
 
     @property
+    def room(self) -> str:
+        """The part of the model it is in: embedding, decoder or output_layer."""
+        return self.name.split(".")[0]
+
+    @property
     def per_layer(self) -> bool:
         """Whether every transformer layer has such a parameter."""
         return "{layer}" in self.name
@@ -87,34 +97,32 @@ class Family:
     architecture: str  # class name in transformers
     qk_norm: bool
     qkv_bias: bool
+    defaults: Mapping[str, Any]  # what transformers takes for a key that config.json lacks
     read_extras: Callable[[Mapping[str, Any]], None]  # raises InputError on an option that we do not build
     write_extras: Mapping[str, Any]
 
-    def shape_from_hf(self, config: Mapping[str, Any]) -> Shape:
+    def shape_from_hf(self, given: Mapping[str, Any]) -> Shape:
         """The Shape of a config.json's content. Raises InputError on what this family cannot be here."""
-        where = f"{self.name} config.json"
+        config = {**self.defaults, **given}
         if config.get("hidden_act", "silu") != "silu":
-            raise InputError(f"hidden_act {config['hidden_act']!r} is not silu", where=where)
+            raise InputError(f"hidden_act {config['hidden_act']!r} is not silu")
         self.read_extras(config)
-        heads, hidden = (
-            int(_need(config, "num_attention_heads", where)),
-            int(_need(config, "hidden_size", where)),
-        )
-        rope_theta, rope_factor = _rope(config, where)
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        rope_theta, rope_factor = _rope(config)
         return Shape(
             family=self.name,
-            layers=int(_need(config, "num_hidden_layers", where)),
+            layers=_size(config, "num_hidden_layers"),
             hidden=hidden,
-            ffn=int(_need(config, "intermediate_size", where)),
+            ffn=_size(config, "intermediate_size"),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab=int(_need(config, "vocab_size", where)),
+            kv_heads=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim") if config.get("head_dim") else default_head_dim(hidden, heads),
+            vocab=_size(config, "vocab_size"),
             tie=bool(config.get("tie_word_embeddings", False)),
             rope_theta=rope_theta,
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_positions=int(config.get("max_position_embeddings", 4096)),
-            init_std=float(config.get("initializer_range", 0.02)),
+            norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            max_positions=_size(config, "max_position_embeddings"),
+            init_std=_number(config, "initializer_range", 0.02),
             qk_norm=self.qk_norm,
             qkv_bias=self.qkv_bias,
             rope_factor=rope_factor,
@@ -156,22 +164,48 @@ class Family:
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
+def default_head_dim(hidden: int, heads: int) -> int:
+    """The head_dim of a model that names none. Raises InputError where hidden cannot be divided."""
+    if hidden % heads:
+        raise InputError(
+            f"hidden {hidden} is not a multiple of heads {heads}", way_out="change one, or give head_dim"
+        )
+    return hidden // heads
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number; `default` where the key is missing or null."""
     if config.get(key) is None:
-        raise InputError(f"{key} is missing", where=where)
-    return config[key]
+        if default is None:
+            raise InputError(f"the key '{key}' is missing")
+        return default
+    if not isinstance(config[key], int) or config[key] < 1:
+        raise InputError(f"'{key}' is {config[key]!r}, not a positive number")
+    return int(config[key])
 
 
-def _rope(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
+def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number; `default` where the key is missing or null."""
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise InputError(f"the key '{key}' is missing")
+    if not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"'{key}' is {value!r}, not a positive number")
+    return float(value)
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, float | None]:
     """(theta, Llama 3 scaling factor or None), as transformers 4 and 5 write them."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    if not isinstance(rope, Mapping):
+        raise InputError(f"rope scaling is {rope!r}, not a JSON object")
+    theta = _number({**config, **rope}, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind == "llama3" and all(float(rope.get(key, -1)) == value for key, value in LLAMA3_ROPE.items()):
-        return theta, float(rope["factor"])
-    raise InputError(f"rope scaling {dict(rope)} is not one that Megatron-core can build", where=where)
+    if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_ROPE.items()):
+        return theta, _number(rope, "factor")
+    raise InputError(f"rope scaling {dict(rope)} is not one that Megatron-core can build")
 
 
 def refuse(*options: str) -> Callable[[Mapping[str, Any]], None]:
@@ -180,7 +214,7 @@ def refuse(*options: str) -> Callable[[Mapping[str, Any]], None]:
     def read(config: Mapping[str, Any]) -> None:
         for option in options:
             if config.get(option):
-                raise InputError(f"{option}: {config[option]} is not supported", where="config.json")
+                raise InputError(f"{option}: {config[option]} is not supported")
 
     return read
 

@@ -7,6 +7,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     qk_norm=False,
     qkv_bias=False,
+    defaults={"max_position_embeddings": 2048},
     read_extras=refuse("attention_bias", "mlp_bias"),
     write_extras={"attention_bias": False, "mlp_bias": False},
 )

@@ -7,6 +7,7 @@ FAMILY = Family(
     architecture="Qwen2ForCausalLM",
     qk_norm=False,
     qkv_bias=True,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768},
     read_extras=refuse("use_sliding_window"),
     write_extras={"use_sliding_window": False},
 )

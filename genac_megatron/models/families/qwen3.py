@@ -7,6 +7,7 @@ FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     qk_norm=True,
     qkv_bias=False,
+    defaults={"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32_768},
     read_extras=refuse("attention_bias", "use_sliding_window"),
     write_extras={"attention_bias": False, "use_sliding_window": False},
 )

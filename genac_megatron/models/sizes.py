@@ -1,0 +1,86 @@
+"""Sizes of tensors and numbers of parameters, from a shape's weight rules. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from genac_megatron.models.families.base import Rule, Shape
+from genac_megatron.models.registry import rules
+
+Size = tuple[int, ...]
+
+
+def padded_vocab(shape: Shape, tp: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: the vocabulary rounded up to a multiple of tp."""
+    return -(-shape.vocab // tp) * tp
+
+
+def hf_size(name: str, shape: Shape) -> Size:
+    """Size of the Hugging Face tensor `name` (a full name or a rule's template)."""
+    q, kv, hidden = shape.q_size, shape.kv_size, shape.hidden
+    sizes = {
+        "embed_tokens.weight": (shape.vocab, hidden),
+        "lm_head.weight": (shape.vocab, hidden),
+        "q_proj.weight": (q, hidden),
+        "k_proj.weight": (kv, hidden),
+        "v_proj.weight": (kv, hidden),
+        "q_proj.bias": (q,),
+        "k_proj.bias": (kv,),
+        "v_proj.bias": (kv,),
+        "o_proj.weight": (hidden, q),
+        "q_norm.weight": (shape.head_dim,),
+        "k_norm.weight": (shape.head_dim,),
+        "gate_proj.weight": (shape.ffn, hidden),
+        "up_proj.weight": (shape.ffn, hidden),
+        "down_proj.weight": (hidden, shape.ffn),
+    }
+    return sizes.get(".".join(name.split(".")[-2:]), (hidden,))  # the rest are norms
+
+
+def hf_names(shape: Shape) -> dict[str, Size]:
+    """Name and size of every tensor of the Hugging Face model, in the order of its layers."""
+    names: dict[str, Size] = {}
+    for rule in rules(shape):
+        if not rule.per_layer and rule.name.startswith("embedding"):
+            names |= {name: hf_size(name, shape) for name in rule.hf}
+    for layer in range(shape.layers):
+        for rule in rules(shape):
+            if rule.per_layer:
+                names |= {name: hf_size(name, shape) for name in rule.hf_names(layer)}
+    for rule in rules(shape):
+        if not rule.per_layer:
+            names |= {name: hf_size(name, shape) for name in rule.hf if name not in names}
+    return names
+
+
+def local_size(rule: Rule, shape: Shape, tp: int) -> Size:
+    """Size of the parameter on each of `tp` ranks."""
+    sizes = [list(hf_size(name, shape)) for name in rule.hf]
+    size = [sum(s[0] for s in sizes), *sizes[0][1:]]
+    if rule.padded:
+        size[0] = padded_vocab(shape, tp)
+    if rule.tp_axis is not None:
+        size[rule.tp_axis] //= tp
+    return tuple(size)
+
+
+def parameters(shape: Shape) -> int:
+    """Parameters of the whole model, a tied output layer counted once."""
+    return sum(math.prod(size) for size in hf_names(shape).values())
+
+
+def stage_parameters(shape: Shape, tp: int, pp: int, stage: int) -> int:
+    """Parameters on one rank of pipeline stage `stage` of `pp`, cut over `tp` ranks.
+
+    The last stage of several keeps its own copy of a tied embedding.
+    """
+    first, last = stage == 0, stage == pp - 1
+    here = {"embedding": first, "decoder": last, "output_layer": last and not (shape.tie and first)}
+    count = 0
+    for rule in rules(shape):
+        held = math.prod(local_size(rule, shape, tp))
+        if rule.per_layer:
+            count += shape.layers // pp * held
+        elif here[rule.room]:
+            count += held
+    return count

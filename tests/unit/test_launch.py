@@ -1,0 +1,277 @@
+"""The launcher with small Python children: exit codes, signals, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from genac_megatron.errors import InputError
+from genac_megatron.launch import adopt_slurm, free_port, in_world, rank_command
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_S = 30.0  # for processes to start or end on a busy machine
+GRACE_S = 1.0
+
+# What each rank runs: it leaves its pid, and notes in the same file whatever signals reach it.
+PREAMBLE = """
+import os, signal, subprocess, sys, time
+rank = int(os.environ["RANK"])
+notes = open(f"rank{rank}", "a", buffering=1)
+def note(word): notes.write(word + "\\n")
+note(str(os.getpid()))
+"""
+NOTE_SIGNALS = """
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda got, frame: note(signal.Signals(got).name))
+note("ready")
+"""
+LAUNCH = """
+import sys
+from genac_megatron.launch import Launcher
+sys.exit(Launcher([sys.executable, "-c", sys.argv[1]], int(sys.argv[2]), 3, grace_s=float(sys.argv[3])).run())
+"""
+
+
+class Launched:
+    """A launcher in a process group of its own, as a terminal would start it."""
+
+    def __init__(self, folder: Path, body: str, ranks: int, grace_s: float) -> None:
+        self.folder, self.ranks = folder, ranks
+        script = PREAMBLE + textwrap.dedent(body)
+        environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, script, str(ranks), str(grace_s)],
+            cwd=folder, env={**environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def notes(self, rank: int) -> list[str]:
+        path = self.folder / f"rank{rank}"
+        return path.read_text().split() if path.exists() else []
+
+    def wait_for(self, done: Callable[[list[str]], bool]) -> None:
+        """Until every rank's notes satisfy `done`."""
+        give_up = time.monotonic() + WAIT_S
+        while not all(done(self.notes(rank)) for rank in range(self.ranks)):
+            assert time.monotonic() < give_up, [self.notes(rank) for rank in range(self.ranks)]
+            time.sleep(0.02)
+
+    def ready(self) -> None:
+        self.wait_for(lambda notes: "ready" in notes)
+
+    def end(self) -> int:
+        """The launcher's exit code; every process that left its pid must be gone."""
+        code = self.process.wait(WAIT_S)
+        for pid in self.pids():
+            assert not alive(pid), f"{pid} outlives the launcher"
+        return code
+
+    def pids(self) -> list[int]:
+        return [int(word) for rank in range(self.ranks) for word in self.notes(rank) if word.isdecimal()]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (one that is a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+Start = Callable[..., Launched]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    begun: list[Launched] = []
+
+    def start(body: str, ranks: int = 2, grace_s: float = GRACE_S) -> Launched:
+        begun.append(Launched(tmp_path, body, ranks, grace_s))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        for pid in (one.process.pid, *one.pids()) if one.process.poll() is None else one.pids():
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        one.process.communicate()
+
+
+def test_each_rank_gets_its_place_in_the_world(start: Start) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    launched = start(f"for name in {names}: note(name + '=' + os.environ[name])", ranks=3)
+    assert launched.end() == 0
+    seen = [dict(word.split("=") for word in launched.notes(rank)[1:]) for rank in range(3)]
+    assert [place["RANK"] for place in seen] == [place["LOCAL_RANK"] for place in seen] == ["0", "1", "2"]
+    assert {place["WORLD_SIZE"] for place in seen} == {"3"}
+    assert {place["MASTER_ADDR"] for place in seen} == {"127.0.0.1"}
+    assert {place["OMP_NUM_THREADS"] for place in seen} == {"3"}
+    assert len({place["MASTER_PORT"] for place in seen}) == 1
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 75])
+def test_an_exit_code_is_passed_on(start: Start, code: int) -> None:
+    assert start(f"sys.exit({code})").end() == code
+
+
+def test_a_rank_that_dies_of_a_signal(start: Start) -> None:
+    assert start("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)").end() == 128 + 9
+
+
+def test_the_first_failure_wins_and_the_others_are_ended_after_the_grace(start: Start) -> None:
+    """Rank 0 goes on and ends by itself, with another code; rank 2 ignores what it is told."""
+    launched = start(
+        """
+        if rank == 2:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note("ready")
+        while not all(os.path.exists(f"rank{r}") and "ready" in open(f"rank{r}").read() for r in range(3)):
+            time.sleep(0.02)
+        if rank == 1:
+            sys.exit(3)
+        time.sleep(0.5 if rank == 0 else 60)
+        sys.exit(1)
+        """,
+        ranks=3,
+    )
+    launched.ready()
+    began = time.monotonic()
+    assert launched.end() == 3
+    assert 0.5 < time.monotonic() - began < 20.0  # the grace, then SIGTERM, and 5 s later SIGKILL
+
+
+def test_a_rank_may_end_by_itself_within_the_grace(start: Start) -> None:
+    """It is about to save: nobody ends it while it does."""
+    launched = start(NOTE_SIGNALS + "if rank == 0: sys.exit(4)\ntime.sleep(1); note('saved')", grace_s=20)
+    began = time.monotonic()
+    assert launched.end() == 4
+    assert launched.notes(1)[1:] == ["ready", "saved"]
+    assert time.monotonic() - began < 15.0
+
+
+def test_of_failures_at_once_one_that_says_why_wins(start: Start) -> None:
+    """Rank 1 names what is wrong; rank 0 only loses its peer, in the same instant."""
+    launched = start(
+        """
+        note("ready")
+        while not all(os.path.exists(f"rank{r}") and "ready" in open(f"rank{r}").read() for r in range(2)):
+            time.sleep(0.001)
+        os._exit(1 + rank)
+        """
+    )
+    assert launched.end() == 2
+
+
+def test_a_ctrl_c_reaches_every_rank_once(start: Start) -> None:
+    """The terminal signals the launcher's whole group; ranks are not in it."""
+    launched = start(NOTE_SIGNALS + "while 'SIGINT' not in open(f'rank{rank}').read(): time.sleep(0.02)\n"
+                     "time.sleep(0.5); sys.exit(75)", ranks=3)  # fmt: skip
+    launched.ready()
+    os.killpg(launched.process.pid, signal.SIGINT)
+    assert launched.end() == 75
+    for rank in range(3):
+        assert launched.notes(rank)[1:] == ["ready", "SIGINT"]
+    assert launched.process.stdout is not None
+    assert launched.process.stdout.read().count("press Ctrl-C again") == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_schedulers_signal_is_passed_on(start: Start, name: str) -> None:
+    launched = start(NOTE_SIGNALS + f"while '{name}' not in open(f'rank{{rank}}').read(): time.sleep(0.02)\n"
+                     "sys.exit(75)")  # fmt: skip
+    launched.ready()
+    launched.process.send_signal(getattr(signal, name))
+    assert launched.end() == 75
+    assert [launched.notes(rank)[1:] for rank in range(2)] == [["ready", name]] * 2
+
+
+def test_a_second_ctrl_c_leaves_even_where_ranks_do_not_listen(start: Start) -> None:
+    """A rank inside a collective runs no handler."""
+    launched = start(NOTE_SIGNALS + "time.sleep(60)")
+    launched.ready()
+    launched.process.send_signal(signal.SIGINT)
+    launched.wait_for(lambda notes: notes.count("SIGINT") == 1)
+    assert launched.process.poll() is None
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.end() == 130
+
+
+def test_helpers_of_a_rank_are_ended_too(start: Start) -> None:
+    launched = start(
+        """
+        if rank == 0:
+            helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            note(str(helper.pid))
+        note("ready")
+        while not all(os.path.exists(f"rank{r}") and "ready" in open(f"rank{r}").read() for r in range(2)):
+            time.sleep(0.02)
+        if rank == 1:
+            sys.exit(2)
+        time.sleep(60)
+        """
+    )
+    launched.ready()
+    assert len(launched.pids()) == 3
+    assert launched.end() == 2
+
+
+def test_a_command_that_cannot_start_leaves_no_ranks(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(
+        """
+        from genac_megatron.launch import Launcher
+        try:
+            Launcher(["/nowhere/python"], 2, 1).run()
+        except FileNotFoundError:
+            sys.exit(9)
+        """
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=WAIT_S).returncode == 9
+
+
+# --- worlds that others started ------------------------------------------------------------------
+
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "wanted"),
+    [
+        ({}, False),
+        ({"RANK": "0"}, True),
+        (SRUN, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # srun of a single task: start ranks here
+        ({"SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # a shell of salloc
+    ],
+)
+def test_in_world(environ: dict[str, str], wanted: bool) -> None:
+    assert in_world(environ) is wanted
+
+
+def test_srun_gives_ranks_their_place() -> None:
+    assert adopt_slurm(SRUN | MASTER) == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    no_local = {k: v for k, v in (SRUN | MASTER).items() if k != "SLURM_LOCALID"}
+    assert adopt_slurm(no_local)["LOCAL_RANK"] == "0"
+    assert adopt_slurm({}) == {}
+    assert adopt_slurm(SRUN | MASTER | {"RANK": "2"}) == {}, "torchrun knows better"
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_srun_without_a_meeting_place(missing: str) -> None:
+    environ = {k: v for k, v in (SRUN | MASTER).items() if k != missing}
+    with pytest.raises(InputError, match="export them in the batch script"):
+        adopt_slurm(environ)
+
+
+def test_a_ranks_command_and_port() -> None:
+    assert rank_command(["run", "x.yaml"]) == [sys.executable, "-m", "genac_megatron", "run", "x.yaml"]
+    assert 1024 <= free_port() < 65536

@@ -1,0 +1,89 @@
+"""The critic's row of an evaluation, by hand and by definition."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
+from genac_megatron.stages.heldout import critic_row
+from genac_megatron.stages.rollouts import Group
+
+
+def judged(state: State, value: float | None, used: float, length: int) -> Judgement:
+    return Judgement(state, (1,), Completion((7,) * length, (-1.0,) * length, "stop"), "", value, used=used)
+
+
+def group(
+    index: int, shared: float, responses: list[tuple[float, list[tuple[float | None, float]]]]
+) -> Group:
+    """A group: its prompt state's value; per response the outcome, and (value, used) of later states."""
+    made = Group(Prompt(f"heldout/{index}", (), "problem", "", (1, 2)))
+    nothing = Rollout(made.prompt, 0, Completion((), (), "stop"), "")
+    first = judged(State(nothing, 0, 0, 0), shared, shared, 2)
+    for sample, (outcome, later) in enumerate(responses):
+        count = 10 * (len(later) + 1)
+        rollout = Rollout(made.prompt, sample, Completion((3,) * count, (-1.0,) * count, "stop"), "", outcome)
+        made.rollouts.append(rollout)
+        made.judgements.append([first] + [
+            judged(State(rollout, k, 10 * k, 10 * k + 10), value, used, 4)
+            for k, (value, used) in enumerate(later, 1)
+        ])  # fmt: skip
+    return made
+
+
+@pytest.fixture
+def groups() -> list[Group]:
+    return [
+        group(0, 0.6, [(1.0, [(0.7, 0.7), (1.0, 1.0)]), (0.0, [(0.2, 0.2)])]),
+        group(1, 0.3, [(0.0, [(None, 0.3)]), (1.0, [(0.9, 0.9)])]),
+    ]
+
+
+def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> None:
+    row = critic_row(groups, {}, 16)
+    assert row["values"] == [0.6, 0.7, 1.0, 0.6, 0.2, 0.3, 0.3, 0.3, 0.9]
+    assert row["outcomes"] == [1, 1, 1, 0, 0, 0, 0, 1, 1]
+    assert row["positions"] == [0, 1, 2, 0, 1, 0, 1, 0, 1]
+    assert row["prompts"] == ["heldout/0"] * 5 + ["heldout/1"] * 4
+    pairs = list(zip(row["values"], row["outcomes"], strict=True))
+    assert row["brier"] == pytest.approx(statistics.fmean((v - r) ** 2 for v, r in pairs))
+    assert row["brier_constant"] == pytest.approx(statistics.pvariance(row["outcomes"]))
+    wins = [(v > w) + (v == w) / 2 for v, r in pairs for w, q in pairs if r > q]
+    assert row["auc"] == pytest.approx(statistics.fmean(wins))
+    assert row["tokens_per_state"] == pytest.approx(statistics.fmean([2, 4, 4, 2, 4, 2, 4, 2, 4]))
+
+
+def test_what_did_not_parse_counts_in_the_parse_rate_alone(groups: list[Group]) -> None:
+    """Its fallback is used as a value, but it is no score."""
+    row = critic_row(groups, {}, 16)
+    assert row["parse_rate"] == pytest.approx(8 / 9)
+    histogram = [0] * 11
+    for n in (6, 7, 10, 6, 2, 3, 3, 9):
+        histogram[n] += 1
+    assert row["scores_hist"] == histogram
+
+
+def test_without_monte_carlo_values_there_is_no_error_against_them(groups: list[Group]) -> None:
+    row = critic_row(groups, {}, 16)
+    assert row["mse"] != row["mse"]
+    assert "mse_spearman" not in row
+
+
+def test_monte_carlo_values_of_some_states(groups: list[Group]) -> None:
+    """Each known state once, the prompt state too; their sampling noise is taken off."""
+    known = {("heldout/0#0", 0): 0.5, ("heldout/0#0", 2): 0.75, ("heldout/1#1", 1): 1.0}
+    row = critic_row(groups, known, 5)
+    pairs = [(0.6, 0.5), (1.0, 0.75), (0.9, 1.0)]
+    wanted = statistics.fmean((v - p) ** 2 - p * (1 - p) / 4 for v, p in pairs)
+    assert row["mse"] == pytest.approx(wanted)
+    noise = statistics.fmean(p * (1 - p) / 4 for _, p in pairs)
+    assert row["mse_constant"] == pytest.approx(statistics.variance(p for _, p in pairs) - noise)
+    assert row["mse_spearman"] == pytest.approx(0.5)  # ranks 1 3 2 against 1 2 3
+
+
+def test_values_of_states_that_are_not_there_are_passed_over(groups: list[Group]) -> None:
+    """Another rank's rollouts may have been cut elsewhere by now."""
+    row = critic_row(groups, {("heldout/9#0", 0): 0.5}, 5)
+    assert row["mse"] != row["mse"]

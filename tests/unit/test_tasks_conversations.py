@@ -1,0 +1,75 @@
+"""Conversations: what is read, and that every fault names its file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genac_megatron.errors import EXIT_INPUT, InputError
+from genac_megatron.tasks.conversations import read_conversations
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def line(messages: Any, **more: Any) -> str:
+    return json.dumps({"messages": messages, **more}, ensure_ascii=False)
+
+
+def test_conversations_are_read_in_order(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "be brief"}
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([line(TURNS), "", line([system, *TURNS], source="x"), ""]), encoding="utf-8")
+    assert read_conversations(path) == [tuple(TURNS), (system, *TURNS)]
+
+
+@pytest.mark.parametrize("content", ["Grüße\u2028zweite Zeile", "a\u0085b", "tab\\t ok", "\x1c"])
+def test_a_line_ends_where_json_lines_end(tmp_path: Path, content: str) -> None:
+    """U+2028 and the like may stand in a JSON string; they end no line of the file."""
+    turns = [TURNS[0], {"role": "assistant", "content": content}]
+    path = tmp_path / "data.jsonl"
+    path.write_text(line(TURNS) + "\n" + line(turns) + "\r\n", encoding="utf-8")
+    assert read_conversations(path) == [tuple(TURNS), tuple(turns)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ('{"messages": [', "not JSON"),
+        ("[]", "no list of at least two messages"),
+        ('{"prompt": "x"}', "no list of at least two messages"),
+        (line(TURNS[1:]), "no list of at least two messages"),
+        (line("hello"), "no list of at least two messages"),
+        (line([TURNS[0], {"role": "assistant"}]), "a message lacks its role or content"),
+        (line([TURNS[0], {"role": "assistant", "content": 7}]), "a message lacks its role or content"),
+        (line(["hi", TURNS[1]]), "a message lacks its role or content"),
+        (line([*TURNS, TURNS[0]]), "the last message is not the assistant's"),
+    ],
+)
+def test_a_fault_names_file_and_line(tmp_path: Path, bad: str, words: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{line(TURNS)}\n\n{bad}\n{line(TURNS)}\n", encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        read_conversations(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert words in str(caught.value)
+    assert '{"messages":' in str(caught.value), "the way out shows the form"
+    assert caught.value.exit_code == EXIT_INPUT == 2
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: cannot be read"):
+        read_conversations(tmp_path / "nowhere.jsonl")
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"binary\.jsonl: cannot be read"):
+        read_conversations(binary)
+
+
+def test_an_empty_file_is_no_data(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match=r"empty\.jsonl: no conversation in it"):
+        read_conversations(path)
