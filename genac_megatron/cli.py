@@ -9,9 +9,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from genac_megatron import __version__
-from genac_megatron.errors import EXIT_INPUT, EXIT_OK, GenacError, InputError
+from genac_megatron.errors import EXIT_INPUT, EXIT_OK, GenacError, InputError, PeerLost
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.schema import Recipe
+    from genac_megatron.stages.stopping import StopFlag
+
+PEER_SIGNS = ("Connection closed by peer", "Timed out waiting", "timeout", "Connection reset by peer")
 
 EPILOG = """exit codes: 0 done; 2 the recipe or an input is wrong; 3 a gate failed;
 4 an engine or peer was lost beyond its budget; 75 stopped on purpose with a checkpoint"""
@@ -80,19 +87,32 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
     return _rank(recipe, options.resume)
 
 
-def _rank(recipe: object, resume: bool) -> int:
+def _rank(recipe: Recipe, resume: bool) -> int:
     """This process's part of a run."""
     import torch
 
     from genac_megatron.platform.megatron import install
-    from genac_megatron.recipe.schema import Recipe
 
-    assert isinstance(recipe, Recipe)
     torch.set_num_threads(recipe.world.threads)
     install()  # before anything imports megatron.core
     # What is missing and what it costs is said once, by `genac doctor`, not by each rank.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    from genac_megatron.stages.stopping import StopFlag
+
+    try:
+        return _joined(recipe, resume, StopFlag().install())
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in PEER_SIGNS):
+            raise
+        raise PeerLost(
+            f"a peer was lost or did not answer: {str(error).splitlines()[0]}",
+            where=f"rank {os.environ.get('RANK', '0')}",
+            way_out="look at the first rank that ended; --resume goes on from the newest checkpoint",
+        ) from error
+
+
+def _joined(recipe: Recipe, resume: bool, stop: StopFlag) -> int:
     from genac_megatron.stages.pipeline import run_recipe
     from genac_megatron.training.layout import close_world, init_world
 
@@ -101,7 +121,7 @@ def _rank(recipe: object, resume: bool) -> int:
         raise InputError(
             f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started", where="world.ranks"
         )
-    run_recipe(recipe, world, resume=resume)
+    run_recipe(recipe, world, stop, resume=resume)
     close_world()
     return EXIT_OK
 

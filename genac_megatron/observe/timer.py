@@ -37,6 +37,12 @@ class PhaseTimer:
         """Add seconds that were measured elsewhere."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    def credit(self, name: str, seconds: float) -> None:
+        """Add seconds that the work measured itself, and take them off the phase that is open around it."""
+        self.add(name, seconds)
+        if self._inner:
+            self._inner[-1] += seconds
+
     def take(self) -> dict[str, float]:
         """`time/<phase>_s` of each phase and `time/total_s` since the last take; starts from zero."""
         now = self._clock()

@@ -115,6 +115,7 @@ class RoleSink:
     def load_weights(self, version: int, tensors: Iterable[Named], *, final: bool = True) -> None:
         """Hold the tensors until the set is whole, then cut this rank's slices from them."""
         if not self.role.active:
+            self.role.serial += int(final)
             return
         self._held |= {name: tensor.clone() for name, tensor in tensors}
         if final:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ def play(
         judge=judge,
     )
     began = time.perf_counter()
-    mine = generate(generator, run.share(prompts), samples or config.samples)
+    mine = run.together(lambda: generate(generator, run.share(prompts), samples or config.samples))
     spent = time.perf_counter() - began
     groups = run.gather(mine)
     if run.icc is not None:
@@ -92,14 +92,14 @@ def _costs(run: Run, spent: float) -> dict[str, float]:
             stats = run.engines[role].stats()
             tokens[f"tokens/{phase}"] = stats["tokens"]
             tokens[f"tokens/{phase}_prompt"] = stats["prompt_tokens"]
-            run.progress.timer.add(phase, stats["seconds"])
+            run.progress.timer.credit(phase, stats["seconds"])
             spent -= stats["seconds"]
-    run.progress.timer.add("verify", max(spent, 0.0))
+    run.progress.timer.credit("verify", max(spent, 0.0))
     return run.sum_figures(tokens)
 
 
-def rollout_figures(batch: Batch) -> dict[str, float]:
-    """What the actor did in this batch."""
+def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
+    """What the actor did in this batch. `versions`: the newest published of each role."""
     rollouts = batch.rollouts
     solved = [mean(r.outcome for r in group.rollouts) for group in batch.groups]
     return {
@@ -107,9 +107,7 @@ def rollout_figures(batch: Batch) -> dict[str, float]:
         "rollout/length_mean": mean(len(r.completion.ids) for r in rollouts),
         "rollout/truncated": mean(r.truncated for r in rollouts),
         "rollout/mixed_groups": mean(0.0 < s < 1.0 for s in solved),
-        "rollout/staleness": float(
-            max(r.completion.version for r in rollouts) - min(r.completion.version for r in rollouts)
-        ),
+        "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
     }
 
 

@@ -26,10 +26,10 @@ def check_critic_gate(stage: ReinforceStage, figures: dict[str, float]) -> None:
     failures = []
     if stage.gate.brier_below_constant and not brier < constant:
         failures.append(f"Brier {brier:.4f} is not below the constant predictor's {constant:.4f}")
-    if not auc >= stage.gate.auc:
-        failures.append(f"AUC {auc:.3f} is below {stage.gate.auc}")
-    if not ranking >= stage.gate.ranking:
-        failures.append(f"ranking accuracy within a prompt {ranking:.3f} is below {stage.gate.ranking}")
+    if not auc > stage.gate.auc:
+        failures.append(f"AUC {auc:.3f} is not above {stage.gate.auc}")
+    if not ranking > stage.gate.ranking:
+        failures.append(f"ranking accuracy within a prompt {ranking:.3f} is not above {stage.gate.ranking}")
     _settle(stage.name, stage.gate.action, failures)
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.score import fill_used
+from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.evaluation import metrics
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
 from genac_megatron.recipe.schema import PpoStage, ReinforceStage, RolloutConfig, SftStage
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.rollouts import Generator, Group, Judge, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.seeds import seed_for
 
 Stage = SftStage | ReinforceStage | PpoStage
 
@@ -28,7 +29,7 @@ Stage = SftStage | ReinforceStage | PpoStage
 class HeldOut:
     """The current actor's held-out rollouts and, once asked for, Monte-Carlo values of some states."""
 
-    version: int
+    key: tuple[int, str]  # actor version, how it was sampled
     groups: list[Group]  # this rank's share
     values: dict[tuple[str, int], float] | None = None  # (rollout key, state index) -> value
 
@@ -51,7 +52,7 @@ def evaluate(
             "accuracy": metrics.avg_at_k(outcomes),
             "truncated": mean(truncated),
             "outcomes": outcomes,
-            "version": held.version,
+            "version": held.key[0],
         }
         row["critic"] = None
         if run.icc is None:
@@ -80,14 +81,16 @@ SHOWN = ("accuracy", "critic_brier", "critic_brier_constant", "critic_auc", "cri
 
 def held_out(run: Run, stage: Stage) -> HeldOut:
     """This rank's share of the current actor's held-out rollouts, made once per actor version."""
-    version = run.at.versions["actor"]
+    key = (run.at.versions["actor"], _rollout_config(run, stage).model_dump_json())
     cached: HeldOut | None = run.heldout_cache.get("actor")
-    if cached is None or cached.version != version:
+    if cached is None or cached.key != key:
         config = run.recipe.evaluation
         count = min(config.prompts, run.task.heldout_size)
         prompts = [run.task.prompt("heldout", index) for index in range(count)]
-        groups = generate(_held_generator(run, stage), run.share(prompts), config.samples)
-        cached = HeldOut(version, groups)
+        groups = run.together(
+            lambda: generate(_held_generator(run, stage), run.share(prompts), config.samples)
+        )
+        cached = HeldOut(key, groups)
         run.heldout_cache["actor"] = cached
         run.engines["actor"].stats()
     return cached
@@ -132,7 +135,7 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
 def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_carlo: bool) -> dict[str, Any]:
     assert run.icc is not None
     judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
-    judged = judge_groups(judge, held.groups)
+    judged = run.together(lambda: judge_groups(judge, held.groups))
     run.engines["critic"].stats()
     for group in judged:
         for judgements in group.judgements:
@@ -152,10 +155,13 @@ def monte_carlo_values(run: Run, stage: Stage, groups: list[Group]) -> dict[tupl
     config = run.recipe.evaluation
     states = [j.state for g in groups for js in g.judgements for j in js if j.state.index > 0]
     states += [group.judgements[0][0].state for group in groups]
-    count = max(1, config.mc_states // run.world.size)
-    every = max(1, len(states) // count)
-    chosen = states[::every][:count]
-    outcomes = continue_states(_held_generator(run, stage), chosen, config.mc_continuations)
+    ranked = sorted((seed_for(run.recipe.seed, "mc", *_key(state)), _key(state)) for state in states)
+    everywhere = sorted(pair for part in run.gather([ranked]) for pair in part)[: config.mc_states]
+    wanted = {key for _, key in everywhere}
+    chosen = [state for state in states if _key(state) in wanted]
+    outcomes = run.together(
+        lambda: continue_states(_held_generator(run, stage), chosen, config.mc_continuations)
+    )
     run.engines["actor"].stats()
     return {(s.rollout.key, s.index): mean(o) for s, o in zip(chosen, outcomes, strict=True)}
 
@@ -179,6 +185,11 @@ def critic_row(
         [r.key for _, r in pairs],
         parsed=[j.value for j, _ in pairs],
     )
+    figures["brier_used"] = figures["brier"]
+    figures["brier"] = mean(1.0 - reward(j.value, r.outcome) for j, r in pairs)  # no score: the worst error
+    unique = {id(j): j for j, _ in pairs}.values()
+    figures["parse_rate"] = mean(j.value is not None for j in unique)
+    figures["tokens_per_state"] = mean(len(j.completion.ids) for j in unique)
     with_value = {_key(j.state): j.used for j, _ in pairs if _key(j.state) in known}
     if with_value:
         keys = sorted(with_value)
@@ -187,7 +198,6 @@ def critic_row(
         figures["mse"] = metrics.mse_monte_carlo(scores, means, continuations)
         figures["mse_constant"] = metrics.mse_monte_carlo_constant(means, continuations)
         figures["mse_spearman"] = metrics.spearman(scores, means)
-    figures["tokens_per_state"] = mean(len(j.completion.ids) for j, _ in pairs)
     figures["values"] = used
     figures["outcomes"] = outcomes
     figures["positions"] = [j.state.index for j, _ in pairs]

@@ -10,7 +10,7 @@ from typing import Any
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import GenacError, InputError, StopRequested
-from genac_megatron.recipe.schema import PpoStage, ReinforceStage, SftStage
+from genac_megatron.recipe.schema import PpoStage, Recipe, ReinforceStage, SftStage
 from genac_megatron.stages.runtime import Progression, Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
@@ -50,19 +50,21 @@ class Loop:
         if evaluate is not None:
             figures = {**figures, **evaluate()}
         run.at.step = step
-        run.log_step(self.stage.name, self.stage.kind, step, self._total, figures)
+        run.log_step(self.stage.name, self.stage.kind, step, figures)
         self.checkpoints.poll()
         stop = run.stop_requested()
         every = run.recipe.checkpoint.every
         if stop or (every and step % every == 0 and step < self._total):
             self.save()
         if stop:
-            self.checkpoints.wait()
-            raise StopRequested(
-                f"stopped as asked after step {step} of {self._total} of stage {self.stage.name}; "
-                "everything is saved",
-                way_out="the same command with --resume goes on from here",
-            )
+            self._stop(f"step {step} of {self._total} of stage {self.stage.name}")
+
+    def _stop(self, after: str) -> None:
+        self.checkpoints.wait()
+        raise StopRequested(
+            f"stopped as asked after {after}; everything is saved",
+            way_out="the same command with --resume goes on from here",
+        )
 
     def save(self) -> None:
         """A checkpoint inside the stage."""
@@ -74,7 +76,10 @@ class Loop:
         for role in run.roles.values():
             role.end_stage()
         run.at = dataclasses.replace(run.at, stage=index + 1, step=0)
+        run.log_step(self.stage.name, self.stage.kind, self._total, {}, step_done=False)
         self._write(f"{self.stage.name}-end", self._total)
+        if run.stop_requested() and index + 1 < len(run.recipe.stages):
+            self._stop(f"stage {self.stage.name}")
 
     def _write(self, name: str, steps: int) -> None:
         with self.run.phase("checkpoint"):
@@ -84,21 +89,37 @@ class Loop:
 
 def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:
     """The run's small state as plain data; its logs end at step `steps` of `stage`."""
+    run.at.serials = {name: role.serial for name, role in run.roles.items()}
     at = dataclasses.asdict(run.at)
     at["icc"] = run.icc.state_dict() if run.icc is not None else None
     log = run.gather([run.log.state_dict() if run.log is not None else None])[0]
-    return {"at": at, "position": [stage, steps], "log": log, "seed": run.recipe.seed}
+    return {"at": at, "position": [stage, steps], "log": log, "recipe": fingerprint(run.recipe)}
+
+
+def fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe must stay as it was for a resumed run to be the same run."""
+    plain = recipe.model_dump(mode="json")
+    stages = [f"{stage.kind} {stage.name}" for stage in recipe.stages]
+    return {"seed": recipe.seed, "task": plain["task"], "judging": plain["judging"], "stages": stages}
+
+
+def check_resumable(recipe: Recipe, state: dict[str, Any], where: str) -> None:
+    """Raise InputError where a checkpoint's run is not the recipe's."""
+    wanted = fingerprint(recipe)
+    for key, saved in state["recipe"].items():
+        if saved != wanted[key]:
+            raise InputError(
+                f"the checkpoint was made with {key} {saved}, the recipe says {wanted[key]}",
+                where=where,
+                way_out="resume with the recipe that made it (recipe.yaml in the run folder)",
+            )
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
-    """Take over `run_state`. Raises InputError where the recipe is another one's."""
-    if state["seed"] != run.recipe.seed:
-        raise InputError(
-            f"the checkpoint was made with seed {state['seed']}, the recipe says {run.recipe.seed}",
-            where=str(run.folder.checkpoints),
-            way_out="resume with the recipe in the run folder",
-        )
+    """Take over `run_state`."""
     run.at = Progression(**state["at"])
+    for name, serial in run.at.serials.items():
+        run.roles[name].serial = serial
     if run.at.icc is not None:
         run.icc = IccState(0.0)
         run.icc.load_state_dict(run.at.icc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 
 from genac_megatron.algorithms.advantages import gated_lam
@@ -22,7 +23,7 @@ from genac_megatron.stages.batch import (
 )
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.training.role import StepResult
 
@@ -43,7 +44,7 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
         lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
         figures = {
             **batch.figures,
-            **rollout_figures(batch),
+            **rollout_figures(batch, run.at.versions),
             **judge_figures(batch),
             "actor/lam": lam,
             "critic/p_bar": run.icc.p_bar if run.icc else float("nan"),
@@ -64,18 +65,19 @@ def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) 
     samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss.aggregate)
     temperature = stage.rollout.temperature
     loss = make_ppo_loss(stage.actor_loss)
-    several = stage.epochs * stage.minibatches > 1
     with run.phase("actor_train"):
-        if not several:
+        if stage.epochs * stage.minibatches == 1:
             result = run.actor.train_step(samples, loss, temperature=temperature, with_entropy=True)
-            before = result.logprobs
+            results, before = [result], result.logprobs
         else:
             before = run.actor.logprobs(samples, temperature=temperature)
             for sample, old in zip(samples, before, strict=True):
                 sample.fields["old"] = old
-            for part in minibatches(samples, stage, seed_for(run.recipe.seed, stage.name, step)):
-                result = run.actor.train_step(part, loss, temperature=temperature, with_entropy=True)
-    return trained_figures("actor", result, samples, before)
+            results = [
+                run.actor.train_step(part, loss, temperature=temperature, with_entropy=True)
+                for part in minibatches(samples, stage, seed_for(run.recipe.seed, stage.name, step))
+            ]
+    return trained_figures("actor", results, samples, before)
 
 
 def minibatches(samples: list[Sample], stage: PpoStage, seed: int) -> list[list[Sample]]:
@@ -106,15 +108,16 @@ def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:
             temperature=run.recipe.judging.temperature,
             with_entropy=True,
         )
-    return trained_figures("critic", result, samples, result.logprobs)
+    return trained_figures("critic", [result], samples, result.logprobs)
 
 
 def trained_figures(
-    role: str, result: StepResult, samples: list[Sample], logprobs: list[list[float]]
+    role: str, results: Sequence[StepResult], samples: list[Sample], logprobs: list[list[float]]
 ) -> dict[str, float]:
-    """A step's figures: the loss's own, its tokens, and the parity of trainer and engine."""
-    stats = dict(result.stats)
-    tokens = stats.pop("tokens")
+    """The figures of a step's updates: means of the losses' own, tokens in all, parity before the first."""
+    stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
+    stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
+    tokens = stats.pop("tokens") * len(results)
     return {
         **prefixed(role, stats),
         f"tokens/{role}_train": tokens,

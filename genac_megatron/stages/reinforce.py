@@ -25,13 +25,13 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
     for step in loop.steps(stage.steps):
         prompts = next_prompts(run, stage.rollout.prompts)
         batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
-        figures = {**batch.figures, **rollout_figures(batch), **judge_figures(batch)}
+        figures = {**batch.figures, **rollout_figures(batch, run.at.versions), **judge_figures(batch)}
         samples = critic_samples(batch, stage.train_states, stage.baseline, stage.loss)
         with run.phase("critic_train"):
             result = run.critic.train_step(
                 samples, loss, temperature=run.recipe.judging.temperature, with_entropy=True
             )
-        figures |= trained_figures("critic", result, samples, result.logprobs)
+        figures |= trained_figures("critic", [result], samples, result.logprobs)
         if run.icc is not None:
             run.icc.update(batch.outcomes, advance=False)
         figures |= run.publish("critic")

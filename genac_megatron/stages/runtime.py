@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import InputError
+from genac_megatron.errors import GenacError, InputError
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
@@ -27,6 +25,7 @@ from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import Recipe, RoleConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
+from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
@@ -34,6 +33,7 @@ from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Progression:
     step: int = 0  # its steps that are done
     cursor: int = 0  # training prompts consumed
     versions: dict[str, int] = field(default_factory=dict)  # of each role's published weights
+    published: dict[str, int] = field(default_factory=dict)  # Role.serial at that publication
+    serials: dict[str, int] = field(default_factory=dict)  # Role.serial, when saved
     icc: dict[str, Any] | None = None
     explained_variance: float | None = None  # the critic's, held-out, best so far
 
@@ -51,21 +53,32 @@ class Progression:
 class Run:
     """One rank's view of a run. Collective methods are called by every rank in the same order."""
 
-    def __init__(self, recipe: Recipe, world: World, log: MetricsLog | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        log: MetricsLog | None,
+        progress: Progress,
+        stop: StopFlag,
+        *,
+        resuming: bool = False,
+    ) -> None:
         self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
         self.folder = RunFolder(Path(recipe.runs) / recipe.name)
         self.at = Progression()
         self.tokenizers = {n: load_tokenizer(_tokenizer_spec(n, r)) for n, r in recipe.roles.items()}
-        self.task = make_task(recipe.task, self.tokenizers["actor"], recipe.seed)
+        speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
+        self.task = make_task(recipe.task, self.tokenizers[speaker], recipe.seed)
         self.roles: dict[str, Role] = {}
         self.engines: dict[str, Engine] = {}
         self.publishers: dict[str, Publisher] = {}
         for name, config in recipe.roles.items():
             self._build_role(name, config)
-        self._start_from_checkpoints()
+        if not resuming:
+            self._start_from_checkpoints()
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
-        self._stop = False
+        self._stop = stop
         self._began = time.perf_counter()
 
     def _build_role(self, name: str, config: RoleConfig) -> None:
@@ -102,14 +115,19 @@ class Run:
         return stop_token_ids(self.tokenizers[role])
 
     def publish(self, *names: str, advance: bool = True) -> dict[str, float]:
-        """Bring the roles' current weights to their engines under the next version.
+        """Bring the roles' current weights to their engines under the next version, where they changed.
 
         Without `advance` the version stays: engines that lost their weights get them again.
         """
         figures: dict[str, float] = {}
         with self.phase("publish"):
             for name in names:
+                unchanged = self.at.published.get(name) == self.roles[name].serial
+                if advance and unchanged and self.engines[name].version == self.at.versions[name]:
+                    continue
                 version = self.at.versions.get(name, 0) + int(advance)
+                if advance:
+                    self.at.published[name] = self.roles[name].serial
                 self.at.versions[name] = version
                 stats = self.publishers[name].publish(version)
                 figures[f"publish/{name}_version"] = float(version)
@@ -140,6 +158,23 @@ class Run:
         longest = max(len(part) for part in parts)
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
+    def together(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank; where it fails on one, raise the same error on all. Collective."""
+        failure: GenacError | None = None
+        try:
+            result = act()
+        except GenacError as error:
+            failure = error
+        except Exception as error:
+            logger.error("rank %d failed", self.world.rank, exc_info=True)
+            failure = GenacError(f"{type(error).__name__}: {error}", where=f"rank {self.world.rank}")
+        told = None if failure is None else (type(failure), failure.what, failure.where, failure.way_out)
+        for other in self.gather([told]):
+            if other is not None:
+                kind, what, where, way_out = other
+                raise kind(what, where=where, way_out=way_out) from failure
+        return result
+
     def sum_figures(self, figures: dict[str, float]) -> dict[str, float]:
         """Each figure summed over ranks."""
         parts = self.gather([figures])
@@ -151,15 +186,27 @@ class Run:
 
     # --- logging ---------------------------------------------------------------------------------
 
-    def log_step(self, stage: str, kind: str, step: int, total: int, metrics: dict[str, float]) -> None:
-        """One row of figures, with times, memory and versions added. Collective (memory is summed)."""
+    def log_step(
+        self, stage: str, kind: str, step: int, metrics: dict[str, float], *, step_done: bool = True
+    ) -> None:
+        """One row of figures, with times and memory added. Collective (memory is summed over ranks).
+
+        Not `step_done`: what a stage spent after its last step.
+        """
         memory = self.sum_figures(
             {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
         )
         times = self.progress.timer.take()
         if self.log is not None:
             self.log.log(stage, kind, step, {**metrics, **memory, **times})
-        self.progress.step(step, metrics)
+        if step_done:
+            self.progress.step(step, metrics)
+        for role in self.roles:
+            gap = metrics.get(f"parity/{role}_p99", 0.0)
+            if gap > self.recipe.observe.parity_alarm:
+                self.progress.note(
+                    f"[{stage}] warning: trainer and engine of {role} differ: p99 |delta log-prob| {gap:.3g}"
+                )
 
     def append(self, log: str, row: dict[str, Any]) -> None:
         """A row of one of the run folder's other logs, by rank 0."""
@@ -168,23 +215,9 @@ class Run:
 
     # --- stopping --------------------------------------------------------------------------------
 
-    def install_signals(self) -> None:
-        """SIGUSR1, SIGTERM and SIGINT ask for a checkpoint and an end at the next safe point."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self._stop and number == signal.SIGINT:
-            os._exit(130)  # asked a second time: leave at once, the last checkpoint stands
-        self._stop = True
-
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all. Collective."""
-        if self.world.size == 1:
-            return self._stop
-        flag = torch.tensor([int(self._stop)], device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return any(self.gather([self._stop.asked]))
 
     def close(self) -> None:
         """Release engines and logs."""

@@ -26,6 +26,7 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
     """`epochs` passes over the data in batches; a critic is then held to its parse rate."""
     role = run.roles[stage.role]
     if loop.fresh:
+        run.at.explained_variance = None  # of a critic, or about an actor, that is about to change
         if stage.start_from is not None:
             run.copy_weights(stage.start_from, stage.role)
         run.publish(*run.roles)
@@ -103,7 +104,7 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
     if kind == "self":
         samples = own_traces(run, stage, states)
     elif kind == "endpoint":
-        mine = traces.endpoint_samples(run.share(states), stage.teacher, context)
+        mine = run.together(lambda: traces.endpoint_samples(run.share(states), stage.teacher, context))
         samples = run.gather(mine)
     elif run.task.teacher is not None:
         samples = traces.exact_samples(states, run.task.teacher, context)
@@ -135,13 +136,15 @@ def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:
 
     mine = run.share(states)
     generator = actor_generator(run, stage, (run.recipe.seed, stage.name, "monte carlo"))
-    values = [mean(o) for o in continue_states(generator, mine, stage.teacher.continuations)]
+    outcomes = run.together(lambda: continue_states(generator, mine, stage.teacher.continuations))
+    values = [mean(o) for o in outcomes]
     judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, stage.name, "own"))
 
     async def judge_all() -> list[Judgement]:
         return list(await asyncio.gather(*(judge.judge(state) for state in mine)))
 
-    kept = traces.accept(asyncio.run(judge_all()), values, stage.teacher.tolerance)
+    judgements = run.together(lambda: asyncio.run(judge_all()))
+    kept = traces.accept(judgements, values, stage.teacher.tolerance)
     return run.gather(traces.own_samples(kept))
 
 

@@ -75,7 +75,9 @@ def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
         if local.type == "cuda":
             torch.cuda.set_device(local)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(platform.backend(), timeout=_timeout)
+            # Objects (rollouts) travel over gloo, also where tensors travel over NCCL.
+            backend = "gloo" if local.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=_timeout)
         else:
             dist.init_process_group(
                 platform.backend(), timeout=_timeout, store=dist.HashStore(), rank=0, world_size=1

@@ -49,14 +49,15 @@ def _megatron_config(optimizer: OptimizerConfig, training: TrainingConfig) -> Me
 
 
 def build_scheduler(megatron_optimizer: Any, optimizer: OptimizerConfig, total_steps: int) -> Any:
-    """Linear warm-up from 0, then constant, linear or cosine down to min_lr at the stage's last step."""
-    decay_steps = max(total_steps, optimizer.warmup_steps + 1)
+    """Linear warm-up whose first step is lr / warmup_steps, then constant, linear or cosine down to min_lr at the stage's last step."""
+    rising = max(optimizer.warmup_steps - 1, 0)  # steps between the first one's lr and the whole
+    decay_steps = max(total_steps, rising + 1)
     return OptimizerParamScheduler(
         megatron_optimizer,
-        init_lr=0.0 if optimizer.warmup_steps else optimizer.lr,
+        init_lr=optimizer.lr / max(optimizer.warmup_steps, 1),
         max_lr=optimizer.lr,
         min_lr=min(optimizer.min_lr, optimizer.lr),
-        lr_warmup_steps=optimizer.warmup_steps,
+        lr_warmup_steps=rising,
         lr_decay_steps=decay_steps,
         lr_decay_style=optimizer.schedule,
         start_wd=optimizer.weight_decay,

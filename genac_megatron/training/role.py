@@ -56,6 +56,7 @@ class Role:
         self.scheduler: Any = None
         self.optimizer_config: OptimizerConfig = config.optimizer
         self.total_steps = 1
+        self.serial = 0  # changes whenever the weights do, on every rank of the world
         if self.active:
             self.models = build_model(shape, layout, groups, config.training)
             self.model_config = self.models[0].config
@@ -64,7 +65,7 @@ class Role:
         self.multiple = multiple_for(
             tp=layout.tp if layout.sequence_parallel else 1,
             cp=layout.cp,
-            fp8=config.training.fp8 != "off",
+            fp8=config.training.fp8,
         )
 
     def _wrap(self, model: Any, index: int) -> Any:
@@ -118,6 +119,7 @@ class Role:
 
     def refresh_master(self) -> None:
         """After the weights were written from outside: copy them to the fp32 master weights."""
+        self.serial += 1
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -136,6 +138,7 @@ class Role:
         The loss is a sum over tokens whose `weights` are normalised over the batch, so the step is the
         same in every layout.
         """
+        self.serial += 1
         result: tuple[dict[str, float], list[list[float]]] | None = None
         if self.active:
             for chunk in self.chunks:

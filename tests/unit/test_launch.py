@@ -138,7 +138,7 @@ def test_the_first_failure_wins_and_the_others_are_ended_after_the_grace(start: 
         if rank == 1:
             sys.exit(3)
         time.sleep(0.5 if rank == 0 else 60)
-        sys.exit(1)
+        sys.exit(2)
         """,
         ranks=3,
     )
@@ -158,13 +158,18 @@ def test_a_rank_may_end_by_itself_within_the_grace(start: Start) -> None:
 
 
 def test_of_failures_at_once_one_that_says_why_wins(start: Start) -> None:
-    """Rank 1 names what is wrong; rank 0 only loses its peer, in the same instant."""
+    """Rank 1 names what is wrong; rank 0 loses its peer right after, mostly within the same poll."""
     launched = start(
         """
         note("ready")
         while not all(os.path.exists(f"rank{r}") and "ready" in open(f"rank{r}").read() for r in range(2)):
             time.sleep(0.001)
-        os._exit(1 + rank)
+        if rank == 1:
+            os._exit(2)
+        peer = int(open("rank1").read().split()[0])
+        while os.path.exists(f"/proc/{peer}") and ") Z " not in open(f"/proc/{peer}/stat").read():
+            time.sleep(0.001)
+        os._exit(1)
         """
     )
     assert launched.end() == 2
