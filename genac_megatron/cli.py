@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _report(Path(options.run))
             case _:
                 return _doctor()
+    except KeyboardInterrupt:
+        print("genac: interrupted before anything was begun", file=sys.stderr, flush=True)
+        return 130
     except GenacError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             kind = "error" if error.exit_code != 75 else "stopped"
@@ -91,8 +94,10 @@ def _rank(recipe: Recipe, resume: bool) -> int:
     """This process's part of a run."""
     import torch
 
+    from genac_megatron.launch import follow_launcher
     from genac_megatron.platform.megatron import install
 
+    follow_launcher()
     torch.set_num_threads(recipe.world.threads)
     install()  # before anything imports megatron.core
     # What is missing and what it costs is said once, by `genac doctor`, not by each rank.

@@ -6,6 +6,8 @@ about to save. Here each rank's exit code means something (errors.py) and a stop
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 import signal
@@ -21,6 +23,8 @@ from genac_megatron.errors import EXIT_GATE, EXIT_INPUT, EXIT_LOST, EXIT_OK, EXI
 GRACE_S = 20.0  # how long other ranks may go on after one has failed
 LEAVE_S = 2.0  # and after a second Ctrl-C, which a rank inside a collective does not see
 PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
+LAUNCHER = "GENAC_LAUNCHER_PID"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 SAYING = (EXIT_INPUT, EXIT_GATE, EXIT_LOST, EXIT_REQUEUE)  # exit codes that say why
 INTERRUPTED = 128 + signal.SIGINT
@@ -53,6 +57,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def follow_launcher() -> None:
+    """Ask the kernel (Linux) for a SIGTERM should the launcher that started this rank die."""
+    if os.environ.get(LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Launcher:
@@ -88,6 +98,7 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": str(self.threads),
+                LAUNCHER: str(os.getpid()),
             }
             # A session of its own: a Ctrl-C reaches the ranks through us, once.
             self._children.append(subprocess.Popen(self.command, env=environ, start_new_session=True))
@@ -123,6 +134,12 @@ class Launcher:
 
     def _end(self) -> None:
         """Nothing of ours outlives us, helper processes of the ranks included."""
+        self._end_ranks()
+        for child in self._children:
+            with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
+                os.killpg(child.pid, signal.SIGKILL)
+
+    def _end_ranks(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             alive = [child for child in self._children if child.poll() is None]
             for child in alive:

@@ -175,7 +175,9 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
         if getattr(shape, what) % layout.tp:
             raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
     if layout.cp > 1:
-        raise InputError("cp > 1 is not built yet: packs are not cut over context-parallel ranks", where=where)
+        raise InputError(
+            "cp > 1 is not built yet: packs are not cut over context-parallel ranks", where=where
+        )
     if layout.ep > 1:
         raise InputError("ep needs a mixture of experts, and this family is dense", where=where)
     if training.fp8 != "off" and specs != "te":

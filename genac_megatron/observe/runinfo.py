@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from genac_megatron.errors import GenacError
 
 Position = tuple[str, int]  # (stage name, number of its steps that are done)
 METRICS, EVALUATIONS, ROLLOUTS = "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"
@@ -33,13 +36,26 @@ def jsonable(value: Any) -> Any:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write so that a reader, or a crash, sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GenacError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            way_out="free space or make it writable; --resume goes on from the newest checkpoint",
+        ) from error
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -100,7 +116,8 @@ class RunFolder:
 
     def append(self, log: str, row: Mapping[str, Any]) -> None:
         """Append one object, flushed to the system before the call returns."""
-        with (self.path / log).open("a", encoding="utf-8") as file:
+        path = self.path / log
+        with _writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
     def resolved_recipe(self) -> dict[str, Any]:

@@ -197,8 +197,8 @@ class Run:
             {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
         )
         times = self.progress.timer.take()
-        if self.log is not None:
-            self.log.log(stage, kind, step, {**metrics, **memory, **times})
+        row = {**metrics, **memory, **times}
+        self.together(lambda: self.log.log(stage, kind, step, row) if self.log is not None else None)
         if step_done:
             self.progress.step(step, metrics)
         for role in self.roles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.critic import traces
 from genac_megatron.errors import InputError
+from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Judgement, Sample, State
 from genac_megatron.stages.batch import Batch, play, prefixed, supervised
@@ -33,7 +35,7 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
         if stage.data == "traces":
             evaluate(run, stage, "start", 0, critic=False)  # seeds p_bar
     with run.phase("data"):
-        samples = make_data(run, stage)
+        samples = kept_data(run, stage, fresh=loop.fresh)
     per_epoch = math.ceil(len(samples) / stage.batch)
     total = per_epoch * stage.epochs
     role.begin_stage(stage.optimizer, total)
@@ -55,8 +57,24 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
         check_sft_gate(stage, evaluate(run, stage, "end", total, monte_carlo=True))
 
 
+def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
+    """The stage's samples, made once and kept in the run folder: a resume trains on the same ones.
+
+    A teacher asked again would answer otherwise, a critic that is trained by now judge otherwise.
+    """
+    path = run.folder.path / "data" / f"{stage.name}.jsonl"
+    if not fresh and path.exists():
+        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        return [Sample(row["tokens"], row["start"]) for row in rows]
+    samples = make_data(run, stage)
+    if run.world.rank == 0:
+        lines = (json.dumps({"tokens": sample.tokens, "start": sample.start}) for sample in samples)
+        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+    return samples
+
+
 def make_data(run: Run, stage: SftStage) -> list[Sample]:
-    """The stage's samples, the same on every rank and after a resume."""
+    """The stage's samples, the same on every rank."""
     if stage.data == "jsonl":
         return jsonl_samples(run, stage)
     if stage.data == "demonstrations":
@@ -156,7 +174,10 @@ def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
     tokenizer = run.tokenizers[stage.role]
     if stage.path is None:
         raise InputError("data: jsonl needs a path", where=f"stage {stage.name}")
+    conversations = read_conversations(Path(stage.path))
+    used = conversations[: stage.size]
+    run.progress.note(f"[{stage.name}] {len(used)} of {len(conversations)} conversations")
     return [
         traces.to_sample(tokenizer, chat_ids(tokenizer, messages[:-1]), messages[-1]["content"])
-        for messages in read_conversations(Path(stage.path))
-    ][: stage.size]
+        for messages in used
+    ]

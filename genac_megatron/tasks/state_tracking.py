@@ -99,7 +99,9 @@ class StateTrackingTeacher(Teacher):
         row, lines = puzzle.start, [puzzle.start_line()]
         for number, swap in enumerate(puzzle.swaps, 1):
             slips = rng.random() < self.slip_rate
-            row = overwrite(row, swap if rng.random() < 0.5 else swap[::-1]) if slips else apply_swap(row, swap)
+            row = (
+                overwrite(row, swap if rng.random() < 0.5 else swap[::-1]) if slips else apply_swap(row, swap)
+            )
             lines.append(write_line(number, swap, row))
         return "\n".join((*lines, f"answer {' '.join(row)}"))
 
