@@ -228,6 +228,30 @@ def test_helpers_of_a_rank_are_ended_too(start: Start) -> None:
     assert launched.end() == 2
 
 
+def test_helpers_of_a_rank_that_is_gone_already_are_ended_too(start: Start) -> None:
+    launched = start(
+        """
+        helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        note(str(helper.pid))
+        os._exit(3)
+        """
+    )
+    launched.wait_for(lambda notes: len(notes) == 2)
+    assert launched.end() == 3
+    assert len(launched.pids()) == 4
+
+
+def test_ranks_are_told_when_the_launcher_is_killed(start: Start) -> None:
+    """They may still save; a real rank takes SIGTERM as a request to stop."""
+    launched = start(
+        "from genac_megatron.launch import follow_launcher\nfollow_launcher()" + NOTE_SIGNALS
+        + "while 'SIGTERM' not in open(f'rank{rank}').read(): time.sleep(0.02)\nnote('saved')"
+    )  # fmt: skip
+    launched.ready()
+    launched.process.kill()
+    launched.wait_for(lambda notes: notes[1:] == ["ready", "SIGTERM", "saved"])
+
+
 def test_a_command_that_cannot_start_leaves_no_ranks(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(
         """

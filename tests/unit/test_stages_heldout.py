@@ -48,17 +48,21 @@ def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> Non
     assert row["positions"] == [0, 1, 2, 0, 1, 0, 1, 0, 1]
     assert row["prompts"] == ["heldout/0"] * 5 + ["heldout/1"] * 4
     pairs = list(zip(row["values"], row["outcomes"], strict=True))
-    assert row["brier"] == pytest.approx(statistics.fmean((v - r) ** 2 for v, r in pairs))
+    assert row["brier_used"] == pytest.approx(statistics.fmean((v - r) ** 2 for v, r in pairs))
+    errors = [1.0 if i == 6 else (v - r) ** 2 for i, (v, r) in enumerate(pairs)]  # no score: the worst
+    assert row["brier"] == pytest.approx(statistics.fmean(errors))
     assert row["brier_constant"] == pytest.approx(statistics.pvariance(row["outcomes"]))
     wins = [(v > w) + (v == w) / 2 for v, r in pairs for w, q in pairs if r > q]
     assert row["auc"] == pytest.approx(statistics.fmean(wins))
-    assert row["tokens_per_state"] == pytest.approx(statistics.fmean([2, 4, 4, 2, 4, 2, 4, 2, 4]))
+    assert row["tokens_per_state"] == pytest.approx(
+        statistics.fmean([2, 4, 4, 4, 2, 4, 4])
+    )  # each judgement once
 
 
-def test_what_did_not_parse_counts_in_the_parse_rate_alone(groups: list[Group]) -> None:
-    """Its fallback is used as a value, but it is no score."""
+def test_what_did_not_parse_is_no_score(groups: list[Group]) -> None:
+    """Its fallback is used as a value; a prompt state's judgement counts once in the parse rate."""
     row = critic_row(groups, {}, 16)
-    assert row["parse_rate"] == pytest.approx(8 / 9)
+    assert row["parse_rate"] == pytest.approx(6 / 7)
     histogram = [0] * 11
     for n in (6, 7, 10, 6, 2, 3, 3, 9):
         histogram[n] += 1

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from genac_megatron.stages.seeds import seed_for
 
 parts = st.lists(
-    st.one_of(st.integers(), st.text(alphabet=st.characters(exclude_characters="\x1f"))), min_size=1
+    st.one_of(st.integers(), st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\x1f"))),
+    min_size=1,
 )
 
 

@@ -140,7 +140,10 @@ def test_the_trace_says_how_far_it_is_what_is_there_and_whether_all_is_right(
     bad = rows[1:] != simulate(puzzle)[:done]
     row = rows[-1] if rows else list(puzzle.start)
     call = " ".join(f"{name} {'+' if name in row else '-'}" for name in sorted(puzzle.start))
-    wanted = [f"step {done} of {len(puzzle.swaps)} row {' '.join(row)}", f"has {call} {'bad' if bad else 'ok'}"]
+    wanted = [
+        f"step {done} of {len(puzzle.swaps)} row {' '.join(row)}",
+        f"has {call} {'bad' if bad else 'ok'}",
+    ]
     left = len(puzzle.swaps) - done
     if not bad:
         wanted.append(f"left {left}")
