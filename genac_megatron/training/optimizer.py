@@ -49,7 +49,7 @@ def _megatron_config(optimizer: OptimizerConfig, training: TrainingConfig) -> Me
 
 
 def build_scheduler(megatron_optimizer: Any, optimizer: OptimizerConfig, total_steps: int) -> Any:
-    """Linear warm-up from lr / warmup_steps, then constant, linear or cosine down to min_lr at the last step."""
+    """Warm-up from lr / warmup_steps, then constant, linear or cosine down to min_lr at the last step."""
     rising = max(optimizer.warmup_steps - 1, 0)  # steps between the first one's lr and the whole
     decay_steps = max(total_steps, rising + 1)
     return OptimizerParamScheduler(
