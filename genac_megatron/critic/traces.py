@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from genac_megatron.critic.endpoint import ask_endpoint
@@ -89,18 +89,32 @@ def to_sample(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], tex
     return Sample(tokens=[*prompt_ids, *encode_data(tokenizer, text), end], start=len(prompt_ids))
 
 
-def exact_samples(states: Sequence[State], teacher: Teacher, context: TraceContext) -> list[Sample]:
+LATER_STEPS = 100  # steps that a made-up actor may be said to be at
+
+
+def exact_samples(
+    states: Sequence[State],
+    teacher: Teacher,
+    context: TraceContext,
+    p_bar_range: tuple[float, float] | None = None,
+) -> list[Sample]:
     """Traces of a task's exact teacher. Each state has its own seeded rng: order and ranks don't matter.
 
+    With `p_bar_range` each trace is about an actor of another strength, drawn from the range, at any step:
+    so the critic learns how a value depends on the conditioning before the actor moves.
     A trace longer than the critic may write is left out.
     """
     samples = []
     for state in states:
         rng = random.Random(f"trace/{context.seed}/{state.rollout.key}/{state.index}")
         partial = state_text(state, context.actor_tokenizer)
-        reasoning, score = teacher.trace(state.rollout.prompt, partial, context.icc.p_bar, rng)
+        shown = context
+        if p_bar_range is not None:
+            p_bar = round(rng.uniform(*p_bar_range), 2)
+            shown = replace(context, icc=replace(context.icc, p_bar=p_bar, step=rng.randrange(LATER_STEPS)))
+        reasoning, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)
         text = f"{reasoning.rstrip()}\n{format_answer(score)}".lstrip("\n")
-        sample = to_sample(context.tokenizer, context.prompt_ids(state), text)
+        sample = to_sample(context.tokenizer, shown.prompt_ids(state), text)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)
     return samples

@@ -125,7 +125,7 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
         mine = run.together(lambda: traces.endpoint_samples(run.share(states), stage.teacher, context))
         samples = run.gather(mine)
     elif run.task.teacher is not None:
-        samples = traces.exact_samples(states, run.task.teacher, context)
+        samples = traces.exact_samples(states, run.task.teacher, context, stage.teacher.p_bar_range)
     else:
         raise InputError(
             f"the task {run.recipe.task.kind} has no exact teacher",

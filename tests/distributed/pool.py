@@ -30,6 +30,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from genac_megatron.platform.megatron import install
+
 RANKS = 4
 COLLECTIVE_S = 60.0  # a collective whose peers do not come fails after this
 GRACE_S = 1.0  # how long other ranks may still report after the first error
@@ -51,6 +53,7 @@ class Pool:
     """`ranks` processes of one gloo world, started at the first run and kept."""
 
     def __init__(self, ranks: int = RANKS) -> None:
+        install()  # from 0.19 on every tensor that a rank pickles makes the reader import megatron.core
         self.ranks = ranks
         self._workers: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []

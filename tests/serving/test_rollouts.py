@@ -66,7 +66,7 @@ def chain_engine(links: dict[int, dict[int, float]]) -> EmbeddedEngine:
     Attention and MLP write nothing, so the hidden state is the current token's one-hot embedding.
     """
     vocab = len(TOKENIZER)
-    shape = model_shape(layers=1, hidden=vocab, ffn=4, tie_embeddings=False)
+    shape = model_shape(layers=1, hidden=vocab, head_dim=8, ffn=4, tie_embeddings=False)
     # RMS norm brings a one-hot vector to the length sqrt(hidden).
     embedding, head = torch.eye(vocab), torch.full((vocab, vocab), -30.0)
     for current, following in links.items():

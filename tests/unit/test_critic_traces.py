@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -327,3 +328,23 @@ def test_endpoint_traces_parse_fit_and_never_saw_the_outcome(serve: Any) -> None
     assert all("SECRET" not in json.dumps(body) for body in server.bodies)
     other = cut_states(rollout("a\nb\nc\nd", outcome=0.0), TINY, StatesConfig(min_segment=2))
     assert [endpoint_messages(s, CONTEXT) for s in states] == [endpoint_messages(s, CONTEXT) for s in other]
+
+
+def test_exact_traces_about_actors_of_a_range_show_and_use_another_p_bar_each() -> None:
+    tokenizer = load_tokenizer("builtin:tiny")
+    config = StateTrackingTask(kind="state_tracking", train_size=40, heldout_size=8)
+    task = StateTracking(config, tokenizer, 0)
+    states = []
+    for index in range(30):
+        rollout = Rollout(task.prompt("train", index), 0, Completion((), (), "stop"), "")
+        states.append(State(rollout, 0, 0, 0))
+    judging = JudgingConfig(template="brief", max_new_tokens=64)
+    context = TraceContext(tokenizer, tokenizer, judging, IccState(0.5), limit=64)
+    assert task.teacher is not None
+    texts = [tokenizer.decode(s.tokens) for s in exact_samples(states, task.teacher, context, (0.4, 0.9))]
+    shown = [float(re.search(r" p (\d\.\d\d)", text).group(1)) for text in texts]  # type: ignore[union-attr]
+    assert all(0.4 <= p <= 0.9 for p in shown)
+    assert len(set(shown)) > 10
+    for text, p_bar, state in zip(texts, shown, states, strict=True):
+        wanted = task.teacher.trace(state.rollout.prompt, "", p_bar, random.Random(0))[1]
+        assert f"<answer>{wanted}</answer>" in text
