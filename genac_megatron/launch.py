@@ -61,8 +61,12 @@ def free_port() -> int:
 
 def follow_launcher() -> None:
     """Ask the kernel (Linux) for a SIGTERM should the launcher that started this rank die."""
-    if os.environ.get(LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if launcher != str(os.getppid()):  # it was gone before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Launcher:

@@ -38,7 +38,7 @@ RECIPE: dict[str, Any] = {
         }
         for name in ("actor", "critic")
     },
-    "judging": {"template": "brief", "max_new_tokens": 24, "states": {"max_states": 3, "min_segment": 4}},
+    "judging": {"template": "brief", "max_new_tokens": 40, "states": {"max_states": 3, "min_segment": 4}},
     "stages": [
         {"kind": "sft", "name": "sft-actor", "role": "actor", "data": "demonstrations", "size": 24,
          "epochs": 1, "batch": 8},
