@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from genac_megatron.observe.report_data import RunData
 
@@ -111,19 +112,28 @@ def png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
 
 
 def bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
-    """Stages as lightly tinted bands of the axis of all steps, named along the top."""
+    """Stages as lightly tinted bands of the axis of all steps, named along the top, each equally wide.
+
+    A stage of fifty dear steps is as much worth seeing as one of a thousand cheap ones.
+    """
     end = max(len(run.metrics), 1)
-    for span in run.spans:
-        if span.last == span.first:
-            continue
+    spans = [span for span in run.spans if span.last > span.first]
+    edges = [spans[0].first, *(span.last for span in spans)] if spans else [0, end]
+    places = np.linspace(0.0, 1.0, len(edges))
+    if len(spans) > 1:
+        axes.set_xscale(
+            "function",
+            functions=(lambda x: np.interp(x, edges, places), lambda y: np.interp(y, places, edges)),
+        )
+    for span in spans:
         axes.axvspan(span.first, span.last, color=theme.of(span.kind), alpha=0.07, linewidth=0)
         if span.first:
             axes.axvline(span.first, color=theme.soft, alpha=0.35, linewidth=0.8)
-        if names and span.last - span.first >= 0.015 * len(span.name) * end:
+        if names and 1.0 / len(spans) >= 0.015 * len(span.name):
             axes.annotate(
                 span.name,
-                ((span.first + span.last) / 2, 1.0),
-                xycoords=("data", "axes fraction"),
+                (float(np.interp((span.first + span.last) / 2, edges, places)), 1.0),
+                xycoords="axes fraction",
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="center",
@@ -131,8 +141,13 @@ def bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
                 fontsize=8,
                 color=theme.of(span.kind),
             )
-    axes.set_xlim(0, end)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.set_xlim(edges[0], edges[-1])
+    if len(spans) > 1:
+        halves = [(a + b) // 2 for a, b in pairwise(edges)]
+        axes.xaxis.set_major_locator(FixedLocator(sorted({*edges, *halves})))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.set_xlabel("step, over all stages")
 
 
