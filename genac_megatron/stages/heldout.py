@@ -143,7 +143,9 @@ def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_car
     if monte_carlo and held.values is None and run.recipe.evaluation.mc_states:
         held.values = monte_carlo_values(run, stage, judged)
     groups = run.gather(judged)
-    known = {k: v for part in run.gather([held.values or {}]) for k, v in part.items()}
+    # Only where asked for: a resumed run has no values left over from an earlier stage.
+    mine = held.values if monte_carlo and held.values is not None else {}
+    known = {k: v for part in run.gather([mine]) for k, v in part.items()}
     row = critic_row(groups, known, run.recipe.evaluation.mc_continuations)
     for group in groups[: run.recipe.observe.shown_rollouts]:
         run.append(ROLLOUTS, shown_rollout(run, stage.name, step, group.rollouts[0], group.judgements[0]))
