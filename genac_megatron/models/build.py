@@ -38,6 +38,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from genac_megatron import platform
+from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import plan_of
@@ -47,7 +48,6 @@ from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.logprobs import vocab_parallel_logprobs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FP8 = {  # training.fp8 -> Megatron's (format, recipe)
     "delayed": ("hybrid", "delayed"),
     "tensorwise": ("hybrid", "tensorwise"),

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genac_megatron import platform
+from genac_megatron.dtypes import DTYPES
 from genac_megatron.models.mapping import load_hf_into, param_rules, unshard
 from genac_megatron.publication.plan import Bucket, Item, make_plan
 from genac_megatron.training.layout import Coords
-from genac_megatron.training.optimizer import DTYPES
 from genac_megatron.training.role import Role
 
 Named = tuple[str, Tensor]

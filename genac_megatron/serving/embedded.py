@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Request
 from genac_megatron.serving.engine import Engine, check_ids, check_request
 from genac_megatron.serving.generation import CPU_ATTENTION, Generation, score_continuations
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETTLE_TURNS = 8  # of the loop between batches: what consumers submit at once joins the next batch
 
 

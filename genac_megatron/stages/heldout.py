@@ -46,7 +46,8 @@ def evaluate(
         held = held_out(run, stage)
         outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
         flat = [x for values in outcomes.values() for x in values]
-        truncated = [r.truncated for part in run.gather([_rollouts(held.groups)]) for r in part]
+        cut_off = [rollout.truncated for group in held.groups for rollout in group.rollouts]
+        truncated = [flag for part in run.gather([cut_off]) for flag in part]
         row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "name": name, "step": step}
         row["actor"] = {
             "accuracy": metrics.avg_at_k(outcomes),
@@ -212,10 +213,6 @@ def critic_row(
 
 def _key(state: State) -> tuple[str, int]:
     return state.rollout.key, state.index
-
-
-def _rollouts(groups: list[Group]) -> list[Rollout]:
-    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def shown_rollout(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -79,7 +78,6 @@ class Run:
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
         self._stop = stop
-        self._began = time.perf_counter()
 
     def _build_role(self, name: str, config: RoleConfig) -> None:
         layout = Layout.from_config(name, config.layout, self.world.size)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from genac_megatron.dtypes import DTYPES
 from genac_megatron.recipe.schema import OptimizerConfig, TrainingConfig
 
 PARAMETER_GROUP_EXCHANGES = 2  # get_megatron_optimizer asks for dense and for expert groups
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_optimizer(

@@ -55,7 +55,6 @@ class Role:
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.optimizer_config: OptimizerConfig = config.optimizer
-        self.total_steps = 1
         self.serial = 0  # changes whenever the weights do, on every rank of the world
         if self.active:
             self.models = build_model(shape, layout, groups, config.training)
@@ -106,7 +105,6 @@ class Role:
     def begin_stage(self, optimizer: OptimizerConfig | None, total_steps: int) -> None:
         """A fresh optimizer and schedule over the current weights. Collective over the world."""
         self.optimizer_config = optimizer or self.config.optimizer
-        self.total_steps = total_steps
         self.optimizer = build_optimizer(
             self.chunks, self.groups, self.optimizer_config, self.config.training
         )
