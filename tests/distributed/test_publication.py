@@ -99,7 +99,7 @@ def publish_case(rank: int, config: Any) -> dict[str, Any]:
     from genac_megatron.publication.publisher import Publisher
     from genac_megatron.recipe.schema import EngineConfig
     from genac_megatron.serving.embedded import EmbeddedEngine
-    from genac_megatron.training.optimizer import DTYPES
+    from genac_megatron.dtypes import DTYPES
 
     role = make_role("actor", config, torch.distributed.get_world_size())
     role.begin_stage(None, 10)
