@@ -93,13 +93,13 @@ def digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def publish_case(rank: int, config: Any) -> dict[str, Any]:
     """Random weights to this rank's engine, a training step, and the new weights."""
+    from genac_megatron.dtypes import DTYPES
     from genac_megatron.models.mapping import random_weights
     from genac_megatron.models.registry import hf_config
     from genac_megatron.models.sizes import hf_names
     from genac_megatron.publication.publisher import Publisher
     from genac_megatron.recipe.schema import EngineConfig
     from genac_megatron.serving.embedded import EmbeddedEngine
-    from genac_megatron.dtypes import DTYPES
 
     role = make_role("actor", config, torch.distributed.get_world_size())
     role.begin_stage(None, 10)
