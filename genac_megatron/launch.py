@@ -26,18 +26,30 @@ PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
 LAUNCHER = "GENAC_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: SLURM_MAX_NORMAL_STEP_ID
 SAYING = (EXIT_INPUT, EXIT_GATE, EXIT_LOST, EXIT_REQUEUE)  # exit codes that say why
 INTERRUPTED = 128 + signal.SIGINT
 
 
 def in_world(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is already a rank of a world."""
-    return "RANK" in environ or ("SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1)
+    return "RANK" in environ or _in_srun(environ)
+
+
+def _in_srun(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of several tasks.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but no step of its own, or one numbered above
+    all that srun starts; the same holds for the interactive and the extern step.
+    """
+    step = environ.get("SLURM_STEP_ID", "")
+    real = step.isdecimal() and int(step) < FIRST_SPECIAL_STEP
+    return real and "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def adopt_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """RANK, WORLD_SIZE and LOCAL_RANK from srun's variables, where torchrun did not set them."""
-    if "RANK" in environ or "SLURM_PROCID" not in environ:
+    if "RANK" in environ or not _in_srun(environ):
         return {}
     if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
         raise InputError(

@@ -267,7 +267,8 @@ def test_a_command_that_cannot_start_leaves_no_ranks(tmp_path: Path) -> None:
 
 # --- worlds that others started ------------------------------------------------------------------
 
-SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
 
@@ -277,8 +278,16 @@ MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
         ({}, False),
         ({"RANK": "0"}, True),
         (SRUN, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # srun of a single task: start ranks here
-        ({"SLURM_PROCID": "0"}, False),
+        (SRUN | {"SLURM_STEP_ID": "12"}, True),
+        # srun of a single task: start ranks here
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, False),
+        (BATCH, False),  # a batch script without srun
+        (BATCH | {"SLURM_STEP_ID": "4294967291"}, False),  # the batch step, as some versions number it
+        (BATCH | {"SLURM_STEP_ID": "4294967290"}, False),  # salloc's interactive step
+        (BATCH | {"SLURM_STEP_ID": "4294967292"}, False),  # the extern step: ssh into a job's node
+        (BATCH | {"SLURM_STEP_ID": "batch"}, False),
+        (BATCH | {"RANK": "0"}, True),  # torchrun in a batch script
         ({"SLURM_NTASKS": "8"}, False),  # a shell of salloc
     ],
 )
@@ -291,6 +300,7 @@ def test_srun_gives_ranks_their_place() -> None:
     no_local = {k: v for k, v in (SRUN | MASTER).items() if k != "SLURM_LOCALID"}
     assert adopt_slurm(no_local)["LOCAL_RANK"] == "0"
     assert adopt_slurm({}) == {}
+    assert adopt_slurm(BATCH) == {}
     assert adopt_slurm(SRUN | MASTER | {"RANK": "2"}) == {}, "torchrun knows better"
 
 
