@@ -1,0 +1,246 @@
+"""Starts SGLang's own server, in the serving environment: standard library and sglang only.
+
+    python boot.py serve PARENT ARGS...     one server; ARGS are those of `sglang serve`
+    python boot.py zygote PARENT            for a CPU: import SGLang once, fork one server per line of stdin
+
+PARENT is the process id of the launcher, -1 for none: when it is gone, the server ends with all its processes.
+It is polled, as PR_SET_PDEATHSIG would fire when the launcher's *thread* ends, and a pipe stays open in whatever
+the launcher forked. A zygote's line is a JSON object with `args`, `log` (path) and `env` (more variables); the
+answer is a line with the server's process id, which is also its process group.
+
+Without a GPU (`--device cpu`) PyPI's SGLang runs on its own torch-native layers, once `fill_gaps` has filled
+what it imports and a CPU machine lacks. Nothing of its behaviour is replaced. On a GPU nothing is filled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PARENT_POLL_S = 0.5
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",  # take the CPU layers though there is no CUDA to be absent
+    "TORCHDYNAMO_DISABLE": "1",  # else tensor parallelism compiles for 20 s, and hangs after a fork
+    "OMP_NUM_THREADS": "1",
+}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}  # model folders are local
+
+
+# --- import gaps on a machine without CUDA -----------------------------------------------------------
+
+
+class Kernels(types.ModuleType):
+    """Stands for triton: its decorators do nothing, its types are empty classes, no kernel ever runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        whole = f"{self.__name__}.{name}"
+        made = type(name, (), {"__init__": _ignore}) if name[0].isupper() else Kernels(whole)
+        setattr(self, name, made)
+        return made
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) == 1 and callable(args[0]) and not kwargs  # @jit, as against @jit(...)
+        return args[0] if plain else lambda function: function
+
+    def __getitem__(self, key: Any) -> Kernels:
+        return self
+
+    def _itself(self, other: Any) -> Kernels:  # annotations: tl.constexpr | None
+        return self
+
+    __or__ = __ror__ = __mul__ = __rmul__ = _itself
+
+
+def _ignore(self: object, *args: Any, **kwargs: Any) -> None:
+    """An __init__ that takes anything."""
+
+
+class Absent(types.ModuleType):
+    """Stands for sgl_kernel: what is imported from it raises when called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU")
+
+        return missing
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last finder: a package that is really installed is found before it."""
+
+    packages: dict[str, type[types.ModuleType]] = {"triton": Kernels, "sgl_kernel": Absent}
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        kind = self.packages.get(name.partition(".")[0])
+        if kind is None or (kind is Absent and "." in name):  # SGLang can do without sgl_kernel's submodules
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=kind is Kernels)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        kind = self.packages[spec.name.partition(".")[0]]
+        parent, _, leaf = spec.name.rpartition(".")
+        already = vars(sys.modules[parent]).get(leaf) if parent in sys.modules else None
+        made = already if isinstance(already, kind) else kind(spec.name)
+        if spec.name == "triton":
+            vars(made).update(
+                __version__="3.8.0",
+                cdiv=lambda a, b: -(-a // b),
+                next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
+            )
+        return made
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def fill_gaps() -> None:
+    """Fill what SGLang imports and a machine without CUDA lacks. A gap that is gone is left alone.
+
+    - triton, sgl_kernel: kernels are defined or named at import, none is called. Gone once SGLang imports
+      them only where it uses them, or where the packages are installed.
+    - torchvision's operators nms and qnms: its PyPI build is linked against CUDA, so its library never loads
+      and its import fails on naming them. Gone with a CPU build of torchvision.
+    - the host memory allocator of the routed-experts capturer knows no device "cpu" (it would pin memory).
+      Gone once SGLang's table has one.
+    - `spawn` as the start method of its processes: each would import SGLang again, half a minute on two
+      cores. Forked ones inherit it; nothing of torch has run by then. Not needed, only faster.
+    """
+    import multiprocessing
+
+    import torch
+
+    sys.meta_path.append(StandIns())
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float t) -> Tensor")
+    from sglang.srt.mem_cache.pool_host import common  # type: ignore[import-not-found,unused-ignore]
+
+    if "cpu" not in common.ALLOC_MEMORY_FUNCS:
+        common.ALLOC_MEMORY_FUNCS["cpu"] = lambda size, dtype, *_, **__: torch.empty(size, dtype=dtype)
+    real: Callable[..., None] = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: real("fork", force=force)  # type: ignore[assignment]
+
+
+def prepare_cpu() -> None:
+    """Fill the gaps and import SGLang once; servers that are forked from here need not."""
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    fill_gaps()
+    for module in ("entrypoints.http_server", "managers.scheduler", "managers.detokenizer_manager"):
+        importlib.import_module(f"sglang.srt.{module}")
+
+
+# --- servers -----------------------------------------------------------------------------------------
+
+
+def follow(parent: int) -> None:
+    """End this process's group once `parent` is no longer its parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        print(f"boot: process {parent}, which started this server, is gone: ending", file=sys.stderr, flush=True)
+        os.killpg(0, signal.SIGKILL)
+
+    if parent > 0:
+        threading.Thread(target=watch, name="follow-parent", daemon=True).start()
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run one server until it ends. Its own processes end with it."""
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(prepare_server_args(list(arguments)))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def zygote(parent: int) -> None:
+    """Fork a server per line of stdin until it closes; then, or when `parent` is gone, all end."""
+    prepare_cpu()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    for line in _lines(parent):
+        asked = json.loads(line)
+        me = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _become_server(asked, me)
+        print(json.dumps({"pid": pid}), flush=True)
+
+
+def _lines(parent: int) -> Any:
+    """Lines of stdin, for as long as it is open and `parent` lives. A thread would not survive the forks."""
+    import select
+
+    pending = b""
+    while parent <= 0 or os.getppid() == parent:
+        if not select.select([0], [], [], PARENT_POLL_S)[0]:
+            continue
+        got = os.read(0, 65536)
+        if not got:
+            return
+        *whole, pending = (pending + got).split(b"\n")
+        yield from whole
+
+
+def _become_server(asked: dict[str, Any], parent: int) -> None:
+    """In the forked process: take leave of the zygote's session and files, and never return."""
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
+            os.dup2(target, stream)
+        os.environ.update(asked["env"])
+        follow(parent)
+        serve(asked["args"])
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def main(arguments: Sequence[str]) -> int:
+    mode, parent, *rest = arguments
+    os.environ.update(ENVIRONMENT)
+    if mode == "zygote":
+        zygote(int(parent))
+        return 0
+    follow(int(parent))
+    if "cpu" in (after for option, after in zip(rest, rest[1:], strict=False) if option == "--device"):
+        prepare_cpu()
+    serve(rest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
