@@ -8,7 +8,7 @@
     start : c a d b        the response: the row, then each swap again and the row after it
     1 ac : a c d b
     2 bd : a c b d
-    answer a c b d
+    answer : a c b d
 
 The form is one that a small model learns soon: a number to find a swap by, a pair that is one word,
 each row at the same distance from the row that it comes from.
@@ -103,7 +103,7 @@ class StateTrackingTeacher(Teacher):
                 overwrite(row, swap if rng.random() < 0.5 else swap[::-1]) if slips else apply_swap(row, swap)
             )
             lines.append(write_line(number, swap, row))
-        return "\n".join((*lines, f"answer {' '.join(row)}"))
+        return "\n".join((*lines, f"answer : {' '.join(row)}", ""))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
         """How far the response is, the row it has got to, a roll call of the objects, a verdict.
@@ -137,7 +137,7 @@ def _survey(puzzle: Puzzle, partial: str) -> tuple[int, Row, bool]:
     """
     rows = [puzzle.start, *puzzle.rows()]
     steps = (write_line(step, *both) for step, both in enumerate(zip(puzzle.swaps, rows[1:], strict=True), 1))
-    rights = [puzzle.start_line(), *steps, f"answer {' '.join(rows[-1])}"]
+    rights = [puzzle.start_line(), *steps, f"answer : {' '.join(rows[-1])}"]
     lines = partial.rstrip("\n").split("\n") if partial.strip() else []
     at_end = len(lines) - 1
     if lines and not partial.endswith("\n") and at_end < len(rights):

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genac_megatron.recipe.schema import StateTrackingTask
-from genac_megatron.records import Prompt
+from genac_megatron.critic.states import cut_states, state_text
+from genac_megatron.recipe.schema import StatesConfig, StateTrackingTask
+from genac_megatron.records import Completion, Prompt, Rollout
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Teacher
 from genac_megatron.tasks.state_tracking import (
@@ -106,9 +107,10 @@ def test_the_whole_final_row_must_agree() -> None:
 @settings(deadline=None)
 def test_a_demonstration_without_slips_is_exact(puzzle: Puzzle, seed: int) -> None:
     teacher = StateTrackingTeacher(slip_rate=0.0, mean_swaps=3.0)
-    start, *lines, answer = teacher.demonstrate(as_prompt(puzzle), random.Random(seed)).split("\n")
+    start, *lines, answer, nothing = teacher.demonstrate(as_prompt(puzzle), random.Random(seed)).split("\n")
+    assert nothing == ""
     assert start == f"start : {' '.join(puzzle.start)}"
-    assert answer == f"answer {' '.join(simulate(puzzle)[-1])}"
+    assert answer == f"answer : {' '.join(simulate(puzzle)[-1])}"
     assert [line.split(" : ")[1].split() for line in lines] == simulate(puzzle)
     assert [int(line.split()[0]) for line in lines] == list(range(1, len(puzzle.swaps) + 1))
 
@@ -132,7 +134,7 @@ def test_the_trace_says_how_far_it_is_what_is_there_and_whether_all_is_right(
     slips = random.Random(data.draw(st.integers(0, 2**31)))
     text = StateTrackingTeacher(0.3, 3.0).demonstrate(prompt, slips)
     kept = data.draw(st.integers(0, len(puzzle.swaps) + 1))  # whole lines, the start line among them
-    partial = "".join(f"{line}\n" for line in text.split("\n")[:kept])
+    partial = "".join(f"{line}\n" for line in text.splitlines()[:kept])
     trace, score = StateTrackingTeacher(0.3, 3.0).trace(prompt, partial, 0.6, RNG)
 
     done = max(kept - 1, 0)
@@ -192,7 +194,7 @@ def test_a_better_actor_scores_no_lower_and_fewer_lines_left_score_no_lower(
     prompt, teacher = as_prompt(puzzle), StateTrackingTeacher(0.0, 3.0)
     low, high = sorted((one, two))
     assert teacher.trace(prompt, "", low, RNG)[1] <= teacher.trace(prompt, "", high, RNG)[1]
-    text = teacher.demonstrate(prompt, RNG).split("\n")
+    text = teacher.demonstrate(prompt, RNG).splitlines()
     scores = [
         teacher.trace(prompt, "".join(f"{line}\n" for line in text[:n]), low, RNG)[1]
         for n in range(len(text) + 1)
@@ -221,6 +223,17 @@ def test_extreme_sizes_work(objects: int) -> None:
 def test_a_response_line_is_token_thrifty() -> None:
     # number, pair, colon, four names, newline
     assert len(completion_ids(TINY, "3 ac : d b c a\n")) - 1 == 8
+
+
+def test_with_segments_of_a_line_the_state_before_the_answer_is_one() -> None:
+    prompt = as_prompt(Puzzle(("a", "b", "c", "d"), (("a", "b"), ("b", "c"))))
+    text = StateTrackingTeacher(0.0, 2.0).demonstrate(prompt, RNG)
+    ids = completion_ids(TINY, text)
+    rollout = Rollout(prompt, 0, Completion(tuple(ids), (0.0,) * len(ids), "stop"), text)
+    states = cut_states(rollout, TINY, StatesConfig(max_states=6, min_segment=8))
+    before = [state_text(state, TINY) for state in states]
+    assert [shown.count("\n") for shown in before] == [0, 2, 3]  # the prompt, and after each swap
+    assert text.startswith(before[-1] + "answer")
 
 
 def test_the_prompt_holds_the_problem_and_the_same_seed_gives_the_same() -> None:
