@@ -47,9 +47,14 @@ test-unit: python ## Fast tests without processes
 test-distributed: python ## Layouts, checkpoints and publication over real processes (gloo)
 	@$(call in,cpu) -m pytest tests/distributed $(ARGS)
 
+.PHONY: serve-env
+serve-env: python ## Build the environment in which SGLang serves, and print its interpreter
+	@$(PYTHON) tools/env.py serve
+
 .PHONY: test-serving
-test-serving: python ## Engines that generate
-	@$(call in,cpu) -m pytest tests/serving $(ARGS)
+test-serving: python ## Engines that generate, with SGLang's servers on this machine
+	@serve="$$($(PYTHON) tools/env.py serve)" && export GENAC_SERVE_PYTHON="$$serve" && \
+		$(call in,cpu) -m pytest tests/serving $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: python ## Whole runs by the command line

@@ -3,10 +3,11 @@
     python boot.py serve PARENT ARGS...     one server; ARGS are those of `sglang serve`
     python boot.py zygote PARENT            for a CPU: import SGLang once, fork one server per line of stdin
 
-PARENT is the process id of the launcher, -1 for none: when it is gone, the server ends with all its processes.
-It is polled, as PR_SET_PDEATHSIG would fire when the launcher's *thread* ends, and a pipe stays open in whatever
-the launcher forked. A zygote's line is a JSON object with `args`, `log` (path) and `env` (more variables); the
-answer is a line with the server's process id, which is also its process group.
+PARENT is the process id of the launcher, -1 for none: when it is gone, the server and all its processes end.
+It is polled: PR_SET_PDEATHSIG fires when the launcher's *thread* ends, and a pipe stays open in whatever the
+launcher forked. A zygote's line is a JSON object with `args`, `log` (a path) and `env` (more variables); the
+answer is a line with the server's process id, which is also its process group. The key that clients must
+show comes in the variable GENAC_SERVER_KEY, as command lines are public.
 
 Without a GPU (`--device cpu`) PyPI's SGLang runs on its own torch-native layers, once `fill_gaps` has filled
 what it imports and a CPU machine lacks. Nothing of its behaviour is replaced. On a GPU nothing is filled.
@@ -17,10 +18,12 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import itertools
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -28,12 +31,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PARENT_POLL_S = 0.5
+IMPORTED_ONCE = (  # what a server's processes import, the table of all models included
+    "entrypoints.http_server",
+    "managers.scheduler",
+    "managers.detokenizer_manager",
+    "models.registry",
+)
+KEY = "GENAC_SERVER_KEY"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",  # take the CPU layers though there is no CUDA to be absent
     "TORCHDYNAMO_DISABLE": "1",  # else tensor parallelism compiles for 20 s, and hangs after a fork
     "OMP_NUM_THREADS": "1",
 }
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}  # model folders are local
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # model folders are local
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health answers at once; /health_generate generates
+}
 
 
 # --- import gaps on a machine without CUDA -----------------------------------------------------------
@@ -131,7 +144,9 @@ def fill_gaps() -> None:
     sys.meta_path.append(StandIns())
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float t) -> Tensor")
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float t) -> Tensor"
+            )
     from sglang.srt.mem_cache.pool_host import common  # type: ignore[import-not-found,unused-ignore]
 
     if "cpu" not in common.ALLOC_MEMORY_FUNCS:
@@ -145,7 +160,7 @@ def prepare_cpu() -> None:
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     fill_gaps()
-    for module in ("entrypoints.http_server", "managers.scheduler", "managers.detokenizer_manager"):
+    for module in IMPORTED_ONCE:
         importlib.import_module(f"sglang.srt.{module}")
 
 
@@ -158,7 +173,9 @@ def follow(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_S)
-        print(f"boot: process {parent}, which started this server, is gone: ending", file=sys.stderr, flush=True)
+        print(
+            f"boot: process {parent}, which started this server, is gone: ending", file=sys.stderr, flush=True
+        )
         os.killpg(0, signal.SIGKILL)
 
     if parent > 0:
@@ -171,8 +188,9 @@ def serve(arguments: Sequence[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    key = os.environ.pop(KEY, "")
     try:
-        run_server(prepare_server_args(list(arguments)))
+        run_server(prepare_server_args([*arguments, *(["--api-key", key] if key else [])]))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
@@ -212,10 +230,11 @@ def _become_server(asked: dict[str, Any], parent: int) -> None:
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
             os.dup2(target, stream)
         os.environ.update(asked["env"])
+        tempfile.tempdir = None  # it was asked for before TMPDIR came
         follow(parent)
         serve(asked["args"])
         code = 0
@@ -236,7 +255,7 @@ def main(arguments: Sequence[str]) -> int:
         zygote(int(parent))
         return 0
     follow(int(parent))
-    if "cpu" in (after for option, after in zip(rest, rest[1:], strict=False) if option == "--device"):
+    if "cpu" in (after for option, after in itertools.pairwise(rest) if option == "--device"):
         prepare_cpu()
     serve(rest)
     return 0
