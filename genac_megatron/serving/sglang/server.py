@@ -276,9 +276,11 @@ class Server:
         """Whether this server, rather than another on its port, is ready: only ours accepts the key."""
         headers = {"Authorization": f"Bearer {self.spec.key}"}
         try:
-            if httpx.get(f"{self.spec.url}/health", timeout=PROBE_S).status_code != 200:
+            if httpx.get(f"{self.spec.url}/health", timeout=PROBE_S, trust_env=False).status_code != 200:
                 return False
-            reply = httpx.get(f"{self.spec.url}/model_info", headers=headers, timeout=PROBE_S)
+            reply = httpx.get(
+                f"{self.spec.url}/model_info", headers=headers, timeout=PROBE_S, trust_env=False
+            )
         except httpx.TransportError:
             return False
         if reply.status_code in (401, 403, 404):

@@ -1,0 +1,189 @@
+"""A role's servers: started here or attached by URL, watched, restarted within a budget.
+
+One rank owns the fleet; the others know its endpoints. A restarted server holds random weights: whoever
+restarts it publishes to it before any request goes there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.serving.sglang.client import ServerClient, ServerError
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports
+
+ASK_S = 20.0  # an answer that takes longer is none: health is answered while the model computes
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is reached. `instance` grows with its restarts."""
+
+    name: str  # "actor/0"
+    url: str
+    key: str
+    tp: int
+    device: Literal["cpu", "cuda"]
+    instance: int = 0
+
+
+class Fleet:
+    """The servers of one role.
+
+    name: the role's, for messages. model: a folder of the fleet's own, where config.json is written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: EngineConfig,
+        hf_config: Mapping[str, Any],
+        model: Path,
+        logs: Path,
+        device: Literal["cpu", "cuda"],
+    ) -> None:
+        self.name, self.config, self.device = name, config, device
+        self.restarts = 0
+        self._model, self._logs = model, logs
+        self._servers: list[Server] = []
+        self._instances: list[int] = []
+        if not config.urls:
+            model.mkdir(parents=True, exist_ok=True)
+            (model / "config.json").write_text(json.dumps(dict(hf_config), indent=2) + "\n")
+
+    def start(self, python: Path | None = None, zygote: Zygote | None = None) -> list[Endpoint]:
+        """Start every server, or find those at the URLs given; their endpoints once all are healthy.
+
+        python: the serving environment's interpreter. zygote: forks the servers instead (CPU machines).
+        Raises PeerLost where one does not come up in time.
+        """
+        if self.config.urls:
+            self._attach()
+            return self.endpoints()
+        count = self.config.engines
+        base = self.config.port
+        ports = free_ports(count, self.config.host) if base is None else [base + n for n in range(count)]
+        for index, port in enumerate(ports):
+            spec = self._spec(index, port)
+            self._servers.append(Server(spec, self._log(index), python=python, zygote=zygote))
+            self._instances.append(0)
+        try:
+            for server in self._servers:
+                server.start()
+            for server in self._servers:
+                server.wait_healthy(self.config.start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        return self.endpoints()
+
+    def endpoints(self) -> list[Endpoint]:
+        """Where the servers are, in order."""
+        if self.config.urls:
+            key = self._attached_key()
+            tp, device = self.config.tp, self.device
+            return [
+                Endpoint(f"{self.name}/{index}", url, key, tp, device)
+                for index, url in enumerate(self.config.urls)
+            ]
+        return [
+            Endpoint(s.spec.name, s.spec.url, s.spec.key, s.spec.tp, s.spec.device, instance)
+            for s, instance in zip(self._servers, self._instances, strict=True)
+        ]
+
+    def lost(self) -> list[str]:
+        """Names of the servers that have died, or that do not answer within ASK_S seconds."""
+        return [
+            endpoint.name
+            for index, endpoint in enumerate(self.endpoints())
+            if (self._servers and not self._servers[index].alive()) or not answers(endpoint)
+        ]
+
+    def restart(self, names: Sequence[str]) -> None:
+        """Replace these servers. Raises PeerLost, with the log's end, where the budget does not allow it."""
+        for index, endpoint in enumerate(self.endpoints()):
+            if endpoint.name not in names:
+                continue
+            if self.config.urls:
+                raise PeerLost(
+                    f"it does not answer at {endpoint.url}, and it is not ours to restart",
+                    where=f"SGLang server {endpoint.name}",
+                    way_out="start it again; --resume goes on from the newest checkpoint",
+                )
+            server = self._servers[index]
+            if self.restarts >= self.config.restarts:
+                raise PeerLost(
+                    f"it was lost, and the budget of {self.config.restarts} restarts (engine.restarts) is spent;"
+                    f" its log ends:\n{server.log_tail()}",
+                    where=f"SGLang server {endpoint.name}",
+                    way_out=f"read {server.log}; --resume goes on from the newest checkpoint",
+                )
+            self.restarts += 1
+            server.stop()
+            server.start()
+            server.wait_healthy(self.config.start_timeout_s)
+            self._instances[index] += 1
+
+    def close(self) -> None:
+        """End the servers that were started here."""
+        for server in self._servers:
+            server.stop()
+
+    def _spec(self, index: int, port: int) -> ServerSpec:
+        config, tp = self.config, self.config.tp
+        env = {}
+        if config.gpus:
+            chosen = config.gpus[index * tp : (index + 1) * tp]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+        return ServerSpec(
+            name=f"{self.name}/{index}",
+            model=self._model,
+            port=port,
+            dtype=config.dtype,
+            tp=tp,
+            device=self.device,
+            host=config.host,
+            mem_fraction=config.mem_fraction,
+            max_running=config.max_batch,
+            max_tokens=config.max_batch_tokens,
+            args=tuple(config.args),
+            env=env,
+        )
+
+    def _log(self, index: int) -> Path:
+        return self._logs / f"{self.name}-{index}.log"
+
+    def _attached_key(self) -> str:
+        name = self.config.api_key_env
+        if name is None:
+            return ""
+        if name not in os.environ:
+            raise InputError(f"the environment variable {name} is not set", where="engine.api_key_env")
+        return os.environ[name]
+
+    def _attach(self) -> None:
+        silent = [endpoint.url for endpoint in self.endpoints() if not answers(endpoint)]
+        if silent:
+            raise PeerLost(
+                f"no SGLang server answers at {', '.join(silent)}",
+                where=f"engine.urls of {self.name}",
+                way_out="start it, or check address and key (engine.api_key_env)",
+            )
+
+
+def answers(endpoint: Endpoint) -> bool:
+    """Whether a server answers a cheap question within ASK_S seconds."""
+    client = ServerClient(endpoint.url, endpoint.key, name=endpoint.name)
+    try:
+        client.get("/model_info", limit_s=ASK_S)
+    except ServerError:
+        return False
+    finally:
+        client.close()
+    return True
