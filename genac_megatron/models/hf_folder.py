@@ -15,6 +15,7 @@ from genac_megatron.models.sizes import hf_names, hf_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS = ("F32", "BF16", "F16")
 
 
 class HfFolder:
@@ -38,7 +39,17 @@ class HfFolder:
                 raise InputError(f"is not an index of shards ({error!r})", where=str(index)) from error
             return {name: self.path / file for name, file in entries.items()}
         single = self.path / SINGLE
+        if not single.exists():
+            raise InputError(f"has no {SINGLE} and no {INDEX}", where=str(self.path), way_out=self._instead())
         return dict.fromkeys(self._file(single).keys(), single)
+
+    def _instead(self) -> str:
+        """What to do with a folder that has neither weights in one file nor an index."""
+        if any(self.path.glob("*.safetensors")):
+            return "there are shards without their index: fetch the folder again, whole"
+        if any(self.path.glob("*.bin")) or any(self.path.glob("*.gguf")):
+            return "its weights are in another format: save them as safetensors"
+        return "give a Hugging Face folder with weights"
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
@@ -61,14 +72,22 @@ class HfFolder:
         """The whole tensor `name`, on the CPU, in the file's dtype."""
         if name not in self._file_of:
             raise InputError(f"tensor {name} is missing", where=str(self.path))
+        path = self._file_of[name]
         try:
-            tensor: Tensor = self._file(self._file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"tensor {name}: {error}", where=str(self._file_of[name])) from error
+            # Opened anew: pages that a mapped file has read stay resident as long as its handle lives.
+            with safe_open(str(path), framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"tensor {name}: {error}", where=str(path)) from error
         return tensor
 
+    def dtype(self, name: str) -> str:
+        """The dtype of tensor `name`, in safetensors' words (F32, BF16, ...)."""
+        return str(self._slice(name).get_dtype())
+
     def check(self, shape: Shape) -> None:
-        """Raise InputError naming the tensors of a model of `shape` that are missing, surplus or misshapen.
+        """Raise InputError naming the tensors of a model of `shape` that are missing, surplus, misshapen, or
+        not of plain floating-point numbers.
 
         A tied model may carry its output layer, and old files their rotary tables; neither is read.
         """
@@ -77,9 +96,11 @@ class HfFolder:
         for name in self._file_of:
             unread = name.endswith("rotary_emb.inv_freq") or (shape.tie and name == "lm_head.weight")
             if name in wanted:
-                size = tuple(self._size(name))
+                size = tuple(self._slice(name).get_shape())
                 if size != hf_size(name, shape):
                     faults.append(f"{name} has shape {size}, expected {hf_size(name, shape)}")
+                if self.dtype(name) not in FLOATS:
+                    faults.append(f"{name} is {self.dtype(name)}, not one of {', '.join(FLOATS)}")
             elif not unread:
                 faults.append(f"surplus tensor {name}")
         if faults:
@@ -87,9 +108,9 @@ class HfFolder:
             more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise InputError(shown + more, where=str(self.path))
 
-    def _size(self, name: str) -> list[int]:
+    def _slice(self, name: str) -> Any:
+        """A tensor's header: nothing is read before it is indexed."""
         try:
-            size: list[int] = self._file(self._file_of[name]).get_slice(name).get_shape()
+            return self._file(self._file_of[name]).get_slice(name)
         except SafetensorError as error:
             raise InputError(f"tensor {name}: {error}", where=str(self._file_of[name])) from error
-        return size

@@ -14,7 +14,8 @@ from typing import Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families import llama, qwen2, qwen3
-from genac_megatron.models.families.base import Family, Rule, Shape, default_head_dim
+from genac_megatron.models.families.base import Family, Rule, Shape
+from genac_megatron.models.families.reading import default_head_dim
 from genac_megatron.recipe.schema import ModelConfig
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}

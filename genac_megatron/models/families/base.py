@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.families.reading import (
+    LLAMA3_ROPE,
+    default_head_dim,
+    number,
+    refuse_unknown,
+    rope,
+    size,
+)
 
 Fuse = Literal["copy", "qkv", "gate_up"]
 
@@ -99,6 +107,7 @@ class Family:
     qkv_bias: bool
     defaults: Mapping[str, Any]  # what transformers takes for a key that config.json lacks
     read_extras: Callable[[Mapping[str, Any]], None]  # raises InputError on an option that we do not build
+    keys: frozenset[str]  # keys of its own that read_extras, or nothing, has to look at
     write_extras: Mapping[str, Any]
 
     def shape_from_hf(self, given: Mapping[str, Any]) -> Shape:
@@ -107,22 +116,23 @@ class Family:
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"hidden_act {config['hidden_act']!r} is not silu")
         self.read_extras(config)
-        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-        rope_theta, rope_factor = _rope(config)
+        refuse_unknown(config, self.architecture, self.keys)
+        heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
+        rope_theta, rope_factor = rope(config)
         return Shape(
             family=self.name,
-            layers=_size(config, "num_hidden_layers"),
+            layers=size(config, "num_hidden_layers"),
             hidden=hidden,
-            ffn=_size(config, "intermediate_size"),
+            ffn=size(config, "intermediate_size"),
             heads=heads,
-            kv_heads=_size(config, "num_key_value_heads", heads),
-            head_dim=_size(config, "head_dim") if config.get("head_dim") else default_head_dim(hidden, heads),
-            vocab=_size(config, "vocab_size"),
+            kv_heads=size(config, "num_key_value_heads", heads),
+            head_dim=size(config, "head_dim") if config.get("head_dim") else default_head_dim(hidden, heads),
+            vocab=size(config, "vocab_size"),
             tie=bool(config.get("tie_word_embeddings", False)),
             rope_theta=rope_theta,
-            norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            max_positions=_size(config, "max_position_embeddings"),
-            init_std=_number(config, "initializer_range", 0.02),
+            norm_eps=number(config, "rms_norm_eps", 1e-6),
+            max_positions=size(config, "max_position_embeddings"),
+            init_std=number(config, "initializer_range", 0.02),
             qk_norm=self.qk_norm,
             qkv_bias=self.qkv_bias,
             rope_factor=rope_factor,
@@ -130,9 +140,9 @@ class Family:
 
     def hf_config(self, shape: Shape) -> dict[str, Any]:
         """The config.json content of `shape`; transformers' AutoConfig reads it."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
+        scaling: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
         if shape.rope_factor is not None:
-            rope |= {"rope_type": "llama3", "factor": shape.rope_factor} | LLAMA3_ROPE
+            scaling |= {"rope_type": "llama3", "factor": shape.rope_factor} | LLAMA3_ROPE
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
@@ -148,75 +158,16 @@ class Family:
             "rms_norm_eps": shape.norm_eps,
             "max_position_embeddings": shape.max_positions,
             "initializer_range": shape.init_std,
-            "rope_parameters": rope,
+            "rope_parameters": scaling,
             # The same for readers older than transformers 5.
             "rope_theta": shape.rope_theta,
-            "rope_scaling": None if shape.rope_factor is None else rope,
+            "rope_scaling": None if shape.rope_factor is None else scaling,
             **self.write_extras,
         }
 
     def rules(self, shape: Shape) -> tuple[Rule, ...]:
         """The weight rules of a model of `shape`."""
         return decoder_rules(shape)
-
-
-# What Megatron's rope scaling is fixed to (Llama 3.1).
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def default_head_dim(hidden: int, heads: int) -> int:
-    """The head_dim of a model that names none. Raises InputError where hidden cannot be divided."""
-    if hidden % heads:
-        raise InputError(
-            f"hidden {hidden} is not a multiple of heads {heads}", way_out="change one, or give head_dim"
-        )
-    return hidden // heads
-
-
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number; `default` where the key is missing or null."""
-    if config.get(key) is None:
-        if default is None:
-            raise InputError(f"the key '{key}' is missing")
-        return default
-    if not isinstance(config[key], int) or config[key] < 1:
-        raise InputError(f"'{key}' is {config[key]!r}, not a positive number")
-    return int(config[key])
-
-
-def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A positive number; `default` where the key is missing or null."""
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise InputError(f"the key '{key}' is missing")
-    if not isinstance(value, int | float) or value <= 0:
-        raise InputError(f"'{key}' is {value!r}, not a positive number")
-    return float(value)
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, float | None]:
-    """(theta, Llama 3 scaling factor or None), as transformers 4 and 5 write them."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise InputError(f"rope scaling is {rope!r}, not a JSON object")
-    theta = _number({**config, **rope}, "rope_theta", 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_ROPE.items()):
-        return theta, _number(rope, "factor")
-    raise InputError(f"rope scaling {dict(rope)} is not one that Megatron-core can build")
-
-
-def refuse(*options: str) -> Callable[[Mapping[str, Any]], None]:
-    """A reader that raises InputError where any of these options is on."""
-
-    def read(config: Mapping[str, Any]) -> None:
-        for option in options:
-            if config.get(option):
-                raise InputError(f"{option}: {config[option]} is not supported")
-
-    return read
 
 
 def decoder_rules(shape: Shape) -> tuple[Rule, ...]:
