@@ -75,6 +75,11 @@ class Task(ABC):
         """`verify` for each (prompt, response text), in order."""
         return [self.verify(prompt, text) for prompt, text in pairs]
 
+    @property
+    def late(self) -> int:
+        """Responses whose verification was ended by its time limit so far; each counted as 0."""
+        return 0
+
     def prompt(self, split: Split, index: int) -> Prompt:
         """The prompt at `index` of `split`, its ids by the tokenizer's chat template.
 

@@ -32,6 +32,10 @@ class QuestionTask(Task):
     def _problem(self, split: Split, index: int) -> Problem:
         return self._problems[split][index]
 
+    @property
+    def late(self) -> int:
+        return self._grader.late
+
     def verify(self, prompt: Prompt, text: str) -> float:
         return self.verify_many([(prompt, text)])[0]
 

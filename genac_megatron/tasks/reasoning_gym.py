@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
@@ -10,6 +12,7 @@ from genac_megatron.recipe.schema import ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import GeneratedProblems, Problem, Split, Task
 from genac_megatron.tasks.grading import last_tagged
+from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,12 +21,21 @@ if TYPE_CHECKING:
 class ReasoningGym(Task):
     """One reasoning-gym task; `reference` is its whole entry, which its scorer needs."""
 
-    def __init__(self, config: ReasoningGymTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        """Raises InputError for an unknown name (naming the nearest) or options that it does not take."""
+    def __init__(
+        self,
+        config: ReasoningGymTask,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        limit_s: float = TIME_LIMIT_S,
+    ) -> None:
+        """`limit_s`: seconds that scoring a response may take.
+
+        Raises InputError for an unknown name (naming the nearest) or options that it does not take."""
         super().__init__(tokenizer, config.train_size, config.heldout_size)
         self._config = config
         self._pool_size = config.train_size + config.heldout_size
         self._pool = _make_pool(config, seed, self._pool_size)
+        self._scorer = Workers(partial(_scorer, config, seed, self._pool_size), 1, limit_s, config.name)
         self._problems = GeneratedProblems(self._draw, config.train_size, config.heldout_size)
 
     def _draw(self, number: int) -> Problem:
@@ -33,18 +45,25 @@ class ReasoningGym(Task):
     def _problem(self, split: Split, index: int) -> Problem:
         return self._problems.train(index) if split == "train" else self._problems.heldout[index]
 
+    @property
+    def late(self) -> int:
+        return self._scorer.late
+
     def verify(self, prompt: Prompt, text: str) -> float:
         """reasoning-gym's score of the last <answer>; 0 or 1 by `pass_score` where `binary` is on."""
         answer = last_tagged(text)
         if answer is None:
             return 0.0
-        try:
-            score = float(self._pool.score_answer(answer.strip(), entry=prompt.reference))
-        except Exception:  # scorers parse model text with whatever raises; none of it is a right answer
-            return 0.0
+        (score,) = self._scorer.run([(answer.strip(), prompt.reference)])
         if self._config.binary:
             return float(score >= self._config.pass_score)
         return min(max(score, 0.0), 1.0)
+
+
+def _scorer(config: ReasoningGymTask, seed: int, size: int) -> Callable[[tuple[str, Any]], float]:
+    """In a worker's process: reasoning-gym's score of (answer, entry)."""
+    pool = _make_pool(config, seed, size)
+    return lambda job: float(pool.score_answer(job[0], entry=job[1]))
 
 
 def _make_pool(config: ReasoningGymTask, seed: int, size: int) -> Any:

@@ -60,6 +60,7 @@ def test_a_hostile_answer_costs_its_time_limit_and_nothing_else() -> None:
     assert grader.grade([RIGHT[0], hostile, RIGHT[0]]) == [1.0, 0.0, 1.0]
     # The limit, and two process starts on a busy machine.
     assert time.monotonic() - started < 90
+    assert grader.late == 1
     grader.close()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import ReasoningGymTask
 from genac_megatron.tasks import make_task
+from genac_megatron.tasks.reasoning_gym import ReasoningGym
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
 TINY = load_tokenizer("builtin:tiny")
@@ -62,3 +65,16 @@ def test_wrong_options_are_input_errors() -> None:
         make_task(config(options={"terms_min": 2}), TINY, 0)
     with pytest.raises(InputError, match=r"task\.options"):
         make_task(config(options={"min_terms": 9, "max_terms": 2}), TINY, 0)
+
+
+def test_a_hostile_answer_costs_its_time_limit_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    """countdown has sympy evaluate the answer; a tower of powers keeps it busy for hours."""
+    task = ReasoningGym(config(name="countdown", train_size=4, heldout_size=2), TINY, 0, limit_s=2.0)
+    prompt = task.prompt("train", 0)
+    right = f"<answer>{prompt.reference['metadata']['expression']}</answer>"
+    began = time.monotonic()
+    hostile = "<answer>9**9**9**9</answer>"
+    assert [task.verify(prompt, text) for text in (right, hostile, right)] == [1.0, 0.0, 1.0]
+    assert time.monotonic() - began < 90  # the limit, and two process starts on a busy machine
+    assert task.late == 1
+    assert "countdown took longer than 2 s and counts as 0" in caplog.text
