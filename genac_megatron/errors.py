@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 EXIT_OK = 0
 EXIT_INPUT = 2
 EXIT_GATE = 3
@@ -13,6 +15,7 @@ class GenacError(Exception):
     """A failure with a message meant for a person: what is wrong, where, and the way out."""
 
     exit_code = 1
+    agreed = False  # every rank raises it alike, so that one of them tells it
 
     def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
         self.what, self.where, self.way_out = what, where, way_out
@@ -38,6 +41,7 @@ class GateFailed(GenacError):
     """A stage ended below its gate (exit code 3)."""
 
     exit_code = EXIT_GATE
+    agreed = True  # gates judge figures that all ranks share
 
 
 class PeerLost(GenacError):
@@ -50,3 +54,13 @@ class StopRequested(GenacError):
     """The run was asked to stop, saved a checkpoint and can go on with --resume (exit code 75)."""
 
     exit_code = EXIT_REQUEUE
+    agreed = True
+
+
+E = TypeVar("E", bound=GenacError)
+
+
+def on_all_ranks(error: E) -> E:
+    """The error, marked as one that every rank raises alike: rank 0 alone tells it."""
+    error.agreed = True
+    return error

@@ -58,13 +58,14 @@ class Rollout:
     """A prompt, one sampled response, and its verified outcome r in [0, 1]."""
 
     prompt: Prompt
-    sample: int  # index within the prompt's group
+    sample: int  # number among the batch's responses to this prompt, repeats of the prompt included
     completion: Completion
     text: str  # the response decoded, special tokens left out
     outcome: float = 0.0
 
     @property
     def key(self) -> str:
+        """Unique in a batch."""
         return f"{self.prompt.id}#{self.sample}"
 
     @property

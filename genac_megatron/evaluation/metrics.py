@@ -54,34 +54,40 @@ def brier_constant(outcomes: ArrayLike) -> float:
     return float(np.var(r)) if r.size else NAN
 
 
-def monte_carlo_noise(means: ArrayLike, continuations: ArrayLike) -> Floats:
-    """Unbiased estimate p(1-p)/(K-1) of the variance of each K-draw mean of 0/1 outcomes. [states]"""
-    p = _floats(means)
-    k = np.broadcast_to(np.asarray(continuations, dtype=np.float64), p.shape)
-    if p.size and k.min() < 2:
+def monte_carlo_noise(draws: Sequence[ArrayLike]) -> Floats:
+    """Unbiased estimate s^2 / K of the variance of each state's mean over its K draws. [states]
+
+    `draws[i]` are the outcomes, in [0, 1], of state i's continuations. Of outcomes 0 and 1 alone it is
+    p(1-p)/(K-1). Raises ValueError below two continuations, which say nothing of their spread.
+    """
+    rows = [_floats(row) for row in draws]
+    if any(row.size < 2 for row in rows):
         raise ValueError("the noise of a Monte-Carlo value needs at least two continuations per state")
-    return p * (1.0 - p) / (k - 1.0)
+    return np.array([np.var(row, ddof=1) / row.size for row in rows], dtype=np.float64)
 
 
-def mse_monte_carlo(values: ArrayLike, means: ArrayLike, continuations: ArrayLike) -> float:
-    """Mean (v - p)^2 against Monte-Carlo values, their own noise p(1-p)/(K-1) taken off.
+def monte_carlo_means(draws: Sequence[ArrayLike]) -> Floats:
+    """The Monte-Carlo value of each state. [states]"""
+    return np.array([np.mean(_floats(row)) for row in draws], dtype=np.float64)
 
-    `means` are success rates over K = `continuations` (one number, or one per state) draws of 0/1.
+
+def mse_monte_carlo(values: ArrayLike, draws: Sequence[ArrayLike]) -> float:
+    """Mean (v - p)^2 against Monte-Carlo values p, their own noise taken off (`draws`: see there).
+
     Unbiased for the mean of (v - V)^2, so it can come out slightly below zero.
     """
-    v, p = _pair(values, means)
-    return float(np.mean((v - p) ** 2 - monte_carlo_noise(p, continuations))) if v.size else NAN
+    v, p = _pair(values, monte_carlo_means(draws))
+    return float(np.mean((v - p) ** 2 - monte_carlo_noise(draws))) if v.size else NAN
 
 
-def mse_monte_carlo_constant(means: ArrayLike, continuations: ArrayLike) -> float:
+def mse_monte_carlo_constant(draws: Sequence[ArrayLike]) -> float:
     """The same error for the best constant in hindsight: the spread of the true values.
 
     The n-1 divisor accounts for the mean's having been fitted to the same n states.
     """
-    p = _floats(means)
-    if p.size < 2:
+    if len(draws) < 2:
         return NAN
-    return float(np.var(p, ddof=1) - np.mean(monte_carlo_noise(p, continuations)))
+    return float(np.var(monte_carlo_means(draws), ddof=1) - np.mean(monte_carlo_noise(draws)))
 
 
 def explained_variance(values: ArrayLike, outcomes: ArrayLike) -> float:
@@ -324,26 +330,25 @@ def critic_figures(
     responses: Sequence[Hashable],
     *,
     parsed: Sequence[float | None] | None = None,
-    means: ArrayLike | None = None,
-    continuations: ArrayLike = 0,
+    draws: Sequence[ArrayLike] | None = None,
 ) -> dict[str, float]:
     """Every scalar figure of a critic on a set of states.
 
     `used` are the values that advantages would use (a fallback where none parsed), `parsed` the scores
-    as read (None where none parsed; default: all parsed), `means` the Monte-Carlo values where there
-    are any, over `continuations` draws each. Ranking and Spearman use the Monte-Carlo values where
-    given, else the outcomes. What the data cannot give is NaN.
+    as read (None where none parsed; default: all parsed), `draws` the outcomes of each state's
+    Monte-Carlo continuations where there are any. Ranking and Spearman use the Monte-Carlo values
+    where given, else the outcomes. What the data cannot give is NaN.
     """
     v, r = _pair(used, outcomes)
     read = list(parsed) if parsed is not None else [float(x) for x in v]
     histogram = score_histogram([x for x in read if x is not None])
-    targets = r if means is None else _floats(means)
+    targets = r if draws is None else monte_carlo_means(draws)
     figures = {
         "brier": brier(v, r),
         "brier_constant": brier_constant(r),
         "skill": skill(v, r),
-        "mse": NAN if means is None else mse_monte_carlo(v, means, continuations),
-        "mse_constant": NAN if means is None else mse_monte_carlo_constant(means, continuations),
+        "mse": NAN if draws is None else mse_monte_carlo(v, draws),
+        "mse_constant": NAN if draws is None else mse_monte_carlo_constant(draws),
         "auc": auc(v, r),
         "ece": ece(v, r),
         "explained_variance": explained_variance(v, r),

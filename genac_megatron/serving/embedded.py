@@ -100,13 +100,17 @@ class EmbeddedEngine(Engine):
         self._schedule()
         return await waiting.future
 
-    async def score(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    async def score(
+        self, ids: Sequence[int], continuations: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[float]:
         model = self._ready("score")
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}, not above 0", where="score")
         if self._loading is not None:
             raise InputError(f"weights of version {self._loading} are half loaded", where="score")
         for part in (ids, *continuations):
             check_ids(part, model.config.vocab_size, "score")
-        return score_continuations(model, ids, continuations) if continuations else []
+        return score_continuations(model, ids, continuations, temperature) if continuations else []
 
     def abort(self, key: str | None = None) -> None:
         for waiting in self._queue:

@@ -29,8 +29,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def score(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
-        """log p(continuation | ids), summed over its tokens at temperature 1, of each continuation."""
+    async def score(
+        self, ids: Sequence[int], continuations: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[float]:
+        """log p(continuation | ids) of each continuation: the chance that it is what `complete` samples.
+
+        The sum over its tokens, each of softmax(logits / temperature), in fp32. Raises InputError as
+        `complete` does, and where the temperature is not above 0.
+        """
 
     @abstractmethod
     def abort(self, key: str | None = None) -> None:

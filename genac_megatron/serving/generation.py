@@ -324,9 +324,12 @@ def read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache)
 
 @torch.inference_mode()
 def score_continuations(
-    model: PreTrainedModel, ids: Sequence[int], continuations: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    temperature: float = 1.0,
 ) -> list[float]:
-    """log p(continuation | ids) of each continuation: the fp32 sum over its tokens, at temperature 1."""
+    """log p(continuation | ids) of each: the fp32 sum over its tokens of softmax(logits / temperature)."""
     lengths = torch.tensor([len(continuation) for continuation in continuations])
     longest = int(lengths.max())
     targets = torch.zeros(len(continuations), longest, dtype=torch.long)
@@ -340,6 +343,6 @@ def score_continuations(
     inputs = torch.cat([prefix[:, -1:].expand(len(targets), 1), targets[:, :-1]], dim=1)
     # What pads a short continuation comes after it, so that nothing that counts attends to it.
     logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits.float()
-    logprobs = torch.log_softmax(logits, dim=-1).gather(2, targets[:, :, None])[:, :, 0]
+    logprobs = torch.log_softmax(logits / temperature, dim=-1).gather(2, targets[:, :, None])[:, :, 0]
     within = torch.arange(longest)[None, :] < lengths[:, None]
     return logprobs.where(within.to(model.device), 0.0).sum(1).tolist()

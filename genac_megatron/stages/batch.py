@@ -13,11 +13,11 @@ from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
 from genac_megatron.algorithms.losses import token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices
-from genac_megatron.errors import GenacError
+from genac_megatron.errors import GenacError, on_all_ranks
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, RolloutConfig
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.heldout import judge_for
-from genac_megatron.stages.rollouts import Generator, Group, generate
+from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, mean
 
 
@@ -46,7 +46,13 @@ def next_prompts(run: Run, count: int) -> list[Prompt]:
     """The next `count` training prompts; the cursor moves on."""
     cursor = run.at.cursor
     run.at.cursor += count
-    return [run.task.prompt("train", run.task.train_index(run.recipe.seed, cursor + i)) for i in range(count)]
+    return train_prompts(run, cursor, count)
+
+
+def train_prompts(run: Run, first: int, count: int) -> list[Prompt]:
+    """Training prompts `first` to `first + count` of the run's order. Collective: they may be read here."""
+    indices = (run.task.train_index(run.recipe.seed, first + i) for i in range(count))
+    return run.together(lambda: [run.task.prompt("train", index) for index in indices])
 
 
 def play(
@@ -62,7 +68,7 @@ def play(
     judge = None
     if judged:
         if run.icc is None:
-            raise GenacError("the critic judges before p_bar was seeded by an evaluation")
+            raise on_all_ranks(GenacError("the critic judges before p_bar was seeded by an evaluation"))
         judge = judge_for(run, config.max_new_tokens, (*seed, "judge"))
     generator = Generator(
         engine=run.engines["actor"],
@@ -73,19 +79,23 @@ def play(
         seed=(*seed, "actor"),
         judge=judge,
     )
-    began = time.perf_counter()
-    mine = run.together(lambda: generate(generator, run.share(prompts), samples or config.samples))
+    began, late = time.perf_counter(), run.task.late
+    count, turns = samples or config.samples, repeats(prompts)
+    mine = run.together(lambda: generate(generator, run.share(prompts), count, run.share(turns)))
     spent = time.perf_counter() - began
     groups = run.gather(mine)
     if run.icc is not None:
         for group in groups:
             for judgements in group.judgements:
                 fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
-    return Batch(groups, _costs(run, spent))
+    return Batch(groups, _costs(run, spent, run.task.late - late))
 
 
-def _costs(run: Run, spent: float) -> dict[str, float]:
-    """Seconds by phase on this rank (generation overlaps: engines measure themselves), tokens summed."""
+def _costs(run: Run, spent: float, late: int) -> dict[str, float]:
+    """Seconds by phase on this rank (generation overlaps: engines measure themselves), tokens summed.
+
+    `late`: responses whose verification was ended by its time limit.
+    """
     tokens: dict[str, float] = {}
     for role, phase in (("actor", "rollout"), ("critic", "judge")):
         if role in run.engines:
@@ -95,7 +105,7 @@ def _costs(run: Run, spent: float) -> dict[str, float]:
             run.progress.timer.credit(phase, stats["seconds"])
             spent -= stats["seconds"]
     run.progress.timer.credit("verify", max(spent, 0.0))
-    return run.sum_figures(tokens)
+    return run.sum_figures({**tokens, "verify/late": float(late)})
 
 
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:

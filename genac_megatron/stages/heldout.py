@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.evaluation import metrics
@@ -31,7 +29,7 @@ class HeldOut:
 
     key: tuple[int, str]  # actor version, how it was sampled
     groups: list[Group]  # this rank's share
-    values: dict[tuple[str, int], float] | None = None  # (rollout key, state index) -> value
+    draws: dict[tuple[str, int], list[float]] | None = None  # (rollout key, state index) -> outcomes
 
     def outcomes(self) -> dict[str, list[float]]:
         """This rank's outcomes by prompt."""
@@ -87,7 +85,7 @@ def held_out(run: Run, stage: Stage) -> HeldOut:
     if cached is None or cached.key != key:
         config = run.recipe.evaluation
         count = min(config.prompts, run.task.heldout_size)
-        prompts = [run.task.prompt("heldout", index) for index in range(count)]
+        prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
         groups = run.together(
             lambda: generate(_held_generator(run, stage), run.share(prompts), config.samples)
         )
@@ -141,20 +139,20 @@ def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_car
     for group in judged:
         for judgements in group.judgements:
             fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
-    if monte_carlo and held.values is None and run.recipe.evaluation.mc_states:
-        held.values = monte_carlo_values(run, stage, judged)
+    if monte_carlo and held.draws is None and run.recipe.evaluation.mc_states:
+        held.draws = monte_carlo_draws(run, stage, judged)
     groups = run.gather(judged)
     # Only where asked for: a resumed run has no values left over from an earlier stage.
-    mine = held.values if monte_carlo and held.values is not None else {}
+    mine = held.draws if monte_carlo and held.draws is not None else {}
     known = {k: v for part in run.gather([mine]) for k, v in part.items()}
-    row = critic_row(groups, known, run.recipe.evaluation.mc_continuations)
+    row = critic_row(groups, known)
     for group in groups[: run.recipe.observe.shown_rollouts]:
         run.append(ROLLOUTS, shown_rollout(run, stage.name, step, group.rollouts[0], group.judgements[0]))
     return row
 
 
-def monte_carlo_values(run: Run, stage: Stage, groups: list[Group]) -> dict[tuple[str, int], float]:
-    """V(s) of some states by fresh continuations, over this rank's share."""
+def monte_carlo_draws(run: Run, stage: Stage, groups: list[Group]) -> dict[tuple[str, int], list[float]]:
+    """Outcomes of fresh continuations from some states, over this rank's share: V(s) is their mean."""
     config = run.recipe.evaluation
     states = [j.state for g in groups for js in g.judgements for j in js if j.state.index > 0]
     states += [group.judgements[0][0].state for group in groups]
@@ -166,13 +164,11 @@ def monte_carlo_values(run: Run, stage: Stage, groups: list[Group]) -> dict[tupl
         lambda: continue_states(_held_generator(run, stage), chosen, config.mc_continuations)
     )
     run.engines["actor"].stats()
-    return {(s.rollout.key, s.index): mean(o) for s, o in zip(chosen, outcomes, strict=True)}
+    return {_key(state): drawn for state, drawn in zip(chosen, outcomes, strict=True)}
 
 
-def critic_row(
-    groups: list[Group], known: dict[tuple[str, int], float], continuations: int
-) -> dict[str, Any]:
-    """Every figure of method §6 on the states of these rollouts."""
+def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -> dict[str, Any]:
+    """Every figure of method §6 on the states of these rollouts; `known`: Monte-Carlo outcomes of some."""
     pairs: list[tuple[Judgement, Rollout]] = [
         (judgement, rollout)
         for group in groups
@@ -196,11 +192,11 @@ def critic_row(
     with_value = {_key(j.state): j.used for j, _ in pairs if _key(j.state) in known}
     if with_value:
         keys = sorted(with_value)
-        means = np.array([known[key] for key in keys])
-        scores = np.array([with_value[key] for key in keys])
-        figures["mse"] = metrics.mse_monte_carlo(scores, means, continuations)
-        figures["mse_constant"] = metrics.mse_monte_carlo_constant(means, continuations)
-        figures["mse_spearman"] = metrics.spearman(scores, means)
+        draws = [known[key] for key in keys]
+        scores = [with_value[key] for key in keys]
+        figures["mse"] = metrics.mse_monte_carlo(scores, draws)
+        figures["mse_constant"] = metrics.mse_monte_carlo_constant(draws)
+        figures["mse_spearman"] = metrics.spearman(scores, metrics.monte_carlo_means(draws))
     figures["values"] = used
     figures["outcomes"] = outcomes
     figures["positions"] = [j.state.index for j, _ in pairs]

@@ -7,6 +7,7 @@ Every rank drives its own share of the prompts; the batch is then gathered on al
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ class Judge:
         prompt_ids = build_prompt_ids(
             self.tokenizer, self.config, self.icc, rollout.prompt, partial, state.cut, self.limit
         )
-        key = f"{rollout.prompt.id}#{rollout.sample}@{state.index}"
+        key = f"{rollout.key}@{state.index}"
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
         request = Request(prompt_ids, params, seed_for(*self.seed, key), key)
         completion = await self.engine.complete(request)
@@ -67,9 +68,9 @@ class Judge:
             judgement.soft = await self._soft(judgement)
         return judgement
 
-    async def judge_prompt(self, prompt: Prompt) -> Judgement:
-        """The judgement of the prompt state, which a whole group shares."""
-        nothing = Rollout(prompt, 0, Completion((), (), "stop"), "")
+    async def judge_prompt(self, prompt: Prompt, first: int = 0) -> Judgement:
+        """The judgement of the prompt state, which a whole group shares; `first`: its first sample."""
+        nothing = Rollout(prompt, first, Completion((), (), "stop"), "")
         return await self.judge(State(nothing, 0, 0, 0))
 
     async def judge_response(self, rollout: Rollout, shared: asyncio.Future[Judgement]) -> list[Judgement]:
@@ -79,13 +80,17 @@ class Judge:
         return [await shared, *later]
 
     async def _soft(self, judgement: Judgement) -> float | None:
-        """The expected score over the eleven answers, after the reasoning that was sampled."""
+        """The expected score over the eleven answers, after the reasoning that was sampled.
+
+        Of the critic as it is sampled, so at the judging temperature: the expectation of `value`.
+        """
         ids = judgement.completion.ids
         found = answer_candidates(self.tokenizer, ids)
         if found is None or judgement.value is None:
             return None
         keep, candidates = found
-        return soft_score(await self.engine.score((*judgement.prompt_ids, *ids[:keep]), candidates))
+        before = (*judgement.prompt_ids, *ids[:keep])
+        return soft_score(await self.engine.score(before, candidates, temperature=self.config.temperature))
 
 
 @dataclass
@@ -100,13 +105,13 @@ class Generator:
     seed: tuple[object, ...]
     judge: Judge | None = None
 
-    async def group(self, prompt: Prompt, samples: int) -> Group:
-        """All responses to one prompt."""
+    async def group(self, prompt: Prompt, samples: range) -> Group:
+        """All responses to one prompt, by the numbers of their samples."""
         group = Group(prompt)
         shared = None
         if self.judge is not None:
-            shared = asyncio.ensure_future(self.judge.judge_prompt(prompt))
-        parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in range(samples)))
+            shared = asyncio.ensure_future(self.judge.judge_prompt(prompt, samples.start))
+        parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in samples))
         for rollout, judgements in parts:
             group.rollouts.append(rollout)
             group.judgements.append(judgements)
@@ -135,18 +140,36 @@ class Generator:
             rollout.outcome = self.task.verify(rollout.prompt, rollout.text)
 
 
-def generate(generator: Generator, prompts: Sequence[Prompt], samples: int) -> list[Group]:
-    """Roll out `prompts` on this rank, `samples` responses each."""
+def repeats(prompts: Sequence[Prompt]) -> list[int]:
+    """How often each prompt of a batch stands before its place there."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for prompt in prompts:
+        turns.append(seen[prompt.id])
+        seen[prompt.id] += 1
+    return turns
+
+
+def generate(
+    generator: Generator, prompts: Sequence[Prompt], samples: int, turns: Sequence[int] | None = None
+) -> list[Group]:
+    """Roll out `prompts` on this rank, `samples` responses each.
+
+    A prompt that a batch repeats goes on numbering its samples, so that they are drawn apart. `turns`:
+    `repeats` of the whole batch, of these prompts; None where they are the whole batch.
+    """
+    turns = repeats(prompts) if turns is None else turns
 
     async def run() -> list[Group]:
-        return list(await asyncio.gather(*(generator.group(p, samples) for p in prompts)))
+        numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
+        made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
+        return list(await asyncio.gather(*made))
 
     return asyncio.run(run())
 
 
 async def _judged(judge: Judge, group: Group) -> Group:
-    shared = asyncio.ensure_future(judge.judge_prompt(group.prompt))
-
+    shared = asyncio.ensure_future(judge.judge_prompt(group.prompt, group.rollouts[0].sample))
     judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
     return Group(group.prompt, group.rollouts, list(judgements))
 

@@ -335,8 +335,12 @@ def test_score_through_the_engine(engine: EmbeddedEngine) -> None:
     model = plain_model(CONFIG)
     expected = [sum(forced_logprobs(model, (1, 2, 3), ids)) for ids in ((4, 5), (6,))]
     assert scores == pytest.approx(expected, abs=FP32)
+    (colder,) = asyncio.run(engine.score((1, 2, 3), [(4, 5)], temperature=0.5))
+    assert colder == pytest.approx(sum(forced_logprobs(model, (1, 2, 3), (4, 5), 0.5)), abs=FP32)
     with pytest.raises(InputError, match="no tokens"):
         asyncio.run(engine.score((1,), [()]))
+    with pytest.raises(InputError, match="temperature is 0"):
+        asyncio.run(engine.score((1,), [(2,)], temperature=0.0))
 
 
 def test_a_closed_engine_says_so(engine: EmbeddedEngine) -> None:

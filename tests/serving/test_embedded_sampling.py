@@ -205,12 +205,13 @@ def test_bf16_engine_is_near_its_own_weights_in_fp32() -> None:
         assert got.logprobs == pytest.approx(expected, abs=0.06)
 
 
-def test_scores_of_continuations() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_scores_of_continuations(temperature: float) -> None:
     config = tiny_config("qwen3")
     model = plain_model(config)
     candidates = [(4,), (5, 6), (5, 7, 8), (90, 2)]
-    scores = generation.score_continuations(model, (1, 2, 3, 4), candidates)
-    expected = [sum(forced_logprobs(model, (1, 2, 3, 4), candidate)) for candidate in candidates]
+    scores = generation.score_continuations(model, (1, 2, 3, 4), candidates, temperature)
+    expected = [sum(forced_logprobs(model, (1, 2, 3, 4), c, temperature)) for c in candidates]
     assert scores == pytest.approx(expected, abs=FP32)
 
 

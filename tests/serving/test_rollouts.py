@@ -6,6 +6,8 @@ a `chain`: a model whose weights make the next token depend on the current one a
 
 from __future__ import annotations
 
+import asyncio
+import math
 import random
 import zlib
 from collections.abc import Sequence
@@ -30,7 +32,15 @@ from genac_megatron.recipe.schema import (
 )
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.serving.embedded import EmbeddedEngine
-from genac_megatron.stages.rollouts import Generator, Group, Judge, continue_states, generate, judge_groups
+from genac_megatron.stages.rollouts import (
+    Generator,
+    Group,
+    Judge,
+    continue_states,
+    generate,
+    judge_groups,
+    repeats,
+)
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Problem, Task
 from genac_megatron.tasks.tokenizer import completion_ids, load_tokenizer, stop_token_ids
@@ -227,9 +237,51 @@ def test_a_batch_split_over_two_ranks_is_the_same_batch(max_batch: int) -> None:
                 assert j.completion.logprobs == pytest.approx(k.completion.logprobs, abs=FP32)
 
 
+def repeated() -> list[Prompt]:
+    """A batch in which one prompt stands three times and one twice, as at the end of a small epoch."""
+    a, b, c = prompts(3)
+    return [a, b, a, c, b, a]
+
+
+def test_a_repeated_prompt_is_rolled_out_afresh() -> None:
+    groups = generate(generator(random_engine(1), judge(random_engine(2))), repeated(), 2)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert len({rollout.key for rollout in rollouts}) == len(rollouts)
+    same = [r.completion.ids for r in rollouts if r.prompt == prompts(1)[0]]
+    assert len(set(same)) == len(same) == 6
+    judged = [group.judgements[0][0] for group in groups if group.prompt == prompts(1)[0]]
+    assert len({j.completion.ids for j in judged}) == 3, "the prompt state is judged once per group"
+
+
+def test_repeats_change_nothing_for_prompts_that_come_first() -> None:
+    alone = generate(generator(random_engine(1), judge(random_engine(2))), prompts(3), 2)
+    batch = generate(generator(random_engine(1), judge(random_engine(2))), repeated(), 2)
+    for first, group in zip(alone, [batch[0], batch[1], batch[3]], strict=True):
+        assert [r.key for r in group.rollouts] == [r.key for r in first.rollouts]
+        assert [r.completion.ids for r in group.rollouts] == [r.completion.ids for r in first.rollouts]
+
+
+def test_repeats_are_numbered_over_the_whole_batch_whatever_the_ranks() -> None:
+    batch = repeated()
+    whole = generate(generator(random_engine(1), judge(random_engine(2))), batch, 2)
+    turns = repeats(batch)
+    assert turns == [0, 0, 1, 0, 1, 2]
+    for size in (2, 3):
+        for rank in range(size):
+            made = generator(random_engine(1), judge(random_engine(2)))
+            mine = generate(made, batch[rank::size], 2, turns[rank::size])
+            for group, other in zip(whole[rank::size], mine, strict=True):
+                assert [r.key for r in group.rollouts] == [r.key for r in other.rollouts]
+                assert [r.completion.ids for r in group.rollouts] == [
+                    r.completion.ids for r in other.rollouts
+                ]
+                for js, ks in zip(group.judgements, other.judgements, strict=True):
+                    assert [j.completion.ids for j in js] == [k.completion.ids for k in ks]
+
+
 def test_judging_again_gives_the_same_judgements() -> None:
     """The held-out evaluation judges stored responses; it must ask what the rollouts asked."""
-    groups = play()
+    groups = generate(generator(random_engine(1), judge(random_engine(2))), repeated(), 3)
     again = judge_groups(judge(random_engine(2)), groups)
     for before, after in zip(groups, again, strict=True):
         assert after.rollouts is before.rollouts
@@ -252,19 +304,46 @@ def scoring_engine() -> EmbeddedEngine:
     return chain_engine(links | {digit: {closing: 0.0} for digit in digits})
 
 
-def test_soft_scores_are_the_expectation_over_the_answers() -> None:
-    critic = judge(scoring_engine(), score="soft")
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_soft_scores_are_the_expectation_of_the_sampled_ones(temperature: float) -> None:
+    """At the temperature that scores are sampled at; "10" is one token, as "3" and "7" are."""
+    critic = judge(scoring_engine(), score="soft", temperature=temperature)
     groups = generate(generator(random_engine(1), critic), prompts(2), 2)
     values = torch.tensor([n / 10 for n in SCORES])
-    expected = float((torch.tensor(list(SCORES.values())).softmax(0) * values).sum())
+    expected = float(((torch.tensor(list(SCORES.values())) / temperature).softmax(0) * values).sum())
     seen = set()
     for j in unique(groups):
-        assert j.text == f"<answer>{round((j.value or 0) * 10)}</answer>"
+        if j.value is None:  # at a high temperature, the rest has chances too
+            continue
         assert j.soft is not None
         assert 0.0 <= j.soft <= 1.0
-        assert j.soft == pytest.approx(expected, abs=1e-5)  # fp32 log-probs; others have e^-30
+        assert j.soft == pytest.approx(expected, abs=1e-5)  # fp32 log-probs; others have e^-15 at most
         seen.add(j.value)
     assert len(seen) > 1, "the sampled score varies where the soft one does not"
+
+
+def two_token_engine() -> EmbeddedEngine:
+    """A critic that says 1 or 10 or 0, where 10 is written as two tokens, 1 and 0."""
+    start, opening, closing = token("\n"), token("<answer>"), token("</answer>")
+    one, nought = token("1"), token("0")
+    return chain_engine({
+        start: {opening: 0.0}, opening: {one: 1.0, nought: 0.0}, one: {closing: 0.0, nought: 0.5},
+        nought: {closing: 0.0}, closing: {STOPS[0]: 0.0},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_answers_of_several_tokens_are_tempered_token_by_token(temperature: float) -> None:
+    """As they are sampled: p(10) = p(1) p(0 | 1), each of the tempered distribution."""
+    first = (torch.tensor([1.0, 0.0]) / temperature).softmax(0)
+    second = (torch.tensor([0.0, 0.5]) / temperature).softmax(0)
+    candidates = [(token(str(n)), token("</answer>")) for n in (0, 1)]
+    candidates.append((token("1"), token("0"), token("</answer>")))
+    ids = (token("\n"), token("<answer>"))
+    scores = asyncio.run(two_token_engine().score(ids, candidates, temperature=temperature))
+    wanted = [first[1], first[0] * second[0], first[0] * second[1]]
+    # Other tokens take e^-30 / temperature of the chance each, of a vocabulary of under 200.
+    assert [math.exp(x) for x in scores] == pytest.approx([float(x) for x in wanted], abs=1e-3)
 
 
 def test_a_sampled_score_asks_for_no_soft_one() -> None:

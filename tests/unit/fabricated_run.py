@@ -112,15 +112,13 @@ def critic_block(rng: np.random.Generator, rate: float, sharp: float, parse: flo
                 true = base + (r - base) * k / 4
                 v = rate + sharp * (true - rate) + rng.normal(0, 0.08)
                 values.append(float(np.clip(np.rint(10 * v), 0, 10) / 10))
-                truth.append(float(rng.binomial(32, true) / 32))
+                truth.append(rng.binomial(1, true, 32))
                 outcomes.append(r)
                 positions.append(k)
                 prompts.append(f"heldout/{p}")
                 responses.append(sample)
     parsed = [v if rng.random() < parse else None for v in values]
-    figures = critic_figures(
-        values, outcomes, prompts, responses, parsed=parsed, means=truth, continuations=32
-    )
+    figures = critic_figures(values, outcomes, prompts, responses, parsed=parsed, draws=truth)
     histogram = score_histogram([v for v in parsed if v is not None]).tolist()
     return {
         **figures,

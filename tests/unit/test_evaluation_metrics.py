@@ -68,14 +68,16 @@ def test_mse_without_its_noise_is_unbiased_exactly(k: int, true: int, value: int
     expected = 0.0
     for successes in range(k + 1):
         chance = math.comb(k, successes) * p**successes * (1 - p) ** (k - successes)
-        expected += float(chance) * m.mse_monte_carlo([float(v)], [successes / k], k)
+        expected += float(chance) * m.mse_monte_carlo(
+            [float(v)], [[1.0] * successes + [0.0] * (k - successes)]
+        )
     assert same(expected, float((v - p) ** 2))
 
 
 def test_mse_of_the_constant_is_the_spread_of_true_values() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random(200)
-    drawn = [m.mse_monte_carlo_constant(rng.binomial(8, truth) / 8, 8) for _ in range(300)]
+    drawn = [m.mse_monte_carlo_constant(rng.binomial(1, truth, (8, 200)).T) for _ in range(300)]
     # standard error of the mean of 300 draws, measured from them; 5 of it
     assert abs(np.mean(drawn) - truth.var(ddof=1)) < 5 * np.std(drawn) / math.sqrt(300)
     naive = np.mean([np.var(rng.binomial(8, truth) / 8, ddof=1) for _ in range(300)])
@@ -84,7 +86,24 @@ def test_mse_of_the_constant_is_the_spread_of_true_values() -> None:
 
 def test_one_continuation_has_no_known_noise() -> None:
     with pytest.raises(ValueError, match="two continuations"):
-        m.mse_monte_carlo([0.5], [1.0], 1)
+        m.mse_monte_carlo([0.5], [[1.0]])
+
+
+@given(st.lists(st.tuples(st.integers(2, 9), st.integers(0, 9)), min_size=1))
+def test_the_noise_of_outcomes_0_and_1_is_that_of_a_share(counts: list[tuple[int, int]]) -> None:
+    draws = [[1.0] * min(right, k) + [0.0] * (k - min(right, k)) for k, right in counts]
+    for noise, row in zip(m.monte_carlo_noise(draws), draws, strict=True):
+        p = sum(row) / len(row)
+        assert same(float(noise), p * (1 - p) / (len(row) - 1))
+
+
+@given(st.lists(st.integers(0, 10), min_size=2, max_size=3), st.integers(2, 3), st.integers(0, 10))
+def test_mse_is_unbiased_exactly_for_partial_outcomes_too(levels: list[int], k: int, value: int) -> None:
+    """A state's outcome is one of a few tenths, equally likely: over all K-draws, the mean is (v - V)^2."""
+    outcomes = [level / 10 for level in levels]
+    rows = list(itertools.product(outcomes, repeat=k))
+    mean = sum(m.mse_monte_carlo([value / 10], [row]) for row in rows) / len(rows)
+    assert same(mean, (value / 10 - sum(outcomes) / len(outcomes)) ** 2, 1e-9)
 
 
 @given(judged())

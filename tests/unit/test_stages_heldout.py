@@ -42,7 +42,7 @@ def groups() -> list[Group]:
 
 
 def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> None:
-    row = critic_row(groups, {}, 16)
+    row = critic_row(groups, {})
     assert row["values"] == [0.6, 0.7, 1.0, 0.6, 0.2, 0.3, 0.3, 0.3, 0.9]
     assert row["outcomes"] == [1, 1, 1, 0, 0, 0, 0, 1, 1]
     assert row["positions"] == [0, 1, 2, 0, 1, 0, 1, 0, 1]
@@ -61,7 +61,7 @@ def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> Non
 
 def test_what_did_not_parse_is_no_score(groups: list[Group]) -> None:
     """Its fallback is used as a value; a prompt state's judgement counts once in the parse rate."""
-    row = critic_row(groups, {}, 16)
+    row = critic_row(groups, {})
     assert row["parse_rate"] == pytest.approx(6 / 7)
     histogram = [0] * 11
     for n in (6, 7, 10, 6, 2, 3, 3, 9):
@@ -70,24 +70,29 @@ def test_what_did_not_parse_is_no_score(groups: list[Group]) -> None:
 
 
 def test_without_monte_carlo_values_there_is_no_error_against_them(groups: list[Group]) -> None:
-    row = critic_row(groups, {}, 16)
+    row = critic_row(groups, {})
     assert row["mse"] != row["mse"]
     assert "mse_spearman" not in row
 
 
 def test_monte_carlo_values_of_some_states(groups: list[Group]) -> None:
     """Each known state once, the prompt state too; their sampling noise is taken off."""
-    known = {("heldout/0#0", 0): 0.5, ("heldout/0#0", 2): 0.75, ("heldout/1#1", 1): 1.0}
-    row = critic_row(groups, known, 5)
+    known = {
+        ("heldout/0#0", 0): [1.0, 0.0, 1.0, 0.0, 0.5],  # an outcome may be any value in [0, 1]
+        ("heldout/0#0", 2): [1.0, 1.0, 1.0, 0.0],
+        ("heldout/1#1", 1): [1.0] * 5,
+    }
+    row = critic_row(groups, known)
     pairs = [(0.6, 0.5), (1.0, 0.75), (0.9, 1.0)]
-    wanted = statistics.fmean((v - p) ** 2 - p * (1 - p) / 4 for v, p in pairs)
+    noises = [statistics.variance(drawn) / len(drawn) for drawn in known.values()]
+    wanted = statistics.fmean((v - p) ** 2 - noise for (v, p), noise in zip(pairs, noises, strict=True))
     assert row["mse"] == pytest.approx(wanted)
-    noise = statistics.fmean(p * (1 - p) / 4 for _, p in pairs)
-    assert row["mse_constant"] == pytest.approx(statistics.variance(p for _, p in pairs) - noise)
+    spread = statistics.variance(p for _, p in pairs)
+    assert row["mse_constant"] == pytest.approx(spread - statistics.fmean(noises))
     assert row["mse_spearman"] == pytest.approx(0.5)  # ranks 1 3 2 against 1 2 3
 
 
 def test_values_of_states_that_are_not_there_are_passed_over(groups: list[Group]) -> None:
     """Another rank's rollouts may have been cut elsewhere by now."""
-    row = critic_row(groups, {("heldout/9#0", 0): 0.5}, 5)
+    row = critic_row(groups, {("heldout/9#0", 0): [0.5, 0.5]})
     assert row["mse"] != row["mse"]
