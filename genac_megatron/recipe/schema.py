@@ -93,12 +93,29 @@ class TrainingConfig(Block):
 
 
 class EngineConfig(Block):
-    """What generates with the role's weights."""
+    """What generates with the role's weights: a model in every rank, or SGLang's servers."""
 
-    kind: Literal["embedded"] = "embedded"
+    kind: Literal["embedded", "sglang"] = "embedded"
     dtype: Literal["fp32", "bf16"] = "bf16"
-    max_batch: Positive = 64  # requests decoded together
-    max_batch_tokens: Positive = 65_536  # their prompt + new tokens together
+    max_batch: Positive = 64  # requests decoded together, per engine
+    max_batch_tokens: Positive = 65_536  # their prompt + new tokens together: an SGLang server's KV cache
+
+    # What follows is for sglang. Servers are started here, unless `urls` names some.
+    engines: Positive = 1  # servers
+    tp: Positive = 1  # tensor-parallel ranks of each
+    gpus: list[Annotated[int, Field(ge=0)]] = []  # tp of them per server, in order; none: the visible ones
+    mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # of a GPU's memory, for weights and KV cache
+    host: str = "127.0.0.1"  # the address they bind to: loopback, or the fabric's
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None  # of the first server; None: free ones
+    python: str | None = None  # the serving environment's interpreter; None: $GENAC_SERVE_PYTHON
+    args: list[str] = []  # more of SGLang's command line
+    urls: list[str] = []  # servers that somebody else runs
+    api_key_env: str | None = None  # the variable that holds the key which `urls` ask for
+    max_in_flight: Positive = 128  # requests at a time, per server and rank
+    request_timeout_s: PositiveFloat = 1800.0  # of one request; then it is tried elsewhere
+    start_timeout_s: PositiveFloat = 600.0
+    attempts: Positive = 3  # for one request
+    restarts: Annotated[int, Field(ge=0)] = 3  # of lost servers, in a run
 
 
 class RoleConfig(Block):
