@@ -116,41 +116,46 @@ class ServerClient:
 
     # --- control ----------------------------------------------------------------------------------
 
-    def abort_all(self) -> None:
+    def abort_all(self, *, limit_s: float = CONTROL_S) -> None:
         """End all requests; they return what they have."""
-        self.post("/abort_request", {"abort_all": True})
+        self.post("/abort_request", {"abort_all": True}, limit_s)
 
-    def pause(self, mode: PauseMode = "retract") -> None:
+    def pause(self, mode: PauseMode = "retract", *, limit_s: float = CONTROL_S) -> None:
         """Stop decoding. abort: requests return what they have. retract: they go back to the queue, so the
         cache can be flushed. in_place: they keep their cache. New requests wait, whichever it is.
         """
-        self.post("/pause_generation", {"mode": mode})
+        self.post("/pause_generation", {"mode": mode}, limit_s)
 
-    def resume(self) -> None:
+    def resume(self, *, limit_s: float = CONTROL_S) -> None:
         """Go on after a pause. No error where there was none."""
-        self.post("/continue_generation", {})
+        self.post("/continue_generation", {}, limit_s)
 
-    def flush_cache(self) -> None:
+    def flush_cache(self, *, limit_s: float = CONTROL_S) -> None:
         """Empty the prefix cache. Raises ServerError where requests run (paused "in_place" included)."""
-        self.post("/flush_cache")
+        self.post("/flush_cache", None, limit_s)
 
-    def begin_update(self) -> bool:
+    def begin_update(self, *, limit_s: float = CONTROL_S) -> bool:
         """Open a weight update; False where the version has none (before 0.5.21) and needs none."""
-        return self._session("/begin_weight_update")
+        return self._session("/begin_weight_update", limit_s)
 
-    def end_update(self) -> bool:
+    def end_update(self, *, limit_s: float = CONTROL_S) -> bool:
         """Close a weight update; False where the version has none."""
-        return self._session("/end_weight_update")
+        return self._session("/end_weight_update", limit_s)
 
     def update_from_tensor(
-        self, blobs: Sequence[str], *, load_format: str | None = None, version: int | None = None
+        self,
+        blobs: Sequence[str],
+        *,
+        load_format: str | None = None,
+        version: int | None = None,
+        limit_s: float = WEIGHTS_S,
     ) -> None:
         """Load serialised tensors, one blob per tensor-parallel rank. The cache is not flushed.
 
         The server takes any names: check them before. One it cannot load ends its process.
         """
         body = {"serialized_named_tensors": list(blobs), "load_format": load_format}
-        self._update("/update_weights_from_tensor", body, version)
+        self._update("/update_weights_from_tensor", body, version, limit_s)
 
     def update_from_distributed(
         self,
@@ -161,70 +166,101 @@ class ServerClient:
         group: str,
         load_format: str | None = None,
         version: int | None = None,
+        limit_s: float = WEIGHTS_S,
     ) -> None:
         """Receive tensors by broadcast from rank 0 of `group`, in order: returns once they are loaded.
 
         dtypes: torch's names, "float32". Call it in a thread and broadcast meanwhile.
         """
         body = {"names": list(names), "dtypes": list(dtypes), "shapes": _lists(shapes), "group_name": group}
-        self._update("/update_weights_from_distributed", body | {"load_format": load_format}, version)
+        self._update(
+            "/update_weights_from_distributed", {**body, "load_format": load_format}, version, limit_s
+        )
 
     def update_from_disk(
-        self, folder: str, *, load_format: str = "auto", version: int | None = None, flush: bool = True
+        self,
+        folder: str,
+        *,
+        load_format: str = "auto",
+        version: int | None = None,
+        flush: bool = True,
+        limit_s: float = WEIGHTS_S,
     ) -> None:
         """Load a Hugging Face folder that the server's machine can read. It needs no begin and end.
 
         load_format: a server that was started on dummy weights would load dummy ones by itself.
         """
         body = {"model_path": folder, "load_format": load_format}
-        self._update("/update_weights_from_disk", body, version, flush=flush)
+        self._update("/update_weights_from_disk", body, version, limit_s, flush=flush)
 
     def init_group(
-        self, address: str, port: int, *, rank_offset: int, world_size: int, group: str, backend: str
+        self,
+        address: str,
+        port: int,
+        *,
+        rank_offset: int,
+        world_size: int,
+        group: str,
+        backend: str,
+        limit_s: float = WEIGHTS_S,
     ) -> None:
         """Join a process group; the server's rank is rank_offset + its tensor-parallel rank.
 
         Returns once all have joined: call it in a thread.
         """
         where = {"master_address": address, "master_port": port, "backend": backend, "group_name": group}
-        body = where | {"rank_offset": rank_offset, "world_size": world_size}
-        self.post("/init_weights_update_group", body, WEIGHTS_S)
+        body = {**where, "rank_offset": rank_offset, "world_size": world_size}
+        self.post("/init_weights_update_group", body, limit_s)
 
-    def destroy_group(self, group: str) -> None:
+    def destroy_group(self, group: str, *, limit_s: float = CONTROL_S) -> None:
         """Leave a process group."""
-        self.post("/destroy_weights_update_group", {"group_name": group})
+        self.post("/destroy_weights_update_group", {"group_name": group}, limit_s)
 
-    def set_version(self, version: int) -> None:
+    def set_version(self, version: int, *, limit_s: float = CONTROL_S) -> None:
         """Name the weights that are loaded. Live requests go on."""
         # abort_all_requests is true by default.
-        self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        body = {"new_version": str(version), "abort_all_requests": False}
+        self.post("/update_weight_version", body, limit_s)
 
-    def checksums(self) -> list[str]:
-        """A checksum of the weights on each tensor-parallel rank. Versions before 0.5.23 need CUDA for it."""
-        reply = self.post("/weights_checker", {"action": "checksum"}, WEIGHTS_S)
+    def version(self, *, limit_s: float = CONTROL_S) -> str:
+        """What the weights were named last; "default" after a start."""
+        return str(self.model_info(limit_s=limit_s).get("weight_version"))
+
+    def running(self, *, limit_s: float = CONTROL_S) -> int:
+        """Requests that run or wait in its scheduler; those that a pause keeps outside are not counted."""
+        loads = self._object("/v1/loads?include=core", limit_s).get("loads", [])
+        return sum(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in loads)
+
+    def checksums(self, *, limit_s: float = WEIGHTS_S) -> list[dict[str, str]]:
+        """Of each tensor-parallel rank, parameter -> checksum. Versions before 0.5.23 need CUDA for it."""
+        reply = self.post("/weights_checker", {"action": "checksum"}, limit_s)
         try:
-            return [str(rank["per_gpu_checksum"]) for rank in reply["ranks"]]
-        except (LookupError, TypeError) as error:
+            return [dict(rank["checksums"]) for rank in reply["ranks"]]
+        except (LookupError, TypeError, ValueError) as error:
             raise self._error("/weights_checker", f"no checksums: {reply}", retryable=False) from error
 
-    def release_memory(self, tags: Sequence[str] = ("kv_cache", "weights")) -> None:
+    def release_memory(
+        self, tags: Sequence[str] = ("kv_cache", "weights"), *, limit_s: float = CONTROL_S
+    ) -> None:
         """Give GPU memory back; needs an idle server with --enable-memory-saver. A CPU server frees none."""
-        self.post("/release_memory_occupation", {"tags": list(tags)})
+        self.post("/release_memory_occupation", {"tags": list(tags)}, limit_s)
 
-    def resume_memory(self, tags: Sequence[str] = ("kv_cache", "weights")) -> None:
+    def resume_memory(
+        self, tags: Sequence[str] = ("kv_cache", "weights"), *, limit_s: float = CONTROL_S
+    ) -> None:
         """Take the memory again. The weights are what they were, the cache is empty."""
-        self.post("/resume_memory_occupation", {"tags": list(tags)})
+        self.post("/resume_memory_occupation", {"tags": list(tags)}, limit_s)
 
-    def info(self) -> dict[str, Any]:
+    def info(self, *, limit_s: float = CONTROL_S) -> dict[str, Any]:
         """Its arguments, `version` and `internal_states`."""
-        return self._object("/server_info")
+        return self._object("/server_info", limit_s)
 
-    def model_info(self) -> dict[str, Any]:
-        """`model_path`, `weight_version`, `architectures` and more; needs no idle scheduler."""
-        return self._object("/model_info")
+    def model_info(self, *, limit_s: float = CONTROL_S) -> dict[str, Any]:
+        """`model_path`, `weight_version`, `architectures` and more. Says nothing of its scheduler."""
+        return self._object("/model_info", limit_s)
 
     def healthy(self, limit_s: float = CONTROL_S) -> bool:
-        """Whether its scheduler answers: a hung server is not healthy."""
+        """Whether its scheduler answers (in a second or more): that of a hung or paused server does not."""
         try:
             return self._control.get("/health_generate", timeout=limit_s).status_code == 200
         except httpx.HTTPError:
@@ -238,23 +274,29 @@ class ServerClient:
         return self._call("POST", path, body, limit_s)
 
     def _update(
-        self, path: str, body: Mapping[str, Any], version: int | None, *, flush: bool = False
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        version: int | None,
+        limit_s: float,
+        *,
+        flush: bool = False,
     ) -> None:
         # flush_cache is true by default, and fails *after* loading where requests wait.
         named = {} if version is None else {"weight_version": str(version)}
-        self.post(path, {**body, **named, "flush_cache": flush}, WEIGHTS_S)
+        self.post(path, {**body, **named, "flush_cache": flush}, limit_s)
 
-    def _session(self, path: str) -> bool:
+    def _session(self, path: str, limit_s: float) -> bool:
         try:
-            self.post(path, {})
+            self.post(path, {}, limit_s)
         except ServerError as error:
             if error.body.startswith("status 404"):
                 return False
             raise
         return True
 
-    def _object(self, path: str) -> dict[str, Any]:
-        reply = self._call("GET", path, None, CONTROL_S)
+    def _object(self, path: str, limit_s: float) -> dict[str, Any]:
+        reply = self._call("GET", path, None, limit_s)
         if not isinstance(reply, dict):
             raise self._error(path, f"not an object: {reply}", retryable=True)
         return reply
