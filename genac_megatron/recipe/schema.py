@@ -370,6 +370,15 @@ class WorldConfig(Block):
     timeout_s: PositiveFloat = 600.0  # of every collective
 
 
+class ClusterConfig(Block):
+    """Where the recipe is meant to run: `genac slurm` works nodes and tasks out from it."""
+
+    gpu: str | None = None  # a row of cluster/gpus.py, such as h100-80g; None: ranks are CPU processes
+    ranks_per_node: Positive = 8  # each has a GPU of its own where `gpu` is named
+    cpus_per_rank: Positive = 8
+    time_limit: str = "24:00:00"  # in Slurm's format
+
+
 class Recipe(Block):
     """Everything a run needs. `genac run RECIPE --dry-run` prints it resolved."""
 
@@ -377,6 +386,7 @@ class Recipe(Block):
     runs: str = "runs"  # the run folder is <runs>/<name>
     seed: int = 0
     world: WorldConfig = WorldConfig()
+    cluster: ClusterConfig = ClusterConfig()
     roles: dict[str, RoleConfig]
     task: TaskConfig
     judging: JudgingConfig = JudgingConfig()
