@@ -6,19 +6,26 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron import __version__
-from genac_megatron.errors import EXIT_INPUT, EXIT_OK, GenacError, InputError, PeerLost
+from genac_megatron.errors import (
+    EXIT_INPUT,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    GenacError,
+    InputError,
+    PeerLost,
+    on_all_ranks,
+)
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
     from genac_megatron.stages.stopping import StopFlag
-
-PEER_SIGNS = ("Connection closed by peer", "Timed out waiting", "timeout", "Connection reset by peer")
 
 EPILOG = """exit codes: 0 done; 2 the recipe or an input is wrong; 3 a gate failed;
 4 an engine or peer was lost beyond its budget; 75 stopped on purpose with a checkpoint"""
@@ -58,10 +65,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("genac: interrupted before anything was begun", file=sys.stderr, flush=True)
         return 130
     except GenacError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            kind = "error" if error.exit_code != 75 else "stopped"
-            print(f"genac: {kind}: {error}", file=sys.stderr, flush=True)
+        _tell(error)
         return error.exit_code
+    except Exception:
+        if _rank_name() is None:
+            raise
+        # One write, so that ranks do not talk into each other's lines.
+        text = f"genac: unexpected error on {_rank_name()}:\n{traceback.format_exc()}"
+        print(text, end="", file=sys.stderr, flush=True)
+        return 1
+
+
+def _rank_name() -> str | None:
+    """This process among the ranks of a world, or None where it is none or the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    return f"rank {os.environ.get('RANK', '0')}"
+
+
+def _tell(error: GenacError) -> None:
+    """Show an error once: one that all ranks have by rank 0, any other by the rank that has it."""
+    kind = "error" if error.exit_code != EXIT_REQUEUE else "stopped"
+    rank = _rank_name()
+    if not error.agreed and rank is not None:
+        kind = f"{kind}: {rank}"
+    elif rank not in (None, "rank 0"):
+        return
+    print(f"genac: {kind}: {error}", file=sys.stderr, flush=True)
 
 
 def _options_first(given: list[str]) -> list[str]:
@@ -104,15 +134,15 @@ def _rank(recipe: Recipe, resume: bool) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from genac_megatron.stages.stopping import StopFlag
+    from genac_megatron.training.agreement import lost_peer
 
     try:
         return _joined(recipe, resume, StopFlag().install())
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in PEER_SIGNS):
+        if not lost_peer(error):
             raise
         raise PeerLost(
             f"a peer was lost or did not answer: {str(error).splitlines()[0]}",
-            where=f"rank {os.environ.get('RANK', '0')}",
             way_out="look at the first rank that ended; --resume goes on from the newest checkpoint",
         ) from error
 
@@ -123,9 +153,8 @@ def _joined(recipe: Recipe, resume: bool, stop: StopFlag) -> int:
 
     world = init_world(recipe.world.timeout_s, recipe.seed)
     if world.size != recipe.world.ranks:
-        raise InputError(
-            f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started", where="world.ranks"
-        )
+        what = f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started"
+        raise on_all_ranks(InputError(what, where="world.ranks"))
     run_recipe(recipe, world, stop, resume=resume)
     close_world()
     return EXIT_OK

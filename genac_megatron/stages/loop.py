@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import GenacError, InputError, StopRequested
+from genac_megatron.errors import GenacError, InputError, StopRequested, on_all_ranks
 from genac_megatron.recipe.schema import PpoStage, Recipe, ReinforceStage, SftStage
 from genac_megatron.stages.runtime import Progression, Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
@@ -130,8 +130,9 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
 def _check_finite(stage: str, step: int, figures: dict[str, float]) -> None:
     for key in ("actor/loss", "actor/grad_norm", "critic/loss", "critic/grad_norm"):
         if key in figures and not math.isfinite(figures[key]):
-            raise GenacError(
+            error = GenacError(
                 f"{key} is {figures[key]} at step {step}",
                 where=f"stage {stage}",
                 way_out="lower the learning rate; --resume goes on from the last checkpoint, which is intact",
             )
+            raise on_all_ranks(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.observe.metrics import MetricsLog
@@ -17,51 +18,78 @@ from genac_megatron.stages.reinforce import reinforce
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
 from genac_megatron.stages.stopping import StopFlag
-from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint, read_manifest
+from genac_megatron.training.agreement import agree, from_first
+from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import World
+
+Found = tuple[Path, dict[str, Any]]  # a checkpoint and its manifest
 
 
 def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) -> None:
     """Run every stage that is left. The same call on every rank of the world."""
     folder = RunFolder(Path(recipe.runs) / recipe.name)
-    checkpoints = Checkpoints(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.asynchronous)
-    newest = checkpoints.newest() if resume else None
-    if resume and newest is None:
-        raise InputError(
-            "there is no complete checkpoint to resume from",
-            where=str(folder.checkpoints),
-            way_out="run without --resume to begin at the beginning",
-        )
-    if not resume and checkpoints.newest() is not None:
-        raise InputError(
-            "the run folder holds checkpoints of an earlier run",
-            where=str(folder.checkpoints),
-            way_out="go on with --resume, give the run another name=..., or remove the folder",
-        )
-    position = None
-    if newest is not None:
-        check_resumable(recipe, newest[1]["state"], str(newest[0]))
-        stage, steps = newest[1]["state"]["position"]
-        position = (stage, steps)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        recipe.checkpoint.keep,
+        recipe.checkpoint.asynchronous,
+        recipe.world.timeout_s,
+    )
+    # By rank 0 for all: another rank's view of a shared file system may be older.
+    begun = from_first(lambda: where_to_begin(recipe, checkpoints, resume))
     first = world.rank == 0
-    log = None
-    if first:
-        log = MetricsLog(folder.path, recipe.observe, position, name=recipe.name, recipe=recipe.model_dump())
-        write_text_atomic(folder.recipe, dump_recipe(recipe))
+    log = agree(lambda: begin_logs(recipe, folder, begun) if first else None)
     with Progress(first, name=recipe.name, stages=[s.name for s in recipe.stages]) as progress:
         run = Run(recipe, world, log, progress, stop, resuming=resume)
         try:
-            _stages(run, checkpoints, newest[0] if newest else None)
+            _stages(run, checkpoints, begun)
         finally:
             run.close()
     if first:
         write_report(folder.path)
 
 
-def _stages(run: Run, checkpoints: Checkpoints, resumed: Path | None) -> None:
-    if resumed is not None:
+def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Found | None:
+    """The newest complete checkpoint and its manifest to resume from, or None to begin at the beginning.
+
+    Raises InputError where there is none, where it is of another recipe, or where a run that begins
+    would write over an earlier one's.
+    """
+    newest = checkpoints.newest()
+    if not resume:
+        if newest is not None:
+            raise InputError(
+                "the run folder holds checkpoints of an earlier run",
+                where=str(checkpoints.folder),
+                way_out="go on with --resume, give the run another name=..., or remove the folder",
+            )
+        return None
+    if newest is None:
+        raise InputError(
+            "there is no complete checkpoint to resume from",
+            where=str(checkpoints.folder),
+            way_out="run without --resume to begin at the beginning",
+        )
+    check_resumable(recipe, newest[1]["state"], str(newest[0]))
+    return newest
+
+
+def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None) -> MetricsLog:
+    """The run's logs, ending where training goes on."""
+    position = None
+    if begun is not None:
+        stage, steps = begun[1]["state"]["position"]
+        position = (stage, steps)
+    log = MetricsLog(folder.path, recipe.observe, position, name=recipe.name, recipe=recipe.model_dump())
+    write_text_atomic(folder.recipe, dump_recipe(recipe))
+    return log
+
+
+def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
+    resumed = None
+    if begun is not None:
+        resumed, manifest = begun
         load_checkpoint(resumed, run.roles)
-        restore_state(run, read_manifest(resumed)["state"])
+        run.together(lambda: restore_state(run, manifest["state"]))
         run.publish(*run.roles, advance=False)
     for index in range(run.at.stage, len(run.recipe.stages)):
         stage = run.recipe.stages[index]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import GenacError, InputError
+from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
@@ -27,12 +27,12 @@ from genac_megatron.serving.engine import Engine
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
+from genac_megatron.training.agreement import agree, from_first
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,9 +65,11 @@ class Run:
         self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
         self.folder = RunFolder(Path(recipe.runs) / recipe.name)
         self.at = Progression()
-        self.tokenizers = {n: load_tokenizer(_tokenizer_spec(n, r)) for n, r in recipe.roles.items()}
+        self.tokenizers = self.together(
+            lambda: {n: load_tokenizer(_tokenizer_spec(n, r)) for n, r in recipe.roles.items()}
+        )
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
-        self.task = make_task(recipe.task, self.tokenizers[speaker], recipe.seed)
+        self.task = self.together(lambda: make_task(recipe.task, self.tokenizers[speaker], recipe.seed))
         self.roles: dict[str, Role] = {}
         self.engines: dict[str, Engine] = {}
         self.publishers: dict[str, Publisher] = {}
@@ -80,22 +82,27 @@ class Run:
         self._stop = stop
 
     def _build_role(self, name: str, config: RoleConfig) -> None:
-        layout = Layout.from_config(name, config.layout, self.world.size)
-        shape = shape_of(config.model, len(self.tokenizers[name]))
-        role = Role(name, config, shape, layout, layout.groups())
-        if role.active:
-            seed = config.model.init_seed
-            weights = HfFolder(config.model.hf).get if config.model.hf else random_weights(shape, seed)
-            load_hf_into(role.models, layout, shape, weights)
-        self.roles[name] = role
-        self.engines[name] = EmbeddedEngine(hf_config(shape), config.engine, platform.device())
-        self.publishers[name] = Publisher(role, [self.engines[name]])
+        layout = self.together(lambda: Layout.from_config(name, config.layout, self.world.size))
+        groups = layout.groups()
+
+        def build() -> None:
+            shape = shape_of(config.model, len(self.tokenizers[name]))
+            role = Role(name, config, shape, layout, groups)
+            if role.active:
+                seed = config.model.init_seed
+                weights = HfFolder(config.model.hf).get if config.model.hf else random_weights(shape, seed)
+                load_hf_into(role.models, layout, shape, weights)
+            self.roles[name] = role
+            self.engines[name] = EmbeddedEngine(hf_config(shape), config.engine, platform.device())
+            self.publishers[name] = Publisher(role, [self.engines[name]])
+
+        self.together(build)
 
     def _start_from_checkpoints(self) -> None:
         """Roles whose recipe names a checkpoint begin with the weights they have in it."""
         for name, config in self.recipe.roles.items():
             if config.model.checkpoint is not None:
-                path = find_checkpoint(Path(config.model.checkpoint))
+                path = from_first(partial(find_checkpoint, Path(config.model.checkpoint)))
                 load_checkpoint(path, {name: self.roles[name]})
 
     # --- the actor and the critic ----------------------------------------------------------------
@@ -136,9 +143,8 @@ class Run:
     def copy_weights(self, source: str, target: str) -> None:
         """Make `target` start from `source`'s weights. Raises InputError where the shapes differ."""
         if self.roles[source].shape != self.roles[target].shape:
-            raise InputError(
-                f"{target} cannot start from {source}: their shapes differ", where=f"roles.{target}.model"
-            )
+            what = f"{target} cannot start from {source}: their shapes differ"
+            raise on_all_ranks(InputError(what, where=f"roles.{target}.model"))
         Publisher(self.roles[source], [RoleSink(self.roles[target])]).publish(0)
 
     # --- the world -------------------------------------------------------------------------------
@@ -158,20 +164,7 @@ class Run:
 
     def together(self, act: Callable[[], T]) -> T:
         """Run `act` on every rank; where it fails on one, raise the same error on all. Collective."""
-        failure: GenacError | None = None
-        try:
-            result = act()
-        except GenacError as error:
-            failure = error
-        except Exception as error:
-            logger.error("rank %d failed", self.world.rank, exc_info=True)
-            failure = GenacError(f"{type(error).__name__}: {error}", where=f"rank {self.world.rank}")
-        told = None if failure is None else (type(failure), failure.what, failure.where, failure.way_out)
-        for other in self.gather([told]):
-            if other is not None:
-                kind, what, where, way_out = other
-                raise kind(what, where=where, way_out=way_out) from failure
-        return result
+        return agree(act)
 
     def sum_figures(self, figures: dict[str, float]) -> dict[str, float]:
         """Each figure summed over ranks."""
@@ -207,9 +200,8 @@ class Run:
                 )
 
     def append(self, log: str, row: dict[str, Any]) -> None:
-        """A row of one of the run folder's other logs, by rank 0."""
-        if self.log is not None:
-            self.folder.append(log, row)
+        """A row of one of the run folder's other logs, by rank 0. Collective."""
+        self.together(lambda: self.folder.append(log, row) if self.log is not None else None)
 
     # --- stopping --------------------------------------------------------------------------------
 

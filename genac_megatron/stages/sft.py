@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -9,17 +10,21 @@ from pathlib import Path
 
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.critic import traces
-from genac_megatron.errors import InputError
+from genac_megatron.critic.states import cut_states
+from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Judgement, Sample, State
-from genac_megatron.stages.batch import Batch, play, prefixed, supervised
+from genac_megatron.stages.batch import Batch, play, prefixed, supervised, train_prompts
 from genac_megatron.stages.gates import check_sft_gate
-from genac_megatron.stages.heldout import actor_generator, evaluate
+from genac_megatron.stages.heldout import actor_generator, evaluate, judge_for
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.rollouts import continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.tasks.conversations import read_conversations
+from genac_megatron.tasks.tokenizer import chat_ids
+from genac_megatron.training.agreement import from_first
 
 SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
 
@@ -63,22 +68,31 @@ def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
     A teacher asked again would answer otherwise, a critic that is trained by now judge otherwise.
     """
     path = run.folder.path / "data" / f"{stage.name}.jsonl"
-    if not fresh and path.exists():
-        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        return [Sample(row["tokens"], row["start"]) for row in rows]
+    if not fresh and (kept := from_first(lambda: _read_samples(path))) is not None:
+        return kept
     samples = make_data(run, stage)
-    if run.world.rank == 0:
-        lines = (json.dumps({"tokens": sample.tokens, "start": sample.start}) for sample in samples)
-        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+    run.together(lambda: _write_samples(path, samples) if run.world.rank == 0 else None)
     return samples
+
+
+def _read_samples(path: Path) -> list[Sample] | None:
+    if not path.exists():
+        return None
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [Sample(row["tokens"], row["start"]) for row in rows]
+
+
+def _write_samples(path: Path, samples: list[Sample]) -> None:
+    lines = (json.dumps({"tokens": sample.tokens, "start": sample.start}) for sample in samples)
+    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def make_data(run: Run, stage: SftStage) -> list[Sample]:
     """The stage's samples, the same on every rank."""
     if stage.data == "jsonl":
-        return jsonl_samples(run, stage)
+        return run.together(lambda: jsonl_samples(run, stage))
     if stage.data == "demonstrations":
-        return demonstrations(run, stage)
+        return run.together(lambda: demonstrations(run, stage))
     return critic_traces(run, stage)
 
 
@@ -105,11 +119,9 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
     assert run.icc is not None
     per_prompt = stage.rollout.samples * (run.recipe.judging.states.max_states - 1) + 1
     wanted = math.ceil(SPARE * stage.size / per_prompt)
-    prompts = [
-        run.task.prompt("train", run.task.train_index(run.recipe.seed, index)) for index in range(wanted)
-    ]
+    prompts = train_prompts(run, 0, wanted)
     batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, "states"), judged=False)
-    states = traces.balance(batch_states(run, batch), stage.size, run.recipe.seed)
+    states = run.together(lambda: traces.balance(batch_states(run, batch), stage.size, run.recipe.seed))
     context = traces.TraceContext(
         tokenizer=run.tokenizers[stage.role],
         actor_tokenizer=run.tokenizers["actor"],
@@ -124,34 +136,36 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
     elif kind == "endpoint":
         mine = run.together(lambda: traces.endpoint_samples(run.share(states), stage.teacher, context))
         samples = run.gather(mine)
-    elif run.task.teacher is not None:
-        samples = traces.exact_samples(states, run.task.teacher, context, stage.teacher.p_bar_range)
     else:
-        raise InputError(
-            f"the task {run.recipe.task.kind} has no exact teacher",
-            where=f"stage {stage.name}, teacher.kind",
-            way_out="use teacher.kind: self or endpoint",
-        )
+        samples = run.together(lambda: exact_traces(run, stage, states, context))
     if not samples:
-        raise InputError(f"the {kind} teacher gave no usable trace", where=f"stage {stage.name}")
+        what = f"the {kind} teacher gave no usable trace"
+        raise on_all_ranks(InputError(what, where=f"stage {stage.name}"))
     run.progress.note(f"[{stage.name}] {len(samples)} traces from {len(batch.rollouts)} responses")
     return samples
 
 
 def batch_states(run: Run, batch: Batch) -> list[State]:
     """Every state of every rollout of a batch."""
-    from genac_megatron.critic.states import cut_states
-
     config, tokenizer = run.recipe.judging.states, run.tokenizers["actor"]
     return [state for rollout in batch.rollouts for state in cut_states(rollout, tokenizer, config)]
 
 
+def exact_traces(
+    run: Run, stage: SftStage, states: list[State], context: traces.TraceContext
+) -> list[Sample]:
+    """The task's exact teacher on every state."""
+    if run.task.teacher is None:
+        raise InputError(
+            f"the task {run.recipe.task.kind} has no exact teacher",
+            where=f"stage {stage.name}, teacher.kind",
+            way_out="use teacher.kind: self or endpoint",
+        )
+    return traces.exact_samples(states, run.task.teacher, context, stage.teacher.p_bar_range)
+
+
 def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:
     """The critic's own judgements where they agree with Monte-Carlo values (rejection)."""
-    import asyncio
-
-    from genac_megatron.stages.heldout import judge_for
-
     mine = run.share(states)
     generator = actor_generator(run, stage, (run.recipe.seed, stage.name, "monte carlo"))
     outcomes = run.together(lambda: continue_states(generator, mine, stage.teacher.continuations))
@@ -168,9 +182,6 @@ def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:
 
 def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
     """Conversations, one {"messages": [...]} a line; loss on the last (assistant) message."""
-    from genac_megatron.tasks.conversations import read_conversations
-    from genac_megatron.tasks.tokenizer import chat_ids
-
     tokenizer = run.tokenizers[stage.role]
     if stage.path is None:
         raise InputError("data: jsonl needs a path", where=f"stage {stage.name}")

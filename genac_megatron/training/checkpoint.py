@@ -17,9 +17,11 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,11 +31,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
-from genac_megatron.errors import GenacError, InputError
+from genac_megatron.errors import GenacError, InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.megatron import save_options
+from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,9 @@ PART = ".part-"
 MANIFEST, COMMON, WEIGHTS = "manifest.json", "common.pt", "weights"
 BYTES_PER_PARAMETER = 4 + 12  # weights at most fp32, and fp32 master, first and second moment
 SPARE_BYTES = 64 << 20
+POLL_S = 0.05  # between looks at writers in the background
 
+T = TypeVar("T")
 Sharded = dict[str, Any]
 
 
@@ -68,13 +73,26 @@ def role_state(role: Role, *, optimizer: bool, loading: bool = False) -> Sharded
     }
 
 
-class Checkpoints:
-    """A run's checkpoint folder. Every method but `newest` is collective."""
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A save whose shards are being written, and what makes it a checkpoint once they are."""
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool) -> None:
-        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+    part: Path
+    seal: Callable[[], None]
+
+
+class Checkpoints:
+    """A run's checkpoint folder. Every method but `newest` is collective.
+
+    A failure that every rank knows of is raised on all. One rank may also fail alone, in what Megatron
+    does on it between collectives: it raises at once and must end then, which brings the others out of
+    theirs. limit_s: how long `wait` waits for writers in the background.
+    """
+
+    def __init__(self, folder: Path, keep: int, asynchronous: bool, limit_s: float = 600.0) -> None:
+        self.folder, self.keep, self.asynchronous, self.limit_s = folder, keep, asynchronous, limit_s
         self._queue: Any = None
-        self._finish: list[Callable[[], None]] = []
+        self._pending: Pending | None = None
 
     # --- saving --------------------------------------------------------------------------------
 
@@ -87,10 +105,10 @@ class Checkpoints:
         part, final = self.folder / f"{PART}{name}", self.folder / name
         rank = dist.get_rank()
         trained = sorted(n for n, role in roles.items() if role.optimizer is not None)
-        trained = sorted(set().union(*_gathered(trained)))
-        self._agree(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)
+        trained = sorted(set().union(*gathered(trained)))
+        self._local(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)
         sharded, common = self._split(roles, trained)
-        request = self._agree(
+        request = self._collective(
             lambda: dist_checkpointing.save(
                 {"roles": sharded},
                 str(part / WEIGHTS),
@@ -99,15 +117,12 @@ class Checkpoints:
             ),
             part,
         )
-
-        def finish() -> None:
-            self._agree(lambda: _seal(part, final, common, trained, roles, state), part)
-            self._prune()
-
+        pending = Pending(part, lambda: _seal(part, final, common, trained, roles, state))
         if request is None:
-            finish()
+            self._finish(pending)
         else:
-            self._schedule(request, finish)
+            self._local(lambda: self._schedule(request), part)
+            self._pending = pending
 
     def _prepare(self, part: Path, roles: Mapping[str, Role], trained: list[str]) -> None:
         shutil.rmtree(part, ignore_errors=True)
@@ -137,47 +152,91 @@ class Checkpoints:
             common[name] = box[0]
         return sharded, common
 
-    def _schedule(self, request: Any, finish: Callable[[], None]) -> None:
+    def _schedule(self, request: Any) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
         if self._queue is None:
             self._queue = AsyncCallsQueue()
         self._queue.schedule_async_request(request)
-        self._finish.append(finish)
 
-    def poll(self) -> None:
-        """Complete an asynchronous save that has ended. Call it once a step."""
-        if self._finish and self._queue.maybe_finalize_async_calls(blocking=False):
-            self._finish.pop(0)()
+    def poll(self) -> bool:
+        """Complete an asynchronous save that has ended on all ranks. Whether none is left. Once a step."""
+        pending = self._pending
+        if pending is None:
+            return True
+        queue = self._queue
+        try:
+            done = self._collective(lambda: queue.maybe_finalize_async_calls(blocking=False), pending.part)
+        except GenacError:
+            self._pending = None
+            raise
+        if done:
+            self._pending = None
+            self._finish(pending)
+        return bool(done)
 
     def wait(self) -> None:
-        """Complete the asynchronous save that is under way, if any."""
-        if self._finish:
-            self._queue.maybe_finalize_async_calls(blocking=True)
-            self._finish.pop(0)()
+        """Complete the asynchronous save that is under way, if any. Raises GenacError after `limit_s`."""
+        deadline = time.monotonic() + self.limit_s
+        while (pending := self._pending) is not None and not self.poll():
+            late = gathered((time.monotonic() > deadline, self._writing()))
+            if late[0][0]:  # rank 0's clock, so that all decide alike
+                self._drop()
+                ranks = ", ".join(f"rank {rank}" for rank, (_, writing) in enumerate(late) if writing)
+                what = f"its writer still writes after {self.limit_s:g} s ({ranks or 'no rank'})"
+                raise on_all_ranks(self._failed(what, pending.part))
+            time.sleep(POLL_S)
 
-    def _agree(self, act: Callable[[], Any], part: Path) -> Any:
-        """Run `act`; if it failed on any rank, fail on all with the first rank's reason."""
-        result, failure = None, ""
+    def _writing(self) -> bool:
+        """Whether this rank's writer runs."""
+        return any(call.async_caller.process is not None and call.async_caller.process.is_alive()
+                   for call in self._queue.async_calls)  # fmt: skip
+
+    def _drop(self) -> None:
+        """Give the save that is under way up; a writer that hangs would keep this process from ending."""
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        self._queue.async_calls.clear()
+        self._pending = None
+
+    def _finish(self, pending: Pending) -> None:
+        self._local(pending.seal, pending.part)
+        self._prune()
+
+    def _local(self, act: Callable[[], T], part: Path) -> T:
+        """Run `act`, which is local; if it failed on any rank, fail on all with the first rank's reason."""
+        return agree(act, lambda error: self._failed(_reason(error), part))
+
+    def _collective(self, act: Callable[[], T], part: Path) -> T:
+        """Run `act`, in which torch raises what fails on one rank as CheckpointException on all of them.
+
+        Any other error is this rank's alone, while the others wait in a collective: no agreement is
+        possible, and this rank's end is what they will notice.
+        """
         try:
-            result = act()
-        except (Exception, CheckpointException) as error:
-            logger.debug("checkpoint step failed on this rank", exc_info=True)
-            failure = f"{type(error).__name__}: {error}"
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                failure = f"no space left on the device ({error.strerror or error})"
-        failures = [text for text in _gathered(failure) if text]
-        if failures:
-            if dist.get_rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            full = "no space left" in failures[0].lower()
-            raise GenacError(
-                f"the checkpoint could not be written: {failures[0]}",
-                where=str(self.folder),
-                way_out=("free space there" if full else "see the cause above")
-                + ", then go on from the newest complete checkpoint with --resume",
-            )
-        return result
+            return act()
+        except CheckpointException as error:
+            if error.failures:
+                logger.error("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
+            # Rank 0, which coordinates, has the reasons; the others know only that there are some.
+            reasons = [text for text in gathered(_reason(error) if error.failures else "") if text]
+            raise on_all_ranks(self._failed(reasons[0] if reasons else "unknown", part)) from error
+        except Exception as error:
+            if lost_peer(error):
+                raise
+            logger.error("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
+            raise self._failed(_reason(error), part) from error
+
+    def _failed(self, reason: str, part: Path) -> GenacError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        full = "no space left" in reason.lower()
+        return GenacError(
+            f"the checkpoint {part.name.removeprefix(PART)} could not be written: {reason}",
+            where=str(self.folder),
+            way_out=("free space there" if full else "see the cause above")
+            + ", then go on from the newest complete checkpoint with --resume",
+        )
 
     def _prune(self) -> None:
         if dist.get_rank() == 0:
@@ -196,12 +255,7 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
 
     The layout may differ from the one that saved. Raises InputError where it does not fit.
     """
-    manifest = read_manifest(path)
-    if missing := sorted(set(roles) - set(manifest["roles"])):
-        raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
-    for name, role in roles.items():
-        _check_shape(path, name, manifest["roles"][name], role.shape)
-    common = torch.load(path / COMMON, map_location="cpu", weights_only=False)
+    manifest, common = agree(lambda: _read_small(path, roles), partial(_unreadable, path))
     chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
     request = {
         name: extract_matching_values(
@@ -212,16 +266,49 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
     }
     try:
         loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
-    except (Exception, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
-        raise InputError(
-            f"it cannot be read into this model: {type(error).__name__}: {reason}",
-            where=str(path / WEIGHTS),
-            way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
-        ) from error
+    except CheckpointException as error:  # torch raises it on every rank
+        raise on_all_ranks(_unreadable(path, error)) from error
+    except Exception as error:
+        if lost_peer(error):
+            raise
+        raise _unreadable(path, error) from error
     for name, role in chosen.items():
         if role.active:
             _put(role, merge(common[name], loaded[name]), optimizers, common[name]["steps"])
+
+
+def _read_small(path: Path, roles: Mapping[str, Role]) -> tuple[dict[str, Any], Sharded]:
+    """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
+    manifest = read_manifest(path)
+    if missing := sorted(set(roles) - set(manifest["roles"])):
+        raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
+    for name, role in roles.items():
+        _check_shape(path, name, manifest["roles"][name], role.shape)
+    return manifest, torch.load(path / COMMON, map_location="cpu", weights_only=False)
+
+
+def _unreadable(path: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"it cannot be read into this model: {_reason(error)}",
+        where=str(path / WEIGHTS),
+        way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost error: what torch and its writers wrap is what a person can mend."""
+    while True:
+        if isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+        elif (inner := error.__cause__ or error.__context__) is not None:
+            error = inner
+        else:
+            break
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the device ({error.strerror})"
+    lines = str(error).strip().splitlines()
+    name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return f"{name}{lines[-1]}" if lines else type(error).__name__
 
 
 def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape) -> None:
@@ -307,12 +394,6 @@ def _seal(
     if final.exists():
         shutil.rmtree(final)
     os.replace(part, final)
-
-
-def _gathered(value: Any) -> list[Any]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts
 
 
 def _barrier() -> None:

@@ -1,0 +1,70 @@
+"""Failing together: what goes wrong on one rank is raised on all of them.
+
+The acts given here are local: they take no part in a collective. Where one rank failed inside a
+collective, the others wait in it, and only that rank's end brings them out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from genac_megatron.errors import GenacError, on_all_ranks
+
+PEER_SIGNS = ("Connection closed by peer", "Timed out waiting", "timeout", "Connection reset by peer")
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every rank, in order of rank, on all of them. Collective over the world."""
+    if dist.get_world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank ended or did not come."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS)
+
+
+def unexpected(error: Exception) -> GenacError:
+    """What `agree` makes of an error that is none of ours."""
+    return GenacError(f"{type(error).__name__}: {error}", where=f"rank {dist.get_rank()}")
+
+
+def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = unexpected) -> T:
+    """Run `act` on every rank; where it fails on one, raise the first such rank's error on all.
+
+    `explain` words an error that is no GenacError; its traceback goes to the log. Collective.
+    """
+    failure: GenacError | None = None
+    try:
+        result = act()
+    except GenacError as error:
+        failure = error
+    except Exception as error:
+        logger.error("rank %d failed", dist.get_rank(), exc_info=True)
+        failure = explain(error)
+    told = None if failure is None else (type(failure), failure.what, failure.where, failure.way_out)
+    for other in gathered(told):
+        if other is not None:
+            kind, what, where, way_out = other
+            raise on_all_ranks(kind(what, where=where, way_out=way_out)) from failure
+    return result
+
+
+def from_first(act: Callable[[], T]) -> T:
+    """What `act` returns on rank 0, on every rank; its error likewise. Collective."""
+    found = agree(lambda: act() if dist.get_rank() == 0 else None)
+    if dist.get_world_size() == 1:
+        return found  # type: ignore[return-value]
+    box = [found]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
