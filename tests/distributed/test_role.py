@@ -121,3 +121,21 @@ def test_bf16_weights_have_fp32_masters_and_agree_over_layouts(pool: Any) -> Non
         assert all(w.dtype == torch.bfloat16 for w in weights.values())
         for (loss, _), (loss_ref, _) in zip(figures, wanted[0], strict=True):
             assert loss == pytest.approx(loss_ref, abs=0.02)
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded", "replicated"])
+def test_without_clipping_the_gradient_norm_is_still_measured(pool: Any, distributed: bool) -> None:
+    """clip_grad 0 trains like a limit that nothing reaches, and logs the same norm."""
+    results = {}
+    for clip in (0.0, 1e9, 0.5):
+        config = role_config(
+            layout={"count": 2}, optimizer={"clip_grad": clip}, training={"distributed_optimizer": distributed}
+        )
+        results[clip] = pool.run(train_case, config)[0]
+    norms = {clip: [norm for _, norm in result["figures"]] for clip, result in results.items()}
+    assert norms[0.0] == norms[1e9]
+    assert min(norms[0.0]) > 0.5, "so that 0.5 clips"
+    assert norms[0.5][0] == norms[0.0][0], "the norm is that before clipping"
+    for name, weight in results[1e9]["weights"].items():
+        assert torch.equal(results[0.0]["weights"][name], weight), name
+    assert any(not torch.equal(results[0.5]["weights"][n], w) for n, w in results[0.0]["weights"].items())
