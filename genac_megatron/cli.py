@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron import __version__
+from genac_megatron.cluster import command as cluster
 from genac_megatron.errors import (
     EXIT_INPUT,
     EXIT_OK,
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of a run folder")
     report.add_argument("run", help="a run folder")
     commands.add_parser("doctor", help="check this machine's packages")
+    cluster.add_commands(commands)
     return root
 
 
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _run(options, given)
             case "report":
                 return _report(Path(options.run))
+            case command if command in cluster.COMMANDS:
+                return cluster.run_command(options)
             case _:
                 return _doctor()
     except KeyboardInterrupt:
@@ -95,11 +99,11 @@ def _tell(error: GenacError) -> None:
 
 
 def _options_first(given: list[str]) -> list[str]:
-    """Options may stand before, between and behind a run's overrides."""
-    if given[:1] != ["run"]:
+    """Options may stand before, between and behind a recipe's overrides."""
+    if given[:1] not in (["run"], ["slurm"], ["preflight"]):
         return given
     flags = [word for word in given if word.startswith("-")]
-    return ["run", *flags, *(word for word in given[1:] if not word.startswith("-"))]
+    return [given[0], *flags, *(word for word in given[1:] if not word.startswith("-"))]
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
