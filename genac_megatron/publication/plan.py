@@ -51,6 +51,11 @@ class Bucket:
     def numel(self) -> int:
         return sum(item.numel for item in self.items)
 
+    @property
+    def tensors(self) -> tuple[tuple[str, Size], ...]:
+        """Name and size of every Hugging Face tensor, in the order in which they travel."""
+        return tuple(pair for item in self.items for pair in item.hf)
+
 
 def make_plan(
     shape: Shape, layout: Layout, bytes_per_element: int, bucket_bytes: int | None = None

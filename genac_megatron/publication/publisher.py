@@ -1,108 +1,125 @@
 """Bring a role's weights from any training layout to everything that needs them whole.
 
-Per bucket: the owning pipeline stage gathers its tensor-parallel shards on its first rank, which joins
-them to Hugging Face tensors and broadcasts one flat buffer to the world; every sink there loads it.
-This is the in-process transport; the plan it follows is apart from it.
+    Publisher(role, [engine]).publish(version)               to sinks in this process
+    fleet_publisher(role, servers).publish(version)          to servers (publication/fleet.py)
+
+Bucket by bucket along the plan: the owning pipeline stage joins its shards on its first rank, the source,
+while a worker thread still sends the bucket before. At most two buckets are alive, and a bucket is sent only
+once every rank knows that the one before has arrived: so stages never send at once, and an error anywhere is
+raised everywhere.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
-from genac_megatron.models.mapping import load_hf_into, param_rules, unshard
-from genac_megatron.publication.plan import Bucket, Item, make_plan
-from genac_megatron.training.layout import Coords
+from genac_megatron.errors import GenacError
+from genac_megatron.models.mapping import load_hf_into
+from genac_megatron.publication.join import Joiner, source_of
+from genac_megatron.publication.memory import PeakMemory
+from genac_megatron.publication.plan import make_plan
+from genac_megatron.publication.transport import InProcess, Named, Parcel, Sink, Transport
+from genac_megatron.training.agreement import agree, gathered
 from genac_megatron.training.role import Role
-
-Named = tuple[str, Tensor]
-
-
-class Sink(Protocol):
-    """Whatever takes a full set of Hugging Face tensors under a version: an engine, another role."""
-
-    def load_weights(self, version: int, tensors: Iterable[Named], *, final: bool = True) -> None: ...
 
 
 class Publisher:
-    """A role's weights to the sinks of this rank. Collective over the world."""
+    """A role's weights to sinks of every rank, or by another transport. `publish` is collective.
 
-    def __init__(self, role: Role, sinks: Sequence[Sink], bucket_bytes: int | None = None) -> None:
-        self.role, self.sinks = role, list(sinks)
-        self.dtype = DTYPES[role.config.training.dtype]
+    bucket_bytes: as for `make_plan`. dtype: of the tensors that travel; None: the role's own.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        sinks: Sequence[Sink] = (),
+        bucket_bytes: int | None = None,
+        *,
+        transport: Transport | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.role = role
+        self.dtype = dtype or DTYPES[role.config.training.dtype]
         self.plan = make_plan(role.shape, role.layout, self.dtype.itemsize, bucket_bytes)
-        self._parameters: dict[tuple[int, str, int | None], Tensor] = {}
-        for index, model in enumerate(role.models if role.active else []):
-            stage = role.groups.pp.rank()
-            offset = role.layout.chunk_layers(role.shape.layers, stage, index).start
-            for found in param_rules(model, offset, role.shape):
-                self._parameters[index, found.rule.name, found.layer] = found.parameter
+        self.transport = transport or InProcess(sinks, self.dtype)
+        self._joiner = Joiner(role)
 
-    def publish(self, version: int) -> dict[str, float]:
-        """Load the current weights into every sink as `version`; bytes sent and seconds."""
-        began = time.perf_counter()
-        sent = 0
-        for index, bucket in enumerate(self.plan):
-            tensors = self.bucket(bucket)
-            sent += bucket.numel * self.dtype.itemsize
-            for sink in self.sinks:
-                sink.load_weights(version, tensors, final=index == len(self.plan) - 1)
-        return {"bytes": float(sent), "seconds": time.perf_counter() - began}
+    def publish(self, version: int, only: Iterable[str] | None = None) -> dict[str, float]:
+        """Load the current weights into every receiver as `version`; of a fleet, `only` into servers named.
+
+        Returns, alike on every rank: bytes, buckets, seconds, seconds of the phases (drain_s, pause_s,
+        flush_s, gather_s, send_s, verify_s, resume_s; gathering and sending overlap), and host_peak_bytes
+        and device_peak_bytes, the most that a rank held beyond what it had before. Where it fails, every
+        rank raises the same error, which names phase, rank, server and bucket.
+        """
+        transport = self.transport
+        transport.figures, transport.only = {}, None if only is None else frozenset(only)
+        with PeakMemory() as memory:
+            try:
+                with transport.timed("seconds"):
+                    transport.open(version)
+                    self._send(version)
+                    transport.close(version)
+            except GenacError as error:
+                if error.agreed:
+                    transport.abandon()
+                raise
+        return self._shared_figures(memory)
+
+    def _send(self, version: int) -> None:
+        arriving: Future[None] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="publish") as worker:
+            for index in range(len(self.plan)):
+                parcel = self._joined(version, index)
+                if arriving is not None:
+                    agree(arriving.result)
+                arriving = worker.submit(self._deliver, parcel)
+            if arriving is not None:
+                agree(arriving.result)
+
+    def _joined(self, version: int, index: int) -> Parcel:
+        """The next bucket, joined on its source."""
+        bucket = self.plan[index]
+        source = source_of(bucket, self.role.layout)
+        flat: Tensor | None = None
+        if dist.get_rank() == source:
+            nbytes = bucket.numel * self.dtype.itemsize
+            flat = self.transport.staging(index % 2, nbytes).view(self.dtype)
+        if self._joiner.takes_part(bucket):
+            figure = "gather_s" if flat is not None else "gather_others_s"
+            with self.transport.timed(figure):
+                self._joiner.join(bucket, flat)
+        return Parcel(version, index, len(self.plan), bucket, source, flat)
 
     @torch.no_grad()
-    def bucket(self, bucket: Bucket) -> list[Named]:
-        """The bucket's Hugging Face tensors, on every rank."""
-        layout = self.role.layout
-        source = layout.rank_of(Coords(0, 0, 0, bucket.stage))
-        mine = layout.contains(dist.get_rank()) and layout.coords(dist.get_rank())
-        flat = torch.empty(0)
-        if mine and mine.pp == bucket.stage and mine.dp == 0 and mine.cp == 0:
-            flat = self._joined(bucket)
-        if dist.get_world_size() > 1:
-            if dist.get_rank() != source:
-                flat = torch.empty(bucket.numel, dtype=self.dtype, device=platform.device())
-            dist.broadcast(flat, src=source)
-        return list(_named(bucket, flat))
+    def _deliver(self, parcel: Parcel) -> None:
+        with self.transport.timed("send_s" if parcel.mine else "receive_s"):
+            self.transport.send(parcel)
 
-    def _joined(self, bucket: Bucket) -> Tensor:
-        """On the stage's first rank: the bucket's tensors as one flat buffer, in the plan's order."""
-        tp = self.role.layout.tp
-        local = torch.cat([self._shard(item).detach().reshape(-1) for item in bucket.items])
-        parts = [local]
-        if tp > 1:
-            first = self.role.groups.tp.rank() == 0
-            parts = [torch.empty_like(local) for _ in range(tp)] if first else []
-            dist.gather(local, parts if first else None, group=self.role.groups.tp, group_dst=0)
-            if not first:
-                return torch.empty(0)
-        pieces: list[Tensor] = []
-        at = 0
-        for item in bucket.items:
-            shards = [part[at : at + item.shard_numel].view(item.shard_size) for part in parts]
-            at += item.shard_numel
-            whole = unshard(item.rule, shards, self.role.shape, item.layer)
-            pieces += [whole[name].reshape(-1) for name, _ in item.hf]
-        return torch.cat(pieces)
-
-    def _shard(self, item: Item) -> Tensor:
-        return self._parameters[item.chunk, item.rule.name, item.layer]
-
-
-def _named(bucket: Bucket, flat: Tensor) -> Iterator[Named]:
-    at = 0
-    for item in bucket.items:
-        for name, size in item.hf:
-            count = math.prod(size)
-            yield name, flat[at : at + count].view(size)
-            at += count
+    def _shared_figures(self, memory: PeakMemory) -> dict[str, float]:
+        """Phases summed over the ranks that did them, the rest at its largest."""
+        mine = self.transport.figures | {
+            "host_peak_bytes": memory.host,
+            "device_peak_bytes": memory.device,
+        }
+        parts = gathered(mine)
+        largest = {"seconds", "host_peak_bytes", "device_peak_bytes"}
+        figures = {
+            key: max(part.get(key, 0.0) for part in parts)
+            if key in largest
+            else sum(part.get(key, 0.0) for part in parts)
+            for key in dict.fromkeys(key for part in parts for key in part)
+            if key not in {"gather_others_s", "receive_s"}
+        }
+        figures["buckets"] = float(len(self.plan))
+        figures["bytes"] = float(sum(bucket.numel for bucket in self.plan) * self.dtype.itemsize)
+        return figures
 
 
 class RoleSink:

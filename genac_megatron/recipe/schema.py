@@ -118,6 +118,22 @@ class EngineConfig(Block):
     restarts: Annotated[int, Field(ge=0)] = 3  # of lost servers, in a run
 
 
+class PublicationConfig(Block):
+    """How new weights reach the role's engines. Limits are in seconds; keep them below world.timeout_s."""
+
+    transport: Literal["auto", "tensor", "group", "disk"] = "auto"  # to servers; auto: tensor, else group
+    mode: Literal["drain", "in_flight"] = "drain"  # running requests: wait for them, or let them go on after
+    pause: Literal["retract", "in_place"] = "retract"  # in_flight: recompute their KV cache, or keep the old
+    bucket_mib: Positive | None = None  # None: 512, or the largest tensor where that is more
+    verify: Literal["tensors", "version"] = "tensors"  # a run's first publication; later ones: version
+    folder: str | None = None  # disk: one that trainer and servers share
+    address: str | None = None  # group: this machine's, as servers reach it; None: found by asking the kernel
+    drain_s: PositiveFloat = 300.0  # for running requests to end
+    control_s: PositiveFloat = 60.0  # for each of pause, flush, begin, end, version, resume
+    send_s: PositiveFloat = 300.0  # for each bucket
+    verify_s: PositiveFloat = 300.0  # for the checksums
+
+
 class RoleConfig(Block):
     """A trained language model with a job."""
 
@@ -126,6 +142,7 @@ class RoleConfig(Block):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     engine: EngineConfig = EngineConfig()
+    publication: PublicationConfig = PublicationConfig()
 
 
 # --- tasks ---------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""From a role's parameter shards to whole Hugging Face tensors, one bucket at a time, in one flat buffer.
+
+The work of a pipeline stage's first data-parallel replica: its tensor-parallel ranks send their shards to
+its first rank, the bucket's source, which joins them straight into the buffer that will be sent.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from genac_megatron.models.mapping import param_rules, unshard
+from genac_megatron.publication.plan import Bucket, Item
+from genac_megatron.training.layout import Coords, Layout
+from genac_megatron.training.role import Role
+
+
+def source_of(bucket: Bucket, layout: Layout) -> int:
+    """The global rank that joins and sends `bucket`: the first of its pipeline stage."""
+    return layout.rank_of(Coords(0, 0, 0, bucket.stage))
+
+
+class Joiner:
+    """This rank's part in joining a role's buckets."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self._parameters: dict[tuple[int, str, int | None], Tensor] = {}
+        for index, model in enumerate(role.models if role.active else []):
+            offset = role.layout.chunk_layers(role.shape.layers, role.groups.pp.rank(), index).start
+            for found in param_rules(model, offset, role.shape):
+                self._parameters[index, found.rule.name, found.layer] = found.parameter
+
+    def takes_part(self, bucket: Bucket) -> bool:
+        """Whether this rank holds shards that the bucket is joined from."""
+        rank, layout = dist.get_rank(), self.role.layout
+        if not layout.contains(rank):
+            return False
+        mine = layout.coords(rank)
+        return mine.pp == bucket.stage and mine.dp == 0 and mine.cp == 0
+
+    @torch.no_grad()
+    def join(self, bucket: Bucket, flat: Tensor | None) -> None:
+        """Write the bucket's tensors into `flat`, one after the other, in the plan's order.
+
+        flat: [bucket.numel] in the dtype that travels, on the source; None on the stage's other ranks.
+        Collective over the ranks that take part.
+        """
+        at = 0
+        for item in bucket.items:
+            shards = self._gathered(item)
+            if flat is None:
+                continue
+            whole = unshard(item.rule, shards, self.role.shape, item.layer)
+            for name, _ in item.hf:
+                tensor = whole.pop(name)
+                flat[at : at + tensor.numel()].view(tensor.shape).copy_(tensor)
+                at += tensor.numel()
+
+    def _gathered(self, item: Item) -> list[Tensor]:
+        """The shards of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""
+        mine = self._parameters[item.chunk, item.rule.name, item.layer].detach()
+        if self.role.layout.tp == 1 or item.rule.tp_axis is None:
+            return [mine]
+        group = self.role.groups.tp
+        first = group.rank() == 0
+        shards = [torch.empty_like(mine) for _ in range(group.size())] if first else None
+        dist.gather(mine.contiguous(), shards, group=group, group_dst=0)
+        return shards or []

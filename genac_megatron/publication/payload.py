@@ -1,0 +1,108 @@
+"""A flat bucket as SGLang's `/update_weights_from_tensor` takes it, made without SGLang.
+
+The server unpickles `{"flattened_tensor": uint8 tensor, "metadata": [...]}` with an allow-list. Of a
+metadata entry it reads attributes only, so a SimpleNamespace serves. The tensor is a handle to memory of
+this machine (shared memory for host tensors, CUDA IPC for device tensors), or travels by value. Torch's own
+sharing by file descriptor is of no use here: the descriptor's authentication fails and kills the server.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+import socket
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from genac_megatron.models.sizes import Size
+
+_DEVICE = 6  # of rebuild_cuda_tensor's arguments: the device's index, which differs between processes
+
+
+def metadata(tensors: Sequence[tuple[str, Size]], dtype: torch.dtype) -> list[SimpleNamespace]:
+    """Where each tensor is in the flat bucket, in bytes."""
+    entries = []
+    at = 0
+    for name, size in tensors:
+        count = torch.Size(size).numel() * dtype.itemsize
+        entries.append(
+            SimpleNamespace(
+                name=name,
+                shape=torch.Size(size),
+                dtype=dtype,
+                start_idx=at,
+                end_idx=at + count,
+                numel=count,
+            )
+        )
+        at += count
+    return entries
+
+
+def by_value(flat: Tensor, tensors: Sequence[tuple[str, Size]]) -> str:
+    """The bucket itself, in base64: for servers that do not share this machine's memory."""
+    content = {"flattened_tensor": _bytes(flat).clone(), "metadata": metadata(tensors, flat.dtype)}
+    return base64.b64encode(pickle.dumps(content)).decode()
+
+
+def by_handle(flat: Tensor, tensors: Sequence[tuple[str, Size]]) -> str:
+    """A handle to the bucket's memory, in base64, for one reader.
+
+    `flat` must stay as it is until that reader has answered. Host memory must be `shared_buffer`'s.
+    """
+    buffer = io.BytesIO()
+    _HandlePickler(buffer).dump({"flattened_tensor": _bytes(flat), "metadata": metadata(tensors, flat.dtype)})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def shared_buffer(nbytes: int) -> Tensor:
+    """uint8 [nbytes] in shared memory that another process of this user can map by name.
+
+    The file is removed with the last tensor on it, or, by torch's helper process, with this process.
+    """
+    storage = torch.UntypedStorage._new_using_filename_cpu(max(nbytes, 1))
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[:nbytes]  # type: ignore[call-overload,no-any-return,unused-ignore]
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether the host of `url` is one of this machine's addresses: one can listen on those alone."""
+    host = urlsplit(url).hostname or "localhost"
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+            except OSError:
+                continue
+            return True
+    return False
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.detach().view(torch.uint8)
+
+
+class _HandlePickler(ForkingPickler):  # type: ignore[type-arg,unused-ignore]
+    """Pickles tensors as handles: named shared memory, or CUDA IPC with the device by its UUID."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_cuda:
+            rebuild, args = reductions.reduce_tensor(value)
+            uuid = str(torch.cuda.get_device_properties(value.device).uuid)
+            return rebuild, (*args[:_DEVICE], uuid, *args[_DEVICE + 1 :])
+        if isinstance(value, torch.UntypedStorage):
+            shared = value._share_filename_cpu_()
+            value._shared_incref()  # the reader takes this reference over
+            return reductions.rebuild_storage_filename, (type(value), *shared)
+        return NotImplemented
