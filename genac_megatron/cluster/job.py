@@ -1,0 +1,121 @@
+"""What a batch script must know before it starts ranks, worked out on the job's first node. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.cluster.network import PREFLIGHT, RUN, bracketed, fabric_address, free_ports
+from genac_megatron.cluster.placement import Placement, misfits, placement
+from genac_megatron.errors import GenacError, InputError
+from genac_megatron.observe.runinfo import RunFolder
+from genac_megatron.recipe.schema import Recipe
+
+LATEST = "latest"
+
+
+def attempt_name(environ: Mapping[str, str]) -> str:
+    """The attempt's folder under logs/: job id and how often Slurm has restarted it."""
+    return f"{environ['SLURM_JOB_ID']}-r{environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def newest_manifest(checkpoints: Path) -> dict[str, Any] | None:
+    """The manifest of the newest complete checkpoint; None where there is none."""
+    newest: dict[str, Any] | None = None
+    for path in checkpoints.glob("[!.]*/manifest.json"):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if newest is None or manifest["serial"] > newest["serial"]:
+                newest = manifest
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the run itself says what is wrong with it
+    return newest
+
+
+def check_allocation(recipe: Recipe, environ: Mapping[str, str]) -> Placement:
+    """The recipe's placement. Raises InputError where it does not fit, or the job's nodes are not its."""
+    place = placement(recipe)
+    if reasons := misfits(recipe):
+        raise InputError("\n  ".join(reasons), where=f"recipe {recipe.name}")
+    nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
+    gpus = environ.get("SLURM_GPUS_ON_NODE")
+    has = f"{nodes} node(s)" + (f" of {gpus} GPU(s)" if gpus else "")
+    if nodes != place.nodes or (gpus is not None and int(gpus) < place.gpus_per_node):
+        raise InputError(
+            f"the recipe needs {place.nodes} node(s) of {place.ranks_per_node} rank(s) and "
+            f"{place.gpus_per_node} GPU(s); the job has {has}",
+            where=f"recipe {recipe.name}",
+            way_out=f"sbatch {sbatch_options(place)} ..., or genac slurm RECIPE, which works it out",
+        )
+    return place
+
+
+def sbatch_options(place: Placement) -> str:
+    """The options of sbatch that give a placement its nodes."""
+    options = f"--nodes={place.nodes} --ntasks-per-node={place.ranks_per_node}"
+    options += f" --cpus-per-task={place.cpus_per_rank}"
+    return options + (f" --gpus-per-node={place.gpus_per_node}" if place.gpus_per_node else "")
+
+
+def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Makes the attempt's log folder and returns the variables that the batch script takes over.
+
+    Raises InputError where the recipe does not fit the allocation, GenacError where no port is free.
+    """
+    place = check_allocation(recipe, environ)
+    folder = RunFolder(Path(recipe.runs).absolute() / recipe.name)
+    manifest = newest_manifest(folder.checkpoints)
+    finished = manifest is not None and manifest["state"]["at"]["stage"] >= len(recipe.stages)
+    named = environ.get("GENAC_FABRIC", "").replace(",", " ").split()
+    address = fabric_address(named, environ.get("GENAC_PEER", ""))
+    ports = free_ports(int(environ["SLURM_JOB_ID"]), 2)
+    logs = begin_attempt(folder, attempt_name(environ))
+    return {
+        "GENAC_RUN": str(folder.path),
+        "GENAC_LOGS": str(logs),
+        "GENAC_NODES": str(place.nodes),
+        "GENAC_RANKS": str(place.ranks),
+        "GENAC_RANKS_PER_NODE": str(place.ranks_per_node),
+        "GENAC_RESUME": "--resume" if manifest is not None else "",
+        "GENAC_POSITION": position(manifest),
+        "GENAC_FINISHED": "1" if finished else "",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(ports[RUN]),
+        "GENAC_PREFLIGHT_PORT": str(ports[PREFLIGHT]),
+        "GENAC_MEETING": f"{bracketed(address)}:{ports[RUN]}",
+    }
+
+
+def position(manifest: Mapping[str, Any] | None) -> str:
+    """Where a checkpoint stands, as "stage step"; "" where there is none."""
+    if manifest is None:
+        return ""
+    stage, step = manifest["state"]["position"]
+    return f"{stage} {step}"
+
+
+def begin_attempt(folder: RunFolder, attempt: str) -> Path:
+    """Make logs/<attempt>/ and let `latest` point to it. Raises GenacError where it cannot be written."""
+    logs = folder.logs / attempt
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        link = folder.logs / f".{LATEST}.{attempt}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(attempt)
+        link.replace(folder.logs / LATEST)
+    except OSError as error:
+        raise GenacError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(logs),
+            way_out="let `runs:` name a folder on the file system that all nodes share",
+        ) from error
+    return logs
+
+
+def as_shell(variables: Mapping[str, str]) -> str:
+    """Assignments that a shell may evaluate."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())

@@ -1,0 +1,177 @@
+"""Where ranks meet: an address on the fabric, ports that belong to the job. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import psutil
+
+from genac_megatron.errors import GenacError, InputError
+
+PORTS = 32  # a job's window: 0 the run's meeting place, 1 the preflight's, from 8 on the engines'
+LOWEST_PORT = 10_000
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+NET = Path("/sys/class/net")
+INFINIBAND = "32"  # linux/if_arp.h: ARPHRD_INFINIBAND
+RUN, PREFLIGHT, ENGINES = 0, 1, 8
+
+
+def bracketed(address: str) -> str:
+    """An address as a URL wants it: an IPv6 one in brackets. (MASTER_ADDR wants it without.)"""
+    return f"[{address}]" if ":" in address else address
+
+
+def usable(address: str) -> bool:
+    """Whether other machines may reach an address: loopback, link-local and multicast are not."""
+    with contextlib.suppress(ValueError):
+        parsed = ipaddress.ip_address(address.split("%")[0])
+        return not (parsed.is_loopback or parsed.is_link_local or parsed.is_multicast)
+    return False
+
+
+def addresses() -> dict[str, list[str]]:
+    """Each interface that is up, and its IP addresses, IPv4 first."""
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found: dict[str, list[str]] = {}
+    for name, entries in psutil.net_if_addrs().items():
+        if name in up:
+            pairs = [(e.family, e.address.split("%")[0]) for e in entries]
+            ordered = [a for f, a in pairs if f == socket.AF_INET]
+            found[name] = ordered + [a for f, a in pairs if f == socket.AF_INET6]
+    return found
+
+
+def fast_interfaces(net: Path = NET) -> list[str]:
+    """Interfaces over InfiniBand, then those of a network card with RDMA (RoCE)."""
+    if not net.is_dir():
+        return []
+    infiniband, rdma = [], []
+    for folder in sorted(net.iterdir()):
+        kind = folder / "type"
+        if kind.exists() and kind.read_text().strip() == INFINIBAND:
+            infiniband.append(folder.name)
+        elif (folder / "device" / "infiniband").is_dir():
+            rdma.append(folder.name)
+    return infiniband + rdma
+
+
+def source_address(peer: str) -> str:
+    """The address of this machine from which the kernel would reach `peer`. Nothing is sent.
+
+    Raises InputError where the name cannot be resolved or there is no way to it.
+    """
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0]).split("%")[0]
+    except OSError as error:
+        raise InputError(
+            f"cannot be reached: {error.strerror or error}",
+            where=f"node {peer}",
+            way_out="name the fabric's interface by GENAC_FABRIC in slurm/settings.sh",
+        ) from None
+
+
+def fabric_address(
+    named: Iterable[str] = (),
+    peer: str = "",
+    *,
+    present: Mapping[str, list[str]] | None = None,
+    fast: Iterable[str] | None = None,
+) -> str:
+    """This node's address on the fabric.
+
+    named: interfaces to take, first match; else InfiniBand or RDMA interfaces; else the address that the
+    kernel uses towards `peer`, another node of the job; a job of one node meets on loopback.
+    Raises InputError where a named interface is not here or has no address.
+    """
+    here = addresses() if present is None else present
+    named = list(named)
+    for name in named:
+        if here.get(name):
+            return here[name][0]
+    if named:
+        raise InputError(
+            f"no interface {' or '.join(named)} with an address is up",
+            where="GENAC_FABRIC",
+            way_out=f"this node has {', '.join(sorted(name for name, found in here.items() if found))}",
+        )
+    if not peer:
+        return "127.0.0.1"
+    for name in fast_interfaces() if fast is None else fast:
+        for address in here.get(name, []):
+            if usable(address):
+                return address
+    return source_address(peer)
+
+
+def interface_towards(peer: str) -> str:
+    """The interface that the kernel uses towards `peer`; "" where it cannot be told."""
+    with contextlib.suppress(InputError):
+        source = source_address(peer)
+        return next((name for name, found in addresses().items() if source in found), "")
+    return ""
+
+
+def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Which interface gloo and NCCL's bootstrap use on this node: the one towards MASTER_ADDR.
+
+    Without it gloo takes whatever the host's name resolves to, which may be another network or loopback.
+    """
+    if "SLURM_JOB_ID" not in environ or "MASTER_ADDR" not in environ:
+        return {}
+    name = interface_towards(environ["MASTER_ADDR"])
+    wanted = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
+    return {key: value for key, value in wanted.items() if key not in environ}
+
+
+def ephemeral_low() -> int:
+    """The lowest port that the kernel gives out by itself."""
+    try:
+        return int(EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32_768
+
+
+def job_ports(job: int, low: int | None = None) -> range:
+    """The ports of a job: a window chosen by its number, below the ephemeral range."""
+    top = ephemeral_low() if low is None else low
+    windows = (top - LOWEST_PORT) // PORTS
+    if windows < 1:
+        raise InputError(
+            f"the ephemeral ports begin at {top}, which leaves none for the job",
+            where=str(EPHEMERAL),
+            way_out=f"raise its lower end to at least {LOWEST_PORT + PORTS}",
+        )
+    start = LOWEST_PORT + job % windows * PORTS
+    return range(start, start + PORTS)
+
+
+def is_free(port: int, address: str = "") -> bool:
+    """Whether a server could listen on a port here."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+            return True
+    except OSError:
+        return False
+
+
+def free_ports(job: int, count: int, address: str = "", low: int | None = None) -> list[int]:
+    """The first `count` free ports of the job's window. Raises GenacError where there are fewer."""
+    window = job_ports(job, low)
+    found = [port for port in window[:ENGINES] if is_free(port, address)][:count]
+    if len(found) < count:
+        raise GenacError(
+            f"of ports {window.start} to {window[ENGINES - 1]} only {len(found)} are free on {socket.gethostname()}",
+            where=f"job {job}",
+            way_out="see who listens there (ss -ltnp); a new job has other ports",
+        )
+    return found
