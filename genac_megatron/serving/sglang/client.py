@@ -48,11 +48,14 @@ class Generated:
 class ServerClient:
     """One server. Asynchronous calls may come from any event loop, control calls from any thread.
 
-    url: without a path. key: what the server asks for, "" for none. name: for messages.
+    url: without a path. key: what the server asks for, "" for none. name: for messages. tp: ranks that hold
+    its weights.
     """
 
-    def __init__(self, url: str, key: str = "", *, name: str = "", connections: int = 256) -> None:
-        self.url, self.name = url.rstrip("/"), name or url
+    def __init__(
+        self, url: str, key: str = "", *, name: str = "", tp: int = 1, connections: int = 1024
+    ) -> None:
+        self.url, self.name, self.tp = url.rstrip("/"), name or url, tp
         # A kept connection may be closed by the server just as it is used again, and outlives its event loop.
         self._options: dict[str, Any] = {
             "base_url": self.url,

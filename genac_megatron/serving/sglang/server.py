@@ -79,6 +79,8 @@ class ServerSpec:
             "--mem-fraction-static": self.mem_fraction,
             "--max-running-requests": self.max_running,
             "--log-level-http": "warning",
+            # A request names its stop tokens. A model's own would stop it too; llama's default is token 2.
+            "--json-model-override-args": '{"eos_token_id": null}',
         }
         if self.max_tokens is not None:
             given["--max-total-tokens"] = self.max_tokens

@@ -1,0 +1,276 @@
+"""An engine over SGLang servers: who gets which request, retries, and exact completions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.sizes import hf_names
+from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.records import Completion, Finish, Request
+from genac_megatron.serving.engine import Engine, check_ids, check_request
+from genac_megatron.serving.sglang.client import Generated, ServerClient, ServerError
+from genac_megatron.serving.sglang.loading import Loader
+from genac_megatron.serving.sglang.routing import Route, Router, group_of
+
+RETRY_S = 0.5  # between attempts
+ABORT_S = 10.0
+ABORT_AGAIN_S = 0.5  # a request that has not reached its server yet cannot be aborted there
+T = TypeVar("T")
+_group: ContextVar[str] = ContextVar("group", default="")  # of this task's last request
+
+
+@dataclass(eq=False)
+class Live:
+    """A request under way. `client` and `rid` are those of the present attempt."""
+
+    key: str
+    work: asyncio.Task[Generated | None] | None = None
+    client: ServerClient | None = None
+    rid: str = ""
+    aborted: bool = False
+
+
+class SglangEngine(Engine):
+    """Generates on one or several servers that hold the same weights.
+
+    A request's tokens depend on its seed only on servers with --enable-deterministic-inference, which a CPU
+    cannot run: elsewhere the seed is sent and ignored. Requests are spread as routing.py says, at most
+    `max_in_flight` per server; those beyond wait. One that fails, or takes longer than `request_timeout_s`,
+    is sent again, `attempts` times in all: a completion is always that of one attempt, and the server ends
+    an attempt whose connection is closed. What a server refuses is an InputError, what none could do a
+    PeerLost.
+
+    Completions carry the version of every token, so weights may change while requests run. `load_weights`
+    sends them by value in requests; a publication with a transport of its own sets `version` instead.
+    """
+
+    def __init__(self, clients: Sequence[ServerClient], config: EngineConfig, shape: Shape) -> None:
+        self.clients, self.config, self.vocab = list(clients), config, shape.vocab
+        self.version = -1
+        self._router = Router(self.clients, config.max_in_flight)
+        self._loader = Loader(self.clients, hf_names(shape))
+        self._live: set[Live] = set()
+        self._enders: set[asyncio.Task[None]] = set()
+        self._busy, self._busy_since = 0, 0.0
+        self._closed = False
+        self._stats: dict[str, float] = {}
+        self.stats()
+
+    async def complete(self, request: Request) -> Completion:
+        where = f"request {request.key!r}" if request.key else "request"
+        self._check_usable(where)
+        check_request(request, self.vocab)
+        group = group_of(request.key)
+        _group.set(group)
+        live = Live(request.key)
+
+        async def attempt(route: Route) -> Generated | None:
+            return await self._generate(route.client, request, live)
+
+        live.work = asyncio.ensure_future(self._attempts(attempt, group, where))
+        self._live.add(live)
+        try:
+            sample = await live.work
+        except asyncio.CancelledError:
+            if not live.aborted:
+                raise
+            sample = None  # it had no server yet
+        finally:
+            self._live.discard(live)
+        if sample is None:
+            return Completion((), (), "abort")
+        self._count(sample)
+        spans = tuple((int(version), count) for version, count in sample.spans)
+        return Completion(sample.ids, sample.logprobs, cast(Finish, sample.finish), spans)
+
+    async def score(
+        self, ids: Sequence[int], continuations: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[float]:
+        """As Engine.score says. One position is asked of a server for each distinct prefix of a continuation:
+        its log-probs of *given* tokens are tempered at new positions alone, not in the prompt.
+        """
+        self._check_usable("score")
+        if temperature <= 0:
+            raise InputError(f"temperature is {temperature}, not above 0", where="score")
+        for part in (ids, *continuations):
+            check_ids(part, self.vocab, "score")
+        wanted: dict[tuple[int, ...], set[int]] = {}
+        for tokens in continuations:
+            for at, token in enumerate(tokens):
+                wanted.setdefault(tuple(tokens[:at]), set()).add(token)
+
+        async def attempt(route: Route) -> dict[tuple[int, ...], dict[int, float]]:
+            # Requests in flight together share no prefix: the shortest goes ahead and fills the cache.
+            found: dict[tuple[int, ...], dict[int, float]] = {}
+            order = sorted(wanted, key=len)
+            for prefixes in (order[:1], order[1:]):
+                found |= await self._next_logprobs(route.client, ids, prefixes, wanted, temperature)
+            return found
+
+        found = await self._attempts(attempt, _group.get(), "score")
+        return [sum(found[tuple(c[:at])][token] for at, token in enumerate(c)) for c in continuations]
+
+    def abort(self, key: str | None = None) -> None:
+        for live in list(self._live):
+            if live.aborted or live.work is None or (key is not None and live.key != key):
+                continue
+            live.aborted = True
+            loop = live.work.get_loop()
+            if loop.is_closed():
+                self._live.discard(live)
+            elif live.client is None:
+                live.work.cancel()
+            else:
+                ender = loop.create_task(self._end(live))
+                self._enders.add(ender)
+                ender.add_done_callback(self._enders.discard)
+
+    def load_weights(
+        self, version: int, tensors: Iterable[tuple[str, Tensor]], *, final: bool = True
+    ) -> None:
+        """As Engine.load_weights says. Raises ServerError where a server is lost."""
+        if self._closed:
+            raise InputError("the engine is closed", where=f"weights of version {version}")
+        self.version = -1
+        self._loader.load(version, tensors, final=final)
+        if final:
+            self.version = version
+
+    def stats(self) -> dict[str, float]:
+        """Since the last call: tokens, prompt_tokens, cached_tokens (of those), seconds (with requests under
+        way), batches (requests answered)."""
+        now = time.perf_counter()
+        if self._stats and self._busy:
+            self._stats["seconds"] += now - self._busy_since
+        self._busy_since = now
+        taken = self._stats
+        names = ("tokens", "prompt_tokens", "cached_tokens", "seconds", "batches")
+        self._stats = dict.fromkeys(names, 0.0)
+        return taken
+
+    def close(self) -> None:
+        """Abort what is left. The servers are their owner's to end."""
+        self.abort()
+        self._closed, self.version = True, -1
+        for client in self.clients:
+            client.close()
+
+    def _check_usable(self, where: str) -> None:
+        if self._closed:
+            raise InputError("the engine is closed", where=where)
+        if self.version < 0 and not self._loader.loading:
+            raise InputError(
+                "the engine has no weights", where=where, way_out="publish the role's weights to it first"
+            )
+
+    async def _attempts(self, attempt: Callable[[Route], Awaitable[T]], group: str, where: str) -> T:
+        """What the first successful attempt returns."""
+        failures: list[str] = []
+        for number in range(self.config.attempts):
+            if number:
+                await asyncio.sleep(RETRY_S)
+            route = await self._router.take(group)
+            if self._busy == 0:
+                self._busy_since = time.perf_counter()
+            self._busy += 1
+            try:
+                return await attempt(route)
+            except ServerError as error:
+                if not error.retryable:
+                    raise InputError(f"refused: {error.what}", where=f"{where} at {error.server}") from error
+                failures.append(f"{error.server}: {error.what}")
+                self._router.rest(route)
+            finally:
+                self._router.give_back(route)
+                self._busy -= 1
+                if self._busy == 0:
+                    self._stats["seconds"] += time.perf_counter() - self._busy_since
+        raise PeerLost(
+            f"{len(failures)} attempts failed (engine.attempts):\n    " + "\n    ".join(failures), where=where
+        )
+
+    async def _generate(self, client: ServerClient, request: Request, live: Live) -> Generated | None:
+        """One attempt; None where it was aborted and nothing came of it."""
+        live.client, live.rid = client, uuid.uuid4().hex  # of one length: none is the start of another
+        try:
+            limit_s = self.config.request_timeout_s
+            (sample,) = await client.generate(request.ids, _sampling(request), limit_s=limit_s, rid=live.rid)
+            _check_versions(client, sample)
+        except ServerError:
+            if live.aborted:
+                return None
+            raise
+        finally:
+            live.client = None
+        return sample
+
+    async def _next_logprobs(
+        self,
+        client: ServerClient,
+        ids: Sequence[int],
+        prefixes: Sequence[tuple[int, ...]],
+        wanted: dict[tuple[int, ...], set[int]],
+        temperature: float,
+    ) -> dict[tuple[int, ...], dict[int, float]]:
+        """After ids + each prefix: the log-probs of the tokens that are wanted there."""
+        if not prefixes:
+            return {}
+        samples = await client.generate(
+            [[*ids, *prefix] for prefix in prefixes],
+            {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True},
+            limit_s=self.config.request_timeout_s,
+            candidates=[sorted(wanted[prefix]) for prefix in prefixes],
+        )
+        found = {}
+        for prefix, sample in zip(prefixes, samples, strict=True):
+            _check_versions(client, sample)
+            self._count(sample)
+            if len(sample.candidates) != 1 or not wanted[prefix] <= sample.candidates[0].keys():
+                raise ServerError(
+                    client.name, "/generate", f"log-probs are missing: {sample}", retryable=True
+                )
+            found[prefix] = sample.candidates[0]
+        return found
+
+    async def _end(self, live: Live) -> None:
+        while live in self._live and live.client is not None:
+            with contextlib.suppress(ServerError):  # the request's own limit ends it then
+                await live.client.abort(live.rid, ABORT_S)
+            await asyncio.sleep(ABORT_AGAIN_S)
+
+    def _count(self, sample: Generated) -> None:
+        self._stats["tokens"] += len(sample.ids)
+        self._stats["prompt_tokens"] += sample.prompt_tokens
+        self._stats["cached_tokens"] += sample.cached_tokens
+        self._stats["batches"] += 1
+
+
+def _sampling(request: Request) -> dict[str, Any]:
+    params = request.params
+    sampling: dict[str, Any] = {
+        "max_new_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "sampling_seed": request.seed % 2**63,
+    }
+    # ignore_eos would switch these off too; the model's own are switched off where the server is started.
+    stops = {"stop_token_ids": list(params.stop_token_ids)} if params.stop_token_ids else {"ignore_eos": True}
+    return sampling | stops
+
+
+def _check_versions(client: ServerClient, sample: Generated) -> None:
+    """A server that was restarted, or never published to, names its weights "default"."""
+    for version, _ in sample.spans:
+        if not version.isdecimal():
+            what = f"its weights are of version {version!r}: none were published to it"
+            raise ServerError(client.name, "/generate", what, retryable=True)
