@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from genac_megatron import __version__
 from genac_megatron.cluster import command as cluster
+from genac_megatron.conversion import options as conversion
 from genac_megatron.errors import (
     EXIT_INPUT,
     EXIT_OK,
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     commands.add_parser("doctor", help="check this machine's packages")
     cluster.add_commands(commands)
+    conversion.add_convert(commands)
+    conversion.add_inspect(commands)
     return root
 
 
@@ -59,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options.command:
             case "run":
                 return _run(options, given)
+            case "convert":
+                return conversion.run_convert(options)
+            case "inspect":
+                return conversion.run_inspect(options)
             case "report":
                 return _report(Path(options.run))
             case command if command in cluster.COMMANDS:

@@ -42,6 +42,10 @@ class Shape:
     qk_norm: bool = False
     qkv_bias: bool = False
     rope_factor: float | None = None  # Llama 3.1 rope scaling; None: plain rope
+    experts: int | None = None  # per layer; None: a dense model
+    experts_per_token: int | None = None
+    expert_ffn: int | None = None
+    norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -81,6 +85,13 @@ class Rule:
     tp_axis: int | None = None
     padded: bool = False
     aliases: tuple[str, ...] = ()
+    expert: int | None = None  # global index of the expert that it is part of
+    key: str = ""  # in a checkpoint; "": made of the last alias or the name
+
+    @property
+    def stored(self) -> str:
+        """Its key in a checkpoint, where all layers (and experts) are one tensor with leading axes."""
+        return self.key or (self.name, *self.aliases)[-1].replace("layers.{layer}.", "layers.")
 
     @property
     def room(self) -> str:

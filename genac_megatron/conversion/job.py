@@ -1,0 +1,214 @@
+"""A conversion, shard by shard: resumable, over processes or ranks, into a folder that appears whole.
+
+DST.part/ holds what is done: plan.json says of what conversion, done/<shard>.json that a shard's file is
+whole. The same command goes on where an earlier one stopped. Ranks share nothing but this folder: each writes
+its own shards, and the first waits for the others', adds what is small and gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from genac_megatron.conversion.units import Shard
+from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.observe.progress import format_duration
+from genac_megatron.observe.runinfo import write_json_atomic
+
+AGAIN = "run the same command again: it goes on where it stopped"
+SPARE_BYTES = 16 << 20
+POLL_S = 0.2
+TOLD_S = 2.0  # between lines of progress
+GIB = 1 << 30
+
+Tell = Callable[[int], None]  # takes bytes that were written
+
+
+class Conversion(Protocol):
+    """What is converted and how; it travels to worker processes."""
+
+    @property
+    def dst(self) -> Path: ...
+
+    @property
+    def shards(self) -> tuple[Shard, ...]: ...
+
+    @property
+    def itemsize(self) -> int: ...
+
+    def plan(self) -> dict[str, Any]:
+        """What makes two conversions the same one: source, options."""
+
+    def write(self, part: Path, shard: Shard, tell: Tell) -> Any:
+        """Write a shard's file whole; what the index needs to know about it, as plain data."""
+
+    def finish(self, part: Path, records: list[Any]) -> None:
+        """Add the index and everything small, from all shards' records in order."""
+
+
+@dataclass
+class Meter:
+    """Progress in bytes, on stderr."""
+
+    total: int
+    done: int = 0
+    enabled: bool = True
+    began: float = field(default_factory=time.monotonic)
+    _told: float = 0.0
+    _first: int = -1
+
+    def __call__(self, written: int) -> None:
+        if self._first < 0:
+            self._first = self.done
+        self.done += written
+        now = time.monotonic()
+        if self.enabled and (now - self._told > TOLD_S or self.done >= self.total):
+            self._told = now
+            rate = (self.done - self._first) / max(now - self.began, 1e-6)
+            left = format_duration((self.total - self.done) / max(rate, 1.0))
+            text = (
+                f"{self.done / GIB:.2f} of {self.total / GIB:.2f} GiB · {rate / 2**20:.0f} MiB/s · eta {left}"
+            )
+            print(f"convert: {text}", file=sys.stderr, flush=True)
+
+
+def convert(
+    job: Conversion,
+    *,
+    workers: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
+    limit_s: float = 600.0,
+    quiet: bool = False,
+) -> None:
+    """Run a conversion, or this rank's part of it; rank 0 returns when the folder has its name.
+
+    limit_s: how long rank 0 waits for another rank's next shard. Raises InputError, PeerLost.
+    """
+    part = job.dst.with_name(job.dst.name + ".part")
+    _begin(job, part)
+    with _alone(part, rank), _full_disk(part):
+        missing = [s for s in job.shards[rank::ranks] if not _record(part, s).exists()]
+        _check_space(job, part, missing)
+        done = sum(s.numel for s in job.shards[rank::ranks]) - sum(s.numel for s in missing)
+        meter = Meter((done + sum(s.numel for s in missing)) * job.itemsize, done * job.itemsize)
+        meter.enabled = not quiet and rank == 0
+        if workers > 1 and len(missing) > 1:
+            _in_processes(job, part, missing, workers, meter)
+        else:
+            for shard in missing:
+                _write(job, part, shard, meter)
+        if rank == 0:
+            _await(job, part, limit_s)
+            _finish(job, part)
+
+
+def _begin(job: Conversion, part: Path) -> None:
+    """Make the folder, or make sure that it is the same conversion's."""
+    if job.dst.exists():
+        raise InputError("exists already", where=str(job.dst), way_out="remove it, or name another folder")
+    plan = {**job.plan(), "shards": len(job.shards)}
+    path = part / "plan.json"
+    if not path.exists():
+        (part / "done").mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, plan)
+        return
+    found = json.loads(path.read_text())
+    different = sorted(key for key in plan.keys() | found.keys() if plan.get(key) != found.get(key))
+    if different:
+        shown = ", ".join(f"{key}: {found.get(key)} then, {plan.get(key)} now" for key in different)
+        raise InputError(f"another conversion was begun here ({shown})", where=str(part), way_out="remove it")
+
+
+@contextmanager
+def _alone(part: Path, rank: int) -> Iterator[None]:
+    """Hold this rank's lock, which ends with the process however it ends."""
+    with (part / f"rank{rank}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("another process is converting into it", where=str(part)) from None
+        yield
+
+
+@contextmanager
+def _full_disk(part: Path) -> Iterator[None]:
+    """Say what a disk without room, or one that cannot be written, means for the conversion."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space left" if full else f"cannot be written: {error.strerror or error}"
+        raise InputError(what, where=str(error.filename or part), way_out=f"mend it and {AGAIN}") from error
+
+
+def _check_space(job: Conversion, part: Path, missing: list[Shard]) -> None:
+    need = sum(s.numel for s in missing) * job.itemsize + SPARE_BYTES
+    free = shutil.disk_usage(part).free
+    if free < need:
+        raise InputError(
+            f"no space left: {free / GIB:.2f} GiB free, about {need / GIB:.2f} GiB needed",
+            where=str(part),
+            way_out=f"free space there and {AGAIN}",
+        )
+
+
+def _record(part: Path, shard: Shard) -> Path:
+    return part / "done" / f"{shard.index:05d}.json"
+
+
+def _write(job: Conversion, part: Path, shard: Shard, tell: Tell) -> None:
+    write_json_atomic(_record(part, shard), job.write(part, shard, tell))
+
+
+def _in_processes(job: Conversion, part: Path, missing: list[Shard], workers: int, meter: Meter) -> None:
+    with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn")) as pool:
+        waiting = {pool.submit(_write, job, part, shard, _silent): shard for shard in missing}
+        try:
+            for future in as_completed(waiting):
+                future.result()
+                meter(waiting[future].numel * job.itemsize)
+        except BrokenProcessPool as error:
+            raise InputError("a worker process was killed", where=str(part), way_out=AGAIN) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _silent(written: int) -> None:
+    """Workers say nothing: the process that started them does."""
+
+
+def _await(job: Conversion, part: Path, limit_s: float) -> None:
+    """Wait until every rank's shards are there."""
+    seen, since = -1, time.monotonic()
+    while missing := [s for s in job.shards if not _record(part, s).exists()]:
+        if len(missing) != seen:
+            seen, since = len(missing), time.monotonic()
+        if time.monotonic() - since > limit_s:
+            shown = ", ".join(str(s.index) for s in missing[:8])
+            raise PeerLost(
+                f"waited {limit_s:g} s for shards {shown} of other ranks", where=str(part), way_out=AGAIN
+            )
+        time.sleep(POLL_S)
+
+
+def _finish(job: Conversion, part: Path) -> None:
+    records = [json.loads(_record(part, shard).read_text()) for shard in job.shards]
+    job.finish(part, records)
+    shutil.rmtree(part / "done")
+    for left in (part / "plan.json", *part.glob("rank*.lock")):
+        left.unlink()
+    os.replace(part, job.dst)

@@ -1,0 +1,166 @@
+"""The command line of conversions: `genac convert`, `genac inspect` and the two scripts in tools/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genac_megatron.errors import EXIT_OK, InputError
+
+if TYPE_CHECKING:
+    from genac_megatron.conversion.to_hf import ToHf
+    from genac_megatron.conversion.to_megatron import ToMegatron
+    from genac_megatron.models.families.base import Shape
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+ROLES = ("actor", "critic")
+EPILOG = """An interrupted conversion goes on where it stopped when the same command is run again. Ranks that
+torchrun or srun started share the work; they need to see one folder."""
+
+
+def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`convert to-megatron|to-hf`."""
+    convert = commands.add_parser("convert", help="Hugging Face folders to checkpoints and back")
+    directions = convert.add_subparsers(dest="direction", required=True)
+    to_megatron = directions.add_parser("to-megatron", help="make a checkpoint of a folder", epilog=EPILOG)
+    add_to_megatron(to_megatron)
+    to_hf = directions.add_parser("to-hf", help="make a folder of a checkpoint's role", epilog=EPILOG)
+    add_to_hf(to_hf)
+
+
+def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`inspect`."""
+    inspect = commands.add_parser("inspect", help="list what is in a checkpoint")
+    inspect.add_argument("checkpoint", help="a checkpoint, or a run folder: its newest")
+    inspect.add_argument("--role", help="this role alone")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def add_to_megatron(parser: argparse.ArgumentParser) -> None:
+    """The options of Hugging Face to Megatron."""
+    parser.add_argument("src", help="a Hugging Face folder: config.json, safetensors, tokenizer")
+    parser.add_argument("dst", help="the checkpoint folder to make; name it in roles.<role>.model.checkpoint")
+    parser.add_argument(
+        "--role",
+        action="append",
+        help="a role that can start from it; may be repeated, and costs no room (default: actor and critic)",
+    )
+    _add_common(parser)
+
+
+def add_to_hf(parser: argparse.ArgumentParser) -> None:
+    """The options of Megatron to Hugging Face."""
+    parser.add_argument("src", help="a checkpoint, or a run folder: its newest")
+    parser.add_argument("dst", help="the Hugging Face folder to make")
+    parser.add_argument("--role", default="actor", help="which role of the checkpoint (default: actor)")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="of the weights written (keep)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file, such as 500MB or 4GiB (5GB)")
+    parser.add_argument("--workers", type=int, default=1, help="processes to share the work (1)")
+    parser.add_argument("--assets", help="a folder with the tokenizer (and config), or builtin:tiny")
+    parser.add_argument("--verify", action="store_true", help="load both sides and compare their logits")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """`genac convert`; its exit code. Raises InputError."""
+    return run_to_megatron(options) if options.direction == "to-megatron" else run_to_hf(options)
+
+
+def run_to_megatron(options: argparse.Namespace) -> int:
+    """Hugging Face to Megatron. Raises InputError."""
+    from genac_megatron.conversion.assets import of_folder
+    from genac_megatron.conversion.to_megatron import ToMegatron
+    from genac_megatron.models.registry import shape_from_folder
+
+    src = Path(options.src).expanduser()
+    shape = shape_from_folder(src, str(src))
+    assets = of_folder(src, options.assets)
+    roles = tuple(dict.fromkeys(options.role or ROLES))
+    job = ToMegatron(src, roles, shape, *_common(options), assets)
+    job.folder.check(shape)
+    assets.check(shape)
+    _run(job, options)
+    if options.verify:
+        _verify(src, job.dst, roles[0], shape, job)
+    return EXIT_OK
+
+
+def run_to_hf(options: argparse.Namespace) -> int:
+    """Megatron to Hugging Face. Raises InputError."""
+    from genac_megatron.conversion.assets import of_checkpoint
+    from genac_megatron.conversion.to_hf import ToHf
+    from genac_megatron.models.families.base import Shape
+    from genac_megatron.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest
+
+    path = find_checkpoint(Path(options.src).expanduser())
+    roles = read_manifest(path)["roles"]
+    if options.role not in roles:
+        what = f"it holds no role {options.role}, only {', '.join(sorted(roles))}"
+        raise InputError(what, where=str(path), way_out="name one of them with --role")
+    shape = Shape(**roles[options.role])
+    assets = of_checkpoint(path, options.role, options.assets)
+    job = ToHf(path / WEIGHTS, options.role, shape, *_common(options), assets)
+    job.stored.check()
+    assets.check(shape)
+    _run(job, options)
+    if options.verify:
+        _verify(job.dst, path, options.role, shape, job)
+    return EXIT_OK
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """`genac inspect`; its exit code. Raises InputError."""
+    from genac_megatron.conversion.inspect import describe, inspect
+    from genac_megatron.training.checkpoint import find_checkpoint
+
+    found = inspect(find_checkpoint(Path(options.checkpoint).expanduser()), options.role)
+    print(json.dumps(found, indent=2) if options.json else describe(found))
+    return EXIT_OK
+
+
+def _common(options: argparse.Namespace) -> tuple[Path, str, int]:
+    return Path(options.dst).expanduser().absolute(), options.dtype, shard_bytes(options.max_shard_size)
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of a size such as 500MB, 4GiB or 1000000. Raises InputError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise InputError(
+            f"{text!r} is no size", where="--max-shard-size", way_out="for example 500MB or 4GiB"
+        )
+    return max(1, int(float(match[1]) * UNITS[match[2].upper()]))
+
+
+def _run(job: ToHf | ToMegatron, options: argparse.Namespace) -> None:
+    from genac_megatron.conversion.job import convert
+    from genac_megatron.launch import adopt_slurm
+
+    if options.workers < 1:
+        raise InputError(f"{options.workers} workers", where="--workers", way_out="give at least 1")
+    # Ranks of a conversion do not talk to each other, so that they need no address to meet at.
+    world = {**os.environ, **adopt_slurm({"MASTER_ADDR": "", "MASTER_PORT": "", **os.environ})}
+    rank, ranks = int(world.get("RANK", "0")), int(world.get("WORLD_SIZE", "1"))
+    if ranks > 1 and options.verify:
+        raise InputError("--verify needs one process", where="--verify", way_out="leave it out under ranks")
+    convert(job, workers=options.workers, rank=rank, ranks=ranks, quiet=options.quiet)
+    if rank == 0:
+        print(job.dst)
+
+
+def _verify(hf: Path, checkpoint: Path, role: str, shape: Shape, job: ToHf | ToMegatron) -> None:
+    from genac_megatron.conversion.verify import verify
+
+    found = verify(hf, checkpoint, role, shape, job.torch_dtype)
+    print(f"verified: logits differ by at most {found:.2g} of the largest", file=sys.stderr, flush=True)
