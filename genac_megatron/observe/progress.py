@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -85,6 +86,14 @@ class _Stage:
         return max(0.0, each * left - min(now - self.last, each)) if left else 0.0
 
 
+_current: Progress | None = None  # the run's, while it is open
+
+
+def current() -> Progress | None:
+    """This process's progress, for who watches it from another thread."""
+    return _current
+
+
 class Progress:
     """Shows a run's progress: `with Progress(rank == 0, stages=names) as progress: ...`.
 
@@ -112,8 +121,11 @@ class Progress:
         self._usual: dict[tuple[str, str], float] = {}  # seconds of a (stage, phase) last time
         self._figures: list[tuple[str, str]] = []
         self._live: Live | None = None
+        self._ticks = 0  # phases begun or ended, and steps
 
     def __enter__(self) -> Progress:
+        global _current
+        _current = self
         if self._enabled and self._console.is_terminal:
             self._live = Live(
                 get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False
@@ -124,9 +136,24 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _current
+        _current = None
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where this rank is, as plain data; safe to call from another thread. Durations in seconds."""
+        now, stage, phases = self._clock(), self._stage, list(self._phases)
+        seen: dict[str, Any] = {"ticks": self._ticks, "phases": [name for name, _ in phases]}
+        if phases:
+            name, begin = phases[-1]
+            seen["phase_s"] = now - begin
+            seen["usual_s"] = self._usual.get((stage.name if stage else "", name))
+        if stage is not None:
+            seen |= {"stage": stage.name, "step": stage.done, "steps": stage.total}
+            seen |= {"stages": list(self._stages), "step_s": stage.seconds_per_step, "eta_s": stage.eta(now)}
+        return seen
 
     # --- what a run calls ------------------------------------------------------------------------
 
@@ -142,6 +169,7 @@ class Progress:
         """Step `step` (counted from 1) of the current stage is done."""
         stage = self._current()
         now = self._clock()
+        self._ticks += 1
         stage.advance(step, now)
         self._figures = shown_figures(metrics)
         eta = stage.eta(now)
@@ -158,10 +186,12 @@ class Progress:
         key = (self._stage.name if self._stage else "", name)
         begin = self._clock()
         self._phases.append((name, begin))
+        self._ticks += 1
         try:
             with self.timer.phase(name):
                 yield
         finally:
+            self._ticks += 1
             self._phases.pop()
             self._usual[key] = self._clock() - begin
 
