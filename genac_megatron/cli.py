@@ -22,6 +22,7 @@ from genac_megatron.errors import (
     GenacError,
     InputError,
     PeerLost,
+    StopRequested,
     on_all_ranks,
 )
 
@@ -114,6 +115,7 @@ def _options_first(given: list[str]) -> list[str]:
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
+    from genac_megatron.cluster.network import rank_environment
     from genac_megatron.launch import Launcher, adopt_slurm, in_world, rank_command
     from genac_megatron.recipe.loader import load_recipe
 
@@ -128,6 +130,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
     if not in_world():
         return Launcher(rank_command(given), recipe.world.ranks, recipe.world.threads).run()
     os.environ.update(adopt_slurm())
+    os.environ.update(rank_environment(os.environ))
     return _rank(recipe, options.resume)
 
 
@@ -159,15 +162,23 @@ def _rank(recipe: Recipe, resume: bool) -> int:
 
 
 def _joined(recipe: Recipe, resume: bool, stop: StopFlag) -> int:
+    import torch.distributed as dist
+
+    from genac_megatron.cluster.heartbeat import heartbeat
     from genac_megatron.stages.pipeline import run_recipe
     from genac_megatron.training.layout import close_world, init_world
 
-    world = init_world(recipe.world.timeout_s, recipe.seed)
-    if world.size != recipe.world.ranks:
-        what = f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started"
-        raise on_all_ranks(InputError(what, where="world.ranks"))
-    run_recipe(recipe, world, stop, resume=resume)
-    close_world()
+    with heartbeat(Path(recipe.runs) / recipe.name):
+        world = init_world(recipe.world.timeout_s, recipe.seed)
+        if world.size != recipe.world.ranks:
+            what = f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started"
+            raise on_all_ranks(InputError(what, where="world.ranks"))
+        try:
+            run_recipe(recipe, world, stop, resume=resume)
+        except StopRequested:
+            dist.barrier()  # srun ends the others once one has left
+            raise
+        close_world()
     return EXIT_OK
 
 
