@@ -1,109 +1,39 @@
-"""The control calls that publication makes to SGLang servers, each within a limit."""
+"""Control of a fleet of SGLang servers, all at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from genac_megatron.errors import GenacError, PeerLost
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
 from genac_megatron.serving.sglang.fleet import Endpoint
 
 T = TypeVar("T")
+FLAT_BUCKET = "flattened_bucket"  # SGLang's load format of one buffer and its metadata
 
 
-class Control:
-    """One server. Calls raise ServerError where it cannot be reached, is late, or reports a failure."""
+class Control(ServerClient):
+    """One server of a fleet, with what publication asks of it beyond the client's calls."""
 
     def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint.url, endpoint.key, name=endpoint.name)
         self.endpoint = endpoint
-        self.client = ServerClient(endpoint.url, endpoint.key, name=endpoint.name)
 
-    @property
-    def name(self) -> str:
-        return self.endpoint.name
+    def drain(self, wait_s: float, *, limit_s: float) -> None:
+        """Wait up to `wait_s` until no request runs or waits, then empty the prefix cache."""
+        self.post(f"/flush_cache?timeout={wait_s:g}", None, limit_s + wait_s)
 
-    def pause(self, mode: str, limit_s: float) -> None:
-        """Stop generating. mode: "retract" or "in_place"."""
-        self.client.post("/pause_generation", {"mode": mode}, limit_s)
-
-    def resume(self, limit_s: float) -> None:
-        self.client.post("/continue_generation", {}, limit_s)
-
-    def flush(self, limit_s: float, wait_s: float = 0.0) -> None:
-        """Empty the prefix cache, first waiting up to `wait_s` until no request runs or waits."""
-        self.client.post(f"/flush_cache?timeout={wait_s:g}", None, limit_s + wait_s)
-
-    def abort_all(self, limit_s: float) -> None:
-        self.client.post("/abort_request", {"abort_all": True}, limit_s)
-
-    def begin(self, limit_s: float) -> None:
+    def begin_anew(self, *, limit_s: float) -> None:
         """Open a weight update, also where one that was never finished is open."""
         try:
-            self._session("/begin_weight_update", limit_s)
+            self.begin_update(limit_s=limit_s)
         except ServerError as error:
             if "already open" not in error.body:
                 raise
-            self._session("/end_weight_update", limit_s)
-            self._session("/begin_weight_update", limit_s)
-
-    def end(self, limit_s: float) -> None:
-        self._session("/end_weight_update", limit_s)
-
-    def _session(self, path: str, limit_s: float) -> None:
-        try:
-            self.client.post(path, {}, limit_s)
-        except ServerError as error:
-            if not error.body.startswith("status 404"):  # before 0.5.21 there were none
-                raise
-
-    def set_version(self, version: str, limit_s: float) -> None:
-        """Name the weights that are loaded; live requests go on."""
-        body = {"new_version": version, "abort_all_requests": False}
-        self.client.post("/update_weight_version", body, limit_s)
-
-    def version(self) -> str:
-        return str(self.client.model_info()["weight_version"])
-
-    def checksums(self, limit_s: float) -> list[dict[str, str]]:
-        """Of each tensor-parallel rank, in order: parameter -> checksum."""
-        reply = self.client.post("/weights_checker", {"action": "checksum"}, limit_s)
-        try:
-            ranks = {int(r["parallelism_info"][0]["tp_rank"]): dict(r["checksums"]) for r in reply["ranks"]}
-            return [ranks[rank] for rank in range(self.endpoint.tp)]
-        except (LookupError, TypeError, ValueError) as error:
-            raise PeerLost(
-                f"/weights_checker: no checksums of {self.endpoint.tp} ranks ({error!r})",
-                where=f"SGLang server {self.name}",
-            ) from error
-
-    def update_from_tensor(self, payloads: Sequence[str], limit_s: float) -> None:
-        """Load a flat bucket; a payload (publication/payload.py) for each tensor-parallel rank."""
-        body = {"serialized_named_tensors": list(payloads), **BUCKET}
-        self.client.post("/update_weights_from_tensor", body, limit_s)
-
-    def update_from_group(self, tensors: Mapping[str, Any], group: str, limit_s: float) -> None:
-        """Load a flat bucket that comes by broadcast. tensors: its names, dtypes and shapes."""
-        body = {**tensors, "group_name": group, **BUCKET}
-        self.client.post("/update_weights_from_distributed", body, limit_s)
-
-    def update_from_disk(self, folder: str, limit_s: float) -> None:
-        body = {"model_path": folder, "load_format": "auto", "flush_cache": False}
-        self.client.post("/update_weights_from_disk", body, limit_s)
-
-    def init_group(self, group: Mapping[str, Any], limit_s: float) -> None:
-        """Join a process group; returns once all of it have joined."""
-        self.client.post("/init_weights_update_group", group, limit_s)
-
-    def destroy_group(self, name: str, limit_s: float) -> None:
-        self.client.post("/destroy_weights_update_group", {"group_name": name}, limit_s)
-
-    def close(self) -> None:
-        self.client.close()
-
-
-BUCKET = {"load_format": "flattened_bucket", "flush_cache": False}  # by default each bucket flushes
+            self.end_update(limit_s=limit_s)
+            self.begin_update(limit_s=limit_s)
 
 
 class CallsFailed(PeerLost):

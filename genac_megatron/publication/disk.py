@@ -74,7 +74,9 @@ class Disk(FleetTransport):
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
         (self.folder / "config.json").write_text(json.dumps(hf_config(self.role.shape)))
         folder = str(self.folder.absolute())
-        self.steps.phase("send", lambda server: server.update_from_disk(folder, self.config.send_s))
+        self.steps.phase(
+            "send", lambda server: server.update_from_disk(folder, flush=False, limit_s=self.config.send_s)
+        )
 
 
 def _empty(folder: Path) -> None:

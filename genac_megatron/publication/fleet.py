@@ -68,12 +68,9 @@ class FleetTransport(Transport):
         self.steps.servers, self.steps.figures = self.servers, self.figures
         self.steps.version = version
         self._sums, self._touched = {}, False
-        agree(self.check)
-        self.connect()
+        with self.timed("connect_s"):
+            self.connect()
         agree(lambda: self.steps.open(version) if dist.get_rank() == self.leader else None)
-
-    def check(self) -> None:
-        """What can be refused before any server is paused."""
 
     def connect(self) -> None:
         """Make what must be there before the servers pause. Collective."""
@@ -116,6 +113,11 @@ class FleetTransport(Transport):
         if touched:
             self.usable -= {server.name for server in self.servers}
         self.release()
+
+    def shut(self) -> None:
+        super().shut()
+        for server in self._fleet:
+            server.close()
 
     # --- verification ----------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ for device tensors (not run on a GPU).
 from __future__ import annotations
 
 import logging
-import os
 import socket
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from genac_megatron import platform
 from genac_megatron.errors import PeerLost
-from genac_megatron.publication.control import CallsFailed, at_once, words
+from genac_megatron.publication.control import FLAT_BUCKET, CallsFailed, at_once, words
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.sequence import WAY_OUT, place
 from genac_megatron.publication.transport import Parcel
@@ -55,7 +55,6 @@ class Group(FleetTransport):
     def __init__(self, role: Role, endpoints: Sequence[Endpoint], config: PublicationConfig) -> None:
         super().__init__(role, endpoints, config)
         self._joined: Joined | None = None  # this rank's, where it is a source
-        self._serial = 0
 
     def connect(self) -> None:
         for stage in range(self.role.layout.pp):
@@ -67,16 +66,18 @@ class Group(FleetTransport):
         joined, flat = self._joined, parcel.flat
         assert joined is not None
         assert flat is not None
-        tensors = {
-            "names": [name for name, _ in parcel.bucket.tensors],
-            "dtypes": [str(flat.dtype).removeprefix("torch.")] * len(parcel.bucket.tensors),
-            "shapes": [list(size) for _, size in parcel.bucket.tensors],
-        }
+        names, shapes = zip(*parcel.bucket.tensors, strict=True)
+        dtypes = [str(flat.dtype).removeprefix("torch.")] * len(names)
         limit = self.config.send_s + GOODBYE_S  # the broadcast gives up first
         with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as thread:
             # They are told at the same time: they answer once they have received and loaded it.
             sent = thread.submit(self._broadcast, joined, flat)
-            at_once(self.servers, lambda s: s.update_from_group(tensors, joined.name, limit))
+            at_once(
+                self.servers,
+                lambda s: s.update_from_distributed(
+                    names, dtypes, shapes, group=joined.name, load_format=FLAT_BUCKET, limit_s=limit
+                ),
+            )
         failure = sent.exception()
         if failure is not None:
             raise CallsFailed({endpoint.name: failure for endpoint in joined.members})
@@ -92,6 +93,10 @@ class Group(FleetTransport):
             _destroy(joined)
             raise
 
+    def shut(self) -> None:
+        self._leave()
+        super().shut()
+
     def abandon(self) -> None:
         joined, self._joined = self._joined, None
         if joined is not None:
@@ -106,13 +111,10 @@ class Group(FleetTransport):
         if self._joined is not None and self._joined.members == members:
             return
         self._leave()
-        self._serial += 1
-        name = f"{self.role.name}-{dist.get_rank()}-{os.getpid()}-{self._serial}"
+        name = f"{self.role.name}-{dist.get_rank()}-{uuid.uuid4().hex}"  # never one that a server knows
         size = 1 + sum(endpoint.tp for endpoint in members)
         limit, address = self.config.control_s, self.config.address or address_towards(members[0].url)
         store = dist.TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
-        where = {"master_address": address, "master_port": store.port, "group_name": name}
-        where |= {"world_size": size, "backend": platform.backend()}
         offsets = dict(
             zip((e.name for e in members), accumulate((e.tp for e in members), initial=1), strict=False)
         )
@@ -120,7 +122,15 @@ class Group(FleetTransport):
             invited = thread.submit(
                 at_once,
                 self.servers,
-                lambda server: server.init_group(where | {"rank_offset": offsets[server.name]}, limit),
+                lambda server: server.init_group(
+                    address,
+                    store.port,
+                    rank_offset=offsets[server.name],
+                    world_size=size,
+                    group=name,
+                    backend=platform.backend(),
+                    limit_s=limit,
+                ),
             )
             failed: BaseException | None = None
             try:
@@ -141,7 +151,7 @@ class Group(FleetTransport):
         _destroy(joined)
         staying = [server for server in self.servers if server.endpoint in joined.members]
         try:
-            at_once(staying, lambda server: server.destroy_group(joined.name, GOODBYE_S))
+            at_once(staying, lambda server: server.destroy_group(joined.name, limit_s=GOODBYE_S))
         except CallsFailed as error:
             logger.info("leaving group %s: %s", joined.name, error.what)
 

@@ -72,6 +72,10 @@ class Publisher:
                 raise
         return self._shared_figures(memory)
 
+    def close(self) -> None:
+        """Let go of servers, groups and shared memory. Needed by no publication to sinks."""
+        self.transport.shut()
+
     def _send(self, version: int) -> None:
         arriving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="publish") as worker:

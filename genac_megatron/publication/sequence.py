@@ -22,7 +22,7 @@ from genac_megatron.recipe.schema import PublicationConfig
 
 T = TypeVar("T")
 SHOWN = 5  # names in a message
-NO_WEIGHTS = "-1"  # the version of a server whose weights are no complete set
+NO_WEIGHTS = -1  # the version of a server whose weights are no complete set
 WAY_OUT = "read that server's log; a server that was restarted gets the weights at the next publication"
 logger = logging.getLogger(__name__)
 
@@ -42,28 +42,28 @@ class Steps:
         self.version = version
         mode = "retract" if config.mode == "drain" else config.pause
         if config.mode == "drain":
-            self.phase("drain", lambda server: server.flush(limit, config.drain_s))
-        self.phase("pause", lambda server: server.pause(mode, limit))
+            self.phase("drain", lambda server: server.drain(config.drain_s, limit_s=limit))
+        self.phase("pause", lambda server: server.pause(mode, limit_s=limit))
         if mode == "retract":  # in place, what runs keeps its cache and the server refuses
-            self.phase("flush", lambda server: server.flush(limit))
+            self.phase("flush", lambda server: server.flush_cache(limit_s=limit))
         if self.session:
-            self.phase("begin", lambda server: server.begin(limit))
+            self.phase("begin", lambda server: server.begin_anew(limit_s=limit))
 
     def close(self, expected: Mapping[str, Sequence[Sums]] | None) -> None:
         """From the last bucket until they generate. expected: per server name and rank; None: not checked."""
         limit, wanted = self.config.control_s, str(self.version)
         if self.session:
-            self.phase("end", lambda server: server.end(limit))
-        self.phase("version", lambda server: server.set_version(wanted, limit))
-        found = self.phase("verify", lambda server: server.version())
+            self.phase("end", lambda server: server.end_update(limit_s=limit))
+        self.phase("version", lambda server: server.set_version(self.version, limit_s=limit))
+        found = self.phase("verify", lambda server: server.version(limit_s=limit))
         wrong = [f"server {s.name}: {v!r}" for s, v in zip(self.servers, found, strict=True) if v != wanted]
         if wrong:
             raise self._error("verify", f"after version {wanted} was set: {'; '.join(wrong)}")
         if expected is not None:
-            held = self.phase("verify", lambda server: server.checksums(self.config.verify_s))
+            held = self.phase("verify", lambda server: server.checksums(limit_s=self.config.verify_s))
             for server, ranks in zip(self.servers, held, strict=True):
                 self._compare(server, expected[server.name], ranks)
-        self.phase("resume", lambda server: server.resume(limit))
+        self.phase("resume", lambda server: server.resume(limit_s=limit))
 
     def _compare(self, server: Control, expected: Sequence[Sums], held: Sequence[Mapping[str, str]]) -> None:
         for rank, (wanted, found) in enumerate(zip(expected, held, strict=True)):
@@ -85,14 +85,14 @@ class Steps:
         def recover(server: Control) -> None:
             limit = min(self.config.control_s, RECOVER_S)
             if touched:
-                server.set_version(NO_WEIGHTS, limit)
-                server.abort_all(limit)
+                server.set_version(NO_WEIGHTS, limit_s=limit)
+                server.abort_all(limit_s=limit)
             if self.session:
                 try:
-                    server.end(limit)
+                    server.end_update(limit_s=limit)
                 except PeerLost as error:  # none was open
                     logger.info("%s: %s", server.name, error.what)
-            server.resume(limit)
+            server.resume(limit_s=limit)
 
         try:
             at_once(self.servers, recover)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genac_megatron.errors import InputError
-from genac_megatron.publication.control import Control, at_once
+from genac_megatron.publication.control import FLAT_BUCKET, Control, at_once
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.payload import by_handle, by_value, on_this_machine, shared_buffer
 from genac_megatron.publication.transport import Parcel, side_group
@@ -38,7 +38,7 @@ class HostTensors(FleetTransport):
                 payloads = [by_handle(flat, tensors) for _ in ranks]
             else:
                 payloads = [by_value(flat, tensors)] * len(ranks)
-            server.update_from_tensor(payloads, self.config.send_s)
+            server.update_from_tensor(payloads, load_format=FLAT_BUCKET, limit_s=self.config.send_s)
 
         at_once(self.servers, deliver)
 
@@ -104,6 +104,6 @@ class DeviceTensors(FleetTransport):
     def deliver(self, parcel: Parcel) -> None:
         def deliver(server: Control) -> None:
             payloads = [self._handles[rank] for rank in self.gpus[server.name]]
-            server.update_from_tensor(payloads, self.config.send_s)
+            server.update_from_tensor(payloads, load_format=FLAT_BUCKET, limit_s=self.config.send_s)
 
         at_once(self.servers, deliver)

@@ -76,6 +76,10 @@ class Transport(ABC):
         """Give the staging memory back."""
         self._slots = {}
 
+    def shut(self) -> None:
+        """There will be no further publication."""
+        self._slots = {}
+
     def staging(self, slot: int, nbytes: int) -> Tensor:
         """uint8 [nbytes] that a bucket is joined or received in; `slot` alternates between 0 and 1."""
         held = self._slots.get(slot)

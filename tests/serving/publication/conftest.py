@@ -1,0 +1,37 @@
+"""Ranks and servers that the publication tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from genac_megatron.serving.sglang.fleet import Endpoint
+from genac_megatron.serving.sglang.server import Zygote, serving_python
+from tests.distributed.pool import Pool
+from tests.serving.publication.fleet_cases import Servers
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four gloo ranks of one world, on the CPU."""
+    ranks = Pool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """What starts SGLang servers. Needs the serving environment ($GENAC_SERVE_PYTHON)."""
+    folder = tmp_path_factory.mktemp("servers")
+    zygote = Zygote(serving_python(), folder / "zygote.log")
+    made = Servers(zygote, folder)
+    yield made
+    made.close()
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def endpoints(servers: Servers) -> list[Endpoint]:
+    """One server of one rank and one of two, the same tiny model, for the whole session."""
+    return servers.start(tps=(1, 2))
