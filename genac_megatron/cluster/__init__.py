@@ -1,1 +1,1 @@
-"""Running on a Slurm cluster: placement, scripts, preflight, heartbeats. Imports no torch on the login node."""
+"""A run on a Slurm cluster: placement, batch scripts, preflight, heartbeats. No torch on the login node."""

@@ -170,8 +170,8 @@ def free_ports(job: int, count: int, address: str = "", low: int | None = None) 
     found = [port for port in window[:ENGINES] if is_free(port, address)][:count]
     if len(found) < count:
         raise GenacError(
-            f"of ports {window.start} to {window[ENGINES - 1]} only {len(found)} are free on {socket.gethostname()}",
-            where=f"job {job}",
+            f"of ports {window.start} to {window[ENGINES - 1]} only {len(found)} are free",
+            where=f"job {job} on {socket.gethostname()}",
             way_out="see who listens there (ss -ltnp); a new job has other ports",
         )
     return found

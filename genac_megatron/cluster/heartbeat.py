@@ -1,0 +1,229 @@
+"""A thread beside each rank: a heartbeat file, requests to stop, and the stacks of all ranks on a stall.
+
+Files, in the attempt's log folder: heartbeats/rank-00003.json, stop (made by the batch script), and after a
+stall stacks/rank-00003.txt and stall.json. Nothing here takes part in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from genac_megatron import platform
+from genac_megatron.observe import progress
+
+BEAT_S = 5.0  # between heartbeats; a request to stop is seen within LOOK_S
+LOOK_S = 1.0
+SILENT_S = 45.0  # a heartbeat older than this: the process hangs as a whole, or is gone
+STALL_S = 600.0  # without progress, and LONGER times what the phase took last
+LONGER = 3.0
+SETTLE_S = 10.0  # for all ranks to dump before one names the culprit
+BEATS, STACKS, STOP, STALL = "heartbeats", "stacks", "stop", "stall.json"
+PACKAGE = str(Path(__file__).resolve().parents[1])
+SHOWN_FRAMES = 12
+
+
+def node_name() -> str:
+    """The node as Slurm calls it, else the host's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def logs_folder(run: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """The attempt's log folder: what the batch script names, else logs/local of the run."""
+    return Path(environ["GENAC_LOGS"]) if "GENAC_LOGS" in environ else run / "logs" / "local"
+
+
+@contextmanager
+def heartbeat(run: Path) -> Iterator[None]:
+    """While the block runs, this rank's heart beats. A file that cannot be written stops nothing."""
+    beat = Heartbeat(logs_folder(run), int(os.environ.get("RANK", "0")))
+    beat.start()
+    try:
+        yield
+    except BaseException as error:
+        beat.stop(f"ended by {type(error).__name__}")
+        raise
+    else:
+        beat.stop("done")
+
+
+class Heartbeat(threading.Thread):
+    """The thread. stall_s: seconds without progress that count as a stall."""
+
+    def __init__(self, folder: Path, rank: int, *, beat_s: float = BEAT_S, stall_s: float | None = None):
+        super().__init__(name="genac-heartbeat", daemon=True)
+        self.folder, self.rank, self.beat_s = folder, rank, beat_s
+        self.stall_s = float(os.environ.get("GENAC_STALL_S", STALL_S)) if stall_s is None else stall_s
+        self._ended = threading.Event()
+        self._state = "running"
+        self._asked = "GENAC_LOGS" not in os.environ  # without a batch script nobody asks by a file
+        self._ticks, self._since = -1, time.monotonic()
+        self._stalled_at: float | None = None
+        self._told = False
+        self._main = threading.main_thread().ident
+
+    def stop(self, state: str) -> None:
+        """Write a last heartbeat, which says how the rank ended."""
+        self._state = state
+        self._ended.set()
+        self.join(timeout=LOOK_S * 5)
+
+    def run(self) -> None:
+        """Until `stop`."""
+        next_beat = 0.0
+        while True:
+            ended = self._ended.wait(0.0 if next_beat == 0.0 else min(LOOK_S, self.beat_s))
+            self._pass_on_stop()
+            if ended or time.monotonic() >= next_beat:
+                with contextlib.suppress(OSError):
+                    self._beat()
+                next_beat = time.monotonic() + self.beat_s
+            if ended:
+                return
+
+    def _pass_on_stop(self) -> None:
+        """A stop that the batch script asks for reaches this process alone, not the helpers it started."""
+        with contextlib.suppress(OSError):
+            if not self._asked and (self.folder / STOP).exists():
+                self._asked = True
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    def _beat(self) -> None:
+        here = progress.current()
+        seen = here.snapshot() if here is not None else {}
+        ticks, now = seen.get("ticks", 0), time.monotonic()
+        if ticks != self._ticks:
+            self._ticks, self._since, self._stalled_at = ticks, now, None
+        seen |= {
+            "rank": self.rank,
+            "node": node_name(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "state": self._state,
+            "idle_s": now - self._since,
+            "rss_gib": platform.rss_gib(),
+        }
+        frames = self._frames()
+        seen["where"] = _innermost(frames)
+        seen["in_collective"] = any("torch/distributed" in file for file, _, _ in frames)
+        self._watch(seen, now)
+        seen["stalled"] = self._stalled_at is not None
+        write(self.folder / BEATS / f"rank-{self.rank:05d}.json", seen)
+
+    def _frames(self) -> list[tuple[str, int, str]]:
+        """File, line and function of the main thread's innermost frames."""
+        frame: FrameType | None = sys._current_frames().get(self._main or 0)
+        found: list[tuple[str, int, str]] = []
+        while frame is not None and len(found) < SHOWN_FRAMES:
+            found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+        return found
+
+    def _watch(self, seen: Mapping[str, Any], now: float) -> None:
+        """Dump this rank's stack once per stall; the lowest rank that is alive names who is behind."""
+        limit = max(self.stall_s, LONGER * (seen.get("usual_s") or 0.0))
+        if now - self._since < limit or self._ended.is_set():
+            return
+        if self._stalled_at is None:
+            self._stalled_at, self._told = now, False
+            path = self.folder / STACKS / f"rank-{self.rank:05d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                file.write(f"rank {self.rank} on {node_name()}: {describe(seen)}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        elif not self._told and now - self._stalled_at > min(SETTLE_S, self.stall_s):
+            self._told = True
+            beats = read_beats(self.folder)
+            alive = [beat["rank"] for beat in beats if not silent(beat)]
+            if not alive or self.rank <= min(alive):
+                text = stall_text(beats, self.folder)
+                write(self.folder / STALL, {"time": time.time(), "text": text})
+                print(text, file=sys.stderr, flush=True)
+
+
+def _innermost(frames: list[tuple[str, int, str]]) -> str:
+    """The innermost frame of this package, else of all, as file:line in function."""
+    for file, line, name in [f for f in frames if f[0].startswith(PACKAGE)] or frames:
+        return f"{file.removeprefix(PACKAGE).lstrip('/')}:{line} in {name}"
+    return ""
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON that a reader sees whole or not at all; not synced, as a heartbeat is soon replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(path)
+
+
+def read_beats(folder: Path) -> list[dict[str, Any]]:
+    """The heartbeats of an attempt by rank; one that cannot be read is left out."""
+    found = []
+    for path in sorted((folder / BEATS).glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def silent(beat: Mapping[str, Any], now: float | None = None) -> bool:
+    """Whether a rank that has not ended has stopped beating."""
+    age = (time.time() if now is None else now) - float(beat["time"])
+    return beat["state"] == "running" and age > SILENT_S
+
+
+def behind(beats: list[dict[str, Any]], now: float | None = None) -> list[dict[str, Any]]:
+    """The ranks that the others wait for.
+
+    Those whose heart does not beat; else those that have begun and ended fewer phases than the others;
+    else those that are in no collective while others are. Nothing where they are all alike.
+    """
+    running = [beat for beat in beats if beat["state"] == "running"]
+    if quiet := [beat for beat in running if silent(beat, now)]:
+        return quiet
+    for key in (lambda b: b.get("ticks", 0), lambda b: bool(b.get("in_collective"))):
+        values = {key(beat) for beat in running}
+        if len(values) > 1:
+            return [beat for beat in running if key(beat) == min(values)]
+    return []
+
+
+def describe(beat: Mapping[str, Any]) -> str:
+    """Stage, step and phase of a heartbeat."""
+    text = (
+        f"stage {beat['stage']}, step {beat['step'] + 1} of {beat['steps']}"
+        if "stage" in beat
+        else "starting"
+    )
+    if beat.get("phases"):
+        text += f", phase {' > '.join(beat['phases'])}"
+    return text
+
+
+def stall_text(beats: list[dict[str, Any]], folder: Path, now: float | None = None) -> str:
+    """What a person reads about a stall: the phase, who is behind, and where the stacks are."""
+    most = max((beat.get("idle_s", 0.0) for beat in beats), default=0.0)
+    slow = behind(beats, now)
+    shown = slow or beats[:1]
+    lines = [f"genac: stall: no progress for {most:.0f} s"]
+    for beat in shown[:8]:
+        age = (time.time() if now is None else now) - float(beat["time"])
+        quiet = f"; its heart has not beaten for {age:.0f} s" if silent(beat, now) else ""
+        who = "the others wait for rank" if slow else "all ranks are alike, such as rank"
+        lines.append(
+            f"  {who} {beat['rank']} on {beat['node']}: {describe(beat)}; at {beat.get('where', '?')}{quiet}"
+        )
+    lines.append(f"  every rank's stack: {folder / STACKS}")
+    return "\n".join(lines)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=genac-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=8
+#SBATCH --time=04:00:00
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+# genac evaluate on one node; its arguments are the command's:  sbatch slurm/evaluate.sh RECIPE key.path=value
+set -euo pipefail
+
+# Slurm runs a copy of this file: the job knows where the original is.
+here=${GENAC_HOME:+$GENAC_HOME/slurm}
+: "${here:=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's|^ *Command=\([^ ]*\)/[^/ ]*\.sh.*|\1|p')}"
+# shellcheck source=slurm/common.sh
+. "${here:-$(dirname "$0")}/common.sh"
+
+genac_alone evaluate "$@"
