@@ -14,19 +14,20 @@ from genac_megatron.algorithms.losses import token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices
 from genac_megatron.errors import GenacError, on_all_ranks
-from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, RolloutConfig
+from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, PpoStage, ReinforceStage, RolloutConfig
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.heldout import judge_for
+from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.training.role import StepResult
 
 
 @dataclass
 class Batch:
-    """A gathered batch, the same on every rank, and what making it cost."""
+    """A gathered batch, the same on every rank."""
 
     groups: list[Group]
-    figures: dict[str, float]
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -61,7 +62,6 @@ def play(
     config: RolloutConfig,
     seed: tuple[object, ...],
     *,
-    samples: int | None = None,
     judged: bool = True,
 ) -> Batch:
     """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective."""
@@ -80,32 +80,36 @@ def play(
         judge=judge,
     )
     began, late = time.perf_counter(), run.task.late
-    count, turns = samples or config.samples, repeats(prompts)
-    mine = run.together(lambda: generate(generator, run.share(prompts), count, run.share(turns)))
-    spent = time.perf_counter() - began
+    turns = repeats(prompts)
+    mine = run.generating(lambda: generate(generator, run.share(prompts), config.samples, run.share(turns)))
+    _credit(run, time.perf_counter() - began, run.task.late - late)
     groups = run.gather(mine)
     if run.icc is not None:
         for group in groups:
             for judgements in group.judgements:
                 fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
-    return Batch(groups, _costs(run, spent, run.task.late - late))
+    return Batch(groups)
 
 
-def _costs(run: Run, spent: float, late: int) -> dict[str, float]:
-    """Seconds by phase on this rank (generation overlaps: engines measure themselves), tokens summed.
+def _credit(run: Run, spent: float, late: int) -> None:
+    """Seconds by phase on this rank (generation overlaps: engines measure themselves), and counts.
 
     `late`: responses whose verification was ended by its time limit.
     """
-    tokens: dict[str, float] = {}
     for role, phase in (("actor", "rollout"), ("critic", "judge")):
         if role in run.engines:
-            stats = run.engines[role].stats()
-            tokens[f"tokens/{phase}"] = stats["tokens"]
-            tokens[f"tokens/{phase}_prompt"] = stats["prompt_tokens"]
-            run.progress.timer.credit(phase, stats["seconds"])
-            spent -= stats["seconds"]
+            seconds = run.spend(phase, role)
+            run.progress.timer.credit(phase, seconds)
+            spent -= seconds
     run.progress.timer.credit("verify", max(spent, 0.0))
-    return run.sum_figures({**tokens, "verify/late": float(late)})
+    run.count({"verify/late": float(late)})
+
+
+def next_batch(run: Run, stage: ReinforceStage | PpoStage, step: int) -> tuple[Batch, dict[str, float]]:
+    """Play the stage's next prompts, judged; the batch and its figures. Collective."""
+    prompts = next_prompts(run, stage.rollout.prompts)
+    batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
+    return batch, {**rollout_figures(batch, run.at.versions), **judge_figures(batch)}
 
 
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
@@ -218,22 +222,15 @@ def prefixed(group: str, figures: dict[str, float]) -> dict[str, float]:
     return {f"{group}/{key}": value for key, value in figures.items()}
 
 
-def parity_figures(
-    role: str, samples: Sequence[Sample], logprobs: Sequence[Sequence[float]]
+def trained_figures(
+    role: str, results: Sequence[StepResult], samples: list[Sample], logprobs: list[list[float]]
 ) -> dict[str, float]:
-    """How far the trainer's log-probs are from those the engine sampled with.
-
-    mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token.
-    """
-    import numpy as np
-
-    engine = np.array([x for sample in samples for x in sample.fields["behaviour"]])
-    trainer = np.array([x for values in logprobs for x in values])
-    delta = trainer - engine
-    size = np.abs(delta)
+    """The figures of a step's updates: means of the losses' own, tokens in all, parity before the first."""
+    stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
+    stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
+    tokens = stats.pop("tokens") * len(results)
     return {
-        f"parity/{role}_mean": float(size.mean()),
-        f"parity/{role}_p99": float(np.quantile(size, 0.99)),
-        f"parity/{role}_max": float(size.max()),
-        f"parity/{role}_k3": float((np.expm1(delta) - delta).mean()),
+        **prefixed(role, stats),
+        f"tokens/{role}_train": tokens,
+        **parity_figures(role, samples, logprobs),
     }

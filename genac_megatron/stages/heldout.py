@@ -16,6 +16,7 @@ from genac_megatron.evaluation import metrics
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
 from genac_megatron.recipe.schema import PpoStage, ReinforceStage, RolloutConfig, SftStage
 from genac_megatron.records import Judgement, Rollout, State
+from genac_megatron.stages.parity import measure_judgements, measure_rollouts
 from genac_megatron.stages.rollouts import Generator, Group, Judge, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
@@ -39,9 +40,13 @@ class HeldOut:
 def evaluate(
     run: Run, stage: Stage, name: str, step: int, *, critic: bool = True, monte_carlo: bool = False
 ) -> dict[str, float]:
-    """Evaluate and log; the flat figures, the same on every rank. Collective."""
+    """Evaluate and log; the flat figures, the same on every rank. Collective.
+
+    The next row of figures has what it spent, and the parity of the weights it evaluated.
+    """
     with run.phase("evaluate"):
         held = held_out(run, stage)
+        run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))
         outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
         flat = [x for values in outcomes.values() for x in values]
         cut_off = [rollout.truncated for group in held.groups for rollout in group.rollouts]
@@ -86,12 +91,12 @@ def held_out(run: Run, stage: Stage) -> HeldOut:
         config = run.recipe.evaluation
         count = min(config.prompts, run.task.heldout_size)
         prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
-        groups = run.together(
+        groups = run.generating(
             lambda: generate(_held_generator(run, stage), run.share(prompts), config.samples)
         )
         cached = HeldOut(key, groups)
         run.heldout_cache["actor"] = cached
-        run.engines["actor"].stats()
+        run.spend("evaluate", "actor")
     return cached
 
 
@@ -134,8 +139,9 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
 def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_carlo: bool) -> dict[str, Any]:
     assert run.icc is not None
     judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
-    judged = run.together(lambda: judge_groups(judge, held.groups))
-    run.engines["critic"].stats()
+    judged = run.generating(lambda: judge_groups(judge, held.groups))
+    run.spend("evaluate", "critic")
+    run.note(measure_judgements(run, (j for group in judged for js in group.judgements for j in js)))
     for group in judged:
         for judgements in group.judgements:
             fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
@@ -160,10 +166,10 @@ def monte_carlo_draws(run: Run, stage: Stage, groups: list[Group]) -> dict[tuple
     everywhere = sorted(pair for part in run.gather([ranked]) for pair in part)[: config.mc_states]
     wanted = {key for _, key in everywhere}
     chosen = [state for state in states if _key(state) in wanted]
-    outcomes = run.together(
+    outcomes = run.generating(
         lambda: continue_states(_held_generator(run, stage), chosen, config.mc_continuations)
     )
-    run.engines["actor"].stats()
+    run.spend("evaluate", "actor")
     return {_key(state): drawn for state, drawn in zip(chosen, outcomes, strict=True)}
 
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from functools import partial
 
 from genac_megatron.algorithms.advantages import gated_lam
 from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
 from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.batch import (
-    Batch,
-    actor_samples,
-    critic_samples,
-    judge_figures,
-    next_prompts,
-    parity_figures,
-    play,
-    prefixed,
-    rollout_figures,
-)
+from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, next_batch, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
-from genac_megatron.training.role import StepResult
 
 
 def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
@@ -39,16 +27,9 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
         run.publish("actor", "critic")
         evaluate(run, stage, "start", 0)
     for step in loop.steps(stage.steps):
-        prompts = next_prompts(run, stage.rollout.prompts)
-        batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
+        batch, figures = next_batch(run, stage, step)
         lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
-        figures = {
-            **batch.figures,
-            **rollout_figures(batch, run.at.versions),
-            **judge_figures(batch),
-            "actor/lam": lam,
-            "critic/p_bar": run.icc.p_bar if run.icc else float("nan"),
-        }
+        figures |= {"actor/lam": lam, "critic/p_bar": run.icc.p_bar if run.icc else float("nan")}
         figures |= train_actor(run, stage, batch, lam, step)
         if stage.train_critic:
             figures |= train_critic(run, stage, batch)
@@ -109,17 +90,3 @@ def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:
             with_entropy=True,
         )
     return trained_figures("critic", [result], samples, result.logprobs)
-
-
-def trained_figures(
-    role: str, results: Sequence[StepResult], samples: list[Sample], logprobs: list[list[float]]
-) -> dict[str, float]:
-    """The figures of a step's updates: means of the losses' own, tokens in all, parity before the first."""
-    stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
-    stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
-    tokens = stats.pop("tokens") * len(results)
-    return {
-        **prefixed(role, stats),
-        f"tokens/{role}_train": tokens,
-        **parity_figures(role, samples, logprobs),
-    }

@@ -6,11 +6,10 @@ from functools import partial
 
 from genac_megatron.algorithms.losses import make_reinforce_loss
 from genac_megatron.recipe.schema import ReinforceStage
-from genac_megatron.stages.batch import critic_samples, judge_figures, next_prompts, play, rollout_figures
+from genac_megatron.stages.batch import critic_samples, next_batch, trained_figures
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.ppo import trained_figures
 from genac_megatron.stages.runtime import Run
 
 
@@ -23,9 +22,7 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         run.publish("actor", "critic")
         evaluate(run, stage, "start", 0)
     for step in loop.steps(stage.steps):
-        prompts = next_prompts(run, stage.rollout.prompts)
-        batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
-        figures = {**batch.figures, **rollout_figures(batch, run.at.versions), **judge_figures(batch)}
+        batch, figures = next_batch(run, stage, step)
         samples = critic_samples(batch, stage.train_states, stage.baseline, stage.loss)
         with run.phase("critic_train"):
             result = run.critic.train_step(

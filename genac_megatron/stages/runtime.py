@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.errors import InputError, PeerLost, on_all_ranks
+from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
@@ -22,8 +23,9 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import Recipe, RoleConfig
-from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
+from genac_megatron.serving.sglang.fleet import Fleet
+from genac_megatron.stages.serving import Fleets, InRanks, OnServers, Served, owns_fleets
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
@@ -71,30 +73,52 @@ class Run:
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
         self.task = self.together(lambda: make_task(recipe.task, self.tokenizers[speaker], recipe.seed))
         self.roles: dict[str, Role] = {}
-        self.engines: dict[str, Engine] = {}
-        self.publishers: dict[str, Publisher] = {}
-        for name, config in recipe.roles.items():
-            self._build_role(name, config)
-        if not resuming:
-            self._start_from_checkpoints()
+        self.served: dict[str, Served] = {}
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
+        self._spent: dict[str, float] = {}  # on this rank, for the next row: a sum over ranks
+        self._noted: dict[str, float] = {}  # for the next row, the same on every rank
         self._stop = stop
+        self._fleets = Fleets(self.folder)
+        try:
+            self._build(resuming)
+        except BaseException:
+            self._fleets.close()
+            raise
 
-    def _build_role(self, name: str, config: RoleConfig) -> None:
+    def _build(self, resuming: bool) -> None:
+        shapes, fleets = self.together(self._start_fleets)
+        for name, config in self.recipe.roles.items():
+            self._build_role(name, config, shapes[name])
+        if not resuming:
+            self._start_from_checkpoints()
+        for name, config in self.recipe.roles.items():
+            if config.engine.kind == "sglang":
+                scratch = self.folder.path / "serving" / name / "weights"
+                self.served[name] = OnServers(self.roles[name], fleets.get(name), scratch)
+
+    def _start_fleets(self) -> tuple[dict[str, Shape], dict[str, Fleet]]:
+        """The roles' shapes, and on the rank that owns them the fleets, which start up meanwhile."""
+        roles = self.recipe.roles
+        shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
+        served = {name: config.engine for name, config in roles.items() if config.engine.kind == "sglang"}
+        if not owns_fleets():
+            return shapes, {}
+        return shapes, {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
+
+    def _build_role(self, name: str, config: RoleConfig, shape: Shape) -> None:
         layout = self.together(lambda: Layout.from_config(name, config.layout, self.world.size))
         groups = layout.groups()
 
         def build() -> None:
-            shape = shape_of(config.model, len(self.tokenizers[name]))
             role = Role(name, config, shape, layout, groups)
             if role.active:
                 seed = config.model.init_seed
                 weights = HfFolder(config.model.hf).get if config.model.hf else random_weights(shape, seed)
                 load_hf_into(role.models, layout, shape, weights)
             self.roles[name] = role
-            self.engines[name] = EmbeddedEngine(hf_config(shape), config.engine, platform.device())
-            self.publishers[name] = Publisher(role, [self.engines[name]])
+            if config.engine.kind == "embedded":
+                self.served[name] = InRanks(role)
 
         self.together(build)
 
@@ -115,6 +139,11 @@ class Run:
     def critic(self) -> Role:
         return self.roles["critic"]
 
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """What generates with each role's weights."""
+        return {name: served.engine for name, served in self.served.items()}
+
     def stop_ids(self, role: str) -> tuple[int, ...]:
         """Token ids that end this role's generations."""
         return stop_token_ids(self.tokenizers[role])
@@ -134,11 +163,50 @@ class Run:
                 if advance:
                     self.at.published[name] = self.roles[name].serial
                 self.at.versions[name] = version
-                stats = self.publishers[name].publish(version)
+                stats = self._bring(name, version)
                 figures[f"publish/{name}_version"] = float(version)
-                figures[f"publish/{name}_bytes"] = stats["bytes"]
-                figures[f"publish/{name}_s"] = stats["seconds"]
+                figures[f"publish/{name}_s"] = stats.pop("seconds")
+                figures |= {f"publish/{name}_{key}": value for key, value in stats.items()}
         return figures
+
+    def _bring(self, name: str, version: int) -> dict[str, float]:
+        """Publish to the whole fleet, servers that are lost on the way replaced."""
+        served = self.served[name]
+        while True:
+            try:
+                stats = served.publisher.publish(version)
+            except PeerLost as error:
+                if not error.agreed or not served.restart_lost():
+                    raise
+                continue
+            served.engine.version = version
+            return stats
+
+    def generating(self, act: Callable[[], T]) -> T:
+        """`together`, for what asks engines: where servers were lost it begins again with others. Collective.
+
+        Raises PeerLost where the budget of restarts is spent, or nothing was lost.
+        """
+        while True:
+            try:
+                return self.together(act)
+            except PeerLost as error:
+                if not self._heal():
+                    raise
+                self.progress.note(f"warning: lost servers were replaced: {error.what.splitlines()[0]}")
+
+    def _heal(self) -> bool:
+        """Replace lost servers and give them the weights that the others have; whether any was lost."""
+        healed = False
+        with self.phase("heal"):
+            for name, served in self.served.items():
+                lost = served.restart_lost()
+                healed = healed or bool(lost)
+                if lost and self.at.published[name] == self.roles[name].serial:
+                    served.publisher.publish(self.at.versions[name], only=lost)
+                elif lost:  # the weights have moved on since: the whole fleet gets them
+                    self.publish(name)
+        return healed
 
     def copy_weights(self, source: str, target: str) -> None:
         """Make `target` start from `source`'s weights. Raises InputError where the shapes differ."""
@@ -166,6 +234,10 @@ class Run:
         """Run `act` on every rank; where it fails on one, raise the same error on all. Collective."""
         return agree(act)
 
+    def even_share(self, count: int) -> int:
+        """How many each rank gives so that all together give `count`, or a few more."""
+        return -(-count // self.world.size)
+
     def sum_figures(self, figures: dict[str, float]) -> dict[str, float]:
         """Each figure summed over ranks."""
         parts = self.gather([figures])
@@ -177,18 +249,32 @@ class Run:
 
     # --- logging ---------------------------------------------------------------------------------
 
+    def spend(self, phase: str, role: str) -> float:
+        """Count what a role's engine has generated since it was last asked, to `phase`; its seconds."""
+        stats = self.engines[role].stats()
+        self.count({f"tokens/{phase}": stats["tokens"], f"tokens/{phase}_prompt": stats["prompt_tokens"]})
+        return stats["seconds"]
+
+    def count(self, figures: dict[str, float]) -> None:
+        """Add this rank's counts to the next row, which has their sum over ranks."""
+        for key, value in figures.items():
+            self._spent[key] = self._spent.get(key, 0.0) + value
+
+    def note(self, figures: dict[str, float]) -> None:
+        """Figures for the next row that has none of its own by these names. The same on every rank."""
+        self._noted |= figures
+
     def log_step(
         self, stage: str, kind: str, step: int, metrics: dict[str, float], *, step_done: bool = True
     ) -> None:
-        """One row of figures, with times and memory added. Collective (memory is summed over ranks).
+        """One row of figures, with times, memory and what was counted and noted. Collective.
 
         Not `step_done`: what a stage spent after its last step.
         """
-        memory = self.sum_figures(
-            {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
-        )
-        times = self.progress.timer.take()
-        row = {**metrics, **memory, **times}
+        memory = {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
+        metrics = {**self._noted, **metrics, **self.sum_figures({**memory, **self._spent})}
+        self._noted, self._spent = {}, {}
+        row = {**metrics, **self.progress.timer.take()}
         self.together(lambda: self.log.log(stage, kind, step, row) if self.log is not None else None)
         if step_done:
             self.progress.step(step, metrics)
@@ -211,8 +297,9 @@ class Run:
 
     def close(self) -> None:
         """Release engines and logs."""
-        for engine in self.engines.values():
-            engine.close()
+        for served in self.served.values():
+            served.close()
+        self._fleets.close()
         if self.log is not None:
             self.log.close()
 

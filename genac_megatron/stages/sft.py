@@ -19,6 +19,7 @@ from genac_megatron.stages.batch import Batch, play, prefixed, supervised, train
 from genac_megatron.stages.gates import check_sft_gate
 from genac_megatron.stages.heldout import actor_generator, evaluate, judge_for
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.parity import measure_judgements
 from genac_megatron.stages.rollouts import continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
@@ -168,14 +169,17 @@ def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:
     """The critic's own judgements where they agree with Monte-Carlo values (rejection)."""
     mine = run.share(states)
     generator = actor_generator(run, stage, (run.recipe.seed, stage.name, "monte carlo"))
-    outcomes = run.together(lambda: continue_states(generator, mine, stage.teacher.continuations))
+    outcomes = run.generating(lambda: continue_states(generator, mine, stage.teacher.continuations))
     values = [mean(o) for o in outcomes]
     judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, stage.name, "own"))
 
     async def judge_all() -> list[Judgement]:
         return list(await asyncio.gather(*(judge.judge(state) for state in mine)))
 
-    judgements = run.together(lambda: asyncio.run(judge_all()))
+    judgements = run.generating(lambda: asyncio.run(judge_all()))
+    run.spend("rollout", "actor")
+    run.spend("judge", "critic")
+    run.note(measure_judgements(run, judgements))
     kept = traces.accept(judgements, values, stage.teacher.tolerance)
     return run.gather(traces.own_samples(kept))
 

@@ -52,12 +52,17 @@ def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = une
     except Exception as error:
         logger.error("rank %d failed", dist.get_rank(), exc_info=True)
         failure = explain(error)
-    told = None if failure is None else (type(failure), failure.what, failure.where, failure.way_out)
+    told = None if failure is None else (family(failure), failure.what, failure.where, failure.way_out)
     for other in gathered(told):
         if other is not None:
             kind, what, where, way_out = other
             raise on_all_ranks(kind(what, where=where, way_out=way_out)) from failure
     return result
+
+
+def family(error: GenacError) -> type[GenacError]:
+    """The class of errors.py that an error belongs to: those alone are made of a message."""
+    return next(kind for kind in type(error).__mro__ if kind.__module__ == GenacError.__module__)
 
 
 def from_first(act: Callable[[], T]) -> T:

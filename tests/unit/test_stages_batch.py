@@ -19,10 +19,10 @@ from genac_megatron.stages.batch import (
     actor_samples,
     critic_samples,
     judge_figures,
-    parity_figures,
     rollout_figures,
     supervised,
 )
+from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Group
 
 # Loss weights and advantages are float32 (24 bits) computed from float64 or exact figures of about 1.
@@ -65,7 +65,7 @@ def make_batch(seed: int) -> Batch:
             group.rollouts.append(rollout)
             group.judgements.append(judgements)
         groups.append(group)
-    return Batch(groups, {})
+    return Batch(groups)
 
 
 def slow_advantage(
@@ -133,7 +133,7 @@ def test_the_advantage_of_a_right_response_by_hand() -> None:
         Judgement(state, (9,), Completion((8,), (-1.0,), "stop"), "", value, used=value)
         for state, value in zip(states, (0.2, 0.6), strict=True)
     ]
-    batch = Batch([Group(prompt, [rollout], [judgements])], {})
+    batch = Batch([Group(prompt, [rollout], [judgements])])
     config = AdvantageConfig(whiten=False)
     for lam, wanted in ((1.0, [0.8, 0.8, 0.4]), (0.0, [0.4, 0.4, 0.4])):
         (sample,) = actor_samples(batch, config, lam, "token")
@@ -194,7 +194,7 @@ def test_a_prompt_state_is_trained_once_per_group_with_the_mean_over_its_outcome
     shared = judgement(rng, State(Rollout(prompt, 0, Completion((), (), "stop"), ""), 0, 0, 0), 0)
     shared.value = 0.8
     rollouts = [Rollout(prompt, i, completion(rng, 3), "", r) for i, r in enumerate((1.0, 0.0, 0.0))]
-    batch = Batch([Group(prompt, rollouts, [[shared]] * 3)], {})
+    batch = Batch([Group(prompt, rollouts, [[shared]] * 3)])
     (sample,) = critic_samples(batch, 4, "none", LossConfig())
     assert sample.fields["advantages"] == pytest.approx([0.56] * len(shared.completion.ids))
     (alone,) = critic_samples(batch, 4, "leave_one_out", LossConfig())
@@ -205,7 +205,7 @@ def test_a_prompt_state_is_trained_once_per_group_with_the_mean_over_its_outcome
 def test_a_batch_from_other_ranks_trains_the_same(seed: int) -> None:
     """Groups come pickled from other ranks; a prompt state must still be one judgement."""
     batch = make_batch(seed)
-    sent = Batch(pickle.loads(pickle.dumps(batch.groups)), {})
+    sent = Batch(pickle.loads(pickle.dumps(batch.groups)))
     assert critic_samples(sent, 4, "leave_one_out", LossConfig()) == critic_samples(
         batch, 4, "leave_one_out", LossConfig()
     )

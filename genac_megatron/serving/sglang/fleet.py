@@ -57,15 +57,13 @@ class Fleet:
             model.mkdir(parents=True, exist_ok=True)
             (model / "config.json").write_text(json.dumps(dict(hf_config), indent=2) + "\n")
 
-    def start(self, python: Path | None = None, zygote: Zygote | None = None) -> list[Endpoint]:
-        """Start every server, or find those at the URLs given; their endpoints once all are healthy.
+    def start(self, python: Path | None = None, zygote: Zygote | None = None) -> None:
+        """Start every server and return at once; nothing where URLs are given.
 
         python: the serving environment's interpreter. zygote: forks the servers instead (CPU machines).
-        Raises PeerLost where one does not come up in time.
         """
         if self.config.urls:
-            self._attach()
-            return self.endpoints()
+            return
         count = self.config.engines
         base = self.config.port
         ports = free_ports(count, self.config.host) if base is None else [base + n for n in range(count)]
@@ -76,6 +74,15 @@ class Fleet:
         try:
             for server in self._servers:
                 server.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def ready(self) -> list[Endpoint]:
+        """The endpoints, once all servers are healthy. Raises PeerLost where one does not come up in time."""
+        if self.config.urls:
+            self._attach()
+        try:
             for server in self._servers:
                 server.wait_healthy(self.config.start_timeout_s)
         except BaseException:
@@ -119,8 +126,8 @@ class Fleet:
             server = self._servers[index]
             if self.restarts >= self.config.restarts:
                 raise PeerLost(
-                    f"it was lost, and the budget of {self.config.restarts} restarts (engine.restarts) is spent;"
-                    f" its log ends:\n{server.log_tail()}",
+                    f"it was lost, and the {self.config.restarts} restarts of the budget (engine.restarts) are"
+                    f" spent; its log ends:\n{server.log_tail()}",
                     where=f"SGLang server {endpoint.name}",
                     way_out=f"read {server.log}; --resume goes on from the newest checkpoint",
                 )

@@ -1,0 +1,61 @@
+"""Parity: how far the trainer's log-probs of sampled tokens are from those that the engine sampled with.
+
+A training batch is measured as it is trained on, before its update. Weights that are published last in a
+stage meet no such batch; evaluations measure them on what they have sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from genac_megatron.records import Completion, Judgement, Rollout, Sample
+
+if TYPE_CHECKING:
+    from genac_megatron.stages.runtime import Run
+
+MEASURED = 32  # sequences per measurement
+
+
+def parity_figures(
+    role: str, samples: Sequence[Sample], logprobs: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token."""
+    engine = np.array([x for sample in samples for x in sample.fields["behaviour"]])
+    trainer = np.array([x for values in logprobs for x in values])
+    delta = trainer - engine
+    size = np.abs(delta)
+    return {
+        f"parity/{role}_mean": float(size.mean()),
+        f"parity/{role}_p99": float(np.quantile(size, 0.99)),
+        f"parity/{role}_max": float(size.max()),
+        f"parity/{role}_k3": float((np.expm1(delta) - delta).mean()),
+    }
+
+
+def measure_rollouts(run: Run, mine: Iterable[Rollout]) -> dict[str, float]:
+    """The actor's parity on the first of every rank's rollouts by its current version. Collective."""
+    chosen = [_sample(r.prompt.ids, r.completion) for r in islice(mine, run.even_share(MEASURED))]
+    return _measure(run, "actor", chosen, run.recipe.evaluation.temperature)
+
+
+def measure_judgements(run: Run, mine: Iterable[Judgement]) -> dict[str, float]:
+    """The critic's parity on the first of every rank's judgements by its current version. Collective."""
+    unique = {id(judgement): judgement for judgement in mine}.values()  # a group shares its prompt state's
+    chosen = [_sample(j.prompt_ids, j.completion) for j in islice(unique, run.even_share(MEASURED))]
+    return _measure(run, "critic", chosen, run.recipe.judging.temperature)
+
+
+def _sample(prompt: Sequence[int], completion: Completion) -> Sample:
+    fields = {"behaviour": list(completion.logprobs)}
+    return Sample([*prompt, *completion.ids], len(prompt), fields)
+
+
+def _measure(run: Run, role: str, mine: Sequence[Sample], temperature: float) -> dict[str, float]:
+    samples = [sample for sample in run.gather(mine) if sample.trained]
+    if not samples:
+        return {}
+    return parity_figures(role, samples, run.roles[role].logprobs(samples, temperature=temperature))
