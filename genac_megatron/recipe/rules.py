@@ -193,6 +193,25 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             continue
         for needed in ("actor", "critic"):
             _check_role(recipe, needed, f"the stage '{stage.name}' ({stage.kind})", place, where)
+    for index, stage in enumerate(recipe.stages):
+        if not isinstance(stage, SftStage) or stage.data == "traces":
+            new = stage.rollout.max_new_tokens
+            _check_room(recipe, "actor", new, ("stages", index, "rollout", "max_new_tokens"), where)
+    if "critic" in recipe.roles:
+        new = recipe.judging.max_new_tokens
+        _check_room(recipe, "critic", new, ("judging", "max_new_tokens"), where)
+
+
+def _check_room(recipe: Recipe, role: str, new: int, place: Sequence[str | int], where: Where) -> None:
+    """New tokens must leave room for a prompt; how long prompts are shows only when they are made."""
+    positions = read_shape(recipe.roles[role].model).max_positions
+    if new >= positions:
+        raise InputError(
+            f"max_new_tokens {new} leaves no room for a prompt in the {positions} positions of "
+            f"{role}'s model",
+            where=where(place),
+            way_out="lower max_new_tokens, or use a model with more positions (max_positions)",
+        )
 
 
 def _check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int], where: Where) -> None:

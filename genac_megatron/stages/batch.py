@@ -78,6 +78,7 @@ def play(
         stop_ids=run.stop_ids("actor"),
         seed=(*seed, "actor"),
         judge=judge,
+        positions=run.actor.shape.max_positions,
     )
     began, late = time.perf_counter(), run.task.late
     turns = repeats(prompts)

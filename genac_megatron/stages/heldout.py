@@ -114,6 +114,7 @@ def actor_generator(run: Run, stage: Stage, seed: tuple[object, ...]) -> Generat
         config=_rollout_config(run, stage),
         stop_ids=run.stop_ids("actor"),
         seed=seed,
+        positions=run.actor.shape.max_positions,
     )
 
 
@@ -133,6 +134,7 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
         stop_ids=run.stop_ids("critic"),
         limit=limit,
         seed=seed,
+        positions=run.critic.shape.max_positions,
     )
 
 

@@ -16,6 +16,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids
 from genac_megatron.critic.score import answer_candidates, parse_score, soft_score
 from genac_megatron.critic.states import cut_states, state_text
+from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
@@ -38,6 +39,21 @@ class Group:
     judgements: list[list[Judgement]] = field(default_factory=list)
 
 
+LIMITS = {"actor": "the stage's rollout.max_new_tokens", "critic": "judging.max_new_tokens"}
+
+
+def _need_room(role: str, key: str, prompt: int, new: int, positions: int | None) -> None:
+    """Raise InputError where a prompt and as many new tokens do not fit into the role's model."""
+    if positions is not None and prompt + new > positions:
+        raise InputError(
+            f"the {role}'s prompt has {prompt} tokens, and with {new} new ones it does not fit into its "
+            f"model's {positions} positions",
+            where=f"prompt {key}",
+            way_out=f"lower {LIMITS[role]}, leave such prompts out of the task, or use a model with more "
+            "positions (max_positions)",
+        )
+
+
 @dataclass
 class Judge:
     """Everything needed to have the critic judge states."""
@@ -50,6 +66,7 @@ class Judge:
     stop_ids: tuple[int, ...]
     limit: int  # the actor's token limit, part of the critic's prompt
     seed: tuple[object, ...]
+    positions: int | None = None  # of the critic's model; None: not checked
 
     async def judge(self, state: State) -> Judgement:
         """One critic completion for one state, parsed."""
@@ -59,6 +76,7 @@ class Judge:
             self.tokenizer, self.config, self.icc, rollout.prompt, partial, state.cut, self.limit
         )
         key = f"{rollout.key}@{state.index}"
+        _need_room("critic", key, len(prompt_ids), self.config.max_new_tokens, self.positions)
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
         request = Request(prompt_ids, params, seed_for(*self.seed, key), key)
         completion = await self.engine.complete(request)
@@ -104,9 +122,11 @@ class Generator:
     stop_ids: tuple[int, ...]
     seed: tuple[object, ...]
     judge: Judge | None = None
+    positions: int | None = None  # of the actor's model; None: not checked
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""
+        _need_room("actor", prompt.id, len(prompt.ids), self.config.max_new_tokens, self.positions)
         group = Group(prompt)
         shared = None
         if self.judge is not None:

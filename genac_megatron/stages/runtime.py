@@ -167,6 +167,8 @@ class Run:
                 figures[f"publish/{name}_version"] = float(version)
                 figures[f"publish/{name}_s"] = stats.pop("seconds")
                 figures |= {f"publish/{name}_{key}": value for key, value in stats.items()}
+        if advance:
+            self.note(figures)
         return figures
 
     def _bring(self, name: str, version: int) -> dict[str, float]:
@@ -202,7 +204,7 @@ class Run:
             for name, served in self.served.items():
                 lost = served.restart_lost()
                 healed = healed or bool(lost)
-                if lost and self.at.published[name] == self.roles[name].serial:
+                if lost and self.at.published.get(name) == self.roles[name].serial:
                     served.publisher.publish(self.at.versions[name], only=lost)
                 elif lost:  # the weights have moved on since: the whole fleet gets them
                     self.publish(name)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from genac_megatron.algorithms.losses import make_sft_loss
@@ -37,11 +38,12 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
         run.at.explained_variance = None  # of a critic, or about an actor, that is about to change
         if stage.start_from is not None:
             run.copy_weights(stage.start_from, stage.role)
-        run.publish(*run.roles)
         if stage.data == "traces":
+            run.publish("actor", *(["critic"] if stage.teacher.kind == "self" else []))
             evaluate(run, stage, "start", 0, critic=False)  # seeds p_bar
     with run.phase("data"):
         samples = kept_data(run, stage, fresh=loop.fresh)
+    check_room(stage, samples, role.shape.max_positions)
     per_epoch = math.ceil(len(samples) / stage.batch)
     total = per_epoch * stage.epochs
     role.begin_stage(stage.optimizer, total)
@@ -60,6 +62,7 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
         run.icc = None  # the actor is another one now: p_bar is seeded anew
         evaluate(run, stage, "end", total, critic=False)
     elif stage.role == "critic":
+        run.publish("actor")
         check_sft_gate(stage, evaluate(run, stage, "end", total, monte_carlo=True))
 
 
@@ -74,6 +77,20 @@ def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
     samples = make_data(run, stage)
     run.together(lambda: _write_samples(path, samples) if run.world.rank == 0 else None)
     return samples
+
+
+def check_room(stage: SftStage, samples: Sequence[Sample], positions: int) -> None:
+    """Raise InputError where a sample is longer than the role's model has positions."""
+    lengths = [len(sample.tokens) for sample in samples]
+    long = [index for index, length in enumerate(lengths) if length > positions]
+    if long:
+        error = InputError(
+            f"{len(long)} of {len(samples)} samples do not fit into the {positions} positions of "
+            f"{stage.role}'s model; the first, number {long[0] + 1}, has {lengths[long[0]]} tokens",
+            where=f"stage {stage.name}",
+            way_out="leave them out or shorten them, or use a model with more positions (max_positions)",
+        )
+        raise on_all_ranks(error)
 
 
 def _read_samples(path: Path) -> list[Sample] | None:

@@ -129,7 +129,9 @@ def test_without_clipping_the_gradient_norm_is_still_measured(pool: Any, distrib
     results = {}
     for clip in (0.0, 1e9, 0.5):
         config = role_config(
-            layout={"count": 2}, optimizer={"clip_grad": clip}, training={"distributed_optimizer": distributed}
+            layout={"count": 2},
+            optimizer={"clip_grad": clip},
+            training={"distributed_optimizer": distributed},
         )
         results[clip] = pool.run(train_case, config)[0]
     norms = {clip: [norm for _, norm in result["figures"]] for clip, result in results.items()}

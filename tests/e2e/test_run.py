@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
+UNEQUAL = ("time", "memory/", "tokens/evaluate")
 PPO_ONLY = [{"kind": "ppo", "steps": 1, "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8}}]
 
 RECIPE: dict[str, Any] = {
@@ -75,13 +76,12 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 
 
 def rows(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Rows without what time and machine decide."""
+    """Rows without what time and machine decide, and the tokens of evaluations: a resumed run generates
+    held-out responses again that the whole one still had."""
     kept = []
     for line in (folder / "runs" / "run" / log).read_text().splitlines():
         row = json.loads(line)
-        kept.append(
-            {k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_s")}
-        )
+        kept.append({k: v for k, v in row.items() if not k.startswith(UNEQUAL) and not k.endswith("_s")})
     return kept
 
 
@@ -103,20 +103,49 @@ def test_a_run_leaves_its_report(whole: Path) -> None:
                 "memory/peak_gib"):  # fmt: skip
         assert key in summary, key
     assert (run / "report" / "index.html").stat().st_size > 10_000
-    named = {"stage", "kind", "step"}  # a row with no more is what a stage spent after its last step
-    steps = [(row["stage"], row["step"]) for row in rows(whole) if set(row) - named]
+    steps = list(
+        dict.fromkeys((row["stage"], row["step"]) for row in rows(whole))
+    )  # a stage's end has its last
     traced = sum(stage == "sft-critic" for stage, _ in steps)  # as many as the teacher's traces give
     assert traced >= 1
     wanted = {"sft-actor": 3, "sft-critic": traced, "reinforce": 2, "ppo": 4}
     assert steps == [(stage, step) for stage, last in wanted.items() for step in range(1, last + 1)]
 
 
-def test_trainer_and_engine_agree(whole: Path) -> None:
-    """fp32 on both sides, weights through publication from TP2 and PP2; measured below 1e-5."""
-    seen = [row["parity/actor_max"] for row in rows(whole) if "parity/actor_max" in row]
-    seen += [row["parity/critic_max"] for row in rows(whole) if "parity/critic_max" in row]
-    assert len(seen) == 10
-    assert max(seen) < 1e-4
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_trainer_and_engine_agree_at_every_publication(whole: Path, role: str) -> None:
+    """fp32 on both sides, weights through publication from TP2 and PP2; measured below 1e-5.
+
+    A row's parity is that of the weights before the row's own publication, or, after a stage's last step,
+    of those that the stage ends with.
+    """
+    logged = rows(whole)
+    published = [i for i, row in enumerate(logged) if f"publish/{role}_version" in row]
+    versions = [logged[i][f"publish/{role}_version"] for i in published]
+    assert versions == list(range(1, len(versions) + 1))
+    for here, following in zip(published, [*published[1:], len(logged)], strict=True):
+        seen = [
+            row[f"parity/{role}_max"] for row in logged[here : following + 1] if f"parity/{role}_max" in row
+        ]
+        assert seen, f"version {logged[here][f'publish/{role}_version']} was never compared"
+        assert max(seen) < 1e-4
+    ends = [row for row in logged if "step" in row and f"parity/{role}_p99" in row]
+    assert {row["stage"] for row in ends} >= {"reinforce", "ppo"}
+
+
+def test_tokens_of_evaluations_are_counted(whole: Path) -> None:
+    """By hand: an evaluation's responses and judgements are all generated in it, but for cached ones."""
+    summary = json.loads((whole / "runs/run/report/summary.json").read_text())
+    for name in ("tokens/evaluate", "tokens/evaluate_prompt"):
+        assert summary[name] > 0
+    lines = (whole / "runs/run/metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    assert summary["tokens/evaluate"] == sum(row.get("tokens/evaluate", 0.0) for row in logged)
+    last = logged[-1]
+    assert (last["stage"], last["step"]) == ("ppo", 4)
+    # The last evaluation judged 4 prompts x 2 responses of at least 1 token, and continued 2 states twice.
+    assert last["tokens/evaluate"] >= 4 * 2 + 4 + 2 * 2
+    assert "tokens/evaluate" in logged[0] or "tokens/evaluate" in logged[3], "evaluations of SFT count too"
 
 
 def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: Path) -> None:
@@ -206,6 +235,7 @@ def task(block: dict[str, Any]) -> dict[str, Any]:
         ({"task": {"kind": "jsonl", "path": "good.jsonl", "verifier": "math"}}, [], "teacher"),
         ({}, ["roles.actor.layout.tp=4", "world.ranks=4"], "heads"),
         ({}, ["--resume"], "--resume"),
+        ({"stages": PPO_ONLY}, ["roles.actor.model.shape.max_positions=16"], "prompt heldout/0: the actor's"),
     ],
     ids=[
         "unknown-key",
@@ -218,6 +248,7 @@ def task(block: dict[str, Any]) -> dict[str, Any]:
         "no-teacher",
         "heads",
         "no-checkpoint",
+        "no-room",
     ],
 )
 def test_bad_input_is_one_message_and_exit_2(

@@ -21,6 +21,7 @@ from torch import Tensor
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import parse_score
 from genac_megatron.critic.states import cut_states
+from genac_megatron.errors import InputError
 from genac_megatron.models.mapping import random_weights
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.recipe.schema import (
@@ -289,6 +290,43 @@ def test_judging_again_gives_the_same_judgements() -> None:
             assert [j.prompt_ids for j in mine] == [j.prompt_ids for j in theirs]
             assert [j.completion.ids for j in mine] == [j.completion.ids for j in theirs]
         assert len({id(js[0]) for js in after.judgements}) == 1
+
+
+# --- room ----------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_leaves_no_room_for_the_response_is_named() -> None:
+    made = generator(random_engine(1))
+    longest = max(len(prompt.ids) for prompt in prompts(4))
+    made.positions = longest + LIMIT
+    assert generate(made, prompts(4), 1)
+    made.positions -= 1
+    with pytest.raises(InputError) as caught:
+        generate(made, prompts(4), 1)
+    named = [prompt.id for prompt in prompts(4) if f"prompt {prompt.id}" in str(caught.value)]
+    assert [len(prompt.ids) for prompt in prompts(4) if prompt.id in named] == [longest]
+    for said in (
+        f"{longest} tokens",
+        f"{LIMIT} new",
+        f"{made.positions} positions",
+        "rollout.max_new_tokens",
+    ):
+        assert said in str(caught.value)
+
+
+def test_a_critics_prompt_that_leaves_no_room_is_named() -> None:
+    """It shows the response: the last state's is the longest."""
+    engine = random_engine(1)
+    critic = judge(random_engine(2))
+    groups = generate(generator(engine, critic), prompts(1), 1)
+    longest = max(len(j.prompt_ids) for j in groups[0].judgements[0])
+    critic.positions = longest + critic.config.max_new_tokens
+    assert len(judge_groups(critic, groups)) == 1
+    critic.positions -= 1
+    with pytest.raises(InputError) as caught:
+        judge_groups(critic, groups)
+    for said in ("the critic's prompt", "prompt train/0#0@", f"{longest} tokens", "judging.max_new_tokens"):
+        assert said in str(caught.value)
 
 
 # --- scores --------------------------------------------------------------------------------------

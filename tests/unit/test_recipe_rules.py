@@ -47,6 +47,8 @@ def path(tmp_path: Path) -> Path:
         ["roles.actor.layout={count: 2}", "roles.critic.layout={first_rank: 2, tp: 2}"],
         ["roles.actor.layout={first_rank: 1, count: 2}"],
         ["task.min_swaps=5"],
+        ["stages.3.rollout.max_new_tokens=4095", "judging.max_new_tokens=4095"],
+        ["stages.0.rollout.max_new_tokens=9999"],  # demonstrations are not rolled out
     ],
 )
 def test_what_fits_passes(path: Path, overrides: list[str]):
@@ -63,6 +65,9 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}", None),
         ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide"),
         ("roles.actor.layout.vpp=2", "without pipeline stages"),
+        ("stages.3.rollout.max_new_tokens=4096", "no room for a prompt in the 4096 positions of actor's"),
+        ("stages.1.rollout.max_new_tokens=5000", "no room for a prompt in the 4096 positions of actor's"),
+        ("judging.max_new_tokens=4096", "no room for a prompt in the 4096 positions of critic's"),
         ("roles.actor.layout.ep=2", "no experts"),
         ("roles.actor.layout.sequence_parallel=true", "sequence_parallel with tp 1"),
         ("roles.actor.training={fp8: delayed, specs: torch}", "fp8 with torch's layers"),
