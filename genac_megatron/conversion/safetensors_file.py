@@ -43,7 +43,7 @@ def write_safetensors(
             if wanted != (name, tuple(tensor.shape)):
                 raise ValueError(f"{name} {tuple(tensor.shape)} where {wanted} was announced")
             raw = tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8)
-            file.write(memoryview(raw.numpy()))
+            file.write(raw.numpy().data)
         if (left := next(announced, None)) is not None:
             raise ValueError(f"{left[0]} was announced and did not come")
         file.flush()

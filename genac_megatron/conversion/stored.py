@@ -73,7 +73,8 @@ class StoredWeights:
 
     def entry(self, unit: Unit) -> TensorStorageMetadata:
         """What the index says about the tensor that holds a unit."""
-        found: TensorStorageMetadata = self.metadata.state_dict_metadata[self._key(unit)]
+        found = self.metadata.state_dict_metadata[self._key(unit)]
+        assert isinstance(found, TensorStorageMetadata)
         return found
 
     def check(self) -> None:
@@ -82,7 +83,7 @@ class StoredWeights:
         wanted = {self._key(unit): unit for unit in units(self.shape)}
         for key, unit in wanted.items():
             entry = self.metadata.state_dict_metadata.get(key)
-            if entry is None:
+            if not isinstance(entry, TensorStorageMetadata):
                 faults.append(f"missing tensor {key}")
             elif not _fits(tuple(entry.size), stored_size(unit, self.shape), unit.rule.padded):
                 want = stored_size(unit, self.shape)

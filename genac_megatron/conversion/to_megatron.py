@@ -19,12 +19,11 @@ from genac_megatron.conversion.units import Shard, Unit, shards, units
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.hf_folder import HfFolder
+from genac_megatron.models.hf_folder import FLOATS, HfFolder
 from genac_megatron.models.mapping import shard as cut
 from genac_megatron.models.sizes import hf_names
 from genac_megatron.observe.runinfo import write_json_atomic
 
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHTS = (
     "weights"  # as in training.checkpoint, which is too heavy to import in every worker; a test compares
 )
@@ -58,7 +57,7 @@ class ToMegatron:
                 where=str(self.src),
                 way_out="choose one with --dtype",
             )
-        return STORED[found.pop()]
+        return FLOATS[found.pop()]
 
     @property
     def itemsize(self) -> int:
@@ -92,9 +91,8 @@ class ToMegatron:
             tell(unit.numel * self.itemsize)
 
     def _fused(self, unit: Unit) -> Tensor:
-        # A copy that owns just its bytes: a view of a mapped file would be saved with all of it.
         tensors = [self.folder.get(name) for name, _ in unit.hf]
-        return cut(unit.rule, tensors, self.shape, 0, 1).to(self.torch_dtype).clone()
+        return cut(unit.rule, tensors, self.shape, 0, 1).to(self.torch_dtype)
 
     def finish(self, part: Path, records: list[list[dict[str, Any]]]) -> None:
         from genac_megatron.training.checkpoint import COMMON, FORMAT, MANIFEST

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from genac_megatron.models.sizes import hf_names, hf_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS = ("F32", "BF16", "F16")
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HfFolder:
@@ -26,7 +27,7 @@ class HfFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, _Header] = {}
         self._file_of = self._find()
 
     def _find(self) -> dict[str, Path]:
@@ -41,7 +42,7 @@ class HfFolder:
         single = self.path / SINGLE
         if not single.exists():
             raise InputError(f"has no {SINGLE} and no {INDEX}", where=str(self.path), way_out=self._instead())
-        return dict.fromkeys(self._file(single).keys(), single)
+        return dict.fromkeys(self._file(single).entries, single)
 
     def _instead(self) -> str:
         """What to do with a folder that has neither weights in one file nor an index."""
@@ -51,10 +52,12 @@ class HfFolder:
             return "its weights are in another format: save them as safetensors"
         return "give a Hugging Face folder with weights"
 
-    def _file(self, path: Path) -> Any:
+    def _file(self, path: Path) -> _Header:
         if path not in self._open:
             try:
-                self._open[path] = safe_open(str(path), framework="pt")
+                with safe_open(str(path), framework="np"):
+                    pass  # the library has looked at the header, and whether the file is as long as it says
+                self._open[path] = _Header.of(path)
             except (OSError, SafetensorError) as error:
                 raise InputError(
                     f"cannot be read ({error})",
@@ -72,18 +75,25 @@ class HfFolder:
         """The whole tensor `name`, on the CPU, in the file's dtype."""
         if name not in self._file_of:
             raise InputError(f"tensor {name} is missing", where=str(self.path))
-        path = self._file_of[name]
+        header, entry = self._entry(name)
+        if entry["dtype"] not in FLOATS:
+            raise InputError(
+                f"tensor {name} is {entry['dtype']}, not one of {', '.join(FLOATS)}", where=str(self.path)
+            )
+        begin, end = entry["data_offsets"]
+        raw = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            # Opened anew: pages that a mapped file has read stay resident as long as its handle lives.
-            with safe_open(str(path), framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"tensor {name}: {error}", where=str(path)) from error
-        return tensor
+            with header.path.open("rb") as file:
+                file.seek(header.begin + begin)
+                if file.readinto(raw.numpy().data) != end - begin:
+                    raise OSError("cut short")
+        except OSError as error:
+            raise InputError(f"tensor {name}: {error}", where=str(header.path)) from error
+        return raw.view(FLOATS[entry["dtype"]]).view(entry["shape"])
 
     def dtype(self, name: str) -> str:
         """The dtype of tensor `name`, in safetensors' words (F32, BF16, ...)."""
-        return str(self._slice(name).get_dtype())
+        return str(self._entry(name)[1]["dtype"])
 
     def check(self, shape: Shape) -> None:
         """Raise InputError naming the tensors of a model of `shape` that are missing, surplus, misshapen, or
@@ -96,7 +106,7 @@ class HfFolder:
         for name in self._file_of:
             unread = name.endswith("rotary_emb.inv_freq") or (shape.tie and name == "lm_head.weight")
             if name in wanted:
-                size = tuple(self._slice(name).get_shape())
+                size = tuple(self._entry(name)[1]["shape"])
                 if size != hf_size(name, shape):
                     faults.append(f"{name} has shape {size}, expected {hf_size(name, shape)}")
                 if self.dtype(name) not in FLOATS:
@@ -108,9 +118,29 @@ class HfFolder:
             more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise InputError(shown + more, where=str(self.path))
 
-    def _slice(self, name: str) -> Any:
-        """A tensor's header: nothing is read before it is indexed."""
-        try:
-            return self._file(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise InputError(f"tensor {name}: {error}", where=str(self._file_of[name])) from error
+    def _entry(self, name: str) -> tuple[_Header, dict[str, Any]]:
+        """The header of a tensor's file, and what it says about it."""
+        header = self._file(self._file_of[name])
+        if name not in header.entries:
+            raise InputError(f"tensor {name} is not in it, where the index has it", where=str(header.path))
+        return header, header.entries[name]
+
+
+class _Header(NamedTuple):
+    """A safetensors file's header. Tensors are read by its byte ranges rather than through the library.
+
+    That maps the file: what was read stays resident as long as it is open, and a file that is larger than
+    memory cannot be mapped at all.
+    """
+
+    path: Path
+    begin: int  # of the tensors' bytes
+    entries: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, path: Path) -> _Header:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return cls(path, 8 + length, entries)

@@ -1,0 +1,139 @@
+"""What the tests of the real model run on every rank, and what they compare it with."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXT = (
+    "The moon has no air, so there is no sound there, and the sky is black even at noon. When astronauts "
+    "walked on it, they could talk only by radio. A feather and a hammer fall side by side: nothing slows "
+    "the feather down. In 1971 David Scott let both go at once, and they landed together, just as Galileo "
+    "had said they would. Die Erde ist 384 400 km entfernt; 3 + 4 = 7.\n"
+)
+QUESTION = "Why is the sky blue? Answer in two sentences."
+NEW_TOKENS = 64
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp1": {"count": 1},
+    "tp3": {"count": 3, "tp": 3},
+    "pp2": {"count": 2, "pp": 2},
+    "tp3-pp2": {"tp": 3, "pp": 2},
+}
+
+
+def load_role(hf: str, checkpoint: str, layout: dict[str, int], dtype: str) -> Any:
+    """Collective: the role that a recipe with this model, checkpoint and layout gives."""
+    import torch.distributed as dist
+
+    from genac_megatron.models.registry import shape_of
+    from genac_megatron.recipe.schema import RoleConfig
+    from genac_megatron.training.checkpoint import load_checkpoint
+    from genac_megatron.training.layout import Layout
+    from genac_megatron.training.role import Role
+
+    config = RoleConfig.model_validate(
+        {
+            "model": {"hf": hf, "checkpoint": checkpoint},
+            "layout": layout,
+            "training": {"dtype": dtype, "tokens_per_microbatch": 256},
+        }
+    )
+    place = Layout.from_config("actor", config.layout, dist.get_world_size())
+    role = Role("actor", config, shape_of(config.model, None), place, place.groups())
+    load_checkpoint(Path(checkpoint), {"actor": role})
+    return role
+
+
+def save_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], out: str) -> None:
+    """Load in a layout, save in it: the checkpoint of a training that learnt nothing."""
+    from genac_megatron.training.checkpoint import Checkpoints
+
+    role = load_role(hf, checkpoint, layout, "bf16")
+    Checkpoints(Path(out), keep=1, asynchronous=False).save("sft-00001", {"actor": role}, {})
+
+
+def scores_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], ids: list[int]) -> Any:
+    """fp32: log-probs of a text's tokens, and, without pipeline stages, the logits [T, vocab]."""
+    import torch.distributed as dist
+
+    from genac_megatron.records import Sample
+
+    role = load_role(hf, checkpoint, layout, "fp32")
+    sample = Sample(ids, 1)
+    sample.fields = {"weights": [1.0] * sample.trained}
+    logprobs = role.logprobs([sample])[0]
+    if not role.active or role.layout.pp > 1:
+        return logprobs, None
+    with torch.no_grad():
+        positions = torch.arange(len(ids))[None]
+        mine = role.models[0](torch.tensor([ids]), positions, None)[0]
+    parts = [torch.empty_like(mine) for _ in range(role.layout.tp)]
+    dist.all_gather(parts, mine.contiguous(), group=role.groups.tp)
+    return logprobs, torch.cat(parts, -1)[:, : role.shape.vocab]
+
+
+def greedy_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], ids: list[int]) -> list[int]:
+    """Publish from the layout to an embedded engine on rank 0; its greedy answer."""
+    from genac_megatron.models.registry import hf_config
+    from genac_megatron.publication.publisher import Publisher
+    from genac_megatron.recipe.schema import EngineConfig
+    from genac_megatron.records import Request, SamplingParams
+    from genac_megatron.serving.embedded import EmbeddedEngine
+
+    role = load_role(hf, checkpoint, layout, "fp32")
+    if rank > 0:
+        Publisher(role, []).publish(1)
+        return []
+    engine = EmbeddedEngine(hf_config(role.shape), EngineConfig(dtype="fp32"), "cpu")
+    Publisher(role, [engine]).publish(1)
+    request = Request(tuple(ids), SamplingParams(NEW_TOKENS, temperature=0.0))
+    return list(asyncio.run(engine.complete(request)).ids)
+
+
+# --- transformers --------------------------------------------------------------------------------
+
+
+def plain(folder: Path) -> Any:
+    """The folder as transformers loads it, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def text_ids(folder: Path) -> list[int]:
+    from transformers import AutoTokenizer
+
+    ids: list[int] = AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False)
+    return ids
+
+
+def chat(folder: Path) -> list[int]:
+    """The question through the folder's own chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": QUESTION}]
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    """transformers' greedy continuation of exactly NEW_TOKENS tokens."""
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids)),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+    )
+    tokens: list[int] = out[0, len(ids) :].tolist()
+    return tokens
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: list[int]) -> float:
+    return float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.exp())
