@@ -14,6 +14,7 @@ from genac_megatron.recipe.schema import (
     JsonlTask,
     LayoutConfig,
     ModelConfig,
+    PpoStage,
     Recipe,
     RoleConfig,
     SftStage,
@@ -193,6 +194,8 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             continue
         for needed in ("actor", "critic"):
             _check_role(recipe, needed, f"the stage '{stage.name}' ({stage.kind})", place, where)
+        if isinstance(stage, PpoStage):
+            _check_ppo(recipe, stage, place, where)
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage, SftStage) or stage.data == "traces":
             new = stage.rollout.max_new_tokens
@@ -221,6 +224,27 @@ def _check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int],
             where=where(place),
             way_out=f"the roles are: {', '.join(recipe.roles)}",
         )
+
+
+def _check_ppo(recipe: Recipe, stage: PpoStage, place: tuple[str | int, ...], where: Where) -> None:
+    if not stage.overlap:
+        return
+    for role in ("actor", "critic"):
+        engine = recipe.roles[role].engine
+        if engine.kind != "sglang":
+            raise InputError(
+                f"the stage '{stage.name}' overlaps generation with training; the {role}'s engine computes "
+                "in the ranks that train",
+                where=where((*place, "overlap")),
+                way_out=f"set roles.{role}.engine.kind: sglang, or take overlap out",
+            )
+        if engine.release != "off":
+            raise InputError(
+                f"the {role}'s engine gives memory back while the trainer computes, and the stage "
+                f"'{stage.name}' has it generate then",
+                where=where(("roles", role, "engine", "release")),
+                way_out="set release: off, or take overlap out",
+            )
 
 
 def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], where: Where) -> None:

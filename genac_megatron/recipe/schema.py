@@ -116,11 +116,13 @@ class EngineConfig(Block):
     start_timeout_s: PositiveFloat = 600.0
     attempts: Positive = 3  # for one request
     restarts: Annotated[int, Field(ge=0)] = 3  # of lost servers, in a run
+    release: Literal["off", "kv_cache", "all"] = "off"  # GPU memory given back while the trainer computes
 
 
 class PublicationConfig(Block):
     """How new weights reach the role's engines. Limits are in seconds; keep them below world.timeout_s."""
 
+    every: Positive = 1  # steps; what is evaluated or ends a stage is published all the same
     transport: Literal["auto", "tensor", "group", "disk"] = "auto"  # to servers; auto: tensor, else group
     mode: Literal["drain", "in_flight"] = "drain"  # running requests: wait for them, or let them go on after
     pause: Literal["retract", "in_place"] = "retract"  # in_flight: recompute their KV cache, or keep the old
@@ -336,6 +338,7 @@ class PpoStage(Block):
     train_states: Positive = 4
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     train_critic: bool = True
+    overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
     minibatches: Positive = 1
     epochs: Positive = 1
     advantage: AdvantageConfig = AdvantageConfig()

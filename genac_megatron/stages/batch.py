@@ -28,6 +28,7 @@ class Batch:
     """A gathered batch, the same on every rank."""
 
     groups: list[Group]
+    fresh: frozenset[str] = frozenset(("actor", "critic"))  # roles that sampled it with their present weights
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -56,21 +57,16 @@ def train_prompts(run: Run, first: int, count: int) -> list[Prompt]:
     return run.together(lambda: [run.task.prompt("train", index) for index in indices])
 
 
-def play(
-    run: Run,
-    prompts: Sequence[Prompt],
-    config: RolloutConfig,
-    seed: tuple[object, ...],
-    *,
-    judged: bool = True,
-) -> Batch:
-    """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective."""
+def generator_for(
+    run: Run, config: RolloutConfig, seed: tuple[object, ...], *, judged: bool = True
+) -> Generator:
+    """The actor and, where asked for, the critic as they are now, ready to play training prompts."""
     judge = None
     if judged:
         if run.icc is None:
             raise on_all_ranks(GenacError("the critic judges before p_bar was seeded by an evaluation"))
         judge = judge_for(run, config.max_new_tokens, (*seed, "judge"))
-    generator = Generator(
+    return Generator(
         engine=run.engines["actor"],
         tokenizer=run.tokenizers["actor"],
         task=run.task,
@@ -80,16 +76,43 @@ def play(
         judge=judge,
         positions=run.actor.shape.max_positions,
     )
+
+
+def play(
+    run: Run,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    seed: tuple[object, ...],
+    *,
+    judged: bool = True,
+) -> Batch:
+    """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective."""
+    generator = generator_for(run, config, seed, judged=judged)
     began, late = time.perf_counter(), run.task.late
     turns = repeats(prompts)
     mine = run.generating(lambda: generate(generator, run.share(prompts), config.samples, run.share(turns)))
     _credit(run, time.perf_counter() - began, run.task.late - late)
+    return gathered_batch(run, mine)
+
+
+def gathered_batch(run: Run, mine: Sequence[Group]) -> Batch:
+    """The whole batch from every rank's groups, with the values that advantages use. Collective."""
     groups = run.gather(mine)
     if run.icc is not None:
         for group in groups:
             for judgements in group.judgements:
                 fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
-    return Batch(groups)
+    batch = Batch(groups)
+    batch.fresh = frozenset(role for role in run.roles if _is_fresh(run, role, batch))
+    return batch
+
+
+def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
+    completions = [r.completion for r in batch.rollouts]
+    if role == "critic":
+        completions = [j.completion for judgements in batch.judgements for j in judgements]
+    behind = run.serving.behind().get(f"publish/{role}_behind", 0.0)
+    return behind == 0 and all(c.version == run.at.versions.get(role) for c in completions)
 
 
 def _credit(run: Run, spent: float, late: int) -> None:
@@ -110,7 +133,13 @@ def next_batch(run: Run, stage: ReinforceStage | PpoStage, step: int) -> tuple[B
     """Play the stage's next prompts, judged; the batch and its figures. Collective."""
     prompts = next_prompts(run, stage.rollout.prompts)
     batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
-    return batch, {**rollout_figures(batch, run.at.versions), **judge_figures(batch)}
+    run.serving.rest()
+    return batch, batch_figures(run, batch)
+
+
+def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
+    """What the actor and the critic did in this batch."""
+    return {**rollout_figures(batch, run.at.versions), **judge_figures(batch), **run.serving.behind()}
 
 
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
@@ -224,14 +253,21 @@ def prefixed(group: str, figures: dict[str, float]) -> dict[str, float]:
 
 
 def trained_figures(
-    role: str, results: Sequence[StepResult], samples: list[Sample], logprobs: list[list[float]]
+    role: str,
+    results: Sequence[StepResult],
+    batch: Batch,
+    samples: list[Sample],
+    logprobs: list[list[float]],
 ) -> dict[str, float]:
-    """The figures of a step's updates: means of the losses' own, tokens in all, parity before the first."""
+    """The figures of a step's updates: means of the losses' own, and tokens in all.
+
+    Log-probs before the first against those of sampling: parity/, or drift/ where the batch is not `fresh`.
+    """
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
     stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
     tokens = stats.pop("tokens") * len(results)
     return {
         **prefixed(role, stats),
         f"tokens/{role}_train": tokens,
-        **parity_figures(role, samples, logprobs),
+        **parity_figures(role, samples, logprobs, "parity" if role in batch.fresh else "drift"),
     }

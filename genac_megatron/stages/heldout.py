@@ -44,6 +44,7 @@ def evaluate(
 
     The next row of figures has what it spent, and the parity of the weights it evaluated.
     """
+    run.serving.wait_settled()
     with run.phase("evaluate"):
         held = held_out(run, stage)
         run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))

@@ -11,7 +11,7 @@ from typing import Any
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import GenacError, InputError, StopRequested, on_all_ranks
 from genac_megatron.recipe.schema import PpoStage, Recipe, ReinforceStage, SftStage
-from genac_megatron.stages.runtime import Progression, Run
+from genac_megatron.stages.runtime import Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
 Stage = SftStage | ReinforceStage | PpoStage
@@ -53,11 +53,23 @@ class Loop:
         run.log_step(self.stage.name, self.stage.kind, step, figures)
         self.checkpoints.poll()
         stop = run.stop_requested()
-        every = run.recipe.checkpoint.every
-        if stop or (every and step % every == 0 and step < self._total):
+        if stop or self.saves_at(step):
             self.save()
         if stop:
             self._stop(f"step {step} of {self._total} of stage {self.stage.name}")
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, the stage's last apart."""
+        every = self.run.recipe.checkpoint.every
+        return bool(every) and step % every == 0 and step < self._total
+
+    def whole(self, step: int) -> bool:
+        """Whether engines must have the newest weights after this step, whatever the recipe's cadence.
+
+        Evaluations, checkpoints and the next stage go by what is published.
+        """
+        every = getattr(self.stage, "eval_every", 0)
+        return step == self._total or self.saves_at(step) or (every > 0 and step % every == 0)
 
     def _stop(self, after: str) -> None:
         self.checkpoints.wait()
@@ -75,7 +87,7 @@ class Loop:
         run = self.run
         for role in run.roles.values():
             role.end_stage()
-        run.at = dataclasses.replace(run.at, stage=index + 1, step=0)
+        run.at.stage, run.at.step = index + 1, 0
         run.log_step(self.stage.name, self.stage.kind, self._total, {}, step_done=False)
         self._write(f"{self.stage.name}-end", self._total)
         if run.stop_requested() and index + 1 < len(run.recipe.stages):
@@ -117,7 +129,7 @@ def check_resumable(recipe: Recipe, state: dict[str, Any], where: str) -> None:
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
     """Take over `run_state`."""
-    run.at = Progression(**state["at"])
+    run.at.load(state["at"])
     for name, serial in run.at.serials.items():
         run.roles[name].serial = serial
     if run.at.icc is not None:

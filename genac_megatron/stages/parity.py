@@ -21,7 +21,10 @@ MEASURED = 32  # sequences per measurement
 
 
 def parity_figures(
-    role: str, samples: Sequence[Sample], logprobs: Sequence[Sequence[float]]
+    role: str,
+    samples: Sequence[Sample],
+    logprobs: Sequence[Sequence[float]],
+    group: str = "parity",
 ) -> dict[str, float]:
     """mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token."""
     engine = np.array([x for sample in samples for x in sample.fields["behaviour"]])
@@ -29,10 +32,10 @@ def parity_figures(
     delta = trainer - engine
     size = np.abs(delta)
     return {
-        f"parity/{role}_mean": float(size.mean()),
-        f"parity/{role}_p99": float(np.quantile(size, 0.99)),
-        f"parity/{role}_max": float(size.max()),
-        f"parity/{role}_k3": float((np.expm1(delta) - delta).mean()),
+        f"{group}/{role}_mean": float(size.mean()),
+        f"{group}/{role}_p99": float(np.quantile(size, 0.99)),
+        f"{group}/{role}_max": float(size.max()),
+        f"{group}/{role}_k3": float((np.expm1(delta) - delta).mean()),
     }
 
 

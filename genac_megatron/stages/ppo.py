@@ -9,7 +9,8 @@ from genac_megatron.algorithms.advantages import gated_lam
 from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
 from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, next_batch, trained_figures
+from genac_megatron.stages.ahead import Batches
+from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.runtime import Run
@@ -20,25 +21,33 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
     """rollout -> verify -> states -> critic -> advantages -> actor PPO + critic REINFORCE -> publish."""
     updates = stage.steps * stage.epochs * stage.minibatches
     run.actor.begin_stage(stage.actor_optimizer, updates)
+    trained = ["actor", "critic"] if stage.train_critic else ["actor"]
     if stage.train_critic:
         run.critic.begin_stage(stage.critic_optimizer, stage.steps)
     loop.restore_optimizers()
     if loop.fresh:
         run.publish("actor", "critic")
         evaluate(run, stage, "start", 0)
-    for step in loop.steps(stage.steps):
-        batch, figures = next_batch(run, stage, step)
-        lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
-        figures |= {"actor/lam": lam, "critic/p_bar": run.icc.p_bar if run.icc else float("nan")}
-        figures |= train_actor(run, stage, batch, lam, step)
-        if stage.train_critic:
-            figures |= train_critic(run, stage, batch)
-        if run.icc is not None:
-            run.icc.update(batch.outcomes)
-        figures |= run.publish("actor", *(["critic"] if stage.train_critic else []))
-        due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
-        loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
+    with Batches(run, stage) as batches:
+        for step in loop.steps(stage.steps):
+            batch, figures = batches.next(step)
+            figures |= train(run, stage, batch, step)
+            figures |= run.publish(*trained, step=None if loop.whole(step) else step)
+            due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
+            loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     evaluate(run, stage, "end", stage.steps, monte_carlo=True)
+
+
+def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float]:
+    """One update of the actor and, unless it is frozen, of the critic; then p_bar moves on."""
+    lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
+    figures = {"actor/lam": lam, "critic/p_bar": run.icc.p_bar if run.icc else float("nan")}
+    figures |= train_actor(run, stage, batch, lam, step)
+    if stage.train_critic:
+        figures |= train_critic(run, stage, batch)
+    if run.icc is not None:
+        run.icc.update(batch.outcomes)
+    return figures
 
 
 def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> dict[str, float]:
@@ -58,7 +67,7 @@ def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) 
                 run.actor.train_step(part, loss, temperature=temperature, with_entropy=True)
                 for part in minibatches(samples, stage, seed_for(run.recipe.seed, stage.name, step))
             ]
-    return trained_figures("actor", results, samples, before)
+    return trained_figures("actor", results, batch, samples, before)
 
 
 def minibatches(samples: list[Sample], stage: PpoStage, seed: int) -> list[list[Sample]]:
@@ -89,4 +98,4 @@ def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:
             temperature=run.recipe.judging.temperature,
             with_entropy=True,
         )
-    return trained_figures("critic", [result], samples, result.logprobs)
+    return trained_figures("critic", [result], batch, samples, result.logprobs)

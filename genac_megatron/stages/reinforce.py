@@ -28,10 +28,10 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
             result = run.critic.train_step(
                 samples, loss, temperature=run.recipe.judging.temperature, with_entropy=True
             )
-        figures |= trained_figures("critic", [result], samples, result.logprobs)
+        figures |= trained_figures("critic", [result], batch, samples, result.logprobs)
         if run.icc is not None:
             run.icc.update(batch.outcomes, advance=False)
-        figures |= run.publish("critic")
+        figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)

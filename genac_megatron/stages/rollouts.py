@@ -178,14 +178,16 @@ def generate(
     A prompt that a batch repeats goes on numbering its samples, so that they are drawn apart. `turns`:
     `repeats` of the whole batch, of these prompts; None where they are the whole batch.
     """
-    turns = repeats(prompts) if turns is None else turns
+    return asyncio.run(groups_of(generator, prompts, samples, repeats(prompts) if turns is None else turns))
 
-    async def run() -> list[Group]:
-        numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
-        made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
-        return list(await asyncio.gather(*made))
 
-    return asyncio.run(run())
+async def groups_of(
+    generator: Generator, prompts: Sequence[Prompt], samples: int, turns: Sequence[int]
+) -> list[Group]:
+    """`generate` for an event loop of one's own."""
+    numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
+    made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
+    return list(await asyncio.gather(*made))
 
 
 async def _judged(judge: Judge, group: Group) -> Group:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import InputError, PeerLost, on_all_ranks
+from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.mapping import load_hf_into, random_weights
@@ -25,7 +24,9 @@ from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import Recipe, RoleConfig
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
-from genac_megatron.stages.serving import Fleets, InRanks, OnServers, Served, owns_fleets
+from genac_megatron.stages.progression import Progression
+from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served, owns_fleets
+from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
@@ -35,20 +36,6 @@ from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
 
 T = TypeVar("T")
-
-
-@dataclass
-class Progression:
-    """How far a run is: everything small that a checkpoint must bring back."""
-
-    stage: int = 0  # index of the stage to work on
-    step: int = 0  # its steps that are done
-    cursor: int = 0  # training prompts consumed
-    versions: dict[str, int] = field(default_factory=dict)  # of each role's published weights
-    published: dict[str, int] = field(default_factory=dict)  # Role.serial at that publication
-    serials: dict[str, int] = field(default_factory=dict)  # Role.serial, when saved
-    icc: dict[str, Any] | None = None
-    explained_variance: float | None = None  # the critic's, held-out, best so far
 
 
 class Run:
@@ -73,7 +60,6 @@ class Run:
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
         self.task = self.together(lambda: make_task(recipe.task, self.tokenizers[speaker], recipe.seed))
         self.roles: dict[str, Role] = {}
-        self.served: dict[str, Served] = {}
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
         self._spent: dict[str, float] = {}  # on this rank, for the next row: a sum over ranks
@@ -88,14 +74,16 @@ class Run:
 
     def _build(self, resuming: bool) -> None:
         shapes, fleets = self.together(self._start_fleets)
+        served: dict[str, Served] = {}
         for name, config in self.recipe.roles.items():
-            self._build_role(name, config, shapes[name])
+            self._build_role(name, config, shapes[name], served)
         if not resuming:
             self._start_from_checkpoints()
         for name, config in self.recipe.roles.items():
             if config.engine.kind == "sglang":
                 scratch = self.folder.path / "serving" / name / "weights"
-                self.served[name] = OnServers(self.roles[name], fleets.get(name), scratch)
+                served[name] = OnServers(self.roles[name], fleets.get(name), scratch)
+        self.serving = Serving(self.roles, served, self.at, self.progress)
 
     def _start_fleets(self) -> tuple[dict[str, Shape], dict[str, Fleet]]:
         """The roles' shapes, and on the rank that owns them the fleets, which start up meanwhile."""
@@ -106,7 +94,7 @@ class Run:
             return shapes, {}
         return shapes, {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
 
-    def _build_role(self, name: str, config: RoleConfig, shape: Shape) -> None:
+    def _build_role(self, name: str, config: RoleConfig, shape: Shape, served: dict[str, Served]) -> None:
         layout = self.together(lambda: Layout.from_config(name, config.layout, self.world.size))
         groups = layout.groups()
 
@@ -118,7 +106,7 @@ class Run:
                 load_hf_into(role.models, layout, shape, weights)
             self.roles[name] = role
             if config.engine.kind == "embedded":
-                self.served[name] = InRanks(role)
+                served[name] = InRanks(role)
 
         self.together(build)
 
@@ -142,73 +130,22 @@ class Run:
     @property
     def engines(self) -> dict[str, Engine]:
         """What generates with each role's weights."""
-        return {name: served.engine for name, served in self.served.items()}
+        return self.serving.engines
 
     def stop_ids(self, role: str) -> tuple[int, ...]:
         """Token ids that end this role's generations."""
         return stop_token_ids(self.tokenizers[role])
 
-    def publish(self, *names: str, advance: bool = True) -> dict[str, float]:
-        """Bring the roles' current weights to their engines under the next version, where they changed.
-
-        Without `advance` the version stays: engines that lost their weights get them again.
-        """
-        figures: dict[str, float] = {}
-        with self.phase("publish"):
-            for name in names:
-                unchanged = self.at.published.get(name) == self.roles[name].serial
-                if advance and unchanged and self.engines[name].version == self.at.versions[name]:
-                    continue
-                version = self.at.versions.get(name, 0) + int(advance)
-                if advance:
-                    self.at.published[name] = self.roles[name].serial
-                self.at.versions[name] = version
-                stats = self._bring(name, version)
-                figures[f"publish/{name}_version"] = float(version)
-                figures[f"publish/{name}_s"] = stats.pop("seconds")
-                figures |= {f"publish/{name}_{key}": value for key, value in stats.items()}
+    def publish(self, *names: str, advance: bool = True, step: int | None = None) -> dict[str, float]:
+        """As Serving.publish. The next row of figures says so, but for engines that get theirs again."""
+        figures = self.serving.publish(*names, advance=advance, step=step)
         if advance:
             self.note(figures)
         return figures
 
-    def _bring(self, name: str, version: int) -> dict[str, float]:
-        """Publish to the whole fleet, servers that are lost on the way replaced."""
-        served = self.served[name]
-        while True:
-            try:
-                stats = served.publisher.publish(version)
-            except PeerLost as error:
-                if not error.agreed or not served.restart_lost():
-                    raise
-                continue
-            served.engine.version = version
-            return stats
-
     def generating(self, act: Callable[[], T]) -> T:
-        """`together`, for what asks engines: where servers were lost it begins again with others. Collective.
-
-        Raises PeerLost where the budget of restarts is spent, or nothing was lost.
-        """
-        while True:
-            try:
-                return self.together(act)
-            except PeerLost as error:
-                if not self._heal():
-                    raise
-                self.progress.note(f"warning: lost servers were replaced: {error.what.splitlines()[0]}")
-
-    def _heal(self) -> bool:
-        """Replace lost servers and give them the weights that the others have; whether any was lost."""
-        healed = False
-        with self.phase("heal"):
-            for name, served in self.served.items():
-                lost = served.restart_lost()
-                healed = healed or bool(lost)
-                if lost and self.at.published.get(name) == self.roles[name].serial:
-                    served.publisher.publish(self.at.versions[name], only=lost)
-                elif lost:  # the weights have moved on since: the whole fleet gets them
-                    self.publish(name)
-        return healed
+        """As Serving.generating."""
+        return self.serving.generating(act)
 
     def copy_weights(self, source: str, target: str) -> None:
         """Make `target` start from `source`'s weights. Raises InputError where the shapes differ."""
@@ -299,8 +236,7 @@ class Run:
 
     def close(self) -> None:
         """Release engines and logs."""
-        for served in self.served.values():
-            served.close()
+        self.serving.close()
         self._fleets.close()
         if self.log is not None:
             self.log.close()

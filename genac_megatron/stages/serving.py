@@ -1,147 +1,137 @@
-"""How a run serves its roles: by an engine in every rank, or by a fleet of servers that rank 0 owns."""
+"""Serving in a run: what is published when, and what happens where a server is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-
-from genac_megatron import platform
-from genac_megatron.models.registry import hf_config
-from genac_megatron.observe.runinfo import RunFolder
-from genac_megatron.publication.factory import fleet_publisher
-from genac_megatron.publication.fleet import FleetTransport
-from genac_megatron.publication.publisher import Publisher
-from genac_megatron.recipe.schema import EngineConfig
-from genac_megatron.serving.embedded import EmbeddedEngine
+from genac_megatron.errors import PeerLost
+from genac_megatron.observe.progress import Progress
 from genac_megatron.serving.engine import Engine
-from genac_megatron.serving.sglang.client import ServerClient
-from genac_megatron.serving.sglang.engine import SglangEngine
-from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
-from genac_megatron.serving.sglang.server import Zygote, serving_python
-from genac_megatron.training.agreement import from_first, gathered
+from genac_megatron.stages.progression import Progression
+from genac_megatron.stages.served import Served
+from genac_megatron.training.agreement import agree
 from genac_megatron.training.role import Role
 
-
-class Served(Protocol):
-    """One role's engine, as this rank sees it, and what brings weights to it."""
-
-    engine: Engine
-    publisher: Publisher
-
-    def restart_lost(self) -> list[str]:
-        """Replace the servers that were lost; their names. They hold no weights yet. Collective."""
-        ...
-
-    def restarts(self) -> int:
-        """Servers replaced so far."""
-        ...
-
-    def close(self) -> None: ...
+T = TypeVar("T")
 
 
-class InRanks:
-    """An embedded engine in every rank."""
+class Serving:
+    """The served roles of a run. Every method is collective but for the properties.
 
-    def __init__(self, role: Role) -> None:
-        self.engine: Engine = EmbeddedEngine(hf_config(role.shape), role.config.engine, platform.device())
-        self.publisher = Publisher(role, [self.engine])
+    `settle`, where it is set, waits for what is generated beside the trainer (stages/ahead.py).
+    """
 
-    def restart_lost(self) -> list[str]:
-        return []
+    def __init__(
+        self, roles: Mapping[str, Role], served: Mapping[str, Served], at: Progression, progress: Progress
+    ) -> None:
+        self.roles, self.served, self.at, self.progress = roles, served, at, progress
+        self.settle: Callable[[], object] | None = None
 
-    def restarts(self) -> int:
-        return 0
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """What generates with each role's weights."""
+        return {name: served.engine for name, served in self.served.items()}
 
-    def close(self) -> None:
-        self.engine.close()
+    def publish(self, *names: str, advance: bool = True, step: int | None = None) -> dict[str, float]:
+        """Bring the roles' current weights to their engines under the next version, where they changed.
 
+        Without `advance` the version stays: engines that lost their weights get them again. With `step`,
+        roles whose recipe publishes every k steps are left out at the others.
+        """
+        figures: dict[str, float] = {}
+        with self.progress.phase("publish"):
+            for name in names:
+                role = self.roles[name]
+                if step is not None and step % role.config.publication.every:
+                    continue
+                unchanged = self.at.published.get(name) == role.serial
+                if advance and unchanged and self.engines[name].version == self.at.versions[name]:
+                    continue
+                version = self.at.versions.get(name, 0) + int(advance)
+                if advance:
+                    self.at.published[name] = role.serial
+                self.at.versions[name] = version
+                stats = self._bring(name, version)
+                figures[f"publish/{name}_version"] = float(version)
+                figures[f"publish/{name}_s"] = stats.pop("seconds")
+                figures |= {f"publish/{name}_{key}": value for key, value in stats.items()}
+        return figures
 
-class OnServers:
-    """A fleet of SGLang servers. fleet: on rank 0 alone."""
+    def behind(self) -> dict[str, float]:
+        """How many updates of the weights each role's engines have not seen."""
+        published = self.at.published
+        return {f"publish/{n}_behind": float(self.roles[n].serial - done) for n, done in published.items()}
 
-    def __init__(self, role: Role, fleet: Fleet | None, folder: Path) -> None:
-        self._fleet = fleet
-        self._restarts = 0
-        endpoints = from_first(lambda: fleet.ready() if fleet is not None else [])
-        clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
-        self.engine: Engine = SglangEngine(clients, role.config.engine, role.shape)
-        gpus = shared_gpus(endpoints, role.config.engine)
-        self.publisher = fleet_publisher(role, endpoints, folder, gpus)
+    def generating(self, act: Callable[[], T]) -> T:
+        """`agree` for what asks engines: where servers were lost, it begins again with others.
 
-    def restart_lost(self) -> list[str]:
-        assert isinstance(self.publisher.transport, FleetTransport)
-        doubted = self.publisher.transport.lost
+        Raises PeerLost where the budget of restarts is spent, or nothing was lost.
+        """
+        self._wake()
+        while True:
+            try:
+                return agree(act)
+            except PeerLost as error:
+                if not self._heal():
+                    raise
+                self.progress.note(f"warning: lost servers were replaced: {error.what.splitlines()[0]}")
 
-        def replace() -> tuple[list[str], list[Endpoint], int]:
-            fleet = self._fleet
-            assert fleet is not None
-            lost = sorted({*fleet.lost(), *doubted})
-            fleet.restart(lost)
-            return lost, fleet.endpoints(), fleet.restarts
+    def wait_settled(self) -> None:
+        """Wait for what is generated beside the trainer."""
+        if self.settle is not None:
+            with self.progress.phase("settle"):
+                self.settle()
 
-        lost, endpoints, self._restarts = from_first(replace)
-        if lost:
-            self.publisher.transport.set_endpoints(
-                endpoints
-            )  # the engine's clients find them where they were
-        return lost
+    def rest(self) -> None:
+        """Nothing is generated until the next publication: engines may give memory back."""
+        for served in self.served.values():
+            served.sleep()
 
-    def restarts(self) -> int:
-        return self._restarts
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-class Fleets:
-    """The fleets of a run, on the rank that owns them, starting up while the trainer builds its models."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-        self._zygote: Zygote | None = None
-        self._started: list[Fleet] = []
-
-    def start(self, role: str, config: EngineConfig, model: Mapping[str, object]) -> Fleet:
-        """Begin to start a role's servers."""
-        device: Literal["cpu", "cuda"] = "cuda" if platform.device().type == "cuda" else "cpu"
-        logs = self._folder.path / "logs"
-        fleet = Fleet(role, config, model, self._folder.path / "serving" / role, logs, device)
-        self._started.append(fleet)
-        if not config.urls:
-            python = serving_python(config.python)
-            if device == "cpu" and self._zygote is None:
-                self._zygote = Zygote(python, logs / "zygote.log")
-            fleet.start(python, self._zygote)
-        return fleet
+    def restarts(self) -> dict[str, float]:
+        """Servers replaced so far, by role, of those that have servers."""
+        return {f"serving/{n}_restarts": float(s.restarts()) for n, s in self.served.items() if s.restarts()}
 
     def close(self) -> None:
-        """End all servers, and what forked them."""
-        for fleet in self._started:
-            fleet.close()
-        if self._zygote is not None:
-            self._zygote.close()
+        """End requests and engines."""
+        for served in self.served.values():
+            served.close()
 
+    def _bring(self, name: str, version: int) -> dict[str, float]:
+        """Publish to the whole fleet, servers that are lost on the way replaced."""
+        served = self.served[name]
+        if self.roles[name].config.publication.mode == "drain":
+            self.wait_settled()
+        served.wake()
+        while True:
+            try:
+                stats = served.publisher.publish(version)
+            except PeerLost as error:
+                if not error.agreed or not served.restart_lost():
+                    raise
+                continue
+            served.engine.version = version
+            return stats
 
-def shared_gpus(endpoints: Sequence[Endpoint], config: EngineConfig) -> dict[str, list[int]] | None:
-    """Per server the global ranks that train on its GPUs; None where one has GPUs of its own. Collective."""
-    if platform.device().type != "cuda" or not config.gpus:
-        return None
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    places = gathered((machine, torch.cuda.current_device()))
-    here = {gpu: rank for rank, (where, gpu) in enumerate(places) if where == places[0][0]}
-    found = {}
-    for index, endpoint in enumerate(endpoints):
-        gpus = config.gpus[index * config.tp : (index + 1) * config.tp]
-        if not all(gpu in here for gpu in gpus):
-            return None
-        found[endpoint.name] = [here[gpu] for gpu in gpus]
-    return found
+    def _wake(self) -> None:
+        for name, served in self.served.items():
+            if served.wake():
+                self._give_again(name, None)
 
+    def _heal(self) -> bool:
+        """Replace lost servers and give them the weights that the others have; whether any was lost."""
+        healed = False
+        with self.progress.phase("heal"):
+            for name, served in self.served.items():
+                lost = served.restart_lost()
+                if lost:
+                    healed = True
+                    self._give_again(name, lost)
+        return healed
 
-def owns_fleets() -> bool:
-    """Whether this rank starts and ends the servers."""
-    return dist.get_rank() == 0
+    def _give_again(self, name: str, servers: list[str] | None) -> None:
+        """Weights for servers (None: all) that have none: those of the others, unless they have moved on."""
+        if self.at.published.get(name) != self.roles[name].serial:
+            self.publish(name)
+        else:
+            self.served[name].publisher.publish(self.at.versions[name], only=servers)

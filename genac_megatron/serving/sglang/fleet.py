@@ -126,8 +126,8 @@ class Fleet:
             server = self._servers[index]
             if self.restarts >= self.config.restarts:
                 raise PeerLost(
-                    f"it was lost, and the {self.config.restarts} restarts of the budget (engine.restarts) are"
-                    f" spent; its log ends:\n{server.log_tail()}",
+                    f"it was lost, and the {self.config.restarts} restarts of engine.restarts are spent;"
+                    f" its log ends:\n{server.log_tail()}",
                     where=f"SGLang server {endpoint.name}",
                     way_out=f"read {server.log}; --resume goes on from the newest checkpoint",
                 )
@@ -148,6 +148,7 @@ class Fleet:
         if config.gpus:
             chosen = config.gpus[index * tp : (index + 1) * tp]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+        memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
         return ServerSpec(
             name=f"{self.name}/{index}",
             model=self._model,
@@ -159,7 +160,7 @@ class Fleet:
             mem_fraction=config.mem_fraction,
             max_running=config.max_batch,
             max_tokens=config.max_batch_tokens,
-            args=tuple(config.args),
+            args=(*memory_saver, *config.args),
             env=env,
         )
 

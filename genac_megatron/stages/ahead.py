@@ -1,0 +1,112 @@
+"""One step off policy: the next batch is generated while the trainer works on the last.
+
+A batch is begun with the prompts, seeds and p_bar of its step, and taken one step later: its tokens are at
+most one publication per role older than they would be in the synchronous order, and their versions say so.
+The log-probs are those of the engine, so PPO's ratio and truncated importance sampling correct for the gap.
+A resumed run generates the batch that was under way anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from genac_megatron.recipe.schema import PpoStage
+from genac_megatron.records import Prompt
+from genac_megatron.stages.batch import (
+    Batch,
+    batch_figures,
+    gathered_batch,
+    generator_for,
+    next_batch,
+    next_prompts,
+    train_prompts,
+)
+from genac_megatron.stages.rollouts import Generator, Group, generate, groups_of, repeats
+from genac_megatron.stages.runtime import Run
+
+
+@dataclass
+class Begun:
+    """A step's batch under way on this rank."""
+
+    step: int
+    generator: Generator
+    prompts: Sequence[Prompt]  # of all ranks
+    future: Future[list[Group]]
+
+
+class Batches:
+    """A stage's batches in order: played when asked for or, with `overlap`, one step ahead."""
+
+    def __init__(self, run: Run, stage: PpoStage) -> None:
+        self.run, self.stage = run, stage
+        self._begun: Begun | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what is under way."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it ended just now
+                loop.call_soon_threadsafe(_cancel_all, loop)
+        self._pool.shutdown(wait=True)
+        self.run.serving.settle = None
+
+    def next(self, step: int) -> tuple[Batch, dict[str, float]]:
+        """The batch of `step` and its figures; with `overlap` the one after it is begun. Collective."""
+        if not self.stage.overlap:
+            return next_batch(self.run, self.stage, step)
+        begun = self._begun or self._begin(step)
+        assert begun.step == step
+        mine = self._take(begun)
+        next_prompts(self.run, len(begun.prompts))  # the cursor counts what was trained on
+        self._begun = self._begin(step + 1) if step < self.stage.steps else None
+        batch = gathered_batch(self.run, mine)
+        return batch, batch_figures(self.run, batch)
+
+    def _take(self, begun: Begun) -> list[Group]:
+        """Wait for a batch. Where servers were lost it is generated anew, as in the synchronous order."""
+        run, stage = self.run, self.stage
+        futures = [begun.future]
+
+        def result() -> list[Group]:
+            if futures:
+                return futures.pop().result()
+            turns = run.share(repeats(begun.prompts))
+            return generate(begun.generator, run.share(begun.prompts), stage.rollout.samples, turns)
+
+        with run.phase("wait"):
+            mine = run.generating(result)
+        for role, phase in (("actor", "rollout"), ("critic", "judge")):
+            run.spend(phase, role)
+        return mine
+
+    def _begin(self, step: int) -> Begun:
+        run, stage = self.run, self.stage
+        prompts = train_prompts(run, run.at.cursor, stage.rollout.prompts)
+        generator = generator_for(run, stage.rollout, (run.recipe.seed, stage.name, step))
+        if generator.judge is not None:
+            generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
+        share, turns = run.share(prompts), run.share(repeats(prompts))
+        future = self._pool.submit(self._work, generator, share, turns)
+        run.serving.settle = lambda: wait([future])
+        return Begun(step, generator, prompts, future)
+
+    def _work(self, generator: Generator, prompts: Sequence[Prompt], turns: Sequence[int]) -> list[Group]:
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            return runner.run(groups_of(generator, prompts, self.stage.rollout.samples, turns))
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
