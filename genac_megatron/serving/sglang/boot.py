@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import itertools
 import json
 import os
@@ -125,34 +126,43 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """There is nothing to run."""
 
 
-def fill_gaps() -> None:
-    """Fill what SGLang imports and a machine without CUDA lacks. A gap that is gone is left alone.
+def fill_gaps() -> list[str]:
+    """Fill what SGLang imports and a machine without CUDA lacks; the names of the gaps that were there.
 
     - triton, sgl_kernel: kernels are defined or named at import, none is called. Gone once SGLang imports
       them only where it uses them, or where the packages are installed.
-    - torchvision's operators nms and qnms: its PyPI build is linked against CUDA, so its library never loads
-      and its import fails on naming them. Gone with a CPU build of torchvision.
-    - the host memory allocator of the routed-experts capturer knows no device "cpu" (it would pin memory).
-      Gone once SGLang's table has one.
-    - `spawn` as the start method of its processes: each would import SGLang again, half a minute on two
-      cores. Forked ones inherit it; nothing of torch has run by then. Not needed, only faster.
+    - torchvision: its PyPI build is linked against CUDA, so its library never loads, and its import fails on
+      naming the library's operators nms and qnms. Gone with a CPU build of torchvision.
+    - allocator: the host memory allocator of the routed-experts capturer knows no device "cpu" (it would pin
+      memory). Gone once SGLang's table has one.
+
+    And `spawn` as the start method of SGLang's processes: each would import SGLang again, half a minute on
+    two cores. Forked ones inherit it; nothing of torch has run by then. Not a gap, only faster.
     """
     import multiprocessing
 
     import torch
 
+    gaps = [name for name in StandIns.packages if importlib.util.find_spec(name) is None]
     sys.meta_path.append(StandIns())
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        gaps.append("torchvision")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
             torch.library.define(
                 f"torchvision::{operator}", "(Tensor dets, Tensor scores, float t) -> Tensor"
             )
     from sglang.srt.mem_cache.pool_host import common  # type: ignore[import-not-found,unused-ignore]
 
     if "cpu" not in common.ALLOC_MEMORY_FUNCS:
+        gaps.append("allocator")
         common.ALLOC_MEMORY_FUNCS["cpu"] = lambda size, dtype, *_, **__: torch.empty(size, dtype=dtype)
     real: Callable[..., None] = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: real("fork", force=force)  # type: ignore[assignment]
+    return gaps
 
 
 def prepare_cpu() -> None:
@@ -253,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.update(ENVIRONMENT)
     if mode == "zygote":
         zygote(int(parent))
-        return 0
+        os._exit(0)  # at once: its servers end when it is gone
     follow(int(parent))
     if "cpu" in (after for option, after in itertools.pairwise(rest) if option == "--device"):
         prepare_cpu()

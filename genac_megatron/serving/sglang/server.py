@@ -247,7 +247,7 @@ class Server:
         """Whether its main process runs; a hung one does too."""
         if self._child is not None:
             return self._child.poll() is None
-        return self._pid is not None and _exists(self._pid)
+        return self._pid is not None and self._pid in _group(self._pid)
 
     def stop(self) -> None:
         """End all its processes at once."""
@@ -313,26 +313,26 @@ def _clean_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in dropped} | dict(more)
 
 
-def _exists(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _group(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdecimal():
+            continue
+        try:
+            fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        ended = fields[0] in "ZX" and int(fields[17]) <= 1  # its threads may outlive it, files still open
+        if int(fields[2]) == group and not ended:
+            found.append(int(entry.name))
+    return found
 
 
 def _end_group(group: int) -> None:
-    """SIGKILL to a process group, and wait until its leader is gone."""
+    """SIGKILL to a process group, and wait until all of it is gone: its port is free then."""
     until = time.monotonic() + END_LIMIT_S
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    while _exists(group) and time.monotonic() < until:
+    while _group(group) and time.monotonic() < until:
         time.sleep(0.02)

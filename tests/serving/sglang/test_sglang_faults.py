@@ -23,7 +23,13 @@ from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
 from genac_megatron.serving.sglang.engine import SglangEngine
-from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, Server, free_ports, serving_python
+from genac_megatron.serving.sglang.server import (
+    PYTHON_VARIABLE,
+    Server,
+    _group,
+    free_ports,
+    serving_python,
+)
 
 MODEL = plain_model(served_config("qwen3"))
 ROOT = Path(__file__).resolve().parents[3]
@@ -215,7 +221,7 @@ def test_a_server_ends_with_its_launcher(farm: Farm, tmp_path: Path, how: str) -
     try:
         group = int(launcher.stdout.readline() or "0")
         assert group, (tmp_path / "server.log").read_text()[-2000:]
-        processes = _of_group(group)
+        processes = _group(group)
         assert len(processes) >= 3  # two ranks, and what speaks HTTP
         assert not any("api-key" in _command(pid) for pid in processes)
     finally:
@@ -223,21 +229,9 @@ def test_a_server_ends_with_its_launcher(farm: Farm, tmp_path: Path, how: str) -
         launcher.wait()
         launcher.stdout.close()
     until = time.monotonic() + 20.0
-    while _of_group(group) and time.monotonic() < until:
+    while _group(group) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not _of_group(group)
-
-
-def _of_group(group: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, process_group = entry.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(process_group) == group and state != "Z":
-            found.append(int(entry.parent.name))
-    return found
+    assert not _group(group)
 
 
 def _command(pid: int) -> str:
