@@ -76,7 +76,7 @@ class OptimizerConfig(Block):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
 
 
 class TrainingConfig(Block):
@@ -231,7 +231,7 @@ class JudgingConfig(Block):
     icc_momentum: Fraction = 0.9
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
-    score: Literal["sampled", "soft"] = "sampled"
+    score: Literal["sampled", "soft"] = "sampled"  # soft: its expectation, at the same temperature
     states: StatesConfig = StatesConfig()
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from genac_megatron.errors import GenacError, on_all_ranks
 
 PEER_SIGNS = ("Connection closed by peer", "Timed out waiting", "timeout", "Connection reset by peer")
+SHOWN_OTHERS = 3
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def unexpected(error: Exception) -> GenacError:
 def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = unexpected) -> T:
     """Run `act` on every rank; where it fails on one, raise the first such rank's error on all.
 
-    `explain` words an error that is no GenacError; its traceback goes to the log. Collective.
+    It also names what other ranks failed of, where that differs. `explain` words an error that is no
+    GenacError; its traceback goes to the log. Collective.
     """
     failure: GenacError | None = None
     try:
@@ -53,11 +55,23 @@ def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = une
         logger.error("rank %d failed", dist.get_rank(), exc_info=True)
         failure = explain(error)
     told = None if failure is None else (family(failure), failure.what, failure.where, failure.way_out)
-    for other in gathered(told):
-        if other is not None:
-            kind, what, where, way_out = other
-            raise on_all_ranks(kind(what, where=where, way_out=way_out)) from failure
+    failures = {rank: other for rank, other in enumerate(gathered(told)) if other is not None}
+    if failures:
+        kind, what, where, way_out = failures[min(failures)]
+        raise on_all_ranks(kind(what + _others(failures), where=where, way_out=way_out)) from failure
     return result
+
+
+def _others(failures: dict[int, tuple[Any, str, str, str]]) -> str:
+    """A line for each error that is not the first rank's, up to SHOWN_OTHERS."""
+    texts = {
+        f"{where}: {what}" if where else what: rank
+        for rank, (_, what, where, _) in reversed(failures.items())
+    }
+    others = sorted((rank, text) for text, rank in texts.items())[1:]
+    lines = [f"\n  also on rank {rank}: {text}" for rank, text in others[:SHOWN_OTHERS]]
+    more = len(others) - SHOWN_OTHERS
+    return "".join(lines) + (f"\n  and {more} more" if more > 0 else "")
 
 
 def family(error: GenacError) -> type[GenacError]:

@@ -200,6 +200,22 @@ def test_nothing_but_metrics(tmp_path: Path) -> None:
     assert page(data, summarise(data), plots, absent, what_is_missing(data)).count("<img") == len(plots)
 
 
+def test_tokens_of_evaluations_are_a_phase_of_their_own(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run")
+    before = summarise(read_run(run))["tokens/total"]
+    rows = metric_rows(random.Random(0))
+    for row in (rows[30], rows[-1]):
+        row |= {"tokens/evaluate": 350, "tokens/evaluate_prompt": 150, "time/evaluate_s": 2.0}
+    write_lines(run / "metrics.jsonl", rows)
+    data = read_run(run)
+    summary = summarise(data)
+    assert (summary["tokens/evaluate"], summary["tokens/evaluate_prompt"]) == (700, 300)
+    assert summary["tokens/total"] == before + 1000
+    plots, absent = draw_all(data)
+    shown = page(data, summary, plots, absent, what_is_missing(data))
+    assert re.search(r"evaluate</td>.*?<td[^>]*>700</td>", shown), "the table of phases has it"
+
+
 def test_only_a_recipe(tmp_path: Path) -> None:
     run = part(tmp_path / "run", steps=0, evaluations=0, rollouts=0)
     assert write_report(run)["run/steps"] == 0
