@@ -209,6 +209,9 @@ genac_job() {
   eval "$variables"
   say "job $GENAC_ATTEMPT: $RECIPE on $SLURM_JOB_NODELIST, meeting at $GENAC_MEETING"
   say "run folder $GENAC_RUN, logs $GENAC_LOGS"
+  local added=()
+  read -r -a added <<<"$GENAC_ADDED"
+  given+=("${added[@]}")
   [ -z "$GENAC_FINISHED" ] || { say "this run is finished: nothing to do"; exit 0; }
   [ -z "$GENAC_POSITION" ] || say "resuming after $GENAC_POSITION"
   preflight "${given[@]}"

@@ -68,6 +68,7 @@ class Heartbeat(threading.Thread):
         self.stall_s = float(os.environ.get("GENAC_STALL_S", STALL_S)) if stall_s is None else stall_s
         self._ended = threading.Event()
         self._state = "running"
+        self._seen: dict[str, Any] = {}
         self._asked = "GENAC_LOGS" not in os.environ  # without a batch script nobody asks by a file
         self._ticks, self._since = -1, time.monotonic()
         self._stalled_at: float | None = None
@@ -102,7 +103,9 @@ class Heartbeat(threading.Thread):
 
     def _beat(self) -> None:
         here = progress.current()
-        seen = here.snapshot() if here is not None else {}
+        if here is not None:
+            self._seen = here.snapshot()
+        seen = dict(self._seen)  # of the run's end, once it is over
         ticks, now = seen.get("ticks", 0), time.monotonic()
         if ticks != self._ticks:
             self._ticks, self._since, self._stalled_at = ticks, now, None

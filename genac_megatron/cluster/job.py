@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genac_megatron.cluster.network import PREFLIGHT, RUN, bracketed, fabric_address, free_ports
+from genac_megatron.cluster.network import (
+    ENGINES,
+    PREFLIGHT,
+    RUN,
+    bracketed,
+    fabric_address,
+    free_ports,
+    job_ports,
+)
 from genac_megatron.cluster.placement import Placement, misfits, placement
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.observe.runinfo import RunFolder
@@ -87,7 +95,24 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
         "MASTER_PORT": str(ports[RUN]),
         "GENAC_PREFLIGHT_PORT": str(ports[PREFLIGHT]),
         "GENAC_MEETING": f"{bracketed(address)}:{ports[RUN]}",
+        "GENAC_ADDED": " ".join(
+            added_overrides(recipe, place, address, job_ports(int(environ["SLURM_JOB_ID"])))
+        ),
     }
+
+
+def added_overrides(recipe: Recipe, place: Placement, address: str, ports: range) -> list[str]:
+    """What only the job knows of a recipe's servers: the fabric's address and the job's ports."""
+    found, port = [], ports[ENGINES]
+    for name, role in recipe.roles.items():
+        if role.engine.kind == "embedded" or role.engine.urls:
+            continue
+        if place.nodes > 1 and role.engine.host == "127.0.0.1":
+            found.append(f"roles.{name}.engine.host={address}")
+        if role.engine.port is None:
+            found.append(f"roles.{name}.engine.port={port}")
+        port += role.engine.engines
+    return found
 
 
 def position(manifest: Mapping[str, Any] | None) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from genac_megatron.cluster.gpus import gpu
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.sizes import parameters
 from genac_megatron.recipe.estimate import memory_of, place_of
 from genac_megatron.recipe.rules import ranks_of, read_shape
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import EngineConfig, Recipe
 
 GIB = 2.0**30
 
@@ -56,7 +57,7 @@ def misfits(recipe: Recipe) -> list[str]:
         return found
     found += _torn_groups(recipe, place)
     if recipe.cluster.gpu is not None:
-        found += _fp8(recipe) + _memory(recipe)
+        found += _fp8(recipe) + _servers(recipe, place) + _memory(recipe)
     return found
 
 
@@ -107,8 +108,9 @@ def heaviest(recipe: Recipe) -> tuple[int, float, dict[str, float]]:
     seen = set()
     for rank in range(recipe.world.ranks):
         places = tuple(place_of(role.layout, rank, recipe.world.ranks) for role in recipe.roles.values())
-        # Data-parallel ranks are alike: only the pipeline stage changes a rank's memory.
-        kind = tuple(None if place is None else place.pp for place in places)
+        # Data-parallel ranks are alike: only the pipeline stage and servers change a rank's memory.
+        served = tuple(rank in server_gpus(role.engine) for role in recipe.roles.values())
+        kind = (tuple(None if place is None else place.pp for place in places), served)
         if kind in seen:
             continue
         seen.add(kind)
@@ -124,9 +126,46 @@ def _parts(recipe: Recipe, shapes: Mapping[str, Shape], rank: int) -> dict[str, 
     for name, role in recipe.roles.items():
         place = place_of(role.layout, rank, recipe.world.ranks)
         memory = memory_of(role, shapes[name], place, recipe.world.ranks)
-        for part in ("weights", "gradients", "optimizer", "activations", "engine"):
+        for part in ("weights", "gradients", "optimizer", "activations"):
             parts[f"{name} {part}"] = getattr(memory, part) / GIB
+        embedded = role.engine.kind == "embedded"
+        parts[f"{name} engine"] = memory.engine / GIB if embedded else _server_gib(recipe, role.engine, rank)
     return parts
+
+
+def server_gpus(engine: EngineConfig) -> list[int]:
+    """The GPUs of the first node that a role's servers take; none where somebody else runs them."""
+    if engine.kind == "embedded" or engine.urls:
+        return []
+    return list(engine.gpus) or list(range(engine.engines * engine.tp))
+
+
+def _server_gib(recipe: Recipe, engine: EngineConfig, rank: int) -> float:
+    """What SGLang's servers hold on a rank's GPU. Rank 0 starts them all, on its own node."""
+    if rank not in server_gpus(engine):
+        return 0.0
+    return engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
+
+
+def _servers(recipe: Recipe, place: Placement) -> list[str]:
+    """GPUs that servers name and the first node lacks, and models too large for a server."""
+    found = []
+    for name, role in recipe.roles.items():
+        used = server_gpus(role.engine)
+        if used and max(used) >= place.gpus_per_node:
+            found.append(
+                f"the servers of '{name}' take GPUs up to {max(used)}, the first node has "
+                f"{place.gpus_per_node}: lower roles.{name}.engine.engines or tp"
+            )
+        elif used:
+            weights = 2 * parameters(read_shape(role.model)) / role.engine.tp / GIB
+            share = role.engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
+            if weights > share:
+                found.append(
+                    f"a server of '{name}' has {share:.1f} GiB per GPU, its weights take {weights:.1f}: "
+                    f"raise roles.{name}.engine.tp or mem_fraction"
+                )
+    return found
 
 
 def describe(recipe: Recipe) -> str:

@@ -155,7 +155,7 @@ def _has_dataset(name: str) -> bool:
 
 
 def communicate(environ: Mapping[str, str] = os.environ) -> Report:
-    """Meet, compare clocks, time an all-reduce. bus_gbs: 10^9 bytes/s, bus bandwidth as NCCL's tests count."""
+    """Meet, compare clocks, time an all-reduce. bus_gbs: 10^9 bytes/s, bus bandwidth as in NCCL's tests."""
     import torch
     import torch.distributed as dist
 

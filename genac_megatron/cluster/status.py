@@ -60,7 +60,7 @@ def stall(folder: Path) -> str | None:
 
 
 def line(beats: Sequence[Beat], until: float = 0.0) -> str:
-    """One line: stage, step, pace, time to the stage's end and to the job's (`until`: seconds of the epoch)."""
+    """One line: stage, step, pace, time to the stage's end and to the job's (`until`, Unix time)."""
     first = beats[0]
     parts = [describe(first)]
     if "stages" in first:

@@ -1,0 +1,206 @@
+"""Real jobs on a real Slurm of two nodes: requeue, loss of a rank, stalls, bad nodes, smoke."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.slurm.cluster import Cluster, ours
+from tests.slurm.conftest import NODES, ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+LIMIT_S = 900.0  # for a job, on a busy machine
+OVERRIDES = ("seed=3", "stages.ppo.steps=4")
+Settings = dict[str, str]
+Output = Callable[[], str]
+
+
+def genac(*arguments: str, cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "genac_megatron", *arguments], cwd=cwd, capture_output=True, text=True,
+        env={**environ, "PYTHONPATH": str(ROOT)}, timeout=LIMIT_S,
+    )  # fmt: skip
+
+
+def rows(run: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Rows without what time and machine decide."""
+    path = run / log
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [_untimed(row) for row in found]
+
+
+def _untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_s")}
+
+
+def until(done: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    give_up = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < give_up, f"{what}: not within {limit_s:.0f} s"
+        time.sleep(0.05)
+
+
+def reached(run: Path, stage: str, step: int) -> bool:
+    return any((row["stage"], row["step"]) == (stage, step) for row in rows(run))
+
+
+def rank_pid(run: Path, rank: int) -> int:
+    return int(json.loads((run / f"logs/latest/heartbeats/rank-{rank:05d}.json").read_text())["pid"])
+
+
+def gone(job: int) -> None:
+    until(lambda: not ours(job), f"processes of job {job} to be gone: {ours(job)}", 30.0)
+
+
+def test_requeued_by_usr1_it_ends_like_an_uninterrupted_run(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+) -> None:
+    """USR1 amid PPO: both roles saved, exit 75, requeued, resumed under the same W&B id, the same figures."""
+    script = str(ROOT / "slurm" / "genac_ppo.sh")
+    job = cluster.submit(*NODES, script, "--", *OVERRIDES, cwd=tmp_path, RECIPE="recipe.yaml", **settings)
+    run = tmp_path / "runs" / "run"
+    until(lambda: reached(run, "ppo", 1), "the first step of ppo")
+    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    gone(job)
+    manifest = json.loads(max(run.glob("checkpoints/ppo-*/manifest.json")).read_text())
+    assert sorted(manifest["roles"]) == ["actor", "critic"]
+    seen = cluster.wait(job, LIMIT_S)
+    text = output()
+    assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("COMPLETED", "0:0", "1"), text
+    gone(job)
+    for said in ("asked to stop", "requeue (restart 1)", f"job {job}-r1", "resuming after ppo", "done: "):
+        assert said in text, text
+    _check_logs(run, job)
+    _check_against_uninterrupted(run, recipe, tmp_path)
+    again = genac("status", str(run), cwd=tmp_path, environ=cluster.environ)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"attempt {job}-r1, 2 rank(s)" in again.stdout
+    assert again.stdout.count("done") >= 2
+
+
+def _check_logs(run: Path, job: int) -> None:
+    assert (run / "logs" / "latest").resolve().name == f"{job}-r1"
+    for attempt in (f"{job}-r0", f"{job}-r1"):
+        names = {path.name for path in (run / "logs" / attempt).iterdir()}
+        assert {"heartbeats", "preflight"} <= names
+        assert sum(name.startswith("trainer-node") for name in names) == 2, names
+    ids = {path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")}
+    assert len(list(run.glob("wandb/offline-run-*"))) == 2
+    assert len(ids) == 1, "the same W&B run before and after"
+
+
+def _check_against_uninterrupted(run: Path, recipe: Path, folder: Path) -> None:
+    given = [*OVERRIDES, f"runs={folder}/whole", "observe.wandb.mode=off"]
+    done = genac("run", str(recipe), *given, cwd=folder, environ=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = folder / "whole" / "run"
+    for log in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+        ours, theirs = rows(run, log), rows(whole, log)
+        assert len(ours) == len(theirs), log
+        for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+            differ = {k: (left.get(k), right.get(k)) for k in left | right if left.get(k) != right.get(k)}
+            assert not differ, f"{log}:{index + 1}"
+    summaries = [_untimed(json.loads((r / "report/summary.json").read_text())) for r in (run, whole)]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_stalled_rank_is_named_and_a_killed_one_ends_the_job(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+) -> None:
+    """Submitted by `genac slurm`. SIGSTOP: phase, rank and stacks are told; SIGKILL: exit 4, no orphan."""
+    environ = {**cluster.environ, **settings, "GENAC_STALL_S": "15"}
+    done = genac("slurm", "recipe.yaml", "stages.ppo.steps=50", cwd=tmp_path, environ=environ)
+    assert done.returncode == 0, done.stderr
+    job = int(done.stdout.split()[1].rstrip(":"))
+    run = tmp_path / "runs" / "run"
+    until(lambda: reached(run, "ppo", 2), "the second step of ppo")
+    stopped = psutil.Process(rank_pid(run, 1))
+    stopped.suspend()
+    until(lambda: "genac: stall:" in output(), "the stall to be told", 240.0)
+    text = output()
+    assert "the others wait for rank 1 on n2: stage ppo" in text, text
+    stack = (run / "logs/latest/stacks/rank-00000.txt").read_text()
+    assert "Current thread" in stack
+    assert "stages/ppo.py" in stack, "the main thread's stack is there too"
+    assert genac("status", str(run), cwd=tmp_path, environ=environ).returncode == 4
+    os.kill(stopped.pid, signal.SIGKILL)
+    seen = cluster.wait(job, LIMIT_S)
+    assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("FAILED", "4:0", "0"), output()
+    assert "sbatch the same again, it resumes" in output()
+    gone(job)
+
+
+def test_a_bad_node_is_named_before_the_run(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+) -> None:
+    """nvidia-smi is the one tool that this machine lacks: one that finds an ECC error on n2."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(
+        '#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && errors=3 || errors=0\n'
+        'echo "0, NVIDIA H100 80GB HBM3, 580.95, 81559, 4, $errors"\n'
+    )
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}{os.pathsep}{cluster.environ['PATH']}"
+    script = str(ROOT / "slurm" / "genac_pipeline.sh")
+    job = cluster.submit(*NODES, script, cwd=tmp_path, RECIPE=str(recipe), **settings, PATH=path)
+    seen = cluster.wait(job, LIMIT_S)
+    assert seen["ExitCode"] == "2:0", output()
+    assert "n2: GPU 0: 3 uncorrected ECC error(s)" in output()
+    assert "n1: GPU" not in output()
+    assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+    gone(job)
+
+
+def test_an_allocation_that_is_not_the_recipes(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+) -> None:
+    script = str(ROOT / "slurm" / "genac_ppo.sh")
+    one = ("--nodes=1", *NODES[1:])
+    job = cluster.submit(*one, script, cwd=tmp_path, RECIPE=str(recipe), **settings)
+    assert cluster.wait(job, LIMIT_S)["ExitCode"] == "2:0"
+    assert "the recipe needs 2 node(s) of 1 rank(s)" in output()
+    assert "sbatch --nodes=2 --ntasks-per-node=1" in output()
+
+
+def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Output) -> None:
+    """sbatch slurm/smoke.sh, from a folder that is not the repository."""
+    one = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
+    job = cluster.submit(*one, str(ROOT / "slurm" / "smoke.sh"), cwd=tmp_path, **settings)
+    seen = cluster.wait(job, LIMIT_S)
+    assert seen["JobState"] == "COMPLETED", output()
+    assert "your cluster works" in output()
+    gone(job)
+
+
+def test_a_chain_goes_on_without_requeue(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+) -> None:
+    """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run."""
+    done = cluster.run(
+        str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", *NODES, str(ROOT / "slurm" / "genac_ppo.sh"),
+        cwd=tmp_path, RECIPE="recipe.yaml", **settings,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = map(int, done.stdout.split())
+    run = tmp_path / "runs" / "run"
+    until(lambda: reached(run, "ppo", 1), "the first step of ppo")
+    assert cluster.job(second)["JobState"] == "PENDING"
+    cluster.run("scancel", "--batch", "--signal=USR1", str(first))
+    assert cluster.wait(first, LIMIT_S)["ExitCode"] == "75:0", output()
+    assert cluster.wait(second, LIMIT_S)["JobState"] == "COMPLETED", output()
+    assert "GENAC_REQUEUE is off" in output()
+    assert reached(run, "ppo", 2)
+    gone(first)
+    gone(second)

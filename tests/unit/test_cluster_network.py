@@ -1,0 +1,108 @@
+"""Which address ranks meet at, and which ports a job has."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from genac_megatron.cluster.network import (
+    LOWEST_PORT,
+    PORTS,
+    addresses,
+    bracketed,
+    fabric_address,
+    fast_interfaces,
+    free_ports,
+    interface_towards,
+    is_free,
+    job_ports,
+    rank_environment,
+    usable,
+)
+from genac_megatron.errors import GenacError, InputError
+
+NODE = {
+    "docker0": ["172.17.0.1"],  # what `hostname -I` may well begin with
+    "eth0": ["10.0.0.5", "fe80::1"],
+    "ib0": ["10.10.0.5", "fd00:10::5"],
+    "ib1": [],
+}
+
+
+def test_a_named_interface_wins_and_a_wrong_name_is_told() -> None:
+    assert fabric_address(["ib1", "ib0"], "n2", present=NODE, fast=["ib0"]) == "10.10.0.5"
+    with pytest.raises(InputError, match=r"no interface ib7 .*(?s:.*)docker0, eth0, ib0"):
+        fabric_address(["ib7"], "n2", present=NODE)
+
+
+def test_infiniband_before_the_kernels_way() -> None:
+    assert fabric_address([], "127.0.0.1", present=NODE, fast=["ib1", "ib0"]) == "10.10.0.5"
+    assert fabric_address([], "127.0.0.1", present={"ib0": ["fe80::2"]}, fast=["ib0"]) == "127.0.0.1"
+    assert fabric_address([], "", present=NODE, fast=["ib0"]) == "127.0.0.1", "one node needs no fabric"
+
+
+def test_fast_interfaces_are_told_by_sysfs(tmp_path: Path) -> None:
+    for name, kind in (("eth0", "1"), ("ib0", "32"), ("rdma0", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "type").write_text(f"{kind}\n")
+    (tmp_path / "rdma0" / "device" / "infiniband").mkdir(parents=True)
+    assert fast_interfaces(tmp_path) == ["ib0", "rdma0"]
+    assert fast_interfaces(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("address", "can"),
+    [("10.0.0.1", True), ("fd00::1", True), ("127.0.0.1", False), ("::1", False), ("fe80::1%eth0", False),
+     ("169.254.0.1", False), ("224.0.0.1", False), ("node1", False)],
+)  # fmt: skip
+def test_usable(address: str, can: bool) -> None:
+    assert usable(address) is can
+
+
+def test_brackets_are_for_urls_of_ipv6() -> None:
+    assert [bracketed(a) for a in ("10.0.0.1", "fd00::1", "node1")] == ["10.0.0.1", "[fd00::1]", "node1"]
+
+
+def test_a_node_that_cannot_be_resolved_is_named() -> None:
+    with pytest.raises(InputError, match=r"node no-such-node\.invalid: cannot be reached"):
+        fabric_address([], "no-such-node.invalid", present=NODE, fast=[])
+
+
+def test_the_interface_towards_a_peer() -> None:
+    loopback = next(name for name, found in addresses().items() if "127.0.0.1" in found)
+    assert interface_towards("127.0.0.1") == loopback
+    job = {"SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1"}
+    assert rank_environment(job) == {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    assert rank_environment(job | {"GLOO_SOCKET_IFNAME": "ib0"}) == {"NCCL_SOCKET_IFNAME": loopback}
+    assert rank_environment({"MASTER_ADDR": "127.0.0.1"}) == {}, "no job of Slurm's"
+
+
+def test_ports_lie_below_the_ephemeral_range_and_differ_by_job() -> None:
+    windows = [job_ports(job, 32_768) for job in range(1000, 1600)]
+    assert all(w.start >= LOWEST_PORT and w.stop <= 32_768 and len(w) == PORTS for w in windows)
+    assert len({w.start for w in windows}) == 600
+    assert job_ports(7, 16_000).stop <= 16_000
+    with pytest.raises(InputError, match="ephemeral"):
+        job_ports(7, LOWEST_PORT + 1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_port_in_use_is_passed_by(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    window = job_ports(4242)
+    with socket.socket(family) as server:
+        try:
+            server.bind((address, window[0]))
+            server.listen()
+        except OSError:
+            pytest.skip(f"{address} cannot be used here")
+        assert not is_free(window[0], address)
+        assert free_ports(4242, 2, address) == [window[1], window[2]]
+
+
+def test_a_window_without_free_ports_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genac_megatron.cluster.network.is_free", lambda port, address="": False)
+    with pytest.raises(GenacError, match="only 0 are free"):
+        free_ports(1, 2)

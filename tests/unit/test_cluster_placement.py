@@ -1,0 +1,151 @@
+"""Nodes and tasks of a recipe, why one does not fit, the rendered script, and the job's plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from genac_megatron.cluster import job, script
+from genac_megatron.cluster.placement import heaviest, misfits, placement
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.schema import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """\
+name: big
+world: {ranks: 16}
+cluster: {gpu: h100-80g, cpus_per_rank: 4, time_limit: "01:00:00"}
+roles:
+  actor: &role
+    model:
+      family: qwen3
+      tokenizer: builtin:tiny
+      shape: {layers: 36, hidden: 4096, ffn: 12288, heads: 32, kv_heads: 8, head_dim: 128, vocab: 151936,
+              tie_embeddings: false}
+    layout: {tp: 8}
+    engine: {max_batch_tokens: 8192}
+  critic: *role
+task: {kind: state_tracking}
+stages: [{kind: ppo, steps: 1, rollout: {max_new_tokens: 64}}]
+"""
+JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    path = folder / "big.yaml"
+    path.write_text(RECIPE)
+    return load_recipe(path, [f"runs={folder}/runs", *overrides])
+
+
+def test_nodes_and_tasks(tmp_path: Path) -> None:
+    place = placement(recipe(tmp_path))
+    assert (place.nodes, place.ranks_per_node, place.gpus_per_node) == (2, 8, 8)
+    small = ["world.ranks=2", "roles.actor.layout.tp=2", "roles.critic.layout.tp=2"]
+    assert placement(recipe(tmp_path, *small)).ranks_per_node == 2
+    place = placement(recipe(tmp_path, "cluster.gpu=null"))
+    assert (place.ranks, place.gpus_per_node) == (16, 0)
+    assert [place.node_of(rank) for rank in (0, 7, 8, 15)] == [0, 0, 1, 1]
+
+
+def test_a_recipe_that_fits(tmp_path: Path) -> None:
+    assert misfits(recipe(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["world.ranks=40", "cluster.ranks_per_node=16"], "leave one of 3 nodes of 16 partly empty"),
+        (["cluster.ranks_per_node=4"], "a tensor-parallel group of 'actor' (ranks 0 to 7) lies on two nodes"),
+        (
+            ["roles.actor.training.fp8=mxfp8"],
+            "'actor' trains with fp8: mxfp8, which a h100-80g does not have",
+        ),
+        (["cluster.gpu=a100-40g"], "GiB of a a100-40g are free for it"),
+        (["roles.actor.engine.kind=sglang", "roles.actor.engine.engines=9"], "take GPUs up to 8"),
+        (["roles.actor.engine.kind=sglang", "roles.actor.engine.mem_fraction=0.1"], "its weights take 15.3"),
+    ],
+)
+def test_why_a_recipe_does_not_fit(tmp_path: Path, overrides: list[str], said: str) -> None:
+    assert any(said in reason for reason in misfits(recipe(tmp_path, *overrides)))
+
+
+def test_an_unknown_gpu_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no GPU called 'h1000'.*(?s:.*)h100-80g"):
+        misfits(recipe(tmp_path, "cluster.gpu=h1000"))
+
+
+def test_servers_take_memory_on_their_gpus_alone(tmp_path: Path) -> None:
+    both = [
+        f"roles.{role}.engine.{key}" for role in ("actor", "critic") for key in ("kind=sglang", "engines=2")
+    ]
+    rank, need, parts = heaviest(recipe(tmp_path, *both, "roles.critic.engine.gpus=[4,5]"))
+    assert rank == 0
+    assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
+    assert parts["critic engine"] == 0.0
+    assert need == pytest.approx(sum(parts.values()))
+
+
+def test_the_rendered_script(tmp_path: Path) -> None:
+    given = ["seed=3", "name=it's"]
+    text = script.render(
+        recipe(tmp_path), tmp_path / "big.yaml", given, {"partition": "gpu", "time": "02:00:00"}
+    )
+    for line in ("--job-name=big", "--nodes=2", "--ntasks-per-node=8", "--cpus-per-task=4",
+                 "--gpus-per-node=8", "--time=02:00:00", "--partition=gpu", "--signal=B:USR1@300", "--requeue",
+                 "--open-mode=append"):  # fmt: skip
+        assert text.count(f"#SBATCH {line}\n") == 1, line
+    assert f"export GENAC_HOME={ROOT}\n" in text
+    assert f"export RECIPE={tmp_path}/big.yaml\n" in text
+    assert """genac_job seed=3 'name=it'"'"'s' "$@"\n""" in text
+    assert text.startswith("#!/usr/bin/env bash\n#SBATCH")
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    on_cpus = script.render(recipe(tmp_path, "cluster.gpu=null"), tmp_path / "big.yaml", [], {})
+    assert "gpus-per-node" not in on_cpus
+
+
+def test_a_recipe_that_does_not_fit_is_not_rendered(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not fit"):
+        script.render(recipe(tmp_path, "cluster.gpu=a100-40g"), tmp_path / "big.yaml", [], {})
+
+
+def test_the_script_is_that_of_the_stages() -> None:
+    assert script.kind_of(load_recipe(ROOT / "recipes/quickstart.yaml")) == "pipeline"
+    for kind in ("sft", "reinforce", "ppo", "pipeline"):
+        assert "genac_job" in script.template(kind)
+
+
+def test_the_jobs_plan(tmp_path: Path) -> None:
+    given = recipe(tmp_path, "roles.actor.engine.kind=sglang")
+    found = job.plan(given, JOB | {"GENAC_PEER": "127.0.0.1", "SLURM_RESTART_COUNT": "2"})
+    assert found["GENAC_LOGS"] == str(tmp_path / "runs/big/logs/77-r2")
+    assert (tmp_path / "runs/big/logs/latest").resolve() == Path(found["GENAC_LOGS"])
+    assert (found["GENAC_RESUME"], found["GENAC_FINISHED"], found["GENAC_RANKS"]) == ("", "", "16")
+    assert found["MASTER_PORT"] != found["GENAC_PREFLIGHT_PORT"]
+    assert "roles.actor.engine.host=" in found["GENAC_ADDED"], "other nodes do not reach loopback"
+    assert "critic" not in found["GENAC_ADDED"]
+    shell = job.as_shell({"A": "it's"}) + 'printf %s "$A"'
+    assert subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout == "it's"
+
+
+@pytest.mark.parametrize(("stage", "finished"), [(0, ""), (1, "1")])
+def test_a_run_that_was_begun_is_resumed(tmp_path: Path, stage: int, finished: str) -> None:
+    for serial, name in ((1, "ppo-00001"), (2, "ppo-00002"), (3, ".part-ppo-00003")):
+        folder = tmp_path / "runs/big/checkpoints" / name
+        folder.mkdir(parents=True)
+        state = {"at": {"stage": stage}, "position": ["ppo", serial]}
+        (folder / "manifest.json").write_text(json.dumps({"serial": serial, "state": state}))
+    (tmp_path / "runs/big/checkpoints/ppo-00009").mkdir()
+    (tmp_path / "runs/big/checkpoints/ppo-00009/manifest.json").write_text("{")
+    found = job.plan(recipe(tmp_path), JOB)
+    assert (found["GENAC_RESUME"], found["GENAC_POSITION"]) == ("--resume", "ppo 2")
+    assert found["GENAC_FINISHED"] == finished
+
+
+@pytest.mark.parametrize("environ", [{"SLURM_JOB_NUM_NODES": "1"}, {"SLURM_GPUS_ON_NODE": "4"}])
+def test_nodes_that_are_not_the_recipes(tmp_path: Path, environ: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="sbatch --nodes=2 --ntasks-per-node=8 --cpus-per-task=4 --gpus-per"):
+        job.plan(recipe(tmp_path), JOB | environ)
