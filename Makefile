@@ -60,6 +60,10 @@ test-serving: python ## Engines that generate, with SGLang's servers on this mac
 test-e2e: python ## Whole runs by the command line
 	@$(call in,cpu) -m pytest tests/e2e $(ARGS)
 
+.PHONY: test-slurm
+test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian: slurm-wlm, munge)
+	@$(call in,cpu) -m pytest tests/slurm $(ARGS)
+
 .PHONY: test-megatron-next
 test-megatron-next: python ## The distributed tests on megatron-core 0.19 (an environment of its own)
 	@$(call in,cpu-next) -m pytest tests/distributed $(ARGS)
