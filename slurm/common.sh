@@ -14,8 +14,8 @@ export PYTHONPATH="$GENAC_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 say() { printf '%s genac: %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { local code=$1; shift; say "error: $*" >&2; exit "$code"; }
 
-# What runs genac: `command` inside a task, `step_options` for srun around it.
-command=() step_options=()
+# What runs genac: `command` inside a task, `step_options` for srun around it; `alone` once, on this node.
+command=() step_options=() alone=()
 set_runtime() {
   local mounts="$GENAC_HOME,$PWD${GENAC_MOUNTS:+,$GENAC_MOUNTS}"
   case $GENAC_RUNTIME in
@@ -31,6 +31,9 @@ set_runtime() {
     *) die 2 "GENAC_RUNTIME is '$GENAC_RUNTIME': venv, apptainer or pyxis" ;;
   esac
   command+=(-m genac_megatron)
+  alone=("${command[@]}")
+  [ "$GENAC_RUNTIME" != pyxis ] || alone=(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1
+    --nodelist="${SLURMD_NODENAME:-}" "${step_options[@]}" "${command[@]}")
 }
 
 # /a,/b:/c -> /a:/a,/b:/c, as pyxis wants it.
@@ -42,15 +45,6 @@ with_targets() {
     all=${all:+$all,}$item
   done
   printf '%s' "$all"
-}
-
-# genac once, on this node (the job's first).
-once() {
-  if [ "$GENAC_RUNTIME" = pyxis ]; then
-    srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${step_options[@]}" "${command[@]}" "$@"
-  else
-    "${command[@]}" "$@"
-  fi
 }
 
 # An address of another node of the job, as Slurm knows it; nothing for a job of one node.
@@ -147,7 +141,7 @@ preflight() {
     wait "$step" 2>/dev/null || true
     step=''
   fi
-  once preflight "$RECIPE" --folder="$GENAC_LOGS/preflight" --verdict "$@" || exit 2
+  "${alone[@]}" preflight "$RECIPE" --folder="$GENAC_LOGS/preflight" --verdict "$@" || exit 2
 }
 
 # End processes of this attempt that outlive the step (where Slurm tracks processes by cgroup there are none).
@@ -205,7 +199,7 @@ genac_job() {
   GENAC_NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
   export GENAC_PEER GENAC_NODE_NAMES
   local variables
-  variables=$(once slurm "$RECIPE" --job "${given[@]}") || exit $?
+  variables=$("${alone[@]}" slurm "$RECIPE" --job "${given[@]}") || exit $?
   eval "$variables"
   say "job $GENAC_ATTEMPT: $RECIPE on $SLURM_JOB_NODELIST, meeting at $GENAC_MEETING"
   say "run folder $GENAC_RUN, logs $GENAC_LOGS"
@@ -217,7 +211,7 @@ genac_job() {
   preflight "${given[@]}"
   [ -z "$stop_asked" ] || requeue
   start_step trainer run "$RECIPE" ${GENAC_RESUME:+"$GENAC_RESUME"} "${given[@]}"
-  once status "$GENAC_RUN" --follow --until="$(job_end)" & follower=$!
+  "${alone[@]}" status "$GENAC_RUN" --follow --until="$(job_end)" & follower=$!
   wait_for_step
   kill "$follower" 2>/dev/null || true
   follower=''
@@ -240,7 +234,7 @@ genac_job() {
 genac_alone() {
   set_runtime
   local code=0
-  once "$@" || code=$?
+  "${alone[@]}" "$@" || code=$?
   say "genac $1 ended with code $code"
   exit "$code"
 }

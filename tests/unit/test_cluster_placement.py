@@ -95,8 +95,8 @@ def test_the_rendered_script(tmp_path: Path) -> None:
         recipe(tmp_path), tmp_path / "big.yaml", given, {"partition": "gpu", "time": "02:00:00"}
     )
     for line in ("--job-name=big", "--nodes=2", "--ntasks-per-node=8", "--cpus-per-task=4",
-                 "--gpus-per-node=8", "--time=02:00:00", "--partition=gpu", "--signal=B:USR1@300", "--requeue",
-                 "--open-mode=append"):  # fmt: skip
+                 "--gpus-per-node=8", "--time=02:00:00", "--partition=gpu", "--signal=B:USR1@300",
+                 "--requeue", "--open-mode=append"):  # fmt: skip
         assert text.count(f"#SBATCH {line}\n") == 1, line
     assert f"export GENAC_HOME={ROOT}\n" in text
     assert f"export RECIPE={tmp_path}/big.yaml\n" in text

@@ -1,0 +1,88 @@
+"""The batch scripts where no Slurm is: syntax, headers, and what each runtime makes of a command."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "slurm"
+SCRIPTS = sorted(FOLDER.glob("*.sh"))
+TRAINING = sorted([*FOLDER.glob("genac_*.sh"), FOLDER / "smoke.sh"])
+
+
+def bash(text: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    path = {"PATH": "/usr/bin:/bin"}
+    return subprocess.run(
+        ["bash", "-c", text], env=path | environ, capture_output=True, text=True, cwd=FOLDER
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_syntax(path: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        ["shellcheck", "-x", *(f"slurm/{path.name}" for path in SCRIPTS)],
+        capture_output=True, text=True, cwd=FOLDER.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+def test_headers(path: Path) -> None:
+    text = path.read_text()
+    for line in ("--signal=B:USR1@300", "--requeue", "--open-mode=append", "--nodes=1"):
+        assert f"#SBATCH {line}\n" in text, line
+    assert "set -euo pipefail\n" in text
+    assert "genac_job" in text
+
+
+SHOW = 'SLURMD_NODENAME=n1; . ./common.sh; set_runtime; printf "%s " "${alone[@]}"'
+
+
+def test_venv() -> None:
+    assert bash(SHOW, GENAC_PYTHON="/env/bin/python").stdout == "/env/bin/python -m genac_megatron "
+
+
+def test_apptainer() -> None:
+    done = bash(
+        SHOW, GENAC_RUNTIME="apptainer", GENAC_IMAGE="x.sif", GENAC_MOUNTS="/data:/d", GENAC_PYTHON="python"
+    )
+    mounts = f"{FOLDER.parent},{FOLDER},/data:/d"
+    assert (
+        done.stdout == f"apptainer exec --nv --pwd {FOLDER} --bind {mounts} x.sif python -m genac_megatron "
+    )
+
+
+def test_pyxis() -> None:
+    environ = {"GENAC_RUNTIME": "pyxis", "GENAC_IMAGE": "x.sqsh", "GENAC_MOUNTS": "/data:/d,/more"}
+    text = bash(SHOW, **environ).stdout
+    home = FOLDER.parent
+    assert f"--container-mounts={home}:{home},{FOLDER}:{FOLDER},/data:/d,/more:/more" in text
+    assert text.startswith("srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist=n1 ")
+    assert "--container-image=x.sqsh" in text
+    assert text.endswith("python3 -m genac_megatron ")
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [({"GENAC_RUNTIME": "docker"}, "GENAC_RUNTIME is 'docker'"), ({"GENAC_RUNTIME": "pyxis"}, "GENAC_IMAGE")],
+)
+def test_a_wrong_runtime_is_told(environ: dict[str, str], said: str) -> None:
+    done = bash(SHOW, **environ)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_missing_recipe_is_told() -> None:
+    done = bash(". ./common.sh; find_recipe", RECIPE="none.yaml")
+    assert done.returncode == 2
+    assert "there is no recipe none.yaml" in done.stderr
