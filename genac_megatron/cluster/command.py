@@ -78,10 +78,10 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from genac_megatron.cluster import status
+    from genac_megatron.cluster.status import follow, status
 
     if options.follow:
-        return status.follow(Path(options.run), options.until)
-    text, code = status.status(Path(options.run))
+        return follow(Path(options.run), options.until)
+    text, code = status(Path(options.run))
     print(text)
     return code
