@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.slurm.conftest import NODES, ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LIMIT_S = 900.0  # for a job, on a busy machine
 OVERRIDES = ("seed=3", "stages.ppo.steps=4")
+MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes")
 Settings = dict[str, str]
 Output = Callable[[], str]
 
@@ -40,7 +42,7 @@ def rows(run: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def _untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_s")}
+    return {key: value for key, value in row.items() if not MEASURED.search(key)}
 
 
 def until(done: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
