@@ -11,7 +11,9 @@ PYTHON := $(shell for p in python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 endif
 ARGS ?=
-RUN ?= runs/quickstart
+ENGINE ?= embedded
+QUICKSTART = $(if $(filter sglang,$(ENGINE)),quickstart-sglang,quickstart)
+RUN ?= runs/$(QUICKSTART)
 
 # More threads than processes make small matrices slower, not faster.
 export OMP_NUM_THREADS := 1
@@ -21,6 +23,9 @@ export PYTHONNOUSERSITE := 1
 # $(call in,NAME): the interpreter of environment NAME, built first where there is none.
 in = py="$$($(PYTHON) tools/env.py $(1))" && "$$py"
 genac = $(call in,cpu) -m genac_megatron
+# Where servers are wanted: their environment, built first, and known to what follows.
+serve = serve="$$($(PYTHON) tools/env.py serve)" && export GENAC_SERVE_PYTHON="$$serve" &&
+serving = $(if $(filter sglang,$(ENGINE)),$(serve))
 
 .PHONY: help
 help: ## What each target does
@@ -32,8 +37,8 @@ python:
 		echo "  way out: install it, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 
 .PHONY: quickstart
-quickstart: python ## Train an actor and a generative critic on this machine, then write the report
-	@$(genac) run recipes/quickstart.yaml $(ARGS)
+quickstart: python ## Train an actor and a generative critic on this machine (ENGINE=sglang: on real servers)
+	@$(serving) $(genac) run recipes/$(QUICKSTART).yaml $(ARGS)
 	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
 
 .PHONY: test
@@ -53,8 +58,7 @@ serve-env: python ## Build the environment in which SGLang serves, and print its
 
 .PHONY: test-serving
 test-serving: python ## Engines that generate, with SGLang's servers on this machine
-	@serve="$$($(PYTHON) tools/env.py serve)" && export GENAC_SERVE_PYTHON="$$serve" && \
-		$(call in,cpu) -m pytest tests/serving $(ARGS)
+	@$(serve) $(call in,cpu) -m pytest tests/serving $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: python ## Whole runs by the command line

@@ -94,6 +94,7 @@ class Judgement:
     value: float | None
     soft: float | None = None  # sum_n p(n) n/10 over the eleven answers, where asked for
     used: float = 0.0  # what advantages use: value or soft, or the fallback where neither parses
+    skipped: bool = False  # never asked: the budget of critic tokens was spent
     weight: float = 0.0  # REINFORCE weight: R_v minus its leave-one-out baseline
 
 

@@ -25,7 +25,7 @@ class Block(BaseModel):
 
 
 class ModelShape(Block):
-    """The sizes of a dense GPT-class model, in Hugging Face's terms."""
+    """The sizes of a GPT-class model, in Hugging Face's terms; the last four are of a mixture of experts."""
 
     layers: Positive
     hidden: Positive
@@ -39,6 +39,10 @@ class ModelShape(Block):
     norm_eps: PositiveFloat = 1e-6
     max_positions: Positive = 4096
     init_std: PositiveFloat = 0.02
+    experts: Positive | None = None  # a mixture of experts: how many per layer
+    experts_per_token: Positive | None = None
+    expert_ffn: Positive | None = None
+    norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
 
 
 class ModelConfig(Block):
@@ -90,6 +94,8 @@ class TrainingConfig(Block):
     overlap_grad_reduce: bool = False
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
+    moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
+    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks
 
 
 class EngineConfig(Block):
@@ -232,6 +238,7 @@ class JudgingConfig(Block):
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
     score: Literal["sampled", "soft"] = "sampled"  # soft: its expectation, at the same temperature
+    budget: Positive | None = None  # critic tokens per batch; states beyond it take the fallback value
     states: StatesConfig = StatesConfig()
 
 

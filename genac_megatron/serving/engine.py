@@ -38,6 +38,10 @@ class Engine(ABC):
         `complete` does, and where the temperature is not above 0.
         """
 
+    async def warm(self, ids: Sequence[int], key: str = "") -> None:
+        """Read ids ahead of requests that begin with them, where the engine has a cache for that."""
+        return
+
     @abstractmethod
     def abort(self, key: str | None = None) -> None:
         """End the requests with this key, or all: they finish as "abort" with the tokens they have."""

@@ -17,6 +17,7 @@ from genac_megatron.errors import GenacError, on_all_ranks
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, PpoStage, ReinforceStage, RolloutConfig
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.heldout import judge_for
+from genac_megatron.stages.judging import Budget
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, mean
@@ -66,6 +67,8 @@ def generator_for(
         if run.icc is None:
             raise on_all_ranks(GenacError("the critic judges before p_bar was seeded by an evaluation"))
         judge = judge_for(run, config.max_new_tokens, (*seed, "judge"))
+        if run.recipe.judging.budget is not None:
+            judge.budget = Budget(max(1, run.recipe.judging.budget // run.world.size))
     return Generator(
         engine=run.engines["actor"],
         tokenizer=run.tokenizers["actor"],
@@ -111,8 +114,7 @@ def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
     completions = [r.completion for r in batch.rollouts]
     if role == "critic":
         completions = [j.completion for judgements in batch.judgements for j in judgements]
-    behind = run.serving.behind().get(f"publish/{role}_behind", 0.0)
-    return behind == 0 and all(c.version == run.at.versions.get(role) for c in completions)
+    return run.serving.behind(role) == 0 and all(c.version == run.at.versions.get(role) for c in completions)
 
 
 def _credit(run: Run, spent: float, late: int) -> None:
@@ -139,7 +141,7 @@ def next_batch(run: Run, stage: ReinforceStage | PpoStage, step: int) -> tuple[B
 
 def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
     """What the actor and the critic did in this batch."""
-    return {**rollout_figures(batch, run.at.versions), **judge_figures(batch), **run.serving.behind()}
+    return {**rollout_figures(batch, run.at.versions), **judge_figures(batch), **run.serving.figures()}
 
 
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
@@ -159,8 +161,10 @@ def judge_figures(batch: Batch) -> dict[str, float]:
     """How well the critic judged this batch, over all (state, outcome) pairs."""
     pairs = [(j, r.outcome) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
     base = mean(outcome for _, outcome in pairs)
-    unique = {id(j): j for j, _ in pairs}.values()
+    every = {id(j): j for j, _ in pairs}.values()
+    unique = [judgement for judgement in every if not judgement.skipped]
     return {
+        "judge/skipped": mean(judgement.skipped for judgement in every),
         "judge/parse_rate": mean(j.value is not None for j in unique),
         "judge/brier": mean((j.used - outcome) ** 2 for j, outcome in pairs),
         "judge/brier_constant": mean((base - outcome) ** 2 for _, outcome in pairs),
@@ -211,7 +215,8 @@ def critic_samples(batch: Batch, most: int, baseline: str, loss: LossConfig) -> 
     entries: list[tuple[Judgement, float]] = []
     for rollout, judgements in zip(batch.rollouts, batch.judgements, strict=True):
         for index in trained_indices(len(judgements), most):
-            entries.append((judgements[index], rollout.outcome))
+            if not judgements[index].skipped:
+                entries.append((judgements[index], rollout.outcome))
     rewards = [reward(judgement.value, outcome) for judgement, outcome in entries]
     outcomes = [outcome for _, outcome in entries]
     weights = reinforce_weights(rewards, outcomes, [id(j) for j, _ in entries], baseline)  # type: ignore[arg-type]

@@ -16,8 +16,9 @@ from genac_megatron.evaluation import metrics
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
 from genac_megatron.recipe.schema import PpoStage, ReinforceStage, RolloutConfig, SftStage
 from genac_megatron.records import Judgement, Rollout, State
+from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
-from genac_megatron.stages.rollouts import Generator, Group, Judge, continue_states, generate, judge_groups
+from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 

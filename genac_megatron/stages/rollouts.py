@@ -12,14 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.prompt import build_prompt_ids
-from genac_megatron.critic.score import answer_candidates, parse_score, soft_score
-from genac_megatron.critic.states import cut_states, state_text
-from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import JudgingConfig, RolloutConfig
+from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
+from genac_megatron.stages.judging import Judge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
 
@@ -39,78 +35,6 @@ class Group:
     judgements: list[list[Judgement]] = field(default_factory=list)
 
 
-LIMITS = {"actor": "the stage's rollout.max_new_tokens", "critic": "judging.max_new_tokens"}
-
-
-def _need_room(role: str, key: str, prompt: int, new: int, positions: int | None) -> None:
-    """Raise InputError where a prompt and as many new tokens do not fit into the role's model."""
-    if positions is not None and prompt + new > positions:
-        raise InputError(
-            f"the {role}'s prompt has {prompt} tokens, and with {new} new ones it does not fit into its "
-            f"model's {positions} positions",
-            where=f"prompt {key}",
-            way_out=f"lower {LIMITS[role]}, leave such prompts out of the task, or use a model with more "
-            "positions (max_positions)",
-        )
-
-
-@dataclass
-class Judge:
-    """Everything needed to have the critic judge states."""
-
-    engine: Engine
-    tokenizer: PreTrainedTokenizerBase  # the critic's
-    actor_tokenizer: PreTrainedTokenizerBase
-    config: JudgingConfig
-    icc: IccState
-    stop_ids: tuple[int, ...]
-    limit: int  # the actor's token limit, part of the critic's prompt
-    seed: tuple[object, ...]
-    positions: int | None = None  # of the critic's model; None: not checked
-
-    async def judge(self, state: State) -> Judgement:
-        """One critic completion for one state, parsed."""
-        rollout = state.rollout
-        partial = state_text(state, self.actor_tokenizer)
-        prompt_ids = build_prompt_ids(
-            self.tokenizer, self.config, self.icc, rollout.prompt, partial, state.cut, self.limit
-        )
-        key = f"{rollout.key}@{state.index}"
-        _need_room("critic", key, len(prompt_ids), self.config.max_new_tokens, self.positions)
-        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
-        request = Request(prompt_ids, params, seed_for(*self.seed, key), key)
-        completion = await self.engine.complete(request)
-        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
-        judgement = Judgement(state, prompt_ids, completion, text, parse_score(text))
-        if self.config.score == "soft":
-            judgement.soft = await self._soft(judgement)
-        return judgement
-
-    async def judge_prompt(self, prompt: Prompt, first: int = 0) -> Judgement:
-        """The judgement of the prompt state, which a whole group shares; `first`: its first sample."""
-        nothing = Rollout(prompt, first, Completion((), (), "stop"), "")
-        return await self.judge(State(nothing, 0, 0, 0))
-
-    async def judge_response(self, rollout: Rollout, shared: asyncio.Future[Judgement]) -> list[Judgement]:
-        """Judgements of all states of a response, in order; the first is the group's."""
-        states = cut_states(rollout, self.actor_tokenizer, self.config.states)
-        later = await asyncio.gather(*(self.judge(state) for state in states[1:]))
-        return [await shared, *later]
-
-    async def _soft(self, judgement: Judgement) -> float | None:
-        """The expected score over the eleven answers, after the reasoning that was sampled.
-
-        Of the critic as it is sampled, so at the judging temperature: the expectation of `value`.
-        """
-        ids = judgement.completion.ids
-        found = answer_candidates(self.tokenizer, ids)
-        if found is None or judgement.value is None:
-            return None
-        keep, candidates = found
-        before = (*judgement.prompt_ids, *ids[:keep])
-        return soft_score(await self.engine.score(before, candidates, temperature=self.config.temperature))
-
-
 @dataclass
 class Generator:
     """Everything needed to roll the actor out on prompts and, where a judge is given, to judge states."""
@@ -126,7 +50,7 @@ class Generator:
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""
-        _need_room("actor", prompt.id, len(prompt.ids), self.config.max_new_tokens, self.positions)
+        need_room("actor", prompt.id, len(prompt.ids), self.config.max_new_tokens, self.positions)
         group = Group(prompt)
         shared = None
         if self.judge is not None:
@@ -185,6 +109,8 @@ async def groups_of(
     generator: Generator, prompts: Sequence[Prompt], samples: int, turns: Sequence[int]
 ) -> list[Group]:
     """`generate` for an event loop of one's own."""
+    if generator.judge is not None and generator.judge.budget is not None:
+        generator.judge.budget.reset()
     numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
     made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
     return list(await asyncio.gather(*made))

@@ -58,10 +58,15 @@ class Serving:
                 figures |= {f"publish/{name}_{key}": value for key, value in stats.items()}
         return figures
 
-    def behind(self) -> dict[str, float]:
-        """How many updates of the weights each role's engines have not seen."""
-        published = self.at.published
-        return {f"publish/{n}_behind": float(self.roles[n].serial - done) for n, done in published.items()}
+    def behind(self, name: str) -> int:
+        """How many updates of a role's weights its engines have not seen."""
+        return self.roles[name].serial - self.at.published[name] if name in self.at.published else 0
+
+    def figures(self) -> dict[str, float]:
+        """How far the engines are behind, and the servers replaced so far where there were any."""
+        behind = {f"publish/{name}_behind": float(self.behind(name)) for name in self.at.published}
+        restarts = {name: served.restarts() for name, served in self.served.items()}
+        return behind | {f"serving/{name}_restarts": float(n) for name, n in restarts.items() if n}
 
     def generating(self, act: Callable[[], T]) -> T:
         """`agree` for what asks engines: where servers were lost, it begins again with others.
@@ -87,10 +92,6 @@ class Serving:
         """Nothing is generated until the next publication: engines may give memory back."""
         for served in self.served.values():
             served.sleep()
-
-    def restarts(self) -> dict[str, float]:
-        """Servers replaced so far, by role, of those that have servers."""
-        return {f"serving/{n}_restarts": float(s.restarts()) for n, s in self.served.items() if s.restarts()}
 
     def close(self) -> None:
         """End requests and engines."""

@@ -11,6 +11,7 @@ import math
 import random
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tiny_models import make_engine
 from torch import Tensor
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.score import parse_score
+from genac_megatron.critic.score import fill_used, parse_score
 from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError
 from genac_megatron.models.mapping import random_weights
@@ -33,10 +34,10 @@ from genac_megatron.recipe.schema import (
 )
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.serving.embedded import EmbeddedEngine
+from genac_megatron.stages.judging import Budget, Judge
 from genac_megatron.stages.rollouts import (
     Generator,
     Group,
-    Judge,
     continue_states,
     generate,
     judge_groups,
@@ -159,6 +160,27 @@ def test_groups_are_complete() -> None:
                 assert j.value == parse_score(j.text)
                 assert j.completion.version == 1
     assert any(len(js) > 2 for group in groups for js in group.judgements)
+
+
+def test_beyond_the_budget_states_are_left_out_and_take_the_value_before_them() -> None:
+    whole = judge(random_engine(2))
+    spent = sum(
+        len(j.completion.ids) for j in unique(generate(generator(random_engine(1), whole), prompts(4), 3))
+    )
+    critic = judge(random_engine(2))
+    critic.budget = Budget(spent // 2)
+    groups = generate(generator(random_engine(1), critic), prompts(4), 3)
+    left_out = [j for j in unique(groups) if j.skipped]
+    assert left_out
+    assert all(j.value is None and j.completion.ids == () for j in left_out)
+    written = sum(len(j.completion.ids) for j in unique(groups))
+    assert written == critic.budget.spent
+    assert spent // 2 - critic.config.max_new_tokens < written <= spent // 2
+    for group in groups:
+        for judgements in group.judgements:
+            fill_used(judgements, 0.5)
+            for before, after in pairwise(judgements):
+                assert not after.skipped or after.used == before.used
 
 
 def test_each_state_is_judged_once_and_the_prompt_state_once_per_group() -> None:

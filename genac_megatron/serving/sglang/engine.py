@@ -121,6 +121,17 @@ class SglangEngine(Engine):
         found = await self._attempts(attempt, _group.get(), "score")
         return [sum(found[tuple(c[:at])][token] for at, token in enumerate(c)) for c in continuations]
 
+    async def warm(self, ids: Sequence[int], key: str = "") -> None:
+        """Have the server that takes `key`'s group read ids into its prefix cache."""
+        check_ids(ids, self.vocab, "warm")
+
+        async def attempt(route: Route) -> Generated:
+            nothing_new = {"max_new_tokens": 0}
+            (sample,) = await route.client.generate(ids, nothing_new, limit_s=self.config.request_timeout_s)
+            return sample
+
+        self._count(await self._attempts(attempt, group_of(key), f"reading ahead for {key!r}"))
+
     def abort(self, key: str | None = None) -> None:
         for live in list(self._live):
             if live.aborted or live.work is None or (key is not None and live.key != key):

@@ -6,7 +6,6 @@ restarts it publishes to it before any request goes there.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports
@@ -55,7 +55,7 @@ class Fleet:
         self._instances: list[int] = []
         if not config.urls:
             model.mkdir(parents=True, exist_ok=True)
-            (model / "config.json").write_text(json.dumps(dict(hf_config), indent=2) + "\n")
+            write_json_atomic(model / "config.json", dict(hf_config))
 
     def start(self, python: Path | None = None, zygote: Zygote | None = None) -> None:
         """Start every server and return at once; nothing where URLs are given.
@@ -77,6 +77,7 @@ class Fleet:
         except BaseException:
             self.close()
             raise
+        self._note()
 
     def ready(self) -> list[Endpoint]:
         """The endpoints, once all servers are healthy. Raises PeerLost where one does not come up in time."""
@@ -136,6 +137,15 @@ class Fleet:
             server.start()
             server.wait_healthy(self.config.start_timeout_s)
             self._instances[index] += 1
+            self._note()
+
+    def _note(self) -> None:
+        """Leave word beside the model of where the servers are, for people: no keys."""
+        rows = [
+            {"name": server.spec.name, "url": server.spec.url, "pid": server.pid, "log": str(server.log)}
+            for server in self._servers
+        ]
+        write_json_atomic(self._model / "servers.json", rows)
 
     def close(self) -> None:
         """End the servers that were started here."""

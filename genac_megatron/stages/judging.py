@@ -1,0 +1,144 @@
+"""The critic at work: one completion for one state, in an order that serves a prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import build_prompt_ids
+from genac_megatron.critic.score import answer_candidates, parse_score, soft_score
+from genac_megatron.critic.states import cut_states, state_text
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import JudgingConfig
+from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
+from genac_megatron.serving.engine import Engine
+from genac_megatron.stages.seeds import seed_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LIMITS = {"actor": "the stage's rollout.max_new_tokens", "critic": "judging.max_new_tokens"}
+
+
+def need_room(role: str, key: str, prompt: int, new: int, positions: int | None) -> None:
+    """Raise InputError where a prompt and as many new tokens do not fit into the role's model."""
+    if positions is not None and prompt + new > positions:
+        raise InputError(
+            f"the {role}'s prompt has {prompt} tokens, and with {new} new ones it does not fit into its "
+            f"model's {positions} positions",
+            where=f"prompt {key}",
+            way_out=f"lower {LIMITS[role]}, leave such prompts out of the task, or use a model with more "
+            "positions (max_positions)",
+        )
+
+
+class Budget:
+    """Tokens that a rank's critic may write in a batch; those are never exceeded.
+
+    A state whose longest judgement might not fit waits for those under way, and is left out once none of them
+    can make room. It has no value of its own then, so it takes the fallback of one that does not parse.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.spent = tokens, 0
+        self._reserved = 0
+        self._changed: asyncio.Future[None] | None = None
+
+    async def take(self, longest: int) -> bool:
+        """Whether a judgement of at most `longest` tokens may be written; give it back once it is."""
+        while self.spent + self._reserved + longest > self.tokens:
+            if self._reserved == 0:
+                return False
+            self._changed = self._changed or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._changed)
+        self._reserved += longest
+        return True
+
+    def give_back(self, longest: int, written: int) -> None:
+        """A judgement that `take` allowed is done, with so many tokens."""
+        self._reserved -= longest
+        self.spent += written
+        if self._changed is not None:
+            changed, self._changed = self._changed, None
+            if not changed.done():
+                changed.set_result(None)
+
+    def reset(self) -> None:
+        """A batch begins."""
+        self.spent = self._reserved = 0
+        self._changed = None
+
+
+@dataclass
+class Judge:
+    """Everything needed to have the critic judge states."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase  # the critic's
+    actor_tokenizer: PreTrainedTokenizerBase
+    config: JudgingConfig
+    icc: IccState
+    stop_ids: tuple[int, ...]
+    limit: int  # the actor's token limit, part of the critic's prompt
+    seed: tuple[object, ...]
+    positions: int | None = None  # of the critic's model; None: not checked
+    budget: Budget | None = None
+
+    async def judge(self, state: State) -> Judgement:
+        """One critic completion for one state, parsed; none where the budget is spent."""
+        longest = self.config.max_new_tokens
+        if self.budget is not None and not await self.budget.take(longest):
+            return Judgement(state, (), Completion((), (), "abort"), "", None, skipped=True)
+        prompt_ids, key = self.prompt_ids(state), _key(state)
+        need_room("critic", key, len(prompt_ids), self.config.max_new_tokens, self.positions)
+        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
+        request = Request(prompt_ids, params, seed_for(*self.seed, key), key)
+        completion = await self.engine.complete(request)
+        if self.budget is not None:
+            self.budget.give_back(longest, len(completion.ids))
+        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        judgement = Judgement(state, prompt_ids, completion, text, parse_score(text))
+        if self.config.score == "soft":
+            judgement.soft = await self._soft(judgement)
+        return judgement
+
+    def prompt_ids(self, state: State) -> tuple[int, ...]:
+        """The critic's prompt for a state."""
+        partial = state_text(state, self.actor_tokenizer)
+        prompt = state.rollout.prompt
+        return build_prompt_ids(self.tokenizer, self.config, self.icc, prompt, partial, state.cut, self.limit)
+
+    async def judge_prompt(self, prompt: Prompt, first: int = 0) -> Judgement:
+        """The judgement of the prompt state, which a whole group shares; `first`: its first sample."""
+        nothing = Rollout(prompt, first, Completion((), (), "stop"), "")
+        return await self.judge(State(nothing, 0, 0, 0))
+
+    async def judge_response(self, rollout: Rollout, shared: asyncio.Future[Judgement]) -> list[Judgement]:
+        """Judgements of all states of a response, in order; the first is the group's.
+
+        The states nest, and requests in flight together share no prefix: the longest is read ahead of them.
+        """
+        states = cut_states(rollout, self.actor_tokenizer, self.config.states)
+        if len(states) > 2:
+            await self.engine.warm(self.prompt_ids(states[-1]), _key(states[-1]))
+        later = await asyncio.gather(*(self.judge(state) for state in states[1:]))
+        return [await shared, *later]
+
+    async def _soft(self, judgement: Judgement) -> float | None:
+        """The expected score over the eleven answers, after the reasoning that was sampled.
+
+        Of the critic as it is sampled, so at the judging temperature: the expectation of `value`.
+        """
+        ids = judgement.completion.ids
+        found = answer_candidates(self.tokenizer, ids)
+        if found is None or judgement.value is None:
+            return None
+        keep, candidates = found
+        before = (*judgement.prompt_ids, *ids[:keep])
+        return soft_score(await self.engine.score(before, candidates, temperature=self.config.temperature))
+
+
+def _key(state: State) -> str:
+    return f"{state.rollout.key}@{state.index}"
