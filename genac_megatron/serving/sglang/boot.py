@@ -15,6 +15,7 @@ what it imports and a CPU machine lacks. Nothing of its behaviour is replaced. O
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -216,6 +217,8 @@ def zygote(parent: int) -> None:
         pid = os.fork()
         if pid == 0:
             _become_server(asked, me)
+        with contextlib.suppress(OSError):  # the child does so too: whichever comes first
+            os.setpgid(pid, pid)
         print(json.dumps({"pid": pid}), flush=True)
 
 
@@ -235,10 +238,10 @@ def _lines(parent: int) -> Any:
 
 
 def _become_server(asked: dict[str, Any], parent: int) -> None:
-    """In the forked process: take leave of the zygote's session and files, and never return."""
+    """In the forked process: take leave of the zygote's group and files, and never return."""
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):

@@ -160,7 +160,7 @@ class Zygote:
         return int(self._answer(FORK_LIMIT_S, "to fork a server")["pid"])
 
     def close(self) -> None:
-        """End it, and with it all its servers."""
+        """End it. Servers that still run follow within a second."""
         _end_group(self._process.pid)
         self._process.wait(END_LIMIT_S)
         for stream in (self._process.stdin, self._process.stdout):
