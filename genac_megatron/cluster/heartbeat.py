@@ -32,7 +32,7 @@ LONGER = 3.0
 SETTLE_S = 10.0  # for all ranks to dump before one names the culprit
 BEATS, STACKS, STOP, STALL = "heartbeats", "stacks", "stop", "stall.json"
 PACKAGE = str(Path(__file__).resolve().parents[1])
-SHOWN_FRAMES = 12
+MOST_FRAMES = 60
 
 
 def node_name() -> str:
@@ -119,8 +119,8 @@ class Heartbeat(threading.Thread):
             "rss_gib": platform.rss_gib(),
         }
         frames = self._frames()
-        seen["where"] = _innermost(frames)
-        seen["in_collective"] = any("torch/distributed" in file for file, _, _ in frames)
+        seen["where"] = place_of(frames)
+        seen["in_collective"] = any("torch/distributed" in file for file, _, _ in frames[:12])
         self._watch(seen, now)
         seen["stalled"] = self._stalled_at is not None
         write(self.folder / BEATS / f"rank-{self.rank:05d}.json", seen)
@@ -129,7 +129,7 @@ class Heartbeat(threading.Thread):
         """File, line and function of the main thread's innermost frames."""
         frame: FrameType | None = sys._current_frames().get(self._main or 0)
         found: list[tuple[str, int, str]] = []
-        while frame is not None and len(found) < SHOWN_FRAMES:
+        while frame is not None and len(found) < MOST_FRAMES:
             found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
             frame = frame.f_back
         return found
@@ -157,11 +157,14 @@ class Heartbeat(threading.Thread):
                 print(text, file=sys.stderr, flush=True)
 
 
-def _innermost(frames: list[tuple[str, int, str]]) -> str:
-    """The innermost frame of this package, else of all, as file:line in function."""
-    for file, line, name in [f for f in frames if f[0].startswith(PACKAGE)] or frames:
-        return f"{file.removeprefix(PACKAGE).lstrip('/')}:{line} in {name}"
-    return ""
+def place_of(frames: list[tuple[str, int, str]]) -> str:
+    """Where the code is: the innermost frame of this package, and of its stages; else of all."""
+    ours = [
+        (file.removeprefix(PACKAGE).lstrip("/"), *rest) for file, *rest in frames if file.startswith(PACKAGE)
+    ]
+    told = [f"{file}:{line} in {name}" for file, line, name in (ours or frames)[:1]]
+    stages = [f"{file}:{line} in {name}" for file, line, name in ours if file.startswith("stages/")]
+    return ", for ".join(dict.fromkeys(told + stages[:1]))
 
 
 def write(path: Path, value: Any) -> None:
@@ -206,7 +209,7 @@ def behind(beats: list[dict[str, Any]], now: float | None = None) -> list[dict[s
 def describe(beat: Mapping[str, Any]) -> str:
     """Stage, step and phase of a heartbeat."""
     text = (
-        f"stage {beat['stage']}, step {beat['step'] + 1} of {beat['steps']}"
+        f"stage {beat['stage']}, step {min(beat['step'] + 1, beat['steps'])} of {beat['steps']}"
         if "stage" in beat
         else "starting"
     )

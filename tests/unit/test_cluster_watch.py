@@ -151,3 +151,18 @@ def test_status_of_nothing(tmp_path: Path) -> None:
         status.status(tmp_path / "none")
     with pytest.raises(InputError, match="no rank has left a heartbeat"):
         status.status(tmp_path)
+
+
+def test_a_place_is_told_by_the_stage_too() -> None:
+    from genac_megatron.cluster.heartbeat import PACKAGE, place_of
+
+    frames = [
+        ("/usr/lib/torch/nn.py", 5, "forward"),
+        (f"{PACKAGE}/serving/generation.py", 221, "run"),
+        (f"{PACKAGE}/stages/batch.py", 110, "next_batch"),
+        (f"{PACKAGE}/stages/ppo.py", 30, "joint_ppo"),
+    ]
+    assert place_of(frames) == "serving/generation.py:221 in run, for stages/batch.py:110 in next_batch"
+    assert place_of(frames[2:]) == "stages/batch.py:110 in next_batch"
+    assert place_of(frames[:1]) == "/usr/lib/torch/nn.py:5 in forward"
+    assert place_of([]) == ""
