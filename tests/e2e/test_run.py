@@ -81,7 +81,13 @@ def rows(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
     kept = []
     for line in (folder / "runs" / "run" / log).read_text().splitlines():
         row = json.loads(line)
-        kept.append({k: v for k, v in row.items() if not k.startswith(UNEQUAL) and not k.endswith("_s")})
+        kept.append(
+            {
+                k: v
+                for k, v in row.items()
+                if not k.startswith(UNEQUAL) and not k.endswith(("_s", "_peak_bytes"))
+            }
+        )
     return kept
 
 
