@@ -159,8 +159,10 @@ class Heartbeat(threading.Thread):
 
 def place_of(frames: list[tuple[str, int, str]]) -> str:
     """Where the code is: the innermost frame of this package, and of its stages; else of all."""
-    ours = [
-        (file.removeprefix(PACKAGE).lstrip("/"), *rest) for file, *rest in frames if file.startswith(PACKAGE)
+    ours: list[tuple[str, int, str]] = [
+        (file.removeprefix(PACKAGE).lstrip("/"), line, name)
+        for file, line, name in frames
+        if file.startswith(PACKAGE)
     ]
     told = [f"{file}:{line} in {name}" for file, line, name in (ours or frames)[:1]]
     stages = [f"{file}:{line} in {name}" for file, line, name in ours if file.startswith("stages/")]

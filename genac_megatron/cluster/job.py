@@ -24,6 +24,8 @@ from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.recipe.schema import Recipe
 
 LATEST = "latest"
+FROM = "from"  # in an attempt's folder: the position that it began at
+IDLE_ATTEMPTS = 2  # without a step in so many of a job's attempts, another would do no better
 
 
 def attempt_name(environ: Mapping[str, str]) -> str:
@@ -81,7 +83,9 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
     named = environ.get("GENAC_FABRIC", "").replace(",", " ").split()
     address = fabric_address(named, environ.get("GENAC_PEER", ""))
     ports = free_ports(int(environ["SLURM_JOB_ID"]), 2)
+    check_progress(folder, environ, position(manifest))
     logs = begin_attempt(folder, attempt_name(environ))
+    (logs / FROM).write_text(position(manifest), encoding="utf-8")
     return {
         "GENAC_RUN": str(folder.path),
         "GENAC_LOGS": str(logs),
@@ -121,6 +125,20 @@ def position(manifest: Mapping[str, Any] | None) -> str:
         return ""
     stage, step = manifest["state"]["position"]
     return f"{stage} {step}"
+
+
+def check_progress(folder: RunFolder, environ: Mapping[str, str], now: str) -> None:
+    """Raises InputError where the job's last attempts all began where this one would."""
+    restarts, job = int(environ.get("SLURM_RESTART_COUNT", "0")), environ["SLURM_JOB_ID"]
+    if restarts < IDLE_ATTEMPTS:
+        return
+    files = [folder.logs / f"{job}-r{count}" / FROM for count in range(restarts - IDLE_ATTEMPTS, restarts)]
+    if all(file.exists() and file.read_text(encoding="utf-8") == now for file in files):
+        raise InputError(
+            f"{IDLE_ATTEMPTS} attempts in a row came no further than {now or 'the beginning'}",
+            where=f"job {job}",
+            way_out="give the job more time, or save more often (checkpoint.every)",
+        )
 
 
 def begin_attempt(folder: RunFolder, attempt: str) -> Path:

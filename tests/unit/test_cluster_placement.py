@@ -149,3 +149,13 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, stage: int, finished: s
 def test_nodes_that_are_not_the_recipes(tmp_path: Path, environ: dict[str, str]) -> None:
     with pytest.raises(InputError, match="sbatch --nodes=2 --ntasks-per-node=8 --cpus-per-task=4 --gpus-per"):
         job.plan(recipe(tmp_path), JOB | environ)
+
+
+def test_attempts_that_come_no_further_end_the_job(tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    for restarts in ("0", "1"):
+        job.plan(given, JOB | {"SLURM_RESTART_COUNT": restarts})
+    with pytest.raises(InputError, match="2 attempts in a row came no further than the beginning"):
+        job.plan(given, JOB | {"SLURM_RESTART_COUNT": "2"})
+    (tmp_path / "runs/big/logs/77-r1/from").write_text("ppo 5")
+    job.plan(given, JOB | {"SLURM_RESTART_COUNT": "2"})

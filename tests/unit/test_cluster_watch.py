@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 
 from genac_megatron.cluster import status
-from genac_megatron.cluster.heartbeat import BEATS, SILENT_S, Heartbeat, behind, read_beats, stall_text, write
+from genac_megatron.cluster.heartbeat import (
+    BEATS,
+    PACKAGE,
+    SILENT_S,
+    Heartbeat,
+    behind,
+    place_of,
+    read_beats,
+    stall_text,
+    write,
+)
 from genac_megatron.errors import InputError
 from genac_megatron.observe.progress import Progress
 
@@ -154,8 +164,6 @@ def test_status_of_nothing(tmp_path: Path) -> None:
 
 
 def test_a_place_is_told_by_the_stage_too() -> None:
-    from genac_megatron.cluster.heartbeat import PACKAGE, place_of
-
     frames = [
         ("/usr/lib/torch/nn.py", 5, "forward"),
         (f"{PACKAGE}/serving/generation.py", 221, "run"),
