@@ -59,14 +59,19 @@ def engine_parameter(
         return name.replace("gate_proj", "gate_up_proj"), torch.cat([_rows(x, tp, rank) for x in tensors])
     whole = tensors[0]
     if rule.padded:
-        step = VOCAB_MULTIPLE if (-(-shape.vocab // VOCAB_MULTIPLE)) % tp == 0 else VOCAB_MULTIPLE * tp
-        rows = -(-shape.vocab // step) * step
+        rows = _padded(shape.vocab, VOCAB_MULTIPLE)
+        if rows % tp:
+            rows = _padded(shape.vocab, VOCAB_MULTIPLE * tp)
         each = rows // tp
         mine = whole[rank * each : (rank + 1) * each]
         return name, nn.functional.pad(mine, (0, 0, 0, each - mine.size(0)))
     if rule.tp_axis is None:
         return name, whole
     return name, whole.chunk(tp, dim=rule.tp_axis)[rank]
+
+
+def _padded(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple
 
 
 def _rows(tensor: Tensor, parts: int, index: int) -> Tensor:

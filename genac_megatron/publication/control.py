@@ -25,6 +25,16 @@ class Control(ServerClient):
         """Wait up to `wait_s` until no request runs or waits, then empty the prefix cache."""
         self.post(f"/flush_cache?timeout={wait_s:g}", None, limit_s + wait_s)
 
+    def flush_if_idle(self, *, limit_s: float) -> bool:
+        """Empty the prefix cache; False where a paused request uses it, so that the server keeps it."""
+        try:
+            self.flush_cache(limit_s=limit_s)
+        except ServerError as error:
+            if not error.body.startswith("status 400"):
+                raise
+            return False
+        return True
+
     def begin_anew(self, *, limit_s: float) -> None:
         """Open a weight update, also where one that was never finished is open."""
         try:

@@ -48,6 +48,7 @@ class Publisher:
         self.dtype = dtype or DTYPES[role.config.training.dtype]
         self.plan = make_plan(role.shape, role.layout, self.dtype.itemsize, bucket_bytes)
         self.transport = transport or InProcess(sinks, self.dtype)
+        self.overlap = True  # False: a bucket is joined once the one before has arrived, for measurements
         self._joiner = Joiner(role)
 
     def publish(self, version: int, only: Iterable[str] | None = None) -> dict[str, float]:
@@ -84,6 +85,8 @@ class Publisher:
                 if arriving is not None:
                     agree(arriving.result)
                 arriving = worker.submit(self._deliver, parcel)
+                if not self.overlap:
+                    agree(arriving.result)
             if arriving is not None:
                 agree(arriving.result)
 

@@ -2,8 +2,9 @@
 
 One rank drives it, on all servers in parallel; each phase has a time limit, and an error names the phase,
 the rank and the servers. What runs when it begins: `drain` aborts nothing and waits until all is done;
-`in_flight` lets it go on afterwards under the new weights, its spans keeping their versions ("retract"
-computes its cache anew, "in_place" keeps the old one, and with it the prefix cache of the old weights).
+`in_flight` lets it go on afterwards under the new weights, its spans keeping their versions. Of these,
+"retract" computes what runs its cache anew. "in_place" keeps it; and as a server with running requests keeps
+its whole prefix cache, later requests may build on what the old weights made.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ class Steps:
         if config.mode == "drain":
             self.phase("drain", lambda server: server.drain(config.drain_s, limit_s=limit))
         self.phase("pause", lambda server: server.pause(mode, limit_s=limit))
-        if mode == "retract":  # in place, what runs keeps its cache and the server refuses
+        if mode == "retract":
             self.phase("flush", lambda server: server.flush_cache(limit_s=limit))
+        else:
+            kept = self.phase("flush", lambda server: not server.flush_if_idle(limit_s=limit))
+            self.figures["caches_kept"] = float(sum(kept))
         if self.session:
             self.phase("begin", lambda server: server.begin_anew(limit_s=limit))
 

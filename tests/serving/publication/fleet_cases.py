@@ -129,6 +129,34 @@ def greedy(endpoint: Endpoint) -> list[Generated]:
 def reference(config: Any, seed: int) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens and their log-probs by transformers on the same weights, one forward per token."""
     import torch
+
+    model = plain_model(config, seed)
+    answers = []
+    for prompt in PROMPTS:
+        ids, logprobs = list(prompt), []
+        for _ in range(NEW):
+            with torch.no_grad():
+                logp_V = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), dim=-1)
+            ids.append(int(logp_V.argmax()))
+            logprobs.append(float(logp_V.max()))
+        answers.append((ids[len(prompt) :], logprobs))
+    return answers
+
+
+def forced(config: Any, seed: int, prompt: list[int], response: list[int]) -> list[float]:
+    """log p of each response token given all before it, by transformers in one forward."""
+    import torch
+
+    with torch.no_grad():
+        logits = plain_model(config, seed)(torch.tensor([[*prompt, *response]])).logits[0].float()
+    logp_TV = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+    picked: list[float] = logp_TV.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+    return picked
+
+
+def plain_model(config: Any, seed: int) -> Any:
+    """A transformers model with the seeded random weights."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from genac_megatron.models.mapping import random_weights
@@ -143,16 +171,7 @@ def reference(config: Any, seed: int) -> list[tuple[list[int], list[float]]]:
     if shape.tie:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
-    answers = []
-    for prompt in PROMPTS:
-        ids, logprobs = list(prompt), []
-        for _ in range(NEW):
-            with torch.no_grad():
-                logp_V = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), dim=-1)
-            ids.append(int(logp_V.argmax()))
-            logprobs.append(float(logp_V.max()))
-        answers.append((ids[len(prompt) :], logprobs))
-    return answers
+    return model
 
 
 def gap(answers: list[Generated], wanted: list[tuple[list[int], list[float]]]) -> float:

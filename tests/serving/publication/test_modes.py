@@ -1,0 +1,114 @@
+"""What runs when a publication begins: it is waited for, or goes on under the new weights."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genac_megatron.serving.sglang.client import Generated
+from genac_megatron.serving.sglang.fleet import Endpoint
+from tests.serving.publication.fleet_cases import (
+    PROMPTS,
+    client_of,
+    config_of,
+    forced,
+    make_publisher,
+    publish_case,
+)
+
+LONG = 700  # tokens: seconds of generation
+OLD, NEWER = 41, 42  # seeds, and versions
+TP2 = {"count": 2, "tp": 2}
+
+
+class Live:
+    """A long request to each server, running in the background."""
+
+    def __init__(self, endpoints: list[Endpoint]) -> None:
+        self.answers: list[Generated] = []
+        self._endpoints = endpoints
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._generate()), daemon=True)
+        self._thread.start()
+
+    async def _generate(self) -> None:
+        sampling = {"temperature": 0.0, "max_new_tokens": LONG, "ignore_eos": True}
+        asked = [client_of(e).generate(PROMPTS[0], sampling, limit_s=120.0) for e in self._endpoints]
+        self.answers = [answer for answers in await asyncio.gather(*asked) for answer in answers]
+
+    def wait(self) -> list[Generated]:
+        self._thread.join(130.0)
+        assert self.answers, "the live requests did not end"
+        return self.answers
+
+
+def into_live_case(
+    rank: int, config: Any, endpoints: list[Endpoint], folder: str, seed: int, version: int
+) -> dict[str, float]:
+    """Published once every server runs a request."""
+    import time
+
+    publisher = make_publisher(config, endpoints, folder, seed)
+    until = time.monotonic() + 60.0
+    clients = [client_of(endpoint) for endpoint in endpoints]
+    while rank == 0 and not all(client.running(limit_s=10.0) for client in clients):
+        assert time.monotonic() < until, "no request came to run"
+        time.sleep(0.05)
+    try:
+        figures: dict[str, float] = publisher.publish(version)
+        return figures
+    finally:
+        publisher.close()
+
+
+def publish_into_live(
+    pool: Any, endpoints: list[Endpoint], folder: Path, **publication: Any
+) -> tuple[Any, list[Generated], dict[str, float]]:
+    config = config_of(TP2, publication=publication)
+    pool.run(publish_case, config, endpoints, str(folder), OLD, OLD)
+    live = Live(endpoints)
+    figures = pool.run(into_live_case, config, endpoints, str(folder), NEWER, NEWER)[0]
+    return config, live.wait(), figures
+
+
+@pytest.mark.parametrize("transport", ["tensor", "group"])
+def test_drained(pool: Any, endpoints: list[Endpoint], tmp_path: Path, transport: str) -> None:
+    """Requests that run end under the weights they began with, none is aborted."""
+    config, answers, figures = publish_into_live(pool, endpoints, tmp_path, transport=transport, mode="drain")
+    print(figures)
+    for answer in answers:
+        assert answer.finish == "length"
+        assert answer.spans == ((str(OLD), LONG),)
+        wanted = forced(config, OLD, PROMPTS[0], list(answer.ids))
+        assert max(abs(a - b) for a, b in zip(answer.logprobs, wanted, strict=True)) <= 1e-4
+    assert figures["drain_s"] > 0.1
+    assert {client_of(endpoint).version() for endpoint in endpoints} == {str(NEWER)}
+
+
+@pytest.mark.parametrize(
+    ("transport", "pause"),
+    [("tensor", "retract"), ("group", "retract"), ("disk", "retract"), ("tensor", "in_place")],
+)
+def test_in_flight(pool: Any, endpoints: list[Endpoint], tmp_path: Path, transport: str, pause: str) -> None:
+    """Requests that run go on under the new weights, and their spans tell which token is of which."""
+    config, answers, figures = publish_into_live(
+        pool, endpoints, tmp_path / "w", transport=transport, mode="in_flight", pause=pause
+    )
+    print(figures, [answer.spans for answer in answers])
+    for answer in answers:
+        assert answer.finish == "length"
+        (old, before), (new, after) = answer.spans
+        assert (old, new) == (str(OLD), str(NEWER))
+        assert before > 0
+        assert before + after == LONG
+        ids = list(answer.ids)
+        spans = [(OLD, slice(0, before))]
+        if pause == "retract":  # in place, the cache of the old weights is still in use
+            spans.append((NEWER, slice(before, LONG)))
+        for seed, span in spans:
+            wanted = forced(config, seed, PROMPTS[0], ids)[span]
+            assert max(abs(a - b) for a, b in zip(answer.logprobs[span], wanted, strict=True)) <= 1e-4
+    assert "drain_s" not in figures
