@@ -192,7 +192,7 @@ def test_a_chain_goes_on_without_requeue(
     """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run."""
     done = cluster.run(
         str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", *NODES, str(ROOT / "slurm" / "genac_ppo.sh"),
-        cwd=tmp_path, RECIPE="recipe.yaml", **settings,
+        "--", "stages.ppo.steps=8", cwd=tmp_path, RECIPE="recipe.yaml", **settings,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = map(int, done.stdout.split())
@@ -203,6 +203,6 @@ def test_a_chain_goes_on_without_requeue(
     assert cluster.wait(first, LIMIT_S)["ExitCode"] == "75:0", output()
     assert cluster.wait(second, LIMIT_S)["JobState"] == "COMPLETED", output()
     assert "GENAC_REQUEUE is off" in output()
-    assert reached(run, "ppo", 2)
+    assert reached(run, "ppo", 8)
     gone(first)
     gone(second)
