@@ -99,6 +99,8 @@ def convert(
     limit_s: how long rank 0 waits for another rank's next shard. Raises InputError, PeerLost.
     """
     part = job.dst.with_name(job.dst.name + ".part")
+    if rank > 0 and job.dst.exists():
+        return  # the first rank found everything done, or says what is wrong
     _begin(job, part)
     with _alone(part, rank), _full_disk(part):
         missing = [s for s in job.shards[rank::ranks] if not _record(part, s).exists()]

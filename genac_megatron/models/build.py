@@ -171,19 +171,32 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
     stages = layout.pp * layout.vpp
     if shape.layers % stages:
         raise InputError(f"{shape.layers} layers cannot be cut in pp x vpp = {stages}", where=where)
-    for what in ("heads", "kv_heads", "ffn"):
+    for what in ("heads", "kv_heads") if shape.experts else ("heads", "kv_heads", "ffn"):
         if getattr(shape, what) % layout.tp:
             raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
     if layout.cp > 1:
         raise InputError(
             "cp > 1 is not built yet: packs are not cut over context-parallel ranks", where=where
         )
-    if layout.ep > 1:
-        raise InputError("ep needs a mixture of experts, and this family is dense", where=where)
+    _check_experts(shape, layout, where)
     if training.fp8 != "off" and specs != "te":
         # Without Transformer Engine Megatron ignores fp8 without a word.
         raise InputError(
             f"fp8 {training.fp8} needs Transformer Engine", where="training.fp8", way_out="set it to off"
+        )
+
+
+def _check_experts(shape: Shape, layout: Layout, where: str) -> None:
+    if shape.experts is None:
+        if layout.ep > 1:
+            raise InputError("ep needs a mixture of experts, and this family is dense", where=where)
+        return
+    if shape.experts % layout.ep:
+        raise InputError(f"{shape.experts} experts cannot be cut by ep {layout.ep}", where=where)
+    if layout.tp > 1 and not layout.sequence_parallel:
+        # Every rank would send all tokens to the experts: Megatron refuses to train so.
+        raise InputError(
+            "experts with tp > 1 need sequence_parallel", where=where, way_out="leave sequence_parallel out"
         )
 
 
@@ -224,7 +237,28 @@ def transformer_config(
         "persist_layer_norm": False,
         "gradient_accumulation_fusion": False,
     }
+    arguments |= _experts(shape, training, fused)
     return TransformerConfig(**arguments, **_parallel(layout, dtype), **_precision(training))
+
+
+def _experts(shape: Shape, training: TrainingConfig, fused: bool) -> dict[str, Any]:
+    """A mixture of experts, routed by softmax: nothing where the model is dense."""
+    if shape.experts is None:
+        return {}
+    balanced = training.moe_aux_loss > 0
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        # Softmax over the chosen experts is softmax over all, made to sum to 1 again over the chosen.
+        "moe_router_pre_softmax": not shape.norm_topk,
+        "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
+        "moe_aux_loss_coeff": training.moe_aux_loss,
+        "moe_token_dispatcher_type": training.moe_dispatcher,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": False,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
@@ -234,6 +268,7 @@ def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
         "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
         "sequence_parallel": layout.sequence_parallel,
         "pipeline_dtype": dtype,
         # Interleaving with batched exchanges mixes up messages; freeing outputs that are still being sent

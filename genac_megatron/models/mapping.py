@@ -106,7 +106,7 @@ def unshard(
 
 def _axis(rule: Rule) -> int | None:
     """The axis of `fuse`'s result that tensor parallelism cuts."""
-    return 1 if rule.fuse == "gate_up" else rule.tp_axis
+    return 1 if rule.fuse == "gate_up" and rule.tp_axis is not None else rule.tp_axis
 
 
 def _unflatten(rule: Rule, x: Tensor, shape: Shape) -> Tensor:
@@ -126,16 +126,21 @@ def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[Param
     missing, surplus or misshapen.
     """
     model = unwrap(chunk)
-    expected = dict(_expected(model, layer_offset, shape))
-    names = {alias: name for name, (rule, _) in expected.items() for alias in _aliases(name, rule)}
+    expected: dict[str, tuple[Rule, int | None]] = {}
+    names: dict[str, str] = {}  # from any name that a parameter may have to its first
+    for known, rule, layer in _expected(model, layer_offset, shape):
+        expected[known[0]] = rule, layer
+        names |= dict.fromkeys(known, known[0])
     tp = int(model.config.tensor_model_parallel_size)
     found: list[ParamRule] = []
     faults: list[str] = []
     for name, parameter in model.named_parameters():
-        rule, layer = expected.pop(names.get(name, name), (None, None))
-        if rule is None:
+        found_rule = expected.pop(names.get(name, name), None)
+        if found_rule is None:
             faults.append(f"surplus parameter {name}")
-        elif parameter.shape != local_size(rule, shape, tp):
+            continue
+        rule, layer = found_rule
+        if parameter.shape != local_size(rule, shape, tp):
             wanted = local_size(rule, shape, tp)
             faults.append(f"{name} has shape {tuple(parameter.shape)}, expected {wanted}")
         else:
@@ -146,23 +151,29 @@ def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[Param
     return found
 
 
-def _expected(model: Any, layer_offset: int, shape: Shape) -> Iterator[tuple[str, tuple[Rule, int | None]]]:
-    """(name, (rule, global layer)) of the parameters that the chunk must have."""
+def _expected(
+    model: Any, layer_offset: int, shape: Shape
+) -> Iterator[tuple[tuple[str, ...], Rule, int | None]]:
+    """(names it may have, rule, global layer) of the parameters that the chunk must have."""
     head = model.post_process and not (shape.tie and model.pre_process)
     present = {"embedding": model.pre_process, "decoder": model.post_process, "output_layer": head}
+    experts = local_experts(model, shape)
     for rule in rules(shape):
+        if rule.expert is not None and rule.expert not in experts:
+            continue
         if rule.per_layer:
             for local in range(len(model.decoder.layers)):
-                yield rule.name.format(layer=local), (rule, layer_offset + local)
+                yield rule.in_chunk(local, experts.start), rule, layer_offset + local
         elif present[rule.room]:
-            yield rule.name, (rule, None)
+            yield rule.in_chunk(), rule, None
 
 
-def _aliases(name: str, rule: Rule) -> tuple[str, ...]:
-    if not rule.aliases:
-        return ()
-    local = name.split(".")[2]  # decoder.layers.<local>...
-    return tuple(alias.format(layer=local) for alias in rule.aliases)
+def local_experts(model: Any, shape: Shape) -> range:
+    """Global indices of the experts that this rank's part of a model holds."""
+    ep = int(model.config.expert_model_parallel_size)
+    each = (shape.experts or 0) // ep
+    first = model.pg_collection.ep.rank() * each if ep > 1 else 0
+    return range(first, first + each)
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -6,6 +6,7 @@ Imports no torch: recipes are checked, and their memory estimated, with it. A ne
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.models.families import llama, qwen2, qwen3
+from genac_megatron.models.families import llama, qwen2, qwen3, qwen3_moe
 from genac_megatron.models.families.base import Family, Rule, Shape
 from genac_megatron.models.families.reading import default_head_dim
-from genac_megatron.recipe.schema import ModelConfig
+from genac_megatron.recipe.schema import ModelConfig, ModelShape
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    f.name: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)
+}
 Where = Callable[[str], str]  # from a key of the model's block ("": itself) to its place in the user's files
 
 
@@ -96,7 +99,18 @@ def _shape_of_sizes(model: ModelConfig, tokenizer_vocab: int | None, where: Wher
             init_std=sizes.init_std,
             qk_norm=kind.qk_norm,
             qkv_bias=kind.qkv_bias,
+            **_experts(kind, sizes),
         )
+
+
+def _experts(kind: Family, sizes: ModelShape) -> dict[str, Any]:
+    """The sizes of a mixture of experts, where the family has one."""
+    given = {key: getattr(sizes, key) for key in ("experts", "experts_per_token", "expert_ffn", "norm_topk")}
+    wrong = [key for key, value in given.items() if (value is None) == kind.moe]
+    if wrong:
+        what = "needs" if kind.moe else "has no"
+        raise InputError(f"the family '{kind.name}' {what} {', '.join(wrong)}")
+    return given if kind.moe else {}
 
 
 @contextmanager
@@ -143,6 +157,7 @@ def hf_config(shape: Shape) -> dict[str, Any]:
     return family(shape.family).hf_config(shape)
 
 
+@functools.cache
 def rules(shape: Shape) -> tuple[Rule, ...]:
     """The weight rules of `shape`."""
     return family(shape.family).rules(shape)

@@ -18,6 +18,7 @@ def padded_vocab(shape: Shape, tp: int) -> int:
 def hf_size(name: str, shape: Shape) -> Size:
     """Size of the Hugging Face tensor `name` (a full name or a rule's template)."""
     q, kv, hidden = shape.q_size, shape.kv_size, shape.hidden
+    ffn = shape.expert_ffn or 0 if ".experts." in name else shape.ffn
     sizes = {
         "embed_tokens.weight": (shape.vocab, hidden),
         "lm_head.weight": (shape.vocab, hidden),
@@ -30,9 +31,10 @@ def hf_size(name: str, shape: Shape) -> Size:
         "o_proj.weight": (hidden, q),
         "q_norm.weight": (shape.head_dim,),
         "k_norm.weight": (shape.head_dim,),
-        "gate_proj.weight": (shape.ffn, hidden),
-        "up_proj.weight": (shape.ffn, hidden),
-        "down_proj.weight": (hidden, shape.ffn),
+        "gate.weight": (shape.experts or 0, hidden),
+        "gate_proj.weight": (ffn, hidden),
+        "up_proj.weight": (ffn, hidden),
+        "down_proj.weight": (hidden, ffn),
     }
     return sizes.get(".".join(name.split(".")[-2:]), (hidden,))  # the rest are norms
 
@@ -69,8 +71,8 @@ def parameters(shape: Shape) -> int:
     return sum(math.prod(size) for size in hf_names(shape).values())
 
 
-def stage_parameters(shape: Shape, tp: int, pp: int, stage: int) -> int:
-    """Parameters on one rank of pipeline stage `stage` of `pp`, cut over `tp` ranks.
+def stage_parameters(shape: Shape, tp: int, pp: int, stage: int, ep: int = 1) -> int:
+    """Parameters on one rank of pipeline stage `stage` of `pp`, cut over `tp` ranks, experts over `ep`.
 
     The last stage of several keeps its own copy of a tied embedding.
     """
@@ -79,6 +81,8 @@ def stage_parameters(shape: Shape, tp: int, pp: int, stage: int) -> int:
     count = 0
     for rule in rules(shape):
         held = math.prod(local_size(rule, shape, tp))
+        if rule.expert is not None and rule.expert >= (shape.experts or 0) // ep:
+            continue  # on another rank
         if rule.per_layer:
             count += shape.layers // pp * held
         elif here[rule.room]:

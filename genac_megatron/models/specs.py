@@ -49,7 +49,12 @@ def block_spec(config: TransformerConfig, kind: Kind, pp_rank: int, vp_stage: in
 
 def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Megatron's local layer spec with our norm and core attention."""
-    stock = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    stock = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
     head_norm = TorchNorm if config.qk_layernorm else IdentityOp
     attention = dataclasses.replace(
         stock.submodules.self_attention,
@@ -66,6 +71,11 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
         pre_mlp_layernorm=TorchNorm,
         self_attention=attention,
     )
+    if config.num_moe_experts is not None:
+        # The norm before experts is a part of no linear layer under Transformer Engine either: the stock
+        # local spec stores it as one.
+        kept = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if "pre_mlp" not in k}
+        submodules = dataclasses.replace(submodules, sharded_state_dict_keys_map=kept)
     return dataclasses.replace(stock, submodules=submodules)
 
 

@@ -212,9 +212,18 @@ def _repair_jit(module: Any) -> None:
 
 
 def _repair_moe(module: Any) -> None:
-    """0.16 without Transformer Engine uses a name that it never binds (NameError in the router)."""
+    """Two faults without CUDA or Transformer Engine.
+
+    1. 0.16 without Transformer Engine uses a name that it never binds (NameError in the router).
+    2. What brings token counts from the GPU records a stream, and there is none.
+    """
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None
+
+    def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.cpu().numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
+
+    module.maybe_move_tensor_to_cpu = on_cpu
 
 
 def _repair_distributed_optimizer(module: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genac_megatron.cli import main
+from genac_megatron.errors import InputError
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.registry import FAMILIES
 from tests.conversion.tiny_folder import make_folder, tiny_shape
@@ -104,6 +105,42 @@ def test_transformers_loads_what_comes_out(checkpoint: Path, tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert tokenizer.chat_template
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+
+
+def test_verification_finds_swapped_weights(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from genac_megatron.conversion.verify import verify
+
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    swapped = tensors(source)
+    gate, up = (f"model.layers.1.mlp.{x}_proj.weight" for x in ("gate", "up"))
+    swapped[gate], swapped[up] = swapped[up], swapped[gate]
+    save_file(swapped, other / "model.safetensors", {"format": "pt"})
+    assert verify(source, checkpoint, "actor", tiny_shape(), torch.bfloat16) < 1e-5
+    with pytest.raises(InputError, match="logits differ by"):
+        verify(other, checkpoint, "actor", tiny_shape(), torch.bfloat16)
+
+
+def test_a_runs_recipe_says_what_goes_with_its_weights(
+    source: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "ppo-00004")
+    shutil.rmtree(run / "checkpoints" / "ppo-00004" / "hf")
+    assert convert("to-hf", run, tmp_path / "none") == 2
+    assert "nothing here says which tokenizer its actor has" in capsys.readouterr().err
+    roles = {
+        "actor": {"model": {"hf": str(source)}, "layout": {"tp": 3}},
+        "critic": {"model": {"tokenizer": "builtin:tiny"}},
+    }
+    (run / "recipe.yaml").write_text(json.dumps({"roles": roles}))  # JSON is YAML
+    for role in roles:
+        assert convert("to-hf", run, tmp_path / role, "--role", role, "--verify") == 0
+        assert_same(source, tmp_path / role)
+    assert main(["inspect", str(run), "--role", "actor"]) == 0
+    assert "written by tp=3" in capsys.readouterr().out
 
 
 # --- killed, resumed, shared -----------------------------------------------------------------------

@@ -25,6 +25,8 @@ def tiny_shape(name: str = "qwen3", **changes: Any) -> Shape:
         "vocab": tokenizer_size("builtin:tiny"), "rope_theta": 1e4, "norm_eps": 1e-6, "max_positions": 256,
         "init_std": 0.2, "qk_norm": kind.qk_norm, "qkv_bias": kind.qkv_bias,
     }  # fmt: skip
+    if kind.moe:
+        sizes |= {"experts": 4, "experts_per_token": 2, "expert_ffn": 24, "norm_topk": True}
     return Shape(family=name, **sizes | changes)
 
 

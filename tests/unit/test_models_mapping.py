@@ -27,6 +27,13 @@ TINY = Shape(
 )  # fmt: skip
 
 
+def kind_of(name: str, experts: int = 3) -> dict[str, Any]:
+    """What a Shape of this family has beside sizes."""
+    kind = family(name)
+    of_experts = {"experts": experts, "experts_per_token": 1, "expert_ffn": 5, "norm_topk": True}
+    return {"qk_norm": kind.qk_norm, "qkv_bias": kind.qkv_bias, **(of_experts if kind.moe else {})}
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[Shape, int]:
     """A shape of any family, and a tp that can cut it."""
@@ -45,8 +52,7 @@ def shapes(draw: st.DrawFn) -> tuple[Shape, int]:
             head_dim=2 * draw(st.integers(1, 3)),
             vocab=draw(st.integers(1, 30)),
             tie=draw(st.booleans()),
-            qk_norm=family(name).qk_norm,
-            qkv_bias=family(name).qkv_bias,
+            **kind_of(name, experts=draw(st.integers(1, 3))),
         ),
         tp,
     )
@@ -94,10 +100,7 @@ def test_the_vocabulary_is_padded_with_zeros() -> None:
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_config_survives_the_way_to_hf_and_back(name: str, tie: bool) -> None:
-    kind = FAMILIES[name]
-    shape = dataclasses.replace(
-        TINY, family=name, tie=tie, qk_norm=kind.qk_norm, qkv_bias=kind.qkv_bias, rope_factor=32.0
-    )
+    shape = dataclasses.replace(TINY, family=name, tie=tie, rope_factor=32.0, **kind_of(name))
     assert shape_from_hf(json.loads(json.dumps(hf_config(shape)))) == shape
     old = {key: value for key, value in hf_config(shape).items() if key != "rope_parameters"}
     assert shape_from_hf(old) == shape  # as transformers 4 wrote it
@@ -160,7 +163,7 @@ class _Chunk(torch.nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.pre_process = self.post_process = True
-        self.config = type("Config", (), {"tensor_model_parallel_size": 1})
+        self.config = type("Config", (), {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1})
         self.decoder = torch.nn.Module()
         self.decoder.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(shape.layers))
         for rule in rules(shape):

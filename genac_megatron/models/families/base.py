@@ -14,6 +14,7 @@ from genac_megatron.models.families.reading import (
     LLAMA3_ROPE,
     default_head_dim,
     number,
+    read_experts,
     refuse_unknown,
     rope,
     size,
@@ -24,7 +25,7 @@ Fuse = Literal["copy", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class Shape:
-    """All sizes of a dense decoder-only transformer, whatever its family."""
+    """All sizes of a decoder-only transformer, whatever its family."""
 
     family: str
     layers: int
@@ -53,6 +54,11 @@ class Shape:
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}",
                 way_out="each key-value head serves the same number of heads: change one",
             )
+        if (self.experts_per_token or 0) > (self.experts or 0):
+            raise InputError(
+                f"experts_per_token {self.experts_per_token} of {self.experts} experts",
+                way_out="a token goes to at most as many experts as there are",
+            )
         if self.head_dim % 2:
             raise InputError(
                 f"head_dim {self.head_dim} is odd", way_out="rotary positions need pairs: make it even"
@@ -79,19 +85,26 @@ class Rule:
     parameter (Transformer Engine keeps a norm's weight inside the linear layer after it).
     """
 
-    name: str  # in a Megatron model chunk; {layer} is the chunk's own layer index
+    name: str  # in a model chunk that has all experts; {layer} is the chunk's own layer index
     hf: tuple[str, ...]  # {layer} is the global layer index
     fuse: Fuse = "copy"
     tp_axis: int | None = None
     padded: bool = False
     aliases: tuple[str, ...] = ()
     expert: int | None = None  # global index of the expert that it is part of
+    local: tuple[str, ...] = ()  # of an expert: names in a chunk, by the {expert}'s index among the rank's
     key: str = ""  # in a checkpoint; "": made of the last alias or the name
 
     @property
     def stored(self) -> str:
         """Its key in a checkpoint, where all layers (and experts) are one tensor with leading axes."""
         return self.key or (self.name, *self.aliases)[-1].replace("layers.{layer}.", "layers.")
+
+    def in_chunk(self, layer: int | None = None, first_expert: int = 0) -> tuple[str, ...]:
+        """The names it may have in a chunk: `layer` counts the chunk's layers, first_expert is the rank's."""
+        here = None if self.expert is None else self.expert - first_expert
+        names = self.local or (self.name, *self.aliases)
+        return tuple(name.format(layer=layer, expert=here) for name in names)
 
     @property
     def room(self) -> str:
@@ -120,6 +133,7 @@ class Family:
     read_extras: Callable[[Mapping[str, Any]], None]  # raises InputError on an option that we do not build
     keys: frozenset[str]  # keys of its own that read_extras, or nothing, has to look at
     write_extras: Mapping[str, Any]
+    moe: bool = False  # every layer is a mixture of experts
 
     def shape_from_hf(self, given: Mapping[str, Any]) -> Shape:
         """The Shape of a config.json's content. Raises InputError on what this family cannot be here."""
@@ -147,6 +161,7 @@ class Family:
             qk_norm=self.qk_norm,
             qkv_bias=self.qkv_bias,
             rope_factor=rope_factor,
+            **(read_experts(config) if self.moe else {}),
         )
 
     def hf_config(self, shape: Shape) -> dict[str, Any]:
@@ -173,17 +188,79 @@ class Family:
             # The same for readers older than transformers 5.
             "rope_theta": shape.rope_theta,
             "rope_scaling": None if shape.rope_factor is None else scaling,
+            **(write_experts(shape) if self.moe else {}),
             **self.write_extras,
         }
 
     def rules(self, shape: Shape) -> tuple[Rule, ...]:
         """The weight rules of a model of `shape`."""
-        return decoder_rules(shape)
+        return decoder_rules(shape, expert_rules(shape) if self.moe else DENSE_MLP)
 
 
-def decoder_rules(shape: Shape) -> tuple[Rule, ...]:
-    """The rules that Llama and its kin share; tensors that a family lacks are left out."""
-    hf, mega = "model.layers.{layer}.", "decoder.layers.{layer}."
+def write_experts(shape: Shape) -> dict[str, Any]:
+    """The keys of config.json that describe the experts."""
+    return {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_ffn,
+        "norm_topk_prob": shape.norm_topk,
+    }
+
+
+HF_LAYER, LAYER = "model.layers.{layer}.", "decoder.layers.{layer}."
+DENSE_MLP = (
+    Rule(
+        LAYER + "pre_mlp_layernorm.weight",
+        (HF_LAYER + "post_attention_layernorm.weight",),
+        aliases=(LAYER + "mlp.linear_fc1.layer_norm_weight",),
+    ),
+    Rule(
+        LAYER + "mlp.linear_fc1.weight",
+        (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight"),
+        "gate_up",
+        tp_axis=0,
+    ),
+    Rule(LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), tp_axis=1),
+)
+
+
+EXPERT_PARTS: tuple[tuple[str, tuple[str, ...], Fuse], ...] = (
+    ("linear_fc1.weight", ("gate_proj.weight", "up_proj.weight"), "gate_up"),
+    ("linear_fc2.weight", ("down_proj.weight",), "copy"),
+)
+
+
+def expert_rules(shape: Shape) -> tuple[Rule, ...]:
+    """The rules of a mixture of experts: its norm, its router, and each expert by its global index.
+
+    Experts are not cut by tensor parallelism. Their names are those of a sequence of experts; a grouped one
+    (Transformer Engine) numbers its weights instead.
+    """
+    norm, router = "pre_mlp_layernorm.weight", "mlp.router.weight"
+    made = [
+        Rule(LAYER + norm, (HF_LAYER + "post_attention_layernorm.weight",)),
+        Rule(LAYER + router, (HF_LAYER + "mlp.gate.weight",)),
+    ]
+    for expert in range(shape.experts or 0):
+        hf, experts = f"{HF_LAYER}mlp.experts.{expert}.", LAYER + "mlp.experts."
+        for part, names, fuse in EXPERT_PARTS:
+            sequence, group = f"{experts}local_experts.{{expert}}.{part}", f"{experts}{part}{{expert}}"
+            made.append(
+                Rule(
+                    sequence.replace("{expert}", str(expert)),
+                    tuple(hf + name for name in names),
+                    fuse,
+                    expert=expert,
+                    local=(sequence, group),
+                    key=f"decoder.layers.mlp.experts.experts.{part}",
+                )
+            )
+    return tuple(made)
+
+
+def decoder_rules(shape: Shape, mlp: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules that Llama and its kin share, with those of their feed-forward part."""
+    hf, mega = HF_LAYER, LAYER
     qkv = tuple(f"{hf}self_attn.{x}_proj" for x in "qkv")
     rules = [
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), tp_axis=0, padded=True),
@@ -194,18 +271,7 @@ def decoder_rules(shape: Shape) -> tuple[Rule, ...]:
         ),
         Rule(mega + "self_attention.linear_qkv.weight", tuple(f"{x}.weight" for x in qkv), "qkv", tp_axis=0),
         Rule(mega + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), tp_axis=1),
-        Rule(
-            mega + "pre_mlp_layernorm.weight",
-            (hf + "post_attention_layernorm.weight",),
-            aliases=(mega + "mlp.linear_fc1.layer_norm_weight",),
-        ),
-        Rule(
-            mega + "mlp.linear_fc1.weight",
-            (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"),
-            "gate_up",
-            tp_axis=0,
-        ),
-        Rule(mega + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), tp_axis=1),
+        *mlp,
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
         Rule(
             "output_layer.weight",

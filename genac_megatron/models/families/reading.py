@@ -83,6 +83,20 @@ def rope(config: Mapping[str, Any]) -> tuple[float, float | None]:
     )
 
 
+def read_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The Shape's figures of a mixture of experts in every layer. Raises InputError on any other mixture."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
+    if step != 1 or dense:
+        raise InputError(f"decoder_sparse_step {step}, mlp_only_layers {dense}: some layers have no experts")
+    named = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
+    return {
+        "experts": size(config, named),
+        "experts_per_token": size(config, "num_experts_per_tok"),
+        "expert_ffn": size(config, "moe_intermediate_size"),
+        "norm_topk": bool(config.get("norm_topk_prob", False)),
+    }
+
+
 def refuse(*options: str) -> Callable[[Mapping[str, Any]], None]:
     """A reader that raises InputError where any of these options is on."""
 
