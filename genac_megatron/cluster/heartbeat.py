@@ -24,9 +24,10 @@ from typing import Any
 from genac_megatron import platform
 from genac_megatron.observe import progress
 
-BEAT_S = 5.0  # between heartbeats; a request to stop is seen within LOOK_S
+BEAT_S, SLOW_BEAT_S = 5.0, 20.0  # between heartbeats, of few ranks and of many; a stop is seen within LOOK_S
+WRITES_PER_S = 50.0  # of all ranks together, which the shared file system bears
 LOOK_S = 1.0
-SILENT_S = 45.0  # a heartbeat older than this: the process hangs as a whole, or is gone
+SILENT_S = 60.0  # a heartbeat older than this: the process hangs as a whole, or is gone
 STALL_S = 600.0  # without progress, and LONGER times what the phase took last
 LONGER = 3.0
 SETTLE_S = 10.0  # for all ranks to dump before one names the culprit
@@ -48,7 +49,9 @@ def logs_folder(run: Path, environ: Mapping[str, str] = os.environ) -> Path:
 @contextmanager
 def heartbeat(run: Path) -> Iterator[None]:
     """While the block runs, this rank's heart beats. A file that cannot be written stops nothing."""
-    beat = Heartbeat(logs_folder(run), int(os.environ.get("RANK", "0")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    pace = min(SLOW_BEAT_S, max(BEAT_S, world / WRITES_PER_S))
+    beat = Heartbeat(logs_folder(run), int(os.environ.get("RANK", "0")), beat_s=pace)
     beat.start()
     try:
         yield

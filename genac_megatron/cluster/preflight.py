@@ -200,9 +200,10 @@ def _unseen(folder: Path, world: int) -> list[int]:
     """Ranks whose canary this node does not see on the shared file system, after at most SEE_S seconds."""
     give_up = time.monotonic() + SEE_S
     while True:
+        names: set[str] = set()
         with contextlib.suppress(OSError):
-            os.listdir(folder)  # makes NFS look anew
-        unseen = [rank for rank in range(world) if not (folder / f"{CANARY}-{rank:05d}").exists()]
+            names = set(os.listdir(folder))
+        unseen = [rank for rank in range(world) if f"{CANARY}-{rank:05d}" not in names]
         if not unseen or time.monotonic() > give_up:
             return unseen
         time.sleep(0.5)

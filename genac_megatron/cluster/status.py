@@ -15,6 +15,7 @@ from genac_megatron.errors import EXIT_LOST, EXIT_OK, InputError
 from genac_megatron.observe.progress import format_duration
 
 LOOK_S = 2.0
+READS_PER_S = 50.0  # of heartbeats
 QUIET_S = 300.0  # a line at least so often
 SHOWN_RANKS = 16
 Beat = dict[str, Any]
@@ -117,5 +118,5 @@ def follow(run: Path, until: float = 0.0) -> int:
                 print(text, file=sys.stderr, flush=True)
             if all(beat["state"] != "running" for beat in beats):
                 return EXIT_OK
-        time.sleep(LOOK_S)
+        time.sleep(max(LOOK_S, len(beats) / READS_PER_S))
     return EXIT_OK
