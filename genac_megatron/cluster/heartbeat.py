@@ -91,7 +91,7 @@ class Heartbeat(threading.Thread):
             ended = self._ended.wait(0.0 if next_beat == 0.0 else min(LOOK_S, self.beat_s))
             self._pass_on_stop()
             if ended or time.monotonic() >= next_beat:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: read while it was changed
                     self._beat()
                 next_beat = time.monotonic() + self.beat_s
             if ended:
