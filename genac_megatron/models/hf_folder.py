@@ -26,7 +26,7 @@ class HfFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._open: dict[Path, _Header] = {}
         self._file_of = self._find()
 

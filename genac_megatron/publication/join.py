@@ -1,7 +1,8 @@
 """From a role's parameter shards to whole Hugging Face tensors, one bucket at a time, in one flat buffer.
 
 The work of a pipeline stage's first data-parallel replica: its tensor-parallel ranks send their shards to
-its first rank, the bucket's source, which joins them straight into the buffer that will be sent.
+its first rank, the bucket's source, which joins them straight into the buffer that will be sent. Experts on
+other ranks come from the source's expert-parallel group, which may reach into other replicas.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from genac_megatron import platform
+from genac_megatron.dtypes import DTYPES
 from genac_megatron.models.mapping import param_rules, unshard
 from genac_megatron.publication.plan import Bucket, Item
 from genac_megatron.training.layout import Coords, Layout
@@ -31,6 +34,7 @@ class Joiner:
             offset = role.layout.chunk_layers(role.shape.layers, role.groups.pp.rank(), index).start
             for found in param_rules(model, offset, role.shape):
                 self._parameters[index, found.rule.name, found.layer] = found.parameter
+        self._dtype = DTYPES[role.config.training.dtype]
 
     def takes_part(self, bucket: Bucket) -> bool:
         """Whether this rank holds shards that the bucket is joined from."""
@@ -38,7 +42,12 @@ class Joiner:
         if not layout.contains(rank):
             return False
         mine = layout.coords(rank)
-        return mine.pp == bucket.stage and mine.dp == 0 and mine.cp == 0
+        first_replica = mine.dp == 0 and mine.cp == 0
+        return mine.pp == bucket.stage and (first_replica or self._with_source(bucket))
+
+    def _with_source(self, bucket: Bucket) -> bool:
+        """Whether this rank is in the expert-parallel group of the bucket's source: ranks in a row."""
+        return dist.get_rank() - source_of(bucket, self.role.layout) in range(self.role.layout.ep)
 
     @torch.no_grad()
     def join(self, bucket: Bucket, flat: Tensor | None) -> None:
@@ -49,7 +58,8 @@ class Joiner:
         """
         at = 0
         for item in bucket.items:
-            shards = self._gathered(item)
+            expert = item.rule.expert is not None and self.role.layout.ep > 1
+            shards = self._expert(item, bucket) if expert else self._gathered(item)
             if flat is None:
                 continue
             whole = unshard(item.rule, shards, self.role.shape, item.layer)
@@ -61,10 +71,26 @@ class Joiner:
     def _gathered(self, item: Item) -> list[Tensor]:
         """The shards of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""
         mine = self._parameters[item.chunk, item.rule.name, item.layer].detach()
-        if self.role.layout.tp == 1 or item.rule.tp_axis is None:
+        at = self.role.layout.coords(dist.get_rank())
+        if self.role.layout.tp == 1 or item.rule.tp_axis is None or at.dp > 0 or at.cp > 0:
             return [mine]
         group = self.role.groups.tp
         first = group.rank() == 0
         shards = [torch.empty_like(mine) for _ in range(group.size())] if first else None
         dist.gather(mine.contiguous(), shards, group=group, group_dst=0)
         return shards or []
+
+    def _expert(self, item: Item, bucket: Bucket) -> list[Tensor]:
+        """An expert's parameter, on the source; it is sent there by the rank of its group that holds it."""
+        mine = self._parameters.get((item.chunk, item.rule.name, item.layer))
+        if not self._with_source(bucket):
+            return []
+        first = dist.get_rank() == source_of(bucket, self.role.layout)
+        if first and mine is None:
+            each = (self.role.shape.experts or 0) // self.role.layout.ep
+            held = torch.empty(item.shard_size, dtype=self._dtype, device=platform.device())
+            dist.recv(held, group=self.role.groups.ep, group_src=(item.rule.expert or 0) // each)
+            return [held]
+        if not first and mine is not None:
+            dist.send(mine.detach().contiguous(), group=self.role.groups.ep, group_dst=0)
+        return [] if mine is None else [mine.detach()]

@@ -176,7 +176,8 @@ class Role:
             microbatch_multiple=layout.pp if layout.vpp > 1 else 1,
         )
         pad_to = None
-        if layout.pp > 1:  # stages exchange activations of one known shape
+        gathered = layout.ep > 1 and self.config.training.moe_dispatcher == "allgather"
+        if layout.pp > 1 or gathered:  # stages, or experts' ranks, exchange activations of one known shape
             pad_to = max(sum(len(samples[i].tokens) - 1 for i in pack) for rank in plan for pack in rank)
             pad_to = -(-pad_to // self.multiple) * self.multiple
         mine = plan[self.groups.dp.rank()]

@@ -25,7 +25,7 @@ def role_config(**overrides: Any) -> Any:
     }
     shape = {
         "layers": 4, "hidden": 32, "ffn": 64, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 67,
-        "tie_embeddings": overrides.pop("tie", True), "init_std": 0.1,
+        "tie_embeddings": overrides.pop("tie", True), "init_std": 0.1, **overrides.pop("shape", {}),
     }  # fmt: skip
     return RoleConfig.model_validate(
         {
