@@ -96,7 +96,7 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
     if place is None:
         return Memory(engine)
     layout, training = role.layout, role.training
-    count = stage_parameters(shape, layout.tp, layout.pp, place.pp)
+    count = stage_parameters(shape, layout.tp, layout.pp, place.pp, layout.ep)
     shards = ranks_of(layout, world) // (layout.tp * layout.pp) if training.distributed_optimizer else 1
     return Memory(
         engine,

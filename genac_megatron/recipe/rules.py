@@ -86,12 +86,6 @@ def _check_layout(recipe: Recipe, name: str, layout: LayoutConfig, where: Where)
             where=where((*place, "vpp")),
             way_out="set pp > 1, or vpp: 1",
         )
-    if layout.ep > 1:
-        raise InputError(
-            f"the layout of '{name}' has ep {layout.ep}, and its model has no experts",
-            where=where((*place, "ep")),
-            way_out="set ep: 1",
-        )
     if layout.sequence_parallel and layout.tp == 1:
         raise InputError(
             f"the layout of '{name}' has sequence_parallel with tp 1",
@@ -129,7 +123,10 @@ def _check_model(name: str, role: RoleConfig, where: Where) -> None:
 
 def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) -> None:
     place = ("roles", name, "layout")
-    for what, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn)):
+    _check_experts(name, shape, layout, where)
+    # Experts are not cut by tp: their model's ffn is nobody's.
+    sizes = (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn))
+    for what, size in sizes[:2] if shape.experts else sizes:
         if size % layout.tp:
             raise InputError(
                 f"tp {layout.tp} of '{name}' does not divide its model's {what} {size}",
@@ -142,6 +139,27 @@ def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) ->
             f"pp * vpp = {layout.pp} * {layout.vpp} = {chunks} of '{name}' does not divide its "
             f"model's {shape.layers} layers",
             where=where((*place, "pp")),
+        )
+
+
+def _check_experts(name: str, shape: Shape, layout: LayoutConfig, where: Where) -> None:
+    place = ("roles", name, "layout")
+    if layout.ep > 1 and shape.experts is None:
+        raise InputError(
+            f"the layout of '{name}' has ep {layout.ep}, and its model has no experts",
+            where=where((*place, "ep")),
+            way_out="set ep: 1",
+        )
+    if shape.experts and shape.experts % layout.ep:
+        raise InputError(
+            f"ep {layout.ep} of '{name}' does not divide its model's {shape.experts} experts",
+            where=where((*place, "ep")),
+        )
+    if shape.experts and layout.tp > 1 and layout.sequence_parallel is False:
+        raise InputError(
+            f"'{name}' has experts and tp {layout.tp}, which needs sequence_parallel",
+            where=where((*place, "sequence_parallel")),
+            way_out="leave sequence_parallel out",
         )
 
 

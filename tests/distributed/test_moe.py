@@ -98,7 +98,7 @@ def test_a_checkpoint_of_experts_goes_on_in_another_layout(layout: Any, pool: An
 
 
 def test_weights_of_experts_over_ranks_load_where_they_are_not(pool: Any, tmp_path: Path) -> None:
-    """Megatron keeps the states of such experts apart, so that optimizers do not move between ep 1 and more."""
+    """Their optimizer does not move to ep 1: Megatron keeps the states of such experts apart."""
     weights, _, _ = pool.run(save_case, str(tmp_path))[0]
     loaded, _, _ = pool.run(load_case, str(tmp_path), {"count": 1}, False)[0]
     assert all(torch.equal(weights[name], loaded[name]) for name in weights)
