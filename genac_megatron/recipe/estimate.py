@@ -79,8 +79,19 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     return total
 
 
+def expert_parameters(shape: Shape, pp: int, ep: int) -> int:
+    """Parameters of the experts on one rank: gate, up and down projection of each."""
+    each = 3 * shape.hidden * (shape.expert_ffn or 0)
+    return each * (shape.experts or 0) // ep * shape.layers // pp
+
+
 def engine_bytes(role: RoleConfig, shape: Shape) -> float:
-    """An embedded engine: the whole model in the engine's dtype, and a KV cache of max_batch_tokens."""
+    """An embedded engine: the whole model in the engine's dtype, and a KV cache of max_batch_tokens.
+
+    SGLang's servers are processes of their own, on the GPUs that the recipe names: nothing here.
+    """
+    if role.engine.kind == "sglang":
+        return 0.0
     cache = role.engine.max_batch_tokens * 2 * shape.layers * shape.kv_size
     return float((parameters(shape) + cache) * BYTES[role.engine.dtype])
 
@@ -90,19 +101,22 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
 
     Weights in the training dtype; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
     under bf16, fp32 master weights, divided over the data- and context-parallel ranks where the optimizer
-    is distributed. Every rank of the world generates with every role, and so holds an engine of each.
+    is distributed, an expert's over the ranks that hold the same experts. Every rank of the world generates
+    with every role, and so holds an embedded engine of each.
     """
     engine = engine_bytes(role, shape)
     if place is None:
         return Memory(engine)
     layout, training = role.layout, role.training
     count = stage_parameters(shape, layout.tp, layout.pp, place.pp, layout.ep)
-    shards = ranks_of(layout, world) // (layout.tp * layout.pp) if training.distributed_optimizer else 1
+    stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
+    experts = expert_parameters(shape, layout.pp, layout.ep)
+    shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)
     return Memory(
         engine,
         weights=count * BYTES[training.dtype],
         gradients=count * 4,
-        optimizer=count * (12 if training.dtype == "bf16" else 8) / shards,
+        optimizer=shares * (12 if training.dtype == "bf16" else 8),
         activations=activation_bytes(role, shape, place.pp),
     )
 
