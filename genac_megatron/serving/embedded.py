@@ -22,6 +22,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Request
 from genac_megatron.serving.engine import Engine, check_ids, check_request
+from genac_megatron.serving.experts import by_file_names
 from genac_megatron.serving.generation import CPU_ATTENTION, Generation, score_continuations
 
 SETTLE_TURNS = 8  # of the loop between batches: what consumers submit at once joins the next batch
@@ -127,7 +128,7 @@ class EmbeddedEngine(Engine):
         where = f"weights of version {version}"
         model = self._ready(where, weights=False)
         # Tied weights appear once here, under the name that a saved model has.
-        expected = dict(model.named_parameters()) | _persistent_buffers(model)
+        expected = by_file_names(dict(model.named_parameters()) | _persistent_buffers(model))
         try:
             if self._loading not in (None, version):
                 raise InputError(f"version {self._loading} was still coming in", where=where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,28 @@ def test_weights_of_experts_over_ranks_load_where_they_are_not(pool: Any, tmp_pa
     weights, _, _ = pool.run(save_case, str(tmp_path))[0]
     loaded, _, _ = pool.run(load_case, str(tmp_path), {"count": 1}, False)[0]
     assert all(torch.equal(weights[name], loaded[name]) for name in weights)
+
+
+def engine_case(rank: int, layout: dict[str, Any]) -> Any:
+    """Log-probs of some continuations: the trainer's, and the engine's after a publication."""
+    from genac_megatron.models.registry import hf_config
+    from genac_megatron.publication.publisher import Publisher
+    from genac_megatron.recipe.schema import EngineConfig
+    from genac_megatron.serving.embedded import EmbeddedEngine
+
+    role = make_role("actor", role_config(layout=layout, **FAMILY), 4)
+    engine = EmbeddedEngine(hf_config(role.shape), EngineConfig(dtype="fp32"), "cpu")
+    Publisher(role, [engine]).publish(1)
+    samples = make_samples(5, 4)  # none has a tie between experts, which rounding would decide
+    trainer = [sum(logprobs) for logprobs in role.logprobs(samples)]
+    cuts = [len(sample.tokens) - sample.trained for sample in samples]
+    scored = [
+        asyncio.run(engine.score(sample.tokens[:cut], [sample.tokens[cut:]]))[0]
+        for sample, cut in zip(samples, cuts, strict=True)
+    ]
+    return trainer, scored
+
+
+def test_the_engine_computes_what_experts_over_ranks_do(pool: Any) -> None:
+    for trainer, scored in pool.run(engine_case, {"tp": 2, "ep": 2}):
+        torch.testing.assert_close(torch.tensor(trainer), torch.tensor(scored), atol=1e-4, rtol=1e-5)
