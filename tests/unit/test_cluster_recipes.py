@@ -17,7 +17,7 @@ from genac_megatron.recipe.loader import load_recipe
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))
 NAME = re.compile(
-    r"(sft|reinforce|ppo|pipeline)-([a-z0-9.-]+)-(\d+)n(\d+)g-(dp\d+|(?:tp(\d+))?(?:pp(\d+))?)(-fp8)?"
+    r"(sft|reinforce|ppo|pipeline)-([a-z0-9.-]+)-(\d+)n(\d+)g-(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:ep(\d+))?)(-fp8)?"
 )
 # Sizes as their publishers' config.json state them.
 QWEN3 = {
@@ -44,6 +44,10 @@ MODELS = {
     "Qwen3-8B": config(QWEN3, 4096, 36, 32, 12_288, tie_word_embeddings=False),
     "Qwen3-14B": config(QWEN3, 5120, 40, 40, 17_408, tie_word_embeddings=False),
     "Qwen3-32B": config(QWEN3, 5120, 64, 64, 25_600, tie_word_embeddings=False),
+    "Qwen3-30B-A3B": config(
+        QWEN3, 2048, 48, 32, 6144, model_type="qwen3_moe", num_key_value_heads=4, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, tie_word_embeddings=False,
+    ),
     "Qwen2.5-7B": {
         "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "intermediate_size": 18_944, "vocab_size": 152_064,
@@ -83,13 +87,13 @@ def test_recipe(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert misfits(recipe) == []
     match = NAME.fullmatch(name)
     assert match is not None
-    stage, model, nodes, gpus, layout, tp, pp, fp8 = match.groups()
+    stage, model, nodes, gpus, layout, tp, pp, ep, fp8 = match.groups()
     where = placement(recipe)
     assert (where.nodes, where.gpus_per_node) == (int(nodes), int(gpus))
     assert script.kind_of(recipe) == stage
     for role in recipe.roles.values():
         assert Path(role.model.hf or "").name.lower() == model
-        assert (role.layout.tp, role.layout.pp) == (int(tp or 1), int(pp or 1))
+        assert [role.layout.tp, role.layout.pp, role.layout.ep] == [int(size or 1) for size in (tp, pp, ep)]
         assert layout != "dp1"
         assert role.training.fp8 == ("blockwise" if fp8 else "off")
     need = heaviest(recipe)[1]
