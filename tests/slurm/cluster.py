@@ -132,8 +132,12 @@ class Cluster:
 
     def job(self, job: int) -> dict[str, str]:
         """The job as scontrol shows it, by field."""
-        text = self.run("scontrol", "--oneliner", "show", "job", str(job)).stdout
-        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        for _ in range(20):
+            done = self.run("scontrol", "--oneliner", "show", "job", str(job))
+            if done.returncode == 0 and "JobState=" in done.stdout:
+                return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+            time.sleep(0.5)  # the controller is busy
+        raise AssertionError(f"scontrol show job {job}: {done.stderr}")
 
     def wait(self, job: int, limit_s: float) -> dict[str, str]:
         """Until the job has ended; raises AssertionError after `limit_s` seconds."""
