@@ -103,8 +103,8 @@ def test_one_step_ahead_both_versions_advance_and_what_older_weights_sampled_say
     assert code == 0, output
     steps = [row for row in rows(tmp_path) if "rollout/staleness" in row]
     assert [row["publish/actor_version"] for row in steps] == [2, 3, 4, 5, 6]
-    # The critic's fifth step is the stage's last, and is published whatever the cadence.
-    assert [row.get("publish/critic_version") for row in steps] == [None, 2, None, 3, 4]
+    # The first row has the stage's first publication; its last step is published whatever the cadence.
+    assert [row.get("publish/critic_version") for row in steps] == [1, 2, None, 3, 4]
     assert [row["publish/critic_behind"] for row in steps] == [0, 1, 0, 1, 0]
     assert steps[0]["rollout/staleness"] == 0
     assert {row["rollout/staleness"] for row in steps[1:]} == {1}

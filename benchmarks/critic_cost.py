@@ -1,0 +1,222 @@
+"""What a generative critic costs: prompt tokens that its server computes, and an iteration's FLOPs.
+
+Cache table: real judgements of long responses' nested states on a real SGLang server (a tiny random critic,
+so what counts is the tokens, not the words). unique: tokens of the prompts' prefix tree, the least that any
+cache can compute; computed: the new tokens of its prefill batches, as the server logs them (a reply's own
+count of cached tokens takes a chunk of the same prompt for cached). Goal: computed / unique at most 1.05.
+
+FLOPs table: a GenAC iteration over one of PPO with a scalar critic of the same size on the same rollouts,
+2 FLOPs per weight and token forward and 6 in training, attention left out. Judging is unique prompt tokens
+plus critic tokens, forward; the scalar critic reads every rollout once forward and trains on it.
+Run: python -m benchmarks.critic_cost (GENAC_SERVE_PYTHON: the serving environment's interpreter)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import save, table
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.states import cut_states, trained_indices
+from genac_megatron.models.mapping import random_weights
+from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.models.sizes import hf_names
+from genac_megatron.recipe.schema import EngineConfig, JudgingConfig, ModelConfig, ModelShape, StatesConfig
+from genac_megatron.records import Completion, Prompt, Rollout, State
+from genac_megatron.serving.generation import shared_length
+from genac_megatron.serving.sglang.client import ServerClient
+from genac_megatron.serving.sglang.engine import SglangEngine
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports, serving_python
+from genac_megatron.stages.judging import Judge
+from genac_megatron.tasks.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer("builtin:tiny")
+SHAPE = shape_of(
+    ModelConfig(
+        family="qwen3",
+        tokenizer="builtin:tiny",
+        shape=ModelShape(layers=2, hidden=64, ffn=128, heads=2, kv_heads=2, max_positions=8192),
+    ),
+    len(TOKENIZER),
+)
+
+
+PROBLEM_WORDS = 40
+
+
+class ColdEngine(SglangEngine):
+    """Reads nothing ahead."""
+
+    async def warm(self, ids: Sequence[int], key: str = "") -> None:
+        return
+
+
+def responses(count: int, per_prompt: int, tokens: int) -> list[Rollout]:
+    """Lines of words, no two alike, `per_prompt` to a problem."""
+    rng = random.Random(0)
+    made = []
+    for number in range(count):
+        group, sample = divmod(number, per_prompt)
+        if sample == 0:
+            words = " ".join(rng.choice("abcdefgh") for _ in range(PROBLEM_WORDS))
+            prompt = Prompt(f"train/{group}", (), f"problem {group} : {words}", None)
+        text = ""
+        while len(TOKENIZER.encode(text, add_special_tokens=False)) < tokens:
+            text += " ".join(rng.choice("abcdefgh") for _ in range(12)) + "\n"
+        ids = tuple(TOKENIZER.encode(text, add_special_tokens=False)[:tokens])
+        made.append(Rollout(prompt, sample, Completion(ids, (0.0,) * len(ids), "stop"), text))
+    return made
+
+
+def tree_size(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Nodes of the prefix tree of all prompts: sorted, each adds what its neighbour does not share."""
+    nodes, before = 0, tuple[int, ...]()
+    for ids in sorted(prompts):
+        nodes += len(ids) - (shared_length([before, ids]) if before else 0)
+        before = ids
+    return nodes
+
+
+def judge_all(engine: SglangEngine, rollouts: Sequence[Rollout], config: JudgingConfig) -> Judge:
+    """Every response judged as in a run: the prompt state first, each response's states together."""
+    judge = Judge(engine, TOKENIZER, TOKENIZER, config, IccState(0.5), (), 4096, (0, "judge"))
+
+    async def work() -> None:
+        first = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
+        shared = {key: asyncio.ensure_future(judge.judge_prompt(prompt)) for key, prompt in first.items()}
+        await asyncio.gather(*shared.values())  # they are done long before the first response is
+        await asyncio.gather(*(judge.judge_response(r, shared[r.prompt.id]) for r in rollouts))
+
+    asyncio.run(work())
+    return judge
+
+
+def prefilled(log: Path) -> int:
+    """Prompt tokens that the server has computed so far."""
+    return sum(map(int, re.findall(r"Prefill batch.*?#new-token: (\d+)", log.read_text(errors="replace"))))
+
+
+def cache_row(
+    order: str,
+    engine: SglangEngine,
+    server: Server,
+    options: argparse.Namespace,
+    states: int,
+) -> dict[str, Any]:
+    rollouts = responses(options.responses, options.per_prompt, options.tokens)
+    cutting = StatesConfig(max_states=states, min_segment=16)
+    config = JudgingConfig(template="standard", max_new_tokens=options.critic_tokens, states=cutting)
+    engine.clients[0].flush_cache()
+    before = prefilled(server.log)
+    began = time.perf_counter()
+    judge = judge_all(engine, rollouts, config)
+    seconds = time.perf_counter() - began
+    time.sleep(1.0)  # for the log
+    computed = prefilled(server.log) - before
+    cut = [state for r in rollouts for state in cut_states(r, TOKENIZER, cutting)[1:]]
+    prompts = {judge.prompt_ids(state) for state in cut}
+    prompts |= {judge.prompt_ids(State(r, 0, 0, 0)) for r in rollouts}
+    unique = tree_size(list(prompts))
+    return {
+        "order": order,
+        "states": states,
+        "judgements": len(prompts),
+        "unique": unique,
+        "computed": computed,
+        "computed/unique": round(computed / unique, 3),
+        "asked/unique": round(sum(map(len, prompts)) / unique, 2),
+        "seconds": round(seconds, 1),
+    }
+
+
+def flops_row(
+    what: str, states: int, critic_tokens: int, options: argparse.Namespace, train_states: int = 4
+) -> dict[str, Any]:
+    """FLOPs per weight and response: generation and training of the actor, then either critic."""
+    judging = JudgingConfig(states=StatesConfig(max_states=states, min_segment=16))
+    judge = Judge(None, TOKENIZER, TOKENIZER, judging, IccState(0.5), (), 4096, (0,))  # type: ignore[arg-type]
+    rollouts = responses(options.per_prompt, options.per_prompt, options.tokens)
+    cut = [cut_states(r, TOKENIZER, judging.states) for r in rollouts]
+    prompts = [{state.index: judge.prompt_ids(state) for state in states} for states in cut]
+    unique = tree_size([ids for each in prompts for ids in each.values()])
+    judged = 1 + sum(len(states) - 1 for states in cut)
+    trained = {(0, 0)} | {
+        (n, i) for n, s in enumerate(cut) for i in trained_indices(len(s), train_states) if i
+    }
+    train_tokens = sum(len(prompts[n][i]) + critic_tokens for n, i in trained)
+    problem = len(TOKENIZER.encode(rollouts[0].prompt.problem, add_special_tokens=False))
+    rollout_tokens = options.per_prompt * (problem + options.tokens)
+    actor = 2 * options.per_prompt * options.tokens + 6 * rollout_tokens
+    generative = actor + 2 * (unique + judged * critic_tokens) + 6 * train_tokens
+    scalar = actor + 2 * rollout_tokens + 6 * rollout_tokens
+    return {
+        "lever": what,
+        "states": states,
+        "trained": train_states,
+        "critic tokens": critic_tokens,
+        "judging %": round(100 * 2 * (unique + judged * critic_tokens) / generative),
+        "critic training %": round(100 * 6 * train_tokens / generative),
+        "GenAC / scalar PPO": round(generative / scalar, 2),
+    }
+
+
+def flops_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [
+        flops_row("defaults", 8, 256, options),
+        flops_row("fewer states", 4, 256, options),
+        flops_row("fewer states", 2, 256, options),
+        flops_row("shorter reasoning", 4, 64, options),
+        flops_row("fewer trained states", 4, 256, options, train_states=2),
+        flops_row("all three", 2, 64, options, train_states=1),
+    ]
+
+
+def served(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """The cache table, from a server of its own."""
+    (folder / "config.json").write_text(json.dumps(hf_config(SHAPE)))
+    zygote = Zygote(serving_python(), folder / "zygote.log")
+    spec = ServerSpec("critic/0", folder, free_ports(1)[0], dtype="fp32", max_running=32, max_tokens=65_536)
+    server = Server(spec, folder / "server.log", zygote=zygote)
+    try:
+        server.start()
+        server.wait_healthy(300.0)
+        client = ServerClient(spec.url, spec.key, name=spec.name)
+        config = EngineConfig(kind="sglang")
+        cold, warm = ColdEngine([client], config, SHAPE), SglangEngine([client], config, SHAPE)
+        get = random_weights(SHAPE, 0)
+        for engine in (cold, warm):
+            engine.load_weights(1, [(name, get(name)) for name in hf_names(SHAPE)])
+        rows = [cache_row("all at once", cold, server, options, 8)]
+        rows += [cache_row("longest first", warm, server, options, states) for states in (8, 4, 2)]
+        return rows
+    finally:
+        server.stop()
+        zygote.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--responses", type=int, default=12)
+    parser.add_argument("--per-prompt", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1200, help="of a response")
+    parser.add_argument("--critic-tokens", type=int, default=8, help="written per state, for the cache table")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = served(options, Path(folder))
+    print(table(cache), end="\n\n")
+    flops = flops_table(options)
+    print(table(flops))
+    print(save("critic_cost", vars(options), [*cache, *flops]))
+
+
+if __name__ == "__main__":
+    main()
