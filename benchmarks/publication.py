@@ -5,14 +5,16 @@ SGLang servers of one and two ranks on this machine. The plain copy is one `copy
 two buffers that exist already. Gathering and sending overlap, on the same memory and cores: the phases and
 whole_s are of the fastest such publication. alone_s: sending while nothing is gathered. alone/copy is the
 share of a plain copy's speed (goal: at least 0.8 in process and by shared memory). Copy, alone and overlapped
-take turns; the best of each counts. Needs the serving environment (GENAC_SERVE_PYTHON; `make serve-env`
-prints it). Run: python -m benchmarks.publication
+take turns; the best of each counts. alone_cpu_s and copy_cpu_s are processor seconds, those of the server
+included, which spins while it is paused: a bound where other processes take turns on the cores. Needs the
+serving environment (GENAC_SERVE_PYTHON; `make serve-env` prints it). Run: python -m benchmarks.publication
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.machine import save, table
@@ -28,6 +31,7 @@ from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.publisher import Publisher
+from genac_megatron.publication.transport import Parcel, Transport
 from genac_megatron.recipe.schema import EngineConfig, PublicationConfig, RoleConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.sglang.fleet import Endpoint
@@ -59,53 +63,87 @@ def make_role(options: argparse.Namespace) -> Role:
     return role
 
 
-def copy_seconds(nbytes: int, repeats: int) -> float:
-    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
-    return min(timed(lambda: target.copy_(source)) for _ in range(repeats))
-
-
-def timed(act: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+def timed(act: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of this process on its processors."""
+    began, used = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
+
+
+class ProcessorTime:
+    """Adds up the processor seconds of this process and of a server's while a transport sends."""
+
+    def __init__(self, group: int | None) -> None:
+        self.group, self.seconds = group, 0.0
+
+    def now(self) -> float:
+        used = time.process_time()
+        for process in psutil.process_iter():
+            try:
+                if self.group is not None and os.getpgid(process.pid) == self.group:
+                    used += sum(process.cpu_times()[:2])
+            except (psutil.Error, ProcessLookupError):  # it has ended meanwhile
+                continue
+        return used
+
+
+def processor_time_of(transport: Transport, group: int | None) -> ProcessorTime:
+    """Watch a transport's `send`."""
+    measured, send = ProcessorTime(group), transport.send
+
+    def watched(parcel: Parcel) -> None:
+        before = measured.now()
+        send(parcel)
+        measured.seconds += measured.now() - before
+
+    transport.send = watched  # type: ignore[method-assign]
+    return measured
 
 
 @contextmanager
-def server_of(role: Role, zygote: Zygote, folder: Path, tp: int) -> Iterator[list[Endpoint]]:
+def server_of(
+    role: Role, zygote: Zygote, folder: Path, tp: int
+) -> Iterator[tuple[list[Endpoint], int | None]]:
     (folder / "config.json").write_text(json.dumps(hf_config(role.shape)))
     spec = ServerSpec(f"actor/{tp}", folder, free_ports(1)[0], tp=tp, max_running=4, max_tokens=1024)
     server = Server(spec, folder / f"server-{tp}.log", zygote=zygote)
     server.start()
     try:
         server.wait_healthy(START_S)
-        yield [Endpoint(spec.name, spec.url, spec.key, tp, "cpu")]
+        yield [Endpoint(spec.name, spec.url, spec.key, tp, "cpu")], server.pid
     finally:
         server.stop()
 
 
-def measure(name: str, publisher: Publisher, repeats: int) -> dict[str, Any]:
+def measure(name: str, publisher: Publisher, repeats: int, group: int | None = None) -> dict[str, Any]:
     """One row: the phases of the publication whose sending was fastest, and sending without gathering."""
     publisher.publish(1)  # makes groups and shared memory, verifies tensor by tensor
     nbytes = int(sum(bucket.numel for bucket in publisher.plan) * publisher.dtype.itemsize)
-    copy, alone, runs = float("inf"), float("inf"), []
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
+    send = processor_time_of(publisher.transport, group)
+    copies, alone, runs = [], [], []
     for _ in range(repeats):
-        copy = min(copy, copy_seconds(nbytes, 1))
+        copies.append(timed(lambda: target.copy_(source)))
         publisher.overlap = False
-        alone = min(alone, publisher.publish(2)["send_s"])
+        send.seconds = 0.0
+        alone.append((publisher.publish(2)["send_s"], send.seconds))
         publisher.overlap = True
         runs.append(publisher.publish(2))
     best = min(runs, key=lambda run: run["seconds"])
     publisher.close()
+    copy, copy_cpu = (min(column) for column in zip(*copies, strict=True))
+    sent, sent_cpu = (min(column) for column in zip(*alone, strict=True))
     return {
         "transport": name,
         **{phase: round(best.get(phase, 0.0), 3) for phase in PHASES},
         "whole_s": round(best["seconds"], 3),
-        "alone_s": round(alone, 3),
+        "alone_s": round(sent, 3),
         "copy_s": round(copy, 3),
-        "alone_GB/s": round(nbytes / alone / GB, 2),
+        "alone_GB/s": round(nbytes / sent / GB, 2),
         "copy_GB/s": round(nbytes / copy / GB, 2),
-        "alone/copy": round(copy / alone, 2),
-        "whole/copy": round(copy / best["seconds"], 2),
+        "alone/copy": round(copy / sent, 2),
+        "alone_cpu_s": round(sent_cpu, 3),
+        "copy_cpu_s": round(copy_cpu, 3),
         "host_peak_MB": round(best["host_peak_bytes"] / 1e6),
     }
 
@@ -126,12 +164,12 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     zygote = Zygote(serving_python(), folder / "zygote.log")
     try:
         for tp in (1, 2):
-            with server_of(role, zygote, folder, tp) as endpoints:
+            with server_of(role, zygote, folder, tp) as (endpoints, group):
                 for transport in ("tensor", "group", "disk"):
                     publisher = fleet_publisher(
                         with_transport(role, transport, options), endpoints, folder / "weights"
                     )
-                    yield measure(f"{transport}, server tp {tp}", publisher, options.repeats)
+                    yield measure(f"{transport}, server tp {tp}", publisher, options.repeats, group)
     finally:
         zygote.close()
 
@@ -139,19 +177,20 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
-    parser.add_argument("--bucket-mib", type=int, default=128)
+    parser.add_argument("--bucket-mib", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     init_world()
     made: list[dict[str, Any]] = []
+    busy = round(os.getloadavg()[0], 1)  # what else the machine was doing
     with tempfile.TemporaryDirectory(prefix="genac-") as folder:
         for row in rows(options, Path(folder)):
             made.append(row)
             print(table([row]), flush=True)
     close_world()
     print(table(made))
-    print("written", save("publication", vars(options) | {"shape": SHAPE}, made).name)
+    print("written", save("publication", vars(options) | {"shape": SHAPE, "load": busy}, made).name)
 
 
 if __name__ == "__main__":
