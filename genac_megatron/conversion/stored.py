@@ -12,7 +12,8 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class Record:
 def write_units(path: Path, parts: Iterable[tuple[Unit, Tensor]], shape: Shape) -> list[Record]:
     """Write units to one file of a weights folder, in the form that torch's reader expects."""
     records = []
-    with path.open("wb") as file:
+    with path.open("wb") as file, _without_checksums():
         for unit, tensor in parts:
             begin = file.tell()
             torch.save(tensor.view(*[1] * len(unit.at), *unit.size), file)
@@ -186,6 +187,17 @@ def write_units(path: Path, parts: Iterable[tuple[Unit, Tensor]], shape: Shape) 
         file.flush()
         os.fsync(file.fileno())
     return records
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch never reads the zip checksums that it writes; making them takes longer than writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def seal(

@@ -16,10 +16,11 @@ from transformers import AutoConfig
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.families.reading import LLAMA3_ROPE
 from genac_megatron.models.hf_folder import INDEX, SINGLE, HfFolder
 from genac_megatron.models.mapping import init_tensor, param_rules, random_weights, shard, unshard
 from genac_megatron.models.registry import FAMILIES, family, hf_config, rules, shape_from_hf
-from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab
+from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab, parameters
 
 TINY = Shape(
     family="qwen3", layers=2, hidden=12, ffn=8, heads=4, kv_heads=2, head_dim=6, vocab=23, tie=False,
@@ -126,11 +127,88 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"num_hidden_layers": None}, "'num_hidden_layers' is missing"),
         ({"model_type": "gemma"}, "'gemma' is not supported"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "SequenceClassification"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3_ROPE}
+                | {"original_max_position_embeddings": 4096}
+            },
+            "original_max_position_embeddings",
+        ),
     ],
 )
 def test_a_config_that_we_cannot_build_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         shape_from_hf(hf_config(TINY) | change)
+
+
+QWEN3 = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "head_dim": 128, "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 40960,
+    "num_attention_heads": 32, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+PUBLISHED = {  # config.json as published, and billions of parameters
+    "Llama-3.1-8B": (8.030, {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 128256,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+    }),
+    "SmolLM2-135M": (0.1345, {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576,
+        "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": True,
+        "max_position_embeddings": 8192, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 9,
+        "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": True,
+        "vocab_size": 49152,
+    }),
+    "Qwen2.5-7B": (7.616, {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02,
+        "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
+        "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.43.1",
+        "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
+    }),
+    "Qwen3-8B": (8.191, QWEN3 | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096,
+        "intermediate_size": 12288, "max_window_layers": 36, "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+    }),
+    "Qwen3-30B-A3B": (30.532, QWEN3 | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+        "intermediate_size": 6144, "max_window_layers": 48, "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_configs_are_read_and_counted(name: str) -> None:
+    billions, config = PUBLISHED[name]
+    shape = shape_from_hf(config)
+    assert parameters(shape) / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert shape_from_hf(hf_config(shape)) == shape
 
 
 # --- random weights ------------------------------------------------------------------------------
