@@ -13,6 +13,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 WAIT_S = 60.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 CONF = """\
 ClusterName=two
@@ -142,7 +143,7 @@ class Cluster:
     def wait(self, job: int, limit_s: float) -> dict[str, str]:
         """Until the job has ended; raises AssertionError after `limit_s` seconds."""
         give_up = time.monotonic() + limit_s
-        while (seen := self.job(job))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (seen := self.job(job))["JobState"] not in ENDED:
             assert time.monotonic() < give_up, f"job {job} is {seen['JobState']} after {limit_s:.0f} s"
             time.sleep(0.5)
         return seen
