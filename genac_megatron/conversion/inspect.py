@@ -54,7 +54,7 @@ def _role(name: str, shape: Any, index: Mapping[str, Any], recipe: Mapping[str, 
     layout = (recipe.get(name) or {}).get("layout") or {}
     return {
         "shape": shape,
-        "written_by": {key: layout[key] for key in LAYOUT if layout.get(key) not in (None, 1)} or None,
+        "written_by": {key: layout[key] for key in LAYOUT if layout.get(key) not in (None, 0, 1)} or None,
         "parameters": sum(math.prod(t["size"]) for t in tensors.values()),
         "optimizer_tensors": len(optimizer),
         "optimizer_bytes": sum(math.prod(e.size) * e.properties.dtype.itemsize for e in optimizer),

@@ -56,7 +56,9 @@ def sample_tokens(hf: Path, shape: Shape) -> Tensor:
 
 def _transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         hf, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
