@@ -179,6 +179,15 @@ explain() {
   esac
 }
 
+# The exit code that a rank meant, one that says why first; srun also reports ranks that it ended itself.
+said_code() {
+  local code
+  for code in 2 3 75 4; do
+    if grep -qs "\"code\": $code," "$GENAC_LOGS"/heartbeats/*.json; then echo "$code"; return; fi
+  done
+  echo "$1"
+}
+
 # Lines of the ranks' logs that say what happened.
 show_errors() {
   { grep -hE 'genac: (error|stopped|unexpected error)' -A4 "$GENAC_LOGS"/trainer-*.log || true; } | head -n 40
@@ -215,7 +224,10 @@ genac_job() {
   wait_for_step
   kill "$follower" 2>/dev/null || true
   follower=''
-  [ "$code" = 0 ] || show_errors
+  if [ "$code" != 0 ]; then
+    code=$(said_code "$code")
+    show_errors
+  fi
   reap
   case $code in
     75) requeue ;;

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from genac_megatron import platform
+from genac_megatron.errors import EXIT_OK
 from genac_megatron.observe import progress
 
 BEAT_S, SLOW_BEAT_S = 5.0, 20.0  # between heartbeats, of few ranks and of many; a stop is seen within LOOK_S
@@ -56,10 +57,11 @@ def heartbeat(run: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        beat.stop(f"ended by {type(error).__name__}")
+        # srun ends ranks that are slow to leave, and then reports their signal: what they meant is here.
+        beat.stop(f"ended by {type(error).__name__}", getattr(error, "exit_code", 1))
         raise
     else:
-        beat.stop("done")
+        beat.stop("done", EXIT_OK)
 
 
 class Heartbeat(threading.Thread):
@@ -71,6 +73,7 @@ class Heartbeat(threading.Thread):
         self.stall_s = float(os.environ.get("GENAC_STALL_S", STALL_S)) if stall_s is None else stall_s
         self._ended = threading.Event()
         self._state = "running"
+        self._code: int | None = None
         self._seen: dict[str, Any] = {}
         self._asked = "GENAC_LOGS" not in os.environ  # without a batch script nobody asks by a file
         self._ticks, self._since = -1, time.monotonic()
@@ -78,9 +81,9 @@ class Heartbeat(threading.Thread):
         self._told = False
         self._main = threading.main_thread().ident
 
-    def stop(self, state: str) -> None:
-        """Write a last heartbeat, which says how the rank ended."""
-        self._state = state
+    def stop(self, state: str, code: int = EXIT_OK) -> None:
+        """Write a last heartbeat, which says how the rank ended and with what exit code."""
+        self._state, self._code = state, code
         self._ended.set()
         self.join(timeout=LOOK_S * 5)
 
@@ -118,6 +121,7 @@ class Heartbeat(threading.Thread):
             "pid": os.getpid(),
             "time": time.time(),
             "state": self._state,
+            "code": self._code,
             "idle_s": now - self._since,
             "rss_gib": platform.rss_gib(),
         }

@@ -176,6 +176,18 @@ def test_an_allocation_that_is_not_the_recipes(
     assert "sbatch --nodes=2 --ntasks-per-node=1" in output()
 
 
+def test_a_gate_that_fails_ends_with_3(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+) -> None:
+    """Whichever rank leaves first, and although srun ends the other."""
+    script = str(ROOT / "slurm" / "genac_reinforce.sh")
+    gate = ("stages.reinforce.gate.action=stop", "stages.reinforce.gate.auc=1.0")
+    job = cluster.submit(*NODES, script, *gate, cwd=tmp_path, RECIPE=str(recipe), **settings)
+    seen = cluster.wait(job, LIMIT_S)
+    assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "3:0"), output()
+    assert "a gate failed" in output()
+
+
 def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Output) -> None:
     """sbatch slurm/smoke.sh, from a folder that is not the repository."""
     one = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
