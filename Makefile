@@ -42,7 +42,7 @@ quickstart: python ## Train an actor and a generative critic on this machine (EN
 	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
 
 .PHONY: test
-test: lint test-unit test-distributed test-serving test-e2e ## Everything that CI runs
+test: lint test-unit test-distributed test-serving test-conversion test-e2e test-slurm ## Everything that CI runs
 
 .PHONY: test-unit
 test-unit: python ## Fast tests without processes
@@ -59,6 +59,10 @@ serve-env: python ## Build the environment in which SGLang serves, and print its
 .PHONY: test-serving
 test-serving: python ## Engines that generate, with SGLang's servers on this machine
 	@$(serve) $(call in,cpu) -m pytest tests/serving $(ARGS)
+
+.PHONY: test-conversion
+test-conversion: python ## Hugging Face folders to checkpoints and back, on a real small model
+	@$(call in,cpu) -m pytest tests/conversion $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: python ## Whole runs by the command line
@@ -89,7 +93,7 @@ doctor: python ## Versions of everything, what is missing and what that costs
 
 .PHONY: bench
 bench: python ## Measure the figures that the README states
-	@py="$$($(PYTHON) tools/env.py cpu)" && for script in benchmarks/*.py; do \
+	@$(serve) py="$$($(PYTHON) tools/env.py cpu)" && for script in benchmarks/*.py; do \
 		echo "== $$script"; "$$py" "$$script" $(ARGS) || exit 1; done
 
 .PHONY: lock
