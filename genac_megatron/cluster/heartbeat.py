@@ -29,12 +29,13 @@ BEAT_S, SLOW_BEAT_S = 5.0, 20.0  # between heartbeats, of few ranks and of many;
 WRITES_PER_S = 50.0  # of all ranks together, which the shared file system bears
 LOOK_S = 1.0
 SILENT_S = 60.0  # a heartbeat older than this: the process hangs as a whole, or is gone
+OLD_S = 10.0  # a heartbeat older than this is told with its age
 STALL_S = 600.0  # without progress, and LONGER times what the phase took last
 LONGER = 3.0
 SETTLE_S = 10.0  # for all ranks to dump before one names the culprit
 BEATS, STACKS, STOP, STALL = "heartbeats", "stacks", "stop", "stall.json"
 PACKAGE = str(Path(__file__).resolve().parents[1])
-MOST_FRAMES = 60
+MOST_FRAMES, SHOWN_SLOW = 60, 8
 
 
 def node_name() -> str:
@@ -229,16 +230,15 @@ def describe(beat: Mapping[str, Any]) -> str:
 
 def stall_text(beats: list[dict[str, Any]], folder: Path, now: float | None = None) -> str:
     """What a person reads about a stall: the phase, who is behind, and where the stacks are."""
-    most = max((beat.get("idle_s", 0.0) for beat in beats), default=0.0)
+    moment = time.time() if now is None else now
     slow = behind(beats, now)
-    shown = slow or beats[:1]
-    lines = [f"genac: stall: no progress for {most:.0f} s"]
-    for beat in shown[:8]:
-        age = (time.time() if now is None else now) - float(beat["time"])
-        quiet = f"; its heart has not beaten for {age:.0f} s" if silent(beat, now) else ""
-        who = "the others wait for rank" if slow else "all ranks are alike, such as rank"
-        lines.append(
-            f"  {who} {beat['rank']} on {beat['node']}: {describe(beat)}; at {beat.get('where', '?')}{quiet}"
-        )
+    ahead = max(beats, key=lambda beat: beat.get("ticks", 0), default={})
+    lines = [f"genac: stall: no progress for {ahead.get('idle_s', 0.0):.0f} s; {describe(ahead)}"]
+    who = "the others wait for rank" if slow else "all ranks are alike, such as rank"
+    for beat in (slow or beats[:1])[:SHOWN_SLOW]:
+        age = moment - float(beat["time"])
+        heard = f" when last heard of, {age:.0f} s ago" if age > OLD_S else ""
+        place = f"; at {beat['where']}" if beat.get("where") else ""
+        lines.append(f"  {who} {beat['rank']} on {beat['node']}: {describe(beat)}{place}{heard}")
     lines.append(f"  every rank's stack: {folder / STACKS}")
     return "\n".join(lines)

@@ -131,7 +131,9 @@ def test_a_stalled_rank_is_named_and_a_killed_one_ends_the_job(
     stopped.suspend()
     until(lambda: "genac: stall:" in output(), "the stall to be told", 240.0)
     text = output()
-    assert "the others wait for rank 1 on n2: stage ppo" in text, text
+    assert re.search(r"genac: stall: no progress for \d+ s; stage ppo, step", text), text
+    assert "the others wait for rank 1 on n2: stage" in text, text
+    assert "when last heard of" in text, text
     stack = (run / "logs/latest/stacks/rank-00000.txt").read_text()
     assert "Current thread" in stack
     assert "stages/ppo.py" in stack, "the main thread's stack is there too"

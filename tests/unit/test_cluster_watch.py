@@ -123,7 +123,8 @@ def test_a_stall_names_phase_rank_and_node(tmp_path: Path) -> None:
         beat(rank, **({"ticks": 8, "phases": ["rollout", "judge"]} if rank == 2 else {})) for rank in range(4)
     ]
     text = stall_text(beats, tmp_path)
-    assert "no progress for 700 s" in text
+    assert "no progress for 700 s; stage ppo, step 3 of 5, phase rollout\n" in text
+    assert "last heard" not in text
     assert "the others wait for rank 2 on n2: stage ppo, step 3 of 5, phase rollout > judge" in text
     assert str(tmp_path / "stacks") in text
 
