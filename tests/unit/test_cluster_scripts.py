@@ -86,3 +86,23 @@ def test_a_missing_recipe_is_told() -> None:
     done = bash(". ./common.sh; find_recipe", RECIPE="none.yaml")
     assert done.returncode == 2
     assert "there is no recipe none.yaml" in done.stderr
+
+
+def test_leftovers_of_an_attempt_are_ended_and_no_others() -> None:
+    """Daemons that left their session, as a server that lost its parent would."""
+    started = {
+        attempt: subprocess.Popen(["sleep", "60"], env={"GENAC_RANK_OF": attempt}, start_new_session=True)
+        for attempt in ("test-71-r0", "test-71-r1")
+    }
+    try:
+        done = subprocess.run(
+            ["bash", str(FOLDER / "reap.sh"), "test-71-r0"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "ended 1 leftover process(es) of attempt test-71-r0" in done.stdout
+        assert started["test-71-r0"].wait(10) == -9
+        assert started["test-71-r1"].poll() is None
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
