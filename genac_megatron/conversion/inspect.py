@@ -10,6 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from genac_megatron.conversion.stored import read_metadata
+from genac_megatron.errors import InputError
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.training.checkpoint import WEIGHTS, read_manifest
 
@@ -22,6 +23,12 @@ def inspect(path: Path, role: str | None = None) -> dict[str, Any]:
     manifest = read_manifest(path)
     index = read_metadata(path / WEIGHTS).state_dict_metadata
     roles = [role] if role else list(manifest["roles"])
+    if role and role not in manifest["roles"]:
+        raise InputError(
+            f"it holds no role {role}, only {', '.join(sorted(manifest['roles']))}",
+            where=str(path),
+            way_out="name one of them with --role",
+        )
     recipe = RunFolder(path.absolute().parent.parent).resolved_recipe().get("roles") or {}
     state = manifest.get("state") or {}
     at = state.get("position")
@@ -32,7 +39,7 @@ def inspect(path: Path, role: str | None = None) -> dict[str, Any]:
         "converted": manifest.get("converted"),
         "trained": manifest["trained"],
         "files_bytes": sum(file.stat().st_size for file in (path / WEIGHTS).iterdir()),
-        "roles": {name: _role(name, manifest["roles"].get(name, {}), index, recipe) for name in roles},
+        "roles": {name: _role(name, manifest["roles"][name], index, recipe) for name in roles},
     }
 
 

@@ -20,6 +20,7 @@ from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.registry import FAMILIES
+from genac_megatron.recipe.schema import ModelShape
 from tests.conversion.tiny_folder import make_folder, tiny_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,7 @@ def test_inspect_lists_roles_shapes_and_tensors(
     assert "decoder.layers.self_attention.linear_qkv.weight" in text
     assert "3 x 96 x 48  in 3" in text
     assert "family qwen3, layers 3, hidden 48" in text
+    assert main(["inspect", str(checkpoint), "--role", "value"]) == 2
 
 
 def test_transformers_loads_what_comes_out(checkpoint: Path, tmp_path: Path) -> None:
@@ -141,6 +143,32 @@ def test_a_runs_recipe_says_what_goes_with_its_weights(
         assert_same(source, tmp_path / role)
     assert main(["inspect", str(run), "--role", "actor"]) == 0
     assert "written by tp=3" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_converted_checkpoint_and_ends_as_a_folder(tmp_path: Path) -> None:
+    """Two ranks, an expert each; a learning rate that moves no bf16 weight."""
+    shape = tiny_shape("qwen3_moe", experts=2, max_positions=1024)
+    source = make_folder(tmp_path / "hf", shape)
+    assert convert("to-megatron", source, tmp_path / "ck", "--quiet") == 0
+    sizes = {key: getattr(shape, key) for key in ModelShape.model_fields if hasattr(shape, key)}
+    recipe = {
+        "name": "run", "runs": str(tmp_path / "runs"), "world": {"ranks": 2},
+        "task": {"kind": "state_tracking", "heldout_size": 16, "train_size": 200},
+        "roles": {"actor": {
+            "model": {"family": shape.family, "tokenizer": "builtin:tiny", "checkpoint": str(tmp_path / "ck"),
+                      "shape": {**sizes, "tie_embeddings": shape.tie}},
+            "layout": {"ep": 2}, "training": {"tokens_per_microbatch": 1024},
+            "optimizer": {"lr": 1e-12, "weight_decay": 0.0},
+        }},
+        "stages": [{"kind": "sft", "role": "actor", "data": "demonstrations", "size": 16, "epochs": 1,
+                    "batch": 8, "rollout": {"max_new_tokens": 16}}],
+        "evaluation": {"prompts": 4, "samples": 1},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    command = [sys.executable, "-m", "genac_megatron", "run", str(tmp_path / "recipe.yaml")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    assert convert("to-hf", tmp_path / "runs" / "run", tmp_path / "back", "--quiet") == 0
+    assert_same(source, tmp_path / "back")
 
 
 # --- killed, resumed, shared -----------------------------------------------------------------------
