@@ -1,4 +1,4 @@
-"""The command line: genac run | report | doctor. Imports no torch before a run needs it."""
+"""The command line. Imports no torch before a run needs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,14 @@ from genac_megatron.errors import (
     StopRequested,
     on_all_ranks,
 )
+from genac_megatron.recipe.loader import load_recipe
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
     from genac_megatron.stages.stopping import StopFlag
+    from genac_megatron.training.layout import World
+
+    Job = Callable[[Recipe, World, StopFlag], None]
 
 EPILOG = """exit codes: 0 done; 2 the recipe or an input is wrong; 3 a gate failed;
 4 an engine or peer was lost beyond its budget; 75 stopped on purpose with a checkpoint"""
@@ -46,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example stages.2.steps=5")
     run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its estimate")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    parity = commands.add_parser("parity", help="compare a role's trainer and engine", epilog=EPILOG)
+    parity.add_argument("role", help="actor or critic")
+    parity.add_argument("recipe", help="a YAML file")
+    parity.add_argument("overrides", nargs="*", metavar="key.path=value", help="roles.actor.model.hf=...")
+    parity.add_argument("--prompts", type=int, default=32, help="held-out prompts to sample")
+    parity.add_argument("--max-new-tokens", type=int, default=128, help="of each")
     report = commands.add_parser("report", help="write the report of a run folder")
     report.add_argument("run", help="a run folder")
     commands.add_parser("doctor", help="check this machine's packages")
@@ -63,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options.command:
             case "run":
                 return _run(options, given)
+            case "parity":
+                return _in_ranks(load_recipe(options.recipe, options.overrides), given, _parity_job(options))
             case "convert":
                 return conversion.run_convert(options)
             case "inspect":
@@ -115,10 +127,6 @@ def _options_first(given: list[str]) -> list[str]:
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
-    from genac_megatron.cluster.network import rank_environment
-    from genac_megatron.launch import Launcher, adopt_slurm, in_world, rank_command
-    from genac_megatron.recipe.loader import load_recipe
-
     recipe = load_recipe(options.recipe, options.overrides)
     if options.dry_run:
         from genac_megatron.recipe.estimate import describe
@@ -127,15 +135,42 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
         print(dump_recipe(recipe))
         print(describe(recipe))
         return EXIT_OK
+    return _in_ranks(recipe, given, _run_job(options))
+
+
+def _run_job(options: argparse.Namespace) -> Job:
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.stages.pipeline import run_recipe
+
+        run_recipe(recipe, world, stop, resume=options.resume)
+
+    return job
+
+
+def _parity_job(options: argparse.Namespace) -> Job:
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.stages.parity_check import check_parity
+
+        tokens = options.max_new_tokens
+        check_parity(recipe, world, stop, role=options.role, prompts=options.prompts, max_new_tokens=tokens)
+
+    return job
+
+
+def _in_ranks(recipe: Recipe, given: list[str], job: Job) -> int:
+    """Do a job on every rank: those that this process starts, or the world that it belongs to."""
+    from genac_megatron.cluster.network import rank_environment
+    from genac_megatron.launch import Launcher, adopt_slurm, in_world, rank_command
+
     if not in_world():
         return Launcher(rank_command(given), recipe.world.ranks, recipe.world.threads).run()
     os.environ.update(adopt_slurm())
     os.environ.update(rank_environment(os.environ))
-    return _rank(recipe, options.resume)
+    return _rank(recipe, job)
 
 
-def _rank(recipe: Recipe, resume: bool) -> int:
-    """This process's part of a run."""
+def _rank(recipe: Recipe, job: Job) -> int:
+    """This process's part of a job."""
     import torch
 
     from genac_megatron.launch import follow_launcher
@@ -151,7 +186,7 @@ def _rank(recipe: Recipe, resume: bool) -> int:
     from genac_megatron.training.agreement import lost_peer
 
     try:
-        return _joined(recipe, resume, StopFlag().install())
+        return _joined(recipe, job, StopFlag().install())
     except RuntimeError as error:
         if not lost_peer(error):
             raise
@@ -161,11 +196,10 @@ def _rank(recipe: Recipe, resume: bool) -> int:
         ) from error
 
 
-def _joined(recipe: Recipe, resume: bool, stop: StopFlag) -> int:
+def _joined(recipe: Recipe, job: Job, stop: StopFlag) -> int:
     import torch.distributed as dist
 
     from genac_megatron.cluster.heartbeat import heartbeat
-    from genac_megatron.stages.pipeline import run_recipe
     from genac_megatron.training.layout import close_world, init_world
 
     with heartbeat(Path(recipe.runs) / recipe.name):
@@ -174,7 +208,7 @@ def _joined(recipe: Recipe, resume: bool, stop: StopFlag) -> int:
             what = f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started"
             raise on_all_ranks(InputError(what, where="world.ranks"))
         try:
-            run_recipe(recipe, world, stop, resume=resume)
+            job(recipe, world, stop)
         except StopRequested:
             dist.barrier()  # srun ends the others once one has left
             raise
