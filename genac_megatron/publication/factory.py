@@ -14,6 +14,7 @@ from genac_megatron.publication.payload import on_this_machine
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.publication.tensor import DeviceTensors, HostTensors
 from genac_megatron.serving.sglang.fleet import Endpoint
+from genac_megatron.training.agreement import gathered
 from genac_megatron.training.role import Role
 
 
@@ -22,34 +23,45 @@ def fleet_publisher(
     endpoints: Sequence[Endpoint],
     folder: Path,
     gpus: Mapping[str, Sequence[int]] | None = None,
+    *,
+    run_name: str = "run",
 ) -> Publisher:
     """A Publisher of `role` to the servers at `endpoints`, by the role's `publication` block.
 
-    Every rank makes one, with the same arguments; nothing is communicated. folder: for the transport "disk"
-    where the recipe names none. gpus: per server name, the global ranks on whose GPUs it runs, in the order
-    of its ranks; None: it has GPUs of its own. Raises InputError where the transport cannot be had, or a
-    tensor does not fit in a bucket.
+    Every rank makes one, with the same arguments. Collective.
+
+    folder: for the transport "disk" where the recipe names none; run_name sets the run's own apart in one
+    that it names. gpus: per server name, the global ranks on whose GPUs it runs, in the order of its ranks;
+    None: it has GPUs of its own. Raises InputError where the transport cannot be had, or a tensor does not
+    fit in a bucket.
 
     After servers were restarted: `publisher.transport.set_endpoints(...)`, then
     `publisher.publish(version, only=names)`.
     """
     config = role.config.publication
     bucket_bytes = None if config.bucket_mib is None else config.bucket_mib << 20
-    transport = _transport(role, endpoints, folder, gpus)
+    transport = _transport(role, endpoints, folder, gpus, run_name)
     return Publisher(role, bucket_bytes=bucket_bytes, transport=transport, dtype=wire_dtype(role))
 
 
 def _transport(
-    role: Role, endpoints: Sequence[Endpoint], folder: Path, gpus: Mapping[str, Sequence[int]] | None
+    role: Role,
+    endpoints: Sequence[Endpoint],
+    folder: Path,
+    gpus: Mapping[str, Sequence[int]] | None,
+    run_name: str,
 ) -> FleetTransport:
     config = role.config.publication
     cuda = platform.device().type == "cuda"
     choice = config.transport
     if choice == "auto":
-        near = gpus is not None if cuda else all(on_this_machine(endpoint.url) for endpoint in endpoints)
+        here = all(on_this_machine(endpoint.url) for endpoint in endpoints)
+        near = gpus is not None if cuda else all(gathered(here))
         choice = "tensor" if near else "group"
     if choice == "disk":
-        return Disk(role, endpoints, config, Path(config.folder) if config.folder else folder)
+        # A folder of its own, as it is emptied.
+        own = Path(config.folder) / f"genac-{run_name}-{role.name}" if config.folder else folder
+        return Disk(role, endpoints, config, own)
     if choice == "group":
         return Group(role, endpoints, config)
     if not cuda:

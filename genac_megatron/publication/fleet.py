@@ -42,7 +42,7 @@ class FleetTransport(Transport):
         self.usable: set[str] = set()
         self.steps = Steps(config, role.name, self.session)
         self.servers: list[Control] = []  # that this publication goes to
-        self._fleet: list[Control] = []
+        self.fleet: list[Control] = []
         self._verified: set[Endpoint] = set()  # tensor by tensor
         self._sums: Expected = {}
         self._touched = False
@@ -55,16 +55,16 @@ class FleetTransport(Transport):
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """The fleet as it is now, on every rank alike: a server that was restarted holds no weights."""
-        kept = {control.endpoint: control for control in self._fleet}
+        kept = {control.endpoint: control for control in self.fleet}
         for endpoint in kept.keys() - set(endpoints):
             kept[endpoint].close()
             self.usable.discard(endpoint.name)
-        self._fleet = [kept.get(endpoint) or Control(endpoint) for endpoint in endpoints]
+        self.fleet = [kept.get(endpoint) or Control(endpoint) for endpoint in endpoints]
 
     # --- the publication -------------------------------------------------------------------------
 
     def open(self, version: int) -> None:
-        self.servers = [s for s in self._fleet if self.only is None or s.name in self.only]
+        self.servers = [s for s in self.fleet if self.only is None or s.name in self.only]
         self.steps.servers, self.steps.figures = self.servers, self.figures
         self.steps.version = version
         self._sums, self._touched = {}, False
@@ -116,7 +116,7 @@ class FleetTransport(Transport):
 
     def shut(self) -> None:
         super().shut()
-        for server in self._fleet:
+        for server in self.fleet:
             server.close()
 
     # --- verification ----------------------------------------------------------------------------

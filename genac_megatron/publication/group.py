@@ -86,7 +86,7 @@ class Group(FleetTransport):
         try:
             dist.broadcast(flat.view(torch.uint8), group=joined.group, group_src=0)
             if flat.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(flat.device)
         except Exception:
             # Its end closes the connections, which brings out the servers that still wait for data.
             self._joined = None
@@ -149,7 +149,7 @@ class Group(FleetTransport):
         if joined is None:
             return
         _destroy(joined)
-        staying = [server for server in self.servers if server.endpoint in joined.members]
+        staying = [server for server in self.fleet if server.endpoint in joined.members]
         try:
             at_once(staying, lambda server: server.destroy_group(joined.name, limit_s=GOODBYE_S))
         except CallsFailed as error:

@@ -78,6 +78,7 @@ class Publisher:
         self.transport.shut()
 
     def _send(self, version: int) -> None:
+        agree(self._stage)
         arriving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="publish") as worker:
             for index in range(len(self.plan)):
@@ -89,6 +90,15 @@ class Publisher:
                     agree(arriving.result)
             if arriving is not None:
                 agree(arriving.result)
+
+    def _stage(self) -> None:
+        """Have the memory for this rank's largest buckets, before anybody waits for them."""
+        sizes: dict[int, int] = {}
+        for index, bucket in enumerate(self.plan):
+            if source_of(bucket, self.role.layout) == dist.get_rank():
+                sizes[index % 2] = max(sizes.get(index % 2, 0), bucket.numel * self.dtype.itemsize)
+        for slot, nbytes in sizes.items():
+            self.transport.staging(slot, nbytes)
 
     def _joined(self, version: int, index: int) -> Parcel:
         """The next bucket, joined on its source."""

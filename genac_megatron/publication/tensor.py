@@ -86,10 +86,10 @@ class DeviceTensors(FleetTransport):
             nbytes = parcel.bucket.numel * self.wire.itemsize
             flat = self.staging(parcel.index % 2, nbytes).view(self.wire)
         if dist.get_world_size() == 1:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(flat.device)
             return [by_handle(flat, parcel.bucket.tensors)]
         dist.broadcast(flat, src=parcel.source, group=side_group())
-        torch.cuda.synchronize()  # the reader has no stream of ours to wait on
+        torch.cuda.synchronize(flat.device)  # the reader has no stream of ours to wait on
         handles: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(handles, by_handle(flat, parcel.bucket.tensors), group=side_group())
         return handles
@@ -97,9 +97,11 @@ class DeviceTensors(FleetTransport):
     def send(self, parcel: Parcel) -> None:
         if parcel.bucket.items:
             self._handles = self.spread(parcel)
-        super().send(parcel)
-        if dist.get_world_size() > 1:
-            dist.barrier(group=side_group())  # no rank reuses its copy before the servers have it
+        try:
+            super().send(parcel)
+        finally:
+            if dist.get_world_size() > 1:
+                dist.barrier(group=side_group())  # no rank reuses its copy before the servers have it
 
     def deliver(self, parcel: Parcel) -> None:
         def deliver(server: Control) -> None:

@@ -193,6 +193,14 @@ def _check_file(path: str, location: Sequence[str | int], where: Where) -> None:
 
 
 def _check_judging(recipe: Recipe, where: Where) -> None:
+    budget, longest = recipe.judging.budget, recipe.judging.max_new_tokens
+    if budget is not None and budget // recipe.world.ranks < longest:
+        raise InputError(
+            f"a budget of {budget} critic tokens over {recipe.world.ranks} ranks is less than one judgement "
+            f"of {longest} each",
+            where=where(("judging", "budget")),
+            way_out=f"give it at least {longest * recipe.world.ranks}, or leave it out",
+        )
     if recipe.judging.template not in TEMPLATES:
         _check_file(recipe.judging.template, ("judging", "template"), where)
 

@@ -1,7 +1,8 @@
 """One step off policy: the next batch is generated while the trainer works on the last.
 
-A batch is begun with the prompts, seeds and p_bar of its step, and taken one step later: its tokens are at
-most one publication per role older than they would be in the synchronous order, and their versions say so.
+A batch is begun with the prompts and seeds of its step, and with p_bar as it was one step earlier; it is
+taken one step later: its tokens are at most one publication per role older than they would be in the
+synchronous order, and their versions say so.
 The log-probs are those of the engine, so PPO's ratio and truncated importance sampling correct for the gap.
 A resumed run generates the batch that was under way anew.
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from genac_megatron.errors import PeerLost
 from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Prompt
 from genac_megatron.stages.batch import (
@@ -38,6 +40,8 @@ class Begun:
     generator: Generator
     prompts: Sequence[Prompt]  # of all ranks
     future: Future[list[Group]]
+    restarts: int  # of servers, so far
+    late: int  # verifications that were ended by their limit, so far
 
 
 class Batches:
@@ -80,15 +84,24 @@ class Batches:
 
         def result() -> list[Group]:
             if futures:
-                return futures.pop().result()
+                try:
+                    return futures.pop().result()
+                except PeerLost:
+                    if run.serving.restarts() == begun.restarts:
+                        raise  # otherwise a publication or an evaluation has replaced the server since
             turns = run.share(repeats(begun.prompts))
             return generate(begun.generator, run.share(begun.prompts), stage.rollout.samples, turns)
 
         with run.phase("wait"):
             mine = run.generating(result)
-        for role, phase in (("actor", "rollout"), ("critic", "judge")):
-            run.spend(phase, role)
+        self._spend()
+        run.count({"verify/late": float(run.task.late - begun.late)})
         return mine
+
+    def _spend(self) -> None:
+        """Count what the batch has cost, before anybody else asks the engines."""
+        for role, phase in (("actor", "rollout"), ("critic", "judge")):
+            self.run.spend(phase, role)
 
     def _begin(self, step: int) -> Begun:
         run, stage = self.run, self.stage
@@ -98,8 +111,13 @@ class Batches:
             generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
         share, turns = run.share(prompts), run.share(repeats(prompts))
         future = self._pool.submit(self._work, generator, share, turns)
-        run.serving.settle = lambda: wait([future])
-        return Begun(step, generator, prompts, future)
+
+        def settle() -> None:
+            wait([future])
+            self._spend()
+
+        run.serving.settle = settle
+        return Begun(step, generator, prompts, future, run.serving.restarts(), run.task.late)
 
     def _work(self, generator: Generator, prompts: Sequence[Prompt], turns: Sequence[int]) -> list[Group]:
         with asyncio.Runner() as runner:

@@ -113,7 +113,7 @@ def gathered_batch(run: Run, mine: Sequence[Group]) -> Batch:
 def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
     completions = [r.completion for r in batch.rollouts]
     if role == "critic":
-        completions = [j.completion for judgements in batch.judgements for j in judgements]
+        completions = [j.completion for js in batch.judgements for j in js if not j.skipped]
     return run.serving.behind(role) == 0 and all(c.version == run.at.versions.get(role) for c in completions)
 
 

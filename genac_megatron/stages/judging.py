@@ -91,18 +91,27 @@ class Judge:
         longest = self.config.max_new_tokens
         if self.budget is not None and not await self.budget.take(longest):
             return Judgement(state, (), Completion((), (), "abort"), "", None, skipped=True)
-        prompt_ids, key = self.prompt_ids(state), _key(state)
-        need_room("critic", key, len(prompt_ids), self.config.max_new_tokens, self.positions)
-        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
-        request = Request(prompt_ids, params, seed_for(*self.seed, key), key)
-        completion = await self.engine.complete(request)
-        if self.budget is not None:
-            self.budget.give_back(longest, len(completion.ids))
+        written = 0
+        try:
+            prompt_ids, completion = await self._ask(state)
+            written = len(completion.ids)
+        finally:  # after a failure too: others wait for room
+            if self.budget is not None:
+                self.budget.give_back(longest, written)
         text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
         judgement = Judgement(state, prompt_ids, completion, text, parse_score(text))
         if self.config.score == "soft":
             judgement.soft = await self._soft(judgement)
         return judgement
+
+    async def _ask(self, state: State) -> tuple[tuple[int, ...], Completion]:
+        """The prompt's ids and what the critic says to it."""
+        prompt_ids, key = self.prompt_ids(state), _key(state)
+        need_room("critic", key, len(prompt_ids), self.config.max_new_tokens, self.positions)
+        params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
+        return prompt_ids, await self.engine.complete(
+            Request(prompt_ids, params, seed_for(*self.seed, key), key)
+        )
 
     def prompt_ids(self, state: State) -> tuple[int, ...]:
         """The critic's prompt for a state."""

@@ -26,7 +26,12 @@ def parity_figures(
     logprobs: Sequence[Sequence[float]],
     group: str = "parity",
 ) -> dict[str, float]:
-    """mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token."""
+    """mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token.
+
+    Nothing where there is no token.
+    """
+    if not any(sample.trained for sample in samples):
+        return {}
     engine = np.array([x for sample in samples for x in sample.fields["behaviour"]])
     trainer = np.array([x for values in logprobs for x in values])
     delta = trainer - engine

@@ -81,8 +81,7 @@ class Run:
             self._start_from_checkpoints()
         for name, config in self.recipe.roles.items():
             if config.engine.kind == "sglang":
-                scratch = self.folder.path / "serving" / name / "weights"
-                served[name] = OnServers(self.roles[name], fleets.get(name), scratch)
+                served[name] = OnServers(self.roles[name], fleets.get(name), self.folder)
         self.serving = Serving(self.roles, served, self.at, self.progress)
 
     def _start_fleets(self) -> tuple[dict[str, Shape], dict[str, Fleet]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from genac_megatron import platform
+from genac_megatron.errors import PeerLost
 from genac_megatron.models.registry import hf_config
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.factory import fleet_publisher
@@ -24,6 +26,8 @@ from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
 from genac_megatron.serving.sglang.server import Zygote, serving_python
 from genac_megatron.training.agreement import from_first, gathered
 from genac_megatron.training.role import Role
+
+logger = logging.getLogger(__name__)
 
 
 class Served(Protocol):
@@ -77,7 +81,7 @@ class InRanks:
 class OnServers:
     """A fleet of SGLang servers. fleet: on rank 0 alone."""
 
-    def __init__(self, role: Role, fleet: Fleet | None, folder: Path) -> None:
+    def __init__(self, role: Role, fleet: Fleet | None, folder: RunFolder) -> None:
         self._fleet = fleet
         self._restarts = 0
         endpoints = from_first(lambda: fleet.ready() if fleet is not None else [])
@@ -85,12 +89,14 @@ class OnServers:
         self._asleep = False
         self._clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
         self.engine: Engine = SglangEngine(self._clients, role.config.engine, role.shape)
+        self._doubted: list[str] = []  # servers that could not be put to sleep or woken
         gpus = shared_gpus(endpoints, role.config.engine)
-        self.publisher = fleet_publisher(role, endpoints, folder, gpus)
+        scratch = folder.path / "serving" / role.name / "weights"
+        self.publisher = fleet_publisher(role, endpoints, scratch, gpus, run_name=folder.path.name)
 
     def restart_lost(self) -> list[str]:
         assert isinstance(self.publisher.transport, FleetTransport)
-        doubted = self.publisher.transport.lost
+        doubted, self._doubted = [*self.publisher.transport.lost, *self._doubted], []
 
         def replace() -> tuple[list[str], list[Endpoint], int]:
             fleet = self._fleet
@@ -110,20 +116,28 @@ class OnServers:
     def sleep(self) -> None:
         if self._release != "off" and not self._asleep:
             self._asleep = True
-            from_first(lambda: self._each(ServerClient.release_memory))
+            self._doubted += from_first(lambda: self._each(ServerClient.release_memory))
 
     def wake(self) -> bool:
         was, self._asleep = self._asleep, False
         if was:
-            from_first(lambda: self._each(ServerClient.resume_memory))
+            self._doubted += from_first(lambda: self._each(ServerClient.resume_memory))
         return was and self._release == "all"
 
-    def _each(self, call: Callable[[ServerClient, Sequence[str]], None]) -> None:
+    def _each(self, call: Callable[[ServerClient, Sequence[str]], None]) -> list[str]:
+        """The names of those that failed: they are replaced before anything is asked of them."""
         tags = ("kv_cache",) if self._release == "kv_cache" else ("kv_cache", "weights")
+        failed = []
         for client in self._clients:
-            call(client, tags)
+            try:
+                call(client, tags)
+            except PeerLost as error:
+                logger.warning("%s", error)
+                failed.append(client.name)
+        return failed
 
     def close(self) -> None:
+        self.publisher.close()
         self.engine.close()
 
 

@@ -98,18 +98,23 @@ class Serving:
         for served in self.served.values():
             served.close()
 
-    def _bring(self, name: str, version: int) -> dict[str, float]:
-        """Publish to the whole fleet, servers that are lost on the way replaced."""
+    def restarts(self) -> int:
+        """Servers replaced so far."""
+        return sum(served.restarts() for served in self.served.values())
+
+    def _bring(self, name: str, version: int, only: list[str] | None = None) -> dict[str, float]:
+        """Publish to the whole fleet, or to servers named; those that are lost on the way are replaced."""
         served = self.served[name]
         if self.roles[name].config.publication.mode == "drain":
             self.wait_settled()
         served.wake()
         while True:
             try:
-                stats = served.publisher.publish(version)
+                stats = served.publisher.publish(version, only=only)
             except PeerLost as error:
                 if not error.agreed or not served.restart_lost():
                     raise
+                only = None
                 continue
             served.engine.version = version
             return stats
@@ -132,7 +137,7 @@ class Serving:
 
     def _give_again(self, name: str, servers: list[str] | None) -> None:
         """Weights for servers (None: all) that have none: those of the others, unless they have moved on."""
-        if self.at.published.get(name) != self.roles[name].serial:
+        if self.behind(name):
             self.publish(name)
         else:
-            self.served[name].publisher.publish(self.at.versions[name], only=servers)
+            self._bring(name, self.at.versions[name], servers)

@@ -44,6 +44,7 @@ CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",  # take the CPU layers though there is no CUDA to be absent
     "TORCHDYNAMO_DISABLE": "1",  # else tensor parallelism compiles for 20 s, and hangs after a fork
     "OMP_NUM_THREADS": "1",
+    "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",  # a CUDA build of torch brings one, and ranks would try it
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # model folders are local
@@ -131,9 +132,9 @@ def fill_gaps() -> list[str]:
     """Fill what SGLang imports and a machine without CUDA lacks; the names of the gaps that were there.
 
     - triton, sgl_kernel: kernels are defined or named at import, none is called. Gone once SGLang imports
-      them only where it uses them, or where the packages are installed.
+      them only where it uses them, or where the packages are installed (a CUDA build of torch brings triton).
     - torchvision: its PyPI build is linked against CUDA, so its library never loads, and its import fails on
-      naming the library's operators nms and qnms. Gone with a CPU build of torchvision.
+      naming the library's operators nms and qnms. Gone where torch's build is torchvision's.
     - allocator: the host memory allocator of the routed-experts capturer knows no device "cpu" (it would pin
       memory). Gone once SGLang's table has one.
 

@@ -218,6 +218,8 @@ class SglangEngine(Engine):
             limit_s = self.config.request_timeout_s
             (sample,) = await client.generate(request.ids, _sampling(request), limit_s=limit_s, rid=live.rid)
             _check_versions(client, sample)
+            if sample.finish == "abort" and not live.aborted:  # a publication that failed ends all requests
+                raise ServerError(client.name, "/generate", "the server ended it", retryable=True)
         except ServerError:
             if live.aborted:
                 return None

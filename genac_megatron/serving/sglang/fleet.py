@@ -7,7 +7,9 @@ restarts it publishes to it before any request goes there.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,12 +86,17 @@ class Fleet:
         if self.config.urls:
             self._attach()
         try:
-            for server in self._servers:
-                server.wait_healthy(self.config.start_timeout_s)
+            self._wait(self._servers)
         except BaseException:
             self.close()
             raise
         return self.endpoints()
+
+    def _wait(self, servers: Sequence[Server]) -> None:
+        """Until all are healthy, start_timeout_s seconds for all of them together."""
+        until = time.monotonic() + self.config.start_timeout_s
+        for server in servers:
+            server.wait_healthy(max(1.0, until - time.monotonic()))
 
     def endpoints(self) -> list[Endpoint]:
         """Where the servers are, in order."""
@@ -107,14 +114,18 @@ class Fleet:
 
     def lost(self) -> list[str]:
         """Names of the servers that have died, or that do not answer within ASK_S seconds."""
+        endpoints = self.endpoints()
+        with ThreadPoolExecutor(len(endpoints), thread_name_prefix="ask") as pool:
+            answered = list(pool.map(answers, endpoints))
         return [
             endpoint.name
-            for index, endpoint in enumerate(self.endpoints())
-            if (self._servers and not self._servers[index].alive()) or not answers(endpoint)
+            for index, endpoint in enumerate(endpoints)
+            if (self._servers and not self._servers[index].alive()) or not answered[index]
         ]
 
     def restart(self, names: Sequence[str]) -> None:
         """Replace these servers. Raises PeerLost, with the log's end, where the budget does not allow it."""
+        begun = []
         for index, endpoint in enumerate(self.endpoints()):
             if endpoint.name not in names:
                 continue
@@ -135,9 +146,10 @@ class Fleet:
             self.restarts += 1
             server.stop()
             server.start()
-            server.wait_healthy(self.config.start_timeout_s)
+            begun.append(server)
             self._instances[index] += 1
-            self._note()
+        self._note()
+        self._wait(begun)
 
     def _note(self) -> None:
         """Leave word beside the model of where the servers are, for people: no keys."""
