@@ -101,18 +101,19 @@ def test_families_and_stop_tokens(farm: Farm, family: str) -> None:
     whole = greedy(ids, 12, model)
     stop = whole[4]
     first = whole.index(stop) + 1
-    stopped, free, tempered = complete_all(
+    stopped, free, *tempered = complete_all(
         engine,
         [
             request(ids, 12, temperature=0.0, stop_token_ids=(stop, VOCAB - 1)),
             request(ids, 12, temperature=0.0),
-            request(ids, 200, temperature=8.0),  # nearly uniform: 2 is among them
+            # Nearly uniform over the vocabulary: 2 is not among 2000 tokens once in some 1e9 runs.
+            *(request(ids, 200, temperature=8.0) for _ in range(10)),
         ],
     )
     assert (stopped.ids, stopped.finish) == (whole[:first], "stop")
     assert (free.ids, free.finish) == (whole, "length")
-    assert len(tempered.ids) == 200
-    assert 2 in tempered.ids
+    assert [len(one.ids) for one in tempered] == [200] * 10
+    assert any(2 in one.ids for one in tempered)
 
 
 def test_many_in_flight_come_back_once_each(engine: SglangEngine) -> None:
