@@ -300,6 +300,29 @@ def keep_bucket_padding(ddp: Any) -> None:
         buffer.numel_unpadded = buffer.numel
 
 
+def keep_write_errors() -> None:
+    """Let the reason of a shard that could not be written through: 0.19 says the class of its error alone.
+
+    Its writer returns the error where the caller expects results; raised instead, its words are kept. In
+    0.16 the results go another way, and nothing changes. Call it before a save, any number of times.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    real = FileSystemWriterAsync.write_preloaded_data
+    if getattr(real, "keeps_errors", False):
+        return
+
+    @functools.wraps(real)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        output = real(*args, **kwargs)
+        if isinstance(output, tuple) and isinstance(output[1], Exception):
+            raise output[1]
+        return output
+
+    write.keeps_errors = True  # type: ignore[attr-defined]
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
 def save_options() -> dict[str, Any]:
     """Arguments of `dist_checkpointing.save` that only some versions have.
 

@@ -35,7 +35,7 @@ from genac_megatron.errors import GenacError, InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.runinfo import write_json_atomic
-from genac_megatron.platform.megatron import save_options
+from genac_megatron.platform.megatron import keep_write_errors, save_options
 from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.role import Role
 
@@ -108,6 +108,7 @@ class Checkpoints:
         trained = sorted(set().union(*gathered(trained)))
         self._local(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)
         sharded, common = self._split(roles, trained)
+        keep_write_errors()
         request = self._collective(
             lambda: dist_checkpointing.save(
                 {"roles": sharded},
@@ -296,7 +297,11 @@ def _unreadable(path: Path, error: BaseException) -> InputError:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of the innermost error: what torch and its writers wrap is what a person can mend."""
+    """The last line of the innermost error: what torch and its writers wrap is what a person can mend.
+
+    An operating system's error comes before what was made of it, and what was tried before it.
+    """
+    chain = [error]
     while True:
         if isinstance(error, CheckpointException) and error.failures:
             error = next(iter(error.failures.values()))[0]
@@ -304,6 +309,8 @@ def _reason(error: BaseException) -> str:
             error = inner
         else:
             break
+        chain.append(error)
+    error = next((one for one in reversed(chain) if isinstance(one, OSError)), error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the device ({error.strerror})"
     lines = str(error).strip().splitlines()

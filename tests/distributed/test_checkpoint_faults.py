@@ -138,8 +138,8 @@ def run_recipe(recipe, world, stop, *, resume):
     roles = roles_of(2)
     real = checkpoint.dist_checkpointing.save
     def save(state, folder, **options):
-        if world.rank == 0:  # what Megatron writes on rank 0 alone cannot be written
-            (Path(folder) / "common.pt").mkdir()
+        if world.rank == 0:  # as where what Megatron writes on rank 0 alone cannot be written
+            raise IsADirectoryError(21, "Is a directory", "common.pt")
         return real(state, folder, **options)
     checkpoint.dist_checkpointing.save = save
     checkpoint.Checkpoints(Path("checkpoints"), keep=2, asynchronous=False).save("ppo-00002", roles, STATE)
