@@ -27,7 +27,7 @@ LAUNCHER = "GENAC_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: SLURM_MAX_NORMAL_STEP_ID
-SAYING = (EXIT_INPUT, EXIT_GATE, EXIT_LOST, EXIT_REQUEUE)  # exit codes that say why
+CAUSES = (EXIT_INPUT, EXIT_GATE, EXIT_REQUEUE)  # exit codes that say why; a lost peer is mostly what follows
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -138,10 +138,11 @@ class Launcher:
             codes = [child.poll() for child in self._children]
             failed = [got for got in codes if got]
             if failed and code == EXIT_OK:
-                # Of several within one poll, one that says why: a rank that loses its peer ends with 1.
-                got = next((got for got in failed if got in SAYING), failed[0])
-                code = got if got > 0 else 128 - got
                 self._deadline = min(self._deadline, time.monotonic() + self.grace_s)
+            if failed and code not in CAUSES:
+                # One that says why may come later: its rank's end takes longer than its peers' notice of it.
+                got = next((reason for reason in (*CAUSES, EXIT_LOST) if reason in failed), code or failed[0])
+                code = got if got > 0 else 128 - got
             if all(got is not None for got in codes):
                 return code
             if time.monotonic() > self._deadline:

@@ -126,6 +126,11 @@ def test_a_rank_that_dies_of_a_signal(start: Start) -> None:
     assert start("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)").end() == 128 + 9
 
 
+def test_a_cause_that_comes_later_than_its_consequence_wins(start: Start) -> None:
+    """Rank 1 says that its peer was lost, rank 0 ends a little later and says why."""
+    assert start("time.sleep(0 if rank else 1.0)\nsys.exit(4 if rank else 2)").end() == 2
+
+
 def test_the_first_failure_wins_and_the_others_are_ended_after_the_grace(start: Start) -> None:
     """Rank 0 goes on and ends by itself, with another code; rank 2 ignores what it is told."""
     launched = start(
