@@ -68,7 +68,7 @@ def generator_for(
             raise on_all_ranks(GenacError("the critic judges before p_bar was seeded by an evaluation"))
         judge = judge_for(run, config.max_new_tokens, (*seed, "judge"))
         if run.recipe.judging.budget is not None:
-            judge.budget = Budget(max(1, run.recipe.judging.budget // run.world.size))
+            judge.budget = Budget(run.recipe.judging.budget // run.world.size)
     return Generator(
         engine=run.engines["actor"],
         tokenizer=run.tokenizers["actor"],

@@ -46,18 +46,19 @@ def parity_figures(
 
 def measure_rollouts(run: Run, mine: Iterable[Rollout]) -> dict[str, float]:
     """The actor's parity on the first of every rank's rollouts by its current version. Collective."""
-    chosen = [_sample(r.prompt.ids, r.completion) for r in islice(mine, run.even_share(MEASURED))]
+    chosen = [engine_sample(r.prompt.ids, r.completion) for r in islice(mine, run.even_share(MEASURED))]
     return _measure(run, "actor", chosen, run.recipe.evaluation.temperature)
 
 
 def measure_judgements(run: Run, mine: Iterable[Judgement]) -> dict[str, float]:
     """The critic's parity on the first of every rank's judgements by its current version. Collective."""
     unique = {id(judgement): judgement for judgement in mine}.values()  # a group shares its prompt state's
-    chosen = [_sample(j.prompt_ids, j.completion) for j in islice(unique, run.even_share(MEASURED))]
+    chosen = [engine_sample(j.prompt_ids, j.completion) for j in islice(unique, run.even_share(MEASURED))]
     return _measure(run, "critic", chosen, run.recipe.judging.temperature)
 
 
-def _sample(prompt: Sequence[int], completion: Completion) -> Sample:
+def engine_sample(prompt: Sequence[int], completion: Completion) -> Sample:
+    """A completion as the trainer scores it, beside the log-probs that it was sampled with."""
     fields = {"behaviour": list(completion.logprobs)}
     return Sample([*prompt, *completion.ids], len(prompt), fields)
 

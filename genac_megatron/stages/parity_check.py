@@ -14,7 +14,7 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder, write_json_atomic
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.records import Completion, Request, Sample, SamplingParams
-from genac_megatron.stages.parity import parity_figures
+from genac_megatron.stages.parity import engine_sample, parity_figures
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.stopping import StopFlag
@@ -42,7 +42,7 @@ def check_parity(
         try:
             run.publish(role)
             pairs = run.gather(_sampled(run, role, prompts, max_new_tokens))
-            samples = [_sample(*pair) for pair in pairs]
+            samples = [engine_sample(request.ids, completion) for request, completion in pairs]
             logprobs = run.roles[role].logprobs(samples)
         finally:
             run.close()
@@ -69,27 +69,18 @@ def check_parity(
 
 def _sampled(run: Run, role: str, prompts: int, max_new_tokens: int) -> list[Pair]:
     """This rank's share of the prompts, sampled at temperature 1."""
-    tokenizer = run.tokenizers[role]
     count = min(prompts, run.task.heldout_size)
     fixed = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
     params = SamplingParams(max_new_tokens, 1.0, run.stop_ids(role))
-    requests = []
-    for prompt in run.share(fixed):
-        ids = tokenizer.apply_chat_template(
-            list(prompt.messages), add_generation_prompt=True, return_dict=False
-        )
-        seed = seed_for(run.recipe.seed, "parity", prompt.id)
-        requests.append(Request(tuple(ids), params, seed, prompt.id))
+    requests = [  # the task's ids are of this role's tokenizer, as the recipe has no other role here
+        Request(prompt.ids, params, seed_for(run.recipe.seed, "parity", prompt.id), prompt.id)
+        for prompt in run.share(fixed)
+    ]
 
     async def complete() -> list[Completion]:
         return list(await asyncio.gather(*(run.engines[role].complete(request) for request in requests)))
 
     return list(zip(requests, run.generating(lambda: asyncio.run(complete())), strict=True))
-
-
-def _sample(request: Request, completion: Completion) -> Sample:
-    fields = {"behaviour": list(completion.logprobs)}
-    return Sample([*request.ids, *completion.ids], len(request.ids), fields)
 
 
 def by_position(

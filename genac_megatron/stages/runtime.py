@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, on_all_ranks
@@ -30,7 +28,7 @@ from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
-from genac_megatron.training.agreement import agree, from_first
+from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
@@ -161,10 +159,7 @@ class Run:
 
     def gather(self, mine: Sequence[T]) -> list[T]:
         """The inverse of `share`, on every rank."""
-        if self.world.size == 1:
-            return list(mine)
-        parts: list[Any] = [None] * self.world.size
-        dist.all_gather_object(parts, list(mine))
+        parts = gathered(list(mine))
         longest = max(len(part) for part in parts)
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
