@@ -24,6 +24,7 @@ class Loop:
         self.run, self.stage, self.checkpoints = run, stage, checkpoints
         self._resumed = resumed  # the checkpoint that this stage goes on from, inside the stage
         self._total = 0
+        self._asked = False  # to stop, at a step where it could not
 
     @property
     def fresh(self) -> bool:
@@ -31,7 +32,7 @@ class Loop:
         return self.run.at.step == 0
 
     def restore_optimizers(self) -> None:
-        """After `begin_stage`: load what the checkpoint holds, and give engines the weights again."""
+        """After `begin_stage`: load what the checkpoint holds."""
         if self._resumed is not None and not self.fresh:
             load_checkpoint(self._resumed, self.run.roles, optimizers=True)
 
@@ -52,11 +53,27 @@ class Loop:
         run.at.step = step
         run.log_step(self.stage.name, self.stage.kind, step, figures)
         self.checkpoints.poll()
-        stop = run.stop_requested()
-        if stop or self.saves_at(step):
+        self._save_and_stop(step)
+
+    def _save_and_stop(self, step: int) -> None:
+        """Save where it is due. A stop that was asked for comes once engines have the newest weights: a
+        checkpoint holds no others, and the resumed run goes on with the engines of the one that stopped.
+
+        What is saved at once, where that is later, is for the case that there is no time for it.
+        """
+        stop = self.run.stop_requested()
+        trailing = _trailing(self.run) if stop else {}
+        if self.saves_at(step) or (stop and not (trailing and self._asked)):
             self.save()
-        if stop:
-            self._stop(f"step {step} of {self._total} of stage {self.stage.name}")
+        if not stop:
+            return
+        after = f"step {step} of {self._total} of stage {self.stage.name}"
+        if not trailing:
+            self._stop(after)
+        if not self._asked:
+            self._asked = True
+            names = " and ".join(trailing)
+            self.run.progress.note(f"asked to stop after {after}: goes on until {names} is published")
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after this step, the stage's last apart."""
@@ -137,6 +154,30 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
         run.icc.load_state_dict(run.at.icc)
     if run.log is not None:
         run.log.load(state["log"])
+
+
+def _trailing(run: Run) -> dict[str, int]:
+    """Roles whose engines generate, inside a stage, with weights of before: by how many updates."""
+    if run.at.step == 0 or isinstance(run.recipe.stages[run.at.stage], SftStage):  # it publishes at its end
+        return {}
+    behind = {name: run.serving.behind(name) for name in run.roles}
+    return {name: updates for name, updates in behind.items() if updates}
+
+
+def restore_engines(run: Run) -> None:
+    """After a resume: give engines the weights that they had.
+
+    Where the run was ended between publications these are gone. Engines then have the newest, under a version
+    of their own, and the run says that it is not what it would have been.
+    """
+    trailing = _trailing(run)
+    for name in run.roles:
+        if name in trailing:
+            run.progress.note(
+                f"warning: the run ended between publications of {name}: its engines go on with weights of "
+                f"{trailing[name]} updates later than they had"
+            )
+        run.publish(name, advance=name in trailing)
 
 
 def _check_finite(stage: str, step: int, figures: dict[str, float]) -> None:
