@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
@@ -24,8 +21,6 @@ from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.training.agreement import agree, from_first
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import World
-
-logger = logging.getLogger(__name__)
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its manifest
 
@@ -59,29 +54,23 @@ def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Fo
     Raises InputError where there is none, where it is of another recipe, or where a run that begins
     would write over an earlier one's.
     """
-    found = checkpoints.survey()
-    newest, passed = found.newest, found.told()
+    newest = checkpoints.newest()
     if not resume:
-        if newest is not None or found.refused:
+        if newest is not None:
             raise InputError(
-                "\n  ".join(["the run folder holds checkpoints of an earlier run", *passed]),
+                "the run folder holds checkpoints of an earlier run",
                 where=str(checkpoints.folder),
                 way_out="go on with --resume, give the run another name=..., or remove the folder",
             )
         return None
     if newest is None:
         raise InputError(
-            "\n  ".join(["there is no complete checkpoint to resume from", *passed]),
+            "there is no complete checkpoint to resume from",
             where=str(checkpoints.folder),
-            way_out="remove what is damaged and run without --resume to begin at the beginning",
+            way_out="run without --resume to begin at the beginning",
         )
-    manifest = read_manifest(newest)
-    check_resumable(recipe, manifest["state"], str(newest))
-    for line in passed:
-        logger.warning("genac: warning: checkpoint %s; going on from %s", line, newest.name)
-    for path in found.unfinished:
-        shutil.rmtree(path, ignore_errors=True)  # of an attempt that is over
-    return newest, manifest
+    check_resumable(recipe, newest[1]["state"], str(newest[0]))
+    return newest
 
 
 def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None) -> MetricsLog:
