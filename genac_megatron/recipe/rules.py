@@ -24,6 +24,10 @@ from genac_megatron.tasks.tokenizer import tokenizer_size
 
 Where = Callable[[Sequence[str | int]], str]
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
+SERVER_LIMITS = {
+    "engine": ("request_timeout_s", "start_timeout_s"),
+    "publication": ("drain_s", "control_s", "send_s", "verify_s"),
+}
 TEMPLATES = ("standard", "brief")
 
 
@@ -57,6 +61,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_layout(recipe, name, role.layout, where)
         _check_training(name, role, where)
         _check_model(name, role, where)
+        _check_limits(recipe, name, role, where)
     _check_task(recipe, where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
@@ -169,6 +174,23 @@ def _check_task(recipe: Recipe, where: Where) -> None:
         raise InputError(
             f"min_swaps {task.min_swaps} is above max_swaps {task.max_swaps}",
             where=where(("task", "min_swaps")),
+def _check_limits(recipe: Recipe, name: str, role: RoleConfig, where: Where) -> None:
+    """While a rank waits for a server, the others wait for it in a collective: that limit is the longer."""
+    if role.engine.kind != "sglang":
+        return
+    collective = recipe.world.timeout_s
+    for block, keys in SERVER_LIMITS.items():
+        for key in keys:
+            limit = getattr(getattr(role, block), key)
+            if limit >= collective:
+                raise InputError(
+                    f"roles.{name}.{block}.{key} is {limit:g} s and world.timeout_s {collective:g} s: ranks "
+                    "would give up on one that still waits for a server",
+                    where=where(("roles", name, block, key)),
+                    way_out=f"lower {key}, or raise world.timeout_s above it",
+                )
+
+
         )
     if isinstance(task, JsonlTask | DatasetTask) and task.verifier is None:
         known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())

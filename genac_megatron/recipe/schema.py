@@ -118,15 +118,15 @@ class EngineConfig(Block):
     urls: list[str] = []  # servers that somebody else runs
     api_key_env: str | None = None  # the variable that holds the key which `urls` ask for
     max_in_flight: Positive = 128  # requests at a time, per server and rank
-    request_timeout_s: PositiveFloat = 1800.0  # of one request; then it is tried elsewhere
-    start_timeout_s: PositiveFloat = 600.0
+    request_timeout_s: PositiveFloat = 900.0  # of one request; then it is tried elsewhere
+    start_timeout_s: PositiveFloat = 600.0  # this and the one above: below world.timeout_s
     attempts: Positive = 3  # for one request
     restarts: Annotated[int, Field(ge=0)] = 3  # of lost servers, in a run
     release: Literal["off", "kv_cache", "all"] = "off"  # GPU memory given back while the trainer computes
 
 
 class PublicationConfig(Block):
-    """How new weights reach the role's engines. Limits are in seconds; keep them below world.timeout_s."""
+    """How new weights reach the role's engines. Limits are in seconds, below world.timeout_s."""
 
     every: Positive = 1  # steps; what is evaluated or ends a stage is published all the same
     transport: Literal["auto", "tensor", "group", "disk"] = "auto"  # to servers; auto: tensor, else group
@@ -394,7 +394,7 @@ class ObserveConfig(Block):
 class WorldConfig(Block):
     ranks: Positive = 1
     threads: Positive = 1  # CPU threads per rank
-    timeout_s: PositiveFloat = 600.0  # of every collective
+    timeout_s: PositiveFloat = 1800.0  # of every collective
 
 
 class ClusterConfig(Block):

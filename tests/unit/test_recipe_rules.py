@@ -49,6 +49,8 @@ def path(tmp_path: Path) -> Path:
         ["task.min_swaps=5"],
         ["stages.3.rollout.max_new_tokens=4095", "judging.max_new_tokens=4095"],
         ["stages.0.rollout.max_new_tokens=9999"],  # demonstrations are not rolled out
+        ["roles.actor.engine.kind=sglang"],  # the limits' defaults go together
+        ["world.timeout_s=60"],  # without servers
     ],
 )
 def test_what_fits_passes(path: Path, overrides: list[str]):
@@ -98,6 +100,14 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("stages.demos.data=jsonl", "has no path"),
         ("task={kind: reasoning_gym, name: chain_sum}", "no teacher"),
         ("stages.traces.teacher={kind: endpoint}", "url"),
+        ("roles.actor.engine={kind: sglang, request_timeout_s: 1800}",
+         "roles.actor.engine.request_timeout_s is 1800 s and world.timeout_s 1800 s"),
+        ("roles.critic={engine: {kind: sglang, start_timeout_s: 2000}, model: {family: llama, tokenizer: "
+         "'builtin:tiny', shape: {layers: 4, hidden: 8, ffn: 8, heads: 1, kv_heads: 1}}}",
+         "roles.critic.engine.start_timeout_s is 2000 s"),
+        ("roles.actor={engine: {kind: sglang}, publication: {send_s: 1e4}, model: {family: llama, tokenizer: "
+         "'builtin:tiny', shape: {layers: 4, hidden: 8, ffn: 8, heads: 1, kv_heads: 1}}}",
+         "roles.actor.publication.send_s is 10000 s and world.timeout_s 1800 s"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_where_it_stands(path: Path, override: str, said: str | None):
