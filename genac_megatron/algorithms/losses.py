@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from genac_megatron.algorithms.baselines.ppo import value_loss as clipped_value_loss
 from genac_megatron.recipe.schema import LossConfig
 
 Stats = dict[str, Tensor]
@@ -27,12 +28,15 @@ Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, Sta
 LOG_RATIO_LIMIT = 20.0
 
 
-def token_weights(lengths: Tensor | Sequence[int], aggregate: str = "token") -> Tensor:
+def token_weights(
+    lengths: Tensor | Sequence[int], aggregate: str = "token", limit: int | None = None
+) -> Tensor:
     """The loss weight of each token of each sequence: trained lengths [B] -> [B] float32.
 
     `lengths` are those of the whole global batch of one optimizer step. `token`: 1 / sum of lengths.
     `sequence`: 1 / (number of non-empty sequences * own length). Either way the weights of all tokens
-    sum to 1 (0 for an empty batch).
+    sum to 1 (0 for an empty batch). `constant`: 1 / (number of non-empty sequences * limit), whatever the
+    lengths (Dr.GRPO); `limit` is the longest that a sequence may be.
     """
     sizes = torch.as_tensor(lengths, dtype=torch.float64)
     filled = sizes > 0
@@ -40,8 +44,10 @@ def token_weights(lengths: Tensor | Sequence[int], aggregate: str = "token") -> 
         weights = torch.full_like(sizes, 1.0) / sizes.sum().clamp(min=1.0)
     elif aggregate == "sequence":
         weights = 1.0 / (filled.sum().clamp(min=1) * sizes.clamp(min=1.0))
+    elif aggregate == "constant" and limit is not None:
+        weights = torch.full_like(sizes, 1.0) / (filled.sum().clamp(min=1) * limit)
     else:
-        raise ValueError(f"aggregate is token or sequence, not {aggregate!r}")
+        raise ValueError(f"aggregate is token, sequence, or constant with a limit, not {aggregate!r}")
     return torch.where(filled, weights, torch.zeros_like(weights)).float()
 
 
@@ -63,8 +69,9 @@ def make_ppo_loss(config: LossConfig) -> Loss:
     A < 0 s = max(s, dual_clip A); loss = -sum weights * tis * s - entropy_coef * sum weights * entropy.
     tis = min(exp(old - behaviour), tis_cap), detached: the engine's distribution differs from the
     trainer's. `old` defaults to logp itself, detached: the first update after a rollout.
-    Fields: weights, advantages, behaviour, old (optional). Stats: ratio, clip_share, dual_clip_share,
-    and those of `_mismatch_stats`.
+    nll_coef: the loss gains -nll_coef * sum nll_weights * logp (VAPO's likelihood of right responses).
+    Fields: weights, advantages, behaviour, old (optional), nll_weights (with nll_coef). Stats: ratio,
+    clip_share, dual_clip_share, nll (with nll_coef) and those of `_mismatch_stats`.
     """
 
     def ppo_loss(logp: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]) -> tuple[Tensor, Stats]:
@@ -85,6 +92,11 @@ def make_ppo_loss(config: LossConfig) -> Loss:
             if entropy is None:
                 raise ValueError("entropy_coef needs the tokens' entropy")
             loss = loss - config.entropy_coef * (weights * entropy).sum()
+        likelihood: Stats = {}
+        if config.nll_coef != 0.0:
+            nll = -(fields["nll_weights"] * logp).sum()
+            loss = loss + config.nll_coef * nll
+            likelihood = {"nll": nll.detach()}
         with torch.no_grad():
             above = (advantages > 0) & (ratio > 1.0 + config.clip_high)
             below = negative & (ratio < 1.0 - config.clip_low)
@@ -95,7 +107,7 @@ def make_ppo_loss(config: LossConfig) -> Loss:
                 "dual_clip_share": (weights * far).sum(),
             }
             stats |= _mismatch_stats(old, logp.detach(), fields["behaviour"], weights, config.tis_cap)
-        return loss, _entropy_stat(stats, weights, entropy)
+        return loss, _entropy_stat(stats | likelihood, weights, entropy)
 
     return ppo_loss
 
@@ -124,6 +136,28 @@ def make_reinforce_loss(config: LossConfig) -> Loss:
         )
 
     return reinforce_loss
+
+
+def make_value_loss(clip: float | None) -> Loss:
+    """A scalar critic's regression (`baselines/ppo.py`). The first argument is its values [T], not log-probs.
+
+    Fields: weights, targets, old. Stats: error (mean squared), value, clip_share.
+    """
+
+    def value_loss(
+        values: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Stats]:
+        weights, targets, old = fields["weights"], fields["targets"], fields["old"]
+        loss = (weights * clipped_value_loss(values, old, targets, clip)).sum()
+        now = values.detach()
+        far = (now - old).abs() > (clip if clip is not None else float("inf"))
+        return loss, {
+            "error": (weights * (now - targets) ** 2).sum(),
+            "value": (weights * now).sum(),
+            "clip_share": (weights * far).sum(),
+        }
+
+    return value_loss
 
 
 def _ratio(logp: Tensor, reference: Tensor, weights: Tensor) -> Tensor:

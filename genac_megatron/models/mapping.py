@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from genac_megatron.errors import InputError
-from genac_megatron.models.families.base import Rule, Shape
+from genac_megatron.models.families.base import VALUE_HEAD, Rule, Shape
 from genac_megatron.models.registry import rules
 from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab
 
@@ -235,3 +235,13 @@ def random_weights(shape: Shape, seed: int) -> GetTensor:
     """`get_tensor` of a randomly initialised model."""
     sizes = hf_names(shape)
     return lambda name: init_tensor(name, sizes[name], shape, seed)
+
+
+def with_head(get_tensor: GetTensor, names: Collection[str], shape: Shape, seed: int) -> GetTensor:
+    """`get_tensor` of a model that starts from another's tensors: a scalar head that it lacks is random.
+
+    names: of the tensors that `get_tensor` has.
+    """
+    new = random_weights(shape, seed)
+    missing = {name for rule in VALUE_HEAD for name in rule.hf} - set(names) if shape.value else set()
+    return lambda name: new(name) if name in missing else get_tensor(name)

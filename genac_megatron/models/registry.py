@@ -55,6 +55,14 @@ def shape_of(model: ModelConfig, tokenizer_vocab: int | None, where: Where = _in
         shape = shape_from_folder(Path(model.hf).expanduser(), where("hf"))
     else:
         shape = _shape_of_sizes(model, tokenizer_vocab, where)
+    if model.head == "value":
+        shape = shape.as_value
+    elif shape.value:
+        raise InputError(
+            "the folder is a scalar critic's",
+            where=where("hf"),
+            way_out="set head: value, or give a language model's folder",
+        )
     if tokenizer_vocab is not None and shape.vocab < tokenizer_vocab:
         raise InputError(
             f"the tokenizer has ids up to {tokenizer_vocab - 1}, its model only {shape.vocab} embeddings",

@@ -31,6 +31,8 @@ def hf_size(name: str, shape: Shape) -> Size:
         "o_proj.weight": (hidden, q),
         "q_norm.weight": (shape.head_dim,),
         "k_norm.weight": (shape.head_dim,),
+        "score.weight": (1, hidden),
+        "score.bias": (1,),
         "gate.weight": (shape.experts or 0, hidden),
         "gate_proj.weight": (ffn, hidden),
         "up_proj.weight": (ffn, hidden),

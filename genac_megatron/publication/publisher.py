@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import GenacError
-from genac_megatron.models.mapping import load_hf_into
+from genac_megatron.models.mapping import load_hf_into, with_head
 from genac_megatron.publication.join import Joiner, source_of
 from genac_megatron.publication.memory import PeakMemory
 from genac_megatron.publication.plan import make_plan
@@ -140,7 +140,7 @@ class Publisher:
 
 
 class RoleSink:
-    """Loads published tensors into another role of the same shape: a start from a copy."""
+    """Loads published tensors into another role of the same shape (a scalar head apart): a start from a copy."""
 
     def __init__(self, role: Role) -> None:
         self.role = role
@@ -153,7 +153,8 @@ class RoleSink:
             return
         self._held |= {name: tensor.clone() for name, tensor in tensors}
         if final:
-            role = self.role
-            load_hf_into(role.models, role.layout, role.shape, self._held.__getitem__)
+            role, seed = self.role, self.role.config.model.init_seed
+            weights = with_head(self._held.__getitem__, self._held, role.shape, seed)
+            load_hf_into(role.models, role.layout, role.shape, weights)
             role.refresh_master()
             self._held = {}

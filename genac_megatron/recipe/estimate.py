@@ -74,7 +74,7 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     else:
         held = layers * per_layer * in_flight
     total = held * training.tokens_per_microbatch / layout.cp * BYTES[training.dtype]
-    if pp == layout.pp - 1:
+    if pp == layout.pp - 1 and not shape.value:
         total += 3 * 4 * training.logprob_chunk * shape.vocab / layout.tp
     return total
 
@@ -90,7 +90,7 @@ def engine_bytes(role: RoleConfig, shape: Shape) -> float:
 
     SGLang's servers are processes of their own, on the GPUs that the recipe names: nothing here.
     """
-    if role.engine.kind == "sglang":
+    if not role.served or role.engine.kind == "sglang":
         return 0.0
     cache = role.engine.max_batch_tokens * 2 * shape.layers * shape.kv_size
     return float((parameters(shape) + cache) * BYTES[role.engine.dtype])

@@ -7,19 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Gate = Literal["stop", "warn", "off"]
-
-
-class Block(BaseModel):
-    """A recipe block: closed (an unknown key is an error) and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
+from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
+from genac_megatron.recipe.algorithms import Algorithm, ValueConfig
+from genac_megatron.recipe.algorithms import LossConfig as LossConfig
+from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
 
 # --- roles ---------------------------------------------------------------------------------------
 
@@ -53,6 +46,7 @@ class ModelConfig(Block):
     shape: ModelShape | None = None
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
+    head: Literal["lm", "value"] = "lm"  # value: a scalar critic; trained on the actor's tokens, never served
     init_seed: int = 0
 
 
@@ -105,6 +99,7 @@ class EngineConfig(Block):
     dtype: Literal["fp32", "bf16"] = "bf16"
     max_batch: Positive = 64  # requests decoded together, per engine
     max_batch_tokens: Positive = 65_536  # their prompt + new tokens together: an SGLang server's KV cache
+    routing_replay: bool = False  # of experts: the trainer sends tokens to those that this engine chose
 
     # What follows is for sglang. Servers are started here, unless `urls` names some.
     engines: Positive = 1  # servers
@@ -152,11 +147,22 @@ class RoleConfig(Block):
     engine: EngineConfig = EngineConfig()
     publication: PublicationConfig = PublicationConfig()
 
+    @property
+    def served(self) -> bool:
+        """Whether engines generate with it."""
+        return self.model.head == "lm"
+
 
 # --- tasks ---------------------------------------------------------------------------------------
 
 
-class StateTrackingTask(Block):
+class TaskBlock(Block):
+    """What every task has."""
+
+    success: str = ""  # what counts as success, in a sentence that the critic is shown; "": judged correct
+
+
+class StateTrackingTask(TaskBlock):
     """Follow swaps of k objects; the answer is the whole final arrangement."""
 
     kind: Literal["state_tracking"]
@@ -168,7 +174,7 @@ class StateTrackingTask(Block):
     slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
 
 
-class JsonlTask(Block):
+class JsonlTask(TaskBlock):
     """One object per line: a question, a reference answer, optionally a split."""
 
     kind: Literal["jsonl"]
@@ -181,7 +187,7 @@ class JsonlTask(Block):
     instruction: str = "Think step by step. Put the final answer in \\boxed{}."
 
 
-class DatasetTask(Block):
+class DatasetTask(TaskBlock):
     """A Hugging Face dataset by name or local folder."""
 
     kind: Literal["datasets"]
@@ -197,7 +203,7 @@ class DatasetTask(Block):
     instruction: str = "Think step by step. Put the final answer in \\boxed{}."
 
 
-class ReasoningGymTask(Block):
+class ReasoningGymTask(TaskBlock):
     """A reasoning-gym task by name."""
 
     kind: Literal["reasoning_gym"]
@@ -210,8 +216,47 @@ class ReasoningGymTask(Block):
     instruction: str = "Think step by step, then give the final answer as <answer>...</answer>."
 
 
+class BenchmarkTask(TaskBlock):
+    """A named benchmark (tasks/benchmarks.py), all of it held out: for evaluations, never for training."""
+
+    kind: Literal["benchmark"]
+    name: str
+    path: str | None = None  # a local file or folder in the dataset's own form; None: by its name
+
+
+class JudgeConfig(Block):
+    """A model behind an OpenAI-compatible endpoint that scores whole responses."""
+
+    url: str  # the base, for example http://host:port/v1
+    model: str
+    api_key_env: str | None = None  # name of the environment variable with the key
+    timeout_s: PositiveFloat = 120.0
+    concurrency: Positive = 16  # per rank
+    attempts: Positive = 4  # per response, the first included
+    max_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    failed_outcome: Fraction = 0.0  # of a response that no attempt could score; they are counted
+    give_up: Positive = 32  # failures in a row, on a rank, that end the run
+
+
+class RubricTask(TaskBlock):
+    """Open-ended prompts; a judge scores each response against a rubric. The outcome is score / scale."""
+
+    kind: Literal["rubric"]
+    path: str  # JSONL: a prompt (text, or a list of chat messages) and perhaps a rubric of its own
+    heldout_path: str | None = None  # None: a seeded share of path
+    heldout_size: Positive = 256
+    prompt_key: str = "prompt"
+    rubric_key: str = "rubric"
+    rubric: str | None = None  # of items that have none
+    scale: Positive = 10  # the judge's best score
+    instruction: str = ""
+    judge: JudgeConfig
+
+
 TaskConfig = Annotated[
-    StateTrackingTask | JsonlTask | DatasetTask | ReasoningGymTask, Field(discriminator="kind")
+    StateTrackingTask | JsonlTask | DatasetTask | ReasoningGymTask | BenchmarkTask | RubricTask,
+    Field(discriminator="kind"),
 ]
 
 
@@ -253,26 +298,6 @@ class RolloutConfig(Block):
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
     truncated_outcome: Literal["verify", "zero"] = "verify"  # what a cut-off response earns
-
-
-class LossConfig(Block):
-    """The actor's PPO loss and the critic's REINFORCE loss share these corrections."""
-
-    clip_low: Fraction = 0.2
-    clip_high: PositiveFloat = 0.2
-    dual_clip: PositiveFloat | None = 3.0
-    tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
-    entropy_coef: float = 0.0
-    aggregate: Literal["token", "sequence"] = "token"
-
-
-class AdvantageConfig(Block):
-    """Segment-level GAE (method §3)."""
-
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    lam_gate: float | None = 0.2  # lam is 1 until the critic's explained variance exceeds this
-    whiten: bool = True
 
 
 class SftGate(Block):
@@ -356,7 +381,41 @@ class PpoStage(Block):
     eval_every: Annotated[int, Field(ge=0)] = 10
 
 
-StageConfig = Annotated[SftStage | ReinforceStage | PpoStage, Field(discriminator="kind")]
+class ValueStage(Block):
+    """Value pre-training of a scalar critic on the frozen actor's outcomes (VC-PPO; VAPO's warm-up)."""
+
+    kind: Literal["value"]
+    name: str = "value"
+    start_from: str | None = None  # begin from a copy of this role's current weights, the head apart
+    steps: Positive = 50
+    rollout: RolloutConfig = RolloutConfig()
+    value: ValueConfig = ValueConfig()
+    minibatches: Positive = 1
+    optimizer: OptimizerConfig | None = None
+    eval_every: Annotated[int, Field(ge=0)] = 10
+    gate: CriticGate = CriticGate(action="warn")
+
+
+class PolicyStage(Block):
+    """RL of the actor by an algorithm without a generative critic."""
+
+    kind: Literal["policy"]
+    name: str = "policy"
+    algorithm: Algorithm
+    steps: Positive = 100
+    rollout: RolloutConfig = RolloutConfig()
+    overlap: bool = False  # as for ppo
+    minibatches: Positive = 1
+    epochs: Positive = 1
+    actor_optimizer: OptimizerConfig | None = None
+    critic_optimizer: OptimizerConfig | None = None  # of a scalar critic
+    eval_every: Annotated[int, Field(ge=0)] = 10
+
+
+StageConfig = Annotated[
+    SftStage | ReinforceStage | PpoStage | ValueStage | PolicyStage, Field(discriminator="kind")
+]
+JudgedStage = ReinforceStage | PpoStage  # a generative critic judges their rollouts
 
 
 # --- the run -------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
-from genac_megatron.models.mapping import load_hf_into, random_weights
+from genac_megatron.models.mapping import GetTensor, load_hf_into, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
-from genac_megatron.recipe.schema import Recipe, RoleConfig
+from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
@@ -78,7 +78,7 @@ class Run:
         if not resuming:
             self._start_from_checkpoints()
         for name, config in self.recipe.roles.items():
-            if config.engine.kind == "sglang":
+            if config.served and config.engine.kind == "sglang":
                 served[name] = OnServers(self.roles[name], fleets.get(name), self.folder)
         self.serving = Serving(self.roles, served, self.at, self.progress)
 
@@ -86,7 +86,7 @@ class Run:
         """The roles' shapes, and on the rank that owns them the fleets, which start up meanwhile."""
         roles = self.recipe.roles
         shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
-        served = {name: config.engine for name, config in roles.items() if config.engine.kind == "sglang"}
+        served = {n: c.engine for n, c in roles.items() if c.served and c.engine.kind == "sglang"}
         if not owns_fleets():
             return shapes, {}
         return shapes, {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
@@ -98,11 +98,9 @@ class Run:
         def build() -> None:
             role = Role(name, config, shape, layout, groups)
             if role.active:
-                seed = config.model.init_seed
-                weights = HfFolder(config.model.hf).get if config.model.hf else random_weights(shape, seed)
-                load_hf_into(role.models, layout, shape, weights)
+                load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
             self.roles[name] = role
-            if config.engine.kind == "embedded":
+            if config.served and config.engine.kind == "embedded":
                 served[name] = InRanks(role)
 
         self.together(build)
@@ -145,8 +143,11 @@ class Run:
         return self.serving.generating(act)
 
     def copy_weights(self, source: str, target: str) -> None:
-        """Make `target` start from `source`'s weights. Raises InputError where the shapes differ."""
-        if self.roles[source].shape != self.roles[target].shape:
+        """Make `target` start from `source`'s weights. Raises InputError where the shapes differ.
+
+        A scalar critic may start from a language model: its head is then the random one it began with.
+        """
+        if not _same_body(self.roles[source].shape, self.roles[target].shape):
             what = f"{target} cannot start from {source}: their shapes differ"
             raise on_all_ranks(InputError(what, where=f"roles.{target}.model"))
         Publisher(self.roles[source], [RoleSink(self.roles[target])]).publish(0)
@@ -234,6 +235,18 @@ class Run:
         self._fleets.close()
         if self.log is not None:
             self.log.close()
+
+
+def _first_weights(model: ModelConfig, shape: Shape) -> GetTensor:
+    """What a role begins with: its folder's tensors, or random ones."""
+    if model.hf is None:
+        return random_weights(shape, model.init_seed)
+    folder = HfFolder(model.hf)
+    return with_head(folder.get, folder.names, shape, model.init_seed)
+
+
+def _same_body(source: Shape, target: Shape) -> bool:
+    return source == target or (target.value and source.as_value == target)
 
 
 def _tokenizer_spec(name: str, config: RoleConfig) -> str:

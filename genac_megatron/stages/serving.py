@@ -42,6 +42,8 @@ class Serving:
         figures: dict[str, float] = {}
         with self.progress.phase("publish"):
             for name in names:
+                if name not in self.served:  # a scalar critic
+                    continue
                 role = self.roles[name]
                 if step is not None and step % role.config.publication.every:
                     continue

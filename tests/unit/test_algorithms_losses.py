@@ -273,5 +273,5 @@ def test_token_weights(lengths: list[int]) -> None:
 
 
 def test_unknown_aggregate() -> None:
-    with pytest.raises(ValueError, match="token or sequence"):
+    with pytest.raises(ValueError, match="token, sequence, or constant"):
         token_weights([1], "batch")

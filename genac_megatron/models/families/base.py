@@ -6,7 +6,7 @@ Imports no torch. An InputError from here names no place: `models.registry` adds
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from genac_megatron.errors import InputError
@@ -47,6 +47,9 @@ class Shape:
     experts_per_token: int | None = None
     expert_ffn: int | None = None
     norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
+    value: bool = (
+        False  # a scalar head (transformers' ForTokenClassification, one label) in place of the LM's
+    )
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -63,6 +66,11 @@ class Shape:
             raise InputError(
                 f"head_dim {self.head_dim} is odd", way_out="rotary positions need pairs: make it even"
             )
+
+    @property
+    def as_value(self) -> Shape:
+        """The same model with a scalar head, which is nobody's embedding."""
+        return replace(self, value=True, tie=False)
 
     @property
     def q_size(self) -> int:
@@ -135,13 +143,21 @@ class Family:
     write_extras: Mapping[str, Any]
     moe: bool = False  # every layer is a mixture of experts
 
+    @property
+    def value_architecture(self) -> str:
+        """transformers' class of it with a scalar head."""
+        return self.architecture.replace("ForCausalLM", "ForTokenClassification")
+
     def shape_from_hf(self, given: Mapping[str, Any]) -> Shape:
         """The Shape of a config.json's content. Raises InputError on what this family cannot be here."""
         config = {**self.defaults, **given}
+        value = self.value_architecture in (given.get("architectures") or ())
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"hidden_act {config['hidden_act']!r} is not silu")
         self.read_extras(config)
-        refuse_unknown(config, self.architecture, self.keys)
+        refuse_unknown(config, self.value_architecture if value else self.architecture, self.keys)
+        if value and len(config.get("id2label") or {}) != 1:
+            raise InputError(f"{self.value_architecture} with more than one label is not a scalar critic")
         heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
         rope_theta, rope_factor = rope(config)
         return Shape(
@@ -153,7 +169,8 @@ class Family:
             kv_heads=size(config, "num_key_value_heads", heads),
             head_dim=size(config, "head_dim") if config.get("head_dim") else default_head_dim(hidden, heads),
             vocab=size(config, "vocab_size"),
-            tie=bool(config.get("tie_word_embeddings", False)),
+            tie=bool(config.get("tie_word_embeddings", False)) and not value,
+            value=value,
             rope_theta=rope_theta,
             norm_eps=number(config, "rms_norm_eps", 1e-6),
             max_positions=size(config, "max_position_embeddings"),
@@ -170,7 +187,7 @@ class Family:
         if shape.rope_factor is not None:
             scaling |= {"rope_type": "llama3", "factor": shape.rope_factor} | LLAMA3_ROPE
         return {
-            "architectures": [self.architecture],
+            "architectures": [self.value_architecture if shape.value else self.architecture],
             "model_type": self.name,
             "hidden_act": "silu",
             "num_hidden_layers": shape.layers,
@@ -189,6 +206,7 @@ class Family:
             "rope_theta": shape.rope_theta,
             "rope_scaling": None if shape.rope_factor is None else scaling,
             **(write_experts(shape) if self.moe else {}),
+            **({"id2label": {"0": "value"}, "label2id": {"value": 0}} if shape.value else {}),
             **self.write_extras,
         }
 
@@ -258,6 +276,15 @@ def expert_rules(shape: Shape) -> tuple[Rule, ...]:
     return tuple(made)
 
 
+# Every tensor-parallel rank has the whole of it.
+VALUE_HEAD = (Rule("output_layer.weight", ("score.weight",)), Rule("output_layer.bias", ("score.bias",)))
+
+
+def _lm_head(shape: Shape) -> Rule:
+    hf = "model.embed_tokens.weight" if shape.tie else "lm_head.weight"
+    return Rule("output_layer.weight", (hf,), tp_axis=0, padded=True)
+
+
 def decoder_rules(shape: Shape, mlp: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rules that Llama and its kin share, with those of their feed-forward part."""
     hf, mega = HF_LAYER, LAYER
@@ -273,12 +300,7 @@ def decoder_rules(shape: Shape, mlp: tuple[Rule, ...]) -> tuple[Rule, ...]:
         Rule(mega + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), tp_axis=1),
         *mlp,
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-        Rule(
-            "output_layer.weight",
-            ("model.embed_tokens.weight" if shape.tie else "lm_head.weight",),
-            tp_axis=0,
-            padded=True,
-        ),
+        *(VALUE_HEAD if shape.value else (_lm_head(shape),)),
     ]
     if shape.qkv_bias:
         rules.append(

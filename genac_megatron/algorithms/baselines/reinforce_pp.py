@@ -1,0 +1,21 @@
+"""REINFORCE++ (arXiv 2501.03262): no critic and no group; the batch is the baseline and the scale."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from genac_megatron.algorithms.advantages import whiten
+
+
+def reinforce_pp(rewards_GN: Tensor, lengths_GN: Tensor, *, baseline: bool = False) -> Tensor:
+    """Rewards whitened over the batch's tokens: [G, N], token counts [G, N] -> [G, N].
+
+    Every token's return is its response's reward (no KL term), so a response weighs as its length.
+    baseline: the group's mean is taken off first.
+    """
+    returns_GN = rewards_GN - rewards_GN.mean(1, keepdim=True) if baseline else rewards_GN
+    lengths_S = lengths_GN.flatten()
+    tokens_T = whiten(returns_GN.flatten().repeat_interleave(lengths_S))
+    ends_S = lengths_S.cumsum(0)
+    per_response_S = tokens_T[(ends_S - 1).clamp(min=0)] if len(tokens_T) else returns_GN.flatten() * 0.0
+    return per_response_S.reshape(rewards_GN.shape)

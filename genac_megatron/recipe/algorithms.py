@@ -1,0 +1,162 @@
+"""Losses, advantages, and the algorithms that a generative critic must beat (method §3, §5): recipe blocks.
+
+Each algorithm's block has its own defaults: those of its paper as method §5 gives them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+
+
+class LossConfig(Block):
+    """The actor's PPO loss and the critic's REINFORCE loss share these corrections."""
+
+    clip_low: Fraction = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: PositiveFloat | None = 3.0
+    tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
+    entropy_coef: float = 0.0
+    nll_coef: Annotated[float, Field(ge=0)] = 0.0  # of right responses' negative log-likelihood (VAPO)
+    # token: mean over tokens; sequence: mean over responses of their means; constant: sum over tokens,
+    # divided by responses and rollout.max_new_tokens (Dr.GRPO)
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+
+
+class AdvantageConfig(Block):
+    """Segment-level GAE (method §3)."""
+
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    lam_gate: float | None = 0.2  # lam is 1 until the critic's explained variance exceeds this
+    whiten: bool = True
+
+
+class ValueConfig(Block):
+    """A scalar critic's token-level GAE and its regression."""
+
+    gamma: Fraction = 1.0
+    lam_actor: Fraction = 1.0
+    lam_critic: Fraction = 1.0  # of the returns that it learns; 1: the outcome itself
+    length_alpha: PositiveFloat | None = None  # actor's lambda is 1 - 1 / (alpha length) instead (VAPO)
+    clip: PositiveFloat | None = 0.5  # how far a value may move from that before the step; None: any way
+    at: list[Fraction] = []  # where in a response it is trained, as shares of its length; none: everywhere
+    whiten: bool = True
+
+
+# --- losses and values by algorithm --------------------------------------------------------------
+
+
+class SequenceLoss(LossConfig):
+    aggregate: Literal["token", "sequence", "constant"] = "sequence"
+
+
+class ConstantLoss(LossConfig):
+    aggregate: Literal["token", "sequence", "constant"] = "constant"
+
+
+class ClipHigherLoss(LossConfig):
+    clip_high: PositiveFloat = 0.28
+
+
+class VapoLoss(ClipHigherLoss):
+    nll_coef: Annotated[float, Field(ge=0)] = 0.1
+
+
+class VcPpoValue(ValueConfig):
+    lam_actor: Fraction = 0.95
+
+
+class VapoValue(ValueConfig):
+    length_alpha: PositiveFloat | None = 0.05
+
+
+class Sp3oValue(ValueConfig):
+    at: list[Fraction] = [0.3, 0.6, 0.9]
+
+
+class OverlongConfig(Block):
+    """DAPO's soft penalty: from 0 at max_new_tokens - cache down to -1 at max_new_tokens."""
+
+    cache: Positive = 128  # tokens
+
+
+# --- algorithms ----------------------------------------------------------------------------------
+
+
+class ScalarPpo(Block):
+    """PPO (1707.06347) with a scalar critic on every token."""
+
+    kind: Literal["ppo"]
+    loss: LossConfig = LossConfig()
+    value: ValueConfig = ValueConfig()
+
+
+class VcPpo(Block):
+    """VC-PPO (2503.01491): decoupled GAE. Its value pre-training is a stage of kind `value` before it."""
+
+    kind: Literal["vc_ppo"]
+    loss: LossConfig = LossConfig()
+    value: VcPpoValue = VcPpoValue()
+
+
+class Vapo(Block):
+    """VAPO (2504.05118): length-adaptive GAE, clip-higher, a likelihood term on right responses."""
+
+    kind: Literal["vapo"]
+    loss: VapoLoss = VapoLoss()
+    value: VapoValue = VapoValue()
+
+
+class Sp3o(Block):
+    """SP3O (value flattening): the value is trained at three places of each response."""
+
+    kind: Literal["sp3o"]
+    loss: LossConfig = LossConfig()
+    value: Sp3oValue = Sp3oValue()
+
+
+class Grpo(Block):
+    """GRPO (2402.03300), without the KL term."""
+
+    kind: Literal["grpo"]
+    loss: SequenceLoss = SequenceLoss()
+
+
+class DrGrpo(Block):
+    """Dr.GRPO (2503.20783): no deviation, no length in the norm."""
+
+    kind: Literal["dr_grpo"]
+    loss: ConstantLoss = ConstantLoss()
+
+
+class Dapo(Block):
+    """DAPO (2503.14476): clip-higher, dynamic sampling, token mean, overlong penalty."""
+
+    kind: Literal["dapo"]
+    loss: ClipHigherLoss = ClipHigherLoss()
+    rounds: Positive = 8  # of sampling at most, until every group is mixed; then fewer groups are trained
+    overlong: OverlongConfig | None = None
+
+
+class Rloo(Block):
+    """RLOO (2402.14740)."""
+
+    kind: Literal["rloo"]
+    loss: LossConfig = LossConfig()
+
+
+class ReinforcePlusPlus(Block):
+    """REINFORCE++ (2501.03262): returns whitened over the batch; `baseline`: less the group's mean first."""
+
+    kind: Literal["reinforce_pp"]
+    baseline: bool = False
+    loss: LossConfig = LossConfig()
+
+
+WithScalarCritic = ScalarPpo | VcPpo | Vapo | Sp3o
+WithoutCritic = Grpo | DrGrpo | Dapo | Rloo | ReinforcePlusPlus
+Algorithm = Annotated[WithScalarCritic | WithoutCritic, Field(discriminator="kind")]
