@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PARENT_POLL_S = 0.5
+SHARED = "/dev/shm/sgl"  # how SGLang's shared memory is called: sgl_shm_mq_..., sglang_loads_...
 IMPORTED_ONCE = (  # what a server's processes import, the table of all models included
     "entrypoints.http_server",
     "managers.scheduler",
@@ -179,6 +180,33 @@ def prepare_cpu() -> None:
 # --- servers -----------------------------------------------------------------------------------------
 
 
+def group_members(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdecimal():
+            continue
+        try:
+            with open(f"{entry.path}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        ended = fields[0] in "ZX" and int(fields[17]) <= 1  # its threads may outlive it, files still open
+        if int(fields[2]) == group and not ended:
+            found.append(int(entry.name))
+    return found
+
+
+def shared_files(pids: Sequence[int]) -> set[str]:
+    """SGLang's shared-memory files that these processes have mapped: a killed server leaves them behind."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as file:
+            paths = (line.split(maxsplit=5)[-1].rstrip("\n") for line in file if SHARED in line)
+            found |= {path for path in paths if path.startswith(SHARED) and os.path.exists(path)}
+    return found
+
+
 def follow(parent: int) -> None:
     """End this process's group once `parent` is no longer its parent."""
 
@@ -188,6 +216,9 @@ def follow(parent: int) -> None:
         print(
             f"boot: process {parent}, which started this server, is gone: ending", file=sys.stderr, flush=True
         )
+        for path in shared_files(group_members(os.getpgrp())):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         os.killpg(0, signal.SIGKILL)
 
     if parent > 0:

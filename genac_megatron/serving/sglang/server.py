@@ -25,7 +25,7 @@ from typing import Any, Literal
 import httpx
 
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.serving.sglang.boot import KEY
+from genac_megatron.serving.sglang.boot import KEY, group_members, shared_files
 
 BOOT = Path(__file__).with_name("boot.py")
 PYTHON_VARIABLE = "GENAC_SERVE_PYTHON"
@@ -202,6 +202,7 @@ class Server:
         self._child: subprocess.Popen[bytes] | None = None  # where it is ours, not the zygote's
         self._pid: int | None = None
         self._scratch: Path | None = None
+        self._shared: set[str] = set()  # files of its shared memory, which outlive it
 
     @property
     def pid(self) -> int | None:
@@ -236,9 +237,11 @@ class Server:
         """Seconds until it answered. Raises PeerLost with the log's end where it died or took longer."""
         began = time.monotonic()
         while time.monotonic() - began < limit_s:
+            self._note_shared()
             if not self.alive():
                 raise self._lost("died at its start")
             if self._answers():
+                self._note_shared()
                 return time.monotonic() - began
             time.sleep(POLL_S)
         raise self._lost(f"was not healthy within {limit_s:.0f} s (engine.start_timeout_s)")
@@ -247,17 +250,27 @@ class Server:
         """Whether its main process runs; a hung one does too."""
         if self._child is not None:
             return self._child.poll() is None
-        return self._pid is not None and self._pid in _group(self._pid)
+        return self._pid is not None and self._pid in group_members(self._pid)
 
     def stop(self) -> None:
-        """End all its processes at once."""
+        """End all its processes at once, and remove what they leave behind."""
+        self._note_shared()
         if self._pid is not None:
             _end_group(self._pid)
         if self._child is not None:
             self._child.wait(END_LIMIT_S)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+        for path in self._shared:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._shared = set()
         self._pid = self._child = self._scratch = None
+
+    def _note_shared(self) -> None:
+        """Its shared memory is found by its processes: where they were killed, as they were seen last."""
+        if self._pid is not None:
+            self._shared |= shared_files(group_members(self._pid))
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:
         return tail(self.log, lines)
@@ -313,26 +326,10 @@ def _clean_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in dropped} | dict(more)
 
 
-def _group(group: int) -> list[int]:
-    """The processes of a group that have not ended."""
-    found = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdecimal():
-            continue
-        try:
-            fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        ended = fields[0] in "ZX" and int(fields[17]) <= 1  # its threads may outlive it, files still open
-        if int(fields[2]) == group and not ended:
-            found.append(int(entry.name))
-    return found
-
-
 def _end_group(group: int) -> None:
     """SIGKILL to a process group, and wait until all of it is gone: its port is free then."""
     until = time.monotonic() + END_LIMIT_S
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    while _group(group) and time.monotonic() < until:
+    while group_members(group) and time.monotonic() < until:
         time.sleep(0.02)

@@ -21,12 +21,12 @@ from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.registry import shape_from_hf
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion
+from genac_megatron.serving.sglang.boot import group_members, shared_files
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
 from genac_megatron.serving.sglang.engine import SglangEngine
 from genac_megatron.serving.sglang.server import (
     PYTHON_VARIABLE,
     Server,
-    _group,
     free_ports,
     serving_python,
 )
@@ -185,6 +185,21 @@ def test_a_server_that_dies_at_its_start_shows_its_log(farm: Farm) -> None:
         Server(farm.spec(), farm.folder / "late.log", zygote=farm.zygote).wait_healthy(0.0)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_killed_server_leaves_no_shared_memory(farm: Farm, tp: int) -> None:
+    """kill -9 from outside: nobody of its own can clean up."""
+    server = farm.start(tp=tp)
+    assert server.pid is not None
+    held = shared_files(group_members(server.pid))
+    assert held
+    os.killpg(server.pid, signal.SIGKILL)
+    while server.alive():
+        time.sleep(0.05)
+    assert all(Path(path).exists() for path in held)
+    server.stop()
+    assert not [path for path in held if Path(path).exists()]
+
+
 def test_no_interpreter_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
     with pytest.raises(InputError, match="make serve-env"):
@@ -222,17 +237,20 @@ def test_a_server_ends_with_its_launcher(farm: Farm, tmp_path: Path, how: str) -
     try:
         group = int(launcher.stdout.readline() or "0")
         assert group, (tmp_path / "server.log").read_text()[-2000:]
-        processes = _group(group)
+        processes = group_members(group)
         assert len(processes) >= 3  # two ranks, and what speaks HTTP
+        shared = shared_files(processes)
+        assert shared
         assert not any("api-key" in _command(pid) for pid in processes)
     finally:
         launcher.kill()
         launcher.wait()
         launcher.stdout.close()
     until = time.monotonic() + 20.0
-    while _group(group) and time.monotonic() < until:
+    while group_members(group) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not _group(group)
+    assert not group_members(group)
+    assert not [path for path in shared if Path(path).exists()]
 
 
 def _command(pid: int) -> str:
