@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Experts = NDArray[np.unsignedinteger[Any]]  # [tokens, layers, top-k]: which experts they went to
 
 Finish = Literal["stop", "length", "abort"]
 
@@ -46,6 +52,8 @@ class Completion:
     logprobs: tuple[float, ...]  # one per id, of the sampled token, temperature applied
     finish: Finish
     spans: tuple[tuple[int, int], ...] = ()  # (weight version, number of tokens), in order
+    # With routing replay: of each token that was read, so of the prompt's and of all ids but the last.
+    experts: Experts | None = field(default=None, compare=False, repr=False)
 
     @property
     def version(self) -> int:
@@ -109,6 +117,7 @@ class Sample:
     tokens: list[int]
     start: int
     fields: dict[str, list[float]] = field(default_factory=dict)
+    experts: Experts | None = field(default=None, compare=False, repr=False)  # of tokens[:-1], to be replayed
 
     @property
     def trained(self) -> int:

@@ -42,6 +42,7 @@ from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import plan_of
+from genac_megatron.models.routing import install
 from genac_megatron.models.sizes import padded_vocab
 from genac_megatron.models.specs import Kind, block_spec, choose
 from genac_megatron.recipe.schema import TrainingConfig
@@ -161,8 +162,22 @@ def _chunk(
         specs=specs,
         scoring=scoring,
     )
+    install(model)
+    _mark_experts(model)
     model.to(platform.device())
     return model
+
+
+def _mark_experts(model: RoleModel) -> None:
+    """Have the weights of experts reduced over the ranks that share them, whatever ep is.
+
+    Megatron 0.16 does so where ep > 1 alone. With ep 1 and tp > 1, where every rank has all experts and its
+    own share of the tokens, it sums their gradients over data-parallel ranks, not over tp: silently wrong.
+    Marked always, their optimizer states also lie in a checkpoint where any ep finds them.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -> None:

@@ -124,6 +124,12 @@ def _check_training(name: str, role: RoleConfig, where: Where) -> None:
 def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     shape = read_shape(role.model, lambda key: where(("roles", name, "model", *([key] if key else []))))
     _check_split(name, shape, role.layout, where)
+    if role.engine.routing_replay and shape.experts is None:
+        raise InputError(
+            f"the engine of '{name}' is to have its experts replayed, and its model has none",
+            where=where(("roles", name, "engine", "routing_replay")),
+            way_out="take routing_replay out",
+        )
 
 
 def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) -> None:

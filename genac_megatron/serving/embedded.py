@@ -22,7 +22,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Request
 from genac_megatron.serving.engine import Engine, check_ids, check_request
-from genac_megatron.serving.experts import by_file_names
+from genac_megatron.serving.experts import by_file_names, routers
 from genac_megatron.serving.generation import CPU_ATTENTION, Generation, score_continuations
 
 SETTLE_TURNS = 8  # of the loop between batches: what consumers submit at once joins the next batch
@@ -81,6 +81,8 @@ class EmbeddedEngine(Engine):
         self.device = torch.device(device)
         self.version = -1
         self._model: PreTrainedModel | None = build_model(hf_config, config.dtype, self.device)
+        if config.routing_replay and not routers(self._model):
+            raise InputError("its model has no experts to replay", where="engine.routing_replay")
         self._queue: list[Waiting] = []  # oldest first
         self._loop: asyncio.AbstractEventLoop | None = None  # of those in the queue
         self._scheduled = False
@@ -223,7 +225,12 @@ class EmbeddedEngine(Engine):
     def _run(self, batch: list[Waiting]) -> None:
         assert self._model is not None
         start = time.perf_counter()
-        self._running = Generation(self._model, [waiting.request for waiting in batch], self.version)
+        self._running = Generation(
+            self._model,
+            [waiting.request for waiting in batch],
+            self.version,
+            record=self.config.routing_replay,
+        )
         try:
             completions = self._running.run()
         except Exception as error:

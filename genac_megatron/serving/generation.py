@@ -7,9 +7,10 @@ per row, cache layers with room to grow, and an attention function that repeats 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +31,10 @@ from transformers.masking_utils import sdpa_mask
 
 from genac_megatron.errors import GenacError
 from genac_megatron.records import Completion, Finish, Request
+from genac_megatron.serving.experts import RecordingCache, as_experts
+
+if TYPE_CHECKING:
+    from genac_megatron.records import Experts
 
 CPU_ATTENTION = "genac_grouped_sdpa"
 PREFILL_TOKENS = 1024  # read at once on CPU: activations of small models stay in the processor's cache
@@ -104,9 +109,13 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = (room[:, :, :length] for room in self._rooms)
 
 
-def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
-    """An empty cache whose full-attention layers hold `capacity` positions; other kinds stay as they are."""
-    cache = DynamicCache(config=model.config)
+def make_cache(model: PreTrainedModel, capacity: int, *, record: bool = False) -> DynamicCache:
+    """An empty cache whose full-attention layers hold `capacity` positions; other kinds stay as they are.
+
+    record: it can keep which experts its positions were sent to.
+    """
+    config = model.config
+    cache = RecordingCache(capacity, config=config) if record else DynamicCache(config=config)
     cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
@@ -199,10 +208,17 @@ class RowsDone(StoppingCriteria):
 class Generation:
     """One batch of requests on its way through a model. `run` does it; `abort` may end rows early."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], version: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[Request], version: int, *, record: bool = False
+    ) -> None:
+        """record: completions carry the experts that their tokens were sent to."""
         self.model, self.requests, self.version = model, list(requests), version
         self.device = model.device
         self.rows = list(range(len(self.requests)))  # those in the tensors
+        self.width = max(len(request.ids) for request in self.requests)  # of the prompts, laid out
+        self.read_at: list[Tensor] = []  # per request: where its prompt's tokens lie
+        capacity = self.width + max(request.params.max_new_tokens for request in self.requests)
+        self.cache = make_cache(model, capacity, record=record)
         self.sampler = Sampler(self.requests, self.device)
         self.criterion = RowsDone(self.sampler, len(self.requests))
 
@@ -215,13 +231,19 @@ class Generation:
     @torch.inference_mode()
     def run(self) -> list[Completion]:
         """The requests' completions, in their order."""
-        ids, mask, cache = self._prefill()
+        recorded = isinstance(self.cache, RecordingCache)
+        with self.cache.recording(self.model) if recorded else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> list[Completion]:
+        ids, mask = self._prefill()
+        self.read_at = [row.nonzero()[:, 0] for row in mask]
         completions: dict[int, Completion] = {}
         while self.rows:
             ids = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                past_key_values=self.cache,
                 generation_config=GenerationConfig(
                     do_sample=False,
                     use_cache=True,
@@ -237,7 +259,7 @@ class Generation:
             if self.rows:
                 new = ids.shape[1] - mask.shape[1]
                 ids, mask = ids[running], torch.nn.functional.pad(mask[running], (0, new), value=1)
-                cache.batch_select_indices(running)
+                self.cache.batch_select_indices(running)
                 self.sampler.keep(running)
                 self.criterion.keep(running)
         return [completions[row] for row in range(len(self.requests))]
@@ -266,11 +288,21 @@ class Generation:
                 logprobs=tuple(logprobs[place][:length]),
                 finish=finish,
                 spans=((self.version, length),),
+                experts=self._experts(place, length),
             )
         return found
 
-    def _prefill(self) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Ids and mask [b, w], and a cache of all but the last position, each shared prefix read once.
+    def _experts(self, place: int, length: int) -> Experts | None:
+        """Which experts the row at `place` went to, its prompt and all but the last of `length` tokens."""
+        if not isinstance(self.cache, RecordingCache):
+            return None
+        row = self.rows[place]
+        new = torch.arange(self.width, self.width + length - 1, device=self.device)
+        chosen = self.cache.chosen(place, torch.cat([self.read_at[row], new]))
+        return as_experts(chosen, self.model.config.num_experts, f"request {self.requests[row].key!r}")
+
+    def _prefill(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask [b, w]; the cache is filled but for the last position, each shared prefix read once.
 
         Rows are laid out as the prefix that all share, padding, and the rest; equal prompts are one row
         until they are read.
@@ -278,7 +310,7 @@ class Generation:
         prompts = [request.ids for request in self.requests]
         distinct = {ids: place for place, ids in enumerate(dict.fromkeys(prompts))}
         shared = min(shared_length(list(distinct)), min(map(len, distinct)) - 1)
-        width = max(map(len, distinct))
+        width, cache = self.width, self.cache
         ids = torch.zeros(len(distinct), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for prompt, place in distinct.items():
@@ -286,9 +318,6 @@ class Generation:
             ids[place, :shared], ids[place, rest:] = torch.tensor(prompt).tensor_split([shared])
             mask[place, :shared], mask[place, rest:] = 1, 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = make_cache(
-            self.model, width + max(request.params.max_new_tokens for request in self.requests)
-        )
         if shared:
             read(self.model, ids[:1, :shared], mask[:1, :shared], cache)
             cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
@@ -296,7 +325,7 @@ class Generation:
         rows = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
         if len(distinct) < len(prompts):
             cache.batch_select_indices(rows)
-        return ids[rows], mask[rows], cache
+        return ids[rows], mask[rows]
 
 
 def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:

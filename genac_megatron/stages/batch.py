@@ -199,6 +199,7 @@ def actor_samples(batch: Batch, config: AdvantageConfig, lam: float, aggregate: 
                 "advantages": advantage,
                 "behaviour": list(rollout.completion.logprobs),
             },
+            experts=rollout.completion.experts,
         )
         for rollout, advantage, weight in zip(batch.rollouts, advantages, weights, strict=True)
     ]
@@ -239,6 +240,7 @@ def judgement_sample(judgement: Judgement, share: float) -> Sample:
             "advantages": [judgement.weight] * len(ids),
             "behaviour": list(judgement.completion.logprobs),
         },
+        experts=judgement.completion.experts,
     )
 
 

@@ -60,7 +60,7 @@ def measure_judgements(run: Run, mine: Iterable[Judgement]) -> dict[str, float]:
 def engine_sample(prompt: Sequence[int], completion: Completion) -> Sample:
     """A completion as the trainer scores it, beside the log-probs that it was sampled with."""
     fields = {"behaviour": list(completion.logprobs)}
-    return Sample([*prompt, *completion.ids], len(prompt), fields)
+    return Sample([*prompt, *completion.ids], len(prompt), fields, completion.experts)
 
 
 def _measure(run: Run, role: str, mine: Sequence[Sample], temperature: float) -> dict[str, float]:

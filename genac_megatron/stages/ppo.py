@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 
 from genac_megatron.algorithms.advantages import gated_lam
@@ -85,7 +86,7 @@ def minibatches(samples: list[Sample], stage: PpoStage, seed: int) -> list[list[
 
 def _rescaled(sample: Sample, factor: float) -> Sample:
     weights = [weight * factor for weight in sample.fields["weights"]]
-    return Sample(sample.tokens, sample.start, {**sample.fields, "weights": weights})
+    return replace(sample, fields={**sample.fields, "weights": weights})
 
 
 def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:

@@ -264,6 +264,7 @@ class Pack:
     loss_mask_T: Tensor  # bool: positions whose label carries loss
     fields: dict[str, Tensor]  # fp32 [T] each; 0 where loss_mask_T is False
     members: list[tuple[int, int, int]]  # (sample index, its first loss position, trained tokens)
+    experts_TLK: Tensor | None = None  # int16, to be replayed; -1 where a router is to choose
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on `device`."""
@@ -322,7 +323,26 @@ def build_pack(
         loss_mask_T=loss_mask_T,
         fields=fields,
         members=members,
+        experts_TLK=_experts(samples, indices, bounds),
     )
+
+
+def _experts(samples: Sequence[Sample], indices: Sequence[int], bounds: Sequence[int]) -> Tensor | None:
+    """The experts that engines chose, at their positions; None where no sample has any."""
+    given = {i: samples[i].experts for i in indices if samples[i].experts is not None}
+    if not given:
+        return None
+    layers, top_k = next(iter(given.values())).shape[1:]
+    experts_TLK = torch.full((bounds[-1], layers, top_k), -1, dtype=torch.int16)
+    for i, begin in zip(indices, bounds, strict=False):
+        if i in given:
+            wanted = (len(samples[i].tokens) - 1, layers, top_k)
+            if given[i].shape != wanted:
+                raise InputError(
+                    f"experts of sample {i} have shape {given[i].shape}, not {wanted}", where="build_pack"
+                )
+            experts_TLK[begin : begin + wanted[0]] = torch.from_numpy(given[i].astype("int16"))
+    return experts_TLK
 
 
 def _positions(sample: Sample, index: int) -> int:

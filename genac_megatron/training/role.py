@@ -27,6 +27,7 @@ from torch import Tensor
 from genac_megatron import platform
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.routing import attach, check_experts
 from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
@@ -167,6 +168,7 @@ class Role:
 
     def _packs(self, samples: Sequence[Sample]) -> list[Pack]:
         """This data-parallel rank's micro-batches."""
+        check_experts(samples, self.shape)
         layout, fields = self.layout, sorted(samples[0].fields) if samples else []
         plan = plan_packs(
             [len(s.tokens) - 1 for s in samples],
@@ -206,7 +208,7 @@ class Role:
                 None,
                 labels=pack.labels_T[None],
                 loss_mask=pack.loss_mask_T[None],
-                packed_seq_params=_packed(pack),
+                packed_seq_params=attach(_packed(pack), pack.experts_TLK),
             )
             return output, partial(_apply_loss, loss, pack, scale)
 

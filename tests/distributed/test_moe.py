@@ -19,6 +19,8 @@ TOLERANCE = 2e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": {"count": 2, "ep": 2},
     "ep4": {"ep": 4},
+    "tp2": {"count": 2, "tp": 2},  # every rank has all experts, and half of the tokens
+    "tp2-dp2": {"tp": 2},
     "dp4-ep2": {"ep": 2},
     "tp2-dp2-ep2": {"tp": 2, "ep": 2},
     "tp2-ep4": {"tp": 2, "ep": 4},
@@ -63,17 +65,17 @@ def test_balancing_is_the_same_wherever_experts_are(pool: Any, one_rank: Any) ->
     assert (alone["weights"][router] - one_rank["weights"][router]).abs().max() > 1e-3
 
 
-def save_case(rank: int, folder: str) -> Any:
+def save_case(rank: int, folder: str, layout: dict[str, Any]) -> Any:
     from genac_megatron.training.checkpoint import Checkpoints
 
-    role = make_role("actor", role_config(layout={"tp": 2, "ep": 2}, **FAMILY), 4)
+    role = make_role("actor", role_config(layout=layout, **FAMILY), 4)
     role.begin_stage(None, 10)
     train(role, 1)
     Checkpoints(Path(folder), keep=1, asynchronous=False).save("ppo-00001", {"actor": role}, {})
     return published(role), train(role, 1, 1), role.logprobs(make_samples(5, 3))
 
 
-def load_case(rank: int, folder: str, layout: dict[str, Any], optimizers: bool) -> Any:
+def load_case(rank: int, folder: str, layout: dict[str, Any]) -> Any:
     from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
     role = make_role("actor", role_config(layout=layout, **FAMILY), 4, seed=9)
@@ -81,28 +83,32 @@ def load_case(rank: int, folder: str, layout: dict[str, Any], optimizers: bool) 
     newest = Checkpoints(Path(folder), keep=1, asynchronous=False).newest()
     assert newest is not None
     load_checkpoint(newest[0], {"actor": role})
-    if not optimizers:
-        return published(role), None, None
     load_checkpoint(newest[0], {"actor": role}, optimizers=True)
     return published(role), train(role, 1, 1), role.logprobs(make_samples(5, 3))
 
 
-@pytest.mark.parametrize("layout", [{"ep": 4}, {"pp": 2, "ep": 2}], ids=["ep4", "pp2-ep2"])
-def test_a_checkpoint_of_experts_goes_on_in_another_layout(layout: Any, pool: Any, tmp_path: Path) -> None:
-    weights, figures, scores = pool.run(save_case, str(tmp_path))[0]
-    weights2, figures2, scores2 = pool.run(load_case, str(tmp_path), layout, True)[0]
+SAVED = {"tp": 2, "ep": 2}
+MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tp2-ep2 to ep4": (SAVED, {"ep": 4}),
+    "tp2-ep2 to pp2-ep2": (SAVED, {"pp": 2, "ep": 2}),
+    "tp2-ep2 to one rank": (SAVED, {"count": 1}),
+    "one rank to tp2-ep2": ({"count": 1}, SAVED),
+    "tp2 to ep2": ({"count": 2, "tp": 2}, {"count": 2, "ep": 2}),
+    "dp2 to tp2": ({"count": 2}, {"count": 2, "tp": 2}),
+}
+
+
+@pytest.mark.parametrize("move", list(MOVES))
+def test_a_checkpoint_of_experts_goes_on_in_another_layout(move: str, pool: Any, tmp_path: Path) -> None:
+    """Weights, optimizer states and all: whether experts are over ranks or not."""
+    before, after = MOVES[move]
+    weights, figures, scores = pool.run(save_case, str(tmp_path), before)[0]
+    weights2, figures2, scores2 = pool.run(load_case, str(tmp_path), after)[0]
     assert all(torch.equal(weights[name], weights2[name]) for name in weights)
     close = {"atol": TOLERANCE, "rtol": TOLERANCE}
     torch.testing.assert_close(torch.tensor(figures), torch.tensor(figures2), **close)
     for mine, theirs in zip(scores, scores2, strict=True):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), **close)
-
-
-def test_weights_of_experts_over_ranks_load_where_they_are_not(pool: Any, tmp_path: Path) -> None:
-    """Their optimizer does not move to ep 1: Megatron keeps the states of such experts apart."""
-    weights, _, _ = pool.run(save_case, str(tmp_path))[0]
-    loaded, _, _ = pool.run(load_case, str(tmp_path), {"count": 1}, False)[0]
-    assert all(torch.equal(weights[name], loaded[name]) for name in weights)
 
 
 def engine_case(rank: int, layout: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import httpx
@@ -43,6 +43,7 @@ class Generated:
     prompt_tokens: int
     cached_tokens: int  # of the prompt, served from the prefix cache
     candidates: tuple[dict[int, float], ...] = ()  # per new token: log-probs of the token ids asked for
+    experts: str | None = field(default=None, repr=False)  # base64 of int32 [tokens, layers, top-k]
 
 
 class ServerClient:
@@ -78,15 +79,19 @@ class ServerClient:
         limit_s: float,
         rid: str | None = None,
         candidates: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        experts: bool = False,
     ) -> list[Generated]:
         """Samples of one prompt (`sampling["n"]` of them), or of each of several, in their order.
 
         ids: [tokens] or [prompts][tokens]. candidates: token ids, per prompt where there are several, whose
         log-probs at each new position are wanted. rid: to abort it by; SGLang aborts every request whose id
-        *starts* with the one given. Raises ServerError where anything at all goes wrong, the limit included.
+        *starts* with the one given. experts: those that tokens were sent to are wanted (a server that was
+        not started for it returns none). Raises ServerError where anything at all goes wrong, the limit
+        included.
         """
         body: dict[str, Any] = {"input_ids": _lists(ids), "sampling_params": dict(sampling)}
         body |= {"return_logprob": True} | ({"rid": rid} if rid is not None else {})
+        body |= {"return_routed_experts": True} if experts else {}
         if candidates is not None:
             body["token_ids_logprob"] = _lists(candidates)
         reply = await self._ask("/generate", body, limit_s)
@@ -363,6 +368,7 @@ def _generated(reply: Any) -> Generated:
             {int(token): float(logprob) for logprob, token, *_ in position}
             for position in meta.get("output_token_ids_logprobs") or ()
         ),
+        experts=meta.get("routed_experts"),
     )
 
 

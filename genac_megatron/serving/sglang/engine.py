@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 from torch import Tensor
 
-from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.errors import GenacError, InputError, PeerLost
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import hf_names
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Finish, Request
 from genac_megatron.serving.engine import Engine, check_ids, check_request
+from genac_megatron.serving.experts import as_experts
 from genac_megatron.serving.sglang.client import Generated, ServerClient, ServerError
 from genac_megatron.serving.sglang.loading import Loader
 from genac_megatron.serving.sglang.routing import Route, Router, group_of
+
+if TYPE_CHECKING:
+    from genac_megatron.records import Experts
 
 RETRY_S = 0.5  # between attempts
 ABORT_S = 10.0
@@ -56,7 +63,7 @@ class SglangEngine(Engine):
     """
 
     def __init__(self, clients: Sequence[ServerClient], config: EngineConfig, shape: Shape) -> None:
-        self.clients, self.config, self.vocab = list(clients), config, shape.vocab
+        self.clients, self.config, self.shape, self.vocab = list(clients), config, shape, shape.vocab
         self.version = -1
         self._router = Router(self.clients, config.max_in_flight)
         self._loader = Loader(self.clients, hf_names(shape))
@@ -92,7 +99,8 @@ class SglangEngine(Engine):
             return Completion((), (), "abort")
         self._count(sample)
         spans = tuple((int(version), count) for version, count in sample.spans)
-        return Completion(sample.ids, sample.logprobs, cast(Finish, sample.finish), spans)
+        experts = self._experts(request, sample) if self.config.routing_replay else None
+        return Completion(sample.ids, sample.logprobs, cast(Finish, sample.finish), spans, experts)
 
     async def score(
         self, ids: Sequence[int], continuations: Sequence[Sequence[int]], *, temperature: float = 1.0
@@ -216,7 +224,13 @@ class SglangEngine(Engine):
         live.client, live.rid = client, uuid.uuid4().hex  # of one length: none is the start of another
         try:
             limit_s = self.config.request_timeout_s
-            (sample,) = await client.generate(request.ids, _sampling(request), limit_s=limit_s, rid=live.rid)
+            (sample,) = await client.generate(
+                request.ids,
+                _sampling(request),
+                limit_s=limit_s,
+                rid=live.rid,
+                experts=self.config.routing_replay,
+            )
             _check_versions(client, sample)
             if sample.finish == "abort" and not live.aborted:  # a publication that failed ends all requests
                 raise ServerError(client.name, "/generate", "the server ended it", retryable=True)
@@ -227,6 +241,25 @@ class SglangEngine(Engine):
         finally:
             live.client = None
         return sample
+
+    def _experts(self, request: Request, sample: Generated) -> Experts | None:
+        """Which experts every token that was read went to. Raises InputError where the server sent none."""
+        where = f"request {request.key!r}"
+        if sample.finish == "abort":  # it may have tokens that were never read
+            return None
+        if sample.experts is None or self.shape.experts is None or self.shape.experts_per_token is None:
+            raise InputError(
+                "the server returned no routed experts",
+                where=where,
+                way_out="start it with --enable-return-routed-experts, or set engine.routing_replay: false",
+            )
+        flat = np.frombuffer(base64.b64decode(sample.experts), dtype=np.int32)
+        wanted = (len(request.ids) + len(sample.ids) - 1, self.shape.layers, self.shape.experts_per_token)
+        if flat.size != math.prod(wanted):
+            raise GenacError(
+                f"{flat.size} routed experts came, not those of {wanted} tokens, layers, top-k", where=where
+            )
+        return as_experts(flat.reshape(wanted), self.shape.experts, where)
 
     async def _next_logprobs(
         self,

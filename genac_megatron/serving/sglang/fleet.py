@@ -171,6 +171,7 @@ class Fleet:
             chosen = config.gpus[index * tp : (index + 1) * tp]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
         memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
+        replay = ("--enable-return-routed-experts",) if config.routing_replay else ()
         return ServerSpec(
             name=f"{self.name}/{index}",
             model=self._model,
@@ -182,7 +183,7 @@ class Fleet:
             mem_fraction=config.mem_fraction,
             max_running=config.max_batch,
             max_tokens=config.max_batch_tokens,
-            args=(*memory_saver, *config.args),
+            args=(*memory_saver, *replay, *config.args),
             env=env,
         )
 
