@@ -15,10 +15,11 @@ Interface in short:
 
 `model` may be wrapped (Float16Module, DistributedDataParallel). With labels, the last stage returns fp32
 [1, T] (log-prob of each label) or, with_entropy, [2, T] (log-prob, entropy); where loss_mask is False both
-are 0. Earlier stages return hidden states, as the schedules want. Without labels the last stage returns
-logits [1, T, padded vocab / tp]. T is a multiple of tp where sequence parallelism is on; cu_seqlens covers
-all T positions (padding is a sequence of its own). Every micro-batch of a step has the same T where pp > 1:
-pass seq_length=T, micro_batch_size=1 to the schedule.
+are 0; a scalar critic's gives [1, T], the value of the prefix before each label. Earlier stages return hidden
+states, as the schedules want. Without labels the last stage returns logits [1, T, padded vocab / tp]. T is a
+multiple of tp where sequence parallelism is on; cu_seqlens covers all T positions (padding is a sequence of
+its own). Every micro-batch of a step has the same T where pp > 1: pass seq_length=T, micro_batch_size=1 to
+the schedule.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
@@ -66,12 +67,27 @@ class Scoring:
     chunk: int = 1024  # tokens whose logits exist at once
 
 
+class ValueHead(nn.Module):
+    """hidden -> one figure, in fp32 whatever the model's dtype; whole on every tensor-parallel rank."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        """[T, hidden] -> [T]."""
+        return F.linear(hidden_TH.float(), self.weight.float(), self.bias.float()).squeeze(1)
+
+
 class RoleModel(GPTModel):
     """A GPT model chunk whose last stage gives log-probs of labels, without ever holding all logits."""
 
     def __init__(self, *args: Any, shape: Shape, specs: Kind, scoring: Scoring, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shape, self.specs, self.scoring = shape, specs, scoring
+        if shape.value and self.post_process:
+            self.output_layer = ValueHead(self.config)
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Under torch specs the packed attention rotates queries and keys itself, from tables made once."""
@@ -90,7 +106,18 @@ class RoleModel(GPTModel):
         if not self.post_process or labels is None:
             output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
             return output
+        if self.shape.value:
+            return self.values(hidden_states)
         return self.score(hidden_states, labels, kwargs.get("loss_mask"))
+
+    def values(self, hidden_states: Tensor) -> Tensor:
+        """[1, T]: the value of the prefix that ends at each position, from the decoder's output."""
+        if self.config.sequence_parallel:
+            # Every rank computes the same from all of it, so each keeps its own part of the gradient.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return self.output_layer(hidden_states.squeeze(1))[None]
 
     def score(self, hidden_states: Tensor, labels_1T: Tensor, mask_1T: Tensor | None) -> Tensor:
         """Log-probs (and entropies) of labels from the decoder's output [T or T / tp, 1, hidden]."""

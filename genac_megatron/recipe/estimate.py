@@ -8,7 +8,16 @@ from typing import NamedTuple
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters, stage_parameters
 from genac_megatron.recipe.rules import ranks_of, read_shape
-from genac_megatron.recipe.schema import LayoutConfig, PpoStage, Recipe, RoleConfig, SftStage, StageConfig
+from genac_megatron.recipe.schema import (
+    LayoutConfig,
+    PolicyStage,
+    PpoStage,
+    Recipe,
+    RoleConfig,
+    SftStage,
+    StageConfig,
+    ValueStage,
+)
 
 BYTES = {"fp32": 4, "bf16": 2}
 SHOWN_RANKS = 16  # more ranks than this are shown by their first and their heaviest
@@ -202,6 +211,9 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         return text
     rollout = stage.rollout
     responses = rollout.prompts * rollout.samples
+    if isinstance(stage, ValueStage | PolicyStage):
+        tokens = _count(responses * rollout.max_new_tokens)
+        return f"{stage.steps} steps; a step generates {tokens} actor tokens ({responses:,} responses)"
     # The prompt state is judged once for its whole group of samples.
     states = rollout.prompts + responses * (judging.states.max_states - 1)
     trained = min(states, responses * stage.train_states)

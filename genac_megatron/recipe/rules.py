@@ -9,16 +9,21 @@ from pathlib import Path
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
+from genac_megatron.recipe.algorithms import Dapo, DrGrpo, Grpo, ReinforcePlusPlus, Rloo, WithScalarCritic
 from genac_megatron.recipe.schema import (
     DatasetTask,
+    EngineConfig,
     JsonlTask,
     LayoutConfig,
     ModelConfig,
+    PolicyStage,
     PpoStage,
     Recipe,
     RoleConfig,
     SftStage,
+    StageConfig,
     StateTrackingTask,
+    ValueStage,
 )
 from genac_megatron.tasks.tokenizer import tokenizer_size
 
@@ -62,6 +67,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_training(name, role, where)
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)
+        _check_nodes(name, role.engine, where)
     _check_task(recipe, where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
@@ -174,12 +180,6 @@ def _check_experts(name: str, shape: Shape, layout: LayoutConfig, where: Where) 
         )
 
 
-def _check_task(recipe: Recipe, where: Where) -> None:
-    task = recipe.task
-    if isinstance(task, StateTrackingTask) and task.min_swaps > task.max_swaps:
-        raise InputError(
-            f"min_swaps {task.min_swaps} is above max_swaps {task.max_swaps}",
-            where=where(("task", "min_swaps")),
 def _check_limits(recipe: Recipe, name: str, role: RoleConfig, where: Where) -> None:
     """While a rank waits for a server, the others wait for it in a collective: that limit is the longer."""
     if role.engine.kind != "sglang":
@@ -197,6 +197,45 @@ def _check_limits(recipe: Recipe, name: str, role: RoleConfig, where: Where) -> 
                 )
 
 
+def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
+    """Servers are dealt evenly to nodes, and each has GPUs where GPUs are named."""
+    place, nodes = ("roles", name, "engine"), engine.nodes
+    if engine.kind != "sglang":
+        return
+    if len(set(nodes)) < len(nodes) or engine.engines % len(nodes):
+        raise InputError(
+            f"{engine.engines} servers of '{name}' over nodes {nodes}",
+            where=where((*place, "nodes")),
+            way_out="name each node once, and make engines a multiple of their number",
+        )
+    if len(nodes) > 1 and engine.host != EngineConfig().host:
+        raise InputError(
+            f"the servers of '{name}' are on {len(nodes)} nodes, and one address is named for all",
+            where=where((*place, "host")),
+            way_out="leave host out: each node takes its address on the fabric",
+        )
+    if engine.urls and nodes != [0]:
+        raise InputError(
+            f"somebody else runs the servers of '{name}' (urls), so nodes says nothing",
+            where=where((*place, "nodes")),
+            way_out="take nodes out",
+        )
+    needed = engine.engines_per_node * engine.tp
+    if engine.gpus and len(engine.gpus) != needed:
+        raise InputError(
+            f"'{name}' names {len(engine.gpus)} GPUs, its {engine.engines_per_node} servers of a node take "
+            f"{needed}",
+            where=where((*place, "gpus")),
+            way_out="name engines / len(nodes) * tp of them",
+        )
+
+
+def _check_task(recipe: Recipe, where: Where) -> None:
+    task = recipe.task
+    if isinstance(task, StateTrackingTask) and task.min_swaps > task.max_swaps:
+        raise InputError(
+            f"min_swaps {task.min_swaps} is above max_swaps {task.max_swaps}",
+            where=where(("task", "min_swaps")),
         )
     if isinstance(task, JsonlTask | DatasetTask) and task.verifier is None:
         known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
@@ -246,15 +285,16 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
         if isinstance(stage, SftStage):
             _check_sft(recipe, stage, place, where)
             continue
-        for needed in ("actor", "critic"):
-            _check_role(recipe, needed, f"the stage '{stage.name}' ({stage.kind})", place, where)
-        if isinstance(stage, PpoStage):
-            _check_ppo(recipe, stage, place, where)
+        _check_heads(recipe, stage, place, where)
+        if isinstance(stage, PpoStage | PolicyStage):
+            _check_overlap(recipe, stage, place, where)
+        if isinstance(stage, PolicyStage):
+            _check_policy(stage, place, where)
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage, SftStage) or stage.data == "traces":
             new = stage.rollout.max_new_tokens
             _check_room(recipe, "actor", new, ("stages", index, "rollout", "max_new_tokens"), where)
-    if "critic" in recipe.roles:
+    if "critic" in recipe.roles and recipe.roles["critic"].served:
         new = recipe.judging.max_new_tokens
         _check_room(recipe, "critic", new, ("judging", "max_new_tokens"), where)
 
@@ -280,10 +320,69 @@ def _check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int],
         )
 
 
-def _check_ppo(recipe: Recipe, stage: PpoStage, place: tuple[str | int, ...], where: Where) -> None:
+def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where) -> None:
+    """The roles that a stage needs, each with the head that it needs."""
+    who = f"the stage '{stage.name}' ({stage.kind})"
+    scalar = isinstance(stage, ValueStage) or (
+        isinstance(stage, PolicyStage) and isinstance(stage.algorithm, WithScalarCritic)
+    )
+    needed = {"actor": "lm"}
+    if scalar or not isinstance(stage, PolicyStage):
+        needed["critic"] = "value" if scalar else "lm"
+    if isinstance(stage, ValueStage | PolicyStage) and stage.start_from is not None:
+        _check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
+        if not scalar or stage.start_from == "critic":
+            raise InputError(
+                f"{who} has a start_from, which is for a scalar critic that begins as another role",
+                where=where((*place, "start_from")),
+                way_out="leave start_from out",
+            )
+    for role, head in needed.items():
+        _check_role(recipe, role, who, place, where)
+        if recipe.roles[role].model.head != head:
+            kind = {"lm": "a language model", "value": "a scalar critic"}[head]
+            raise InputError(
+                f"{who} needs {kind} as its {role}",
+                where=where(("roles", role, "model", "head")),
+                way_out=f"set roles.{role}.model.head: {head}, or choose another kind of stage",
+            )
+
+
+def _check_policy(stage: PolicyStage, place: tuple[str | int, ...], where: Where) -> None:
+    algorithm, rollout = stage.algorithm, stage.rollout
+    grouped = isinstance(algorithm, Grpo | DrGrpo | Dapo | Rloo) or (
+        isinstance(algorithm, ReinforcePlusPlus) and algorithm.baseline
+    )
+    if grouped and rollout.samples == 1:
+        raise InputError(
+            f"{algorithm.kind} compares the responses to a prompt, and rollout.samples is 1",
+            where=where((*place, "rollout", "samples")),
+            way_out="raise it to 4 or more",
+        )
+    if isinstance(algorithm, Dapo) and stage.overlap:
+        raise InputError(
+            "dapo samples until its groups are mixed, so a batch cannot be begun a step ahead",
+            where=where((*place, "overlap")),
+            way_out="take overlap out",
+        )
+    if (
+        isinstance(algorithm, Dapo)
+        and algorithm.overlong is not None
+        and algorithm.overlong.cache > rollout.max_new_tokens
+    ):
+        raise InputError(
+            f"an overlong cache of {algorithm.overlong.cache} tokens is more than rollout.max_new_tokens "
+            f"{rollout.max_new_tokens}",
+            where=where((*place, "algorithm", "overlong", "cache")),
+        )
+
+
+def _check_overlap(
+    recipe: Recipe, stage: PpoStage | PolicyStage, place: tuple[str | int, ...], where: Where
+) -> None:
     if not stage.overlap:
         return
-    for role in ("actor", "critic"):
+    for role in ("actor", "critic") if isinstance(stage, PpoStage) else ("actor",):
         engine = recipe.roles[role].engine
         if engine.kind != "sglang":
             raise InputError(

@@ -103,10 +103,13 @@ class EngineConfig(Block):
 
     # What follows is for sglang. Servers are started here, unless `urls` names some.
     engines: Positive = 1  # servers
+    nodes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]  # as many servers on each
     tp: Positive = 1  # tensor-parallel ranks of each
-    gpus: list[Annotated[int, Field(ge=0)]] = []  # tp of them per server, in order; none: the visible ones
+    gpus: list[Annotated[int, Field(ge=0)]] = []  # on each node, tp per server, in order; none: the visible
     mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # of a GPU's memory, for weights and KV cache
-    host: str = "127.0.0.1"  # the address they bind to: loopback, or the fabric's
+    host: str = (
+        "127.0.0.1"  # the address they bind to; in a world of several nodes: each node's on the fabric
+    )
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None  # of the first server; None: free ones
     python: str | None = None  # the serving environment's interpreter; None: $GENAC_SERVE_PYTHON
     args: list[str] = []  # more of SGLang's command line
@@ -118,6 +121,20 @@ class EngineConfig(Block):
     attempts: Positive = 3  # for one request
     restarts: Annotated[int, Field(ge=0)] = 3  # of lost servers, in a run
     release: Literal["off", "kv_cache", "all"] = "off"  # GPU memory given back while the trainer computes
+
+    @property
+    def engines_per_node(self) -> int:
+        """Servers on each of `nodes`."""
+        return self.engines // len(self.nodes)
+
+    def node_of(self, index: int) -> int:
+        """The node that starts server `index`: the first ones are on the first node."""
+        return self.nodes[index // self.engines_per_node]
+
+    def gpus_of(self, index: int) -> list[int]:
+        """Of `gpus`, those of server `index`, on its node."""
+        first = index % self.engines_per_node * self.tp
+        return self.gpus[first : first + self.tp]
 
 
 class PublicationConfig(Block):
@@ -402,6 +419,7 @@ class PolicyStage(Block):
     kind: Literal["policy"]
     name: str = "policy"
     algorithm: Algorithm
+    start_from: str | None = None  # a scalar critic begins from a copy of this role's weights, the head apart
     steps: Positive = 100
     rollout: RolloutConfig = RolloutConfig()
     overlap: bool = False  # as for ppo
@@ -415,7 +433,6 @@ class PolicyStage(Block):
 StageConfig = Annotated[
     SftStage | ReinforceStage | PpoStage | ValueStage | PolicyStage, Field(discriminator="kind")
 ]
-JudgedStage = ReinforceStage | PpoStage  # a generative critic judges their rollouts
 
 
 # --- the run -------------------------------------------------------------------------------------

@@ -17,13 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from genac_megatron.errors import PeerLost
-from genac_megatron.recipe.schema import PpoStage
+from genac_megatron.recipe.schema import PolicyStage, PpoStage
 from genac_megatron.records import Prompt
 from genac_megatron.stages.batch import (
     Batch,
     batch_figures,
     gathered_batch,
     generator_for,
+    is_judged,
     next_batch,
     next_prompts,
     train_prompts,
@@ -47,7 +48,7 @@ class Begun:
 class Batches:
     """A stage's batches in order: played when asked for or, with `overlap`, one step ahead."""
 
-    def __init__(self, run: Run, stage: PpoStage) -> None:
+    def __init__(self, run: Run, stage: PpoStage | PolicyStage) -> None:
         self.run, self.stage = run, stage
         self._begun: Begun | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -101,12 +102,14 @@ class Batches:
     def _spend(self) -> None:
         """Count what the batch has cost, before anybody else asks the engines."""
         for role, phase in (("actor", "rollout"), ("critic", "judge")):
-            self.run.spend(phase, role)
+            if role in self.run.engines:
+                self.run.spend(phase, role)
 
     def _begin(self, step: int) -> Begun:
         run, stage = self.run, self.stage
         prompts = train_prompts(run, run.at.cursor, stage.rollout.prompts)
-        generator = generator_for(run, stage.rollout, (run.recipe.seed, stage.name, step))
+        seed = (run.recipe.seed, stage.name, step)
+        generator = generator_for(run, stage.rollout, seed, judged=is_judged(stage))
         if generator.judge is not None:
             generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
         share, turns = run.share(prompts), run.share(repeats(prompts))

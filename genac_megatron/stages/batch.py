@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
+from genac_megatron.algorithms.baselines.vapo import positive_weights
 from genac_megatron.algorithms.losses import token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices
 from genac_megatron.errors import GenacError, on_all_ranks
-from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, PpoStage, ReinforceStage, RolloutConfig
+from genac_megatron.recipe.schema import (
+    AdvantageConfig,
+    LossConfig,
+    PolicyStage,
+    PpoStage,
+    ReinforceStage,
+    RolloutConfig,
+    StageConfig,
+    ValueStage,
+)
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.heldout import judge_for
 from genac_megatron.stages.judging import Budget
@@ -22,6 +32,8 @@ from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.training.role import StepResult
+
+RolloutStage = ReinforceStage | PpoStage | ValueStage | PolicyStage  # the actor's responses are its data
 
 
 @dataclass
@@ -111,6 +123,8 @@ def gathered_batch(run: Run, mine: Sequence[Group]) -> Batch:
 
 
 def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
+    if not run.roles[role].config.served:
+        return False
     completions = [r.completion for r in batch.rollouts]
     if role == "critic":
         completions = [j.completion for js in batch.judgements for j in js if not j.skipped]
@@ -131,17 +145,23 @@ def _credit(run: Run, spent: float, late: int) -> None:
     run.count({"verify/late": float(late)})
 
 
-def next_batch(run: Run, stage: ReinforceStage | PpoStage, step: int) -> tuple[Batch, dict[str, float]]:
-    """Play the stage's next prompts, judged; the batch and its figures. Collective."""
+def is_judged(stage: StageConfig) -> bool:
+    """Whether a generative critic judges what a stage rolls out."""
+    return isinstance(stage, ReinforceStage | PpoStage)
+
+
+def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[str, float]]:
+    """Play the stage's next prompts, judged where it has a generative critic; the batch and its figures."""
     prompts = next_prompts(run, stage.rollout.prompts)
-    batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step))
+    batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step), judged=is_judged(stage))
     run.serving.rest()
     return batch, batch_figures(run, batch)
 
 
 def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
-    """What the actor and the critic did in this batch."""
-    return {**rollout_figures(batch, run.at.versions), **judge_figures(batch), **run.serving.figures()}
+    """What the actor and, where it judged, the critic did in this batch."""
+    judged = judge_figures(batch) if any(batch.judgements) else {}
+    return {**rollout_figures(batch, run.at.versions), **judged, **run.serving.figures()}
 
 
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
@@ -175,34 +195,49 @@ def judge_figures(batch: Batch) -> dict[str, float]:
     }
 
 
-def actor_samples(batch: Batch, config: AdvantageConfig, lam: float, aggregate: str) -> list[Sample]:
+def actor_samples(
+    batch: Batch, config: AdvantageConfig, lam: float, loss: LossConfig, limit: int
+) -> list[Sample]:
     """PPO samples: every token of a segment gets its segment's advantage (method §3)."""
     lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
     values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
     per_segment = segment_gae(values, torch.tensor(batch.outcomes), config.gamma, lam)
-    advantages_T = torch.cat(
-        [
-            to_tokens(advantage, _segment_lengths(judgements, length))
-            for advantage, judgements, length in zip(per_segment, batch.judgements, lengths, strict=True)
-        ]
-    )
-    if config.whiten:
-        advantages_T = whiten(advantages_T)
-    advantages = [part.tolist() for part in advantages_T.split(lengths)]
-    weights = token_weights(lengths, aggregate).tolist()
-    return [
-        Sample(
-            tokens=[*rollout.prompt.ids, *rollout.completion.ids],
-            start=len(rollout.prompt.ids),
-            fields={
-                "weights": [weight] * len(rollout.completion.ids),
-                "advantages": advantage,
-                "behaviour": list(rollout.completion.logprobs),
-            },
-            experts=rollout.completion.experts,
-        )
-        for rollout, advantage, weight in zip(batch.rollouts, advantages, weights, strict=True)
+    advantages = [
+        to_tokens(advantage, _segment_lengths(judgements, length))
+        for advantage, judgements, length in zip(per_segment, batch.judgements, lengths, strict=True)
     ]
+    return response_samples(batch, whitened(advantages) if config.whiten else advantages, loss, limit)
+
+
+def whitened(advantages: Sequence[Tensor]) -> list[Tensor]:
+    """Per response [T], whitened over the batch's tokens."""
+    lengths = [len(advantage) for advantage in advantages]
+    return list(whiten(torch.cat(list(advantages))).split(lengths))
+
+
+def response_samples(
+    batch: Batch, advantages: Sequence[Tensor], loss: LossConfig, limit: int
+) -> list[Sample]:
+    """What the actor is trained on: every token of the batch's responses with its advantage.
+
+    advantages: per response [T]. limit: the most tokens of a response.
+    """
+    rollouts = batch.rollouts
+    lengths = [len(rollout.completion.ids) for rollout in rollouts]
+    weights = token_weights(lengths, loss.aggregate, limit).tolist()
+    likelihood = positive_weights(lengths, batch.outcomes)
+    samples = []
+    for i, rollout in enumerate(rollouts):
+        fields = {
+            "weights": [weights[i]] * lengths[i],
+            "advantages": advantages[i].tolist(),
+            "behaviour": list(rollout.completion.logprobs),
+        }
+        if loss.nll_coef != 0.0:
+            fields["nll_weights"] = [likelihood[i]] * lengths[i]
+        tokens = [*rollout.prompt.ids, *rollout.completion.ids]
+        samples.append(Sample(tokens, len(rollout.prompt.ids), fields, experts=rollout.completion.experts))
+    return samples
 
 
 def _segment_lengths(judgements: Sequence[Judgement], length: int) -> Tensor:

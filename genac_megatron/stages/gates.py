@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from genac_megatron.errors import GateFailed
-from genac_megatron.recipe.schema import Gate, ReinforceStage, SftStage
+from genac_megatron.recipe.schema import Gate, ReinforceStage, SftStage, ValueStage
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def check_sft_gate(stage: SftStage, figures: dict[str, float]) -> None:
     _settle(stage.name, stage.gate.action, failures)
 
 
-def check_critic_gate(stage: ReinforceStage, figures: dict[str, float]) -> None:
+def check_critic_gate(stage: ReinforceStage | ValueStage, figures: dict[str, float]) -> None:
     """The critic must beat the constant predictor, tell right from wrong, and rank within a prompt."""
     names = ("brier", "brier_constant", "auc", "ranking_prompt")
     brier, constant, auc, ranking = (figures.get(f"eval/critic_{name}", float("nan")) for name in names)

@@ -14,15 +14,14 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.evaluation import metrics
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
-from genac_megatron.recipe.schema import PpoStage, ReinforceStage, RolloutConfig, SftStage
+from genac_megatron.recipe.schema import RolloutConfig, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
-
-Stage = SftStage | ReinforceStage | PpoStage
+from genac_megatron.stages.values import is_scalar, judged_by_values
 
 
 @dataclass
@@ -39,7 +38,7 @@ class HeldOut:
 
 
 def evaluate(
-    run: Run, stage: Stage, name: str, step: int, *, critic: bool = True, monte_carlo: bool = False
+    run: Run, stage: StageConfig, name: str, step: int, *, critic: bool = True, monte_carlo: bool = False
 ) -> dict[str, float]:
     """Evaluate and log; the flat figures, the same on every rank. Collective.
 
@@ -85,7 +84,7 @@ def evaluate(
 SHOWN = ("accuracy", "critic_brier", "critic_brier_constant", "critic_auc", "critic_mse", "critic_parse_rate")
 
 
-def held_out(run: Run, stage: Stage) -> HeldOut:
+def held_out(run: Run, stage: StageConfig) -> HeldOut:
     """This rank's share of the current actor's held-out rollouts, made once per actor version."""
     key = (run.at.versions["actor"], _rollout_config(run, stage).model_dump_json())
     cached: HeldOut | None = run.heldout_cache.get("actor")
@@ -102,12 +101,12 @@ def held_out(run: Run, stage: Stage) -> HeldOut:
     return cached
 
 
-def _rollout_config(run: Run, stage: Stage) -> RolloutConfig:
+def _rollout_config(run: Run, stage: StageConfig) -> RolloutConfig:
     temperature = run.recipe.evaluation.temperature
     return stage.rollout.model_copy(update={"temperature": temperature})
 
 
-def actor_generator(run: Run, stage: Stage, seed: tuple[object, ...]) -> Generator:
+def actor_generator(run: Run, stage: StageConfig, seed: tuple[object, ...]) -> Generator:
     """The current actor, ready to be rolled out as it is in evaluations."""
     return Generator(
         engine=run.engines["actor"],
@@ -120,7 +119,7 @@ def actor_generator(run: Run, stage: Stage, seed: tuple[object, ...]) -> Generat
     )
 
 
-def _held_generator(run: Run, stage: Stage) -> Generator:
+def _held_generator(run: Run, stage: StageConfig) -> Generator:
     return actor_generator(run, stage, (run.recipe.seed, "heldout", "actor"))
 
 
@@ -140,15 +139,10 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
     )
 
 
-def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_carlo: bool) -> dict[str, Any]:
-    assert run.icc is not None
-    judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
-    judged = run.generating(lambda: judge_groups(judge, held.groups))
-    run.spend("evaluate", "critic")
-    run.note(measure_judgements(run, (j for group in judged for js in group.judgements for j in js)))
-    for group in judged:
-        for judgements in group.judgements:
-            fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
+def _evaluate_critic(
+    run: Run, stage: StageConfig, held: HeldOut, step: int, monte_carlo: bool
+) -> dict[str, Any]:
+    judged = _judged(run, stage, held.groups)
     if monte_carlo and held.draws is None and run.recipe.evaluation.mc_states:
         held.draws = monte_carlo_draws(run, stage, judged)
     groups = run.gather(judged)
@@ -161,7 +155,24 @@ def _evaluate_critic(run: Run, stage: Stage, held: HeldOut, step: int, monte_car
     return row
 
 
-def monte_carlo_draws(run: Run, stage: Stage, groups: list[Group]) -> dict[tuple[str, int], list[float]]:
+def _judged(run: Run, stage: StageConfig, groups: list[Group]) -> list[Group]:
+    """This rank's groups with the current critic's judgements of their states. Collective."""
+    if is_scalar(run):
+        return judged_by_values(run, groups)
+    assert run.icc is not None
+    judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
+    judged = run.generating(lambda: judge_groups(judge, groups))
+    run.spend("evaluate", "critic")
+    run.note(measure_judgements(run, (j for group in judged for js in group.judgements for j in js)))
+    for group in judged:
+        for judgements in group.judgements:
+            fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
+    return judged
+
+
+def monte_carlo_draws(
+    run: Run, stage: StageConfig, groups: list[Group]
+) -> dict[tuple[str, int], list[float]]:
     """Outcomes of fresh continuations from some states, over this rank's share: V(s) is their mean."""
     config = run.recipe.evaluation
     states = [j.state for g in groups for js in g.judgements for j in js if j.state.index > 0]

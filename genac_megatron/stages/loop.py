@@ -10,17 +10,15 @@ from typing import Any
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import GenacError, InputError, StopRequested, on_all_ranks
-from genac_megatron.recipe.schema import PpoStage, Recipe, ReinforceStage, SftStage
+from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
-
-Stage = SftStage | ReinforceStage | PpoStage
 
 
 class Loop:
     """One stage's steps, from where the run stands."""
 
-    def __init__(self, run: Run, stage: Stage, checkpoints: Checkpoints, resumed: Path | None) -> None:
+    def __init__(self, run: Run, stage: StageConfig, checkpoints: Checkpoints, resumed: Path | None) -> None:
         self.run, self.stage, self.checkpoints = run, stage, checkpoints
         self._resumed = resumed  # the checkpoint that this stage goes on from, inside the stage
         self._total = 0

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError
+from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
 from genac_megatron.observe.runinfo import RunFolder, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
-from genac_megatron.recipe.schema import PpoStage, Recipe, ReinforceStage, SftStage
-from genac_megatron.stages.loop import Loop, Stage, check_resumable, restore_engines, restore_state
+from genac_megatron.recipe.schema import (
+    PolicyStage,
+    PpoStage,
+    Recipe,
+    ReinforceStage,
+    SftStage,
+    StageConfig,
+    ValueStage,
+)
+from genac_megatron.stages.loop import Loop, check_resumable, restore_engines, restore_state
+from genac_megatron.stages.policy import policy
 from genac_megatron.stages.ppo import joint_ppo
 from genac_megatron.stages.reinforce import reinforce
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
 from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.stages.value import value
 from genac_megatron.training.agreement import agree, from_first
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import World
+
+logger = logging.getLogger(__name__)
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its manifest
 
@@ -54,23 +69,29 @@ def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Fo
     Raises InputError where there is none, where it is of another recipe, or where a run that begins
     would write over an earlier one's.
     """
-    newest = checkpoints.newest()
+    found = checkpoints.survey()
+    newest, passed = found.newest, found.told()
     if not resume:
-        if newest is not None:
+        if newest is not None or found.refused:
             raise InputError(
-                "the run folder holds checkpoints of an earlier run",
+                "\n  ".join(["the run folder holds checkpoints of an earlier run", *passed]),
                 where=str(checkpoints.folder),
                 way_out="go on with --resume, give the run another name=..., or remove the folder",
             )
         return None
     if newest is None:
         raise InputError(
-            "there is no complete checkpoint to resume from",
+            "\n  ".join(["there is no complete checkpoint to resume from", *passed]),
             where=str(checkpoints.folder),
-            way_out="run without --resume to begin at the beginning",
+            way_out="remove what is damaged and run without --resume to begin at the beginning",
         )
-    check_resumable(recipe, newest[1]["state"], str(newest[0]))
-    return newest
+    manifest = read_manifest(newest)
+    check_resumable(recipe, manifest["state"], str(newest))
+    for line in passed:
+        logger.warning("genac: warning: checkpoint %s; going on from %s", line, newest.name)
+    for path in found.unfinished:
+        shutil.rmtree(path, ignore_errors=True)  # of an attempt that is over
+    return newest, manifest
 
 
 def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None) -> MetricsLog:
@@ -100,7 +121,7 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
     checkpoints.wait()
 
 
-def _stage(run: Run, stage: Stage, loop: Loop) -> None:
+def _stage(run: Run, stage: StageConfig, loop: Loop) -> None:
     match stage:
         case SftStage():
             sft(run, stage, loop)
@@ -108,3 +129,7 @@ def _stage(run: Run, stage: Stage, loop: Loop) -> None:
             reinforce(run, stage, loop)
         case PpoStage():
             joint_ppo(run, stage, loop)
+        case ValueStage():
+            value(run, stage, loop)
+        case PolicyStage():
+            policy(run, stage, loop)

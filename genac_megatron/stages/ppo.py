@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
 from functools import partial
 
 from genac_megatron.algorithms.advantages import gated_lam
 from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
-from genac_megatron.recipe.schema import PpoStage
+from genac_megatron.recipe.schema import LossConfig, PolicyStage, PpoStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.ahead import Batches
 from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.minibatches import minibatches
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 
@@ -52,10 +51,22 @@ def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float
 
 
 def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> dict[str, float]:
-    """PPO over the batch's responses."""
-    samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss.aggregate)
+    """PPO over the batch's responses, with the generative critic's values."""
+    samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss, stage.rollout.max_new_tokens)
+    return update_actor(run, stage, stage.actor_loss, batch, samples, step)
+
+
+def update_actor(
+    run: Run,
+    stage: PpoStage | PolicyStage,
+    config: LossConfig,
+    batch: Batch,
+    samples: list[Sample],
+    step: int,
+) -> dict[str, float]:
+    """The actor's updates on one batch, `minibatches` an epoch; their figures. Collective."""
     temperature = stage.rollout.temperature
-    loss = make_ppo_loss(stage.actor_loss)
+    loss = make_ppo_loss(config)
     with run.phase("actor_train"):
         if stage.epochs * stage.minibatches == 1:
             result = run.actor.train_step(samples, loss, temperature=temperature, with_entropy=True)
@@ -64,29 +75,13 @@ def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) 
             before = run.actor.logprobs(samples, temperature=temperature)
             for sample, old in zip(samples, before, strict=True):
                 sample.fields["old"] = old
+            seed = seed_for(run.recipe.seed, stage.name, step)
+            constant = config.aggregate == "constant"
+            parts = minibatches(samples, stage.minibatches, stage.epochs, seed, constant=constant)
             results = [
-                run.actor.train_step(part, loss, temperature=temperature, with_entropy=True)
-                for part in minibatches(samples, stage, seed_for(run.recipe.seed, stage.name, step))
+                run.actor.train_step(part, loss, temperature=temperature, with_entropy=True) for part in parts
             ]
     return trained_figures("actor", results, batch, samples, before)
-
-
-def minibatches(samples: list[Sample], stage: PpoStage, seed: int) -> list[list[Sample]]:
-    """Each epoch's shuffled parts; loss weights rescaled so that each part's sum to 1."""
-    rng = random.Random(seed)
-    parts = []
-    for _ in range(stage.epochs):
-        order = rng.sample(samples, len(samples))
-        for i in range(stage.minibatches):
-            part = order[i :: stage.minibatches]
-            total = sum(sum(sample.fields["weights"]) for sample in part)
-            parts.append([_rescaled(sample, 1.0 / total) for sample in part] if total > 0 else [])
-    return [part for part in parts if part]
-
-
-def _rescaled(sample: Sample, factor: float) -> Sample:
-    weights = [weight * factor for weight in sample.fields["weights"]]
-    return replace(sample, fields={**sample.fields, "weights": weights})
 
 
 def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:

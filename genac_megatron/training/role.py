@@ -166,6 +166,10 @@ class Role:
             result = self._collect(outputs, packs, len(samples))
         return self._share(result)[1]
 
+    def values(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Per sample, a scalar critic's value of the prefix strictly before each of its trained tokens."""
+        return self.logprobs(samples)
+
     def _packs(self, samples: Sequence[Sample]) -> list[Pack]:
         """This data-parallel rank's micro-batches."""
         check_experts(samples, self.shape)

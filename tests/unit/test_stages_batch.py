@@ -90,7 +90,7 @@ def test_advantages_land_on_the_tokens_of_their_segments(
 ) -> None:
     batch = make_batch(seed)
     config = AdvantageConfig(gamma=gamma, whiten=whiten)
-    samples = actor_samples(batch, config, lam, "token")
+    samples = actor_samples(batch, config, lam, LossConfig(), 99)
     wanted = [
         [slow_advantage(js, r.outcome, t, gamma, lam) for t in range(len(r.completion.ids))]
         for r, js in zip(batch.rollouts, batch.judgements, strict=True)
@@ -109,7 +109,7 @@ def test_advantages_land_on_the_tokens_of_their_segments(
 @given(st.integers(0, 10**6), st.sampled_from(["token", "sequence"]))
 def test_actor_samples_hold_the_sampled_ids_and_weights_that_sum_to_one(seed: int, aggregate: str) -> None:
     batch = make_batch(seed)
-    samples = actor_samples(batch, AdvantageConfig(), 0.95, aggregate)
+    samples = actor_samples(batch, AdvantageConfig(), 0.95, LossConfig(aggregate=aggregate), 99)
     assert len(samples) == len(batch.rollouts)
     for sample, rollout in zip(samples, batch.rollouts, strict=True):
         assert tuple(sample.tokens[: sample.start]) == rollout.prompt.ids
@@ -136,7 +136,7 @@ def test_the_advantage_of_a_right_response_by_hand() -> None:
     batch = Batch([Group(prompt, [rollout], [judgements])])
     config = AdvantageConfig(whiten=False)
     for lam, wanted in ((1.0, [0.8, 0.8, 0.4]), (0.0, [0.4, 0.4, 0.4])):
-        (sample,) = actor_samples(batch, config, lam, "token")
+        (sample,) = actor_samples(batch, config, lam, LossConfig(), 99)
         assert sample.fields["advantages"] == pytest.approx(wanted, abs=1e-6)
         assert (sample.tokens, sample.start) == ([1, 2, 5, 6, 7], 2)
         assert sample.fields["weights"] == pytest.approx([1 / 3] * 3)

@@ -47,9 +47,7 @@ class Shape:
     experts_per_token: int | None = None
     expert_ffn: int | None = None
     norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
-    value: bool = (
-        False  # a scalar head (transformers' ForTokenClassification, one label) in place of the LM's
-    )
+    value: bool = False  # a scalar head (transformers' ForTokenClassification) in place of the LM's
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

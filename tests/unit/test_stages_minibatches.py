@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genac_megatron.algorithms.losses import token_weights
-from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.ppo import minibatches
+from genac_megatron.stages.minibatches import minibatches
 
 
 def make_samples(count: int, seed: int, aggregate: str) -> list[Sample]:
@@ -29,10 +28,6 @@ def make_samples(count: int, seed: int, aggregate: str) -> list[Sample]:
     ]
 
 
-def stage(parts: int, epochs: int) -> PpoStage:
-    return PpoStage(kind="ppo", minibatches=parts, epochs=epochs)
-
-
 @given(
     st.integers(1, 20),
     st.integers(1, 6),
@@ -44,7 +39,7 @@ def test_parts_are_a_partition_with_weights_of_their_own(
     count: int, parts: int, epochs: int, seed: int, aggregate: str
 ) -> None:
     samples = make_samples(count, seed, aggregate)
-    made = minibatches(samples, stage(parts, epochs), seed)
+    made = minibatches(samples, parts, epochs, seed)
     assert len(made) == epochs * min(parts, count)
     assert all(made)
     by_name = {sample.tokens[0]: sample for sample in samples}
@@ -70,8 +65,7 @@ def test_parts_are_a_partition_with_weights_of_their_own(
 def test_the_order_is_the_seeds() -> None:
     samples = make_samples(12, 0, "token")
     orders = [
-        [[s.tokens[0] for s in part] for part in minibatches(samples, stage(3, 2), seed)]
-        for seed in (1, 1, 2)
+        [[s.tokens[0] for s in part] for part in minibatches(samples, 3, 2, seed)] for seed in (1, 1, 2)
     ]
     assert orders[0] == orders[1] != orders[2]
     assert orders[0][:3] != orders[0][3:], "epochs are shuffled anew"
@@ -80,5 +74,23 @@ def test_the_order_is_the_seeds() -> None:
 def test_the_samples_themselves_stay_as_they_are() -> None:
     samples = make_samples(5, 0, "token")
     before = [dict(sample.fields) for sample in samples]
-    minibatches(samples, stage(2, 1), 0)
+    minibatches(samples, 2, 1, 0)
     assert [sample.fields for sample in samples] == before
+
+
+def test_constant_weights_are_scaled_by_the_number_of_samples_alone() -> None:
+    samples = make_samples(10, 3, "token")
+    for sample in samples:
+        sample.fields["weights"] = [1 / (10 * 12)] * sample.trained  # Dr.GRPO, a limit of 12 tokens
+    for part in minibatches(samples, 2, 1, 0, constant=True):
+        assert {w for s in part for w in s.fields["weights"]} <= {1 / (10 * 12) * 2}
+
+
+def test_likelihood_weights_keep_their_sum_where_a_part_has_right_responses() -> None:
+    samples = make_samples(9, 4, "token")
+    right = sum(s.trained for s in samples[:4])
+    for i, sample in enumerate(samples):
+        sample.fields["nll_weights"] = [1 / right if i < 4 else 0.0] * sample.trained
+    for part in minibatches(samples, 3, 1, 1):
+        total = sum(sum(s.fields["nll_weights"]) for s in part)
+        assert total == pytest.approx(1.0) or total == 0.0

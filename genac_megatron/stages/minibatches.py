@@ -1,0 +1,51 @@
+"""A batch cut into the parts of several updates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from genac_megatron.records import Sample
+
+NORMALISED = ("weights", "nll_weights")  # fields whose sum over a batch is its norm
+
+
+def minibatches(
+    samples: Sequence[Sample], parts: int, epochs: int, seed: int, *, constant: bool = False
+) -> list[list[Sample]]:
+    """Each epoch's shuffled parts, none without loss; a single part is the batch as it is.
+
+    Weights are rescaled so that every part's sum is the batch's, but for those whose sum over a part is 0.
+    constant: loss weights depend on the number of samples alone (Dr.GRPO), and so does their scale.
+    """
+    if parts * epochs == 1:
+        return [list(samples)]
+    rng = random.Random(seed)
+    totals = _totals(samples)
+    made = []
+    for _ in range(epochs):
+        order = rng.sample(list(samples), len(samples))
+        for i in range(parts):
+            part = order[i::parts]
+            if part and _totals(part).get("weights", 0.0) > 0:
+                share = {"weights": totals["weights"] * len(part) / len(samples)} if constant else {}
+                made.append(_rescaled(part, totals, _totals(part) | share))
+    return made
+
+
+def _totals(samples: Sequence[Sample]) -> dict[str, float]:
+    present = [name for name in NORMALISED if samples and name in samples[0].fields]
+    return {name: sum(sum(sample.fields[name]) for sample in samples) for name in present}
+
+
+def _rescaled(part: Sequence[Sample], totals: dict[str, float], own: dict[str, float]) -> list[Sample]:
+    factors = {name: totals[name] / own[name] for name in own if own[name] > 0}
+    return [
+        replace(
+            sample,
+            fields=sample.fields
+            | {name: [x * factor for x in sample.fields[name]] for name, factor in factors.items()},
+        )
+        for sample in part
+    ]

@@ -1,0 +1,156 @@
+"""RL of the actor by the algorithms that a generative critic must beat (method §5), on the same rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from genac_megatron.algorithms.baselines.dapo import dapo, overlong_penalty
+from genac_megatron.algorithms.baselines.dr_grpo import dr_grpo
+from genac_megatron.algorithms.baselines.grpo import grpo
+from genac_megatron.algorithms.baselines.reinforce_pp import reinforce_pp
+from genac_megatron.algorithms.baselines.rloo import rloo
+from genac_megatron.recipe.algorithms import (
+    Dapo,
+    DrGrpo,
+    Grpo,
+    ReinforcePlusPlus,
+    Rloo,
+    WithoutCritic,
+    WithScalarCritic,
+)
+from genac_megatron.recipe.schema import PolicyStage
+from genac_megatron.stages.ahead import Batches
+from genac_megatron.stages.batch import (
+    Batch,
+    batch_figures,
+    next_prompts,
+    play,
+    response_samples,
+    whitened,
+)
+from genac_megatron.stages.heldout import evaluate
+from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.ppo import update_actor
+from genac_megatron.stages.rollouts import Group
+from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.values import (
+    advantages_and_targets,
+    need_same_tokens,
+    response_values,
+    train_values,
+)
+
+
+def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
+    """rollout -> verify -> (scalar critic ->) advantages -> actor (+ scalar critic) -> publish."""
+    scalar = isinstance(stage.algorithm, WithScalarCritic)
+    updates = stage.steps * stage.epochs * stage.minibatches
+    run.actor.begin_stage(stage.actor_optimizer, updates)
+    if scalar:
+        need_same_tokens(run)
+        if loop.fresh and stage.start_from is not None:
+            run.copy_weights(stage.start_from, "critic")
+        run.critic.begin_stage(stage.critic_optimizer, updates)
+    loop.restore_optimizers()
+    judge = partial(evaluate, run, stage, critic=scalar)
+    if loop.fresh:
+        run.publish("actor")
+        judge("start", 0)
+    with Batches(run, stage) as batches:
+        for step in loop.steps(stage.steps):
+            batch, figures = draw(run, stage, batches, step)
+            figures |= train(run, stage, batch, step)
+            figures |= run.publish("actor", step=None if loop.whole(step) else step)
+            due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
+            loop.done(step, figures, partial(judge, f"step {step}", step) if due else None)
+    judge("end", stage.steps, monte_carlo=scalar)
+
+
+def draw(run: Run, stage: PolicyStage, batches: Batches, step: int) -> tuple[Batch, dict[str, float]]:
+    """The step's batch and its figures. Collective."""
+    if isinstance(stage.algorithm, Dapo):
+        return mixed_batch(run, stage, stage.algorithm.rounds, step)
+    return batches.next(step)
+
+
+def mixed_batch(run: Run, stage: PolicyStage, rounds: int, step: int) -> tuple[Batch, dict[str, float]]:
+    """DAPO's dynamic sampling: prompts are played until enough groups are mixed, or `rounds` times.
+
+    Fewer groups than asked for are trained then; none at all: the last round's, which teach nothing.
+    The rollouts' figures are those of everything sampled.
+    """
+    wanted, kept, everything = stage.rollout.prompts, list[Group](), list[Group]()
+    for turn in range(rounds):
+        prompts = next_prompts(run, wanted)
+        seed = (run.recipe.seed, stage.name, step, turn)
+        groups = play(run, prompts, stage.rollout, seed, judged=False).groups
+        everything += groups
+        kept += [g for g in groups if len({rollout.outcome for rollout in g.rollouts}) > 1]
+        if len(kept) >= wanted:
+            break
+    run.serving.rest()
+    batch, sampled = Batch(kept[:wanted] or groups), Batch(everything)
+    figures = batch_figures(run, sampled)
+    figures |= {"rollout/rounds": float(turn + 1), "rollout/groups": float(len(kept[:wanted]))}
+    return batch, figures
+
+
+def train(run: Run, stage: PolicyStage, batch: Batch, step: int) -> dict[str, float]:
+    """The updates of one batch; their figures. Collective."""
+    algorithm, figures = stage.algorithm, dict[str, float]()
+    limit = stage.rollout.max_new_tokens
+    if isinstance(algorithm, WithScalarCritic):
+        config = algorithm.value
+        with run.phase("values"):
+            values = response_values(run, batch.rollouts)
+        advantages, targets = advantages_and_targets(values, batch.outcomes, config)
+        samples = response_samples(
+            batch, whitened(advantages) if config.whiten else advantages, algorithm.loss, limit
+        )
+        seed = seed_for(run.recipe.seed, stage.name, step, "critic")
+        figures = train_values(
+            run,
+            batch.rollouts,
+            values,
+            targets,
+            config,
+            parts=stage.minibatches,
+            epochs=stage.epochs,
+            seed=seed,
+        )
+    else:
+        rewards, lengths = table(batch)
+        per_response = group_advantages(algorithm, rewards, lengths, limit)
+        flat = zip(per_response.flatten().tolist(), lengths.flatten().tolist(), strict=True)
+        samples = response_samples(batch, [torch.full((n,), a) for a, n in flat], algorithm.loss, limit)
+    return figures | update_actor(run, stage, algorithm.loss, batch, samples, step)
+
+
+def table(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Outcomes and response lengths, [G, N] each; every group has as many responses."""
+    groups: Sequence[Group] = batch.groups
+    rewards = torch.tensor([[r.outcome for r in g.rollouts] for g in groups], dtype=torch.float64)
+    lengths = torch.tensor([[len(r.completion.ids) for r in g.rollouts] for g in groups])
+    return rewards, lengths
+
+
+def group_advantages(algorithm: WithoutCritic, rewards_GN: Tensor, lengths_GN: Tensor, limit: int) -> Tensor:
+    """[G, N]: the advantage of every token of a response, by an algorithm that has no critic."""
+    match algorithm:
+        case Grpo():
+            return grpo(rewards_GN)
+        case DrGrpo():
+            return dr_grpo(rewards_GN)
+        case Dapo():
+            if algorithm.overlong is not None:
+                rewards_GN = rewards_GN + overlong_penalty(lengths_GN, limit, algorithm.overlong.cache)
+            return dapo(rewards_GN)
+        case Rloo():
+            return rloo(rewards_GN)
+        case ReinforcePlusPlus():
+            return reinforce_pp(rewards_GN, lengths_GN, baseline=algorithm.baseline)

@@ -1,0 +1,44 @@
+"""Value pre-training of a scalar critic on the frozen actor's outcomes (VC-PPO, arXiv 2503.01491)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from genac_megatron.recipe.schema import ValueStage
+from genac_megatron.stages.batch import next_batch
+from genac_megatron.stages.gates import check_critic_gate
+from genac_megatron.stages.heldout import evaluate
+from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.values import (
+    advantages_and_targets,
+    need_same_tokens,
+    response_values,
+    train_values,
+)
+
+
+def value(run: Run, stage: ValueStage, loop: Loop) -> None:
+    """Regression of the responses' outcomes on what the actor has written so far."""
+    need_same_tokens(run)
+    if loop.fresh and stage.start_from is not None:
+        run.copy_weights(stage.start_from, "critic")
+    run.critic.begin_stage(stage.optimizer, stage.steps * stage.minibatches)
+    loop.restore_optimizers()
+    if loop.fresh:
+        run.publish("actor")
+        evaluate(run, stage, "start", 0)
+    for step in loop.steps(stage.steps):
+        batch, figures = next_batch(run, stage, step)
+        with run.phase("values"):
+            values = response_values(run, batch.rollouts)
+        _, targets = advantages_and_targets(values, batch.outcomes, stage.value)
+        seed = seed_for(run.recipe.seed, stage.name, step, "critic")
+        figures |= train_values(
+            run, batch.rollouts, values, targets, stage.value, parts=stage.minibatches, epochs=1, seed=seed
+        )
+        due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
+        loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
+    held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)
+    check_critic_gate(stage, held_out)

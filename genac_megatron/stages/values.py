@@ -1,0 +1,146 @@
+"""A scalar critic at work: values of responses, its training on them, its judgements for evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genac_megatron.algorithms.advantages import explained_variance
+from genac_megatron.algorithms.baselines.sp3o import trained_places
+from genac_megatron.algorithms.baselines.vapo import length_adaptive_lambda
+from genac_megatron.algorithms.baselines.vc_ppo import decoupled_gae
+from genac_megatron.algorithms.losses import make_value_loss
+from genac_megatron.critic.states import cut_states
+from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.recipe.algorithms import ValueConfig
+from genac_megatron.records import Completion, Judgement, Rollout, Sample
+from genac_megatron.stages.minibatches import minibatches
+from genac_megatron.stages.rollouts import Group
+from genac_megatron.stages.runtime import Run, mean
+
+
+def is_scalar(run: Run) -> bool:
+    """Whether the run's critic is a scalar one."""
+    return "critic" in run.roles and run.critic.shape.value
+
+
+def need_same_tokens(run: Run) -> None:
+    """Raise InputError where actor and scalar critic do not share a vocabulary: it reads the actor's ids."""
+    actor, critic = run.tokenizers["actor"], run.tokenizers["critic"]
+    if actor.get_vocab() != critic.get_vocab():
+        raise on_all_ranks(
+            InputError(
+                "the scalar critic has another tokenizer than the actor, whose token ids it must read",
+                where="roles.critic.model.tokenizer",
+                way_out="give both the same tokenizer",
+            )
+        )
+
+
+def response_values(run: Run, rollouts: Sequence[Rollout]) -> list[Tensor]:
+    """Per rollout, V(prefix strictly before token t) of each response token, [T]. Collective: same on all."""
+    samples = [_sequence(rollout) for rollout in rollouts]
+    run.count({"tokens/value": sum(len(sample.tokens) for sample in samples) / run.world.size})
+    return [torch.tensor(values) for values in run.critic.values(samples)]
+
+
+def _sequence(rollout: Rollout) -> Sample:
+    prompt, ids = rollout.prompt.ids, rollout.completion.ids
+    return Sample([*prompt, *ids], len(prompt))
+
+
+def advantages_and_targets(
+    values: Sequence[Tensor], outcomes: Sequence[float], config: ValueConfig
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The actor's advantages and what the critic learns, per response [T]; not whitened."""
+    lengths = [len(value) for value in values]
+    lam = (
+        config.lam_actor
+        if config.length_alpha is None
+        else length_adaptive_lambda(lengths, config.length_alpha)
+    )
+    return decoupled_gae(values, torch.tensor(outcomes), config.gamma, lam, config.lam_critic)
+
+
+def value_samples(
+    rollouts: Sequence[Rollout], values: Sequence[Tensor], targets: Sequence[Tensor], config: ValueConfig
+) -> list[Sample]:
+    """What the critic is trained on: every token of every response, or its places alone."""
+    masks = []
+    for value in values:
+        mask = torch.zeros(len(value)) if config.at else torch.ones(len(value))
+        mask[trained_places(len(value), config.at)] = 1.0
+        masks.append(mask)
+    total = sum(float(mask.sum()) for mask in masks)
+    samples = []
+    for rollout, value, target, mask in zip(rollouts, values, targets, masks, strict=True):
+        sample = _sequence(rollout)
+        sample.fields = {
+            "weights": (mask / total).tolist(),
+            "targets": target.tolist(),
+            "old": value.tolist(),
+        }
+        samples.append(sample)
+    return samples
+
+
+def train_values(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    values: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    config: ValueConfig,
+    *,
+    parts: int,
+    epochs: int,
+    seed: int,
+) -> dict[str, float]:
+    """Regression on one batch, in `parts` updates an epoch; its figures. Collective."""
+    samples = value_samples(rollouts, values, targets, config)
+    loss = make_value_loss(config.clip)
+    with run.phase("critic_train"):
+        results = [run.critic.train_step(part, loss) for part in minibatches(samples, parts, epochs, seed)]
+    stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
+    stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
+    tokens = stats.pop("tokens") * len(results)
+    explained = explained_variance(torch.cat(list(values)), torch.cat(list(targets)))
+    return {
+        **{f"critic/{key}": value for key, value in stats.items()},
+        "critic/explained_variance": float(explained),
+        "tokens/critic_train": tokens,
+    }
+
+
+def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:
+    """This rank's groups with the scalar critic's values of their states as judgements. Collective.
+
+    The states are those that a generative critic would be asked about. Values are clipped to [0, 1], where
+    outcomes lie: that can only lower their error.
+    """
+    everyone = run.gather(mine)
+    rollouts = [rollout for group in everyone for rollout in group.rollouts]
+    values = dict(zip((id(r) for r in rollouts), response_values(run, rollouts), strict=True))
+    judged = [
+        Group(
+            group.prompt,
+            group.rollouts,
+            [_judgements(run, rollout, values[id(rollout)]) for rollout in group.rollouts],
+        )
+        for group in everyone
+    ]
+    for group in judged:
+        for judgements in group.judgements[1:]:  # one prompt state for all: the prefix is the same
+            judgements[0] = group.judgements[0][0]
+    return run.share(judged)
+
+
+def _judgements(run: Run, rollout: Rollout, values: Tensor) -> list[Judgement]:
+    states = cut_states(rollout, run.tokenizers["actor"], run.recipe.judging.states)
+    found = [min(max(float(values[state.cut]), 0.0), 1.0) for state in states]
+    nothing = Completion((), (), "stop")
+    return [
+        Judgement(state, (), nothing, "", value, used=value)
+        for state, value in zip(states, found, strict=True)
+    ]

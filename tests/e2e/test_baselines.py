@@ -1,0 +1,143 @@
+"""Every baseline by the command line, in one run: SFT, value pre-training, then each algorithm in turn."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.test_run import RECIPE, command, environment, genac, rows
+
+ROLLOUT = {"prompts": 4, "samples": 3, "max_new_tokens": 16}
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "ppo": {"kind": "ppo"},
+    "vc-ppo": {"kind": "vc_ppo"},
+    "vapo": {"kind": "vapo"},
+    "sp3o": {"kind": "sp3o"},
+    "grpo": {"kind": "grpo"},
+    "dr-grpo": {"kind": "dr_grpo"},
+    "dapo": {"kind": "dapo", "rounds": 2, "overlong": {"cache": 4}},
+    "rloo": {"kind": "rloo"},
+    "reinforce-pp": {"kind": "reinforce_pp"},
+    "reinforce-pp-baseline": {"kind": "reinforce_pp", "baseline": True},
+}
+SCALAR = ("ppo", "vc-ppo", "vapo", "sp3o")
+
+
+def recipe(folder: Path, stages: list[dict[str, Any]], **changes: Any) -> Path:
+    critic = RECIPE["roles"]["critic"]
+    roles = {
+        "actor": RECIPE["roles"]["actor"],
+        "critic": {**critic, "model": {**critic["model"], "head": "value"}},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "roles": roles, "stages": stages, **changes}))
+    return path
+
+
+def policy(name: str, **changes: Any) -> dict[str, Any]:
+    stage = {"kind": "policy", "name": name, "algorithm": ALGORITHMS[name], "steps": 1, "eval_every": 0}
+    return {**stage, "rollout": ROLLOUT, **changes}
+
+
+SFT = {**RECIPE["stages"][0]}
+VALUE = {"kind": "value", "steps": 2, "start_from": "actor", "rollout": ROLLOUT, "minibatches": 2}
+LONGER = {"vc-ppo": {"steps": 2, "minibatches": 2, "epochs": 2}, "dapo": {"steps": 2}}
+STAGES = [SFT, VALUE, *(policy(name, **LONGER.get(name, {})) for name in ALGORITHMS)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("baselines")
+    result = genac("run", str(recipe(folder, STAGES)), cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_every_algorithm_trains_the_actor(done: Path) -> None:
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for row in rows(done):
+        by_stage.setdefault(row["stage"], []).append(row)
+    for name in ALGORITHMS:
+        steps = [row for row in by_stage[name] if "actor/loss" in row]
+        assert len(steps) == LONGER.get(name, {}).get("steps", 1)
+        assert all(math.isfinite(row["actor/grad_norm"]) for row in steps)
+        assert ("critic/loss" in steps[0]) == (name in SCALAR)
+        assert steps[0]["parity/actor_p99"] < 1e-3  # fp32 on both sides
+    assert {"rollout/rounds", "rollout/groups"} <= by_stage["dapo"][0].keys()
+    assert "actor/nll" in by_stage["vapo"][0]
+
+
+def test_a_scalar_critic_is_evaluated_as_a_generative_one_is(done: Path) -> None:
+    evaluations = rows(done, "evaluations.jsonl")
+    ends = {row["stage"]: row for row in evaluations if row["name"] == "end"}
+    for name in (*SCALAR, "value"):
+        critic = ends[name]["critic"]
+        assert 0 <= critic["brier"] <= 1
+        assert critic["parse_rate"] == 1.0
+        assert critic["tokens_per_state"] == 0.0
+        assert math.isfinite(critic["mse"])
+    assert all(ends[name]["critic"] is None for name in ALGORITHMS if name not in SCALAR)
+
+
+def test_the_report_of_such_a_run_is_written(done: Path) -> None:
+    report = done / "runs" / "run" / "report"
+    assert (report / "index.html").stat().st_size > 10_000
+    assert json.loads((report / "summary.json").read_text())
+
+
+def test_stopped_in_a_baseline_and_resumed_it_ends_the_same(done: Path, tmp_path: Path) -> None:
+    """Scalar critic, its optimizer, minibatches and dynamic sampling: figures to the last bit."""
+    path = str(recipe(tmp_path, STAGES))
+    for stop, (stage, step) in enumerate((("value", 1), ("vc-ppo", 1), ("dapo", 1))):
+        assert stopped_at(path, tmp_path, stage, step, resume=stop > 0) == 75
+    result = genac("run", path, "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert rows(tmp_path) == rows(done)
+    assert rows(tmp_path, "evaluations.jsonl") == rows(done, "evaluations.jsonl")
+
+
+def stopped_at(path: str, folder: Path, stage: str, step: int, *, resume: bool) -> int:
+    """Run until a step is logged, then ask to stop; the exit code."""
+    process = subprocess.Popen(
+        command("run", path, *(["--resume"] if resume else [])),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = folder / "runs" / "run" / "metrics.jsonl"
+    give_up = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < give_up:
+        if metrics.exists() and any((r["stage"], r["step"]) == (stage, step) for r in rows(folder)):
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    return process.wait(timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([{**policy("grpo"), "rollout": {**ROLLOUT, "samples": 1}}], ["grpo", "samples"]),
+        ([{**policy("dapo"), "overlap": True}], ["dapo", "overlap"]),
+        ([{"kind": "reinforce", "steps": 1}], ["roles.critic.model.head", "language model"]),
+        ([{**policy("grpo"), "start_from": "actor"}], ["start_from"]),
+        ([{**policy("grpo"), "algorithm": {"kind": "grpp"}}], ["grpp"]),
+    ],
+    ids=["one-sample", "dapo-overlap", "scalar-judges", "start-from", "unknown-algorithm"],
+)
+def test_bad_input_is_one_message_and_exit_2(
+    tmp_path: Path, stages: list[dict[str, Any]], words: list[str]
+) -> None:
+    result = genac("run", str(recipe(tmp_path, stages)), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "Traceback" not in result.stderr
