@@ -3,17 +3,16 @@
     checkpoints/ppo-00010/
         weights/         sharded tensors of every role, with optimizer states inside a stage
         common.pt        what is not a tensor shard: optimizer groups, schedules
-        manifest.json    written last: what is in it, and the run's small state
+        manifest.json    written last: what is in it, file by file, and the run's small state
 
-A folder without a manifest is not a checkpoint. It is written under a name that starts with a dot and
-renamed when it is whole.
+A folder without a manifest is not a checkpoint (observe/manifest.py). It is written under a name that starts
+with a dot and renamed when it is whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import logging
 import os
 import shutil
@@ -34,6 +33,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from genac_megatron.errors import GenacError, InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters
+from genac_megatron.observe.manifest import (
+    COMMON,
+    FORMAT,
+    MANIFEST,
+    PART,
+    WEIGHTS,
+    Survey,
+    complete,
+    files_of,
+    read_manifest,
+    survey,
+)
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.megatron import keep_write_errors, save_options
 from genac_megatron.training.agreement import agree, gathered, lost_peer
@@ -41,9 +52,7 @@ from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-PART = ".part-"
-MANIFEST, COMMON, WEIGHTS = "manifest.json", "common.pt", "weights"
+LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
 BYTES_PER_PARAMETER = 4 + 12  # weights at most fp32, and fp32 master, first and second moment
 SPARE_BYTES = 64 << 20
 POLL_S = 0.05  # between looks at writers in the background
@@ -52,14 +61,16 @@ T = TypeVar("T")
 Sharded = dict[str, Any]
 
 
-def role_state(role: Role, *, optimizer: bool, loading: bool = False) -> Sharded:
-    """The sharded state of a role on this rank; empty outside its block."""
+def role_state(role: Role, *, optimizer: bool, loading: bool = False, head: bool = True) -> Sharded:
+    """The sharded state of a role on this rank, with its output layer or without; empty outside its block."""
     if not role.active:
         return {}
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.dp_cp}
     models: Sharded = {}
     for index, model in enumerate(role.models):
-        models[f"model{index}"] = model.sharded_state_dict(metadata=dict(metadata))
+        state = model.sharded_state_dict(metadata=dict(metadata))
+        kept = {key: value for key, value in state.items() if head or not key.startswith("output_layer.")}
+        models[f"model{index}"] = kept
         add_prefix_for_sharding(models[f"model{index}"], f"{role.name}.")
     if not optimizer or role.optimizer is None:
         return models
@@ -250,17 +261,24 @@ class Checkpoints:
         found = complete(self.folder)
         return (found[-1], read_manifest(found[-1])) if found else None
 
+    def survey(self) -> Survey:
+        """What the folder holds, damaged and unfinished checkpoints included."""
+        return survey(self.folder)
+
 
 def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
     """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
 
-    The layout may differ from the one that saved. Raises InputError where it does not fit.
+    The layout may differ from the one that saved. A scalar critic may take a language model's weights: it
+    keeps its own head. Raises InputError where it does not fit.
     """
-    manifest, common = agree(lambda: _read_small(path, roles), partial(_unreadable, path))
+    manifest, common = agree(lambda: _read_small(path, roles, optimizers), partial(_unreadable, path))
     chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
+    bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
     request = {
         name: extract_matching_values(
-            role_state(role, optimizer=optimizers, loading=True), lambda v: isinstance(v, ShardedBase)
+            role_state(role, optimizer=optimizers, loading=True, head=name not in bodies),
+            lambda v: isinstance(v, ShardedBase),
         )[0]
         for name, role in chosen.items()
         if role.active
@@ -275,16 +293,17 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         raise _unreadable(path, error) from error
     for name, role in chosen.items():
         if role.active:
-            _put(role, merge(common[name], loaded[name]), optimizers, common[name]["steps"])
+            whole = merge(common[name], loaded[name])
+            _put(role, whole, optimizers, common[name]["steps"], head=name not in bodies)
 
 
-def _read_small(path: Path, roles: Mapping[str, Role]) -> tuple[dict[str, Any], Sharded]:
+def _read_small(path: Path, roles: Mapping[str, Role], optimizers: bool) -> tuple[dict[str, Any], Sharded]:
     """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
     manifest = read_manifest(path)
     if missing := sorted(set(roles) - set(manifest["roles"])):
         raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
     for name, role in roles.items():
-        _check_shape(path, name, manifest["roles"][name], role.shape)
+        _check_shape(path, name, manifest["roles"][name], role.shape, body=not optimizers)
     return manifest, torch.load(path / COMMON, map_location="cpu", weights_only=False)
 
 
@@ -318,9 +337,15 @@ def _reason(error: BaseException) -> str:
     return f"{name}{lines[-1]}" if lines else type(error).__name__
 
 
-def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape) -> None:
-    """Raises InputError naming every size in which a saved role differs from the recipe's."""
+def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape, *, body: bool) -> None:
+    """Raises InputError naming every size in which a saved role differs from the recipe's.
+
+    body: a scalar critic's head may be new.
+    """
     wanted = dataclasses.asdict(shape)
+    saved = {**LATER_SIZES, **saved}
+    if body and shape.value:
+        saved |= {"value": True, "tie": False}
     different = [f"{k} {saved.get(k)} (the recipe: {v})" for k, v in wanted.items() if saved.get(k) != v]
     if different:
         raise InputError(
@@ -344,36 +369,15 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def _put(role: Role, state: Sharded, optimizers: bool, steps: int) -> None:
+def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool) -> None:
     if optimizers:
         role.optimizer.load_state_dict(state["optimizer"])
         if steps:
             role.scheduler.step(increment=steps)
         return
     for index, model in enumerate(role.models):
-        model.load_state_dict(state[f"model{index}"], strict=True)
+        model.load_state_dict(state[f"model{index}"], strict=head)
     role.refresh_master()
-
-
-def complete(folder: Path) -> list[Path]:
-    """The folder's complete checkpoints, oldest first."""
-    found = [p.parent for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
-    return sorted(found, key=lambda path: read_manifest(path)["serial"])
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises InputError where it is unreadable or of another format."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"the manifest cannot be read: {error}", where=str(path / MANIFEST), way_out="remove this folder"
-        ) from error
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"format {manifest.get('format')!r}, this version reads {FORMAT}", where=str(path / MANIFEST)
-        )
-    return manifest
 
 
 def _seal(
@@ -396,6 +400,7 @@ def _seal(
         "roles": {name: dataclasses.asdict(role.shape) for name, role in roles.items()},
         "trained": trained,
         "state": dict(state),
+        "files": files_of(part),
     }
     write_json_atomic(part / MANIFEST, manifest)
     if final.exists():

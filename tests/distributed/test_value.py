@@ -138,3 +138,22 @@ def test_it_starts_from_a_language_models_body_with_a_head_of_its_own(pool: Any)
     for name in actor:
         assert torch.equal(actor[name], critic[name]), name
     assert critic["score.weight"].abs().sum() > 0
+
+
+def begun_from_a_language_model(rank: int, folder: str) -> Any:
+    from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
+
+    model = make_role("critic", role_config(layout={"tp": 2}), 4)
+    model.begin_stage(None, 10)
+    Checkpoints(Path(folder), 2, False).save("sft-end", {"critic": model}, {})
+    critic = make_role("critic", value_config(layout={"pp": 2}), 4, seed=9)
+    head = published(critic)["score.weight"]
+    load_checkpoint(Path(folder) / "sft-end", {"critic": critic})
+    return published(model), published(critic), head
+
+
+def test_it_starts_from_a_language_models_checkpoint(pool: Any, tmp_path: Path) -> None:
+    model, critic, head = pool.run(begun_from_a_language_model, str(tmp_path))[0]
+    assert critic.keys() - model.keys() == {"score.weight", "score.bias"}
+    assert all(torch.equal(model[name], critic[name]) for name in model)
+    assert torch.equal(critic["score.weight"], head)
