@@ -25,7 +25,9 @@ from genac_megatron.errors import (
     StopRequested,
     on_all_ranks,
 )
+from genac_megatron.evaluation import command as evaluation
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.studies import command as studies
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
@@ -59,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of a run folder")
     report.add_argument("run", help="a run folder")
     commands.add_parser("doctor", help="check this machine's packages")
+    evaluation.add_commands(commands)
+    studies.add_command(commands)
     cluster.add_commands(commands)
     conversion.add_convert(commands)
     conversion.add_inspect(commands)
@@ -75,12 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _run(options, given)
             case "parity":
                 return _in_ranks(load_recipe(options.recipe, options.overrides), given, _parity_job(options))
+            case "evaluate":
+                return evaluation.run_command(options, given, _in_ranks)
             case "convert":
                 return conversion.run_convert(options)
             case "inspect":
                 return conversion.run_inspect(options)
             case "report":
                 return _report(Path(options.run))
+            case "study":
+                return studies.run_command(options)
             case command if command in cluster.COMMANDS:
                 return cluster.run_command(options)
             case _:

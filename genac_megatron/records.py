@@ -23,6 +23,7 @@ class Prompt:
     problem: str  # the plain problem text, as the critic is shown it
     reference: Any  # what the verifier compares with; never shown to a critic
     ids: tuple[int, ...] = ()  # the chat template applied, generation prompt included
+    success: str = ""  # what counts as success, as the critic is told; "": being judged correct
 
 
 @dataclass(frozen=True)

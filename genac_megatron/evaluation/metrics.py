@@ -251,13 +251,19 @@ def pass_at_k(outcomes: Mapping[str, Sequence[float]], k: int) -> float:
 
     c of a prompt's n samples succeed (r >= 0.5). Raises ValueError where a prompt has fewer than k samples.
     """
+    shares = pass_shares(outcomes, k)
+    return float(np.mean(shares)) if shares else NAN
+
+
+def pass_shares(outcomes: Mapping[str, Sequence[float]], k: int) -> list[float]:
+    """What `pass_at_k` is the mean of, per prompt."""
     shares = []
     for prompt, samples in outcomes.items():
         n, c = len(samples), int(sum(r >= 0.5 for r in samples))
         if not 1 <= k <= n:
             raise ValueError(f"pass@{k} of prompt {prompt}, which has {n} samples")
         shares.append(1.0 - math.comb(n - c, k) / math.comb(n, k))
-    return float(np.mean(shares)) if shares else NAN
+    return shares
 
 
 # --- intervals -----------------------------------------------------------------------------------

@@ -91,9 +91,9 @@ DARK = Theme(
 Draw = Callable[[Figure, RunData, Theme], bool]
 
 
-def png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
-    """The plot as PNG bytes, `height` inches high; None where the run has no data for it."""
-    style = {
+def style(theme: Theme) -> dict[str, object]:
+    """matplotlib's settings for a theme."""
+    return {
         "font.size": 9.5, "axes.titlesize": 9.5, "figure.facecolor": theme.card, "axes.facecolor": theme.card,
         "savefig.facecolor": theme.card, "text.color": theme.ink, "axes.labelcolor": theme.soft,
         "axes.titlecolor": theme.soft, "axes.edgecolor": theme.grid, "xtick.color": theme.soft,
@@ -101,7 +101,11 @@ def png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
         "legend.fontsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0,
     }  # fmt: skip
-    with mpl.rc_context(style):
+
+
+def png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
+    """The plot as PNG bytes, `height` inches high; None where the run has no data for it."""
+    with mpl.rc_context(style(theme)):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         if not draw(figure, run, theme):

@@ -70,18 +70,18 @@ class Generator:
         text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
         rollout = Rollout(prompt, sample, completion, text)
         if self.judge is None or shared is None:
-            self.verify(rollout)
+            await self.verify(rollout)
             return rollout, []
         judging = asyncio.ensure_future(self.judge.judge_response(rollout, shared))
-        self.verify(rollout)
+        await self.verify(rollout)
         return rollout, await judging
 
-    def verify(self, rollout: Rollout) -> None:
+    async def verify(self, rollout: Rollout) -> None:
         """Set the rollout's outcome, by the recipe's rule for cut-off responses."""
         if rollout.truncated and self.config.truncated_outcome == "zero":
             rollout.outcome = 0.0
         else:
-            rollout.outcome = self.task.verify(rollout.prompt, rollout.text)
+            rollout.outcome = await self.task.verify_beside(rollout.prompt, rollout.text)
 
 
 def repeats(prompts: Sequence[Prompt]) -> list[int]:
@@ -144,7 +144,7 @@ def continue_states(generator: Generator, states: Sequence[State], count: int) -
         ids = (*kept, *completion.ids)
         text = generator.tokenizer.decode(ids, skip_special_tokens=True)
         whole = Rollout(rollout.prompt, sample, Completion(ids, (), completion.finish), text)
-        generator.verify(whole)
+        await generator.verify(whole)
         return whole.outcome
 
     async def run() -> list[list[float]]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from genac_megatron.recipe.schema import DatasetTask, JsonlTask, StateTrackingTask, TaskConfig
+from genac_megatron.recipe.schema import (
+    BenchmarkTask,
+    DatasetTask,
+    JsonlTask,
+    RubricTask,
+    StateTrackingTask,
+    TaskConfig,
+)
 from genac_megatron.tasks.base import Problem, Task, Teacher
 
 if TYPE_CHECKING:
@@ -18,6 +25,12 @@ def make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
 
     Raises InputError where its data is missing or wrong, or where it has no verifier.
     """
+    task = _make_task(config, tokenizer, seed)
+    task.success = config.success or task.success
+    return task
+
+
+def _make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
     # Imported here: each brings a library of its own that the other tasks do not need.
     if isinstance(config, StateTrackingTask):
         from genac_megatron.tasks.state_tracking import StateTracking
@@ -31,6 +44,14 @@ def make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
         from genac_megatron.tasks.hf_datasets import make_dataset_task
 
         return make_dataset_task(config, tokenizer, seed)
+    if isinstance(config, BenchmarkTask):
+        from genac_megatron.tasks.benchmarks import make_benchmark
+
+        return make_benchmark(config.name, config.path, tokenizer)
+    if isinstance(config, RubricTask):
+        from genac_megatron.tasks.rubric import make_rubric_task
+
+        return make_rubric_task(config, tokenizer, seed)
     from genac_megatron.tasks.reasoning_gym import ReasoningGym
 
     return ReasoningGym(config, tokenizer, seed)

@@ -26,6 +26,7 @@ class Problem:
     text: str
     reference: Any
     instruction: str = ""  # shown to the actor after the text, never to the critic
+    messages: tuple[dict[str, str], ...] = ()  # a conversation: shown to the actor as it is
 
     @property
     def key(self) -> str:
@@ -53,11 +54,13 @@ class Task(ABC):
     """Problems by split and index, and their verifier.
 
     Subclasses give `_problem` and `verify`. A text in the held-out split is in no training prompt.
+    `tokenizer`: the actor's; None where a server reads the prompts' messages, which then have no ids.
     """
 
     teacher: Teacher | None = None
+    success: str = ""  # what counts as success, as the critic is told
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_size: int, heldout_size: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, train_size: int, heldout_size: int) -> None:
         self.tokenizer = tokenizer
         self.train_size = train_size
         self.heldout_size = heldout_size
@@ -71,13 +74,18 @@ class Task(ABC):
     def verify(self, prompt: Prompt, text: str) -> float:
         """The outcome in [0, 1] of the response `text`. Any text is legal."""
 
+    async def verify_beside(self, prompt: Prompt, text: str) -> float:
+        """`verify` without holding the event loop up, where verifying is waiting for somebody else."""
+        return self.verify(prompt, text)
+
     def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         """`verify` for each (prompt, response text), in order."""
         return [self.verify(prompt, text) for prompt, text in pairs]
 
     @property
     def late(self) -> int:
-        """Responses whose verification was ended by its time limit so far; each counted as 0."""
+        """Responses that could not be verified so far (its time limit, a judge's failure); each counted as 0,
+        or as the task says."""
         return 0
 
     def prompt(self, split: Split, index: int) -> Prompt:
@@ -90,13 +98,14 @@ class Task(ABC):
             raise IndexError(f"{split} has {size} prompts, no index {index}")
         problem = self._problem(split, index)
         content = f"{problem.text}\n\n{problem.instruction}" if problem.instruction else problem.text
-        messages = ({"role": "user", "content": content},)
+        messages = problem.messages or ({"role": "user", "content": content},)
         return Prompt(
             id=f"{split}/{index}",
             messages=messages,
             problem=problem.text,
             reference=problem.reference,
-            ids=chat_ids(self.tokenizer, messages),
+            ids=() if self.tokenizer is None else chat_ids(self.tokenizer, messages),
+            success=self.success,
         )
 
     def train_index(self, seed: int, cursor: int) -> int:

@@ -31,10 +31,13 @@ def make_dataset_task(config: DatasetTask, tokenizer: PreTrainedTokenizerBase, s
 
 
 def _pattern(config: DatasetTask) -> re.Pattern[str] | None:
-    if config.answer_pattern is None:
-        return None
+    return None if config.answer_pattern is None else compiled(config.answer_pattern)
+
+
+def compiled(text: str) -> re.Pattern[str]:
+    """A pattern whose group 1 is the reference. Raises InputError."""
     try:
-        pattern = re.compile(config.answer_pattern)
+        pattern = re.compile(text)
     except re.error as error:
         raise InputError(f"not a regular expression: {error}", where="task.answer_pattern") from error
     if pattern.groups < 1:
@@ -47,7 +50,7 @@ def _pattern(config: DatasetTask) -> re.Pattern[str] | None:
 def _problems(config: DatasetTask, split: str, pattern: re.Pattern[str] | None) -> list[Problem]:
     """The problems of one split. `pattern`'s first group cuts the reference out of the answer column."""
     problems = []
-    for number, row in enumerate(_rows(config, split)):
+    for number, row in enumerate(load_rows(config, split)):
         where = f"{config.name}[{split}], row {number}"
         answer = read_field(row, config.answer_key, where)
         if pattern is not None:
@@ -61,8 +64,8 @@ def _problems(config: DatasetTask, split: str, pattern: re.Pattern[str] | None) 
     return problems
 
 
-def _rows(config: DatasetTask, split: str) -> Any:
-    """The rows of a split as `datasets` gives them: dicts, by iteration."""
+def load_rows(config: DatasetTask, split: str) -> Any:
+    """The rows of a split as `datasets` gives them: dicts, by iteration. Raises InputError."""
     import datasets
 
     path = Path(config.name).expanduser()

@@ -23,7 +23,7 @@ class QuestionTask(Task):
         train: Sequence[Problem],
         heldout: Sequence[Problem],
         verifier: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         super().__init__(tokenizer, len(train), len(heldout))
         self._problems = {"train": train, "heldout": heldout}

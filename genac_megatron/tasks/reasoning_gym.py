@@ -24,7 +24,7 @@ class ReasoningGym(Task):
     def __init__(
         self,
         config: ReasoningGymTask,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         seed: int,
         limit_s: float = TIME_LIMIT_S,
     ) -> None:

@@ -479,8 +479,8 @@ def test_continuations_are_drawn_apart_and_reproducible() -> None:
 def test_what_a_cut_off_response_earns(rule: str, wanted: float) -> None:
     made = generator(random_engine(1), truncated_outcome=rule)
     whole, cut_off = demonstrated(prompts(1)[0]), demonstrated(prompts(1)[0], "length")
-    made.verify(whole)
-    made.verify(cut_off)
+    asyncio.run(made.verify(whole))
+    asyncio.run(made.verify(cut_off))
     assert (whole.outcome, cut_off.outcome) == (1.0, wanted)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from genac_megatron.critic import endpoint
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import parse_score
@@ -33,6 +32,7 @@ from genac_megatron.critic.traces import (
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, StateTrackingTask, TeacherConfig
 from genac_megatron.records import Completion, Finish, Judgement, Prompt, Rollout, State
+from genac_megatron.serving import chat as chat_endpoint
 from genac_megatron.tasks.state_tracking import StateTracking
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -207,7 +207,7 @@ def chat(content: str | None) -> dict[str, Any]:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(chat_endpoint, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     servers: list[Server] = []
 

@@ -1,0 +1,238 @@
+"""`genac evaluate bank build`: a frozen actor's states with Monte-Carlo values (evaluation/bank.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from genac_megatron import __version__
+from genac_megatron.critic.states import cut_states
+from genac_megatron.errors import InputError
+from genac_megatron.evaluation.bank import (
+    FORMAT,
+    RIGHT,
+    Bank,
+    BankPrompt,
+    BankState,
+    bank_parts,
+    choose_pair,
+    from_row,
+    no_response,
+    read_bank,
+    to_row,
+)
+from genac_megatron.evaluation.session import (
+    checkpoint_step,
+    identity,
+    made_from,
+    rollout_config,
+    session,
+    stop_if_asked,
+    with_role,
+)
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.records import Prompt, Rollout, State
+from genac_megatron.stages.rollouts import Generator, continue_states
+from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.training.agreement import from_first
+from genac_megatron.training.layout import World
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a bank is made of."""
+
+    out: Path
+    checkpoint: str | None = None  # the actor's; None: the recipe's model
+    prompts: int = 128
+    continuations: int = 32
+    samples: int = 8  # responses to every prompt: they make p_bar
+    limit: int = 64  # responses to a prompt at most, while all are right, or all wrong
+    max_new_tokens: int | None = None
+    states_from: Path | None = None  # the same states, under this actor
+    chunk: int = 16  # prompts that a rank works on at a time, and loses where it is killed
+
+
+def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptions) -> None:
+    """Build the bank, or go on with one that is unfinished. Collective.
+
+    Raises InputError where the folder holds another bank, StopRequested where it was asked to stop.
+    """
+    recipe = with_role(recipe, "actor", options.checkpoint)
+    with session(recipe, world, stop, "bank") as run:
+        run.publish("actor")
+        base = None
+        if options.states_from is not None:
+            base = run.together(partial(read_bank, options.states_from))
+        builder = Builder(run, options, base)
+        builder.build()
+
+
+class Builder:
+    """One rank's part in building a bank."""
+
+    def __init__(self, run: Run, options: BuildOptions, base: Bank | None) -> None:
+        self.run, self.options, self.base = run, options, base
+        self.parts = bank_parts(options.out)
+        recipe = run.recipe
+        rollout = rollout_config(recipe, options.max_new_tokens if base is None else base.limit)
+        self.generator = Generator(
+            engine=run.engines["actor"],
+            tokenizer=run.tokenizers["actor"],
+            task=run.task,
+            config=rollout,
+            stop_ids=run.stop_ids("actor"),
+            seed=(recipe.seed, "bank"),
+            positions=run.actor.shape.max_positions,
+        )
+        count = len(base.prompts) if base is not None else min(options.prompts, run.task.heldout_size)
+        self.prompts = run.together(lambda: [self._prompt(number) for number in range(count)])
+
+    def plan(self) -> dict[str, Any]:
+        """The bank's identity. Collective."""
+        recipe, config = self.run.recipe, self.generator.config
+        return {
+            "format": FORMAT,
+            "kind": "bank",
+            "seed": recipe.seed,
+            "actor": identity(self.run, "actor"),
+            "task": recipe.task.model_dump(mode="json"),
+            "rollout": {
+                "max_new_tokens": config.max_new_tokens,
+                "temperature": config.temperature,
+                "truncated_outcome": config.truncated_outcome,
+            },
+            "states": recipe.judging.states.model_dump(mode="json"),
+            "prompts": len(self.prompts),
+            "continuations": self.options.continuations,
+            "samples": self.options.samples,
+            "limit": self.options.limit,
+            "states_from": None if self.base is None else self.base.manifest["sha256"],
+        }
+
+    def build(self) -> None:
+        """Every piece that is not there yet, then the whole. Collective."""
+        run, plan = self.run, self.plan()
+        known = set(from_first(lambda: sorted(self.parts.begin(plan))))
+        left = [number for number in range(len(self.prompts)) if (number,) not in known]
+        if not left and from_first(lambda: self.parts.complete):
+            run.progress.note(f"{self.options.out} is complete already")
+            return
+        size = self.options.chunk * run.world.size
+        run.progress.stage("bank", len(self.prompts), len(self.prompts) - len(left))
+        for at in range(0, len(left), size):
+            mine = run.share(left[at : at + size])
+            with run.phase("continue"):
+                found = run.generating(partial(self.pieces, mine))
+            rows = [to_row(number, piece) for number, piece in zip(mine, found, strict=True)]
+            run.together(partial(self.parts.append, rows, run.world.rank))
+            done = len(self.prompts) - len(left) + min(at + size, len(left))
+            run.progress.step(done, {})
+            stop_if_asked(run, f"{done} of {len(self.prompts)} prompts")
+        run.together(lambda: self._finish(plan) if run.world.rank == 0 else None)
+
+    def pieces(self, numbers: Sequence[int]) -> list[BankPrompt]:
+        """This rank's prompts of a chunk: responses, states, continuations."""
+        prompts = [self.prompts[number] for number in numbers]
+        sampled = asyncio.run(self._sample(prompts))
+        if self.base is None:
+            pairs = [self._states(*both) for both in zip(prompts, sampled, strict=True)]
+        else:
+            pairs = [self._again(number, rolled) for number, rolled in zip(numbers, sampled, strict=True)]
+        states = [state.state for pair in pairs for state in pair.states]
+        draws = iter(continue_states(self.generator, states, self.options.continuations) if states else [])
+        return [
+            BankPrompt(
+                pair.prompt,
+                pair.outcomes,
+                pair.skipped,
+                pair.responses,
+                tuple(BankState(state.state, state.response, tuple(next(draws))) for state in pair.states),
+            )
+            for pair in pairs
+        ]
+
+    def _prompt(self, number: int) -> Prompt:
+        """The prompt, by the task: with states of another bank its verifier must know them."""
+        prompt = self.run.task.prompt("heldout", number)
+        if self.base is not None and self.base.prompts[number].prompt.problem != prompt.problem:
+            raise InputError(
+                f"its prompt {number} is none of the recipe's task",
+                where=str(self.base.folder),
+                way_out="use the recipe, seed and task overrides that the bank was built with",
+            )
+        return prompt
+
+    async def _sample(self, prompts: Sequence[Prompt]) -> list[list[Rollout]]:
+        """Responses to each prompt; of a bank's states no more than what p_bar needs."""
+        return list(await asyncio.gather(*(self._responses(prompt) for prompt in prompts)))
+
+    async def _responses(self, prompt: Prompt) -> list[Rollout]:
+        options = self.options
+        found: list[Rollout] = []
+        while len(found) < max(options.limit, options.samples):
+            until = len(found) + options.samples
+            if found:
+                until = min(until, options.limit)
+            group = await self.generator.group(prompt, range(len(found), until))
+            found += group.rollouts
+            if self.base is not None or choose_pair(found) is not None:
+                break
+        return found
+
+    def _states(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> BankPrompt:
+        outcomes = tuple(rollout.outcome for rollout in rollouts)
+        pair = choose_pair(rollouts)
+        if pair is None:
+            return BankPrompt(prompt, outcomes, "right" if outcomes[0] >= RIGHT else "wrong")
+        states = [BankState(State(no_response(prompt), 0, 0, 0), None, ())]
+        for which, rollout in enumerate(pair):
+            cuts = cut_states(rollout, self.generator.tokenizer, self.run.recipe.judging.states)
+            states += [BankState(state, which, ()) for state in cuts[1:]]
+        return BankPrompt(prompt, outcomes, None, pair, tuple(states))
+
+    def _again(self, number: int, rollouts: Sequence[Rollout]) -> BankPrompt:
+        """The states that the other bank has for this prompt, whose reference is the task's."""
+        assert self.base is not None
+        row = to_row(number, self.base.prompts[number])
+        prompt = self.prompts[number]
+        row["prompt"] |= {"reference": prompt.reference, "ids": list(prompt.ids)}
+        row["outcomes"] = [rollout.outcome for rollout in rollouts]
+        return from_row(row)
+
+    def _finish(self, plan: dict[str, Any]) -> None:
+        rows = [row for _, row in sorted(self.parts.begin(plan).items())]
+        found = [from_row(row) for row in rows]
+        first = [mean(one.outcomes[: self.options.samples]) for one in found]
+        skipped = {kind: sum(one.skipped == kind for one in found) for kind in ("right", "wrong")}
+        states = sum(len(one.states) for one in found)
+        if not states:
+            raise InputError(
+                f"no prompt has both a right and a wrong response ({skipped['right']} only right, "
+                f"{skipped['wrong']} only wrong): there is nothing to judge",
+                where=str(self.options.out),
+                way_out="choose a task or an actor in between, or raise --limit (in a new folder)",
+            )
+        recipe = self.run.recipe
+        manifest = {
+            "format": FORMAT,
+            "kind": "bank",
+            "plan": plan,
+            "p_bar": mean(first),
+            "step": checkpoint_step(recipe, "actor"),
+            "prompts": len(found),
+            "states": states,
+            "skipped": skipped,
+            "made_from": made_from(recipe, "actor") | {"version": __version__},
+        }
+        self.parts.finish(rows, manifest)
+        self.run.progress.note(
+            f"{self.options.out}: {states} states of {len(found) - sum(skipped.values())} prompts "
+            f"({skipped['right']} only right and {skipped['wrong']} only wrong left out), "
+            f"{plan['continuations']} continuations each, success rate {manifest['p_bar']:.3f}"
+        )

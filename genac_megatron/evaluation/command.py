@@ -1,0 +1,206 @@
+"""`genac evaluate bank build | score | compare` and `genac evaluate task`: their grammar. No torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.recipe.loader import load_recipe
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.schema import Recipe
+    from genac_megatron.stages.stopping import StopFlag
+    from genac_megatron.training.layout import World
+
+    Job = Callable[[Recipe, World, StopFlag], None]
+    InRanks = Callable[[Recipe, list[str], Job], int]
+
+LARGEST_SEED = 2**31
+
+
+def add_commands(commands: Any) -> None:
+    """Add `evaluate` to the command line's subparsers."""
+    evaluate = commands.add_parser("evaluate", help="judge critics and actors (docs/evaluation.md)")
+    kinds = evaluate.add_subparsers(dest="evaluate", required=True)
+    bank = kinds.add_parser("bank", help="states with Monte-Carlo values, to judge critics by")
+    steps = bank.add_subparsers(dest="step", required=True)
+    _add_build(steps)
+    _add_score(steps)
+    _add_compare(steps)
+    _add_task(kinds)
+
+
+def _add_recipe(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    command.add_argument("recipe", help="a YAML file", nargs="?" if optional else None)
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="for example task.min_swaps=6"
+    )
+    command.add_argument(
+        "--override", action="append", default=[], metavar="key.path=value", help="the same, between options"
+    )
+
+
+def _add_build(steps: Any) -> None:
+    build = steps.add_parser("build", help="build a bank, or go on with one")
+    _add_recipe(build)
+    build.add_argument("--checkpoint", help="the actor's: a run folder, or one checkpoint of it")
+    build.add_argument("--out", required=True, help="the bank's folder")
+    build.add_argument("--prompts", type=_positive, default=128, help="held-out prompts")
+    build.add_argument("--continuations", type=_two_or_more, default=32, help="K, of each state")
+    build.add_argument("--samples", type=_positive, default=8, help="responses to every prompt, for p_bar")
+    build.add_argument("--limit", type=_positive, default=64, help="responses to a prompt at most")
+    build.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
+    build.add_argument("--states-from", metavar="BANK", help="the same states again, under this actor")
+    build.add_argument("--chunk", type=_positive, default=16, help="prompts of a rank at a time")
+
+
+def _add_score(steps: Any) -> None:
+    score = steps.add_parser("score", help="have a critic value a bank's states")
+    score.add_argument("bank", help="the bank's folder")
+    _add_recipe(score)
+    score.add_argument("--checkpoint", help="the critic's: a run folder, or one checkpoint of it")
+    score.add_argument("--icc", choices=("on", "off", "shuffled"), help="else as the recipe says")
+    score.add_argument("--name", help="of the scores: BANK/scores/NAME")
+
+
+def _add_compare(steps: Any) -> None:
+    compare = steps.add_parser("compare", help="one table of several scores")
+    compare.add_argument("scores", nargs="+", help="folders that `bank score` has made")
+    compare.add_argument("--out", help="a folder for the table and a plot")
+
+
+def _add_task(kinds: Any) -> None:
+    task = kinds.add_parser("task", help="avg@k and pass@k on named benchmarks")
+    task.add_argument("benchmarks", help="for example aime24,math500; maths: the six of it; rg:chain_sum")
+    _add_recipe(task, optional=True)
+    task.add_argument("--checkpoint", help="the actor's: a run folder, or one checkpoint of it")
+    task.add_argument("--url", help="an OpenAI-compatible server instead of a recipe: its base, .../v1")
+    task.add_argument("--model", help="its model")
+    task.add_argument("--api-key-env", help="the environment variable that holds its key")
+    task.add_argument("--concurrency", type=_positive, default=32, help="requests at a time")
+    task.add_argument("--timeout", type=float, default=1800.0, help="seconds for one request")
+    task.add_argument("--out", required=True, help="a folder for samples and results")
+    task.add_argument(
+        "--path", action="append", default=[], metavar="[NAME=]FILE", help="read its questions there"
+    )
+    task.add_argument("--samples", type=_positive, help="k; else the benchmark's own")
+    task.add_argument("--problems", type=_positive, help="the first so many")
+    task.add_argument("--max-new-tokens", type=_positive, help="of a response")
+    task.add_argument("--temperature", type=float, help="else the recipe's evaluation.temperature, or 1")
+    task.add_argument("--seed", type=_seed, default=0, help="of the samples")
+
+
+def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
+    """Run `genac evaluate ...`; the exit code. `in_ranks` does a job on every rank."""
+    if options.evaluate == "task":
+        return _task(options, given, in_ranks)
+    match options.step:
+        case "build":
+            return in_ranks(_recipe(options), given, _build_job(options))
+        case "score":
+            return in_ranks(_recipe(options), given, _score_job(options))
+        case _:
+            return _compare(options)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    return load_recipe(options.recipe, [*options.overrides, *options.override])
+
+
+def _build_job(options: argparse.Namespace) -> Job:
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.evaluation.build import BuildOptions, build_bank
+
+        base = None if options.states_from is None else Path(options.states_from)
+        wanted = BuildOptions(
+            out=Path(options.out),
+            checkpoint=options.checkpoint,
+            prompts=options.prompts,
+            continuations=options.continuations,
+            samples=options.samples,
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
+            states_from=base,
+            chunk=options.chunk,
+        )
+        build_bank(recipe, world, stop, wanted)
+
+    return job
+
+
+def _score_job(options: argparse.Namespace) -> Job:
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.evaluation.scoring import ScoreOptions, score_bank
+
+        wanted = ScoreOptions(Path(options.bank), options.checkpoint, options.icc, options.name)
+        score_bank(recipe, world, stop, wanted)
+
+    return job
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from genac_megatron.evaluation.compare import compare
+
+    out = None if options.out is None else Path(options.out)
+    print(compare([Path(folder) for folder in options.scores], out))
+    return EXIT_OK
+
+
+def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
+    from genac_megatron.evaluation.trial import ServerOptions, TrialOptions, paths_of, try_actor, try_server
+    from genac_megatron.tasks.benchmarks import benchmark_names
+
+    names = benchmark_names(options.benchmarks)
+    wanted = TrialOptions(
+        names=names,
+        out=Path(options.out),
+        paths=paths_of(options.path, names),
+        samples=options.samples,
+        problems=options.problems,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        checkpoint=options.checkpoint,
+    )
+    if (options.url is None) == (options.recipe is None):
+        raise InputError(
+            "give a recipe, or --url and --model: one of the two",
+            where="genac evaluate task",
+            way_out="genac evaluate task math500 RECIPE --checkpoint RUN --out FOLDER, or "
+            "genac evaluate task math500 --url http://host:port/v1 --model NAME --out FOLDER",
+        )
+    if options.url is not None:
+        server = ServerOptions(
+            options.url, options.model or "", options.api_key_env, options.concurrency, options.timeout
+        )
+        print(try_server(server, wanted))
+        return EXIT_OK
+
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        try_actor(recipe, world, stop, wanted)
+
+    return in_ranks(_recipe(options), given, job)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _two_or_more(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 2: the spread of one outcome is not known")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {LARGEST_SEED - 1}")
+    return number

@@ -1,0 +1,131 @@
+"""Long work in a folder, piece by piece, so that a killed command goes on where it was.
+
+    FOLDER/
+        plan.json        what the work is: the same command must say the same to go on
+        parts/*.jsonl    one row per finished piece; every process appends to a file of its own
+        NAME.jsonl       all rows in order, written once the last piece is done; parts/ goes then
+        manifest.json    written last: a folder without it is unfinished
+
+A piece's row depends on the plan alone, so which process made it, and when, changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.errors import GenacError, InputError
+from genac_megatron.observe.runinfo import jsonable, read_jsonl, write_json_atomic, write_text_atomic
+
+PLAN, MANIFEST, PARTS = "plan.json", "manifest.json", "parts"
+Row = dict[str, Any]
+Key = tuple[int, ...]
+
+
+class Parts:
+    """The rows of one piece of work, by `keys`: the fields, all integers, that name a row.
+
+    `begin` and `finish` are for one process, `append` for each.
+    """
+
+    def __init__(self, folder: Path, name: str, keys: tuple[str, ...]) -> None:
+        self.folder, self.name, self.keys = folder, name, keys
+        self._file: Path | None = None
+
+    @property
+    def rows_file(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def complete(self) -> bool:
+        """Whether the work is done."""
+        return (self.folder / MANIFEST).exists()
+
+    def begin(self, plan: Mapping[str, Any]) -> dict[Key, Row]:
+        """The rows that are there already, by key. Raises InputError where the folder holds other work."""
+        path = self.folder / PLAN
+        wanted = jsonable(plan)
+        if path.exists():
+            self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(
+                "the folder holds something else", where=str(self.folder), way_out="name a new folder"
+            )
+        else:
+            write_json_atomic(path, wanted)
+        if self.complete:
+            return self._by_key(read_jsonl(self.rows_file)[0])
+        files = sorted((self.folder / PARTS).glob("*.jsonl"))
+        return self._by_key(row for file in files for row in read_jsonl(file)[0])
+
+    def append(self, rows: Iterable[Mapping[str, Any]], rank: int) -> None:
+        """Keep finished rows, on the disk before the call returns. Raises GenacError where it cannot."""
+        text = "".join(json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            if self._file is None:  # never one that a killed process may have left with half a line
+                (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
+                number = len(list((self.folder / PARTS).glob(f"{rank:05d}-*.jsonl")))
+                self._file = self.folder / PARTS / f"{rank:05d}-{number:03d}.jsonl"
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise GenacError(
+                f"cannot be written: {error.strerror or error}",
+                where=str(self._file or self.folder),
+                way_out="free space or make it writable; the same command goes on from here",
+            ) from error
+
+    def finish(self, rows: Iterable[Row], manifest: Mapping[str, Any]) -> None:
+        """Write all rows, then the manifest; the parts go."""
+        lines = (json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False) for row in rows)
+        text = "".join(f"{line}\n" for line in lines)
+        write_text_atomic(self.rows_file, text)
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        write_json_atomic(self.folder / MANIFEST, {**manifest, "sha256": digest})
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+
+    def read(self) -> tuple[Row, list[Row]]:
+        """(manifest, rows) of finished work. Raises InputError where there is none, or it is damaged."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            begun = (self.folder / PLAN).exists()
+            raise InputError(
+                "it is unfinished" if begun else f"there is no {MANIFEST}",
+                where=str(self.folder),
+                way_out="run the command that made it again" if begun else "give a folder that was built",
+            )
+        try:
+            manifest: Row = json.loads(path.read_text(encoding="utf-8"))
+            data = self.rows_file.read_bytes()
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot be read: {error}", where=str(self.folder)) from error
+        if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
+            raise InputError(
+                f"{self.name} is not the file that its manifest names",
+                where=str(self.folder),
+                way_out="restore it, or build it again",
+            )
+        return manifest, [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
+
+    def _by_key(self, rows: Iterable[Row]) -> dict[Key, Row]:
+        return {tuple(row[key] for key in self.keys): row for row in rows}
+
+    def _compare(self, found: Row, wanted: Row) -> None:
+        different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        if different:
+            key = different[0]
+            raise InputError(
+                f"the folder holds work with another {', '.join(different)} "
+                f"({key}: {_short(found.get(key))} there, {_short(wanted.get(key))} here)",
+                where=str(self.folder),
+                way_out="go on with the command that began it, or name a new folder",
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,86 @@
+"""What the evaluating commands share: a run with the roles they need, and what says which they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.errors import InputError, StopRequested, on_all_ranks
+from genac_megatron.evaluation.fingerprint import tokenizer_digest, weights_digest
+from genac_megatron.observe.manifest import read_manifest
+from genac_megatron.observe.progress import Progress
+from genac_megatron.recipe.schema import Recipe, RolloutConfig
+from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.training.agreement import from_first
+from genac_megatron.training.checkpoint import find_checkpoint
+from genac_megatron.training.layout import World
+
+
+def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
+    """The recipe with this role alone, its weights from `checkpoint` where one is named.
+
+    Raises InputError where it has no such role.
+    """
+    if role not in recipe.roles:
+        what = f"the recipe has no role '{role}'"
+        raise on_all_ranks(InputError(what, where="roles", way_out=f"one of: {', '.join(recipe.roles)}"))
+    config = recipe.roles[role]
+    if checkpoint is not None:
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"checkpoint": checkpoint})}
+        )
+    return recipe.model_copy(update={"roles": {role: config}})
+
+
+@contextmanager
+def session(recipe: Recipe, world: World, stop: StopFlag, name: str) -> Iterator[Run]:
+    """A run that trains nothing. Collective."""
+    with Progress(world.rank == 0, name=recipe.name, stages=[name]) as progress:
+        run = Run(recipe, world, None, progress, stop)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def rollout_config(recipe: Recipe, max_new_tokens: int | None) -> RolloutConfig:
+    """How the actor is sampled: as the recipe's last stage does, at the evaluation's temperature."""
+    changes: dict[str, Any] = {"temperature": recipe.evaluation.temperature}
+    if max_new_tokens is not None:
+        changes["max_new_tokens"] = max_new_tokens
+    return recipe.stages[-1].rollout.model_copy(update=changes)
+
+
+def identity(run: Run, role: str) -> dict[str, str]:
+    """Digests of a role's weights and tokenizer, the same on every rank. Collective."""
+    digest = weights_digest(run.roles[role])
+    return {
+        "weights": from_first(lambda: digest),
+        "tokenizer": tokenizer_digest(run.tokenizers[role]),
+    }
+
+
+def made_from(recipe: Recipe, role: str) -> dict[str, Any]:
+    """Where a role's weights came from, for people."""
+    model = recipe.roles[role].model
+    found = {"recipe": recipe.name, "hf": model.hf, "checkpoint": model.checkpoint}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def checkpoint_step(recipe: Recipe, role: str) -> int:
+    """The training step that the critic was told when the role's checkpoint was made; 0 where unknown."""
+    checkpoint = recipe.roles[role].model.checkpoint
+    if checkpoint is None:
+        return 0
+    state = read_manifest(find_checkpoint(Path(checkpoint))).get("state", {})
+    icc = (state.get("at") or {}).get("icc") or {}
+    return int(icc.get("step", 0))
+
+
+def stop_if_asked(run: Run, done: str) -> None:
+    """Raise StopRequested where any rank was asked to stop. Collective."""
+    if run.stop_requested():
+        raise StopRequested(f"stopped as asked after {done}", way_out="the same command goes on from here")

@@ -1,0 +1,204 @@
+"""Named benchmarks: the table, and their problems as a task that is all held out.
+
+Questions come by the dataset's name (`datasets`: its hub or its cache), or from a local file or folder in the
+same form. Suites are of reasoning-gym's procedural tasks; `rg:NAME` is any one of them. The table's dataset
+names and columns were read in public evaluation code; none could be downloaded where this was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import DatasetTask, ReasoningGymTask
+from genac_megatron.records import Prompt
+from genac_megatron.tasks.base import Problem, Split, Task
+from genac_megatron.tasks.hf_datasets import compiled, load_rows
+from genac_megatron.tasks.questions import QuestionTask, read_field
+from genac_megatron.tasks.reasoning_gym import ReasoningGym
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BOXED = "Think step by step. Put the final answer in \\boxed{}."
+GYM_PREFIX = "rg:"
+GYM_SIZE = 50  # problems of each task of a suite
+GYM_SEED = 0  # the same problems for everybody
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A row of the table. Of several keys the first that a row has is read."""
+
+    title: str
+    samples: int  # k of avg@k where the user names none
+    dataset: str = ""
+    config: str | None = None
+    split: str = "test"
+    question_keys: tuple[str, ...] = ("problem", "question")
+    answer_keys: tuple[str, ...] = ("answer",)
+    answer_pattern: str | None = None  # its group 1 is the reference
+    verifier: str = "math"
+    instruction: str = BOXED
+    suite: tuple[str, ...] = ()  # reasoning-gym's tasks, instead of a dataset
+
+
+BENCHMARKS = {
+    "aime24": Benchmark("AIME 2024", 32, "HuggingFaceH4/aime_2024", split="train"),
+    "aime25": Benchmark("AIME 2025", 32, "math-ai/aime25"),
+    "amc23": Benchmark("AMC 2023", 32, "math-ai/amc23"),
+    "math500": Benchmark("MATH-500", 4, "HuggingFaceH4/MATH-500"),
+    "minerva": Benchmark("Minerva", 4, "math-ai/minervamath"),
+    "olympiadbench": Benchmark(
+        "OlympiadBench (text, English)", 4, "math-ai/olympiadbench", answer_keys=("final_answer", "answer")
+    ),
+    "gsm8k": Benchmark("GSM8K", 1, "openai/gsm8k", config="main", answer_pattern=r"####\s*(.+)"),
+    "rg-arithmetic": Benchmark(
+        "reasoning-gym: arithmetic", 4, suite=("chain_sum", "basic_arithmetic", "gcd", "lcm", "products")
+    ),
+    "rg-algorithmic": Benchmark(
+        "reasoning-gym: algorithmic",
+        4,
+        suite=("letter_counting", "number_sorting", "spell_backward", "word_sorting", "base_conversion"),
+    ),
+    "rg-planning": Benchmark(
+        "reasoning-gym: plans that are executed", 4, suite=("tower_of_hanoi", "rush_hour", "sokoban")
+    ),
+}
+MATHS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")  # "maths" names them all
+
+
+def benchmark_names(listed: str) -> list[str]:
+    """The benchmarks of a comma-separated list; `maths` stands for the six maths sets.
+
+    Raises InputError for an unknown one, naming the nearest.
+    """
+    given = [name.strip() for name in listed.split(",") if name.strip()]
+    names = [each for name in given for each in (MATHS if name == "maths" else (name,))]
+    for name in names:
+        find_benchmark(name)
+    return list(dict.fromkeys(names))
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of a name, or reasoning-gym's task after `rg:`. Raises InputError."""
+    if name.startswith(GYM_PREFIX):
+        task = name.removeprefix(GYM_PREFIX)
+        return Benchmark(f"reasoning-gym: {task}", 4, suite=(task,))
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.5)
+        known = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"no benchmark is called '{name}'",
+            where="benchmark",
+            way_out=f"{known}known: {', '.join(BENCHMARKS)}, maths (the six of it), {GYM_PREFIX}TASK",
+        )
+    return BENCHMARKS[name]
+
+
+def make_benchmark(name: str, path: str | None, tokenizer: PreTrainedTokenizerBase | None) -> Task:
+    """The benchmark as a task without a training split. `path`: read questions there, not by name.
+
+    Raises InputError where the benchmark is unknown or its data is missing.
+    """
+    benchmark = find_benchmark(name)
+    if benchmark.suite:
+        if path is not None:
+            raise InputError(f"{name} is generated: it reads no path", where="benchmark")
+        return GymSuite(benchmark.suite, tokenizer)
+    problems = _questions(name, benchmark, path)
+    return Questions([], problems, benchmark.verifier, tokenizer)
+
+
+class Questions(QuestionTask):
+    """A benchmark's questions, in its own order, repeats kept."""
+
+    def train_index(self, seed: int, cursor: int) -> int:
+        raise _no_training()
+
+
+class GymSuite(Task):
+    """Problems of several reasoning-gym tasks, one task after another."""
+
+    def __init__(self, names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__(tokenizer, 0, GYM_SIZE * len(names))
+        self.names = list(names)
+        self._tasks = [
+            ReasoningGym(
+                ReasoningGymTask(kind="reasoning_gym", name=name, train_size=1, heldout_size=GYM_SIZE),
+                tokenizer,
+                GYM_SEED,
+            )
+            for name in names
+        ]
+
+    def _problem(self, split: Split, index: int) -> Problem:
+        which, number = divmod(index, GYM_SIZE)
+        return self._tasks[which]._problem("heldout", number)
+
+    def part(self, index: int) -> str:
+        """The task that problem `index` is of."""
+        return self.names[index // GYM_SIZE]
+
+    @property
+    def late(self) -> int:
+        return sum(task.late for task in self._tasks)
+
+    def verify(self, prompt: Prompt, text: str) -> float:
+        index = int(prompt.id.rpartition("/")[2])
+        return self._tasks[index // GYM_SIZE].verify(prompt, text)
+
+    def train_index(self, seed: int, cursor: int) -> int:
+        raise _no_training()
+
+
+def _no_training() -> InputError:
+    return InputError(
+        "a benchmark is never trained on", where="task", way_out="name another task, or evaluate only"
+    )
+
+
+def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Problem]:
+    config = DatasetTask(
+        kind="datasets",
+        name=path or benchmark.dataset,
+        config=None if path else benchmark.config,
+        split=benchmark.split,
+    )
+    try:
+        rows: Iterable[Any] = list(load_rows(config, benchmark.split))
+    except InputError as error:
+        if path is not None:
+            raise
+        keys = f"{' or '.join(benchmark.question_keys)}, and {' or '.join(benchmark.answer_keys)}"
+        raise InputError(
+            f"the dataset {benchmark.dataset} is neither reachable nor in the cache ({error.what})",
+            where=f"benchmark {name}",
+            way_out=f"give a local file: --path {name}=FILE.jsonl, with {keys} in each line; or fetch the "
+            "dataset once on a machine with a network and point HF_HOME at its cache",
+        ) from error
+    pattern = None if benchmark.answer_pattern is None else compiled(benchmark.answer_pattern)
+    problems = []
+    for number, row in enumerate(rows):
+        where = f"{config.name}, row {number}"
+        answer = _field(row, benchmark.answer_keys, where)
+        if pattern is not None and (match := pattern.search(answer)) is not None:
+            answer = match.group(1).strip()  # a local file may hold the bare answer
+        text = _field(row, benchmark.question_keys, where)
+        problems.append(Problem(text, answer, benchmark.instruction))
+    if not problems:
+        raise InputError("no problem in it", where=str(Path(config.name)))
+    return problems
+
+
+def _field(row: Any, keys: Sequence[str], where: str) -> str:
+    """The text under the first key that the row has; the parts of a list are joined by commas."""
+    key = next((key for key in keys if isinstance(row, dict) and row.get(key) is not None), keys[0])
+    value = row.get(key) if isinstance(row, dict) else None
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        row = {**row, key: ", ".join(value)}
+    return read_field(row, key, where)
