@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from genac_megatron.cluster.network import (
 )
 from genac_megatron.cluster.placement import Placement, misfits, placement
 from genac_megatron.errors import GenacError, InputError
+from genac_megatron.observe.manifest import read_manifest, survey
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.recipe.schema import Recipe
 
@@ -34,16 +34,9 @@ def attempt_name(environ: Mapping[str, str]) -> str:
 
 
 def newest_manifest(checkpoints: Path) -> dict[str, Any] | None:
-    """The manifest of the newest complete checkpoint; None where there is none."""
-    newest: dict[str, Any] | None = None
-    for path in checkpoints.glob("[!.]*/manifest.json"):
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if newest is None or manifest["serial"] > newest["serial"]:
-                newest = manifest
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # the run itself says what is wrong with it
-    return newest
+    """The manifest of the newest whole checkpoint; None where there is none."""
+    newest = survey(checkpoints).newest  # the run itself says what is wrong with others
+    return None if newest is None else read_manifest(newest)
 
 
 def check_allocation(recipe: Recipe, environ: Mapping[str, str]) -> Placement:

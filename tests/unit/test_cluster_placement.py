@@ -137,7 +137,8 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, stage: int, finished: s
         folder = tmp_path / "runs/big/checkpoints" / name
         folder.mkdir(parents=True)
         state = {"at": {"stage": stage}, "position": ["ppo", serial]}
-        (folder / "manifest.json").write_text(json.dumps({"serial": serial, "state": state}))
+        manifest = {"format": 1, "serial": serial, "roles": {}, "trained": [], "state": state}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "runs/big/checkpoints/ppo-00009").mkdir()
     (tmp_path / "runs/big/checkpoints/ppo-00009/manifest.json").write_text("{")
     found = job.plan(recipe(tmp_path), JOB)
