@@ -1,0 +1,109 @@
+"""What a study's runs have come to, as plain figures: one record per cell and seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.models.families.base import Shape
+from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
+from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.rules import read_shape
+from genac_megatron.studies.cost import total
+from genac_megatron.studies.runner import Places
+from genac_megatron.studies.schema import Cell, cells_of
+
+ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
+Record = dict[str, Any]
+
+
+def records_of(places: Places, seeds: list[int]) -> list[Record]:
+    """One record per cell and seed that is done: its options, figures, and curve."""
+    return [
+        record_of(places, cell, seed)
+        for cell in cells_of(places.study, str(places.file))
+        for seed in seeds
+        if (places.run(cell.name, seed) / "report" / "summary.json").exists()
+    ]
+
+
+def record_of(places: Places, cell: Cell, seed: int) -> Record:
+    """Cell, label, options, seed, figures (flat names) and curve (points of held-out accuracy)."""
+    folder = places.run(cell.name, seed)
+    rows, _ = read_jsonl(folder / METRICS)
+    evaluations, _ = read_jsonl(folder / EVALUATIONS)
+    recipe = load_recipe(folder / "recipe.yaml")
+    shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
+    figures = _critic(evaluations) | _spent(rows, shapes) | _actor(evaluations)
+    for bank in places.study.banks:
+        figures |= _scores(places.scores(bank, cell.name, seed), bank)
+    return {
+        "cell": cell.name,
+        "label": cell.label,
+        "options": cell.options,
+        "seed": seed,
+        "figures": {key: value for key, value in figures.items() if math.isfinite(value)},
+        "curve": curve(rows, evaluations, shapes),
+    }
+
+
+def _critic(evaluations: list[Record]) -> dict[str, float]:
+    judged = [row for row in evaluations if isinstance(row.get("critic"), dict)]
+    if not judged:
+        return {}
+    return {
+        f"critic/{key}": float(value)
+        for key, value in judged[-1]["critic"].items()
+        if isinstance(value, int | float)
+    }
+
+
+def _actor(evaluations: list[Record]) -> dict[str, float]:
+    acted = [row for row in evaluations if row.get("kind") in ACTOR_KINDS]
+    if not acted:
+        return {}
+    start, end = (float(acted[i]["actor"]["accuracy"]) for i in (0, -1))
+    return {"actor/start": start, "actor/end": end, "actor/gain": end - start}
+
+
+def _spent(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
+    """The whole run, and a step of the actor's RL."""
+    whole = {f"cost/{key}": value for key, value in total(rows, shapes).items()}
+    steps = [row for row in rows if row.get("kind") in ACTOR_KINDS and "actor/loss" in row]
+    if not steps:
+        return whole
+    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes).items()}
+
+
+def _scores(folder: Path, bank: str) -> dict[str, float]:
+    path = folder / "scores.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return {
+        f"{bank}/{key}": float(value["value"] if isinstance(value, dict) else value)
+        for key, value in found.items()
+        if value is not None and (not isinstance(value, dict) or value.get("value") is not None)
+    }
+
+
+def curve(
+    rows: list[Record], evaluations: list[Record], shapes: Mapping[str, Shape]
+) -> list[dict[str, float]]:
+    """Held-out accuracy after so many steps of the actor's RL, and all that the run had spent by then."""
+    points = []
+    for evaluation in evaluations:
+        if evaluation.get("kind") not in ACTOR_KINDS:
+            continue
+        stage, step = evaluation["stage"], evaluation["step"]
+        first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
+        before = rows[:first] + [
+            row for row in rows[first:] if row.get("stage") == stage and 0 < row["step"] <= step
+        ]
+        points.append(
+            {"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **total(before, shapes)}
+        )
+    return points

@@ -1,0 +1,71 @@
+"""`genac study FILE`: its grammar, and from start to table. No torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
+from genac_megatron.studies.schema import read_study
+
+
+def add_command(commands: Any) -> None:
+    """Add `study` to the command line's subparsers."""
+    study = commands.add_parser("study", help="run a study (recipes/studies), or go on with it")
+    study.add_argument("file", help="a study's YAML file")
+    study.add_argument("--seeds", help="for example 1,2,3; else those of the file")
+    study.add_argument("--out", default="experiments", help="where its table, plots and figures go")
+    study.add_argument("--work", default="runs/studies", help="where its runs go")
+    study.add_argument("--dry-run", action="store_true", help="list what is left to do")
+    study.add_argument("--collect", action="store_true", help="run nothing: show what is done so far")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run what is left, then write `<out>/<name>`: figures.json, table.md and plots."""
+    from rich.console import Console
+
+    from genac_megatron.studies.runner import Places, run_all, tasks_of
+
+    file, console = Path(options.file), Console(highlight=False)
+    study = read_study(file)
+    seeds = _seeds(options.seeds) if options.seeds else study.seeds
+    study = study.model_copy(update={"seeds": seeds})
+    places = Places(study, file, Path(options.out) / study.name, Path(options.work))
+    tasks = tasks_of(places, seeds)
+    if options.dry_run:
+        for task in tasks:
+            console.print(f"{'done' if task.done.exists() else 'left'}  {task.key}")
+        return EXIT_OK
+    if not options.collect:
+        run_all(tasks, console)
+    _write(places, seeds, console)
+    return EXIT_OK
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--seeds {text} is no list of numbers", way_out="for example --seeds 1,2,3"
+        ) from None
+
+
+def _write(places: Any, seeds: list[int], console: Any) -> None:
+    from genac_megatron.studies.collect import records_of
+    from genac_megatron.studies.plots import draw_all
+    from genac_megatron.studies.summary import markdown
+
+    study, records = places.study, records_of(places, seeds)
+    if not records:
+        raise InputError("none of its runs is done", where=str(places.work))
+    write_json_atomic(
+        places.out / "figures.json", {"study": study.model_dump(mode="json"), "records": records}
+    )
+    text = f"# {study.name}\n\n{study.about}\n\n{markdown(study, records)}"
+    write_text_atomic(places.out / "table.md", text)
+    draw_all(study, records, places.out)
+    console.print(text, soft_wrap=True)
+    console.print(f"written to {places.out}")

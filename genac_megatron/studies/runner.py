@@ -1,0 +1,140 @@
+"""A study's runs, one after another: what is done is not done again, what was cut off goes on. No torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from genac_megatron.errors import EXIT_REQUEUE, GenacError, StopRequested
+from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
+
+TAIL = 15  # lines of a failed run that are shown
+
+
+@dataclass(frozen=True)
+class Task:
+    """One `genac run`, or one command on what runs have left."""
+
+    key: str  # for people
+    done: Path  # there once it is done
+    command: tuple[str, ...]
+    log: Path
+    resumable: Path | None = None  # a folder of checkpoints: with one in it, the run goes on
+
+
+class Places:
+    """Where a study's runs and results lie."""
+
+    def __init__(self, study: Study, file: Path, out: Path, work: Path) -> None:
+        self.study, self.file, self.out, self.work = study, file, out, work / study.name
+
+    def run(self, name: str, seed: int) -> Path:
+        return self.work / f"{name}-s{seed}"
+
+    def bank(self, name: str, seed: int) -> Path:
+        return self.work / f"bank-{name}-s{seed}"
+
+    def scores(self, bank: str, cell: str, seed: int) -> Path:
+        return self.bank(bank, seed) / "scores" / cell
+
+    def recipe(self, spec: RunSpec) -> Path:
+        return self.file.parent / str(spec.recipe)
+
+
+def tasks_of(places: Places, seeds: Sequence[int]) -> list[Task]:
+    """Everything a study does, in an order in which each finds what it starts from."""
+    study, made = places.study, list[Task]()
+    for seed in seeds:
+        made += [_run(places, name, spec, seed) for name, spec in bases_of(study)]
+        made += [_build(places, name, seed) for name in study.banks]
+        for cell in cells_of(study, str(places.file)):
+            made.append(_run(places, cell.name, cell.spec, seed))
+            made += [_score(places, bank, cell.name, cell.spec, seed) for bank in study.banks]
+    return made
+
+
+def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
+    folder = places.run(name, seed)
+    command = [*_settings(places, spec, seed), f"name={folder.name}", f"runs={folder.parent}"]
+    return Task(
+        key=f"{name}, seed {seed}",
+        done=folder / "report" / "summary.json",
+        command=("run", str(places.recipe(spec)), *command),
+        log=folder.with_suffix(".log"),
+        resumable=folder / "checkpoints",
+    )
+
+
+def _settings(places: Places, spec: RunSpec, seed: int) -> list[str]:
+    starts = [f"roles.{role}.model.checkpoint={places.run(base, seed)}" for role, base in spec.start.items()]
+    return [f"seed={seed}", *spec.set, *starts]
+
+
+def _build(places: Places, name: str, seed: int) -> Task:
+    bank, folder = places.study.banks[name], places.bank(name, seed)
+    options = [*bank.options]
+    if bank.states_from is not None:
+        options += ["--states-from", str(places.bank(bank.states_from, seed))]
+    return Task(
+        key=f"bank {name}, seed {seed}",
+        done=folder / "manifest.json",
+        command=(
+            "evaluate", "bank", "build", str(places.file.parent / bank.recipe), f"seed={seed}", *bank.set,
+            "--checkpoint", str(places.run(bank.actor, seed)), "--out", str(folder), *options,
+        ),
+        log=folder.with_suffix(".log"),
+    )  # fmt: skip
+
+
+def _score(places: Places, bank: str, cell: str, spec: RunSpec, seed: int) -> Task:
+    out = places.scores(bank, cell, seed)
+    return Task(
+        key=f"{cell} on bank {bank}, seed {seed}",
+        done=out / "scores.json",
+        command=(
+            "evaluate", "bank", "score", str(places.bank(bank, seed)), str(places.recipe(spec)),
+            *(text for text in _settings(places, spec, seed) if "model.checkpoint" not in text),
+            "--checkpoint", str(places.run(cell, seed)), "--name", cell,
+        ),
+        log=out.with_suffix(".log"),
+    )  # fmt: skip
+
+
+def run_all(tasks: Sequence[Task], console: Console) -> None:
+    """Do what is left. Raises GenacError at the first that fails, with the end of its log."""
+    left = [task for task in tasks if not task.done.exists()]
+    if len(left) < len(tasks):
+        console.print(f"{len(tasks) - len(left)} of {len(tasks)} are done already")
+    began = time.monotonic()
+    for number, task in enumerate(left):
+        spent = time.monotonic() - began
+        eta = f", about {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
+        console.print(f"[{number + 1}/{len(left)}] {task.key}{eta}")
+        _do(task)
+
+
+def _do(task: Task) -> None:
+    begun = task.resumable is not None and any(task.resumable.glob("*/manifest.json"))
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("a") as log:
+        process = subprocess.run(
+            [sys.executable, "-m", "genac_megatron", *task.command, *(["--resume"] if begun else [])],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if process.returncode == EXIT_REQUEUE:
+        raise StopRequested("stopped as asked", way_out="the same command goes on from here")
+    if process.returncode or not task.done.exists():
+        lines = task.log.read_text(errors="replace").splitlines()[-TAIL:]
+        raise GenacError(
+            f"{task.key} ended with {process.returncode}:\n  " + "\n  ".join(lines),
+            where=str(task.log),
+            way_out="mend the cause; the same command goes on from here",
+        )

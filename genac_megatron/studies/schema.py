@@ -1,0 +1,148 @@
+"""A study's file: which runs, over which seeds, and what is shown of them. No torch.
+
+    name: joint
+    seeds: [1, 2, 3]
+    base:                                  # runs that others start from, once per seed
+      actor: {recipe: ../baselines/sft.yaml}
+    cells:                                 # what is compared
+      grpo: {recipe: ../baselines/grpo.yaml, start: {actor: actor}}
+    axes:                                  # or every combination of options, whose keys are put together
+      size: {s: {set: [...]}, m: {set: [...]}}
+      critic: {generative: {recipe: generative.yaml}, dense-1: {recipe: value.yaml, label: dense}, ...}
+
+Paths are relative to the file. `start` names, per role, the base run whose weights it begins with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.block import Block
+
+
+class RunSpec(Block):
+    """A recipe, what is set in it, and whose weights its roles begin with."""
+
+    recipe: str | None = None
+    set: list[str] = []  # overrides: key.path=value
+    start: dict[str, str] = {}  # role: a base run; {axis} stands for the option's name
+    label: str | None = None  # cells of one label compete: the best stands for them; None: its own name
+
+
+class BaseRun(RunSpec):
+    over: list[str] = []  # axes: the run is made once per combination of their options
+
+
+class Bank(Block):
+    """States with Monte-Carlo values (`genac evaluate bank`), once per seed; it scores every critic."""
+
+    recipe: str
+    actor: str  # the base run whose actor makes and continues the responses
+    states_from: str | None = None  # another bank: its states, under this actor
+    set: list[str] = []
+    options: list[str] = []  # of `genac evaluate bank build`
+
+
+class Curve(Block):
+    """Held-out accuracy against what was spent."""
+
+    x: Literal["steps", "tokens", "flops", "seconds"]
+
+
+class Lines(Block):
+    """A figure against an axis, a line for each label of another."""
+
+    figure: str
+    x: str
+    lines: str
+
+
+class Study(Block):
+    """Everything of a study's file."""
+
+    name: str
+    about: str = ""
+    seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
+    base: dict[str, BaseRun] = {}
+    cells: dict[str, RunSpec] = {}
+    axes: dict[str, dict[str, RunSpec]] = {}
+    banks: dict[str, Bank] = {}
+    figures: list[str] = []  # of the table, besides those that every study has
+    best: str = "critic/brier"  # the figure by which the best of a label is chosen: the least
+    reference: str | None = None  # the cell that others are compared with, seed by seed
+    curves: list[Curve] = []
+    lines: list[Lines] = []
+
+
+class Cell(Block):
+    """One run of a study, over all its seeds."""
+
+    name: str
+    label: str
+    options: dict[str, str]  # axis: option's label
+    spec: RunSpec
+
+
+def read_study(path: Path) -> Study:
+    """Raises InputError where the file is not a study."""
+    try:
+        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML: {error}", where=str(path)) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"'{place}': {first['msg']}", where=str(path)) from None
+
+
+def cells_of(study: Study, where: str = "") -> list[Cell]:
+    """All cells: those named, then every combination of the axes' options. Raises InputError."""
+    made = [Cell(name=n, label=s.label or n, options={}, spec=s) for n, s in study.cells.items()]
+    if study.axes:
+        for options in itertools.product(*(axis.items() for axis in study.axes.values())):
+            made.append(_combined(list(zip(study.axes, options, strict=True))))
+    for cell in made:
+        if cell.spec.recipe is None:
+            raise InputError(f"the cell '{cell.name}' has no recipe", where=where)
+        for role, base in cell.spec.start.items():
+            if base not in {name for name, _ in bases_of(study)}:
+                raise InputError(
+                    f"the cell '{cell.name}' starts its {role} from '{base}', which is no base run",
+                    where=where,
+                    way_out=f"base runs are: {', '.join(name for name, _ in bases_of(study))}",
+                )
+    return made
+
+
+def _combined(chosen: list[tuple[str, tuple[str, RunSpec]]]) -> Cell:
+    names = {axis: option for axis, (option, _) in chosen}
+    labels = {axis: spec.label or option for axis, (option, spec) in chosen}
+    recipe, settings, start = None, list[str](), dict[str, str]()
+    for _, (_, spec) in chosen:
+        recipe = spec.recipe or recipe
+        settings += spec.set
+        start |= {role: base.format(**names) for role, base in spec.start.items()}
+    spec = RunSpec(recipe=recipe, set=settings, start=start)
+    return Cell(name="-".join(names.values()), label="-".join(labels.values()), options=labels, spec=spec)
+
+
+def bases_of(study: Study) -> list[tuple[str, RunSpec]]:
+    """Base runs by name, those over axes once per combination: <name>-<option>-..."""
+    made: list[tuple[str, RunSpec]] = []
+    for name, base in study.base.items():
+        for options in itertools.product(*(study.axes[axis].items() for axis in base.over)):
+            names = dict(zip(base.over, (option for option, _ in options), strict=True))
+            settings = [*base.set, *(text for _, spec in options for text in spec.set)]
+            start = {role: other.format(**names) for role, other in base.start.items()}
+            made.append(
+                ("-".join([name, *names.values()]), RunSpec(recipe=base.recipe, set=settings, start=start))
+            )
+    return made

@@ -1,0 +1,114 @@
+"""Records to a table: the best of each label, means over seeds with intervals, differences seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from genac_megatron.evaluation.tables import table
+from genac_megatron.studies.schema import Study
+
+Record = dict[str, Any]
+# Student's t, two-sided 95 %, by degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+ALWAYS = ("actor/start", "actor/end", "actor/gain", "critic/brier", "critic/mse", "critic/auc")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of a figure over seeds, with Student's 95 % interval; NaN bounds for a single seed."""
+
+    value: float
+    half: float
+    count: int
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "–"
+        digits = 3 if abs(self.value) < 100 else 0
+        spread = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
+        return f"{self.value:.{digits}f}{spread}"
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Of finite figures, one per seed."""
+    known = np.array([value for value in values if math.isfinite(value)])
+    if not known.size:
+        return Mean(math.nan, math.nan, 0)
+    if known.size == 1:
+        return Mean(float(known[0]), math.nan, 1)
+    t = T95[min(known.size - 2, len(T95) - 1)]
+    return Mean(float(known.mean()), float(t * known.std(ddof=1) / math.sqrt(known.size)), int(known.size))
+
+
+def best_cells(study: Study, records: Sequence[Record]) -> dict[str, list[Record]]:
+    """By label, the records of its cell whose `best` figure has the least mean, or of its only one."""
+    by_label: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        by_label.setdefault(record["label"], {}).setdefault(record["cell"], []).append(record)
+
+    def rank(members: list[Record]) -> float:
+        value = mean([r["figures"].get(study.best, math.nan) for r in members]).value
+        return value if math.isfinite(value) else math.inf
+
+    return {label: min(cells.values(), key=rank) for label, cells in by_label.items()}
+
+
+def at_equal_cost(records: Sequence[Record], key: str = "flops") -> dict[tuple[str, int], float]:
+    """Accuracy of each run (cell, seed) when it had spent what the cheapest run of its seed spends in all.
+
+    Between two evaluations it is their line. NaN where a run's first evaluation comes later than that.
+    """
+    found: dict[tuple[str, int], float] = {}
+    for seed in {record["seed"] for record in records}:
+        mine = [record for record in records if record["seed"] == seed and len(record["curve"]) > 1]
+        if not mine:
+            continue
+        least = min(record["curve"][-1][key] for record in mine)
+        for record in mine:
+            x = [point[key] for point in record["curve"]]
+            y = [point["accuracy"] for point in record["curve"]]
+            found[record["cell"], seed] = float(np.interp(least, x, y)) if x[0] <= least else math.nan
+    return found
+
+
+def rows_of(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A row per label: which cell stands for it, how many seeds, and the mean of every figure."""
+    best = best_cells(study, records)
+    equal = at_equal_cost([record for members in best.values() for record in members])
+    reference = {r["seed"]: r for r in best.get(study.reference or "", [])}
+    made = []
+    for label, members in best.items():
+        row: dict[str, Any] = {"label": label, "cell": members[0]["cell"], "seeds": len(members)}
+        row["options"] = members[0]["options"]
+        for name in sorted({key for record in members for key in record["figures"]}):
+            row[name] = mean([r["figures"].get(name, math.nan) for r in members])
+        row["actor/at_equal_flops"] = mean([equal.get((r["cell"], r["seed"]), math.nan) for r in members])
+        if reference and label != study.reference:
+            row["actor/end_less_reference"] = mean(
+                [
+                    r["figures"].get("actor/end", math.nan)
+                    - reference[r["seed"]]["figures"].get("actor/end", math.nan)
+                    for r in members
+                    if r["seed"] in reference
+                ]
+            )
+        made.append(row)
+    return made
+
+
+def markdown(study: Study, records: Sequence[Record]) -> str:
+    """The study's table: figures that at least one label has."""
+    rows = rows_of(study, records)
+    extra = ["actor/at_equal_flops", "actor/end_less_reference"]
+    wanted = list(dict.fromkeys([*ALWAYS, *extra, *study.figures]))
+    shown = [name for name in wanted if any(isinstance(r.get(name), Mean) and r[name].count for r in rows)]
+    head = ["", "seeds", *shown]
+    lines = [[r["label"], str(r["seeds"]), *(str(r.get(n, "–")) for n in shown)] for r in rows]
+    chosen = [f"{r['label']}: {r['cell']}" for r in rows if r["cell"] != r["label"]]
+    note = f"\nBest of a sweep, by {study.best}: {', '.join(chosen)}.\n" if chosen else ""
+    return f"{table(head, lines)}\n{note}"
