@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import PeerLost
-from genac_megatron.models.families.base import Shape
-from genac_megatron.publication.checksum import Sums, expected_sums
+from genac_megatron.publication.checksum import RankSums, Sums
 from genac_megatron.publication.control import CallsFailed, Control
 from genac_megatron.publication.sequence import WAY_OUT, Steps, place
 from genac_megatron.publication.transport import Parcel, Transport
@@ -44,7 +43,7 @@ class FleetTransport(Transport):
         self.servers: list[Control] = []  # that this publication goes to
         self.fleet: list[Control] = []
         self._verified: set[Endpoint] = set()  # tensor by tensor
-        self._sums: Expected = {}
+        self._sums: dict[tuple[str, int], list[RankSums]] = {}
         self._touched = False
         self.set_endpoints(endpoints)
 
@@ -130,16 +129,18 @@ class FleetTransport(Transport):
     def _add_sums(self, parcel: Parcel) -> None:
         assert parcel.flat is not None
         flat = parcel.flat.to(self.dtype)
-        shape: Shape = self.role.shape
         for device, tp in {(s.endpoint.device, s.endpoint.tp) for s in self.servers}:
-            ranks = self._sums.setdefault((device, tp), [{} for _ in range(tp)])
-            for rank, sums in enumerate(ranks):
-                sums.update(expected_sums(parcel.bucket, flat, shape, tp, rank, device))
+            if (device, tp) not in self._sums:
+                made = [RankSums(self.role.shape, tp, rank, device) for rank in range(tp)]
+                self._sums[device, tp] = made
+            for sums in self._sums[device, tp]:
+                sums.add(parcel.bucket, flat)
 
     def _expected(self) -> dict[str, list[Sums]]:
         """Per server and rank what it must hold, from the sources of all stages. Collective."""
         merged: Expected = {}
-        for part in gathered(self._sums):
+        mine = {key: [rank.sums for rank in ranks] for key, ranks in self._sums.items()}
+        for part in gathered(mine):
             for key, ranks in part.items():
                 for rank, sums in enumerate(ranks):
                     merged.setdefault(key, [{} for _ in ranks])[rank].update(sums)

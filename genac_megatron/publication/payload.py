@@ -27,11 +27,14 @@ from genac_megatron.models.sizes import Size
 _DEVICE = 6  # of rebuild_cuda_tensor's arguments: the device's index, which differs between processes
 
 
-def metadata(tensors: Sequence[tuple[str, Size]], dtype: torch.dtype) -> list[SimpleNamespace]:
-    """Where each tensor is in the flat bucket, in bytes."""
+def metadata(
+    tensors: Sequence[tuple[str, Size]], dtypes: torch.dtype | Sequence[torch.dtype]
+) -> list[SimpleNamespace]:
+    """Where each tensor is in the flat bucket, in bytes. dtypes: of all of them, or of each."""
     entries = []
     at = 0
-    for name, size in tensors:
+    each = [dtypes] * len(tensors) if isinstance(dtypes, torch.dtype) else dtypes
+    for (name, size), dtype in zip(tensors, each, strict=True):
         count = torch.Size(size).numel() * dtype.itemsize
         entries.append(
             SimpleNamespace(
@@ -47,9 +50,14 @@ def metadata(tensors: Sequence[tuple[str, Size]], dtype: torch.dtype) -> list[Si
     return entries
 
 
-def by_value(flat: Tensor, tensors: Sequence[tuple[str, Size]]) -> str:
-    """The bucket itself, in base64: for servers that do not share this machine's memory."""
-    content = {"flattened_tensor": _bytes(flat).clone(), "metadata": metadata(tensors, flat.dtype)}
+def by_value(
+    flat: Tensor, tensors: Sequence[tuple[str, Size]], dtypes: Sequence[torch.dtype] | None = None
+) -> str:
+    """The bucket itself, in base64: for servers that do not share this machine's memory.
+
+    flat: its elements, or the bytes of tensors of several `dtypes`.
+    """
+    content = {"flattened_tensor": _bytes(flat).clone(), "metadata": metadata(tensors, dtypes or flat.dtype)}
     return base64.b64encode(pickle.dumps(content)).decode()
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from genac_megatron.errors import PeerLost
-from genac_megatron.publication.checksum import Sums, differences
+from genac_megatron.publication.checksum import Sums, differences, unpublished
 from genac_megatron.publication.control import CallsFailed, Control, at_once
 from genac_megatron.recipe.schema import PublicationConfig
 
@@ -72,6 +72,11 @@ class Steps:
     def _compare(self, server: Control, expected: Sequence[Sums], held: Sequence[Mapping[str, str]]) -> None:
         for rank, (wanted, found) in enumerate(zip(expected, held, strict=True)):
             wrong = differences(wanted, found)
+            random = unpublished(wanted, found)
+            if random:
+                names = ", ".join(random[:SHOWN]) + (", ..." if len(random) > SHOWN else "")
+                what = f"server {server.name}, rank {rank}: holds weights that no publication brings: {names}"
+                raise self._error("verify", what)
             if not wrong:
                 continue
             names = ", ".join(wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")

@@ -21,6 +21,7 @@ from genac_megatron.publication.payload import (
     on_this_machine,
     shared_buffer,
 )
+from genac_megatron.serving.sglang.loading import serialized
 
 TENSORS = [("a.weight", (2, 3)), ("b.bias", (4,))]
 # What SGLang 0.5.23's unpickler allows, of what these payloads could name.
@@ -43,6 +44,18 @@ for line in sys.stdin:
         for m in bucket["metadata"]
     ]), flush=True)
 """
+
+
+def test_tensors_of_several_types_come_as_they_are() -> None:
+    """Wider ones first: an element must start at a multiple of its size."""
+    given = [("half", torch.arange(3, dtype=torch.bfloat16)), ("whole", torch.arange(4.0).view(2, 2).T)]
+    found = pickle.loads(base64.b64decode(serialized(given)))
+    entries = {entry.name: entry for entry in found["metadata"]}
+    assert list(entries) == ["whole", "half"]
+    for name, tensor in given:
+        entry = entries[name]
+        part = found["flattened_tensor"][entry.start_idx : entry.end_idx]
+        assert torch.equal(part.view(entry.dtype).reshape(entry.shape), tensor)
 
 
 def bucket(dtype: torch.dtype = torch.float32) -> torch.Tensor:

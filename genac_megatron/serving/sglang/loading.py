@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from genac_megatron.errors import InputError
+from genac_megatron.publication.payload import by_value
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
 
 BUCKET_BYTES = 512 * 2**20
@@ -107,19 +105,12 @@ class Loader:
 def serialized(tensors: Sequence[Named]) -> str:
     """A flat bucket as `/update_weights_from_tensor` takes it (load_format "flattened_bucket"), by value.
 
-    Of a tensor's metadata the server reads attributes alone, and its unpickler knows SimpleNamespace. Wider
-    types come first, as each tensor must start at a multiple of its item size.
+    Wider types come first, as each tensor must start at a multiple of its item size.
     """
-    pieces, metadata, at = [], [], 0
-    for name, tensor in sorted(tensors, key=lambda named: -named[1].element_size()):
-        piece = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-        place = {"start_idx": at, "end_idx": at + piece.numel(), "numel": piece.numel()}
-        metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **place))
-        pieces.append(piece)
-        at += piece.numel()
-    return base64.b64encode(
-        pickle.dumps({"flattened_tensor": torch.cat(pieces), "metadata": metadata})
-    ).decode()
+    ordered = sorted(tensors, key=lambda named: -named[1].element_size())
+    pieces = [tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8) for _, tensor in ordered]
+    sizes = [(name, tuple(tensor.shape)) for name, tensor in ordered]
+    return by_value(torch.cat(pieces), sizes, [tensor.dtype for _, tensor in ordered])
 
 
 def _send(blob: str, client: ServerClient) -> None:

@@ -31,13 +31,13 @@ class Servers:
         self.running: dict[str, Server] = {}
 
     def start(
-        self, *, family: str = "qwen3", tie: bool = True, tps: tuple[int, ...] = (1,)
+        self, *, family: str = "qwen3", tie: bool = True, tps: tuple[int, ...] = (1,), **shape_of_it: Any
     ) -> list[Endpoint]:
         """One new server for each of the tensor-parallel sizes, all at once."""
         count = len(self.running)
         model = self.folder / f"{family}-{tie}"
         model.mkdir(parents=True, exist_ok=True)
-        shape = shape_of(role_config(family=family, tie=tie).model, VOCAB)
+        shape = shape_of(role_config(family=family, tie=tie, shape=shape_of_it).model, VOCAB)
         (model / "config.json").write_text(json.dumps(hf_config(shape)))
         made = []
         for index, (port, tp) in enumerate(zip(free_ports(len(tps)), tps, strict=True)):
@@ -161,6 +161,7 @@ def plain_model(config: Any, seed: int) -> Any:
 
     from genac_megatron.models.mapping import random_weights
     from genac_megatron.models.sizes import hf_names
+    from genac_megatron.serving.experts import by_file_names
 
     shape = shape_of(config.model, VOCAB)
     fields = hf_config(shape)
@@ -170,7 +171,10 @@ def plain_model(config: Any, seed: int) -> Any:
     weights = {name: get(name) for name in hf_names(shape)}
     if shape.tie:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights)
+    held = by_file_names(model.state_dict())
+    assert held.keys() == weights.keys()
+    for name, tensor in held.items():
+        tensor.copy_(weights[name])
     return model
 
 
