@@ -74,7 +74,7 @@ class Run:
         shapes, fleets = self.together(self._start_fleets)
         served: dict[str, Served] = {}
         for name, config in self.recipe.roles.items():
-            self._build_role(name, config, shapes[name], served)
+            self._build_role(name, config, shapes[name], served, resuming)
         if not resuming:
             self._start_from_checkpoints()
         for name, config in self.recipe.roles.items():
@@ -91,13 +91,17 @@ class Run:
             return shapes, {}
         return shapes, {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
 
-    def _build_role(self, name: str, config: RoleConfig, shape: Shape, served: dict[str, Served]) -> None:
+    def _build_role(
+        self, name: str, config: RoleConfig, shape: Shape, served: dict[str, Served], resuming: bool
+    ) -> None:
         layout = self.together(lambda: Layout.from_config(name, config.layout, self.world.size))
         groups = layout.groups()
 
         def build() -> None:
             role = Role(name, config, shape, layout, groups)
-            if role.active:
+            # A checkpoint brings all weights, but for a scalar head that a language model's lacks.
+            replaced = (resuming or config.model.checkpoint is not None) and not shape.value
+            if role.active and not replaced:
                 load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
             self.roles[name] = role
             if config.served and config.engine.kind == "embedded":

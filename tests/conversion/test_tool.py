@@ -145,18 +145,27 @@ def test_a_runs_recipe_says_what_goes_with_its_weights(
     assert "written by tp=3" in capsys.readouterr().out
 
 
-def test_a_run_starts_from_a_converted_checkpoint_and_ends_as_a_folder(tmp_path: Path) -> None:
-    """Two ranks, an expert each; a learning rate that moves no bf16 weight."""
+@pytest.mark.parametrize("named", ["sizes", "folder"])
+def test_a_run_starts_from_a_converted_checkpoint_and_ends_as_a_folder(named: str, tmp_path: Path) -> None:
+    """Two ranks, an expert each; a learning rate that moves no bf16 weight.
+
+    A model's folder gives config and tokenizer alone: its weights are not read, and here they are gone.
+    """
     shape = tiny_shape("qwen3_moe", experts=2, max_positions=1024)
     source = make_folder(tmp_path / "hf", shape)
     assert convert("to-megatron", source, tmp_path / "ck", "--quiet") == 0
     sizes = {key: getattr(shape, key) for key in ModelShape.model_fields if hasattr(shape, key)}
+    model: dict[str, Any] = {"family": shape.family, "tokenizer": "builtin:tiny"}
+    model["shape"] = {**sizes, "tie_embeddings": shape.tie}
+    if named == "folder":
+        bare = shutil.copytree(source, tmp_path / "bare")
+        (bare / "model.safetensors").unlink()
+        model = {"hf": str(bare)}
     recipe = {
         "name": "run", "runs": str(tmp_path / "runs"), "world": {"ranks": 2},
         "task": {"kind": "state_tracking", "heldout_size": 16, "train_size": 200},
         "roles": {"actor": {
-            "model": {"family": shape.family, "tokenizer": "builtin:tiny", "checkpoint": str(tmp_path / "ck"),
-                      "shape": {**sizes, "tie_embeddings": shape.tie}},
+            "model": {**model, "checkpoint": str(tmp_path / "ck")},
             "layout": {"ep": 2}, "training": {"tokens_per_microbatch": 1024},
             "optimizer": {"lr": 1e-12, "weight_decay": 0.0},
         }},

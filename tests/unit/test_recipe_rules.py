@@ -67,6 +67,7 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}", None),
         ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide"),
         ("roles.actor.layout.vpp=2", "without pipeline stages"),
+        ("roles.critic.engine.routing_replay=true", "experts replayed, and its model has none"),
         ("stages.3.rollout.max_new_tokens=4096", "no room for a prompt in the 4096 positions of actor's"),
         ("stages.1.rollout.max_new_tokens=5000", "no room for a prompt in the 4096 positions of actor's"),
         ("judging.max_new_tokens=4096", "no room for a prompt in the 4096 positions of critic's"),
