@@ -1,0 +1,67 @@
+"""A whole study by the command line: base run, two algorithms, table, plots; a second call does nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.test_run import RECIPE, genac
+
+ROLLOUT = {"prompts": 2, "samples": 2, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study")
+    actor = {"roles": {"actor": RECIPE["roles"]["actor"]}}
+    policy = {"kind": "policy", "steps": 2, "eval_every": 1, "rollout": ROLLOUT}
+    recipes = {
+        "sft": [RECIPE["stages"][0]],
+        "grpo": [{**policy, "algorithm": {"kind": "grpo"}}],
+        "rloo": [{**policy, "algorithm": {"kind": "rloo"}}],
+    }
+    for name, stages in recipes.items():
+        (path / f"{name}.yaml").write_text(yaml.safe_dump({**RECIPE, **actor, "stages": stages}))
+    study: dict[str, Any] = {
+        "name": "tiny",
+        "seeds": [4],
+        "base": {"actor": {"recipe": "sft.yaml"}},
+        "cells": {n: {"recipe": f"{n}.yaml", "start": {"actor": "actor"}} for n in ("grpo", "rloo")},
+        "reference": "grpo",
+        "curves": [{"x": "steps"}, {"x": "flops"}],
+    }
+    (path / "study.yaml").write_text(yaml.safe_dump(study))
+    return path
+
+
+def test_a_study_leaves_its_table_and_goes_on_where_it_was(folder: Path) -> None:
+    done = genac("study", "study.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = folder / "experiments" / "tiny"
+    text = (out / "table.md").read_text()
+    assert "| grpo" in text
+    assert "| rloo" in text
+    records = json.loads((out / "figures.json").read_text())["records"]
+    assert [r["cell"] for r in records] == ["grpo", "rloo"]
+    assert all(len(r["curve"]) == 3 and r["figures"]["cost/flops"] > 0 for r in records)
+    starts = {r["figures"]["actor/start"] for r in records}
+    assert len(starts) == 1, "both began with the same actor"
+    assert {p.name for p in out.glob("*.png")} == {"accuracy-steps.png", "accuracy-flops.png"}
+    again = genac("study", "study.yaml", cwd=folder)
+    assert again.returncode == 0
+    assert "3 of 3 are done already" in again.stdout
+
+
+def test_a_run_that_fails_is_told_with_the_end_of_its_log(folder: Path) -> None:
+    study = yaml.safe_load((folder / "study.yaml").read_text())
+    study["name"], study["cells"] = "broken", {"grpo": {"recipe": "grpo.yaml", "set": ["stages.0.stepz=1"]}}
+    study["base"], study["reference"] = {}, None
+    (folder / "broken.yaml").write_text(yaml.safe_dump(study))
+    done = genac("study", "broken.yaml", cwd=folder)
+    assert done.returncode != 0
+    assert "stepz" in done.stderr
+    assert "Traceback" not in done.stderr

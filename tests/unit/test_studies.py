@@ -1,0 +1,156 @@
+"""Studies: which runs a file means, what a run has cost, and what the table says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genac_megatron.errors import InputError
+from genac_megatron.models.registry import shape_of
+from genac_megatron.models.sizes import parameters
+from genac_megatron.recipe.schema import ModelConfig, ModelShape
+from genac_megatron.studies.collect import curve
+from genac_megatron.studies.cost import multiplied, spent
+from genac_megatron.studies.runner import Places, tasks_of
+from genac_megatron.studies.schema import Study, bases_of, cells_of, read_study
+from genac_megatron.studies.summary import at_equal_cost, best_cells, markdown, mean
+
+STUDY: dict[str, Any] = {
+    "name": "scaling",
+    "seeds": [1, 2],
+    "base": {
+        "actor": {"recipe": "sft.yaml"},
+        "body": {"recipe": "body.yaml", "over": ["size"], "start": {"actor": "actor"}},
+    },
+    "axes": {
+        "size": {"s": {"set": ["layers=1"]}, "m": {"set": ["layers=2"]}},
+        "critic": {
+            "generative": {"recipe": "gen.yaml", "start": {"critic": "body-{size}"}},
+            "dense-1": {"recipe": "value.yaml", "set": ["lr=1"], "label": "dense"},
+            "dense-2": {"recipe": "value.yaml", "set": ["lr=2"], "label": "dense"},
+        },
+    },
+}
+
+
+def shape(tie: bool) -> Any:
+    sizes = ModelShape(layers=1, hidden=8, ffn=16, heads=2, kv_heads=2, tie_embeddings=tie)
+    return shape_of(ModelConfig(family="qwen3", shape=sizes), 11)
+
+
+def test_axes_are_combined_and_options_of_a_label_compete() -> None:
+    study = Study.model_validate(STUDY)
+    cells = {cell.name: cell for cell in cells_of(study)}
+    assert set(cells) == {f"{s}-{c}" for s in "sm" for c in ("generative", "dense-1", "dense-2")}
+    assert cells["m-dense-2"].spec.set == ["layers=2", "lr=2"]
+    assert cells["m-dense-2"].label == cells["m-dense-1"].label == "m-dense"
+    assert cells["s-generative"].spec.start == {"critic": "body-s"}
+    assert [name for name, _ in bases_of(study)] == ["actor", "body-s", "body-m"]
+
+
+def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
+    study = Study.model_validate({**STUDY, "banks": {"in": {"recipe": "sft.yaml", "actor": "actor"}}})
+    tasks = tasks_of(Places(study, tmp_path / "study.yaml", tmp_path / "out", tmp_path / "work"), [1, 2])
+    keys = [task.key for task in tasks]
+    assert len(keys) == len(set(keys)) == 2 * (3 + 1 + 6 * 2)
+    for task in tasks:
+        for word in task.command:
+            if "model.checkpoint=" in word:
+                name, _, seed = Path(word.split("=")[1]).name.rpartition("-s")
+                assert keys.index(f"{name}, seed {seed}") < keys.index(task.key)
+
+
+def test_a_start_that_is_no_base_is_named(tmp_path: Path) -> None:
+    study = Study.model_validate(
+        {"name": "x", "cells": {"a": {"recipe": "a.yaml", "start": {"actor": "nobody"}}}}
+    )
+    with pytest.raises(InputError, match="nobody"):
+        cells_of(study)
+    path = tmp_path / "study.yaml"
+    path.write_text("name: x\nsedes: [1]\n")
+    with pytest.raises(InputError, match="sedes"):
+        read_study(path)
+
+
+def test_flops_are_two_per_weight_forward_and_six_in_training() -> None:
+    shapes = {"actor": shape(True), "critic": shape(False)}
+    assert multiplied(shapes["actor"]) == parameters(shapes["actor"])
+    assert multiplied(shapes["critic"]) == parameters(shapes["critic"]) - 11 * 8
+    row = {"tokens/rollout": 3.0, "tokens/judge": 5.0, "tokens/actor_train": 7.0, "tokens/evaluate": 99.0,
+           "time/total_s": 4.0, "time/evaluate_s": 1.5}  # fmt: skip
+    found = spent(row, shapes)
+    actor, critic = multiplied(shapes["actor"]), multiplied(shapes["critic"])
+    assert found == {
+        "tokens": 15.0,
+        "flops": 3 * 2 * actor + 5 * 2 * critic + 7 * 6 * actor,
+        "seconds": 2.5,
+    }
+
+
+def test_a_curve_counts_what_was_spent_before_each_evaluation() -> None:
+    shapes = {"actor": shape(True), "critic": shape(True)}
+    rows = [
+        {"stage": "value", "step": 1, "tokens/value": 10.0},
+        {"stage": "ppo", "step": 1, "tokens/rollout": 1.0},
+        {"stage": "ppo", "step": 2, "tokens/rollout": 2.0},
+        {"stage": "ppo", "step": 3, "tokens/rollout": 4.0},
+    ]
+    evaluations = [
+        {"stage": "ppo", "kind": "policy", "step": s, "actor": {"accuracy": a}}
+        for s, a in ((0, 0.5), (2, 0.6))
+    ]
+    points = curve(rows, evaluations, shapes)
+    assert [p["tokens"] for p in points] == [10.0, 13.0]
+    assert [p["steps"] for p in points] == [0.0, 2.0]
+
+
+def record(cell: str, label: str, seed: int, **figures: float) -> dict[str, Any]:
+    return {"cell": cell, "label": label, "options": {}, "seed": seed, "figures": figures, "curve": []}
+
+
+def test_the_best_of_a_label_is_chosen_by_its_mean_over_seeds() -> None:
+    records = [
+        record("dense-1", "dense", 1, **{"critic/brier": 0.1}),
+        record("dense-1", "dense", 2, **{"critic/brier": 0.5}),
+        record("dense-2", "dense", 1, **{"critic/brier": 0.2}),
+        record("dense-2", "dense", 2, **{"critic/brier": 0.2}),
+        record("gen", "gen", 1),
+    ]
+    best = best_cells(Study.model_validate(STUDY), records)
+    assert [r["cell"] for r in best["dense"]] == ["dense-2"] * 2
+    assert [r["cell"] for r in best["gen"]] == ["gen"]
+
+
+def test_accuracy_at_equal_cost_lies_between_two_evaluations() -> None:
+    cheap, dear = record("cheap", "cheap", 1), record("dear", "dear", 1)
+    cheap["curve"] = [{"flops": 0.0, "accuracy": 0.5}, {"flops": 10.0, "accuracy": 0.7}]
+    dear["curve"] = [{"flops": 5.0, "accuracy": 0.5}, {"flops": 25.0, "accuracy": 0.9}]
+    late = record("late", "late", 1)
+    late["curve"] = [{"flops": 11.0, "accuracy": 0.5}, {"flops": 25.0, "accuracy": 0.9}]
+    found = at_equal_cost([cheap, dear, late])
+    assert found["cheap", 1] == pytest.approx(0.7)
+    assert found["dear", 1] == pytest.approx(0.6)
+    assert math.isnan(found["late", 1])
+
+
+def test_intervals_are_students() -> None:
+    found = mean([1.0, 2.0, 3.0])
+    assert found.value == 2.0
+    assert found.half == pytest.approx(4.303 / math.sqrt(3))  # deviation 1, two degrees of freedom
+    assert str(mean([0.5])) == "0.500"
+    assert str(mean([])) == "–"
+
+
+def test_the_table_compares_seed_by_seed() -> None:
+    study = Study.model_validate({"name": "joint", "cells": {}, "reference": "genac"})
+    records = [
+        record("genac", "genac", 1, **{"actor/end": 0.8}),
+        record("genac", "genac", 2, **{"actor/end": 0.6}),
+        record("grpo", "grpo", 1, **{"actor/end": 0.7}),
+        record("grpo", "grpo", 2, **{"actor/end": 0.5}),
+    ]
+    text = markdown(study, records)
+    assert "-0.100 ± 0.000" in text
