@@ -14,17 +14,24 @@ import os
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from genac_megatron.conversion.units import Shard
+import torch
+
+from genac_megatron.conversion.assets import Assets
+from genac_megatron.conversion.units import Shard, shards, units
+from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.runinfo import write_json_atomic
 
@@ -37,24 +44,57 @@ GIB = 1 << 30
 Tell = Callable[[int], None]  # takes bytes that were written
 
 
-class Conversion(Protocol):
+@dataclass
+class Conversion(ABC):
     """What is converted and how; it travels to worker processes."""
 
-    @property
-    def dst(self) -> Path: ...
+    src: Path  # the folder that holds the weights
+    shape: Shape
+    dst: Path
+    dtype: str  # keep, or one of DTYPES
+    max_shard_bytes: int
+    assets: Assets
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of every tensor that is written. Raises InputError where the source's differ."""
+        if self.dtype != "keep":
+            return DTYPES[self.dtype]
+        found = self.dtypes()
+        if len(found) > 1:
+            raise InputError(
+                f"its tensors have several dtypes ({', '.join(sorted(map(str, found)))})",
+                where=str(self.src),
+                way_out="choose one with --dtype",
+            )
+        return found.pop()
 
     @property
-    def shards(self) -> tuple[Shard, ...]: ...
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
 
-    @property
-    def itemsize(self) -> int: ...
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        return shards(units(self.shape), self.itemsize, self.max_shard_bytes)
 
     def plan(self) -> dict[str, Any]:
         """What makes two conversions the same one: source, options."""
+        return {
+            "from": str(self.src.absolute()),
+            "dtype": str(self.torch_dtype),
+            "max_shard_bytes": self.max_shard_bytes,
+            "shards": len(self.shards),
+        }
 
+    @abstractmethod
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the source's tensors."""
+
+    @abstractmethod
     def write(self, part: Path, shard: Shard, tell: Tell) -> Any:
         """Write a shard's file whole; what the index needs to know about it, as plain data."""
 
+    @abstractmethod
     def finish(self, part: Path, records: list[Any]) -> None:
         """Add the index and everything small, from all shards' records in order."""
 
@@ -122,7 +162,7 @@ def _begin(job: Conversion, part: Path) -> None:
     """Make the folder, or make sure that it is the same conversion's."""
     if job.dst.exists():
         raise InputError("exists already", where=str(job.dst), way_out="remove it, or name another folder")
-    plan = {**job.plan(), "shards": len(job.shards)}
+    plan = job.plan()
     path = part / "plan.json"
     if not path.exists():
         (part / "done").mkdir(parents=True, exist_ok=True)

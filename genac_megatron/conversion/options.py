@@ -7,14 +7,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.errors import EXIT_OK, GenacError, InputError
 
 if TYPE_CHECKING:
-    from genac_megatron.conversion.to_hf import ToHf
-    from genac_megatron.conversion.to_megatron import ToMegatron
+    from genac_megatron.conversion.job import Conversion
     from genac_megatron.models.families.base import Shape
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -72,6 +72,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def script(
+    doc: str | None,
+    add: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+) -> int:
+    """One direction as a script of its own (tools/convert_*.py); its exit code."""
+    parser = argparse.ArgumentParser(description=doc, epilog=EPILOG)
+    add(parser)
+    try:
+        return run(parser.parse_args())
+    except GenacError as error:
+        print(f"convert: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
 def run_convert(options: argparse.Namespace) -> int:
     """`genac convert`; its exit code. Raises InputError."""
     return run_to_megatron(options) if options.direction == "to-megatron" else run_to_hf(options)
@@ -87,7 +102,7 @@ def run_to_megatron(options: argparse.Namespace) -> int:
     shape = shape_from_folder(src, str(src))
     assets = of_folder(src, options.assets)
     roles = tuple(dict.fromkeys(options.role or ROLES))
-    job = ToMegatron(src, roles, shape, *_common(options), assets)
+    job = ToMegatron(src, shape, *_common(options), assets, roles)
     job.folder.check(shape)
     assets.check(shape)
     _run(job, options)
@@ -110,7 +125,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
         raise InputError(what, where=str(path), way_out="name one of them with --role")
     shape = Shape(**roles[options.role])
     assets = of_checkpoint(path, options.role, options.assets)
-    job = ToHf(path / WEIGHTS, options.role, shape, *_common(options), assets)
+    job = ToHf(path / WEIGHTS, shape, *_common(options), assets, options.role)
     job.stored.check()
     assets.check(shape)
     _run(job, options)
@@ -143,7 +158,7 @@ def shard_bytes(text: str) -> int:
     return max(1, int(float(match[1]) * UNITS[match[2].upper()]))
 
 
-def _run(job: ToHf | ToMegatron, options: argparse.Namespace) -> None:
+def _run(job: Conversion, options: argparse.Namespace) -> None:
     from genac_megatron.conversion.job import convert
     from genac_megatron.launch import adopt_slurm
 
@@ -159,7 +174,7 @@ def _run(job: ToHf | ToMegatron, options: argparse.Namespace) -> None:
         print(job.dst)
 
 
-def _verify(hf: Path, checkpoint: Path, role: str, shape: Shape, job: ToHf | ToMegatron) -> None:
+def _verify(hf: Path, checkpoint: Path, role: str, shape: Shape, job: Conversion) -> None:
     from genac_megatron.conversion.verify import verify
 
     found = verify(hf, checkpoint, role, shape, job.torch_dtype)

@@ -11,67 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genac_megatron.conversion.assets import Assets
-from genac_megatron.conversion.job import Tell
+from genac_megatron.conversion.job import Conversion, Tell
 from genac_megatron.conversion.safetensors_file import write_safetensors
 from genac_megatron.conversion.stored import StoredWeights
-from genac_megatron.conversion.units import Shard, Unit, shards, units
-from genac_megatron.dtypes import DTYPES
-from genac_megatron.errors import InputError
-from genac_megatron.models.families.base import Shape
+from genac_megatron.conversion.units import Shard, Unit, units
 from genac_megatron.models.hf_folder import INDEX, SINGLE
 from genac_megatron.models.mapping import unshard
 from genac_megatron.observe.runinfo import write_json_atomic
 
 
 @dataclass
-class ToHf:
-    """The conversion of a checkpoint's role to a Hugging Face folder (see job.Conversion)."""
+class ToHf(Conversion):
+    """The conversion of a checkpoint's role to a Hugging Face folder. src: the checkpoint's tensors."""
 
-    weights: Path  # the checkpoint's folder of tensors
     role: str
-    shape: Shape
-    dst: Path
-    dtype: str  # keep, or one of DTYPES
-    max_shard_bytes: int
-    assets: Assets
 
     @cached_property
     def stored(self) -> StoredWeights:
-        return StoredWeights(self.weights, self.role, self.shape)
+        return StoredWeights(self.src, self.role, self.shape)
 
-    @cached_property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of every tensor that is written. Raises InputError where the stored ones differ."""
-        if self.dtype != "keep":
-            return DTYPES[self.dtype]
-        found = {self.stored.entry(unit).properties.dtype for unit in units(self.shape)}
-        if len(found) > 1:
-            raise InputError(
-                f"its tensors have several dtypes ({', '.join(sorted(map(str, found)))})",
-                where=str(self.weights),
-                way_out="choose one with --dtype",
-            )
-        return found.pop()
-
-    @property
-    def itemsize(self) -> int:
-        return self.torch_dtype.itemsize
-
-    @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        return shards(units(self.shape), self.itemsize, self.max_shard_bytes)
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.stored.entry(unit).properties.dtype for unit in units(self.shape)}
 
     def plan(self) -> dict[str, Any]:
-        index = (self.weights / ".metadata").stat()
-        return {
-            "to": "hf",
-            "from": str(self.weights.absolute()),
-            "written": index.st_mtime_ns,
-            "role": self.role,
-            "dtype": str(self.torch_dtype),
-            "max_shard_bytes": self.max_shard_bytes,
-        }
+        index = (self.src / ".metadata").stat()
+        return {**super().plan(), "to": "hf", "written": index.st_mtime_ns, "role": self.role}
 
     def write(self, part: Path, shard: Shard, tell: Tell) -> dict[str, str]:
         """One safetensors file; which file holds which tensor."""

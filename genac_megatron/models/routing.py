@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from torch import Tensor, nn
+from torch import Tensor
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
@@ -62,7 +62,7 @@ def install(model: Any) -> None:
             layer.register_forward_pre_hook(partial(_tell, router.router_replay, model), with_kwargs=True)
 
 
-def _tell(replay: Replay, model: Any, layer: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+def _tell(replay: Replay, model: Any, layer: Any, _args: Any, kwargs: Mapping[str, Any]) -> None:
     experts_TLK = getattr(kwargs.get("packed_seq_params"), _ATTRIBUTE, None)
     if experts_TLK is None:
         replay.given_TK = None

@@ -329,19 +329,19 @@ def build_pack(
 
 def _experts(samples: Sequence[Sample], indices: Sequence[int], bounds: Sequence[int]) -> Tensor | None:
     """The experts that engines chose, at their positions; None where no sample has any."""
-    given = {i: samples[i].experts for i in indices if samples[i].experts is not None}
-    if not given:
-        return None
-    layers, top_k = next(iter(given.values())).shape[1:]
-    experts_TLK = torch.full((bounds[-1], layers, top_k), -1, dtype=torch.int16)
+    experts_TLK: Tensor | None = None
     for i, begin in zip(indices, bounds, strict=False):
-        if i in given:
-            wanted = (len(samples[i].tokens) - 1, layers, top_k)
-            if given[i].shape != wanted:
-                raise InputError(
-                    f"experts of sample {i} have shape {given[i].shape}, not {wanted}", where="build_pack"
-                )
-            experts_TLK[begin : begin + wanted[0]] = torch.from_numpy(given[i].astype("int16"))
+        given = samples[i].experts
+        if given is None:
+            continue
+        if experts_TLK is None:
+            experts_TLK = torch.full((bounds[-1], *given.shape[1:]), -1, dtype=torch.int16)
+        wanted = (len(samples[i].tokens) - 1, *experts_TLK.shape[1:])
+        if given.shape != wanted:
+            raise InputError(
+                f"experts of sample {i} have shape {given.shape}, not {wanted}", where="build_pack"
+            )
+        experts_TLK[begin : begin + wanted[0]] = torch.from_numpy(given.astype("int16"))
     return experts_TLK
 
 
