@@ -92,20 +92,16 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
         "MASTER_PORT": str(ports[RUN]),
         "GENAC_PREFLIGHT_PORT": str(ports[PREFLIGHT]),
         "GENAC_MEETING": f"{bracketed(address)}:{ports[RUN]}",
-        "GENAC_ADDED": " ".join(
-            added_overrides(recipe, place, address, job_ports(int(environ["SLURM_JOB_ID"])))
-        ),
+        "GENAC_ADDED": " ".join(added_overrides(recipe, job_ports(int(environ["SLURM_JOB_ID"])))),
     }
 
 
-def added_overrides(recipe: Recipe, place: Placement, address: str, ports: range) -> list[str]:
-    """What only the job knows of a recipe's servers: the fabric's address and the job's ports."""
+def added_overrides(recipe: Recipe, ports: range) -> list[str]:
+    """What only the job knows of a recipe's servers: its ports. (Their address is each node's own.)"""
     found, port = [], ports[ENGINES]
     for name, role in recipe.roles.items():
         if role.engine.kind == "embedded" or role.engine.urls:
             continue
-        if place.nodes > 1 and role.engine.host == "127.0.0.1":
-            found.append(f"roles.{name}.engine.host={address}")
         if role.engine.port is None:
             found.append(f"roles.{name}.engine.port={port}")
         port += role.engine.engines

@@ -55,7 +55,7 @@ def misfits(recipe: Recipe) -> list[str]:
             "cluster.ranks_per_node to a divisor of it"
         )
         return found
-    found += _torn_groups(recipe, place)
+    found += _torn_groups(recipe, place) + _absent_nodes(recipe, place)
     if recipe.cluster.gpu is not None:
         found += _fp8(recipe) + _servers(recipe, place) + _memory(recipe)
     return found
@@ -74,6 +74,17 @@ def _torn_groups(recipe: Recipe, place: Placement) -> list[str]:
                 )
                 break
     return found
+
+
+def _absent_nodes(recipe: Recipe, place: Placement) -> list[str]:
+    """Nodes that servers are to start on and the job does not have."""
+    return [
+        f"the servers of '{name}' are to start on nodes {role.engine.nodes}, and the job's are 0 to "
+        f"{place.nodes - 1}: change roles.{name}.engine.nodes, or world.ranks (each node has ranks, also one "
+        "that only serves: layout.first_rank leaves them out of training)"
+        for name, role in recipe.roles.items()
+        if server_gpus(role.engine) and max(role.engine.nodes) >= place.nodes
+    ]
 
 
 def _fp8(recipe: Recipe) -> list[str]:
@@ -104,12 +115,13 @@ def _memory(recipe: Recipe) -> list[str]:
 def heaviest(recipe: Recipe) -> tuple[int, float, dict[str, float]]:
     """The rank with the highest estimate, its GiB, and the GiB of its parts ("actor weights": ...)."""
     shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
+    place = placement(recipe)
     best: tuple[int, float, dict[str, float]] = (0, -1.0, {})
     seen = set()
     for rank in range(recipe.world.ranks):
         places = tuple(place_of(role.layout, rank, recipe.world.ranks) for role in recipe.roles.values())
         # Data-parallel ranks are alike: only the pipeline stage and servers change a rank's memory.
-        served = tuple(rank in server_gpus(role.engine) for role in recipe.roles.values())
+        served = tuple(_shares_gpu(role.engine, rank, place) for role in recipe.roles.values())
         kind = (tuple(None if place is None else place.pp for place in places), served)
         if kind in seen:
             continue
@@ -134,28 +146,33 @@ def _parts(recipe: Recipe, shapes: Mapping[str, Shape], rank: int) -> dict[str, 
 
 
 def server_gpus(engine: EngineConfig) -> list[int]:
-    """The GPUs of the first node that a role's servers take; none where somebody else runs them."""
+    """The GPUs that a role's servers take on each of engine.nodes; none where somebody else runs them."""
     if engine.kind == "embedded" or engine.urls:
         return []
-    return list(engine.gpus) or list(range(engine.engines * engine.tp))
+    return list(engine.gpus) or list(range(engine.engines_per_node * engine.tp))
+
+
+def _shares_gpu(engine: EngineConfig, rank: int, place: Placement) -> bool:
+    """Whether a server runs on a rank's GPU."""
+    return place.node_of(rank) in engine.nodes and rank % place.ranks_per_node in server_gpus(engine)
 
 
 def _server_gib(recipe: Recipe, engine: EngineConfig, rank: int) -> float:
-    """What SGLang's servers hold on a rank's GPU. Rank 0 starts them all, on its own node."""
-    if rank not in server_gpus(engine):
+    """What SGLang's servers hold on a rank's GPU."""
+    if not _shares_gpu(engine, rank, placement(recipe)):
         return 0.0
     return engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
 
 
 def _servers(recipe: Recipe, place: Placement) -> list[str]:
-    """GPUs that servers name and the first node lacks, and models too large for a server."""
+    """GPUs that servers name and their node lacks, and models too large for a server."""
     found = []
     for name, role in recipe.roles.items():
         used = server_gpus(role.engine)
         if used and max(used) >= place.gpus_per_node:
             found.append(
-                f"the servers of '{name}' take GPUs up to {max(used)}, the first node has "
-                f"{place.gpus_per_node}: lower roles.{name}.engine.engines or tp"
+                f"the servers of '{name}' take GPUs up to {max(used)}, a node has {place.gpus_per_node}: "
+                f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
             )
         elif used:
             weights = 2 * parameters(read_shape(role.model)) / role.engine.tp / GIB

@@ -46,7 +46,9 @@ class RankSums:
 
     def _add_expert(self, name: str, tensor: Tensor, expert: int) -> None:
         count = self.shape.experts or 0
-        hashed, seen = self._begun.pop(name, None) or (self._hash(tensor.nbytes * count), 0)
+        if name not in self._begun:
+            self._begun[name] = self._hash(tensor.nbytes * count), 0
+        hashed, seen = self._begun.pop(name)
         assert expert == seen, f"{name}: expert {expert} after {seen} of them"  # the plan goes by their index
         hashed.update(tensor)
         if seen + 1 == count:

@@ -23,7 +23,7 @@ from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
-from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served, owns_fleets
+from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
@@ -83,13 +83,12 @@ class Run:
         self.serving = Serving(self.roles, served, self.at, self.progress)
 
     def _start_fleets(self) -> tuple[dict[str, Shape], dict[str, Fleet]]:
-        """The roles' shapes, and on the rank that owns them the fleets, which start up meanwhile."""
+        """The roles' shapes, and, on a node's first rank, its servers, which start up meanwhile."""
         roles = self.recipe.roles
         shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
         served = {n: c.engine for n, c in roles.items() if c.served and c.engine.kind == "sglang"}
-        if not owns_fleets():
-            return shapes, {}
-        return shapes, {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
+        started = {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
+        return shapes, {name: fleet for name, fleet in started.items() if fleet is not None}
 
     def _build_role(
         self, name: str, config: RoleConfig, shape: Shape, served: dict[str, Served], resuming: bool

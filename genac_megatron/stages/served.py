@@ -1,8 +1,9 @@
-"""How a run serves its roles: by an engine in every rank, or by a fleet of servers that rank 0 owns."""
+"""How a run serves its roles: by an engine in every rank, or by servers that a node's first rank owns."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from genac_megatron import platform
-from genac_megatron.errors import PeerLost
+from genac_megatron.cluster.network import fabric_address
+from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.registry import hf_config
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.factory import fleet_publisher
@@ -24,7 +26,7 @@ from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
 from genac_megatron.serving.sglang.server import Zygote, serving_python
-from genac_megatron.training.agreement import from_first, gathered
+from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
@@ -79,12 +81,12 @@ class InRanks:
 
 
 class OnServers:
-    """A fleet of SGLang servers. fleet: on rank 0 alone."""
+    """SGLang servers. fleet: those of this rank's node, on its first rank; None elsewhere."""
 
     def __init__(self, role: Role, fleet: Fleet | None, folder: RunFolder) -> None:
-        self._fleet = fleet
+        self._fleet, self._budget = fleet, role.config.engine.restarts
         self._restarts = 0
-        endpoints = from_first(lambda: fleet.ready() if fleet is not None else [])
+        endpoints = _of_all(agree(lambda: fleet.ready() if fleet is not None else []))
         self._release = role.config.engine.release
         self._asleep = False
         self._clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
@@ -98,14 +100,19 @@ class OnServers:
         assert isinstance(self.publisher.transport, FleetTransport)
         doubted, self._doubted = [*self.publisher.transport.lost, *self._doubted], []
 
-        def replace() -> tuple[list[str], list[Endpoint], int]:
-            fleet = self._fleet
-            assert fleet is not None
-            lost = sorted({*fleet.lost(), *doubted})
-            fleet.restart(lost)
-            return lost, fleet.endpoints(), fleet.restarts
+        fleet = self._fleet
+        found = gathered(agree(lambda: fleet.lost() if fleet is not None else []))
+        lost = sorted({*doubted, *(name for part in found for name in part)})
+        allowed = lost[: self._budget - self._restarts]
 
-        lost, endpoints, self._restarts = from_first(replace)
+        def replace() -> list[Endpoint]:
+            if fleet is None:
+                return []
+            fleet.restart(lost, allowed)
+            return fleet.endpoints()
+
+        endpoints = _of_all(agree(replace))
+        self._restarts += len(lost)
         if lost:
             self.publisher.transport.set_endpoints(endpoints)  # to the engine's clients nothing changed
         return lost
@@ -142,25 +149,51 @@ class OnServers:
 
 
 class Fleets:
-    """The fleets of a run, on the rank that owns them, starting up while the trainer builds its models."""
+    """The servers of a run on this node, on its first rank; they start while the trainer builds its models.
+
+    Made by every rank. Collective.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
+        # The batch script has a folder for each of a job's attempts.
+        self._logs = Path(os.environ.get("GENAC_LOGS") or folder.logs)
+        nodes = nodes_of_ranks()
+        self._nodes, self._node = max(nodes) + 1, nodes[dist.get_rank()]
+        self._first = nodes.index(self._node) == dist.get_rank()
         self._zygote: Zygote | None = None
         self._started: list[Fleet] = []
 
-    def start(self, role: str, config: EngineConfig, model: Mapping[str, object]) -> Fleet:
-        """Begin to start a role's servers."""
+    def start(self, role: str, config: EngineConfig, model: Mapping[str, object]) -> Fleet | None:
+        """Begin to start this node's share of a role's servers; None on a rank that owns none.
+
+        Raises InputError where the world lacks a node that the recipe names.
+        """
+        if max(config.nodes) >= self._nodes:
+            raise InputError(
+                f"servers are to start on nodes {config.nodes}, and the world has {self._nodes}",
+                where=f"roles.{role}.engine.nodes",
+                way_out="nodes are counted from 0, by SLURM_NODEID of srun or GROUP_RANK of torchrun",
+            )
+        if not self._first or self._node not in config.nodes:
+            return None
         device: Literal["cpu", "cuda"] = "cuda" if platform.device().type == "cuda" else "cpu"
-        logs = self._folder.path / "logs"
-        fleet = Fleet(role, config, model, self._folder.path / "serving" / role, logs, device)
+        scratch, host = self._folder.path / "serving" / role, self._host(config)
+        fleet = Fleet(role, config, model, scratch, self._logs, device, node=self._node, host=host)
         self._started.append(fleet)
         if not config.urls:
             python = serving_python(config.python)
             if device == "cpu" and self._zygote is None:
-                self._zygote = Zygote(python, logs / "zygote.log")
+                self._zygote = Zygote(python, self._logs / f"zygote{fleet.suffix}.log")
             fleet.start(python, self._zygote)
         return fleet
+
+    def _host(self, config: EngineConfig) -> str:
+        """Where servers listen: in a world of several nodes, other nodes do not reach loopback."""
+        if self._nodes == 1 or config.host != EngineConfig().host:
+            return config.host
+        named = os.environ.get("GENAC_FABRIC", "").replace(",", " ").split()
+        return fabric_address(named, os.environ.get("MASTER_ADDR", ""))
 
     def close(self) -> None:
         """End all servers, and what forked them."""
@@ -172,20 +205,30 @@ class Fleets:
 
 def shared_gpus(endpoints: Sequence[Endpoint], config: EngineConfig) -> dict[str, list[int]] | None:
     """Per server the global ranks that train on its GPUs; None where one has GPUs of its own. Collective."""
-    if platform.device().type != "cuda" or not config.gpus:
+    if platform.device().type != "cuda" or not config.gpus or config.urls:
         return None
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    places = gathered((machine, torch.cuda.current_device()))
-    here = {gpu: rank for rank, (where, gpu) in enumerate(places) if where == places[0][0]}
+    places = zip(nodes_of_ranks(), gathered(torch.cuda.current_device()), strict=True)
+    rank_at = {place: rank for rank, place in enumerate(places)}
     found = {}
-    for index, endpoint in enumerate(endpoints):
-        gpus = config.gpus[index * config.tp : (index + 1) * config.tp]
-        if not all(gpu in here for gpu in gpus):
+    for endpoint in endpoints:
+        wanted = [(endpoint.node, gpu) for gpu in config.gpus_of(endpoint.index)]
+        if not all(place in rank_at for place in wanted):
             return None
-        found[endpoint.name] = [here[gpu] for gpu in gpus]
+        found[endpoint.name] = [rank_at[place] for place in wanted]
     return found
 
 
-def owns_fleets() -> bool:
-    """Whether this rank starts and ends the servers."""
-    return dist.get_rank() == 0
+def nodes_of_ranks() -> list[int]:
+    """The node that each rank is on, counted from 0 in order of rank. Collective.
+
+    As srun or torchrun say, and never one for two machines.
+    """
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    said = [os.environ.get(name) for name in ("SLURM_NODEID", "GROUP_RANK")]
+    places = gathered((machine, *said))
+    return [list(dict.fromkeys(places)).index(place) for place in places]
+
+
+def _of_all(mine: list[Endpoint]) -> list[Endpoint]:
+    """The endpoints of every node, in order. Collective."""
+    return sorted((e for part in gathered(mine) for e in part), key=lambda endpoint: endpoint.index)

@@ -67,6 +67,10 @@ def test_a_recipe_that_fits(tmp_path: Path) -> None:
         (["cluster.gpu=a100-40g"], "GiB of a a100-40g are free for it"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.engines=9"], "take GPUs up to 8"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.mem_fraction=0.1"], "its weights take 15.3"),
+        (
+            ["roles.actor.engine={kind: sglang, engines: 2, nodes: [1, 2]}"],
+            "the servers of 'actor' are to start on nodes [1, 2], and the job's are 0 to 1",
+        ),
     ],
 )
 def test_why_a_recipe_does_not_fit(tmp_path: Path, overrides: list[str], said: str) -> None:
@@ -87,6 +91,17 @@ def test_servers_take_memory_on_their_gpus_alone(tmp_path: Path) -> None:
     assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
     assert parts["critic engine"] == 0.0
     assert need == pytest.approx(sum(parts.values()))
+
+
+def test_servers_on_other_nodes_take_memory_there(tmp_path: Path) -> None:
+    """Two nodes of eight ranks; the trainer's ranks are on both, servers on the second alone."""
+    given = "roles.actor.engine={kind: sglang, engines: 2, tp: 2, nodes: [1]}"
+    rank, _, parts = heaviest(recipe(tmp_path, given))
+    assert rank == 8
+    assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
+    spread = recipe(tmp_path, "roles.actor.engine={kind: sglang, engines: 16, nodes: [0, 1]}")
+    assert misfits(spread) == []
+    assert [spread.roles["actor"].engine.node_of(index) for index in (0, 7, 8, 15)] == [0, 0, 1, 1]
 
 
 def test_the_rendered_script(tmp_path: Path) -> None:
@@ -125,7 +140,8 @@ def test_the_jobs_plan(tmp_path: Path) -> None:
     assert (tmp_path / "runs/big/logs/latest").resolve() == Path(found["GENAC_LOGS"])
     assert (found["GENAC_RESUME"], found["GENAC_FINISHED"], found["GENAC_RANKS"]) == ("", "", "16")
     assert found["MASTER_PORT"] != found["GENAC_PREFLIGHT_PORT"]
-    assert "roles.actor.engine.host=" in found["GENAC_ADDED"], "other nodes do not reach loopback"
+    assert "roles.actor.engine.port=" in found["GENAC_ADDED"], "of the job's window"
+    assert "host" not in found["GENAC_ADDED"], "each node has an address of its own"
     assert "critic" not in found["GENAC_ADDED"]
     shell = job.as_shell({"A": "it's"}) + 'printf %s "$A"'
     assert subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout == "it's"

@@ -109,6 +109,11 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor={engine: {kind: sglang}, publication: {send_s: 1e4}, model: {family: llama, tokenizer: "
          "'builtin:tiny', shape: {layers: 4, hidden: 8, ffn: 8, heads: 1, kv_heads: 1}}}",
          "roles.actor.publication.send_s is 10000 s and world.timeout_s 1800 s"),
+        ("roles.actor.engine={kind: sglang, engines: 3, nodes: [0, 1]}", "3 servers of 'actor' over nodes"),
+        ("roles.actor.engine={kind: sglang, engines: 2, nodes: [1, 1]}", "2 servers of 'actor' over nodes"),
+        ("roles.actor.engine={kind: sglang, engines: 2, nodes: [0, 1], host: 10.0.0.1}", "leave host out"),
+        ("roles.actor.engine={kind: sglang, nodes: [1], urls: ['http://x']}", "take nodes out"),
+        ("roles.actor.engine={kind: sglang, engines: 2, tp: 2, gpus: [0, 1]}", "names 2 GPUs, its 2 servers"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_where_it_stands(path: Path, override: str, said: str | None):

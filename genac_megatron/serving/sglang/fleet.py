@@ -1,14 +1,14 @@
 """A role's servers: started here or attached by URL, watched, restarted within a budget.
 
-One rank owns the fleet; the others know its endpoints. A restarted server holds random weights: whoever
-restarts it publishes to it before any request goes there.
+The first rank of a node owns the servers on it; all ranks know the endpoints of all. A restarted server holds
+random weights: whoever restarts it publishes to it before any request goes there.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,19 @@ class Endpoint:
     tp: int
     device: Literal["cpu", "cuda"]
     instance: int = 0
+    node: int = 0  # of the world, where it runs; of a server that somebody else runs it says nothing
+
+    @property
+    def index(self) -> int:
+        """Among the role's servers."""
+        return int(self.name.rpartition("/")[2])
 
 
 class Fleet:
-    """The servers of one role.
+    """The servers of one role that run on one node.
 
     name: the role's, for messages. model: a folder of the fleet's own, where config.json is written.
+    node: counted from 0; host: the address that its servers bind to.
     """
 
     def __init__(
@@ -49,9 +56,12 @@ class Fleet:
         model: Path,
         logs: Path,
         device: Literal["cpu", "cuda"],
+        *,
+        node: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         self.name, self.config, self.device = name, config, device
-        self.restarts = 0
+        self.node, self.host = node, host
         self._model, self._logs = model, logs
         self._servers: list[Server] = []
         self._instances: list[int] = []
@@ -66,10 +76,10 @@ class Fleet:
         """
         if self.config.urls:
             return
-        count = self.config.engines
+        here = [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
         base = self.config.port
-        ports = free_ports(count, self.config.host) if base is None else [base + n for n in range(count)]
-        for index, port in enumerate(ports):
+        ports = free_ports(len(here), self.host) if base is None else [base + index for index in here]
+        for index, port in zip(here, ports, strict=True):
             spec = self._spec(index, port)
             self._servers.append(Server(spec, self._log(index), python=python, zygote=zygote))
             self._instances.append(0)
@@ -108,7 +118,7 @@ class Fleet:
                 for index, url in enumerate(self.config.urls)
             ]
         return [
-            Endpoint(s.spec.name, s.spec.url, s.spec.key, s.spec.tp, s.spec.device, instance)
+            Endpoint(s.spec.name, s.spec.url, s.spec.key, s.spec.tp, s.spec.device, instance, self.node)
             for s, instance in zip(self._servers, self._instances, strict=True)
         ]
 
@@ -123,8 +133,11 @@ class Fleet:
             if (self._servers and not self._servers[index].alive()) or not answered[index]
         ]
 
-    def restart(self, names: Sequence[str]) -> None:
-        """Replace these servers. Raises PeerLost, with the log's end, where the budget does not allow it."""
+    def restart(self, names: Sequence[str], allowed: Collection[str]) -> None:
+        """Replace those of these servers that are ours.
+
+        Raises PeerLost, with the log's end, at one that is not `allowed`: the budget is spent.
+        """
         begun = []
         for index, endpoint in enumerate(self.endpoints()):
             if endpoint.name not in names:
@@ -136,14 +149,13 @@ class Fleet:
                     way_out="start it again; --resume goes on from the newest checkpoint",
                 )
             server = self._servers[index]
-            if self.restarts >= self.config.restarts:
+            if endpoint.name not in allowed:
                 raise PeerLost(
                     f"it was lost, and the {self.config.restarts} restarts of engine.restarts are spent;"
                     f" its log ends:\n{server.log_tail()}",
                     where=f"SGLang server {endpoint.name}",
                     way_out=f"read {server.log}; --resume goes on from the newest checkpoint",
                 )
-            self.restarts += 1
             server.stop()
             server.start()
             begun.append(server)
@@ -157,7 +169,12 @@ class Fleet:
             {"name": server.spec.name, "url": server.spec.url, "pid": server.pid, "log": str(server.log)}
             for server in self._servers
         ]
-        write_json_atomic(self._model / "servers.json", rows)
+        write_json_atomic(self._model / f"servers{self.suffix}.json", rows)
+
+    @property
+    def suffix(self) -> str:
+        """Sets a node's files apart from the first's in a folder that all share."""
+        return f"-node{self.node}" if self.node else ""
 
     def close(self) -> None:
         """End the servers that were started here."""
@@ -168,8 +185,7 @@ class Fleet:
         config, tp = self.config, self.config.tp
         env = {}
         if config.gpus:
-            chosen = config.gpus[index * tp : (index + 1) * tp]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus_of(index)))
         memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
         replay = ("--enable-return-routed-experts",) if config.routing_replay else ()
         return ServerSpec(
@@ -179,7 +195,7 @@ class Fleet:
             dtype=config.dtype,
             tp=tp,
             device=self.device,
-            host=config.host,
+            host=self.host,
             mem_fraction=config.mem_fraction,
             max_running=config.max_batch,
             max_tokens=config.max_batch_tokens,
