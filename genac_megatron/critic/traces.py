@@ -97,9 +97,12 @@ def exact_samples(
     teacher: Teacher,
     context: TraceContext,
     p_bar_range: tuple[float, float] | None = None,
+    *,
+    reasoning: bool = True,
 ) -> list[Sample]:
-    """Traces of a task's exact teacher. Each state has its own seeded rng: order and ranks don't matter.
+    """Traces of a task's exact teacher, or its scores alone.
 
+    Each state has its own seeded rng: order and ranks don't matter.
     With `p_bar_range` each trace is about an actor of another strength, drawn from the range, at any step:
     so the critic learns how a value depends on the conditioning before the actor moves.
     A trace longer than the critic may write is left out.
@@ -112,8 +115,8 @@ def exact_samples(
         if p_bar_range is not None:
             p_bar = round(rng.uniform(*p_bar_range), 2)
             shown = replace(context, icc=replace(context.icc, p_bar=p_bar, step=rng.randrange(LATER_STEPS)))
-        reasoning, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)
-        text = f"{reasoning.rstrip()}\n{format_answer(score)}".lstrip("\n")
+        words, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)
+        text = f"{words.rstrip() if reasoning else ''}\n{format_answer(score)}".lstrip("\n")
         sample = to_sample(context.tokenizer, shown.prompt_ids(state), text)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)

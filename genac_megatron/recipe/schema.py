@@ -333,6 +333,7 @@ class TeacherConfig(Block):
     """Where the critic's SFT traces come from (method §4)."""
 
     kind: Literal["exact", "self", "endpoint"] = "exact"
+    reasoning: bool = True  # exact: False gives the score alone, to see what reasoning is worth
     p_bar_range: tuple[Fraction, Fraction] | None = None  # exact: show actors from this range (ICC is learnt)
     continuations: Positive = 8  # self: Monte-Carlo continuations per state
     tolerance: Fraction = 0.15  # self: keep where |v - Monte-Carlo value| is at most this

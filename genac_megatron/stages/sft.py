@@ -179,7 +179,10 @@ def exact_traces(
             where=f"stage {stage.name}, teacher.kind",
             way_out="use teacher.kind: self or endpoint",
         )
-    return traces.exact_samples(states, run.task.teacher, context, stage.teacher.p_bar_range)
+    chosen = stage.teacher
+    return traces.exact_samples(
+        states, run.task.teacher, context, chosen.p_bar_range, reasoning=chosen.reasoning
+    )
 
 
 def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:

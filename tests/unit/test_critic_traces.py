@@ -348,3 +348,8 @@ def test_exact_traces_about_actors_of_a_range_show_and_use_another_p_bar_each() 
     for text, p_bar, state in zip(texts, shown, states, strict=True):
         wanted = task.teacher.trace(state.rollout.prompt, "", p_bar, random.Random(0))[1]
         assert f"<answer>{wanted}</answer>" in text
+    bare = exact_samples(states[:3], task.teacher, context, (0.4, 0.9), reasoning=False)
+    for sample, whole in zip(bare, texts, strict=False):
+        written = tokenizer.decode(sample.tokens[sample.start :], skip_special_tokens=True)
+        assert re.fullmatch(r"<answer>\d+</answer>", written)
+        assert written in whole
