@@ -130,6 +130,24 @@ def test_a_server_that_is_killed_is_replaced_and_no_sample_is_lost(tmp_path: Pat
     assert gone(list((before | server_pids(tmp_path)).values()))
 
 
+def test_a_server_that_gets_no_memory_ends_the_run_with_4_and_names_it_and_its_log(tmp_path: Path) -> None:
+    """4 GiB of address space for each process, of which one that serves takes 1.7; a KV cache of 4 GB."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -v 4194304\nexec {os.environ[PYTHON_VARIABLE]} "$@"\n')
+    python.chmod(0o700)
+    limited = {**SERVERS, "python": str(python)}
+    engines = {"actor": limited, "critic": {**limited, "max_batch_tokens": 8_000_000, "mem_fraction": 0.9}}
+    roles = {name: {**role, "engine": engines[name]} for name, role in RECIPE["roles"].items()}
+    run = start(tmp_path, {"steps": 1}, roles=roles)
+    code, output = finish(run)
+    assert code == 4, output
+    assert output.count("genac: error") == 1
+    assert "SGLang server critic/0: died at its start; its log ends:" in output
+    assert "can't allocate memory" in output
+    assert "critic-0.log" in output
+    assert gone(list(server_pids(tmp_path).values()))
+
+
 def test_beyond_the_budget_the_run_ends_with_4_and_names_the_server_and_its_log(tmp_path: Path) -> None:
     engine = {**SERVERS, "restarts": 0, "attempts": 2}
     roles = {name: {**role, "engine": engine} for name, role in RECIPE["roles"].items()}
