@@ -12,6 +12,7 @@ PYTHON := $(shell for p in python3.11 python3 python; do \
 endif
 ARGS ?=
 ENGINE ?= embedded
+MINUTES ?= 60
 QUICKSTART = $(if $(filter sglang,$(ENGINE)),quickstart-sglang,quickstart)
 RUN ?= runs/$(QUICKSTART)
 
@@ -62,7 +63,7 @@ test-serving: python ## Engines that generate, with SGLang's servers on this mac
 
 .PHONY: test-conversion
 test-conversion: python ## Hugging Face folders to checkpoints and back, on a real small model
-	@$(call in,cpu) -m pytest tests/conversion $(ARGS)
+	@$(serve) $(call in,cpu) -m pytest tests/conversion $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: python ## Whole runs by the command line
@@ -71,6 +72,14 @@ test-e2e: python ## Whole runs by the command line
 .PHONY: test-slurm
 test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian: slurm-wlm, munge)
 	@$(call in,cpu) -m pytest tests/slurm $(ARGS)
+
+.PHONY: test-faults
+test-faults: python ## Harm to real runs: killed ranks, full disks, damaged checkpoints, clocks (root mounts a small disk)
+	@$(call in,cpu) -m pytest tests/faults $(ARGS)
+
+.PHONY: soak
+soak: python ## Quickstart steps under random kills for MINUTES=60
+	@$(call in,cpu) tools/soak.py --minutes $(MINUTES) $(ARGS)
 
 .PHONY: test-megatron-next
 test-megatron-next: python ## The distributed tests on megatron-core 0.19 (an environment of its own)

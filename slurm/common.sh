@@ -1,4 +1,4 @@
-# Shared by the batch scripts of this folder, which source it. See docs/slurm.md.
+# Shared by the batch scripts of this folder, which source it. See docs/cluster.md.
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -242,11 +242,24 @@ genac_job() {
   exit "$code"
 }
 
+# A signal for the batch script is one for the command that it waits for.
+pass_on() {
+  [ -n "$stop_asked" ] || stop_asked=$SECONDS
+  [ "$1" != TERM ] || cancelled=1
+  if [ -n "$step" ]; then kill -s "$1" "$step" 2>/dev/null || true; fi
+}
+
 # One genac command on the job's first node, which starts its own ranks. Arguments: the command's.
+# Asked to stop it may leave with 75, what is done kept: then the job is requeued, and the same command goes on.
 genac_alone() {
   set_runtime
   local code=0
-  "${alone[@]}" "$@" || code=$?
+  trap 'pass_on USR1' USR1
+  trap 'pass_on TERM' TERM
+  trap finish EXIT
+  "${alone[@]}" "$@" & step=$!
+  wait_for_step
   say "genac $1 ended with code $code"
+  [ "$code" != 75 ] || requeue
   exit "$code"
 }

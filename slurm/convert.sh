@@ -7,6 +7,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # genac convert on one node; its arguments are the command's:  sbatch slurm/convert.sh to-hf SRC DST
+# Interrupted, it goes on where it stopped when the same is submitted again. It wants memory and no GPU.
 set -euo pipefail
 
 # Slurm runs a copy of this file: the job knows where the original is.

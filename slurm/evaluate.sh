@@ -5,9 +5,13 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=8
 #SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# genac evaluate on one node; its arguments are the command's:  sbatch slurm/evaluate.sh RECIPE key.path=value
+# genac evaluate on one node, which starts the recipe's ranks there; its arguments are the command's:
+#   sbatch slurm/evaluate.sh task math500 RECIPE --out=scores     sbatch slurm/evaluate.sh bank build RECIPE --out=bank
+# A recipe of more ranks than the node has GPUs needs a smaller layout: world.ranks=8 roles.actor.layout.tp=8
 set -euo pipefail
 
 # Slurm runs a copy of this file: the job knows where the original is.

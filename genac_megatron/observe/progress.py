@@ -183,13 +183,18 @@ class Progress:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show and time a phase; its seconds go to the timer as `time/<name>_s`. Phases nest."""
+        with self.shown(name), self.timer.phase(name):
+            yield
+
+    @contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Show a phase whose seconds the work itself counts."""
         key = (self._stage.name if self._stage else "", name)
         begin = self._clock()
         self._phases.append((name, begin))
         self._ticks += 1
         try:
-            with self.timer.phase(name):
-                yield
+            yield
         finally:
             self._ticks += 1
             self._phases.pop()

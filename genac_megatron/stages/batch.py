@@ -105,7 +105,9 @@ def play(
     generator = generator_for(run, config, seed, judged=judged)
     began, late = time.perf_counter(), run.task.late
     turns = repeats(prompts)
-    mine = run.generating(lambda: generate(generator, run.share(prompts), config.samples, run.share(turns)))
+    share, mine_turns = run.share(prompts), run.share(turns)
+    with run.progress.shown("rollout"):  # engines measure themselves
+        mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns))
     _credit(run, time.perf_counter() - began, run.task.late - late)
     return gathered_batch(run, mine)
 

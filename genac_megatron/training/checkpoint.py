@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import math
 import os
 import shutil
 import time
@@ -55,6 +56,13 @@ logger = logging.getLogger(__name__)
 LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
 BYTES_PER_PARAMETER = 4 + 12  # weights at most fp32, and fp32 master, first and second moment
 SPARE_BYTES = 64 << 20
+LITTLE_BYTES = 1 << 20  # a file system with less is full
+OF_RECIPE = (
+    "max_lr",
+    "min_lr",
+    "betas",
+    "eps",
+)  # of a parameter group: a resumed run's recipe may change them
 POLL_S = 0.05  # between looks at writers in the background
 
 T = TypeVar("T")
@@ -240,9 +248,11 @@ class Checkpoints:
             raise self._failed(_reason(error), part) from error
 
     def _failed(self, reason: str, part: Path) -> GenacError:
+        full = "no space left" in reason.lower()
+        if not full and _free(self.folder) < LITTLE_BYTES:  # torch's zip writer names no reason
+            full, reason = True, f"no space left on the device ({reason})"
         if dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
-        full = "no space left" in reason.lower()
         return GenacError(
             f"the checkpoint {part.name.removeprefix(PART)} could not be written: {reason}",
             where=str(self.folder),
@@ -371,7 +381,12 @@ def find_checkpoint(path: Path) -> Path:
 
 def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool) -> None:
     if optimizers:
+        own = [
+            {key: group[key] for key in OF_RECIPE if key in group} for group in role.optimizer.param_groups
+        ]
         role.optimizer.load_state_dict(state["optimizer"])
+        for group in role.optimizer.param_groups:
+            group.update(own[0])  # what groups differ in is none of these
         if steps:
             role.scheduler.step(increment=steps)
         return
@@ -406,6 +421,14 @@ def _seal(
     if final.exists():
         shutil.rmtree(final)
     os.replace(part, final)
+
+
+def _free(folder: Path) -> float:
+    """Free bytes of its file system; infinite where it does not say."""
+    try:
+        return float(shutil.disk_usage(folder).free)
+    except OSError:
+        return math.inf
 
 
 def _barrier() -> None:

@@ -90,6 +90,28 @@ def test_resume_is_exact(pool: Any, tmp_path: Path, layouts: Any, asynchronous: 
     same(end_load, end, atol=0)
 
 
+def faster_case(rank: int, folder: str) -> Any:
+    """A step of a resumed run whose recipe has another learning rate."""
+    from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
+
+    path, _ = Checkpoints(Path(folder), keep=2, asynchronous=False).newest()
+    rates = {}
+    for lr in (1e-3, 7e-3):
+        roles = roles_of({"tp": 2}, {"pp": 2}, optimizer={"lr": lr, "schedule": "constant"})
+        load_checkpoint(path, roles)
+        load_checkpoint(path, roles, optimizers=True)
+        step_all(roles, 1, 2)
+        rates[lr] = [role.optimizer.param_groups[0]["lr"] for role in roles.values()]
+    return rates
+
+
+def test_a_resumed_run_goes_by_its_own_learning_rate(pool: Any, tmp_path: Path) -> None:
+    """What a checkpoint keeps of the optimizer is its state: "lower the learning rate" must be a way out."""
+    pool.run(save_case, str(tmp_path), TP2_PP2, False, {})
+    for rates in pool.run(faster_case, str(tmp_path)):
+        assert rates == {1e-3: [1e-3, 1e-3], 7e-3: [7e-3, 7e-3]}
+
+
 def test_saved_at_tp2_resumed_at_pp2(pool: Any, tmp_path: Path) -> None:
     layouts = ({"tp": 2}, {"tp": 2, "count": 2})
     other = ({"pp": 2}, {"pp": 2, "first_rank": 2, "count": 2})
