@@ -3,7 +3,7 @@
 A recipe keeps its tensor, pipeline and expert parallelism; more GPUs are more data parallelism. The batch
 grows with them (--batch grows: `prompts` per GPU stay the recipe's) or stays (--batch fixed). Servers are
 where the recipe puts them, on the first node (--serving first-node), or on more nodes as they get more
-(--serving scaled: today by `engine.urls`). What a step of joint PPO takes, in seconds:
+(--serving scaled: `engine.nodes`). What a step of joint PPO takes, in seconds:
 
   train    per role: F / (G peak mfu) / (1 - bubble) (1 + waste), F = T (6 P + 12 L q s/2) (4/3 where all is
            recomputed); P weights that a token meets (no embedding, top-k experts), L layers, q = heads x
