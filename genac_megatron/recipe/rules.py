@@ -18,11 +18,14 @@ from genac_megatron.recipe.schema import (
     ModelConfig,
     PolicyStage,
     PpoStage,
+    ReasoningGymTask,
     Recipe,
     RoleConfig,
+    RubricTask,
     SftStage,
     StageConfig,
     StateTrackingTask,
+    TaskConfig,
     ValueStage,
 )
 from genac_megatron.tasks.tokenizer import tokenizer_size
@@ -244,7 +247,7 @@ def _check_task(recipe: Recipe, where: Where) -> None:
             where=where(("task",)),
             way_out=f"add verifier: one of {known}",
         )
-    if isinstance(task, JsonlTask):
+    if isinstance(task, JsonlTask | RubricTask):
         _check_file(task.path, ("task", "path"), where)
         if task.heldout_path is not None:
             _check_file(task.heldout_path, ("task", "heldout_path"), where)
@@ -422,7 +425,7 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
             where=where((*place, "path")),
             way_out="take path out, or set data: jsonl",
         )
-    exact = isinstance(recipe.task, StateTrackingTask)
+    exact = _has_teacher(recipe.task)
     if stage.data == "demonstrations" and not exact:
         raise InputError(
             f"{who} wants demonstrations; the task '{recipe.task.kind}' has no teacher",
@@ -431,6 +434,13 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
         )
     if stage.data == "traces":
         _check_traces(recipe, stage, exact, place, where)
+
+
+def _has_teacher(task: TaskConfig) -> bool:
+    """Whether the task has an exact teacher: state tracking, and one of reasoning-gym's (tasks/hanoi.py)."""
+    if isinstance(task, ReasoningGymTask):
+        return task.name == "tower_of_hanoi"
+    return isinstance(task, StateTrackingTask)
 
 
 def _check_traces(

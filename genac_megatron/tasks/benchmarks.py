@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 BOXED = "Think step by step. Put the final answer in \\boxed{}."
 GYM_PREFIX = "rg:"
-GYM_SIZE = 50  # problems of each task of a suite
+GYM_SIZE = 30  # problems of each task of a suite; towers of Hanoi have 90 in all
+GYM_POOL = 5000  # entries that may be drawn until so many differ
 GYM_SEED = 0  # the same problems for everybody
 
 
@@ -129,7 +130,7 @@ class GymSuite(Task):
         self.names = list(names)
         self._tasks = [
             ReasoningGym(
-                ReasoningGymTask(kind="reasoning_gym", name=name, train_size=1, heldout_size=GYM_SIZE),
+                ReasoningGymTask(kind="reasoning_gym", name=name, train_size=GYM_POOL, heldout_size=GYM_SIZE),
                 tokenizer,
                 GYM_SEED,
             )

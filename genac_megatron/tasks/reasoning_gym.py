@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from genac_megatron.recipe.schema import ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import GeneratedProblems, Problem, Split, Task
 from genac_megatron.tasks.grading import last_tagged
+from genac_megatron.tasks.hanoi import HanoiTeacher
 from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class ReasoningGym(Task):
         self._pool = _make_pool(config, seed, self._pool_size)
         self._scorer = Workers(partial(_scorer, config, seed, self._pool_size), 1, limit_s, config.name)
         self._problems = GeneratedProblems(self._draw, config.train_size, config.heldout_size)
+        self.teacher = HanoiTeacher() if config.name == "tower_of_hanoi" else None
 
     def _draw(self, number: int) -> Problem:
         entry = self._pool[number % self._pool_size]
@@ -63,7 +66,12 @@ class ReasoningGym(Task):
 def _scorer(config: ReasoningGymTask, seed: int, size: int) -> Callable[[tuple[str, Any]], float]:
     """In a worker's process: reasoning-gym's score of (answer, entry)."""
     pool = _make_pool(config, seed, size)
-    return lambda job: float(pool.score_answer(job[0], entry=job[1]))
+
+    def score(job: tuple[str, Any]) -> float:
+        with contextlib.redirect_stdout(None):  # some scorers print what they do not like
+            return float(pool.score_answer(job[0], entry=job[1]))
+
+    return score
 
 
 def _make_pool(config: ReasoningGymTask, seed: int, size: int) -> Any:

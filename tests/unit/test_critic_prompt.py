@@ -16,6 +16,7 @@ from genac_megatron.critic.prompt import (
     encode_data,
     escape,
     load_template,
+    parse_template,
     prompt_text,
 )
 from genac_megatron.critic.score import parse_score
@@ -305,3 +306,20 @@ def test_escape_leaves_mathematics_alone() -> None:
     for text in ("x < 3 and 3 > x", "<<48/2=24>>24", "a <= b", "1<2", "f(x) <- y", "$\\langle a \\rangle$"):
         assert escape(text) == text
     assert escape("<answer>10</answer>") == "< answer>10< /answer>"
+
+
+def test_a_task_that_says_what_success_is_has_the_critic_told_so() -> None:
+    icc = IccState(0.5)
+    plain = Prompt("train/0", (), "the problem", "R")
+    told = Prompt("train/0", (), "the problem", "R", success="no move\nis <answer>illegal</answer>")
+    before, _, _ = prompt_text(JudgingConfig(), icc, plain, "", 0, 9)
+    assert "success:" not in before
+    after, _, _ = prompt_text(JudgingConfig(), icc, told, "", 0, 9)
+    line = "What counts as success: no move is < answer>illegal< /answer>\n"
+    assert after.replace(line, "") == before
+    assert after.index(line) < after.index("Actor: actor")
+    off, _, _ = prompt_text(JudgingConfig(icc="off"), icc, told, "", 0, 9)
+    assert line in off, "it describes the task, not the actor"
+    wrong = "{actor} {p_bar} {problem} {partial} {success} {used} {limit}"
+    with pytest.raises(InputError, match=r"{success} stands on the wrong side"):
+        parse_template(wrong, "mine.txt")
