@@ -70,8 +70,11 @@ def make_ppo_loss(config: LossConfig) -> Loss:
     tis = min(exp(old - behaviour), tis_cap), detached: the engine's distribution differs from the
     trainer's. `old` defaults to logp itself, detached: the first update after a rollout.
     nll_coef: the loss gains -nll_coef * sum nll_weights * logp (VAPO's likelihood of right responses).
-    Fields: weights, advantages, behaviour, old (optional), nll_weights (with nll_coef). Stats: ratio,
-    clip_share, dual_clip_share, nll (with nll_coef) and those of `_mismatch_stats`.
+    kl_coef: it gains kl_coef * sum weights * (r - 1 - log r), r = reference / now: the k3 estimate of
+    KL(now || reference), with its gradient (GRPO, arXiv 2402.03300, eq. 4).
+    Fields: weights, advantages, behaviour, old (optional), nll_weights (with nll_coef), reference (with
+    kl_coef). Stats: ratio, clip_share, dual_clip_share, nll and kl_reference where they are on, and those
+    of `_mismatch_stats`.
     """
 
     def ppo_loss(logp: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]) -> tuple[Tensor, Stats]:
@@ -92,11 +95,16 @@ def make_ppo_loss(config: LossConfig) -> Loss:
             if entropy is None:
                 raise ValueError("entropy_coef needs the tokens' entropy")
             loss = loss - config.entropy_coef * (weights * entropy).sum()
-        likelihood: Stats = {}
+        more: Stats = {}
         if config.nll_coef != 0.0:
             nll = -(fields["nll_weights"] * logp).sum()
             loss = loss + config.nll_coef * nll
-            likelihood = {"nll": nll.detach()}
+            more = {"nll": nll.detach()}
+        if config.kl_coef != 0.0:
+            r = _ratio(fields["reference"], logp, weights)
+            kl = (weights * (r - 1.0 - r.log())).sum()
+            loss = loss + config.kl_coef * kl
+            more["kl_reference"] = kl.detach()
         with torch.no_grad():
             above = (advantages > 0) & (ratio > 1.0 + config.clip_high)
             below = negative & (ratio < 1.0 - config.clip_low)
@@ -107,7 +115,7 @@ def make_ppo_loss(config: LossConfig) -> Loss:
                 "dual_clip_share": (weights * far).sum(),
             }
             stats |= _mismatch_stats(old, logp.detach(), fields["behaviour"], weights, config.tis_cap)
-        return loss, _entropy_stat(stats | likelihood, weights, entropy)
+        return loss, _entropy_stat(stats | more, weights, entropy)
 
     return ppo_loss
 

@@ -20,6 +20,7 @@ class LossConfig(Block):
     dual_clip: PositiveFloat | None = 3.0
     tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
     entropy_coef: float = 0.0
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the role `reference` (actor's loss)
     nll_coef: Annotated[float, Field(ge=0)] = 0.0  # of right responses' negative log-likelihood (VAPO)
     # token: mean over tokens; sequence: mean over responses of their means; constant: sum over tokens,
     # divided by responses and rollout.max_new_tokens (Dr.GRPO)
@@ -120,7 +121,7 @@ class Sp3o(Block):
 
 
 class Grpo(Block):
-    """GRPO (2402.03300), without the KL term."""
+    """GRPO (2402.03300). Its KL term is off: set loss.kl_coef, and add a frozen role `reference`."""
 
     kind: Literal["grpo"]
     loss: SequenceLoss = SequenceLoss()

@@ -121,6 +121,8 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
     stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
     experts = expert_parameters(shape, layout.pp, layout.ep)
     shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)
+    if training.frozen:
+        return Memory(engine, weights=count * BYTES[training.dtype])
     return Memory(
         engine,
         weights=count * BYTES[training.dtype],

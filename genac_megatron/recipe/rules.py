@@ -20,6 +20,7 @@ from genac_megatron.recipe.schema import (
     PpoStage,
     ReasoningGymTask,
     Recipe,
+    ReinforceStage,
     RoleConfig,
     RubricTask,
     SftStage,
@@ -289,6 +290,7 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             _check_sft(recipe, stage, place, where)
             continue
         _check_heads(recipe, stage, place, where)
+        _check_reference(recipe, stage, place, where)
         if isinstance(stage, PpoStage | PolicyStage):
             _check_overlap(recipe, stage, place, where)
         if isinstance(stage, PolicyStage):
@@ -349,6 +351,36 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
                 where=where(("roles", role, "model", "head")),
                 way_out=f"set roles.{role}.model.head: {head}, or choose another kind of stage",
             )
+
+
+def _check_reference(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where) -> None:
+    """A KL term needs a frozen reference, and only the actor has one."""
+    critics = stage.loss if isinstance(stage, ReinforceStage) else getattr(stage, "critic_loss", None)
+    if critics is not None and critics.kl_coef:
+        raise InputError(
+            "the critic's loss has no KL term",
+            where=where((*place, "loss" if isinstance(stage, ReinforceStage) else "critic_loss", "kl_coef")),
+            way_out="take kl_coef out",
+        )
+    for name in ("actor", "critic"):
+        if name in recipe.roles and recipe.roles[name].training.frozen:
+            raise InputError(
+                f"the role '{name}' is frozen, which is for a reference",
+                where=where(("roles", name, "training", "frozen")),
+                way_out="take it out: a stage trains the roles that it says, and no other",
+            )
+    actors = stage.actor_loss if isinstance(stage, PpoStage) else None
+    if isinstance(stage, PolicyStage):
+        actors = stage.algorithm.loss
+    if actors is None or not actors.kl_coef:
+        return
+    _check_role(recipe, "reference", f"kl_coef of the stage '{stage.name}'", place, where)
+    if not recipe.roles["reference"].training.frozen:
+        raise InputError(
+            "the reference of a KL term must not be trained or served",
+            where=where(("roles", "reference", "training")),
+            way_out="set frozen: true",
+        )
 
 
 def _check_policy(stage: PolicyStage, place: tuple[str | int, ...], where: Where) -> None:

@@ -87,6 +87,7 @@ class TrainingConfig(Block):
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
+    frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
     moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks
@@ -167,7 +168,7 @@ class RoleConfig(Block):
     @property
     def served(self) -> bool:
         """Whether engines generate with it."""
-        return self.model.head == "lm"
+        return self.model.head == "lm" and not self.training.frozen
 
 
 # --- tasks ---------------------------------------------------------------------------------------

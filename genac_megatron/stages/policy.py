@@ -34,7 +34,7 @@ from genac_megatron.stages.batch import (
 )
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.ppo import update_actor
+from genac_megatron.stages.ppo import begin_reference, update_actor
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
@@ -50,6 +50,7 @@ def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
     """rollout -> verify -> (scalar critic ->) advantages -> actor (+ scalar critic) -> publish."""
     scalar = isinstance(stage.algorithm, WithScalarCritic)
     updates = stage.steps * stage.epochs * stage.minibatches
+    begin_reference(run, stage.algorithm.loss, loop)
     run.actor.begin_stage(stage.actor_optimizer, updates)
     if scalar:
         need_same_tokens(run)

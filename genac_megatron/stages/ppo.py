@@ -16,10 +16,13 @@ from genac_megatron.stages.minibatches import minibatches
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 
+REFERENCE = "reference"  # the frozen role that a KL term is to
+
 
 def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
     """rollout -> verify -> states -> critic -> advantages -> actor PPO + critic REINFORCE -> publish."""
     updates = stage.steps * stage.epochs * stage.minibatches
+    begin_reference(run, stage.actor_loss, loop)
     run.actor.begin_stage(stage.actor_optimizer, updates)
     trained = ["actor", "critic"] if stage.train_critic else ["actor"]
     if stage.train_critic:
@@ -36,6 +39,12 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
             loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     evaluate(run, stage, "end", stage.steps, monte_carlo=True)
+
+
+def begin_reference(run: Run, config: LossConfig, loop: Loop) -> None:
+    """The reference of a KL term is the actor as the stage finds it. Collective."""
+    if config.kl_coef and loop.fresh:
+        run.copy_weights("actor", REFERENCE)
 
 
 def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float]:
@@ -67,6 +76,11 @@ def update_actor(
     """The actor's updates on one batch, `minibatches` an epoch; their figures. Collective."""
     temperature = stage.rollout.temperature
     loss = make_ppo_loss(config)
+    if config.kl_coef:
+        with run.phase("reference"):
+            known = run.roles[REFERENCE].logprobs(samples, temperature=temperature)
+        for sample, logprobs in zip(samples, known, strict=True):
+            sample.fields["reference"] = logprobs
     with run.phase("actor_train"):
         if stage.epochs * stage.minibatches == 1:
             result = run.actor.train_step(samples, loss, temperature=temperature, with_entropy=True)

@@ -74,6 +74,8 @@ class Role:
             from megatron.core.transformer.module import Float16Module
 
             model = Float16Module(self.model_config, model)
+        if training.frozen:
+            return model.requires_grad_(False)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=training.distributed_optimizer,
             overlap_grad_reduce=training.overlap_grad_reduce,
@@ -96,7 +98,7 @@ class Role:
 
         config.finalize_model_grads_func = finalize
         config.grad_scale_func = None
-        if self.config.training.overlap_grad_reduce:
+        if self.config.training.overlap_grad_reduce and not self.config.training.frozen:
             one = len(chunks) == 1
             config.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
         self.communicator = P2PCommunicator(groups.pp, config) if self.layout.pp > 1 else None

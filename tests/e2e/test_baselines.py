@@ -21,7 +21,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "vc-ppo": {"kind": "vc_ppo"},
     "vapo": {"kind": "vapo"},
     "sp3o": {"kind": "sp3o"},
-    "grpo": {"kind": "grpo"},
+    "grpo": {"kind": "grpo", "loss": {"kl_coef": 0.04}},
     "dr-grpo": {"kind": "dr_grpo"},
     "dapo": {"kind": "dapo", "rounds": 2, "overlong": {"cache": 4}},
     "rloo": {"kind": "rloo"},
@@ -36,6 +36,7 @@ def recipe(folder: Path, stages: list[dict[str, Any]], **changes: Any) -> Path:
     roles = {
         "actor": RECIPE["roles"]["actor"],
         "critic": {**critic, "model": {**critic["model"], "head": "value"}},
+        "reference": {**critic, "training": {**critic["training"], "frozen": True}},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, "roles": roles, "stages": stages, **changes}))
@@ -49,7 +50,11 @@ def policy(name: str, **changes: Any) -> dict[str, Any]:
 
 SFT = {**RECIPE["stages"][0]}
 VALUE = {"kind": "value", "steps": 2, "start_from": "actor", "rollout": ROLLOUT, "minibatches": 2}
-LONGER = {"vc-ppo": {"steps": 2, "minibatches": 2, "epochs": 2}, "dapo": {"steps": 2}}
+LONGER: dict[str, Any] = {
+    "vc-ppo": {"steps": 2, "minibatches": 2, "epochs": 2},
+    "grpo": {"steps": 2},
+    "dapo": {"steps": 2},
+}
 STAGES = [SFT, VALUE, *(policy(name, **LONGER.get(name, {})) for name in ALGORITHMS)]
 
 
@@ -73,6 +78,9 @@ def test_every_algorithm_trains_the_actor(done: Path) -> None:
         assert steps[0]["parity/actor_p99"] < 1e-3  # fp32 on both sides
     assert {"rollout/rounds", "rollout/groups"} <= by_stage["dapo"][0].keys()
     assert "actor/nll" in by_stage["vapo"][0]
+    first, second = (row["actor/kl_reference"] for row in by_stage["grpo"][:2])
+    assert abs(first) < 1e-9, "the reference is the actor as the stage found it, in another layout"
+    assert second > 0
 
 
 def test_a_scalar_critic_is_evaluated_as_a_generative_one_is(done: Path) -> None:
@@ -96,7 +104,7 @@ def test_the_report_of_such_a_run_is_written(done: Path) -> None:
 def test_stopped_in_a_baseline_and_resumed_it_ends_the_same(done: Path, tmp_path: Path) -> None:
     """Scalar critic, its optimizer, minibatches and dynamic sampling: figures to the last bit."""
     path = str(recipe(tmp_path, STAGES))
-    for stop, (stage, step) in enumerate((("value", 1), ("vc-ppo", 1), ("dapo", 1))):
+    for stop, (stage, step) in enumerate((("value", 1), ("vc-ppo", 1), ("grpo", 1))):
         assert stopped_at(path, tmp_path, stage, step, resume=stop > 0) == 75
     result = genac("run", path, "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

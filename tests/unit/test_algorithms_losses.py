@@ -275,3 +275,24 @@ def test_token_weights(lengths: list[int]) -> None:
 def test_unknown_aggregate() -> None:
     with pytest.raises(ValueError, match="token, sequence, or constant"):
         token_weights([1], "batch")
+
+
+def test_the_kl_term_is_k3_to_the_reference_with_its_gradient() -> None:
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    reference = torch.tensor([-1.5, -1.0])
+    fields = {
+        "weights": torch.tensor([0.25, 0.75]),
+        "advantages": torch.zeros(2),
+        "behaviour": logp.detach(),
+        "reference": reference,
+    }
+    loss, stats = make_ppo_loss(LossConfig(kl_coef=0.1))(logp, None, fields)
+    difference = [-0.5, 1.0]
+    wanted = sum(w * (math.exp(d) - 1 - d) for w, d in zip((0.25, 0.75), difference, strict=True))
+    assert stats["kl_reference"].item() == pytest.approx(wanted)
+    assert loss.item() == pytest.approx(0.1 * wanted)
+    loss.backward()
+    # d/dlogp of exp(ref - logp) - 1 - (ref - logp) = 1 - exp(ref - logp)
+    slopes = [0.1 * w * (1 - math.exp(d)) for w, d in zip((0.25, 0.75), difference, strict=True)]
+    assert logp.grad is not None
+    assert logp.grad.tolist() == pytest.approx(slopes)

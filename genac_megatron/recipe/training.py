@@ -1,0 +1,57 @@
+"""How a role is trained, and how a run's steps are profiled: blocks of the recipe. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+
+
+class OptimizerConfig(Block):
+    """AdamW under Megatron's distributed optimizer."""
+
+    lr: PositiveFloat = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
+
+
+class TrainingConfig(Block):
+    """How a role trains: precision, recomputation, micro-batches."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; master weights are fp32
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    fp8_param: bool = False  # weights are kept, and gathered over data-parallel ranks, in FP8
+    fp8_amax_history: Positive = 1024  # delayed: past steps whose largest value sets a scale
+    bf16_first_layers: Annotated[int, Field(ge=0)] = 0  # under fp8: layers at the beginning that stay in BF16
+    bf16_last_layers: Annotated[int, Field(ge=0)] = 0  # ... and at the end
+    tokens_per_microbatch: Positive = 8192
+    recompute: Literal["off", "selective", "full"] = "off"
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    fuse_weight_gradients: bool = True  # add them up inside the matrix product, where Transformer Engine can
+    cuda_graphs: bool = False  # replay each layer's kernels; every micro-batch is padded to one length
+    logprob_chunk: Positive = 1024  # tokens whose logits exist at once
+    frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
+    specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
+    moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
+    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks
+
+
+class ProfileConfig(Block):
+    """Which steps torch's profiler watches, of every stage; into the run folder's profile/."""
+
+    on: bool = False  # genac run --profile
+    first: Positive = 2  # counted in each stage, from where the run began or resumed; the first one warms up
+    steps: Positive = 1
+    ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    memory: bool = False  # allocations too, and on a GPU a snapshot of them
+    shapes: bool = False  # of operators' inputs
+    stacks: bool = False  # Python's, of every operator: slow
