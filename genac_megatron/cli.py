@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example stages.2.steps=5")
     run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its estimate")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    run.add_argument("--profile", action="store_true", help="trace a step of each stage (observe.profile)")
     parity = commands.add_parser("parity", help="compare a role's trainer and engine", epilog=EPILOG)
     parity.add_argument("role", help="actor or critic")
     parity.add_argument("recipe", help="a YAML file")
@@ -135,7 +136,8 @@ def _options_first(given: list[str]) -> list[str]:
 
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
-    recipe = load_recipe(options.recipe, options.overrides)
+    profile = ["observe.profile.on=true"] if options.profile else []
+    recipe = load_recipe(options.recipe, [*profile, *options.overrides])
     if options.dry_run:
         from genac_megatron.recipe.estimate import describe
         from genac_megatron.recipe.loader import dump_recipe

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from genac_megatron.observe.profile import mark
 from genac_megatron.observe.timer import PhaseTimer
 
 # what a line shows first, where a step has it; the rest of its room goes to what else there is
@@ -194,7 +195,8 @@ class Progress:
         self._phases.append((name, begin))
         self._ticks += 1
         try:
-            yield
+            with mark(name):
+                yield
         finally:
             self._ticks += 1
             self._phases.pop()

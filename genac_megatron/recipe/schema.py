@@ -13,6 +13,9 @@ from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import Algorithm, ValueConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
+from genac_megatron.recipe.training import OptimizerConfig as OptimizerConfig
+from genac_megatron.recipe.training import ProfileConfig as ProfileConfig
+from genac_megatron.recipe.training import TrainingConfig as TrainingConfig
 
 # --- roles ---------------------------------------------------------------------------------------
 
@@ -61,36 +64,6 @@ class LayoutConfig(Block):
     cp: Positive = 1
     ep: Positive = 1
     sequence_parallel: bool | None = None  # None: on where tp > 1
-
-
-class OptimizerConfig(Block):
-    """AdamW under Megatron's distributed optimizer."""
-
-    lr: PositiveFloat = 1e-6
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: PositiveFloat = 1e-8
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
-
-
-class TrainingConfig(Block):
-    """How a role trains: precision, recomputation, micro-batches."""
-
-    dtype: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; master weights are fp32
-    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
-    tokens_per_microbatch: Positive = 8192
-    recompute: Literal["off", "selective", "full"] = "off"
-    distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    logprob_chunk: Positive = 1024  # tokens whose logits exist at once
-    frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
-    specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
-    moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
-    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks
 
 
 class EngineConfig(Block):
@@ -467,6 +440,7 @@ class ObserveConfig(Block):
     wandb: WandbConfig = WandbConfig()
     shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable per evaluation
     parity_alarm: PositiveFloat = 0.5  # p99 |delta log-prob| above which a run warns
+    profile: ProfileConfig = ProfileConfig()
 
 
 class WorldConfig(Block):

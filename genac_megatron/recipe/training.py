@@ -37,7 +37,6 @@ class TrainingConfig(Block):
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     fuse_weight_gradients: bool = True  # add them up inside the matrix product, where Transformer Engine can
-    cuda_graphs: bool = False  # replay each layer's kernels; every micro-batch is padded to one length
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
     frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is

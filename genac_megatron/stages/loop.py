@@ -38,7 +38,9 @@ class Loop:
         """The steps left, counted from 1."""
         self._total = total
         self.run.progress.stage(self.stage.name, total, self.run.at.step)
-        yield from range(self.run.at.step + 1, total + 1)
+        for index, step in enumerate(range(self.run.at.step + 1, total + 1), 1):
+            with self.run.profiler.step(self.stage.name, step, index):
+                yield step
 
     def done(
         self, step: int, figures: dict[str, float], evaluate: Callable[[], dict[str, float]] | None

@@ -16,6 +16,7 @@ from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.mapping import GetTensor, load_hf_into, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
@@ -51,6 +52,7 @@ class Run:
     ) -> None:
         self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
         self.folder = RunFolder(Path(recipe.runs) / recipe.name)
+        self.profiler = Profiler(self.folder.path, recipe.observe.profile, world.rank)
         self.at = Progression()
         self.tokenizers = self.together(
             lambda: {n: load_tokenizer(_tokenizer_spec(n, r)) for n, r in recipe.roles.items()}

@@ -28,6 +28,7 @@ from genac_megatron import platform
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.routing import attach, check_experts
+from genac_megatron.observe.profile import mark
 from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
@@ -146,8 +147,10 @@ class Role:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            outputs, packs = self._run(samples, loss, temperature, with_entropy, forward_only=False)
-            ok, grad_norm, _ = self.optimizer.step()
+            with mark(f"{self.name} forward and backward"):
+                outputs, packs = self._run(samples, loss, temperature, with_entropy, forward_only=False)
+            with mark(f"{self.name} optimizer"):
+                ok, grad_norm, _ = self.optimizer.step()
             lr = self.optimizer.param_groups[0]["lr"]
             self.scheduler.step(increment=1)
             stats, logprobs = self._collect(outputs, packs, len(samples))
@@ -164,7 +167,8 @@ class Role:
         if self.active:
             for chunk in self.chunks:
                 chunk.eval()
-            outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
+            with mark(f"{self.name} forward"):
+                outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
             result = self._collect(outputs, packs, len(samples))
         return self._share(result)[1]
 
