@@ -39,6 +39,7 @@ def load_role(hf: str, checkpoint: str, layout: dict[str, int], dtype: str) -> A
             "model": {"hf": hf, "checkpoint": checkpoint},
             "layout": layout,
             "training": {"dtype": dtype, "tokens_per_microbatch": 256},
+            "engine": {"kind": "sglang", "dtype": "fp32"},
         }
     )
     place = Layout.from_config("actor", config.layout, dist.get_world_size())
@@ -55,24 +56,41 @@ def save_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], out: 
     Checkpoints(Path(out), keep=1, asynchronous=False).save("sft-00001", {"actor": role}, {})
 
 
-def scores_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], ids: list[int]) -> Any:
-    """fp32: log-probs of a text's tokens, and, without pipeline stages, the logits [T, vocab]."""
-    import torch.distributed as dist
-
+def scores_case(
+    rank: int, hf: str, checkpoint: str, layout: dict[str, int], texts: list[list[int]]
+) -> list[tuple[list[float], Any]]:
+    """fp32, per text: log-probs of its tokens and, on the last stage's ranks, logits [T, vocab]."""
     from genac_megatron.records import Sample
 
     role = load_role(hf, checkpoint, layout, "fp32")
-    sample = Sample(ids, 1)
-    sample.fields = {"weights": [1.0] * sample.trained}
-    logprobs = role.logprobs([sample])[0]
-    if not role.active or role.layout.pp > 1:
-        return logprobs, None
-    with torch.no_grad():
-        positions = torch.arange(len(ids))[None]
-        mine = role.models[0](torch.tensor([ids]), positions, None)[0]
-    parts = [torch.empty_like(mine) for _ in range(role.layout.tp)]
-    dist.all_gather(parts, mine.contiguous(), group=role.groups.tp)
-    return logprobs, torch.cat(parts, -1)[:, : role.shape.vocab]
+    found = []
+    for ids in texts:
+        sample = Sample(ids, 1)
+        sample.fields = {"weights": [1.0] * sample.trained}
+        found.append((role.logprobs([sample])[0], logits_of(role, ids) if role.active else None))
+    return found
+
+
+@torch.no_grad()
+def logits_of(role: Any, ids: list[int]) -> Any:
+    """Megatron's logits [T, vocab] on the last stage's ranks, None on others; without a schedule."""
+    import torch.distributed as dist
+
+    (model,), layout, groups = role.models, role.layout, role.groups
+    padded = ids + [0] * (-len(ids) % layout.tp)  # behind the text, where causal attention does not look
+    stage, ranks = groups.pp.rank(), dist.get_process_group_ranks(groups.pp)
+    if stage > 0:
+        shape = (len(padded) // layout.tp, 1, role.shape.hidden)  # sequence parallelism's share
+        hidden = torch.empty(shape)
+        dist.recv(hidden, ranks[stage - 1], group=groups.pp)
+        model.set_input_tensor(hidden)
+    out = model(torch.tensor([padded]), torch.arange(len(padded))[None], None)
+    if stage < layout.pp - 1:
+        dist.send(out.contiguous(), ranks[stage + 1], group=groups.pp)
+        return None
+    parts = [torch.empty_like(out[0]) for _ in range(layout.tp)]
+    dist.all_gather(parts, out[0].contiguous(), group=groups.tp)
+    return torch.cat(parts, -1)[: len(ids), : role.shape.vocab]
 
 
 def greedy_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], ids: list[int]) -> list[int]:
@@ -91,6 +109,27 @@ def greedy_case(rank: int, hf: str, checkpoint: str, layout: dict[str, int], ids
     Publisher(role, [engine]).publish(1)
     request = Request(tuple(ids), SamplingParams(NEW_TOKENS, temperature=0.0))
     return list(asyncio.run(engine.complete(request)).ids)
+
+
+def serve_case(
+    rank: int,
+    hf: str,
+    checkpoint: str,
+    layout: dict[str, int],
+    endpoints: list[Any],
+    folder: str,
+    version: int,
+) -> dict[str, float]:
+    """Publish from the layout to running servers."""
+    from genac_megatron.publication.factory import fleet_publisher
+
+    role = load_role(hf, checkpoint, layout, "fp32")
+    publisher = fleet_publisher(role, endpoints, Path(folder))
+    try:
+        figures: dict[str, float] = publisher.publish(version)
+        return figures
+    finally:
+        publisher.close()
 
 
 # --- transformers --------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,15 @@ import torch
 
 from genac_megatron.cli import main
 from genac_megatron.models.hf_folder import HfFolder
+from genac_megatron.models.registry import hf_config, shape_from_folder
+from genac_megatron.models.sizes import parameters
+from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.serving.sglang.client import ServerClient
+from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
+from genac_megatron.serving.sglang.server import Zygote, serving_python
 from tests.conversion.real_cases import (
     LAYOUTS,
+    NEW_TOKENS,
     TEXT,
     chat,
     greedy,
@@ -20,6 +30,7 @@ from tests.conversion.real_cases import (
     plain,
     save_case,
     scores_case,
+    serve_case,
     text_ids,
 )
 
@@ -77,20 +88,41 @@ def test_there_and_back_is_exact(
     assert perplexity(plain(back), ids) == perplexity(model, ids)
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
-def test_scores_are_those_of_transformers(
-    name: str, smollm2: Path, checkpoint: Path, model: Any, six: Any
-) -> None:
+@dataclass
+class Scored:
+    """What Megatron in a layout says of the text, and of the question with transformers' greedy answer."""
+
+    text: tuple[torch.Tensor, torch.Tensor]  # log-probs [T - 1], logits [T, vocab]
+    answer: tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def answer(smollm2: Path, model: Any) -> list[int]:
+    """transformers' greedy answer to the question."""
+    return greedy(model, chat(smollm2))
+
+
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def scored(
+    request: pytest.FixtureRequest, smollm2: Path, checkpoint: Path, answer: list[int], six: Any
+) -> Scored:
+    texts = [text_ids(smollm2), [*chat(smollm2), *answer]]
+    layout = LAYOUTS[request.param]
+    by_rank = six.run(scores_case, str(smollm2), str(checkpoint), layout, texts, timeout=LIMIT_S)
+    last = next(found for found in by_rank if found[0][1] is not None)
+    return Scored(*((torch.tensor(logprobs), logits) for logprobs, logits in last))
+
+
+def test_scores_are_those_of_transformers(scored: Scored, smollm2: Path, model: Any) -> None:
     ids = text_ids(smollm2)
     assert len(ids) > 90, TEXT
-    results = six.run(scores_case, str(smollm2), str(checkpoint), LAYOUTS[name], ids, timeout=LIMIT_S)
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     wanted = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
-    logprobs, ours = results[0]
-    assert relative(torch.tensor(logprobs), wanted) < TOLERANCE
-    if "pp" not in name:
-        assert relative(ours, logits) < TOLERANCE
+    logprobs, ours = scored.text
+    assert relative(logprobs, wanted) < TOLERANCE
+    assert relative(ours, logits) < TOLERANCE
+    assert float((-logprobs).mean().exp()) == pytest.approx(perplexity(model, ids), rel=TOLERANCE)
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -100,10 +132,62 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return difference
 
 
-@pytest.mark.parametrize("name", ["tp1", "tp3-pp2"])
+def test_megatrons_own_greedy_text_is_that_of_transformers(scored: Scored, answer: list[int]) -> None:
+    """After each beginning of that text its likeliest token is the text's next: so it writes it too."""
+    _, logits = scored.answer
+    assert len(answer) == NEW_TOKENS
+    assert logits[-NEW_TOKENS - 1 : -1].argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
 def test_greedy_text_after_publication_is_that_of_transformers(
-    name: str, smollm2: Path, checkpoint: Path, model: Any, six: Any
+    name: str, smollm2: Path, checkpoint: Path, answer: list[int], six: Any
 ) -> None:
     ids = chat(smollm2)
     results = six.run(greedy_case, str(smollm2), str(checkpoint), LAYOUTS[name], ids, timeout=LIMIT_S)
-    assert results[0] == greedy(model, ids)
+    assert results[0] == answer
+
+
+@pytest.fixture(scope="module")
+def endpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A real SGLang server of the model, on random weights. Needs $GENAC_SERVE_PYTHON."""
+    folder = tmp_path_factory.mktemp("served")
+    config = EngineConfig(kind="sglang", dtype="fp32", max_batch=8, max_batch_tokens=4096)
+    fleet = Fleet("actor", config, hf_config(shape_from_folder(smollm2)), folder / "model", folder, "cpu")
+    zygote = Zygote(serving_python(), folder / "zygote.log")
+    try:
+        fleet.start(zygote=zygote)
+        (made,) = fleet.ready()
+        yield made
+    finally:
+        fleet.close()
+        zygote.close()
+
+
+@pytest.mark.parametrize("name", ["tp1", "tp3", "pp2"])
+def test_a_real_server_says_what_transformers_does(
+    name: str,
+    smollm2: Path,
+    checkpoint: Path,
+    answer: list[int],
+    six: Any,
+    endpoint: Endpoint,
+    tmp_path: Path,
+) -> None:
+    version = 1 + list(LAYOUTS).index(name)
+    figures = six.run(
+        serve_case,
+        str(smollm2),
+        str(checkpoint),
+        LAYOUTS[name],
+        [endpoint],
+        str(tmp_path),
+        version,
+        timeout=LIMIT_S,
+    )[0]
+    assert figures["bytes"] == 4 * parameters(shape_from_folder(smollm2))
+    sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    client = ServerClient(endpoint.url, endpoint.key, name=endpoint.name)
+    (said,) = asyncio.run(client.generate(chat(smollm2), sampling, limit_s=LIMIT_S))
+    assert list(said.ids) == answer
+    assert said.spans == ((str(version), NEW_TOKENS),)
