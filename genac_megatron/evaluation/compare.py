@@ -16,17 +16,21 @@ from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.runinfo import read_jsonl, write_json_atomic, write_text_atomic
 
 SCORES, STATES = "scores.json", "states.jsonl"
-COLUMNS = (
-    ("mse", "MSE"),
-    ("explained_variance", "expl. var."),
+ROWS = (
+    ("mse", "MSE to Monte-Carlo values"),
+    ("mse_constant", "  of the best constant"),
+    ("explained_variance", "explained variance"),
     ("brier", "Brier"),
-    ("ece", "ECE"),
+    ("ece", "calibration error (ECE)"),
     ("spearman", "Spearman"),
-    ("ranking_between", "between"),
-    ("ranking_prompt", "in prompt"),
-    ("ranking_response", "in response"),
-    ("parse_rate", "parse"),
-    ("tokens_per_state", "tokens"),
+    ("ranking_between", "pairs in order: between prompts"),
+    ("ranking_prompt", "  within a prompt"),
+    ("ranking_response", "  within a response"),
+    ("ranking_between_clear", "clear pairs: between prompts"),
+    ("ranking_prompt_clear", "  within a prompt"),
+    ("ranking_response_clear", "  within a response"),
+    ("parse_rate", "scores that parse"),
+    ("tokens_per_state", "critic tokens per state"),
 )
 
 
@@ -38,14 +42,10 @@ def compare(folders: Sequence[Path], out: Path | None, draws: int = 500) -> str:
     reports = [_read_scores(folder) for folder in folders]
     names = _names(reports, folders)
     paired = _paired(folders, reports, draws)
-    head = ["critic", *(title for _, title in COLUMNS), *(["MSE less the first's"] if paired else [])]
-    rows = []
-    for index, (name, report) in enumerate(zip(names, reports, strict=True)):
-        cells = [with_interval(report["figures"][key]) for key, _ in COLUMNS]
-        if paired:
-            cells.append("" if index == 0 else with_interval(plain(paired[index - 1])))
-        rows.append([name, *cells])
-    text = table(head, rows)
+    rows = [[title, *(with_interval(report["figures"][key]) for report in reports)] for key, title in ROWS]
+    if paired:
+        rows.insert(1, ["  less the first's", "", *(with_interval(plain(one)) for one in paired)])
+    text = table(["", *names], rows)
     if not paired and len(reports) > 1:
         text += "\n\nNot one bank: the figures are not paired."
     if out is not None:

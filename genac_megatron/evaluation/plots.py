@@ -18,9 +18,9 @@ from genac_megatron.observe.report_canvas import DPI, LIGHT, WIDTH, style
 
 COMPARED = (
     ("mse", "MSE to Monte-Carlo values", None),
-    ("ranking_between_clear", "Pairs of different prompts in order", 0.5),
-    ("ranking_prompt_clear", "Pairs of one prompt's responses in order", 0.5),
-    ("ranking_response_clear", "Pairs of one response's states in order", 0.5),
+    ("ranking_between_clear", "Clear pairs of different prompts in order", 0.5),
+    ("ranking_prompt_clear", "Clear pairs of one prompt's responses in order", 0.5),
+    ("ranking_response_clear", "Clear pairs of one response's states in order", 0.5),
 )
 
 

@@ -226,6 +226,8 @@ def try_server(server: ServerOptions, options: TrialOptions) -> str:
     Raises InputError where the endpoint refuses, PeerLost where requests failed for good; what was
     answered is kept, and the same call goes on.
     """
+    if not server.model:
+        raise InputError(f"which model of {server.url}?", where="--url", way_out="name it by --model")
     endpoint = ChatEndpoint(
         server.url,
         server.model,
@@ -234,7 +236,7 @@ def try_server(server: ServerOptions, options: TrialOptions) -> str:
         concurrency=server.concurrency,
         attempts=server.attempts,
         who="server",
-        where="--url",
+        where="server",
     )
     limit = options.max_new_tokens or 4096
     temperature = 1.0 if options.temperature is None else options.temperature

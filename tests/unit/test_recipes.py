@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.published_models import MODELS
+from genac_megatron.cli import main
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.schema import RubricTask
+from genac_megatron.tasks.rubric import make_rubric_task
+from genac_megatron.tasks.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 PARTS = ("sft", "reinforce", "ppo")
 
 
 # Recipes of other folders name model folders, which are not here.
-RECIPES = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "quickstart").glob("*.yaml")])
+RECIPES = sorted(
+    [
+        *FOLDER.glob("*.yaml"),
+        *(FOLDER / "quickstart").glob("*.yaml"),
+        *(FOLDER / "evaluate").glob("*.yaml"),
+        FOLDER / "planning" / "cpu.yaml",
+    ]
+)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_a_recipe_loads_and_is_described(path: Path) -> None:
     recipe = load_recipe(path)
     assert "rank" in describe(recipe)
+
+
+@pytest.mark.parametrize("name", ["planning", "dialogue"])
+def test_a_recipe_beyond_maths_passes_its_dry_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the config of the model that they name; weights are not looked at."""
+    model = tmp_path / "models" / "Qwen3-4B"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(MODELS["Qwen3-4B"]))
+    monkeypatch.chdir(tmp_path)
+    [path] = (FOLDER / name).glob("qwen3-4b-*.yaml")
+    assert main(["run", str(path), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "4.02 B parameters" in shown
+    assert {"planning": "name: rush_hour", "dialogue": "kind: rubric"}[name] in shown
+
+
+def test_the_prompts_beside_the_dialogue_recipe_make_a_task() -> None:
+    config = RubricTask.model_validate(
+        {"kind": "rubric", "path": str(FOLDER / "dialogue" / "prompts.jsonl"), "heldout_size": 4,
+         "judge": {"url": "http://127.0.0.1:9/v1", "model": "none"}}
+    )  # fmt: skip
+    task = make_rubric_task(config, load_tokenizer("builtin:tiny"), 0)
+    assert (task.train_size, task.heldout_size) == (8, 4)
+    assert all(len(task.prompt("train", index).ids) > 10 for index in range(8))
+    task.close()
 
 
 def test_the_quickstart_in_parts_is_the_quickstart() -> None:
