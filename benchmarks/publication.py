@@ -158,14 +158,15 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     role = make_role(options)
     engine = EmbeddedEngine(hf_config(role.shape), EngineConfig(dtype="bf16"))
     bucket_bytes = options.bucket_mib << 20
-    yield measure("in process, embedded", Publisher(role, [engine], bucket_bytes), options.repeats)
+    if options.in_process:
+        yield measure("in process, embedded", Publisher(role, [engine], bucket_bytes), options.repeats)
     engine.close()
     del engine
     zygote = Zygote(serving_python(), folder / "zygote.log")
     try:
-        for tp in (1, 2):
+        for tp in options.tps:
             with server_of(role, zygote, folder, tp) as (endpoints, group):
-                for transport in ("tensor", "group", "disk"):
+                for transport in options.transports:
                     publisher = fleet_publisher(
                         with_transport(role, transport, options), endpoints, folder / "weights"
                     )
@@ -179,6 +180,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
     parser.add_argument("--bucket-mib", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--in-process", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--transports", nargs="*", default=["tensor", "group", "disk"])
+    parser.add_argument("--tps", nargs="*", type=int, default=[1, 2], help="ranks of each server")
     options = parser.parse_args()
     torch.set_num_threads(1)
     init_world()

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
 import socket
+import weakref
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,9 +77,14 @@ def by_handle(flat: Tensor, tensors: Sequence[tuple[str, Size]]) -> str:
 def shared_buffer(nbytes: int) -> Tensor:
     """uint8 [nbytes] in shared memory that another process of this user can map by name.
 
-    The file is removed with the last tensor on it, or, by torch's helper process, with this process.
+    The file is removed with the last tensor on it here, or at this process's end; a reader that has
+    it mapped keeps the memory. (Torch would remove it with the last one of all processes, and aborts one that
+    finds it gone. So torch counts one user more than there is.)
     """
     storage = torch.UntypedStorage._new_using_filename_cpu(max(nbytes, 1))
+    _, handle, _ = storage._share_filename_cpu_()
+    storage._shared_incref()
+    weakref.finalize(storage, Path(f"/dev/shm{os.fsdecode(handle)}").unlink, missing_ok=True)
     return torch.empty(0, dtype=torch.uint8).set_(storage)[:nbytes]  # type: ignore[call-overload,no-any-return,unused-ignore]
 
 

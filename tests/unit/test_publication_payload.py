@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from genac_megatron.publication.payload import (
     on_this_machine,
     shared_buffer,
 )
+from genac_megatron.serving.sglang.boot import MAPPED
 from genac_megatron.serving.sglang.loading import serialized
 
 TENSORS = [("a.weight", (2, 3)), ("b.bias", (4,))]
@@ -89,6 +93,65 @@ def test_another_process_reads_the_tensors(make: object, dtype: torch.dtype) -> 
     assert flat.tolist() == list(range(10))
 
 
+KEEPER = """
+import sys
+from genac_megatron.serving.sglang import boot
+boot.keep_mapped()
+import base64, io, pickle
+for line in sys.stdin:
+    flat = pickle.load(io.BytesIO(base64.b64decode(line)))["flattened_tensor"]
+    read = flat.view(-1)[0].item(), flat.data_ptr()
+    del flat
+    with open("/proc/self/maps") as maps:
+        print(*read, len({row.split()[5] for row in maps if "/dev/shm/torch_" in row}), flush=True)
+"""
+SENDER = """
+import sys
+from genac_megatron.publication.payload import by_handle, shared_buffer
+buffers = [shared_buffer(4096) for _ in range(int(sys.argv[1]))]
+for buffer in buffers:
+    print(by_handle(buffer, [("x", (4096,))]), flush=True)
+sys.stdin.read()
+"""
+
+
+def script(text: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", text, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_server_keeps_the_memory_mapped_that_it_is_sent_weights_in() -> None:
+    """As boot.py has it on a CPU: a file is mapped once, with what is in it now; of few files, then none."""
+
+    def sent(payload: str) -> list[int]:
+        print(payload, file=reader.stdin, flush=True)
+        assert reader.stdout is not None
+        return [int(word) for word in reader.stdout.readline().split()]
+
+    with script(KEEPER) as reader, script(SENDER, str(MAPPED + 3)) as sender:
+        flat = shared_buffer(4096)
+        seen = [sent(by_handle(flat.fill_(value), [("x", (4096,))])) for value in (1, 2, 3)]
+        assert [value for value, _, _ in seen] == [1, 2, 3]
+        assert len({address for _, address, _ in seen}) == 1
+        assert seen[-1][2] == 1
+        assert sender.stdout is not None
+        assert [sent(sender.stdout.readline().strip())[2] for _ in range(MAPPED + 3)][-1] == MAPPED
+        pattern = f"torch_{sender.pid}_*"
+        assert list(Path("/dev/shm").glob(pattern))
+        sender.communicate()
+        until = time.monotonic() + 20
+        while list(Path("/dev/shm").glob(pattern)) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert sent(by_handle(flat, [("x", (4096,))]))[::2] == [
+            3,
+            1,
+        ]  # a trainer has ended, the reader has not
+        assert not list(Path("/dev/shm").glob(pattern))
+        reader.communicate()
+        assert reader.returncode == 0
+
+
 def test_a_handle_is_small_and_names_only_what_servers_allow() -> None:
     big = shared_buffer(1 << 22)
     payload = by_handle(big.view(torch.float32), [("w", (1 << 20,))])
@@ -108,6 +171,18 @@ def test_values_name_only_what_servers_allow() -> None:
 def test_shared_buffers_have_the_size_asked_for() -> None:
     assert shared_buffer(5).shape == (5,)
     assert shared_buffer(0).shape == (0,)
+
+
+def test_the_file_of_a_shared_buffer_goes_with_its_last_tensor() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    view = shared_buffer(4096).view(torch.float32)[3:]
+    gc.collect()
+    made = set(Path("/dev/shm").iterdir()) - before
+    assert len([path for path in made if path.name.startswith(f"torch_{os.getpid()}_")]) == 1
+    by_handle(view, [("x", (1021,))])
+    del view
+    gc.collect()
+    assert not [path for path in made if path.exists() and path.name.startswith(f"torch_{os.getpid()}_")]
 
 
 def test_which_servers_share_this_machines_memory() -> None:

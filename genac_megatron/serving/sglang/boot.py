@@ -10,7 +10,8 @@ answer is a line with the server's process id, which is also its process group. 
 show comes in the variable GENAC_SERVER_KEY, as command lines are public.
 
 Without a GPU (`--device cpu`) PyPI's SGLang runs on its own torch-native layers, once `fill_gaps` has filled
-what it imports and a CPU machine lacks. Nothing of its behaviour is replaced. On a GPU nothing is filled.
+what it imports and a CPU machine lacks. Nothing of its behaviour is replaced; torch keeps mapped what weights
+are sent in (`keep_mapped`). On a GPU nothing is filled.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PARENT_POLL_S = 0.5
+MAPPED = 8  # two files of each of four pipeline stages
 SHARED = "/dev/shm/sgl"  # how SGLang's shared memory is called: sgl_shm_mq_..., sglang_loads_...
 IMPORTED_ONCE = (  # what a server's processes import, the table of all models included
     "entrypoints.http_server",
@@ -168,11 +170,37 @@ def fill_gaps() -> list[str]:
     return gaps
 
 
+def keep_mapped() -> None:
+    """Keep the memory mapped in which a trainer on this machine sends weights.
+
+    Torch maps a handle's file anew each time and lets it go with the tensor: faulting its pages in and out
+    costs half of what copying them does. A trainer sends every publication in the same few files, and removes
+    them itself (publication/payload.py). What it has removed is let go when the next handle comes.
+    """
+    from torch.multiprocessing import reductions
+
+    map_file = reductions.rebuild_storage_filename
+    kept: dict[bytes, Any] = {}
+
+    def map_once(cls: Any, manager: bytes, handle: bytes, size: int, dtype: Any = None) -> Any:
+        for old in [old for old in kept if not os.path.exists(f"/dev/shm{os.fsdecode(old)}")]:
+            del kept[old]
+        storage = map_file(cls, manager, handle, size, dtype)  # finds what is mapped by its handle
+        kept.pop(handle, None)
+        kept[handle] = storage
+        while len(kept) > MAPPED:
+            del kept[next(iter(kept))]
+        return storage
+
+    reductions.rebuild_storage_filename = map_once
+
+
 def prepare_cpu() -> None:
     """Fill the gaps and import SGLang once; servers that are forked from here need not."""
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     fill_gaps()
+    keep_mapped()
     for module in IMPORTED_ONCE:
         importlib.import_module(f"sglang.srt.{module}")
 
