@@ -45,7 +45,8 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import plan_of
 from genac_megatron.models.routing import install
 from genac_megatron.models.sizes import padded_vocab
-from genac_megatron.models.specs import Kind, block_spec, choose
+from genac_megatron.models.specs import Kind, block_spec, choose, fuse_weight_gradients
+from genac_megatron.platform.fp8 import refusal_here
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.logprobs import vocab_parallel_logprobs
@@ -156,7 +157,8 @@ def build_model(
     check(shape, layout, training, specs)
     config = transformer_config(shape, layout, training, specs)
     scoring = Scoring(chunk=training.logprob_chunk)
-    return [_chunk(shape, layout, groups, config, specs, scoring, index) for index in range(layout.vpp)]
+    fused = training.fuse_weight_gradients and not training.frozen
+    return [_chunk(shape, layout, groups, config, specs, scoring, i, fused) for i in range(layout.vpp)]
 
 
 def _chunk(
@@ -167,6 +169,7 @@ def _chunk(
     specs: Kind,
     scoring: Scoring,
     index: int,
+    fused: bool,
 ) -> RoleModel:
     pp_rank = groups.pp.rank()
     vp_stage = index if layout.vpp > 1 else None
@@ -191,6 +194,8 @@ def _chunk(
     )
     install(model)
     _mark_experts(model)
+    if specs == "te" and fused:
+        fuse_weight_gradients(model)
     model.to(platform.device())
     return model
 
@@ -226,6 +231,8 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
         raise InputError(
             f"fp8 {training.fp8} needs Transformer Engine", where="training.fp8", way_out="set it to off"
         )
+    if training.fp8 != "off" and (reason := refusal_here(training.fp8)):
+        raise InputError(reason, where="training.fp8", way_out="set another of fp8's recipes, or off")
 
 
 def _check_experts(shape: Shape, layout: Layout, where: str) -> None:
@@ -271,7 +278,8 @@ def transformer_config(
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "attention_softmax_in_fp32": True,
-        # Fusions need kernels that only GPUs have; accumulating weight gradients in a kernel needs apex.
+        # Fusions need kernels that only GPUs have. Megatron's word for weight gradients that are added up in
+        # a kernel would ask for apex's in the output layer: specs.fuse_weight_gradients has TE's do it.
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "apply_rope_fusion": fused,
@@ -326,6 +334,16 @@ def _precision(training: TrainingConfig) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if training.fp8 != "off":
         arguments["fp8"], arguments["fp8_recipe"] = FP8[training.fp8]
+        arguments |= {
+            "fp8_param": training.fp8_param,
+            "fp8_amax_history_len": training.fp8_amax_history,
+            "fp8_amax_compute_algo": "max",
+            # Megatron would reduce over groups of the whole world, where other roles' ranks do not take part.
+            "tp_only_amax_red": True,
+            "first_last_layers_bf16": training.bf16_first_layers + training.bf16_last_layers > 0,
+            "num_layers_at_start_in_bf16": training.bf16_first_layers,
+            "num_layers_at_end_in_bf16": training.bf16_last_layers,
+        }
     if training.recompute == "selective":
         arguments |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     elif training.recompute == "full":

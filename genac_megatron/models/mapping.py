@@ -24,6 +24,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import VALUE_HEAD, Rule, Shape
 from genac_megatron.models.registry import rules
 from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab
+from genac_megatron.platform.fp8 import remember
 
 GetTensor = Callable[[str], Tensor]
 
@@ -200,7 +201,9 @@ def load_hf_into(
         offset = layout.chunk_layers(shape.layers, pp_rank, index).start
         for item in param_rules(model, offset, shape):
             tensors = [_checked(get_tensor(name), name, shape) for name in item.hf_names]
-            item.parameter.copy_(shard(item.rule, tensors, shape, tp_rank, layout.tp))
+            value = shard(item.rule, tensors, shape, tp_rank, layout.tp)
+            item.parameter.copy_(value)
+            remember(item.parameter, value)
 
 
 def _checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:

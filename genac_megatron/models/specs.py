@@ -79,6 +79,18 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
     return dataclasses.replace(stock, submodules=submodules)
 
 
+def fuse_weight_gradients(model: nn.Module) -> int:
+    """Have Transformer Engine's layers add weight gradients into DDP's fp32 buffer inside the matrix product.
+
+    Returns how many layers do. Megatron's `gradient_accumulation_fusion` would say it to them too, but its
+    own output layer then refuses to be built without apex; that one is not used here (RoleModel.score).
+    """
+    layers = [m for m in model.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+    return len(layers)
+
+
 class TorchNorm(nn.Module):
     """RMSNorm over the last axis, computed by torch.
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from genac_megatron.platform.fp8 import RECIPES, available, refusal
+
 State = Literal["pass", "FAIL", "absent"]
 IMPORT_LIMIT_S = 120.0
 
@@ -67,6 +69,7 @@ class Facts:
     engine_error: str = ""  # why Transformer Engine cannot be imported
     cuda: str = ""  # the CUDA version that torch was built for
     gpus: tuple[str, ...] = ()
+    capability: tuple[int, int] = (0, 0)  # of the first GPU
     nccl: str = ""
     gloo: bool = False
     apex_is_nvidia: bool = False
@@ -107,7 +110,9 @@ def judge(facts: Facts) -> list[Finding]:
         *_megatron(facts),
         *_communication(facts),
         *_engine(facts),
+        _fp8(facts),
         _apex(facts),
+        _adam(facts),
         _sglang(facts),
     ]
 
@@ -192,8 +197,34 @@ def _apex(facts: Facts) -> Finding:
         note = "an unrelated package by that name, not NVIDIA's: pip uninstall apex"
         return Finding("apex", version, "FAIL", note)
     if not version:
-        return Finding("apex", "-", "absent", "costs: gradient accumulation fusion; not needed", needed=False)
+        note = "not needed, Transformer Engine has its parts; never install the one of the Python index"
+        return Finding("apex", "-", "absent", note, needed=False)
     return Finding("apex", version, "pass")
+
+
+def _has_engine(facts: Facts) -> bool:
+    return any(name in facts.versions for name in ENGINE) and not facts.engine_error
+
+
+def _fp8(facts: Facts) -> Finding:
+    """The recipes of training.fp8 that this machine has, and why not the others."""
+    if not _has_engine(facts) or not facts.gpus:
+        lacks = "a GPU" if _has_engine(facts) else "Transformer Engine"
+        return Finding(
+            "fp8", "-", "absent", f"needs {lacks}: recipes that ask for it are refused", needed=False
+        )
+    found = available(facts.capability, facts.cuda)
+    reasons = (refusal(recipe, facts.capability, facts.cuda) for recipe in RECIPES)
+    return Finding("fp8", ", ".join(found) or "-", "pass", "; ".join(filter(None, reasons)), needed=False)
+
+
+def _adam(facts: Facts) -> Finding:
+    """Which Adam megatron-core takes: it tries Transformer Engine, then apex, then torch."""
+    if _has_engine(facts):
+        return Finding("fused Adam", "transformer-engine", "pass")
+    if facts.apex_is_nvidia:
+        return Finding("fused Adam", "apex", "pass")
+    return Finding("fused Adam", "-", "absent", "torch's AdamW steps instead", needed=False)
 
 
 def _sglang(facts: Facts) -> Finding:
@@ -248,12 +279,19 @@ def _torch_facts() -> dict[str, object]:
     except (ImportError, OSError, ValueError) as error:
         return {"torch_error": str(error).strip().splitlines()[-1]}
     gpus: tuple[str, ...] = ()
-    nccl = ""
+    capability, nccl = (0, 0), ""
     if torch.cuda.is_available():
         gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        capability = torch.cuda.get_device_capability(0)
         if dist.is_nccl_available():
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return {"cuda": torch.version.cuda or "", "gpus": gpus, "nccl": nccl, "gloo": dist.is_gloo_available()}
+    return {
+        "cuda": torch.version.cuda or "",
+        "gpus": gpus,
+        "capability": capability,
+        "nccl": nccl,
+        "gloo": dist.is_gloo_available(),
+    }
 
 
 def _import_error(module: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.models.mapping import param_rules, unshard
+from genac_megatron.platform.fp8 import plain
 from genac_megatron.publication.plan import Bucket, Item
 from genac_megatron.training.layout import Coords, Layout
 from genac_megatron.training.role import Role
@@ -70,7 +71,7 @@ class Joiner:
 
     def _gathered(self, item: Item) -> list[Tensor]:
         """The shards of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""
-        mine = self._parameters[item.chunk, item.rule.name, item.layer].detach()
+        mine = plain(self._parameters[item.chunk, item.rule.name, item.layer]).detach()
         at = self.role.layout.coords(dist.get_rank())
         if self.role.layout.tp == 1 or item.rule.tp_axis is None or at.dp > 0 or at.cp > 0:
             return [mine]
@@ -83,6 +84,7 @@ class Joiner:
     def _expert(self, item: Item, bucket: Bucket) -> list[Tensor]:
         """An expert's parameter, on the source; it is sent there by the rank of its group that holds it."""
         mine = self._parameters.get((item.chunk, item.rule.name, item.layer))
+        mine = None if mine is None else plain(mine).detach()
         if not self._with_source(bucket):
             return []
         first = dist.get_rank() == source_of(bucket, self.role.layout)
@@ -92,5 +94,5 @@ class Joiner:
             dist.recv(held, group=self.role.groups.ep, group_src=(item.rule.expert or 0) // each)
             return [held]
         if not first and mine is not None:
-            dist.send(mine.detach().contiguous(), group=self.role.groups.ep, group_dst=0)
-        return [] if mine is None else [mine.detach()]
+            dist.send(mine.contiguous(), group=self.role.groups.ep, group_dst=0)
+        return [] if mine is None else [mine]

@@ -10,6 +10,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithms import Dapo, DrGrpo, Grpo, ReinforcePlusPlus, Rloo, WithScalarCritic
+from genac_megatron.recipe.precision import check_precision
 from genac_megatron.recipe.schema import (
     DatasetTask,
     EngineConfig,
@@ -110,19 +111,7 @@ def _check_layout(recipe: Recipe, name: str, layout: LayoutConfig, where: Where)
 
 
 def _check_training(name: str, role: RoleConfig, where: Where) -> None:
-    training, place = role.training, ("roles", name, "training")
-    if training.fp8 != "off" and training.specs == "torch":
-        raise InputError(
-            f"'{name}' asks for fp8 with torch's layers, which have none",
-            where=where((*place, "fp8")),
-            way_out="set specs: te, or fp8: off",
-        )
-    if training.fp8 != "off" and training.dtype == "fp32":
-        raise InputError(
-            f"'{name}' asks for fp8 in fp32 training",
-            where=where((*place, "fp8")),
-            way_out="set dtype: bf16, or fp8: off",
-        )
+    training = role.training
     if role.layout.cp > 1 and training.specs == "torch":
         raise InputError(
             f"'{name}' asks for cp {role.layout.cp} with torch's layers, which cannot",
@@ -134,6 +123,7 @@ def _check_training(name: str, role: RoleConfig, where: Where) -> None:
 def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     shape = read_shape(role.model, lambda key: where(("roles", name, "model", *([key] if key else []))))
     _check_split(name, shape, role.layout, where)
+    check_precision(name, role, shape, where)
     if role.engine.routing_replay and shape.experts is None:
         raise InputError(
             f"the engine of '{name}' is to have its experts replayed, and its model has none",

@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError, InputError, on_all_ranks
@@ -47,6 +48,7 @@ from genac_megatron.observe.manifest import (
     survey,
 )
 from genac_megatron.observe.runinfo import write_json_atomic
+from genac_megatron.platform.fp8 import remember
 from genac_megatron.platform.megatron import keep_write_errors, save_options
 from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.role import Role
@@ -63,6 +65,7 @@ OF_RECIPE = (
     "betas",
     "eps",
 )  # of a parameter group: a resumed run's recipe may change them
+EXTRA = "._extra_state"
 POLL_S = 0.05  # between looks at writers in the background
 
 T = TypeVar("T")
@@ -293,6 +296,8 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         for name, role in chosen.items()
         if role.active
     }
+    states = agree(lambda: _saved_states(path / WEIGHTS), partial(_unreadable, path))
+    unsaved = {name: _take_unsaved(role, states) for name, role in request.items()}
     try:
         loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
     except CheckpointException as error:  # torch raises it on every rank
@@ -303,8 +308,31 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         raise _unreadable(path, error) from error
     for name, role in chosen.items():
         if role.active:
-            whole = merge(common[name], loaded[name])
+            whole = merge(merge(common[name], loaded[name]), unsaved[name])
             _put(role, whole, optimizers, common[name]["steps"], head=name not in bodies)
+
+
+def _saved_states(weights: Path) -> set[str]:
+    """Which layers' extra states a checkpoint has: FP8's scales and histories, or nothing."""
+    return {key for key in FileSystemReader(weights).read_metadata().state_dict_metadata if EXTRA in key}
+
+
+def _take_unsaved(role: Sharded, saved: set[str]) -> Sharded:
+    """Take out of a request what no layer of the checkpoint's model kept; the same places, with None.
+
+    Transformer Engine's norms and attention have such a state where torch's have none.
+    """
+    unsaved: Sharded = {}
+    for part, tensors in role.items():
+        if not part.startswith("model"):
+            continue
+        missing = [
+            key
+            for key, item in tensors.items()
+            if isinstance(item, ShardedObject) and item.unique_key not in saved
+        ]
+        unsaved[part] = {key: None for key in missing if tensors.pop(key) is not None}
+    return unsaved
 
 
 def _read_small(path: Path, roles: Mapping[str, Role], optimizers: bool) -> tuple[dict[str, Any], Sharded]:
@@ -391,7 +419,11 @@ def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool
             role.scheduler.step(increment=steps)
         return
     for index, model in enumerate(role.models):
-        model.load_state_dict(state[f"model{index}"], strict=head)
+        tensors = state[f"model{index}"]
+        model.load_state_dict(tensors, strict=head)
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                remember(parameter, tensors[name])
     role.refresh_master()
 
 

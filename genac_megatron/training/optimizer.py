@@ -10,6 +10,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from genac_megatron.dtypes import DTYPES
+from genac_megatron.platform.fp8 import ready_for_master
 from genac_megatron.recipe.schema import OptimizerConfig, TrainingConfig
 
 PARAMETER_GROUP_EXCHANGES = 2  # get_megatron_optimizer asks for dense and for expert groups
@@ -28,6 +29,7 @@ def build_optimizer(
         for _ in range(PARAMETER_GROUP_EXCHANGES):
             dist.all_gather_object([None] * dist.get_world_size(), [])
         return None
+    ready_for_master(parameter for chunk in chunks for parameter in chunk.parameters())
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
 
 
@@ -44,6 +46,7 @@ def _megatron_config(optimizer: OptimizerConfig, training: TrainingConfig) -> Me
         bf16=training.dtype == "bf16",
         params_dtype=DTYPES[training.dtype],
         use_distributed_optimizer=training.distributed_optimizer,
+        fp8_recipe=None if training.fp8 == "off" else training.fp8,
     )
 
 

@@ -81,6 +81,7 @@ class Role:
             use_distributed_optimizer=training.distributed_optimizer,
             overlap_grad_reduce=training.overlap_grad_reduce,
             grad_reduce_in_fp32=True,
+            fp8_param_gather=training.fp8_param,
             check_for_nan_in_grad=False,  # the step looks at the gradient norm instead
         )
         wrapped = DistributedDataParallel(

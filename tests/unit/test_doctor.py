@@ -31,7 +31,9 @@ def test_faked_cpu_machine_passes_without_what_only_gpus_need():
     assert {f.part for f in judge(facts()) if f.state == "absent"} == {
         "CUDA",
         "transformer-engine",
+        "fp8",
         "apex",
+        "fused Adam",
         "sglang",
     }
 
@@ -82,6 +84,21 @@ def test_faked_cublas_trap(engine: str, cublas: str, error: str, expected: list[
 def test_faked_unrelated_apex_fails_and_nvidias_passes():
     assert failed(facts({"apex": "0.9.10.dev0"})) == ["apex"]
     assert failed(facts({"apex": "0.1"}, apex_is_nvidia=True)) == []
+
+
+def test_faked_gpus_are_told_their_fp8_recipes_and_their_adam():
+    engine = {"transformer-engine": "2.12.0"}
+    hopper = facts(engine, cuda="13.0", gpus=("H100",), nccl="2.28.9", capability=(9, 0))
+    assert found(hopper, "fp8").found == "delayed, tensorwise, blockwise"
+    assert "mxfp8 needs Blackwell" in found(hopper, "fp8").note
+    assert found(hopper, "fused Adam").found == "transformer-engine"
+    blackwell = facts(engine, cuda="13.0", gpus=("B200",), nccl="2.28.9", capability=(10, 0))
+    assert found(blackwell, "fp8").found == "delayed, tensorwise, blockwise, mxfp8"
+    broken = facts(engine, engine_error="undefined symbol", gpus=("H100",), nccl="2.28.9")
+    assert "Transformer Engine" in found(broken, "fp8").note
+    assert found(broken, "fused Adam").state == "absent"
+    assert found(facts({"apex": "0.1"}, apex_is_nvidia=True), "fused Adam").found == "apex"
+    assert "never install" in found(facts(), "apex").note
 
 
 def test_faked_gpu_machine_needs_nccl():

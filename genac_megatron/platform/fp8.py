@@ -1,0 +1,86 @@
+"""FP8: which GPUs have which recipe, and parameters that are kept in it. Not run on a GPU.
+
+Transformer Engine keeps a parameter in FP8 as a tensor class of its own (`training.fp8_param`). Its fp32
+master weight begins from the high-precision value that the parameter remembers, which Transformer Engine
+sets to Megatron's own random one: whoever sets the weights afterwards says so with `remember`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (9, 0), (10, 0), (12, 0)
+ADA = (8, 9)
+BLOCKWISE_CUDA = (12, 9)
+
+
+def refusal(recipe: str, capability: tuple[int, int], cuda: str) -> str:
+    """Why a GPU of this compute capability cannot train by an FP8 recipe; "" where it can.
+
+    cuda: the version that torch was built for, such as "13.0". After Transformer Engine 2.12's own checks
+    (pytorch/quantization.py), which come only in the first forward pass.
+    """
+    here = f"this GPU's compute capability is {capability[0]}.{capability[1]}"
+    if recipe == "mxfp8":
+        if capability < BLACKWELL:
+            return f"mxfp8 needs Blackwell's tensor cores (compute capability 10.x), {here}"
+        if capability >= CONSUMER_BLACKWELL:
+            return f"Transformer Engine has no mxfp8 on compute capability 12 and above, {here}"
+        return ""
+    if recipe == "blockwise":
+        if capability < HOPPER:
+            return f"blockwise needs Hopper or newer (compute capability 9.0), {here}"
+        version = tuple(int(part) for part in cuda.split(".")[:2] if part.isdigit())
+        if version < BLOCKWISE_CUDA:
+            return f"blockwise needs CUDA 12.9 or newer, torch was built for {cuda or 'none'}"
+        return ""
+    if capability < ADA:
+        return f"{recipe} needs compute capability 8.9 or newer, {here}"
+    return ""
+
+
+def refusal_here(recipe: str) -> str:
+    """`refusal` of this rank's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"{recipe} needs a GPU, and there is none"
+    return refusal(recipe, torch.cuda.get_device_capability(), torch.version.cuda or "")
+
+
+def available(capability: tuple[int, int], cuda: str) -> list[str]:
+    """The recipes that a GPU has."""
+    return [recipe for recipe in RECIPES if not refusal(recipe, capability, cuda)]
+
+
+def plain(parameter: Tensor) -> Tensor:
+    """A parameter's values in its high precision: dequantized where it is kept in FP8."""
+    from megatron.core import fp8_utils
+
+    if fp8_utils.is_float8tensor(parameter):
+        dequantized: Tensor = fp8_utils.dequantize_fp8_tensor(parameter)
+        return dequantized
+    return parameter
+
+
+def remember(parameter: Any, value: Tensor) -> None:
+    """Have the master weight of a parameter kept in FP8 begin at `value`, what it was set to."""
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = value.detach().to("cpu", copy=True)
+
+
+def ready_for_master(parameters: Iterable[Any]) -> None:
+    """Before an optimizer is made: parameters in FP8 that remember nothing remember what they hold.
+
+    Megatron forgets the values after it made its first optimizer, and would fail at a second one: a stage's
+    master weights then begin from the FP8 weights that the stage before left.
+    """
+    for parameter in parameters:
+        asked = getattr(parameter, "get_high_precision_init_val", None)
+        if asked is not None and asked() is None:
+            remember(parameter, plain(parameter))
