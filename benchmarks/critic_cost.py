@@ -8,7 +8,10 @@ count of cached tokens takes a chunk of the same prompt for cached). Goal: compu
 FLOPs table: a GenAC iteration over one of PPO with a scalar critic of the same size on the same rollouts,
 2 FLOPs per weight and token forward and 6 in training, attention left out. Judging is unique prompt tokens
 plus critic tokens, forward; the scalar critic reads every rollout once forward and trains on it.
-Run: python -m benchmarks.critic_cost (GENAC_SERVE_PYTHON: the serving environment's interpreter)
+
+Iteration table (with --study): a step of joint training over a step of PPO with a real scalar critic, on the
+same prompts and seeds, as a study measured them: tokens, FLOPs, seconds, and both critics' value MSE.
+Run: python -m benchmarks.critic_cost [--study experiments/joint] (GENAC_SERVE_PYTHON: the serving environment's interpreter)
 """
 
 from __future__ import annotations
@@ -203,19 +206,43 @@ def served(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         zygote.close()
 
 
+def iteration_table(folder: Path) -> list[dict[str, Any]]:
+    """Means over seeds of GenAC's and a scalar critic's runs in a study, and their ratios."""
+    records = json.loads((folder / "figures.json").read_text())["records"]
+
+    def mean(cell: str, key: str) -> float:
+        found = [r["figures"][key] for r in records if r["cell"] == cell and key in r["figures"]]
+        return sum(found) / len(found) if found else float("nan")
+
+    rows = []
+    for cell in ("ppo", "vc_ppo", "vapo", "sp3o"):
+        row: dict[str, Any] = {"GenAC over": cell}
+        for key in ("tokens", "flops", "seconds"):
+            row[key] = round(mean("genac", f"step/{key}") / mean(cell, f"step/{key}"), 2)
+        row["MSE, GenAC"] = round(mean("genac", "critic/mse"), 4)
+        row["MSE, scalar"] = round(mean(cell, "critic/mse"), 4)
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--responses", type=int, default=12)
     parser.add_argument("--per-prompt", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1200, help="of a response")
     parser.add_argument("--critic-tokens", type=int, default=8, help="written per state, for the cache table")
+    parser.add_argument("--study", type=Path, help="a study's folder with cells genac and ppo")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cache = served(options, Path(folder))
     print(table(cache), end="\n\n")
     flops = flops_table(options)
-    print(table(flops))
-    print(save("critic_cost", vars(options), [*cache, *flops]))
+    print(table(flops), end="\n\n")
+    measured = iteration_table(options.study) if options.study else []
+    if measured:
+        print(table(measured))
+    given = {**vars(options), "study": options.study and options.study.name}
+    print(save("critic_cost", given, [*cache, *flops, *measured]))
 
 
 if __name__ == "__main__":
