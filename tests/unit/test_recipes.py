@@ -11,7 +11,7 @@ from benchmarks.published_models import MODELS
 from genac_megatron.cli import main
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.schema import RubricTask
+from genac_megatron.recipe.schema import BenchmarkTask, RubricTask
 from genac_megatron.tasks.rubric import make_rubric_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -50,6 +50,17 @@ def test_a_recipe_beyond_maths_passes_its_dry_run(
     shown = capsys.readouterr().out
     assert "4.02 B parameters" in shown
     assert {"planning": "name: rush_hour", "dialogue": "kind: rubric"}[name] in shown
+
+
+def test_a_recipe_can_be_evaluated_on_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/evaluation.md has it: the override replaces the task whole."""
+    model = tmp_path / "models" / "Qwen3-4B"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(MODELS["Qwen3-4B"]))
+    monkeypatch.chdir(tmp_path)
+    path = FOLDER / "cluster" / "pipeline-qwen3-4b-1n8g-tp4.yaml"
+    recipe = load_recipe(path, ["task={kind: benchmark, name: aime24}"])
+    assert recipe.task == BenchmarkTask(kind="benchmark", name="aime24")
 
 
 def test_the_prompts_beside_the_dialogue_recipe_make_a_task() -> None:
