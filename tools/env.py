@@ -1,6 +1,7 @@
 """Build, once, the Python environment that a lock file describes, and print its interpreter's path.
 
-    python tools/env.py NAME        cpu: the default. cpu-next: megatron-core 0.19. serve: SGLang
+    python tools/env.py NAME        cpu: the default. cpu-next: megatron-core 0.19. serve: SGLang.
+                                    trl: TRL, for a benchmark alone
 
 Environments live in ${GENAC_CACHE:-~/.cache/genac}/envs/NAME-KEY, where KEY is hashed from the lock, the
 Python version and this build recipe: a second clone starts at once, a changed lock builds anew. The project
@@ -30,7 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOCKS = Path(__file__).resolve().parent.parent / "requirements"
-LOCK_OF = {"cpu": "cpu.lock", "cpu-next": "cpu-next.lock", "serve": "serve-cpu.lock"}
+LOCK_OF = {
+    "cpu": "cpu.lock",
+    "cpu-next": "cpu-next.lock",
+    "serve": "serve-cpu.lock",
+    "trl": "trl.lock",
+}
 PYTHON = (3, 11)
 RECIPE = "1"  # raise it when what _build does to an environment changes
 MARKER = "complete.json"  # written last: without it an environment is half-built
