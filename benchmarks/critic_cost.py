@@ -11,7 +11,8 @@ plus critic tokens, forward; the scalar critic reads every rollout once forward 
 
 Iteration table (with --study): a step of joint training over a step of PPO with a real scalar critic, on the
 same prompts and seeds, as a study measured them: tokens, FLOPs, seconds, and both critics' value MSE.
-Run: python -m benchmarks.critic_cost [--study experiments/joint] (GENAC_SERVE_PYTHON: the serving environment's interpreter)
+Run: python -m benchmarks.critic_cost [--study experiments/joint]
+(GENAC_SERVE_PYTHON: the serving environment's interpreter)
 """
 
 from __future__ import annotations
