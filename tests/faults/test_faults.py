@@ -125,6 +125,17 @@ def test_the_clock_jumps(reference: Path, tmp_path: Path, clock: Path) -> None:
     assert max(times) - min(times) > 2 * 86400, "the ranks saw the jump"
 
 
+def test_a_loss_that_is_not_finite(reference: Path, tmp_path: Path) -> None:
+    """NaN out of the actor's model on the rank whose figures are told: it ends, none is saved."""
+    ended = harmed(tmp_path, reference, fault("train", "nan", 0, 3))
+    assert ended.code == 1, ended.text[-3000:]
+    assert "stage ppo: actor/loss is nan at step 3" in ended.text
+    assert "lower the learning rate; --resume goes on from the last checkpoint, which is intact" in ended.text
+    assert ended.text.count("genac: error") == 1, ended.text[-3000:]
+    assert names(tmp_path) == ["ppo-00002"]
+    resumed(tmp_path, reference)
+
+
 def test_weights_that_diverge(reference: Path, tmp_path: Path) -> None:
     """A learning rate of 1e30: the critic's figures stay finite for a step or two, its log-probs do not.
 

@@ -3,7 +3,7 @@
 FAULT_CALL=module:qualified.name  the place: a function's call ...
 FAULT_STEP=ppo:3                  ... in this stage and step (counted from 1), the first such call
 FAULT_RANK=1                      ... on this rank
-FAULT_DO=kill|stop|usr1|kill-launcher|nap|fill|read-only|jump
+FAULT_DO=kill|stop|usr1|kill-launcher|nap|nan|fill|read-only|jump
 FAULT_NOTE=path                   a line that it was done, written before
 FAULT_PATH=path                   fill, read-only: the file system; jump: the file that clock.c reads
 """
@@ -86,7 +86,10 @@ def _wrapped(function):
         if _due() and not os.path.exists(note):
             with open(note, "w") as file:
                 file.write(os.environ["FAULT_CALL"])
-            DEEDS[os.environ["FAULT_DO"]]()
+            if os.environ["FAULT_DO"] == "nan":
+                arguments[-1].data.fill_(float("nan"))  # what the model gave
+            else:
+                DEEDS[os.environ["FAULT_DO"]]()
         return function(*arguments, **options)
 
     return call
