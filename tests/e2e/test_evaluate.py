@@ -16,6 +16,7 @@ import yaml
 from genac_megatron.evaluation.bank import read_bank
 from tests.e2e.test_run import RECIPE, command, environment, genac
 
+pytestmark = pytest.mark.timeout(900)  # the first test trains; every test starts several commands
 PROMPTS = ("--prompts", "8", "--continuations", "8", "--chunk", "1", "--limit", "64")
 
 
