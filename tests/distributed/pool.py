@@ -13,6 +13,7 @@ in time is named with the line it stands at; either way the ranks are then repla
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
@@ -136,7 +137,15 @@ class Pool:
         for worker in self._workers:
             worker.kill()
             worker.join()
+            _end_group(worker.pid)
         self._workers, self._pipes = [], []
+
+
+def _end_group(pid: int | None) -> None:
+    """What a rank has started and left behind: the writers of a checkpoint whose rank was killed."""
+    with contextlib.suppress(ProcessLookupError):
+        if pid is not None:
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _fork_server() -> Any:
@@ -156,6 +165,7 @@ def _fork_server() -> Any:
 
 def _work(rank: int, ranks: int, port: int, pipe: Connection, trace: str) -> None:
     """A rank's life: join the world, then run what the pipe brings until it closes."""
+    os.setpgid(0, 0)  # so that what it starts can be ended with it, also once it is gone itself
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

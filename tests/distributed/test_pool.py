@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,3 +62,25 @@ def test_a_failure_names_its_rank_and_place_and_the_pool_recovers(pool: Any, cas
         pool.run(case, 2, timeout=2)
     assert "test_a_failure_names_its_rank" in str(failure.value)
     assert pool.run(total, 1)[0][1] == 6.0
+
+
+def leave_on(rank: int, which: int, note: str) -> None:
+    if rank == which:
+        left = subprocess.Popen(["sleep", "300"])
+        Path(note).write_text(str(left.pid))
+        os._exit(7)
+    dist.barrier()
+
+
+def test_what_a_lost_rank_has_started_ends_with_the_pool(pool: Any, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with pytest.raises(RankFailed, match="died"):
+        pool.run(leave_on, 1, str(note), timeout=10)
+    until = time.monotonic() + 10
+    while _runs(int(note.read_text())) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _runs(int(note.read_text()))
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
