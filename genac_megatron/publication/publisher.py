@@ -140,7 +140,7 @@ class Publisher:
 
 
 class RoleSink:
-    """Loads published tensors into another role of the same shape (a scalar head apart): a start from a copy."""
+    """Loads published tensors into another role of the same shape, a scalar head apart."""
 
     def __init__(self, role: Role) -> None:
         self.role = role
