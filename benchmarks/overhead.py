@@ -1,4 +1,4 @@
-"""Our training step against a bare Megatron-core loop (benchmarks/bare.py) on a CPU. Goal: at most 1.03 times.
+"""Our training step against a bare Megatron-core loop (benchmarks/bare.py) on a CPU. Goal: <= 1.03 times.
 
 Same shapes, sequences, layer specs and optimizer; the steps of the loops take turns in one process, and the
 median of each counts, in wall seconds and in processor seconds (which other programs disturb less). Losses of

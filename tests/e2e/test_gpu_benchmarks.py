@@ -1,0 +1,51 @@
+"""The GPU benchmarks' own code on a CPU, with tiny shapes: one command each, a table, goals, a JSON record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_run import ROOT, environment
+
+COLUMNS = {
+    "training": {"tokens/s", "TFLOP/s", "MFU_%", "times bare", "peak_GiB"},
+    "logprobs": {"ms", "beyond_gradients_MiB", "times dense"},
+    "publication": {"GB/s", "of a copy"},
+    "joint_step": {"phase", "s", "share_%"},
+    "memory": {"peak_GiB", "estimate_GiB", "outside_GiB"},
+}
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.gpu.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_tiny_run_gives_a_table_goals_and_a_record(name: str, tmp_path: Path) -> None:
+    done = run(name, "--tiny", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert COLUMNS[name] <= set(record["rows"][0])
+    assert record["gpu"]
+    assert {"torch", "megatron-core"} <= set(record["versions"])
+    assert all(goal in done.stdout for goal in record["goals"])
+    if name == "training":
+        losses = [row["loss"] for row in record["rows"]]
+        assert max(losses) - min(losses) <= 1e-3  # the loops train alike: fp32 sums in another order
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_without_a_gpu_it_says_so_and_the_way_out(name: str) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, and it would be used")
+    done = run(name)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
+    assert "--tiny" in done.stdout

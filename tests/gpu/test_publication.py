@@ -1,0 +1,57 @@
+"""Weights by CUDA IPC: into a reading process, and into an SGLang server on the same GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.publication import SERVER_ARGS, reader
+from genac_megatron.models.registry import hf_config
+from genac_megatron.publication.factory import fleet_publisher
+from genac_megatron.publication.payload import by_handle
+from genac_megatron.publication.tensor import DeviceTensors
+from genac_megatron.serving.sglang.fleet import Endpoint
+from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, Server, ServerSpec, free_ports
+from tests.gpu.gpu_cases import make_role
+
+START_S = 280.0
+
+
+def test_another_process_reads_what_a_device_bucket_holds() -> None:
+    flat = torch.arange(4096, device="cuda", dtype=torch.float32)
+    with reader() as read:
+        for value in (1.0, 2.0):  # the second time the handle is to memory that was opened before
+            flat.mul_(value)
+            torch.cuda.synchronize()
+            raw = flat.view(torch.uint8)
+            wanted = int(raw[:: raw.numel() // 64].to(torch.int64).sum())
+            assert read(by_handle(flat, [("a", (4096,))]))[1] == wanted
+
+
+@pytest.mark.timeout(600)
+def test_a_server_on_this_gpu_holds_what_was_published(tmp_path: Path) -> None:
+    """The first publication is verified tensor by tensor, by the engine's own checksums."""
+    if PYTHON_VARIABLE not in os.environ:
+        pytest.skip(f"{PYTHON_VARIABLE} is not set: tools/gpu_setup.sh prints it")
+    role = make_role("qwen2", dtype="bf16", specs="auto")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(role.shape)))
+    spec = ServerSpec("actor/0", tmp_path, free_ports(1)[0], device="cuda", mem_fraction=0.1,
+                      max_running=4, max_tokens=2048, args=SERVER_ARGS)  # fmt: skip
+    server = Server(spec, tmp_path / "server.log")
+    server.start()
+    try:
+        server.wait_healthy(START_S)
+        endpoint = Endpoint(spec.name, spec.url, spec.key, 1, "cuda")
+        publisher = fleet_publisher(role, [endpoint], tmp_path / "weights", {spec.name: [0]})
+        assert isinstance(publisher.transport, DeviceTensors)
+        try:
+            for version in (1, 2):
+                publisher.publish(version)  # raises where a tensor is another
+        finally:
+            publisher.close()
+    finally:
+        server.stop()
