@@ -26,6 +26,9 @@ in = py="$$($(PYTHON) tools/env.py $(1))" && "$$py"
 genac = $(call in,cpu) -m genac_megatron
 # Where servers are wanted: their environment, built first, and known to what follows.
 serve = serve="$$($(PYTHON) tools/env.py serve)" && export GENAC_SERVE_PYTHON="$$serve" &&
+# Pins for GPUs are for Python 3.12, and made by tools/gpu_setup.sh, not by tools/env.py.
+GENAC_GPU_PYTHON ?= $(shell $(PYTHON) tools/env.py cpu 2>/dev/null)
+gpu = "$(GENAC_GPU_PYTHON)"
 serving = $(if $(filter sglang,$(ENGINE)),$(serve))
 
 .PHONY: help
@@ -84,6 +87,15 @@ soak: python ## Quickstart steps under random kills for MINUTES=60
 .PHONY: test-megatron-next
 test-megatron-next: python ## The distributed tests on megatron-core 0.19 (an environment of its own)
 	@$(call in,cpu-next) -m pytest tests/distributed $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: ## What needs a GPU, by the interpreter GENAC_GPU_PYTHON (tools/gpu_setup.sh prints it)
+	@$(gpu) -m pytest tests/gpu $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: ## Every benchmark of benchmarks/gpu, into benchmarks/results/gpu/ (ARGS=--tiny: a try on a CPU)
+	@for name in training logprobs publication joint_step memory; do \
+		echo "== $$name"; $(gpu) -W ignore -m benchmarks.gpu.$$name $(ARGS) || exit 1; done
 
 .PHONY: lint
 lint: python ## Lint, format check and types

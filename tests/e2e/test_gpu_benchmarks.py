@@ -1,4 +1,4 @@
-"""The GPU benchmarks' own code on a CPU, with tiny shapes: one command each, a table, goals, a JSON record."""
+"""The GPU benchmarks' own code on a CPU, with tiny shapes: a command each, a table, goals, a JSON record."""
 
 from __future__ import annotations
 

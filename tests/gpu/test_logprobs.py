@@ -12,8 +12,8 @@ from genac_megatron import platform
 from genac_megatron.training.logprobs import vocab_parallel_logprobs
 
 TOKENS, HIDDEN, VOCAB = 1024, 256, 151_936
-# fp32 on tensor cores off (torch's default): sums of 256 products. BF16: 8 bits of each logit of about 1.
-TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
+# Measured on a CPU at a vocabulary of 4,096: 3e-6 in fp32, 4e-3 in BF16; a GPU sums in another order.
+TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 1.5e-2}
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 The bands were set before anything ran on a GPU. On a CPU, torch's layers in BF16 differ from fp32 by 2.3e-4
 of the loss, 8.4e-4 of the gradient norm, and 0.008 in a log-prob, on the mean; other kernels get a few times
-that. FP8 (E4M3) keeps 4 bits of a number where BF16 keeps 8: its bands are some 15 times as wide. Whoever runs
+that. FP8 (E4M3) keeps 4 bits of a number where BF16 keeps 8: its bands are some 15 times as wide. Who runs
 this first writes what was measured beside them.
 """
 
