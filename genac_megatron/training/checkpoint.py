@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -166,6 +166,7 @@ class Checkpoints:
             shards, rest = extract_matching_values(
                 role_state(role, optimizer=name in trained), lambda v: isinstance(v, ShardedBase)
             )
+            force_all_tensors_to_non_fp8(shards)  # a checkpoint is the same whatever weights are kept in
             if shards:
                 sharded[name] = shards
             rest["steps"] = role.scheduler.num_steps if role.scheduler is not None else 0

@@ -178,6 +178,63 @@ def test_a_layer_that_can_fuse_weight_gradients_is_asked_to_by_a_stand_in() -> N
     assert not hasattr(other, "fuse_wgrad_accumulation")
 
 
+class Halved:
+    """A stand-in's two functions of Megatron: it keeps half of each value, as FP8 keeps another form."""
+
+    @staticmethod
+    def holds(tensor: Any) -> bool:
+        return getattr(tensor, "halved", False)
+
+    @staticmethod
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor.detach() * 2
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A role with one parameter in the stand-in's form, and what it stands for."""
+    from megatron.core import fp8_utils
+
+    monkeypatch.setattr(fp8_utils, "is_float8tensor", Halved.holds)
+    monkeypatch.setattr(fp8_utils, "dequantize_fp8_tensor", Halved.whole)
+    init_world()
+    role = make_role("actor", role_config(layout={"count": 1}), 1)
+    parameter: Any = dict(role.models[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"]
+    parameter.halved = True
+    return role, Halved.whole(parameter)
+
+
+def test_what_a_stand_in_keeps_in_fp8_is_published_in_full(halved: Any) -> None:
+    from tests.distributed.cases import published
+
+    role, value = halved
+    torch.testing.assert_close(published(role)["model.layers.0.mlp.down_proj.weight"], value)
+
+
+def test_what_a_stand_in_keeps_in_fp8_is_saved_in_full(halved: Any, tmp_path: Path) -> None:
+    """So a checkpoint becomes a Hugging Face folder by the same tool, whatever its weights were kept in."""
+    from genac_megatron.conversion.stored import StoredWeights
+    from genac_megatron.conversion.units import units
+    from genac_megatron.training.checkpoint import Checkpoints
+
+    role, value = halved
+    shards = role.models[0].sharded_state_dict
+    key = "decoder.layers.0.mlp.linear_fc2.weight"
+
+    def marked(**options: Any) -> Any:  # Megatron's copies of a parameter are of its class; a mark is lost
+        state = shards(**options)
+        state[key].data.halved = True
+        return state
+
+    role.models[0].sharded_state_dict = marked
+    Checkpoints(tmp_path, 1, False).save("sft-1", {"actor": role}, {})
+    stored = StoredWeights(tmp_path / "sft-1" / "weights", "actor", role.shape)
+    (unit,) = [
+        u for u in units(role.shape) if u.rule.stored.endswith("mlp.linear_fc2.weight") and u.at[0] == 0
+    ]
+    torch.testing.assert_close(stored.get(unit), value.view(unit.size))
+
+
 # --- the layers' own states in checkpoints ------------------------------------------------------------
 
 
