@@ -81,7 +81,8 @@ def write_view(folder: Path, recipe: str, steps: list[int]) -> None:
     for step in steps:
         path = folder / f"ppo-{step:05d}"
         path.mkdir(parents=True)
-        manifest = {"format": FORMAT, "serial": step, "state": {**state, "position": ["ppo", step]}}
+        manifest = {"format": FORMAT, "serial": step, "roles": {}, "trained": []}
+        manifest["state"] = {**state, "position": ["ppo", step]}
         (path / "manifest.json").write_text(json.dumps(manifest))
 
 
