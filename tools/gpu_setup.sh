@@ -2,8 +2,10 @@
 # Make the two interpreters of a GPU machine, the trainer's and SGLang's, and print how to use them.
 #
 #   tools/gpu_setup.sh DEST                              from the package index, by requirements/
-#   tools/gpu_setup.sh DEST --te FILE [--sgl FILE]       from bundles: tar files of site-packages, for machines
-#                                                        without an index that have a fitting torch
+#   tools/gpu_setup.sh DEST --te FILE [--sgl FILE] [--wheels FOLDER]
+#                                                        from bundles: tar files of site-packages, for machines
+#                                                        without an index that have a fitting torch; the wheels
+#                                                        of requirements/gpu-extra.lock for what is not in them
 #
 # PYTHON names the base interpreter (default python3.12; bundles need one that has torch with CUDA). From the
 # index the trainer's set is requirements/cuda-older.lock (torch 2.11, Transformer Engine 2.12, which runs with
@@ -19,13 +21,14 @@ fail() { say "$1"; say "  way out: $2"; exit 2; }
 
 [ $# -ge 1 ] || fail "no folder named" "tools/gpu_setup.sh DEST [--te FILE] [--sgl FILE]"
 dest=$1; shift
-te=; sgl=
+te=; sgl=; wheels=
 while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || fail "$1 needs a file" "tools/gpu_setup.sh DEST --te FILE --sgl FILE"
     case $1 in
         --te) te=$2 ;;
         --sgl) sgl=$2 ;;
-        *) fail "unknown argument $1" "tools/gpu_setup.sh DEST [--te FILE] [--sgl FILE]" ;;
+        --wheels) wheels=$2 ;;
+        *) fail "unknown argument $1" "tools/gpu_setup.sh DEST [--te FILE] [--sgl FILE] [--wheels FOLDER]" ;;
     esac
     [ -r "$2" ] || fail "there is no file $2" "name a bundle, or leave $1 out"
     shift 2
@@ -60,6 +63,24 @@ if [ -n "$te" ]; then
         site=$("$dest/train/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         printf '%s\n' "$dest/serve/lib/sgl" > "$site/shared.pth"
     fi
+    if [ -n "$wheels" ]; then
+        say "installing wheels"
+        site=$("$dest/train/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        "$base" -m pip install --quiet --no-index --no-deps --find-links "$wheels" --target "$site" \
+            -r "${EXTRA_LOCK:-$root/requirements/gpu-extra.lock}" ||
+            fail "$wheels lacks a wheel of requirements/gpu-extra.lock" "see the lock's head"
+    fi
+    "$dest/train/venv/bin/python" - >&2 <<'CHECK'
+from importlib.util import find_spec
+
+NEEDED = (
+    "torch numpy yaml rich psutil jinja2 transformers tokenizers safetensors einops tqdm packaging httpx pytest hypothesis"
+)
+missing = [name for name in NEEDED.split() if find_spec(name) is None]
+if missing:
+    print(f"gpu_setup: not here: {', '.join(missing)}")
+    print("gpu_setup:   way out: --wheels (the head of requirements/gpu-extra.lock says how), torch by PYTHON=...")
+CHECK
 else
     lock=${TRAINER_LOCK:-$root/requirements/cuda-older.lock}
     [ -r "$lock" ] || fail "there is no lock $lock" "TRAINER_LOCK=requirements/cuda.lock, or leave it out"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_bundles_become_two_interpreters(tmp_path: Path) -> None:
     assert ran(server, "import server_made_up, both_made_up as b; print(b.name)") == "sgl"
     assert "ModuleNotFoundError" in ran(server, "import engine_made_up")
     assert ran(trainer, "import server_made_up as s; print(s.name)") == "sgl"  # transformers comes from there
+    assert "not here: torch" in done.stderr or ran(sys.executable, "import torch") == ""
+
+
+def wheel(folder: Path) -> Path:
+    """A wheel of one module."""
+    folder.mkdir()
+    path = folder / "made_up_part-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("made_up_part.py", "name = 'wheel'")
+        info = "made_up_part-1.0.dist-info"
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: made-up-part\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return folder
+
+
+def test_wheels_fill_what_bundles_lack(tmp_path: Path) -> None:
+    te, wheels = bundle(tmp_path, "te", {"engine_made_up": ""}), wheel(tmp_path / "wheels")
+    lock = tmp_path / "extra.lock"
+    lock.write_text("made-up-part==1.0\n")
+    done = setup(tmp_path / "gpu", "--te", te, "--wheels", wheels, EXTRA_LOCK=str(lock))
+    assert done.returncode == 0, done.stderr
+    trainer = done.stdout.strip().removeprefix("export GENAC_GPU_PYTHON=")
+    assert ran(trainer, "import made_up_part as p; print(p.name)") == "wheel"
+    lock.write_text("another-made-up-part==1.0\n")
+    done = setup(tmp_path / "other", "--te", te, "--wheels", wheels, EXTRA_LOCK=str(lock))
+    assert done.returncode == 2
+    assert "lacks a wheel" in done.stderr
 
 
 @pytest.mark.parametrize(
