@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
@@ -55,7 +55,10 @@ class Generator:
         shared = None
         if self.judge is not None:
             shared = asyncio.ensure_future(self.judge.judge_prompt(prompt, samples.start))
-        parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in samples))
+        try:
+            parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in samples))
+        finally:
+            await _end(shared)
         for rollout, judgements in parts:
             group.rollouts.append(rollout)
             group.judgements.append(judgements)
@@ -73,8 +76,11 @@ class Generator:
             await self.verify(rollout)
             return rollout, []
         judging = asyncio.ensure_future(self.judge.judge_response(rollout, shared))
-        await self.verify(rollout)
-        return rollout, await judging
+        try:
+            await self.verify(rollout)
+            return rollout, await judging
+        finally:
+            await _end(judging)
 
     async def verify(self, rollout: Rollout) -> None:
         """Set the rollout's outcome, by the recipe's rule for cut-off responses."""
@@ -82,6 +88,13 @@ class Generator:
             rollout.outcome = 0.0
         else:
             rollout.outcome = await self.task.verify_beside(rollout.prompt, rollout.text)
+
+
+async def _end(task: asyncio.Future[Any] | None) -> None:
+    """Let go of a task: one that nobody waits for any more would tell of its failure on its own."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def repeats(prompts: Sequence[Prompt]) -> list[int]:
@@ -118,7 +131,10 @@ async def groups_of(
 
 async def _judged(judge: Judge, group: Group) -> Group:
     shared = asyncio.ensure_future(judge.judge_prompt(group.prompt, group.rollouts[0].sample))
-    judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
+    try:
+        judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
+    finally:
+        await _end(shared)
     return Group(group.prompt, group.rollouts, list(judgements))
 
 

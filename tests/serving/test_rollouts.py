@@ -7,6 +7,7 @@ a `chain`: a model whose weights make the next token depend on the current one a
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import random
 import zlib
@@ -493,3 +494,16 @@ def test_a_cut_off_continuation_earns_the_same(rule: str, wanted: float) -> None
     length = len(rollout.completion.ids)
     made = generator(engine, truncated_outcome=rule, max_new_tokens=length + 3)
     assert continue_states(made, [State(rollout, 1, length - 1, length)], 2) == [[wanted, wanted]]
+
+
+def test_a_failure_is_raised_once_and_no_task_tells_of_it_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A critic's prompt that does not fit fails every state, and the prompt state that a group shares."""
+    critic = judge(random_engine(2))
+    critic.positions = 1
+    with pytest.raises(InputError, match="does not fit"):
+        generate(generator(random_engine(1), critic), prompts(2), 3)
+    fine = generate(generator(random_engine(1)), prompts(2), 3)
+    with pytest.raises(InputError, match="does not fit"):
+        judge_groups(critic, fine)
+    gc.collect()  # a task that was never asked tells of its exception when it goes
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
