@@ -3,7 +3,7 @@
 `genac run` on a recipe made here; figures are those of its metrics.jsonl: the median second of each phase
 over the steps after the first, tokens, publication. Both servers are colocated (CUDA IPC publication), each
 with a share of the memory. Pairs: SmolLM2-135M-Instruct (tools/fetch_smollm2.py) on one-digit sums, and two
-random models of about 1.5 billion parameters. On a CPU (--tiny) the engines are embedded ones.
+random models of 1.2 billion parameters. On a CPU (--tiny) the engines are embedded ones.
 Needs the serving environment (GENAC_SERVE_PYTHON). Run: python -m benchmarks.gpu.joint_step
 """
 
@@ -26,18 +26,19 @@ from benchmarks.gpu.publication import SERVER_ARGS
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS = ("smollm2", "1.5B random")
+PAIRS = ("smollm2", "1.2B random")
 LIMIT_S = 3600.0
 RANDOM = {
     "family": "qwen2",
     "tokenizer": "builtin:tiny",
-    "shape": {"layers": 28, "hidden": 1536, "ffn": 8960, "heads": 12, "kv_heads": 2, "rope_theta": 1e6,
+    # Two roles' weights, gradients and optimizers take 42 GiB; of an 80 GiB GPU 24 are the servers'.
+    "shape": {"layers": 20, "hidden": 1536, "ffn": 8960, "heads": 12, "kv_heads": 2, "rope_theta": 1e6,
               "vocab": 151_936},
 }  # fmt: skip
 TINY = {
     "family": "qwen3",
     "tokenizer": "builtin:tiny",
-    "shape": {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2, "init_std": 0.1},
+    "shape": {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2, "init_std": 0.1, "vocab": 512},
 }
 
 
