@@ -16,6 +16,7 @@ def add_command(commands: Any) -> None:
     study = commands.add_parser("study", help="run a study (recipes/studies), or go on with it")
     study.add_argument("file", help="a study's YAML file")
     study.add_argument("--seeds", help="for example 1,2,3; else those of the file")
+    study.add_argument("--cells", help="for example genac,ppo; else all")
     study.add_argument("--out", default="experiments", help="where its table, plots and figures go")
     study.add_argument("--work", default="runs/studies", help="where its runs go")
     study.add_argument("--dry-run", action="store_true", help="list what is left to do")
@@ -33,7 +34,7 @@ def run_command(options: argparse.Namespace) -> int:
     seeds = _seeds(options.seeds) if options.seeds else study.seeds
     study = study.model_copy(update={"seeds": seeds})
     places = Places(study, file, Path(options.out) / study.name, Path(options.work))
-    tasks = tasks_of(places, seeds)
+    tasks = tasks_of(places, seeds, options.cells.split(",") if options.cells else None)
     if options.dry_run:
         for task in tasks:
             console.print(f"{'done' if task.done.exists() else 'left'}  {task.key}")

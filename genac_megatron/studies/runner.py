@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from genac_megatron.errors import EXIT_REQUEUE, GenacError, StopRequested
+from genac_megatron.errors import EXIT_REQUEUE, GenacError, InputError, StopRequested
 from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
 
 TAIL = 15  # lines of a failed run that are shown
@@ -47,13 +47,23 @@ class Places:
         return self.file.parent / str(spec.recipe)
 
 
-def tasks_of(places: Places, seeds: Sequence[int]) -> list[Task]:
-    """Everything a study does, in an order in which each finds what it starts from."""
+def tasks_of(places: Places, seeds: Sequence[int], only: Sequence[str] | None = None) -> list[Task]:
+    """Everything a study does, in an order in which each finds what it starts from.
+
+    only: these cells, and every base run. Raises InputError where there is no such cell.
+    """
     study, made = places.study, list[Task]()
+    cells = cells_of(study, str(places.file))
+    if unknown := sorted(set(only or ()) - {cell.name for cell in cells}):
+        raise InputError(
+            f"the study has no cell {', '.join(unknown)}",
+            where=str(places.file),
+            way_out=f"its cells are: {', '.join(cell.name for cell in cells)}",
+        )
     for seed in seeds:
         made += [_run(places, name, spec, seed) for name, spec in bases_of(study)]
         made += [_build(places, name, seed) for name in study.banks]
-        for cell in cells_of(study, str(places.file)):
+        for cell in cells if only is None else [cell for cell in cells if cell.name in only]:
             made.append(_run(places, cell.name, cell.spec, seed))
             made += [_score(places, bank, cell.name, cell.spec, seed) for bank in study.banks]
     return made

@@ -63,6 +63,14 @@ def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
                 assert keys.index(f"{name}, seed {seed}") < keys.index(task.key)
 
 
+def test_some_cells_alone(tmp_path: Path) -> None:
+    places = Places(Study.model_validate(STUDY), tmp_path / "study.yaml", tmp_path, tmp_path)
+    keys = [task.key for task in tasks_of(places, [1], ["s-generative"])]
+    assert keys == ["actor, seed 1", "body-s, seed 1", "body-m, seed 1", "s-generative, seed 1"]
+    with pytest.raises(InputError, match="genac"):
+        tasks_of(places, [1], ["genac"])
+
+
 def test_a_start_that_is_no_base_is_named(tmp_path: Path) -> None:
     study = Study.model_validate(
         {"name": "x", "cells": {"a": {"recipe": "a.yaml", "start": {"actor": "nobody"}}}}
