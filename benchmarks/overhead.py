@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             print(f"{row['shape']}: {row['cpu times bare']} times a bare loop (goal {GOAL}: {met})")
     if not options.tiny:
         settings = vars(options) | {"shapes": SHAPES, "goal": GOAL, "load": round(os.getloadavg()[0], 1)}
-        print("written", save("overhead", settings, rows).name)
+        suffix = f"-{options.shape.replace(' ', '-')}" if options.shape else ""
+        print("written", save(f"overhead{suffix}", settings, rows).name)
     return rows
 
 
