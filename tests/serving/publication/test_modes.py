@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from genac_megatron.serving.sglang.client import Generated
 from genac_megatron.serving.sglang.fleet import Endpoint
@@ -22,17 +24,27 @@ from tests.serving.publication.fleet_cases import (
 
 LONG = 700  # tokens: seconds of generation
 OLD, NEWER = 41, 42  # seeds, and versions
+READY = ".ready"  # beside the folder of the weights
 TP2 = {"count": 2, "tp": 2}
 
 
 class Live:
-    """A long request to each server, running in the background."""
+    """A long request to each server in the background, from when the ranks are ready to publish.
 
-    def __init__(self, endpoints: list[Endpoint]) -> None:
+    Not before: on a quiet machine it would be over by then.
+    """
+
+    def __init__(self, endpoints: list[Endpoint], ready: Path) -> None:
         self.answers: list[Generated] = []
-        self._endpoints = endpoints
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._generate()), daemon=True)
+        self._endpoints, self._ready = endpoints, ready
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        until = time.monotonic() + 60.0
+        while not self._ready.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        asyncio.run(self._generate())
 
     async def _generate(self) -> None:
         sampling = {"temperature": 0.0, "max_new_tokens": LONG, "ignore_eos": True}
@@ -49,9 +61,10 @@ def into_live_case(
     rank: int, config: Any, endpoints: list[Endpoint], folder: str, seed: int, version: int
 ) -> dict[str, float]:
     """Published once every server runs a request."""
-    import time
-
     publisher = make_publisher(config, endpoints, folder, seed)
+    dist.barrier()
+    if rank == 0:
+        Path(folder + READY).touch()
     until = time.monotonic() + 60.0
     clients = [client_of(endpoint) for endpoint in endpoints]
     while rank == 0 and not all(client.running(limit_s=10.0) for client in clients):
@@ -69,7 +82,7 @@ def publish_into_live(
 ) -> tuple[Any, list[Generated], dict[str, float]]:
     config = config_of(TP2, publication=publication)
     pool.run(publish_case, config, endpoints, str(folder), OLD, OLD)
-    live = Live(endpoints)
+    live = Live(endpoints, Path(f"{folder}{READY}"))
     figures = pool.run(into_live_case, config, endpoints, str(folder), NEWER, NEWER)[0]
     return config, live.wait(), figures
 
