@@ -133,9 +133,7 @@ def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
             _tile("Judgements that parse", _text(s["critic/parse_rate"], per_cent=True), "last evaluation")
         )
     if not math.isnan(p99 := number(s["parity/logp_p99"])):
-        alarm = number(
-            ((run.recipe.get("observe") or {}).get("parity_alarm")) or ObserveConfig().parity_alarm
-        )
+        alarm = _parity_alarm(run.recipe)
         note = f"worst p99 of |Δ log-prob|; alarm at {alarm:g}"
         tiles.append(_tile("Trainer against engine", f"{p99:.2g}", note, p99 <= alarm))
     served = [f"{r} v{s[f'publish/{r}_version']}" for r in ROLES if s[f"publish/{r}_version"] is not None]
@@ -152,6 +150,18 @@ def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
     if broken := int(s["metrics/nonfinite"]):
         tiles.append(_tile("Not finite", str(broken), "figures logged as null", False))
     return f"<div class=tiles>{''.join(tiles)}</div>" if tiles else ""
+
+
+def _parity_alarm(recipe: Mapping[str, Any]) -> float:
+    """The highest that a resolved recipe has for its roles, as the figure is the worst of them."""
+    observe = recipe.get("observe") or {}
+    fp8 = any(
+        (role.get("training") or {}).get("fp8", "off") != "off"
+        or (role.get("engine") or {}).get("quantization", "off") != "off"
+        for role in (recipe.get("roles") or {}).values()
+    )
+    key = "parity_alarm_fp8" if fp8 else "parity_alarm"
+    return number(observe.get(key) or getattr(ObserveConfig(), key))
 
 
 def _plot(plot: Plot) -> str:

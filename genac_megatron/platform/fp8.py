@@ -53,6 +53,31 @@ def refusal_here(recipe: str) -> str:
     return refusal(recipe, torch.cuda.get_device_capability(), torch.version.cuda or "")
 
 
+def serving_refusal(capability: tuple[int, int] | None) -> str:
+    """Why SGLang cannot serve weights in blocks of FP8 here; "" where it can. None: on a CPU.
+
+    After SGLang 0.5.23's `Fp8LinearMethod` (quantization/fp8.py): on a CPU it asserts AMX, which it looks for
+    in a CPU build of sgl-kernel; on GPUs before 8.9 it repacks weights for Marlin: new ones do not fit.
+    """
+    if capability is None:
+        return "SGLang's FP8 needs a GPU (on a CPU: AMX, and a build of sgl-kernel for it, which PyPI lacks)"
+    if capability < ADA:
+        here = f"this GPU's compute capability is {capability[0]}.{capability[1]}"
+        return f"weights in FP8 cannot be replaced in a running SGLang before compute capability 8.9, {here}"
+    return ""
+
+
+def fp8_arguments(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """More of SGLang's command line for weights in FP8.
+
+    On Blackwell DeepGEMM packs the scales after loading (`requant_block_scale_ue8m0_for_deepgemm`), so that
+    the next publication's would not fit; Triton's kernels take them as they come. Not run on a GPU.
+    """
+    if capability is None or capability < BLACKWELL:
+        return ()
+    return ("--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton")
+
+
 def available(capability: tuple[int, int], cuda: str) -> list[str]:
     """The recipes that a GPU has."""
     return [recipe for recipe in RECIPES if not refusal(recipe, capability, cuda)]

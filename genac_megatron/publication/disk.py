@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genac_megatron.errors import GenacError
+from genac_megatron.models.blockwise import quantization_config
 from genac_megatron.models.registry import hf_config
 from genac_megatron.models.sizes import Size
 from genac_megatron.publication.fleet import FleetTransport
@@ -26,7 +27,7 @@ from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.agreement import agree, gathered
 from genac_megatron.training.role import Role
 
-SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16"}
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 ALIGNMENT = 8  # of the data in a safetensors file
 
 
@@ -53,7 +54,8 @@ class Disk(FleetTransport):
         assert parcel.flat is not None
         name = f"model-{parcel.index + 1:05d}-of-{parcel.count:05d}.safetensors"
         try:
-            write_safetensors(self.folder / name, parcel.flat, parcel.bucket.tensors)
+            bucket = parcel.bucket
+            write_safetensors(self.folder / name, parcel.flat, bucket.tensors, bucket.dtypes(self.wire))
         except OSError as error:
             raise GenacError(
                 f"{self.folder / name}: {error.strerror}",
@@ -72,7 +74,10 @@ class Disk(FleetTransport):
     def _load(self, files: dict[str, str]) -> None:
         index = {"metadata": {}, "weight_map": files}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        (self.folder / "config.json").write_text(json.dumps(hf_config(self.role.shape)))
+        config = hf_config(self.role.shape)
+        if self.role.config.engine.quantization == "fp8":
+            config["quantization_config"] = quantization_config()
+        (self.folder / "config.json").write_text(json.dumps(config))
         folder = str(self.folder.absolute())
         self.steps.phase(
             "send", lambda server: server.update_from_disk(folder, flush=False, limit_s=self.config.send_s)
@@ -84,14 +89,22 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def write_safetensors(path: Path, flat: Tensor, tensors: Sequence[tuple[str, Size]]) -> None:
-    """A flat bucket as a safetensors file, without copying it: a header, then the bytes as they are."""
+def write_safetensors(
+    path: Path,
+    flat: Tensor,
+    tensors: Sequence[tuple[str, Size]],
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> None:
+    """A flat bucket as a safetensors file, without copying it: a header, then the bytes as they are.
+
+    flat: elements of one type, or the bytes of tensors of several `dtypes`.
+    """
     header: dict[str, object] = {}
     at = 0
-    for name, size in tensors:
-        end = at + torch.Size(size).numel() * flat.element_size()
+    for (name, size), dtype in zip(tensors, dtypes or [flat.dtype] * len(tensors), strict=True):
+        end = at + torch.Size(size).numel() * dtype.itemsize
         header[name] = {
-            "dtype": SAFETENSORS_DTYPE[flat.dtype],
+            "dtype": SAFETENSORS_DTYPE[dtype],
             "shape": list(size),
             "data_offsets": [at, end],
         }

@@ -41,7 +41,8 @@ def fleet_publisher(
     config = role.config.publication
     bucket_bytes = None if config.bucket_mib is None else config.bucket_mib << 20
     transport = _transport(role, endpoints, folder, gpus, run_name)
-    return Publisher(role, bucket_bytes=bucket_bytes, transport=transport, dtype=wire_dtype(role))
+    fp8 = role.config.engine.quantization == "fp8"
+    return Publisher(role, bucket_bytes=bucket_bytes, transport=transport, dtype=wire_dtype(role), fp8=fp8)
 
 
 def _transport(

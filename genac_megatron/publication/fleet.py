@@ -13,7 +13,7 @@ from genac_megatron.errors import PeerLost
 from genac_megatron.publication.checksum import RankSums, Sums
 from genac_megatron.publication.control import CallsFailed, Control
 from genac_megatron.publication.sequence import WAY_OUT, Steps, place
-from genac_megatron.publication.transport import Parcel, Transport
+from genac_megatron.publication.transport import Parcel, Transport, elements
 from genac_megatron.recipe.schema import PublicationConfig
 from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.agreement import agree, gathered
@@ -127,8 +127,9 @@ class FleetTransport(Transport):
         return self.config.verify == "tensors" and new
 
     def _add_sums(self, parcel: Parcel) -> None:
+        """What SGLang hashes of a weight in FP8 is the product with its scales, in bf16."""
         assert parcel.flat is not None
-        flat = parcel.flat.to(self.dtype)
+        flat = elements(parcel.bucket, parcel.flat, self.wire).to(self.dtype)
         for device, tp in {(s.endpoint.device, s.endpoint.tp) for s in self.servers}:
             if (device, tp) not in self._sums:
                 made = [RankSums(self.role.shape, tp, rank, device) for rank in range(tp)]

@@ -67,7 +67,7 @@ class Group(FleetTransport):
         assert joined is not None
         assert flat is not None
         names, shapes = zip(*parcel.bucket.tensors, strict=True)
-        dtypes = [str(flat.dtype).removeprefix("torch.")] * len(names)
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in parcel.bucket.dtypes(self.wire)]
         limit = self.config.send_s + GOODBYE_S  # the broadcast gives up first
         with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as thread:
             # They are told at the same time: they answer once they have received and loaded it.

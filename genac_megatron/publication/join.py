@@ -13,9 +13,12 @@ from torch import Tensor
 
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
+from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.mapping import param_rules, unshard
 from genac_megatron.platform.fp8 import plain
 from genac_megatron.publication.plan import Bucket, Item
+from genac_megatron.publication.quantize import quantize
+from genac_megatron.publication.transport import view_of
 from genac_megatron.training.layout import Coords, Layout
 from genac_megatron.training.role import Role
 
@@ -51,23 +54,27 @@ class Joiner:
         return dist.get_rank() - source_of(bucket, self.role.layout) in range(self.role.layout.ep)
 
     @torch.no_grad()
-    def join(self, bucket: Bucket, flat: Tensor | None) -> None:
+    def join(self, bucket: Bucket, flat: Tensor | None, dtype: torch.dtype | None = None) -> None:
         """Write the bucket's tensors into `flat`, one after the other, in the plan's order.
 
-        flat: [bucket.numel] in the dtype that travels, on the source; None on the stage's other ranks.
-        Collective over the ranks that take part.
+        flat: [bucket.numel] in the dtype that travels, on the source; None on the stage's other ranks. Of an
+        FP8 bucket: uint8 [bucket.nbytes], what is not in FP8 being in `dtype`. Collective over the ranks that
+        take part.
         """
-        at = 0
+        bytes_ = None if flat is None else flat.view(torch.uint8)
+        places = bucket.places(dtype or (self._dtype if flat is None else flat.dtype))
         for item in bucket.items:
             expert = item.rule.expert is not None and self.role.layout.ep > 1
             shards = self._expert(item, bucket) if expert else self._gathered(item)
-            if flat is None:
+            if bytes_ is None:
                 continue
             whole = unshard(item.rule, shards, self.role.shape, item.layer)
             for name, _ in item.hf:
-                tensor = whole.pop(name)
-                flat[at : at + tensor.numel()].view(tensor.shape).copy_(tensor)
-                at += tensor.numel()
+                tensor, mine = whole.pop(name), view_of(bytes_, places[name])
+                if bucket.fp8 and item.in_blocks:
+                    quantize(tensor, mine, view_of(bytes_, places[scale_name(name)]))
+                else:
+                    mine.copy_(tensor)
 
     def _gathered(self, item: Item) -> list[Tensor]:
         """The shards of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""

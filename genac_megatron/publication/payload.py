@@ -64,13 +64,17 @@ def by_value(
     return base64.b64encode(pickle.dumps(content)).decode()
 
 
-def by_handle(flat: Tensor, tensors: Sequence[tuple[str, Size]]) -> str:
+def by_handle(
+    flat: Tensor, tensors: Sequence[tuple[str, Size]], dtypes: Sequence[torch.dtype] | None = None
+) -> str:
     """A handle to the bucket's memory, in base64, for one reader.
 
-    `flat` must stay as it is until that reader has answered. Host memory must be `shared_buffer`'s.
+    flat, dtypes: as for `by_value`. `flat` must stay as it is until that reader has answered. Host memory
+    must be `shared_buffer`'s.
     """
     buffer = io.BytesIO()
-    _HandlePickler(buffer).dump({"flattened_tensor": _bytes(flat), "metadata": metadata(tensors, flat.dtype)})
+    content = {"flattened_tensor": _bytes(flat), "metadata": metadata(tensors, dtypes or flat.dtype)}
+    _HandlePickler(buffer).dump(content)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

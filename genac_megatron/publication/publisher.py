@@ -32,7 +32,8 @@ from genac_megatron.training.role import Role
 class Publisher:
     """A role's weights to sinks of every rank, or by another transport. `publish` is collective.
 
-    bucket_bytes: as for `make_plan`. dtype: of the tensors that travel; None: the role's own.
+    bucket_bytes: as for `make_plan`. dtype: of the tensors that travel; None: the role's own. fp8: weights
+    travel in blocks of FP8, as engines with `quantization: fp8` hold them.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Publisher:
         *,
         transport: Transport | None = None,
         dtype: torch.dtype | None = None,
+        fp8: bool = False,
     ) -> None:
         self.role = role
         self.dtype = dtype or DTYPES[role.config.training.dtype]
-        self.plan = make_plan(role.shape, role.layout, self.dtype.itemsize, bucket_bytes)
+        self.plan = make_plan(role.shape, role.layout, self.dtype.itemsize, bucket_bytes, fp8=fp8)
         self.transport = transport or InProcess(sinks, self.dtype)
         self.overlap = True  # False: a bucket is joined once the one before has arrived, for measurements
         self._joiner = Joiner(role)
@@ -96,7 +98,7 @@ class Publisher:
         sizes: dict[int, int] = {}
         for index, bucket in enumerate(self.plan):
             if source_of(bucket, self.role.layout) == dist.get_rank():
-                sizes[index % 2] = max(sizes.get(index % 2, 0), bucket.numel * self.dtype.itemsize)
+                sizes[index % 2] = max(sizes.get(index % 2, 0), bucket.nbytes(self.dtype.itemsize))
         for slot, nbytes in sizes.items():
             self.transport.staging(slot, nbytes)
 
@@ -106,12 +108,12 @@ class Publisher:
         source = source_of(bucket, self.role.layout)
         flat: Tensor | None = None
         if dist.get_rank() == source:
-            nbytes = bucket.numel * self.dtype.itemsize
-            flat = self.transport.staging(index % 2, nbytes).view(self.dtype)
+            flat = self.transport.staging(index % 2, bucket.nbytes(self.dtype.itemsize))
+            flat = flat if bucket.fp8 else flat.view(self.dtype)
         if self._joiner.takes_part(bucket):
             figure = "gather_s" if flat is not None else "gather_others_s"
             with self.transport.timed(figure):
-                self._joiner.join(bucket, flat)
+                self._joiner.join(bucket, flat, self.dtype)
         return Parcel(version, index, len(self.plan), bucket, source, flat)
 
     @torch.no_grad()
@@ -135,7 +137,7 @@ class Publisher:
             if key not in {"gather_others_s", "receive_s"}
         }
         figures["buckets"] = float(len(self.plan))
-        figures["bytes"] = float(sum(bucket.numel for bucket in self.plan) * self.dtype.itemsize)
+        figures["bytes"] = float(sum(bucket.nbytes(self.dtype.itemsize) for bucket in self.plan))
         return figures
 
 

@@ -31,13 +31,14 @@ class HostTensors(FleetTransport):
     def deliver(self, parcel: Parcel) -> None:
         flat, tensors = parcel.flat, parcel.bucket.tensors
         assert flat is not None
+        dtypes = parcel.bucket.dtypes(self.wire)
 
         def deliver(server: Control) -> None:
             ranks = range(server.endpoint.tp)
             if on_this_machine(server.endpoint.url):
-                payloads = [by_handle(flat, tensors) for _ in ranks]
+                payloads = [by_handle(flat, tensors, dtypes) for _ in ranks]
             else:
-                payloads = [by_value(flat, tensors)] * len(ranks)
+                payloads = [by_value(flat, tensors, dtypes)] * len(ranks)
             server.update_from_tensor(payloads, load_format=FLAT_BUCKET, limit_s=self.config.send_s)
 
         at_once(self.servers, deliver)
@@ -83,15 +84,16 @@ class DeviceTensors(FleetTransport):
         """The bucket on every rank's device; the handles of all ranks."""
         flat = parcel.flat
         if flat is None:
-            nbytes = parcel.bucket.numel * self.wire.itemsize
-            flat = self.staging(parcel.index % 2, nbytes).view(self.wire)
+            flat = self.staging(parcel.index % 2, parcel.bucket.nbytes(self.wire.itemsize))
+        flat = flat.view(torch.uint8)
+        tensors, dtypes = parcel.bucket.tensors, parcel.bucket.dtypes(self.wire)
         if dist.get_world_size() == 1:
             torch.cuda.synchronize(flat.device)
-            return [by_handle(flat, parcel.bucket.tensors)]
+            return [by_handle(flat, tensors, dtypes)]
         dist.broadcast(flat, src=parcel.source, group=side_group())
         torch.cuda.synchronize(flat.device)  # the reader has no stream of ours to wait on
         handles: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(handles, by_handle(flat, parcel.bucket.tensors), group=side_group())
+        dist.all_gather_object(handles, by_handle(flat, tensors, dtypes), group=side_group())
         return handles
 
     def send(self, parcel: Parcel) -> None:

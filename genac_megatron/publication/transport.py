@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genac_megatron import platform
-from genac_megatron.publication.plan import Bucket
+from genac_megatron.models.blockwise import scale_name
+from genac_megatron.publication.plan import Bucket, Place
+from genac_megatron.publication.quantize import dequantize
 
 Named = tuple[str, Tensor]
 _side: tuple[object, object] | None = None  # the world it was made for, and the group
@@ -33,7 +35,10 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Parcel:
-    """One bucket on its way. `flat` [bucket.numel] holds its tensors on the source, else is None."""
+    """One bucket on its way. `flat` [bucket.numel] holds its tensors on the source, else is None.
+
+    Of an FP8 bucket it is uint8 [bucket.nbytes].
+    """
 
     version: int
     index: int  # of `count` buckets
@@ -116,26 +121,44 @@ class InProcess(Transport):
         flat = parcel.flat
         if dist.get_world_size() > 1:
             if flat is None:
-                nbytes = parcel.bucket.numel * self.dtype.itemsize
-                flat = self.staging(parcel.index % 2, nbytes).view(self.dtype)
+                nbytes = parcel.bucket.nbytes(self.dtype.itemsize)
+                flat = self.staging(parcel.index % 2, nbytes)
+            flat = flat.view(torch.uint8)  # gloo broadcasts these alone of what a bucket in FP8 may be
             dist.broadcast(flat, src=parcel.source, group=side_group())
         assert flat is not None
         final = parcel.index == parcel.count - 1
-        tensors = list(named(parcel.bucket, flat))
         for sink in self.sinks:
-            sink.load_weights(parcel.version, tensors, final=final)
+            sink.load_weights(parcel.version, named(parcel.bucket, flat, self.dtype), final=final)
 
     def close(self, version: int) -> None:
         self.release()
 
 
-def named(bucket: Bucket, flat: Tensor) -> Iterator[Named]:
-    """The bucket's tensors as views of its flat buffer."""
-    at = 0
-    for name, size in bucket.tensors:
-        count = torch.Size(size).numel()
-        yield name, flat[at : at + count].view(size)
-        at += count
+def named(bucket: Bucket, flat: Tensor, dtype: torch.dtype) -> Iterator[Named]:
+    """The bucket's Hugging Face tensors: views of its flat buffer, or made of what is there in FP8.
+
+    dtype: of the tensors that are not in FP8, and of those that are made.
+    """
+    places, bytes_ = bucket.places(dtype), flat.view(torch.uint8)
+    for item in bucket.items:
+        for name, _ in item.hf:
+            found = view_of(bytes_, places[name])
+            if bucket.fp8 and item.in_blocks:
+                found = dequantize(found, view_of(bytes_, places[scale_name(name)]), dtype)
+            yield name, found
+
+
+def elements(bucket: Bucket, flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """[bucket.numel] in `dtype`: the Hugging Face tensors one after the other, those in FP8 dequantized."""
+    if not bucket.fp8:
+        return flat
+    return torch.cat([tensor.reshape(-1) for _, tensor in named(bucket, flat, dtype)])
+
+
+def view_of(buffer: Tensor, place: Place) -> Tensor:
+    """A tensor in a bucket's buffer, uint8 [bucket.nbytes]."""
+    count = torch.Size(place.size).numel() * place.dtype.itemsize
+    return buffer[place.start : place.start + count].view(place.dtype).view(place.size)
 
 
 def side_group() -> dist.ProcessGroup:

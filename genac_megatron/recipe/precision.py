@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.blockwise import BLOCK, cut_sides
 from genac_megatron.models.families.base import Shape
 from genac_megatron.recipe.schema import RoleConfig
 
@@ -61,6 +62,28 @@ def check_precision(name: str, role: RoleConfig, shape: Shape, where: Where) -> 
             "set distributed_optimizer: true",
         )
     _check_widths(name, role, shape, where)
+
+
+def check_quantization(name: str, role: RoleConfig, shape: Shape, where: Where) -> None:
+    """Raise InputError where SGLang could not serve the role's weights in blocks of FP8."""
+    engine, place = role.engine, ("roles", name, "engine")
+    if engine.quantization == "off" or engine.kind != "sglang" or not role.served:
+        return  # what an embedded engine gets is dequantized, whatever the blocks
+    if engine.dtype != "bf16":
+        raise InputError(
+            f"the engine of '{name}' is to serve weights in FP8 with {engine.dtype} activations, which "
+            "SGLang cannot",
+            where=where((*place, "dtype")),
+            way_out="set dtype: bf16, or quantization: off",
+        )
+    for what, size in cut_sides(shape, engine.tp).items():
+        if size % BLOCK:
+            raise InputError(
+                f"the engine of '{name}' is to serve weights in blocks of {BLOCK} x {BLOCK}, and its model's "
+                f"{what} is {size}{f' on each of {engine.tp} engine ranks' if engine.tp > 1 else ''}",
+                where=where((*place, "quantization")),
+                way_out="set quantization: off" + (", or lower engine.tp" if engine.tp > 1 else ""),
+            )
 
 
 def _check_widths(name: str, role: RoleConfig, shape: Shape, where: Where) -> None:

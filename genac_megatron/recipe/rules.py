@@ -10,7 +10,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithms import Dapo, DrGrpo, Grpo, ReinforcePlusPlus, Rloo, WithScalarCritic
-from genac_megatron.recipe.precision import check_precision
+from genac_megatron.recipe.precision import check_precision, check_quantization
 from genac_megatron.recipe.schema import (
     DatasetTask,
     EngineConfig,
@@ -124,6 +124,7 @@ def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     shape = read_shape(role.model, lambda key: where(("roles", name, "model", *([key] if key else []))))
     _check_split(name, shape, role.layout, where)
     check_precision(name, role, shape, where)
+    check_quantization(name, role, shape, where)
     if role.engine.routing_replay and shape.experts is None:
         raise InputError(
             f"the engine of '{name}' is to have its experts replayed, and its model has none",

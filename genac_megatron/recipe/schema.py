@@ -70,7 +70,8 @@ class EngineConfig(Block):
     """What generates with the role's weights: a model in every rank, or SGLang's servers."""
 
     kind: Literal["embedded", "sglang"] = "embedded"
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of activations, and of the weights that are not quantized
+    quantization: Literal["off", "fp8"] = "off"  # of the served weights: fp8 in blocks (models/blockwise.py)
     max_batch: Positive = 64  # requests decoded together, per engine
     max_batch_tokens: Positive = 65_536  # their prompt + new tokens together: an SGLang server's KV cache
     routing_replay: bool = False  # of experts: the trainer sends tokens to those that this engine chose
@@ -137,6 +138,11 @@ class RoleConfig(Block):
     training: TrainingConfig = TrainingConfig()
     engine: EngineConfig = EngineConfig()
     publication: PublicationConfig = PublicationConfig()
+
+    @property
+    def fp8(self) -> bool:
+        """Whether its trainer or its engine has FP8's rounding."""
+        return self.training.fp8 != "off" or self.engine.quantization == "fp8"
 
     @property
     def served(self) -> bool:
@@ -440,6 +446,7 @@ class ObserveConfig(Block):
     wandb: WandbConfig = WandbConfig()
     shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable per evaluation
     parity_alarm: PositiveFloat = 0.5  # p99 |delta log-prob| above which a run warns
+    parity_alarm_fp8: PositiveFloat = 1.0  # ... of a role that is trained or served in FP8
     profile: ProfileConfig = ProfileConfig()
 
 
@@ -473,3 +480,8 @@ class Recipe(Block):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    def parity_alarm(self, role: str) -> tuple[str, float]:
+        """The key of `observe` that says where a role's parity alarms, and its value."""
+        key = "parity_alarm_fp8" if self.roles[role].fp8 else "parity_alarm"
+        return key, getattr(self.observe, key)

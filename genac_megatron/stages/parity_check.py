@@ -30,8 +30,8 @@ def check_parity(
     """Publish the role, sample `prompts` held-out prompts of the task, and compare. Collective.
 
     Figures, their course over positions, and the worst sequences go to <run>/parity/<role>.json.
-    Raises GateFailed where p99 |delta log-prob| is above observe.parity_alarm, InputError where there is no
-    such role.
+    Raises GateFailed where p99 |delta log-prob| is above observe.parity_alarm (or parity_alarm_fp8),
+    InputError where there is no such role.
     """
     if role not in recipe.roles:
         what = f"the recipe has no role '{role}'"
@@ -57,13 +57,13 @@ def check_parity(
         path = RunFolder(Path(recipe.runs) / recipe.name).path / "parity" / f"{role}.json"
         write_json_atomic(path, report)
         print(shown(role, report, path), flush=True)
-    p99, alarm = figures[f"parity/{role}_p99"], recipe.observe.parity_alarm
+    p99, (key, alarm) = figures[f"parity/{role}_p99"], recipe.parity_alarm(role)
     if not p99 <= alarm:
         raise GateFailed(
             f"p99 |delta log-prob| is {p99:.3g}, above {alarm:g}",
             where=f"parity of {role}",
             way_out="compare the precisions of training and engine, and the worst sequences; or raise "
-            "observe.parity_alarm",
+            f"observe.{key}",
         )
 
 

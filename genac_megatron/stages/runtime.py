@@ -109,6 +109,12 @@ class Run:
                 served[name] = InRanks(role)
 
         self.together(build)
+        if config.served and config.fp8:
+            key, alarm = self.recipe.parity_alarm(name)
+            self.progress.note(
+                f"{name}: trained with fp8 {config.training.fp8}, served with quantization "
+                f"{config.engine.quantization}: parity alarms at {alarm:g} (observe.{key})"
+            )
 
     def _start_from_checkpoints(self) -> None:
         """Roles whose recipe names a checkpoint begin with the weights they have in it."""
@@ -218,10 +224,11 @@ class Run:
         if step_done:
             self.progress.step(step, metrics)
         for role in self.roles:
-            gap = metrics.get(f"parity/{role}_p99", 0.0)
-            if gap > self.recipe.observe.parity_alarm:
+            gap, (key, alarm) = metrics.get(f"parity/{role}_p99", 0.0), self.recipe.parity_alarm(role)
+            if gap > alarm:
                 self.progress.note(
-                    f"[{stage}] warning: trainer and engine of {role} differ: p99 |delta log-prob| {gap:.3g}"
+                    f"[{stage}] warning: trainer and engine of {role} differ: p99 |delta log-prob| {gap:.3g} "
+                    f"(observe.{key} {alarm:g})"
                 )
 
     def append(self, log: str, row: dict[str, Any]) -> None:

@@ -62,7 +62,8 @@ class InRanks:
 
     def __init__(self, role: Role) -> None:
         self.engine: Engine = EmbeddedEngine(hf_config(role.shape), role.config.engine, platform.device())
-        self.publisher = Publisher(role, [self.engine])
+        fp8 = role.config.engine.quantization == "fp8"  # what arrives has their rounding
+        self.publisher = Publisher(role, [self.engine], fp8=fp8)
 
     def restart_lost(self) -> list[str]:
         return []

@@ -66,7 +66,7 @@ class SglangEngine(Engine):
         self.clients, self.config, self.shape, self.vocab = list(clients), config, shape, shape.vocab
         self.version = -1
         self._router = Router(self.clients, config.max_in_flight)
-        self._loader = Loader(self.clients, hf_names(shape))
+        self._loader = Loader(self.clients, hf_names(shape), fp8=config.quantization == "fp8")
         self._live: set[Live] = set()
         self._enders: set[asyncio.Task[None]] = set()
         self._busy, self._busy_since = 0, 0.0

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.models.blockwise import quantization_config
 from genac_megatron.observe.runinfo import write_json_atomic
+from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports
@@ -66,8 +68,12 @@ class Fleet:
         self._servers: list[Server] = []
         self._instances: list[int] = []
         if not config.urls:
+            written = dict(hf_config)
+            if config.quantization == "fp8":
+                written["quantization_config"] = quantization_config()
+                self._check_fp8()
             model.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(model / "config.json", dict(hf_config))
+            write_json_atomic(model / "config.json", written)
 
     def start(self, python: Path | None = None, zygote: Zygote | None = None) -> None:
         """Start every server and return at once; nothing where URLs are given.
@@ -188,6 +194,7 @@ class Fleet:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus_of(index)))
         memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
         replay = ("--enable-return-routed-experts",) if config.routing_replay else ()
+        fp8 = fp8_arguments(self._capability()) if config.quantization == "fp8" else ()
         return ServerSpec(
             name=f"{self.name}/{index}",
             model=self._model,
@@ -199,9 +206,25 @@ class Fleet:
             mem_fraction=config.mem_fraction,
             max_running=config.max_batch,
             max_tokens=config.max_batch_tokens,
-            args=(*memory_saver, *replay, *config.args),
+            args=(*memory_saver, *replay, *fp8, *config.args),
             env=env,
         )
+
+    def _capability(self) -> tuple[int, int] | None:
+        """Of the GPU that servers run on, taken to be like the trainer's; None on a CPU."""
+        import torch
+
+        return torch.cuda.get_device_capability() if self.device == "cuda" else None
+
+    def _check_fp8(self) -> None:
+        """Raise InputError where SGLang cannot serve weights in FP8."""
+        why = serving_refusal(self._capability())
+        if why:
+            raise InputError(
+                why,
+                where=f"roles.{self.name}.engine.quantization",
+                way_out="set quantization: off; or kind: embedded, which serves the same weights dequantized",
+            )
 
     def _log(self, index: int) -> Path:
         return self._logs / f"{self.name}-{index}.log"

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.blockwise import in_blocks, scale_name
 from genac_megatron.publication.payload import by_value
+from genac_megatron.publication.quantize import quantize
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
 
 BUCKET_BYTES = 512 * 2**20
@@ -22,10 +24,13 @@ class Loader:
     """Loads full sets of tensors into all of a role's servers, in several calls if need be.
 
     sizes: name -> size of every tensor of a set. They are checked here, as a server would take any name and
-    never miss one, and ends where a size is wrong.
+    never miss one, and ends where a size is wrong. fp8: the servers hold projections in blocks of FP8.
     """
 
-    def __init__(self, clients: Sequence[ServerClient], sizes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, clients: Sequence[ServerClient], sizes: Mapping[str, Sequence[int]], *, fp8: bool = False
+    ) -> None:
+        self.fp8 = fp8
         self.clients, self.sizes = list(clients), {name: tuple(size) for name, size in sizes.items()}
         self._version: int | None = None  # that is coming in
         self._loaded: set[str] = set()
@@ -43,7 +48,8 @@ class Loader:
                 self._open(version)
             elif self._version != version:
                 raise InputError(f"version {self._version} was still coming in", where=where)
-            for bucket in _buckets(self._checked(tensors, where)):
+            checked = self._checked(tensors, where)
+            for bucket in _buckets(_quantized(checked) if self.fp8 else checked):
                 self._everywhere(partial(_send, serialized(bucket)))
             if final:
                 if missing := sorted(self.sizes.keys() - self._loaded):
@@ -111,6 +117,16 @@ def serialized(tensors: Sequence[Named]) -> str:
     pieces = [tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8) for _, tensor in ordered]
     sizes = [(name, tuple(tensor.shape)) for name, tensor in ordered]
     return by_value(torch.cat(pieces), sizes, [tensor.dtype for _, tensor in ordered])
+
+
+def _quantized(tensors: Iterable[Named]) -> Iterator[Named]:
+    for name, tensor in tensors:
+        if in_blocks(name):
+            weight, scales = quantize(tensor)
+            yield scale_name(name), scales
+            yield name, weight
+        else:
+            yield name, tensor
 
 
 def _send(blob: str, client: ServerClient) -> None:
