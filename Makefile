@@ -74,7 +74,7 @@ test-e2e: python ## Whole runs by the command line
 
 .PHONY: test-slurm
 test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian: slurm-wlm, munge)
-	@$(call in,cpu) -m pytest tests/slurm $(ARGS)
+	@$(serve) $(call in,cpu) -m pytest tests/slurm $(ARGS)
 
 .PHONY: test-faults
 test-faults: python ## Harm to real runs: killed ranks, full disks, damaged checkpoints, clocks (root mounts a small disk)

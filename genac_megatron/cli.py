@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,10 +194,17 @@ def _rank(recipe: Recipe, job: Job) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from genac_megatron.stages.stopping import StopFlag
+
+    return _joined(recipe, job, StopFlag().install())
+
+
+@contextmanager
+def _lost_peers() -> Iterator[None]:
+    """What a collective says where another rank has ended, as PeerLost."""
     from genac_megatron.training.agreement import lost_peer
 
     try:
-        return _joined(recipe, job, StopFlag().install())
+        yield
     except RuntimeError as error:
         if not lost_peer(error):
             raise
@@ -212,7 +220,7 @@ def _joined(recipe: Recipe, job: Job, stop: StopFlag) -> int:
     from genac_megatron.cluster.heartbeat import heartbeat
     from genac_megatron.training.layout import close_world, init_world
 
-    with heartbeat(Path(recipe.runs) / recipe.name):
+    with heartbeat(Path(recipe.runs) / recipe.name), _lost_peers():  # the last beat tells its exit code
         world = init_world(recipe.world.timeout_s, recipe.seed)
         if world.size != recipe.world.ranks:
             what = f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 EXIT_OK = 0
+EXIT_FAILED = 1  # the file system or the training, as a message says; else a fault of ours
 EXIT_INPUT = 2
 EXIT_GATE = 3
 EXIT_LOST = 4
@@ -14,7 +15,7 @@ EXIT_REQUEUE = 75
 class GenacError(Exception):
     """A failure with a message meant for a person: what is wrong, where, and the way out."""
 
-    exit_code = 1
+    exit_code = EXIT_FAILED
     agreed = False  # every rank raises it alike, so that one of them tells it
 
     def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:

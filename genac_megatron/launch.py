@@ -14,11 +14,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from genac_megatron.errors import EXIT_GATE, EXIT_INPUT, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, InputError
+from genac_megatron.errors import (
+    EXIT_FAILED,
+    EXIT_GATE,
+    EXIT_INPUT,
+    EXIT_LOST,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    InputError,
+)
 
 GRACE_S = 20.0  # how long other ranks may go on after one has failed
 LEAVE_S = 2.0  # and after a second Ctrl-C, which a rank inside a collective does not see
@@ -27,7 +36,8 @@ LAUNCHER = "GENAC_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: SLURM_MAX_NORMAL_STEP_ID
-CAUSES = (EXIT_INPUT, EXIT_GATE, EXIT_REQUEUE)  # exit codes that say why; a lost peer is mostly what follows
+FOLLOW_S = 0.5  # between looks at a parent
+CAUSES = (EXIT_INPUT, EXIT_GATE, EXIT_REQUEUE)  # exit codes that say why
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -81,6 +91,32 @@ def follow_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def end_with(parent: int) -> None:
+    """From now on this process ends, without a word, when `parent` is no longer its parent.
+
+    A thread looks: what the kernel would tell (prctl) is the end of the thread that started this process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(FOLLOW_S)
+        os._exit(EXIT_LOST)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def cause(ends: Sequence[int]) -> int | None:
+    """The end that the others follow from, by the codes alone; None where they do not tell.
+
+    ends: ranks' exit codes, none of them 0, negative for a signal. A rank that failed by itself has 1, and
+    its peers then 4; where a signal ended a rank, what its peers say is that they lost it, whatever a
+    third makes of it. SIGABRT is how NCCL's watchdog ends a rank whose peer has gone.
+    """
+    killed = any(end < 0 and end != -signal.SIGABRT for end in ends)
+    order = (*CAUSES, EXIT_LOST) if killed else (*CAUSES, EXIT_FAILED, EXIT_LOST)
+    return next((code for code in order if code in ends), None)
+
+
 class Launcher:
     """Starts `ranks` copies of a command, each a rank, and waits for them.
 
@@ -94,7 +130,10 @@ class Launcher:
         self._deadline = math.inf  # on the monotonic clock: who is left then is ended
 
     def run(self) -> int:
-        """The first failure's exit code, or 0. 128 + n where a signal n ended that rank."""
+        """The exit code of the failure that the others follow from (`cause`), else the first's, or 0.
+
+        128 + n where a signal n ended that rank.
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
         try:
@@ -140,8 +179,8 @@ class Launcher:
             if failed and code == EXIT_OK:
                 self._deadline = min(self._deadline, time.monotonic() + self.grace_s)
             if failed and code not in CAUSES:
-                # One that says why may come later: its rank's end takes longer than its peers' notice of it.
-                got = next((reason for reason in (*CAUSES, EXIT_LOST) if reason in failed), code or failed[0])
+                # The cause may come later: its rank's end takes longer than its peers' notice of it.
+                got = cause(failed) or code or failed[0]
                 code = got if got > 0 else 128 - got
             if all(got is not None for got in codes):
                 return code

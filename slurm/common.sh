@@ -98,16 +98,19 @@ on_term() {
   ask_to_stop
 }
 
-# Wait for the step so that traps run at once; give up GENAC_GRACE_S after a request to stop.
+# Wait for the step so that traps run at once; give up GENAC_GRACE_S after a request to stop: SIGTERM, then SIGKILL.
 wait_for_step() {
   local tick
   while kill -0 "$step" 2>/dev/null; do
     sleep 1 & tick=$!
     wait "$tick" || true
     if [ -n "$stop_asked" ] && [ $((SECONDS - stop_asked)) -gt "$GENAC_GRACE_S" ] && [ -z "$too_late" ]; then
-      too_late=1
-      say "no checkpoint within $GENAC_GRACE_S s: ending the ranks; the newest complete checkpoint stands"
+      too_late=$SECONDS
+      say "no safe point within $GENAC_GRACE_S s: ending it; what was saved before stands"
       kill -TERM "$step" 2>/dev/null || true
+    fi
+    if [ -n "$too_late" ] && [ $((SECONDS - too_late)) -gt "$GENAC_LEAVE_S" ]; then
+      kill -KILL "$step" 2>/dev/null || true
     fi
   done
   code=0
@@ -179,10 +182,11 @@ explain() {
   esac
 }
 
-# The exit code that a rank meant, one that says why first; srun also reports ranks that it ended itself.
+# The exit code that a rank meant, one that says why first, a lost peer last: it mostly follows from another
+# rank's end. srun also reports ranks that it ended itself.
 said_code() {
   local code
-  for code in 2 3 75 4; do
+  for code in 2 3 75 1 4; do
     if grep -qs "\"code\": $code," "$GENAC_LOGS"/heartbeats/*.json; then echo "$code"; return; fi
   done
   echo "$1"
@@ -244,22 +248,30 @@ genac_job() {
 
 # A signal for the batch script is one for the command that it waits for.
 pass_on() {
+  [ -n "$stop_asked" ] || say "asked to stop ($1): leaving at the next safe point (within $GENAC_GRACE_S s)"
   [ -n "$stop_asked" ] || stop_asked=$SECONDS
   [ "$1" != TERM ] || cancelled=1
   if [ -n "$step" ]; then kill -s "$1" "$step" 2>/dev/null || true; fi
 }
 
 # One genac command on the job's first node, which starts its own ranks. Arguments: the command's.
-# Asked to stop it may leave with 75, what is done kept: then the job is requeued, and the same command goes on.
+# Asked to stop it leaves at its next safe point, what is done kept: then the job is requeued, and the same
+# command goes on. Not where it came to none in GENAC_GRACE_S, as the next attempt might not either.
 genac_alone() {
   set_runtime
   local code=0
+  GENAC_ATTEMPT="${SLURM_JOB_ID:-local-$$}-r${SLURM_RESTART_COUNT:-0}"
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
   trap finish EXIT
-  "${alone[@]}" "$@" & step=$!
+  [ -z "$stop_asked" ] || requeue
+  GENAC_RANK_OF=$GENAC_ATTEMPT "${alone[@]}" "$@" & step=$!
   wait_for_step
+  bash "$GENAC_HOME/slurm/reap.sh" "$GENAC_ATTEMPT" || say "warning: could not look for leftover processes"
   say "genac $1 ended with code $code"
-  [ "$code" != 75 ] || requeue
+  case $code in
+    0 | 2 | 3) ;;
+    *) if [ -n "$stop_asked" ] && [ -z "$too_late$cancelled" ] || [ "$code" = 75 ]; then requeue; fi ;;
+  esac
   exit "$code"
 }

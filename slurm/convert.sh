@@ -4,10 +4,13 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # genac convert on one node; its arguments are the command's:  sbatch slurm/convert.sh to-hf SRC DST
-# Interrupted, it goes on where it stopped when the same is submitted again. It wants memory and no GPU.
+# At its time limit it is requeued and goes on where it stopped, and so where the same is submitted again. It
+# wants memory and no GPU.
 set -euo pipefail
 
 # Slurm runs a copy of this file: the job knows where the original is.

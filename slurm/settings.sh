@@ -20,6 +20,7 @@
 : "${GENAC_REQUEUE:=on}"         # on: a stopped job goes back into the queue; off: the next of a chain goes on
 : "${GENAC_MAX_REQUEUES:=50}"
 : "${GENAC_GRACE_S:=240}"        # after USR1: seconds for a checkpoint (--signal gives 300)
+: "${GENAC_LEAVE_S:=45}"         # and more, before what still runs is killed; above Slurm's KillWait
 : "${GENAC_STALL_S:=600}"        # seconds without any progress after which every rank dumps its stack
 
 # NCCL and offline use: what every rank gets.

@@ -14,7 +14,11 @@ import torch.distributed as dist
 
 from genac_megatron.errors import GenacError, on_all_ranks
 
-PEER_SIGNS = ("Connection closed by peer", "Timed out waiting", "timeout", "Connection reset by peer")
+PEER_SIGNS = (
+    *("Connection closed by peer", "Timed out waiting", "timeout", "Connection reset by peer"),  # gloo
+    *("Connection was likely closed", "Broken pipe"),  # the store, which rank 0 holds
+    "remote process exit",  # NCCL (ncclRemoteError)
+)
 SHOWN_OTHERS = 3
 
 T = TypeVar("T")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from genac_megatron.cluster.heartbeat import write
+
 FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
 TRAINING = sorted([*FOLDER.glob("genac_*.sh"), FOLDER / "smoke.sh"])
@@ -34,6 +36,14 @@ def test_shellcheck() -> None:
         capture_output=True, text=True, cwd=FOLDER.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["evaluate.sh", "convert.sh"])
+def test_headers_of_what_is_requeued_and_goes_on(name: str) -> None:
+    text = (FOLDER / name).read_text()
+    for line in ("--signal=B:USR1@300", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in text, line
+    assert "genac_alone" in text
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
@@ -86,6 +96,28 @@ def test_a_missing_recipe_is_told() -> None:
     done = bash(". ./common.sh; find_recipe", RECIPE="none.yaml")
     assert done.returncode == 2
     assert "there is no recipe none.yaml" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "of_srun", "meant"),
+    [
+        ([0, 0], 0, 0),
+        ([1, 4], 143, 1),  # one failed in a write of its own, the other lost it, srun ended that one
+        ([4, None], 137, 4),  # one was killed
+        ([3, 4], 4, 3),
+        ([75, 75], 75, 75),
+        ([None, None], 137, 137),
+    ],
+)
+def test_a_job_ends_with_the_code_that_a_rank_meant(
+    tmp_path: Path, codes: list[int | None], of_srun: int, meant: int
+) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    for rank, code in enumerate(codes):
+        beat = {"rank": rank, "state": "running" if code is None else "ended", "code": code, "idle_s": 1.0}
+        write(tmp_path / f"heartbeats/rank-{rank:05d}.json", beat)
+    done = bash(f". ./common.sh; said_code {of_srun}", GENAC_LOGS=str(tmp_path))
+    assert done.stdout.strip() == str(meant), done.stderr
 
 
 def test_leftovers_of_an_attempt_are_ended_and_no_others() -> None:

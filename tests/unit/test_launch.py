@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.errors import InputError
-from genac_megatron.launch import adopt_slurm, free_port, in_world, rank_command
+from genac_megatron.launch import adopt_slurm, cause, free_port, in_world, rank_command
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 30.0  # for processes to start or end on a busy machine
@@ -129,6 +129,61 @@ def test_a_rank_that_dies_of_a_signal(start: Start) -> None:
 def test_a_cause_that_comes_later_than_its_consequence_wins(start: Start) -> None:
     """Rank 1 says that its peer was lost, rank 0 ends a little later and says why."""
     assert start("time.sleep(0 if rank else 1.0)\nsys.exit(4 if rank else 2)").end() == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "wanted"),
+    [
+        ([4, 1, 4], 1),  # one failed by itself, such as in a write, and its peers lost it
+        ([4, -9], 4),  # one was killed
+        ([1, -9, 4], 4),  # and a third made something else of it
+        ([1, -6, 4], 1),  # NCCL's watchdog ends the peers of one that failed
+        ([4, 2, 1], 2),
+        ([75, 4], 75),
+        ([4, 4], 4),
+        ([-9], None),
+        ([5, -11], None),
+    ],
+)
+def test_what_the_ends_of_several_ranks_follow_from(ends: list[int], wanted: int | None) -> None:
+    assert cause(ends) == cause(ends[::-1]) == wanted
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_failed_by_itself_wins_over_its_peers_loss(start: Start, first: int) -> None:
+    """Whichever leaves first: a rank's end takes long, and its peers may notice it before."""
+    assert start(f"time.sleep(1.0 if rank == {first} else 0)\nsys.exit(1 if rank else 4)").end() == 1
+
+
+PARENT = """
+import subprocess, sys, threading
+child = "import os, sys, time; from genac_megatron.launch import end_with; " \
+    "end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(60)"
+import os
+started = []
+def start():  # by a thread that ends: the kernel would take that for the parent's end
+    started.append(subprocess.Popen([sys.executable, "-c", child, str(os.getpid())], stdout=subprocess.PIPE))
+thread = threading.Thread(target=start); thread.start(); thread.join()
+print(started[0].stdout.readline().decode().strip(), flush=True)
+input()
+"""
+
+
+def test_a_helper_ends_with_the_process_that_started_it_however_that_ends() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert parent.stdout is not None
+    helper = int(parent.stdout.readline())
+    time.sleep(1.0)
+    assert alive(helper)
+    parent.kill()
+    parent.communicate()
+    give_up = time.monotonic() + WAIT_S
+    while alive(helper):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
 
 
 def test_the_first_failure_wins_and_the_others_are_ended_after_the_grace(start: Start) -> None:
