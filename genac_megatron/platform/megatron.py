@@ -35,6 +35,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from genac_megatron.launch import end_with
+
 if TYPE_CHECKING:
     import torch
 
@@ -321,6 +323,24 @@ def keep_write_errors() -> None:
 
     write.keeps_errors = True  # type: ignore[attr-defined]
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+def own_results_queue() -> None:
+    """Have the process that collects the writers' results end with this one, also where this one is killed.
+
+    A save starts a multiprocessing manager for that (0.16.1 and 0.19.2), which looks after nobody, and keeps
+    it in a variable of the module: one made here before has a thread that does. Call it before a save.
+    """
+    from multiprocessing import get_context
+    from multiprocessing.managers import SyncManager
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is not None:
+        return
+    manager = SyncManager(ctx=get_context("spawn"))
+    manager.start(end_with, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()  # which keeps the manager alive
 
 
 def save_options() -> dict[str, Any]:

@@ -49,7 +49,7 @@ from genac_megatron.observe.manifest import (
 )
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import remember
-from genac_megatron.platform.megatron import keep_write_errors, save_options
+from genac_megatron.platform.megatron import keep_write_errors, own_results_queue, save_options
 from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.role import Role
 
@@ -128,6 +128,7 @@ class Checkpoints:
         rank = dist.get_rank()
         trained = sorted(n for n, role in roles.items() if role.optimizer is not None)
         trained = sorted(set().union(*gathered(trained)))
+        self._local(own_results_queue, part)
         self._local(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)
         sharded, common = self._split(roles, trained)
         keep_write_errors()

@@ -1,0 +1,60 @@
+"""A rank that is killed where nobody looks after it, as under a scheduler that tracks no processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from genac_megatron.launch import free_port
+from tests.faults.faulty import GONE_S, INJECT, LIMIT_S, ROLLOUT, ROOT, fault, outlived, write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize("where", ["save", "rollout"])
+@pytest.mark.parametrize("asynchronous", ["false", "true"], ids=["sync", "async"])
+def test_a_killed_rank_leaves_no_process(tmp_path: Path, where: str, asynchronous: str) -> None:
+    """Megatron's manager of write results among them, which looks after nobody by itself.
+
+    Killed amid a save, or amid the rollout after one. There is no launcher, whose end of the rank's session
+    would hide what is left.
+    """
+    stages = [{"kind": "ppo", "steps": 3, "rollout": ROLLOUT}]
+    write_recipe(tmp_path, stages=stages, checkpoint={"every": 1})
+    note, mark = tmp_path / "done", str(uuid.uuid4())
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+    }
+    given = {"PYTHONPATH": f"{INJECT}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "FAULT_NOTE": str(note)}
+    harm = fault(where, "kill", 0, 1 if where == "save" else 3)
+    command = [sys.executable, "-m", "genac_megatron", "run", "recipe.yaml"]
+    with (tmp_path / "output").open("w+") as output:
+        ranks = [
+            subprocess.Popen(
+                [*command, f"checkpoint.asynchronous={asynchronous}"], cwd=tmp_path,
+                stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, **given, **world, **harm, "RANK": str(rank), "FAULT_TEST": mark},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            codes = [rank.wait(LIMIT_S) for rank in ranks]
+            left = outlived(f"FAULT_TEST={mark}", GONE_S)
+        finally:
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.pid, signal.SIGKILL)
+    text = (tmp_path / "output").read_text()
+    assert note.exists(), "the fault was not reached:\n" + text[-3000:]
+    assert codes == [-9, 4], text[-3000:]
+    assert left == [], text[-3000:]
