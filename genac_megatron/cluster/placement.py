@@ -185,6 +185,35 @@ def _servers(recipe: Recipe, place: Placement) -> list[str]:
     return found
 
 
+def duties(recipe: Recipe) -> list[str]:
+    """What each of the job's nodes is for; one line for neighbours that are alike."""
+    place = placement(recipe)
+    told = [_duty(recipe, place, node) for node in range(place.nodes)]
+    lines, start = [], 0
+    for node in range(1, place.nodes + 1):
+        if node == place.nodes or told[node] != told[start]:
+            name = f"node {start}" if node - start == 1 else f"nodes {start} to {node - 1}"
+            lines.append(f"{name}: {told[start]}")
+            start = node
+    return lines
+
+
+def _duty(recipe: Recipe, place: Placement, node: int) -> str:
+    ranks = range(node * place.ranks_per_node, (node + 1) * place.ranks_per_node)
+    trains, parts = [], []
+    for name, role in recipe.roles.items():
+        first = role.layout.first_rank
+        if set(ranks) & set(range(first, first + ranks_of(role.layout, recipe.world.ranks))):
+            trains.append(name)
+        if server_gpus(role.engine) and node in role.engine.nodes:
+            engine = role.engine
+            gpus = f", GPUs {', '.join(map(str, server_gpus(engine)))}" if place.gpus_per_node else ""
+            parts.append(f"{engine.engines_per_node} server(s) of {name} (tp {engine.tp}{gpus})")
+    if trains:
+        parts.insert(0, f"train {' and '.join(trains)}")
+    return "; ".join(parts) or "drive requests alone"
+
+
 def describe(recipe: Recipe) -> str:
     """One line on what the job asks for."""
     place = placement(recipe)

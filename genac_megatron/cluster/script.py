@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from genac_megatron.cluster.placement import misfits, placement
+from genac_megatron.cluster.placement import duties, misfits, placement
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.recipe.schema import Recipe
 
@@ -59,7 +59,8 @@ def render(recipe: Recipe, path: Path, overrides: Sequence[str], options: Mappin
     settings = (
         f"export GENAC_HOME={shlex.quote(str(HOME))}\nexport RECIPE={shlex.quote(str(path.resolve()))}\n"
     )
-    text = text.replace("set -euo pipefail\n", "set -euo pipefail\n" + settings, 1)
+    notes = "".join(f"# {line}\n" for line in duties(recipe))
+    text = text.replace("set -euo pipefail\n", notes + "set -euo pipefail\n" + settings, 1)
     given = "".join(f" {shlex.quote(word)}" for word in overrides)
     return text.replace('genac_job "$@"', f'genac_job{given} "$@"')
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.cluster import job, script
-from genac_megatron.cluster.placement import heaviest, misfits, placement
+from genac_megatron.cluster.placement import duties, heaviest, misfits, placement
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import Recipe
@@ -102,6 +102,27 @@ def test_servers_on_other_nodes_take_memory_there(tmp_path: Path) -> None:
     spread = recipe(tmp_path, "roles.actor.engine={kind: sglang, engines: 16, nodes: [0, 1]}")
     assert misfits(spread) == []
     assert [spread.roles["actor"].engine.node_of(index) for index in (0, 7, 8, 15)] == [0, 0, 1, 1]
+
+
+def test_trainer_and_engine_nodes_from_the_recipe(tmp_path: Path) -> None:
+    """Two nodes for the actor's engines, one for the critic's, two that train; told in the script."""
+    apart = [
+        "world.ranks=40",
+        "roles.actor.layout.first_rank=24", "roles.critic.layout.first_rank=24",
+        "roles.actor.engine={kind: sglang, engines: 8, tp: 2, nodes: [0, 1]}",
+        "roles.critic.engine={kind: sglang, engines: 8, nodes: [2]}",
+    ]  # fmt: skip
+    assert duties(recipe(tmp_path, *apart)) == [
+        "nodes 0 to 1: 4 server(s) of actor (tp 2, GPUs 0, 1, 2, 3, 4, 5, 6, 7)",
+        "node 2: 8 server(s) of critic (tp 1, GPUs 0, 1, 2, 3, 4, 5, 6, 7)",
+        "nodes 3 to 4: train actor and critic",
+    ]
+    assert duties(recipe(tmp_path)) == ["nodes 0 to 1: train actor and critic"]
+    given = recipe(tmp_path, *apart)
+    text = script.render(given, tmp_path / "big.yaml", apart, {})
+    assert "#SBATCH --nodes=5\n" in text
+    assert "# nodes 3 to 4: train actor and critic\nset -euo pipefail\n" in text
+    assert misfits(given) == []
 
 
 def test_the_rendered_script(tmp_path: Path) -> None:
