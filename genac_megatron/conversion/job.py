@@ -30,10 +30,12 @@ import torch
 from genac_megatron.conversion.assets import Assets
 from genac_megatron.conversion.units import Shard, shards, units
 from genac_megatron.dtypes import DTYPES
-from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.errors import InputError, PeerLost, StopRequested
+from genac_megatron.launch import end_with
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.runinfo import write_json_atomic
+from genac_megatron.stages.stopping import StopFlag
 
 AGAIN = "run the same command again: it goes on where it stopped"
 SPARE_BYTES = 16 << 20
@@ -133,12 +135,15 @@ def convert(
     ranks: int = 1,
     limit_s: float = 600.0,
     quiet: bool = False,
+    stop: StopFlag | None = None,
 ) -> None:
     """Run a conversion, or this rank's part of it; rank 0 returns when the folder has its name.
 
-    limit_s: how long rank 0 waits for another rank's next shard. Raises InputError, PeerLost.
+    limit_s: how long rank 0 waits for another rank's next shard. stop: looked at between shards.
+    Raises InputError, PeerLost, StopRequested.
     """
     part = job.dst.with_name(job.dst.name + ".part")
+    stop = stop or StopFlag()
     if rank > 0 and job.dst.exists():
         return  # the first rank found everything done, or says what is wrong
     _begin(job, part)
@@ -149,12 +154,13 @@ def convert(
         meter = Meter((done + sum(s.numel for s in missing)) * job.itemsize, done * job.itemsize)
         meter.enabled = not quiet and rank == 0
         if workers > 1 and len(missing) > 1:
-            _in_processes(job, part, missing, workers, meter)
+            _in_processes(job, part, missing, workers, meter, stop)
         else:
             for shard in missing:
+                _stop_if_asked(job, part, stop)
                 _write(job, part, shard, meter)
         if rank == 0:
-            _await(job, part, limit_s)
+            _await(job, part, limit_s, stop)
             _finish(job, part)
 
 
@@ -216,27 +222,40 @@ def _write(job: Conversion, part: Path, shard: Shard, tell: Tell) -> None:
     write_json_atomic(_record(part, shard), job.write(part, shard, tell))
 
 
-def _in_processes(job: Conversion, part: Path, missing: list[Shard], workers: int, meter: Meter) -> None:
-    with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn")) as pool:
+def _stop_if_asked(job: Conversion, part: Path, stop: StopFlag) -> None:
+    if stop.asked:
+        done = sum(_record(part, shard).exists() for shard in job.shards)
+        raise StopRequested(f"stopped as asked after {done} of {len(job.shards)} shards", way_out=AGAIN)
+
+
+def _in_processes(
+    job: Conversion, part: Path, missing: list[Shard], workers: int, meter: Meter, stop: StopFlag
+) -> None:
+    count = min(workers, len(missing))
+    with ProcessPoolExecutor(count, get_context("spawn"), end_with, (os.getpid(),)) as pool:
         waiting = {pool.submit(_write, job, part, shard, _silent): shard for shard in missing}
         try:
             for future in as_completed(waiting):
                 future.result()
                 meter(waiting[future].numel * job.itemsize)
+                if stop.asked:
+                    break
         except BrokenProcessPool as error:
             raise InputError("a worker process was killed", where=str(part), way_out=AGAIN) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    _stop_if_asked(job, part, stop)
 
 
 def _silent(written: int) -> None:
     """Workers say nothing: the process that started them does."""
 
 
-def _await(job: Conversion, part: Path, limit_s: float) -> None:
+def _await(job: Conversion, part: Path, limit_s: float, stop: StopFlag) -> None:
     """Wait until every rank's shards are there."""
     seen, since = -1, time.monotonic()
     while missing := [s for s in job.shards if not _record(part, s).exists()]:
+        _stop_if_asked(job, part, stop)
         if len(missing) != seen:
             seen, since = len(missing), time.monotonic()
         if time.monotonic() - since > limit_s:

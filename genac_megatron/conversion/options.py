@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 ROLES = ("actor", "critic")
-EPILOG = """An interrupted conversion goes on where it stopped when the same command is run again. Ranks that
-torchrun or srun started share the work; they need to see one folder."""
+EPILOG = """An interrupted conversion goes on where it stopped when the same command is run again; after
+SIGUSR1 it ends with code 75 once the shards in work are written. Ranks that torchrun or srun started share
+the work; they need to see one folder."""
 
 
 def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,7 +163,9 @@ def shard_bytes(text: str) -> int:
 def _run(job: Conversion, options: argparse.Namespace) -> None:
     from genac_megatron.conversion.job import convert
     from genac_megatron.launch import adopt_slurm
+    from genac_megatron.stages.stopping import StopFlag
 
+    stop = StopFlag().install(signal.SIGUSR1)  # others end it at once: a shard is lost
     if options.workers < 1:
         raise InputError(f"{options.workers} workers", where="--workers", way_out="give at least 1")
     # Ranks of a conversion do not talk to each other, so that they need no address to meet at.
@@ -169,7 +173,7 @@ def _run(job: Conversion, options: argparse.Namespace) -> None:
     rank, ranks = int(world.get("RANK", "0")), int(world.get("WORLD_SIZE", "1"))
     if ranks > 1 and options.verify:
         raise InputError("--verify needs one process", where="--verify", way_out="leave it out under ranks")
-    convert(job, workers=options.workers, rank=rank, ranks=ranks, quiet=options.quiet)
+    convert(job, workers=options.workers, rank=rank, ranks=ranks, quiet=options.quiet, stop=stop)
     if rank == 0:
         print(job.dst)
 

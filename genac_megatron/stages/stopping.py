@@ -12,9 +12,9 @@ class StopFlag:
     def __init__(self) -> None:
         self.asked = False
 
-    def install(self) -> StopFlag:
-        """Take the signals over; early, so that one that comes during the start is not lost."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    def install(self, *numbers: signal.Signals) -> StopFlag:
+        """Take the signals over (none given: all); early, so that one during the start is not lost."""
+        for number in numbers or (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self
 

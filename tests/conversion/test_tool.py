@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,6 +208,48 @@ def test_a_killed_conversion_leaves_nothing_whole_and_goes_on(tmp_path: Path) ->
     ]
     assert len(kept) >= len(done) >= 5
     assert not part.exists()
+    assert convert("to-hf", back, tmp_path / "back") == 0
+    assert_same(source, tmp_path / "back")
+
+
+def test_a_killed_conversion_leaves_no_worker(tmp_path: Path) -> None:
+    shape = tiny_shape(layers=60, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
+    source, part = make_folder(tmp_path / "hf", shape), tmp_path / "ck.part"
+    given = ("convert", "to-megatron", str(source), str(tmp_path / "ck"), "--max-shard-size", "200KB")
+    command = [sys.executable, "-m", "genac_megatron", *given, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while len(list(part.glob("done/*.json"))) < 5:
+        assert process.poll() is None
+        time.sleep(0.005)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_conversion_that_is_asked_to_stop_keeps_what_is_done(tmp_path: Path, workers: str) -> None:
+    """SIGUSR1, as a batch script sends it: code 75, and the same command goes on."""
+    shape = tiny_shape(layers=60, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
+    source, back, part = make_folder(tmp_path / "hf", shape), tmp_path / "ck", tmp_path / "ck.part"
+    options = ("--max-shard-size", "200KB", "--workers", workers)
+    command = [sys.executable, "-m", "genac_megatron", "convert", "to-megatron", str(source), str(back)]
+    process = subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while len(list(part.glob("done/*.json"))) < 5:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=120)
+    done = list(part.glob("done/*.json"))
+    assert process.returncode == 75, said
+    assert f"genac: stopped: stopped as asked after {len(done)} of " in said
+    assert "run the same command again: it goes on where it stopped" in said
+    assert not back.exists()
+    assert convert("to-megatron", source, back, *options) == 0
     assert convert("to-hf", back, tmp_path / "back") == 0
     assert_same(source, tmp_path / "back")
 
