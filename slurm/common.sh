@@ -8,7 +8,7 @@ GENAC_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/settings.sh
 . "$GENAC_HOME/slurm/settings.sh"
 export GENAC_HOME GENAC_FABRIC GENAC_MIN_BUSBW GENAC_MIN_FREE_GIB GENAC_STALL_S
-export HF_HUB_OFFLINE TORCH_NCCL_ASYNC_ERROR_HANDLING
+export GENAC_SERVE_PYTHON HF_HUB_OFFLINE TORCH_NCCL_ASYNC_ERROR_HANDLING
 export PYTHONPATH="$GENAC_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 say() { printf '%s genac: %s\n' "$(date +%H:%M:%S)" "$*"; }

@@ -6,6 +6,7 @@
 # How Python is found: venv (a folder that all nodes see), apptainer, or pyxis (srun --container-image).
 : "${GENAC_RUNTIME:=venv}"
 : "${GENAC_PYTHON:=python3}"     # venv: its interpreter; in a container: the interpreter there
+: "${GENAC_SERVE_PYTHON:=}"      # SGLang's environment, in a container: there; empty: engine.python of recipes
 : "${GENAC_IMAGE:=}"             # apptainer: a .sif file; pyxis: a .sqsh file or an image's address
 : "${GENAC_MOUNTS:=}"            # containers: further folders, as /host/path:/path,/host/other:/other
 

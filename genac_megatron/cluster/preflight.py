@@ -20,9 +20,11 @@ from typing import Any
 
 from genac_megatron.cluster.heartbeat import node_name, write
 from genac_megatron.cluster.network import ENGINES, PORTS, interface_towards, is_free, job_ports
-from genac_megatron.errors import EXIT_OK
+from genac_megatron.cluster.placement import server_gpus
+from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import DatasetTask, Recipe
+from genac_megatron.serving.sglang.server import serving_python
 
 JOIN_S = 60.0  # for all ranks to meet, and for each collective
 SEE_S = 30.0  # for all nodes to see each other's canaries
@@ -75,7 +77,7 @@ def look(recipe: Recipe) -> Report:
         "versions": _guarded(versions),
         "free_gib": {name: _free_gib(path) for name, path in _folders(recipe).items()},
         "busy_ports": [p for p in job_ports(job)[ENGINES:PORTS] if not is_free(p)],
-        "missing": missing_inputs(recipe),
+        "missing": missing_inputs(recipe, int(os.environ.get("SLURM_NODEID", "0"))),
     }
 
 
@@ -126,11 +128,19 @@ def _free_gib(path: Path) -> float | None:
     return None
 
 
-def missing_inputs(recipe: Recipe) -> list[str]:
-    """What of the recipe's models and data this node cannot read. The recipe's own files are checked on
-    loading; here are the weights, and data sets that would have to be fetched."""
+def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
+    """What of the recipe's models and data node number `node` cannot read, and SGLang where it is to serve.
+
+    The recipe's own files are checked on loading; here are the weights, and data sets that would have to be
+    fetched.
+    """
     found = []
     for name, role in recipe.roles.items():
+        if server_gpus(role.engine) and node in role.engine.nodes:
+            try:
+                serving_python(role.engine.python)
+            except InputError as error:
+                found.append(f"{name}: {error.what}: {error.way_out}")
         if role.model.hf is not None:
             folder = Path(role.model.hf).expanduser()
             weights = list(folder.glob("*.safetensors"))

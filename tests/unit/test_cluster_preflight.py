@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,15 @@ def test_a_data_set_in_the_cache_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert "gsm8k" in preflight.missing_inputs(recipe)[0]
     os.makedirs(tmp_path / "hub" / "datasets--openai--gsm8k")
     assert preflight.missing_inputs(recipe) == []
+
+
+def test_a_serving_node_without_sglang_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GENAC_SERVE_PYTHON", raising=False)
+    given = ["world.timeout_s=1000", "roles.actor.engine={kind: sglang, nodes: [1]}"]
+    recipe = load_recipe(ROOT / "recipes/cluster/smoke.yaml", given)
+    assert preflight.missing_inputs(recipe, 0) == []
+    told = preflight.missing_inputs(recipe, 1)
+    assert len(told) == 1
+    assert told[0].startswith("actor: the interpreter of SGLang's environment is not known: ")
+    monkeypatch.setenv("GENAC_SERVE_PYTHON", sys.executable)
+    assert preflight.missing_inputs(recipe, 1) == []
