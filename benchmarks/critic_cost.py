@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.machine import save, table
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.states import cut_states, trained_indices
+from genac_megatron.critic.states import cut_states, trained_indices, trained_responses
 from genac_megatron.models.mapping import random_weights
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.models.sizes import hf_names
@@ -143,7 +143,12 @@ def cache_row(
 
 
 def flops_row(
-    what: str, states: int, critic_tokens: int, options: argparse.Namespace, train_states: int = 4
+    what: str,
+    states: int,
+    critic_tokens: int,
+    options: argparse.Namespace,
+    train_states: int = 4,
+    share: float = 1.0,
 ) -> dict[str, Any]:
     """FLOPs per weight and response: generation and training of the actor, then either critic."""
     judging = JudgingConfig(states=StatesConfig(max_states=states, min_segment=16))
@@ -153,8 +158,9 @@ def flops_row(
     prompts = [{state.index: judge.prompt_ids(state) for state in states} for states in cut]
     unique = tree_size([ids for each in prompts for ids in each.values()])
     judged = 1 + sum(len(states) - 1 for states in cut)
+    responding = [(n, len(cut[n])) for n in trained_responses(len(cut), share)]
     trained = {(0, 0)} | {
-        (n, i) for n, s in enumerate(cut) for i in trained_indices(len(s), train_states) if i
+        (n, i) for n, count in responding for i in trained_indices(count, train_states) if i
     }
     train_tokens = sum(len(prompts[n][i]) + critic_tokens for n, i in trained)
     problem = len(TOKENIZER.encode(rollouts[0].prompt.problem, add_special_tokens=False))
@@ -166,6 +172,7 @@ def flops_row(
         "lever": what,
         "states": states,
         "trained": train_states,
+        "of responses": share,
         "critic tokens": critic_tokens,
         "judging %": round(100 * 2 * (unique + judged * critic_tokens) / generative),
         "critic training %": round(100 * 6 * train_tokens / generative),
@@ -180,7 +187,8 @@ def flops_table(options: argparse.Namespace) -> list[dict[str, Any]]:
         flops_row("fewer states", 2, 256, options),
         flops_row("shorter reasoning", 4, 64, options),
         flops_row("fewer trained states", 4, 256, options, train_states=2),
-        flops_row("all three", 2, 64, options, train_states=1),
+        flops_row("fewer trained responses", 4, 256, options, share=0.5),
+        flops_row("fewer states, shorter, half trained", 2, 64, options, share=0.5),
     ]
 
 

@@ -191,7 +191,7 @@ def work_of(recipe: Recipe, grown: float, assumed: Assumed) -> Work:
     responses = grown * rollout.prompts * rollout.samples
     response, judgement = rollout.max_new_tokens * assumed.fill, judging.max_new_tokens * assumed.fill
     judged = grown * rollout.prompts + responses * (judging.states.max_states - 1)
-    states = min(judged, responses * stage.train_states)
+    states = min(judged, responses * stage.train_share * stage.train_states)
     seen = assumed.prompt + response / 2 + judgement  # of a judgement: half of the response, on average
     trained = {"critic": (states * seen, seen)}
     if isinstance(stage, PpoStage):

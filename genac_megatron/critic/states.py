@@ -61,6 +61,16 @@ def trained_indices(count: int, limit: int) -> list[int]:
     return [0, *(1 + i for i in spread(count - 2, limit - 2)), count - 1]
 
 
+def trained_responses(count: int, share: float) -> list[int]:
+    """Which of a batch's `count` responses the critic is trained on: `share` of them, one at least, evenly
+    spread, so that every group of several gives its part.
+
+    The choice is by place alone: responses of a group differ only by their seeds.
+    """
+    limit = max(1, round(count * share))
+    return [i for i in range(count) if (i + 1) * limit // count > i * limit // count]
+
+
 def spread(count: int, limit: int) -> list[int]:
     """At most `limit` of range(count), evenly spaced and away from the ends."""
     if count <= limit:

@@ -351,6 +351,7 @@ class ReinforceStage(Block):
     steps: Positive = 50
     rollout: RolloutConfig = RolloutConfig()
     train_states: Positive = 4  # at most this many states per response are trained
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the responses: the rest only gets values
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig | None = None
@@ -366,6 +367,7 @@ class PpoStage(Block):
     steps: Positive = 100
     rollout: RolloutConfig = RolloutConfig()
     train_states: Positive = 4
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     train_critic: bool = True
     overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)

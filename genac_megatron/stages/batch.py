@@ -13,7 +13,7 @@ from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
 from genac_megatron.algorithms.baselines.vapo import positive_weights
 from genac_megatron.algorithms.losses import token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
-from genac_megatron.critic.states import trained_indices
+from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.errors import GenacError, on_all_ranks
 from genac_megatron.recipe.schema import (
     AdvantageConfig,
@@ -248,10 +248,16 @@ def _segment_lengths(judgements: Sequence[Judgement], length: int) -> Tensor:
     return torch.tensor(edges).diff()
 
 
-def critic_samples(batch: Batch, most: int, baseline: str, loss: LossConfig) -> list[Sample]:
-    """REINFORCE samples: w = R_v - b on every token of a judgement's completion (method §2)."""
+def critic_samples(
+    batch: Batch, most: int, baseline: str, loss: LossConfig, share: float = 1.0
+) -> list[Sample]:
+    """REINFORCE samples: w = R_v - b on every token of a judgement's completion (method §2).
+
+    most: states of a response that are trained. share: of the responses.
+    """
     entries: list[tuple[Judgement, float]] = []
-    for rollout, judgements in zip(batch.rollouts, batch.judgements, strict=True):
+    for chosen_response in trained_responses(len(batch.rollouts), share):
+        rollout, judgements = batch.rollouts[chosen_response], batch.judgements[chosen_response]
         for index in trained_indices(len(judgements), most):
             if not judgements[index].skipped:
                 entries.append((judgements[index], rollout.outcome))

@@ -100,7 +100,7 @@ def update_actor(
 
 def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:
     """REINFORCE over the same batch's judgements."""
-    samples = critic_samples(batch, stage.train_states, stage.baseline, stage.critic_loss)
+    samples = critic_samples(batch, stage.train_states, stage.baseline, stage.critic_loss, stage.train_share)
     with run.phase("critic_train"):
         result = run.critic.train_step(
             samples,

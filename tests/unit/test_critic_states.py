@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genac_megatron.critic.states import cut_states, spread, state_text, trained_indices
+from genac_megatron.critic.states import cut_states, spread, state_text, trained_indices, trained_responses
 from genac_megatron.recipe.schema import StatesConfig
 from genac_megatron.records import Completion, Prompt, Rollout
 from genac_megatron.tasks.tokenizer import load_tokenizer
@@ -110,6 +110,19 @@ def test_trained_states_hold_the_first_and_the_last(count: int, limit: int) -> N
     assert kept[0] == 0
     if limit > 1:
         assert kept[-1] == count - 1
+
+
+@given(st.integers(1, 200), st.floats(0.01, 1.0))
+def test_trained_responses_are_a_share_evenly_spread(count: int, share: float) -> None:
+    kept = trained_responses(count, share)
+    assert len(kept) == max(1, round(count * share))
+    assert kept == sorted(set(kept))
+    assert kept[0] >= 0
+    assert kept[-1] == count - 1
+    gaps = {b - a for a, b in itertools.pairwise(kept)}
+    assert len(gaps) < 3
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+    assert trained_responses(count, 1.0) == list(range(count))
 
 
 def test_state_text_leaves_out_half_characters_and_special_tokens() -> None:

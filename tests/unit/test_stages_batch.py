@@ -6,12 +6,13 @@ import math
 import pickle
 import random
 import statistics
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genac_megatron.critic.states import trained_indices
+from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, State
 from genac_megatron.stages.batch import (
@@ -145,7 +146,9 @@ def test_the_advantage_of_a_right_response_by_hand() -> None:
 # --- the critic ----------------------------------------------------------------------------------
 
 
-def slow_weights(batch: Batch, most: int, baseline: str) -> dict[int, float]:
+def slow_weights(
+    batch: Batch, most: int, baseline: str, rows: Sequence[int] | None = None
+) -> dict[int, float]:
     """Judgement number (its last prompt id) to mean of R - b over its entries, in O(n^2)."""
     entries = [
         (
@@ -153,7 +156,8 @@ def slow_weights(batch: Batch, most: int, baseline: str) -> dict[int, float]:
             0.0 if js[i].value is None else 1 - (r.outcome - (js[i].value or 0.0)) ** 2,
             r.outcome,
         )
-        for r, js in zip(batch.rollouts, batch.judgements, strict=True)
+        for n, (r, js) in enumerate(zip(batch.rollouts, batch.judgements, strict=True))
+        if rows is None or n in rows
         for i in trained_indices(len(js), most)
     ]  # fmt: skip
     parts: dict[int, list[float]] = {}
@@ -184,6 +188,19 @@ def test_critic_samples_follow_their_definition(seed: int, most: int, baseline: 
         assert sample.fields["behaviour"] == list(source.completion.logprobs)
         assert sample.fields["advantages"] == pytest.approx([weight] * sample.trained, abs=1e-12)
         assert source.weight == pytest.approx(weight, abs=1e-12)
+    assert sum(sum(s.fields["weights"]) for s in samples) == pytest.approx(1.0, abs=FLOAT32)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.floats(0.01, 1.0))
+def test_a_share_of_the_responses_is_trained_as_if_the_others_were_not_there(
+    seed: int, most: int, share: float
+) -> None:
+    batch = make_batch(seed)
+    rows = trained_responses(len(batch.rollouts), share)
+    samples = critic_samples(batch, most, "leave_one_out", LossConfig(), share)
+    wanted = slow_weights(batch, most, "leave_one_out", rows)
+    found = {sample.tokens[sample.start - 1]: sample.fields["advantages"][0] for sample in samples}
+    assert found == pytest.approx(wanted, abs=1e-12)
     assert sum(sum(s.fields["weights"]) for s in samples) == pytest.approx(1.0, abs=FLOAT32)
 
 
