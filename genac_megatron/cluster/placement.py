@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from genac_megatron.cluster.gpus import gpu
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.sizes import parameters
-from genac_megatron.recipe.estimate import memory_of, place_of
+from genac_megatron.recipe.estimate import memory_of, place_of, served_bytes
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import EngineConfig, Recipe
 
@@ -90,7 +89,13 @@ def _absent_nodes(recipe: Recipe, place: Placement) -> list[str]:
 def _fp8(recipe: Recipe) -> list[str]:
     name = recipe.cluster.gpu or ""
     known = gpu(name).fp8
-    return [
+    served = [
+        f"'{role}' is served with quantization: fp8, which a {name} does not have: change "
+        f"roles.{role}.engine.quantization"
+        for role, config in recipe.roles.items()
+        if server_gpus(config.engine) and config.engine.quantization == "fp8" and not known
+    ]
+    return served + [
         f"'{role}' trains with fp8: {config.training.fp8}, which a {name} does not have "
         f"({', '.join(known) or 'it has no fp8'}): change roles.{role}.training.fp8"
         for role, config in recipe.roles.items()
@@ -175,7 +180,7 @@ def _servers(recipe: Recipe, place: Placement) -> list[str]:
                 f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
             )
         elif used:
-            weights = 2 * parameters(read_shape(role.model)) / role.engine.tp / GIB
+            weights = served_bytes(role, read_shape(role.model)) / GIB
             share = role.engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
             if weights > share:
                 found.append(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from genac_megatron.models.blockwise import BLOCK, SCALE_BYTES, in_blocks, scale_size
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.sizes import parameters, stage_parameters
+from genac_megatron.models.registry import rules
+from genac_megatron.models.sizes import hf_names, local_size, parameters, stage_parameters
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
     LayoutConfig,
@@ -20,6 +23,8 @@ from genac_megatron.recipe.schema import (
 )
 
 BYTES = {"fp32": 4, "bf16": 2}
+# Of the scales, per element of a copy: blocks of 128 x 128 with 4 bytes, of 32 with one.
+FP8_SCALE_BYTES = {"blockwise": SCALE_BYTES / BLOCK**2, "mxfp8": 1 / 32}
 SHOWN_RANKS = 16  # more ranks than this are shown by their first and their heaviest
 
 
@@ -94,10 +99,57 @@ def expert_parameters(shape: Shape, pp: int, ep: int) -> int:
     return each * (shape.experts or 0) // ep * shape.layers // pp
 
 
+def fp8_parameters(role: RoleConfig, shape: Shape, pp: int) -> int:
+    """Parameters on a rank of stage `pp` that are multiplied in FP8: its layers' projections, those apart of
+    the first and last layers that stay in BF16."""
+    layout, training = role.layout, role.training
+    if training.fp8 == "off":
+        return 0
+    layers = shape.layers // layout.pp
+    if pp == 0:
+        layers -= training.bf16_first_layers
+    if pp == layout.pp - 1:
+        layers -= training.bf16_last_layers
+    each = (shape.experts or 0) // layout.ep
+    held = [rule for rule in rules(shape) if in_blocks(rule.hf[0]) and (rule.expert or 0) < max(each, 1)]
+    return max(layers, 0) * sum(math.prod(local_size(rule, shape, layout.tp)) for rule in held)
+
+
+def weight_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
+    """A role's weights on a rank of stage `pp`.
+
+    Under FP8 Transformer Engine (2.12) keeps of each weight what the forward pass reads row by row and, where
+    it is trained, what the backward pass reads column by column: a second copy of one byte each, as Hopper's
+    FP8 products take one layout alone (`Float8Tensor._transpose`, `Float8BlockwiseQTensor._columnwise_data`;
+    on Blackwell delayed and tensorwise scaling need none), with the blocks' scales. They are all that there
+    is of a weight with fp8_param; else they are kept beside it, from one micro-batch to the next
+    (`TransformerEngineBaseModule.get_weight_workspace`). fp32 masters are the optimizer's, as ever.
+    """
+    layout, training = role.layout, role.training
+    count = stage_parameters(shape, layout.tp, layout.pp, pp, layout.ep)
+    fp8 = fp8_parameters(role, shape, pp)
+    copies = (1 if training.frozen else 2) * (1 + FP8_SCALE_BYTES.get(training.fp8, 0.0))
+    kept = count - fp8 if training.fp8_param else count
+    return kept * BYTES[training.dtype] + fp8 * copies
+
+
+def served_bytes(role: RoleConfig, shape: Shape) -> float:
+    """Weights on each rank of an SGLang server, vocabulary's padding and repeated heads apart."""
+    sizes = hf_names(shape)
+    blocks = (
+        [size for name, size in sizes.items() if in_blocks(name)] if role.engine.quantization == "fp8" else []
+    )
+    fp8 = sum(math.prod(size) for size in blocks)
+    scales = sum(math.prod(scale_size(size)) for size in blocks)
+    plain = (parameters(shape) - fp8) * BYTES[role.engine.dtype]
+    return float(plain + fp8 + scales * SCALE_BYTES) / role.engine.tp
+
+
 def engine_bytes(role: RoleConfig, shape: Shape) -> float:
     """An embedded engine: the whole model in the engine's dtype, and a KV cache of max_batch_tokens.
 
-    SGLang's servers are processes of their own, on the GPUs that the recipe names: nothing here.
+    What is published to it in FP8 it holds dequantized. SGLang's servers are processes of their own, on the
+    GPUs that the recipe names: nothing here.
     """
     if not role.served or role.engine.kind == "sglang":
         return 0.0
@@ -108,7 +160,7 @@ def engine_bytes(role: RoleConfig, shape: Shape) -> float:
 def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -> Memory:
     """The parts of one role's memory on one rank, in bytes; `place` is None outside the role's layout.
 
-    Weights in the training dtype; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
+    Weights as `weight_bytes` says; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
     under bf16, fp32 master weights, divided over the data- and context-parallel ranks where the optimizer
     is distributed, an expert's over the ranks that hold the same experts. Every rank of the world generates
     with every role, and so holds an embedded engine of each.
@@ -121,11 +173,12 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
     stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
     experts = expert_parameters(shape, layout.pp, layout.ep)
     shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)
+    weights = weight_bytes(role, shape, place.pp)
     if training.frozen:
-        return Memory(engine, weights=count * BYTES[training.dtype])
+        return Memory(engine, weights=weights)
     return Memory(
         engine,
-        weights=count * BYTES[training.dtype],
+        weights=weights,
         gradients=count * 4,
         optimizer=shares * (12 if training.dtype == "bf16" else 8),
         activations=activation_bytes(role, shape, place.pp),
@@ -159,6 +212,12 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
             f"cp {at.cp}, dp {dp}; {role.training.dtype}, fp8 {role.training.fp8}, "
             f"recompute {role.training.recompute}"
         )
+        if role.served and role.engine.kind == "sglang" and not role.engine.urls:
+            lines.append(
+                f"    {role.engine.engines} SGLang server{'s' if role.engine.engines > 1 else ''} of "
+                f"{role.engine.tp} rank{'s' if role.engine.tp > 1 else ''}, quantization "
+                f"{role.engine.quantization}: weights {_size(served_bytes(role, shape))} on each"
+            )
     return lines
 
 
@@ -218,7 +277,7 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         return f"{stage.steps} steps; a step generates {tokens} actor tokens ({responses:,} responses)"
     # The prompt state is judged once for its whole group of samples.
     states = rollout.prompts + responses * (judging.states.max_states - 1)
-    trained = min(states, responses * stage.train_states)
+    trained = min(states, math.ceil(responses * stage.train_share) * stage.train_states)
     text = (
         f"{stage.steps} steps; a step generates {_count(responses * rollout.max_new_tokens)} actor tokens "
         f"({responses:,} responses) and {_count(states * judging.max_new_tokens)} critic tokens "

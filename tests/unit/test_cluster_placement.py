@@ -68,6 +68,14 @@ def test_a_recipe_that_fits(tmp_path: Path) -> None:
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.engines=9"], "take GPUs up to 8"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.mem_fraction=0.1"], "its weights take 15.3"),
         (
+            ["roles.actor.engine={kind: sglang, quantization: fp8, mem_fraction: 0.1}"],
+            "its weights take 8.8",  # 15.3 in bf16, of which embedding and output layer 2.3
+        ),
+        (
+            ["cluster.gpu=a100-80g", "roles.actor.engine={kind: sglang, quantization: fp8}"],
+            "'actor' is served with quantization: fp8, which a a100-80g does not have",
+        ),
+        (
             ["roles.actor.engine={kind: sglang, engines: 2, nodes: [1, 2]}"],
             "the servers of 'actor' are to start on nodes [1, 2], and the job's are 0 to 1",
         ),

@@ -8,7 +8,14 @@ import pytest
 
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters, stage_parameters
-from genac_megatron.recipe.estimate import Memory, activation_bytes, describe, memory_of, place_of
+from genac_megatron.recipe.estimate import (
+    Memory,
+    activation_bytes,
+    describe,
+    memory_of,
+    place_of,
+    served_bytes,
+)
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import (
@@ -181,3 +188,100 @@ def test_a_large_world_is_described_by_its_first_and_heaviest_ranks(tmp_path: Pa
     text = describe(load_recipe(path, ["world.ranks=512"]))
     assert "496 more ranks" in text
     assert len(text.splitlines()) < 100
+
+
+# --- FP8 ----------------------------------------------------------------------------------------------
+
+FP8_SHAPE = shape(layers=4, hidden=128, ffn=256, head_dim=32, vocab=500)
+LAYER = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 256  # queries, keys and values, output, feed-forward
+
+
+def fp8_role(layout: dict[str, int] | None = None, **training: object) -> RoleConfig:
+    model = ModelConfig(family="llama", shape=FP8_SHAPE, tokenizer="builtin:tiny")
+    made = TrainingConfig.model_validate({"specs": "te"} | training)
+    return RoleConfig(model=model, layout=LayoutConfig(**(layout or {})), training=made)
+
+
+def weights(config: RoleConfig, rank: int = 0, world: int = 1) -> float:
+    place = place_of(config.layout, rank, world)
+    return memory_of(config, read_shape(config.model), place, world).weights
+
+
+@pytest.mark.parametrize(
+    ("fp8", "scales"), [("tensorwise", 0.0), ("delayed", 0.0), ("blockwise", 4 / 128**2), ("mxfp8", 1 / 32)]
+)
+def test_fp8_copies_of_the_weights_are_counted(fp8: str, scales: float):
+    """Two copies of one byte a weight of a layer's matrices, beside the weights or in their place."""
+    plain = weights(fp8_role())
+    assert weights(fp8_role(fp8=fp8)) == pytest.approx(plain + 4 * LAYER * 2 * (1 + scales))
+    frozen = weights(fp8_role(fp8=fp8, frozen=True))
+    assert frozen == pytest.approx(plain + 4 * LAYER * (1 + scales)), "no backward pass"
+    kept = weights(fp8_role(fp8=fp8, fp8_param=True))
+    assert kept == pytest.approx(plain - 4 * LAYER * 2 + 4 * LAYER * 2 * (1 + scales))
+
+
+def test_only_fp8_weights_change_with_fp8():
+    """fp32 masters and moments are what they were; layers kept in BF16 have no FP8 copies."""
+    one = fp8_role(fp8="tensorwise", fp8_param=True)
+    two = fp8_role()
+    sizes = read_shape(one.model)
+    for part in ("gradients", "optimizer", "activations", "engine"):
+        place = place_of(one.layout, 0, 1)
+        assert getattr(memory_of(one, sizes, place, 1), part) == getattr(
+            memory_of(two, sizes, place, 1), part
+        )
+    some = weights(fp8_role(fp8="tensorwise", bf16_first_layers=1, bf16_last_layers=2))
+    assert some == weights(two) + LAYER * 2
+
+
+def test_fp8_weights_of_a_rank_are_those_of_its_layers_and_cuts():
+    layout = {"tp": 2, "pp": 2}
+    plain = [weights(fp8_role(layout), rank, 4) for rank in range(4)]
+    fp8 = [weights(fp8_role(layout, fp8="tensorwise", bf16_first_layers=1), rank, 4) for rank in range(4)]
+    assert [a - b for a, b in zip(fp8, plain, strict=True)] == [LAYER, LAYER, 2 * LAYER, 2 * LAYER]
+
+
+def test_an_experts_model_counts_those_that_a_rank_holds():
+    sizes = shape(
+        layers=2, hidden=128, ffn=256, head_dim=32, vocab=500, experts=4, experts_per_token=2, expert_ffn=64,
+        norm_topk=True,
+    )  # fmt: skip
+    model = ModelConfig(family="qwen3_moe", shape=sizes, tokenizer="builtin:tiny")
+    attention, expert = 128 * 128 * 2 + 2 * 128 * 64, 3 * 128 * 64
+    for ep, each in ((1, 4), (2, 2)):
+        made = [
+            RoleConfig(
+                model=model,
+                layout=LayoutConfig(ep=ep),
+                training=TrainingConfig.model_validate({"fp8": fp8, "specs": "te"}),
+            )
+            for fp8 in ("off", "tensorwise")
+        ]
+        plain, fp8 = (weights(config, 0, 2) for config in made)
+        assert fp8 - plain == 2 * 2 * (attention + each * expert)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_served_weights_are_what_a_publication_sends(dtype: str):
+    from genac_megatron.publication.plan import make_plan
+    from genac_megatron.training.layout import Layout
+
+    width = {"bf16": 2, "fp32": 4}[dtype]
+    for quantization in ("off", "fp8"):
+        config = fp8_role().model_copy(
+            update={"engine": EngineConfig(kind="sglang", dtype=dtype, quantization=quantization)}
+        )
+        sizes = read_shape(config.model)
+        plan = make_plan(sizes, Layout("actor", 0, 1), width, fp8=quantization == "fp8")
+        assert served_bytes(config, sizes) == sum(bucket.nbytes(width) for bucket in plan)
+
+
+def test_the_dry_run_says_what_servers_hold(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("hidden: 64, ffn: 128", "hidden: 512, ffn: 1024"))
+    engine = "roles.actor.engine={kind: sglang, engines: 2, quantization: %s}"
+    said = [describe(load_recipe(path, [engine % word])) for word in ("off", "fp8")]
+    plain, fp8 = (next(line for line in text.splitlines() if "SGLang servers" in line) for text in said)
+    assert "2 SGLang servers of 1 rank, quantization off" in plain
+    megabytes = [float(line.split("weights ")[1].split(" MiB")[0]) for line in (plain, fp8)]
+    assert megabytes[1] < 0.52 * megabytes[0]
