@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from genac_megatron.cluster.network import (
 )
 from genac_megatron.errors import GenacError, InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 NODE = {
     "docker0": ["172.17.0.1"],  # what `hostname -I` may well begin with
     "eth0": ["10.0.0.5", "fe80::1"],
@@ -106,3 +111,32 @@ def test_a_window_without_free_ports_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("genac_megatron.cluster.network.is_free", lambda port, address="": False)
     with pytest.raises(GenacError, match="only 0 are free"):
         free_ports(1, 2)
+
+
+MEET = """
+import json, os
+from genac_megatron.cluster.network import rank_environment
+from genac_megatron.cluster.preflight import communicate
+os.environ.update(rank_environment({**os.environ, "SLURM_JOB_ID": "1"}))
+print(json.dumps(communicate()))
+"""
+
+
+def test_ranks_meet_at_an_ipv6_address() -> None:
+    """Two of them, as in a job: MASTER_ADDR without brackets, and an all-reduce."""
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 here")
+    port = next(port for port in job_ports(4243) if is_free(port, "::1"))
+    given = {"MASTER_ADDR": "::1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", MEET], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **given, "RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert all(report["right"] and report["bus_gbs"] > 0 for report in found)
+    assert len(found[0]["clocks"]) == 2
