@@ -46,7 +46,8 @@ quickstart: python ## Train an actor and a generative critic on this machine (EN
 	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
 
 .PHONY: test
-test: lint test-unit test-distributed test-serving test-conversion test-e2e test-slurm ## Everything that CI runs
+test: lint ## Everything that CI runs: areas two at a time, the longest first, logs in runs/test-logs
+	@$(PYTHON) tools/areas.py serving e2e distributed conversion slurm unit
 
 .PHONY: test-unit
 test-unit: python ## Fast tests without processes
