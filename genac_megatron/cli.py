@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     Job = Callable[[Recipe, World, StopFlag], None]
 
-EPILOG = """exit codes: 0 done; 2 the recipe or an input is wrong; 3 a gate failed;
-4 an engine or peer was lost beyond its budget; 75 stopped on purpose with a checkpoint"""
+EPILOG = """exit codes: 0 done; 1 the file system or the training failed; 2 the recipe or an input is wrong;
+3 a gate failed; 4 an engine or peer was lost beyond its budget; 75 stopped on purpose with a checkpoint"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from genac_megatron.launch import free_port
 from tests.distributed.pool import RANKS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fail_case(rank: int, failing: dict[int, str]) -> tuple[str, str, bool, int]:
@@ -96,3 +102,46 @@ def test_rank_0_decides_what_all_resume_from(pool: Any, tmp_path: Path) -> None:
     assert {manifest["serial"] for _, manifest in found} == {4}
     for message in pool.run(begin_case, str(tmp_path), recipe, False):
         assert "holds checkpoints of an earlier run" in message
+
+
+GONE = """
+import json, os, signal
+from datetime import timedelta
+import torch, torch.distributed as dist
+from genac_megatron.training.agreement import lost_peer
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.barrier()
+if dist.get_rank() == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+found = {}
+store = dist.distributed_c10d._get_default_store()
+acts = {
+    "all-reduce": lambda: dist.all_reduce(torch.ones(4)),
+    "objects": lambda: dist.all_gather_object([None, None], 3),
+    "wait": lambda: store.get("nothing"),
+    "new group": lambda: dist.new_group([0, 1]),
+}
+for name, act in acts.items():
+    try:
+        act()
+    except Exception as error:
+        found[name] = (lost_peer(error), str(error))
+print(json.dumps(found))
+"""
+
+
+def test_what_is_said_where_the_first_rank_is_gone_is_a_lost_peer() -> None:
+    """It holds the store too, so that its end is told in other words than a peer's."""
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", GONE], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **given, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    _, said = (rank.communicate(timeout=200)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [-9, 0]
+    found = json.loads(said)
+    assert sorted(found) == ["all-reduce", "new group", "objects", "wait"], "each of them failed"
+    assert all(lost for lost, _ in found.values()), found
