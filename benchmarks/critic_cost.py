@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -224,11 +225,14 @@ def iteration_table(folder: Path) -> list[dict[str, Any]]:
         return sum(found) / len(found) if found else float("nan")
 
     rows = []
-    for cell in ("ppo", "vc_ppo", "vapo", "sp3o"):
-        row: dict[str, Any] = {"GenAC over": cell}
+    cells = {record["cell"] for record in records}
+    for ours, cell in itertools.product(("genac", "genac_light"), ("ppo", "vc_ppo", "vapo", "sp3o")):
+        if not {ours, cell} <= cells:
+            continue
+        row: dict[str, Any] = {"cell": ours, "over": cell}
         for key in ("tokens", "flops", "seconds"):
-            row[key] = round(mean("genac", f"step/{key}") / mean(cell, f"step/{key}"), 2)
-        row["MSE, GenAC"] = round(mean("genac", "critic/mse"), 4)
+            row[key] = round(mean(ours, f"step/{key}") / mean(cell, f"step/{key}"), 2)
+        row["MSE"] = round(mean(ours, "critic/mse"), 4)
         row["MSE, scalar"] = round(mean(cell, "critic/mse"), 4)
         rows.append(row)
     return rows
@@ -240,7 +244,7 @@ def main() -> None:
     parser.add_argument("--per-prompt", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1200, help="of a response")
     parser.add_argument("--critic-tokens", type=int, default=8, help="written per state, for the cache table")
-    parser.add_argument("--study", type=Path, help="a study's folder with cells genac and ppo")
+    parser.add_argument("--study", type=Path, help="the joint study's folder of results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cache = served(options, Path(folder))
