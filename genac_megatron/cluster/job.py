@@ -17,7 +17,7 @@ from genac_megatron.cluster.network import (
     free_ports,
     job_ports,
 )
-from genac_megatron.cluster.placement import Placement, misfits, placement
+from genac_megatron.cluster.placement import Placement, misfits, placement, server_count
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.observe.manifest import read_manifest, survey
 from genac_megatron.observe.runinfo import RunFolder
@@ -75,7 +75,8 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
     finished = manifest is not None and manifest["state"]["at"]["stage"] >= len(recipe.stages)
     named = environ.get("GENAC_FABRIC", "").replace(",", " ").split()
     address = fabric_address(named, environ.get("GENAC_PEER", ""))
-    ports = free_ports(int(environ["SLURM_JOB_ID"]), 2)
+    number, servers = int(environ["SLURM_JOB_ID"]), server_count(recipe)
+    ports = free_ports(number, 2, servers=servers)
     check_progress(folder, environ, position(manifest))
     logs = begin_attempt(folder, attempt_name(environ))
     (logs / FROM).write_text(position(manifest), encoding="utf-8")
@@ -92,7 +93,7 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
         "MASTER_PORT": str(ports[RUN]),
         "GENAC_PREFLIGHT_PORT": str(ports[PREFLIGHT]),
         "GENAC_MEETING": f"{bracketed(address)}:{ports[RUN]}",
-        "GENAC_ADDED": " ".join(added_overrides(recipe, job_ports(int(environ["SLURM_JOB_ID"])))),
+        "GENAC_ADDED": " ".join(added_overrides(recipe, job_ports(number, servers=servers))),
     }
 
 

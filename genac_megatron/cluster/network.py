@@ -12,12 +12,12 @@ import psutil
 
 from genac_megatron.errors import GenacError, InputError
 
-PORTS = 32  # a job's window: 0 the run's meeting place, 1 the preflight's, from 8 on the engines'
+PORTS = 32  # a job's window; a multiple of it where there are many servers
 LOWEST_PORT = 10_000
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 NET = Path("/sys/class/net")
 INFINIBAND = "32"  # linux/if_arp.h: ARPHRD_INFINIBAND
-RUN, PREFLIGHT, ENGINES = 0, 1, 8
+RUN, PREFLIGHT, ENGINES = 0, 1, 8  # in the window: the run's and the preflight's meeting places, servers
 
 
 def bracketed(address: str) -> str:
@@ -138,18 +138,22 @@ def ephemeral_low() -> int:
         return 32_768
 
 
-def job_ports(job: int, low: int | None = None) -> range:
-    """The ports of a job: a window chosen by its number, below the ephemeral range."""
+def job_ports(job: int, low: int | None = None, servers: int = 0) -> range:
+    """The ports of a job: a window chosen by its number, below the ephemeral range, with room for `servers`.
+
+    Raises InputError where there is no such room.
+    """
     top = ephemeral_low() if low is None else low
-    windows = (top - LOWEST_PORT) // PORTS
+    size = max(PORTS, -(-(ENGINES + servers) // PORTS) * PORTS)
+    windows = (top - LOWEST_PORT) // size
     if windows < 1:
         raise InputError(
-            f"the ephemeral ports begin at {top}, which leaves none for the job",
+            f"the ephemeral ports begin at {top}, which leaves no {size} for the job",
             where=str(EPHEMERAL),
-            way_out=f"raise its lower end to at least {LOWEST_PORT + PORTS}",
+            way_out=f"raise its lower end to at least {LOWEST_PORT + size}",
         )
-    start = LOWEST_PORT + job % windows * PORTS
-    return range(start, start + PORTS)
+    start = LOWEST_PORT + job % windows * size
+    return range(start, start + size)
 
 
 def is_free(port: int, address: str = "") -> bool:
@@ -164,9 +168,9 @@ def is_free(port: int, address: str = "") -> bool:
         return False
 
 
-def free_ports(job: int, count: int, address: str = "", low: int | None = None) -> list[int]:
-    """The first `count` free ports of the job's window. Raises GenacError where there are fewer."""
-    window = job_ports(job, low)
+def free_ports(job: int, count: int, address: str = "", *, servers: int = 0) -> list[int]:
+    """The first `count` free ports of those before the servers'. Raises GenacError where there are fewer."""
+    window = job_ports(job, servers=servers)
     found = [port for port in window[:ENGINES] if is_free(port, address)][:count]
     if len(found) < count:
         raise GenacError(

@@ -157,6 +157,11 @@ def server_gpus(engine: EngineConfig) -> list[int]:
     return list(engine.gpus) or list(range(engine.engines_per_node * engine.tp))
 
 
+def server_count(recipe: Recipe) -> int:
+    """Servers that the run starts, of all roles and on all nodes."""
+    return sum(role.engine.engines for role in recipe.roles.values() if server_gpus(role.engine))
+
+
 def _shares_gpu(engine: EngineConfig, rank: int, place: Placement) -> bool:
     """Whether a server runs on a rank's GPU."""
     return place.node_of(rank) in engine.nodes and rank % place.ranks_per_node in server_gpus(engine)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.cluster.heartbeat import node_name, write
-from genac_megatron.cluster.network import ENGINES, PORTS, interface_towards, is_free, job_ports
-from genac_megatron.cluster.placement import server_gpus
+from genac_megatron.cluster.network import ENGINES, interface_towards, is_free, job_ports
+from genac_megatron.cluster.placement import server_count, server_gpus
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import DatasetTask, Recipe
@@ -69,14 +69,14 @@ def _guarded(act: Callable[[], Report]) -> Report:
 
 def look(recipe: Recipe) -> Report:
     """What this node shows: GPUs, versions, disk, ports, model and data."""
-    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    ports = job_ports(int(os.environ.get("SLURM_JOB_ID", "0")), servers=server_count(recipe))
     return {
         "host": socket.gethostname(),
         "interface": interface_towards(os.environ.get("MASTER_ADDR", "")),
         "gpus": gpus(),
         "versions": _guarded(versions),
         "free_gib": {name: _free_gib(path) for name, path in _folders(recipe).items()},
-        "busy_ports": [p for p in job_ports(job)[ENGINES:PORTS] if not is_free(p)],
+        "busy_ports": [port for port in ports[ENGINES:] if not is_free(port)],
         "missing": missing_inputs(recipe, int(os.environ.get("SLURM_NODEID", "0"))),
     }
 

@@ -89,6 +89,8 @@ def test_ports_lie_below_the_ephemeral_range_and_differ_by_job() -> None:
     assert all(w.start >= LOWEST_PORT and w.stop <= 32_768 and len(w) == PORTS for w in windows)
     assert len({w.start for w in windows}) == 600
     assert job_ports(7, 16_000).stop <= 16_000
+    large = [job_ports(job, 32_768, servers=1024) for job in range(40)]
+    assert all(len(w) >= 8 + 1024 and w.stop <= 32_768 for w in large), "room for every server"
     with pytest.raises(InputError, match="ephemeral"):
         job_ports(7, LOWEST_PORT + 1)
 

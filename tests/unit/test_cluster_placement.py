@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.cluster import job, script
+from genac_megatron.cluster.network import job_ports
 from genac_megatron.cluster.placement import duties, heaviest, misfits, placement
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.loader import load_recipe
@@ -172,6 +173,13 @@ def test_the_jobs_plan(tmp_path: Path) -> None:
     assert "roles.actor.engine.port=" in found["GENAC_ADDED"], "of the job's window"
     assert "host" not in found["GENAC_ADDED"], "each node has an address of its own"
     assert "critic" not in found["GENAC_ADDED"]
+    many = ["roles.actor.engine={kind: sglang, engines: 16, nodes: [0, 1], mem_fraction: 0.2}",
+            "roles.critic.engine={kind: sglang, engines: 16, nodes: [0, 1], mem_fraction: 0.2}"]  # fmt: skip
+    window = job_ports(77, servers=32)
+    first = {"actor": window[8], "critic": window[24]}
+    added = job.plan(recipe(tmp_path, *many), JOB)["GENAC_ADDED"].split()
+    assert added == [f"roles.{role}.engine.port={port}" for role, port in first.items()]
+    assert first["critic"] + 16 <= window.stop, "the last server's port is the job's own"
     shell = job.as_shell({"A": "it's"}) + 'printf %s "$A"'
     assert subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout == "it's"
 
