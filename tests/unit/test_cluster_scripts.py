@@ -120,6 +120,48 @@ def test_a_job_ends_with_the_code_that_a_rank_meant(
     assert done.stdout.strip() == str(meant), done.stderr
 
 
+STUBBORN = "trap '' USR1 TERM; sleep 77 & sleep 77"
+LEAVES = "trap 'exit 75' USR1; sleep 77 & wait"
+ALONE = """
+. ./common.sh
+set_runtime() { alone=(bash -c "$COMMAND"); }
+scontrol() { echo "scontrol $*"; }
+(sleep 1; kill -s "$SIGNAL" $$) &
+genac_alone evaluate
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "sent", "code", "said", "requeued"),
+    [
+        (LEAVES, "USR1", 75, "leaving at the next safe point", True),
+        ("sleep 77", "USR1", 75, "ended with code 138", True),  # asked before it could take signals
+        (STUBBORN, "USR1", 137, "no safe point within 2 s", False),
+        (LEAVES, "TERM", 143, "ended with code 143", False),
+        ("trap '' USR1; sleep 2; exit 3", "USR1", 3, "ended with code 3", False),
+    ],
+    ids=["leaves", "too early", "stubborn", "cancelled", "a gate"],
+)
+def test_one_command_that_is_asked_to_stop(
+    command: str, sent: str, code: int, said: str, requeued: bool
+) -> None:
+    """Requeued where it left as asked; ended, and not requeued, where it did not. Nothing of it is left."""
+    patience = "2" if command == STUBBORN else "60"
+    grace = {"GENAC_GRACE_S": patience, "GENAC_LEAVE_S": "1", "SLURM_JOB_ID": "test-72"}
+    done = bash(ALONE, COMMAND=command, SIGNAL=sent, **grace)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout
+    assert ("scontrol requeue test-72" in done.stdout) == requeued
+    assert not [folder for folder in Path("/proc").glob("[0-9]*") if marked(folder, "test-72-r0")]
+
+
+def marked(process: Path, attempt: str) -> bool:
+    try:
+        return f"GENAC_RANK_OF={attempt}".encode() in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 def test_leftovers_of_an_attempt_are_ended_and_no_others() -> None:
     """Daemons that left their session, as a server that lost its parent would."""
     started = {
