@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from genac_megatron.models.hf_folder import HfFolder
 from tests.conversion.tiny_folder import make_folder, tiny_shape
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
-from tests.slurm.test_jobs import LIMIT_S, Settings, gone
+from tests.slurm.test_jobs import LIMIT_S, Settings, genac, gone, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0")
@@ -63,3 +64,61 @@ def test_evaluate(
     samples = next(tmp_path.glob("scores/*/samples.jsonl"))
     asked = {(row["index"], row["sample"]) for row in map(json.loads, samples.read_text().splitlines())}
     assert len(asked) == 8
+
+
+def stopped_and_requeued(cluster: Cluster, job: int, begun: Callable[[], bool], what: str) -> None:
+    """USR1 once `begun`: the job leaves with what is done kept, and is back in the queue."""
+    until(begun, what)
+    assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    gone(job)
+
+
+def test_a_conversion_that_is_asked_to_stop_is_requeued_and_goes_on(
+    cluster: Cluster, settings: Settings, tmp_path: Path, output: Callable[[], str]
+) -> None:
+    shape = tiny_shape(layers=60, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
+    source, part = make_folder(tmp_path / "source", shape), tmp_path / "checkpoint.part"
+    given = ("to-megatron", "source", "checkpoint", "--max-shard-size=200KB")
+    job = cluster.submit(*ONE, CONVERT, *given, cwd=tmp_path, **settings)
+    shards = "done/*.json"
+    stopped_and_requeued(cluster, job, lambda: len(list(part.glob(shards))) >= 5, "five shards")
+    assert "genac: stopped: stopped as asked after" in output(), output()
+    done = {path.name: path.stat().st_mtime_ns for path in part.glob("weights/*.distcp")}
+    seen = cluster.wait(job, LIMIT_S)
+    assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("COMPLETED", "0:0", "1"), output()
+    gone(job)
+    kept = [name for name, at in done.items() if written(tmp_path / "checkpoint", name) == at]
+    assert kept == list(done), "shards of the first attempt were not written again"
+    job = cluster.submit(*ONE, CONVERT, "to-hf", "checkpoint", "back", cwd=tmp_path, **settings)
+    assert cluster.wait(job, LIMIT_S)["JobState"] == "COMPLETED", output()
+    wanted, got = tensors(source), tensors(tmp_path / "back")
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def written(checkpoint: Path, name: str) -> int:
+    return (checkpoint / "weights" / name).stat().st_mtime_ns
+
+
+def test_an_evaluation_that_is_asked_to_stop_is_requeued_and_goes_on(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Callable[[], str]
+) -> None:
+    """The samples are those of an evaluation that nobody stopped, and none was made twice."""
+    given = ("task", "rg:chain_sum", str(recipe), "--problems=30", "--samples=100", "--max-new-tokens=24")
+    parts = "stopped/*/parts/*.jsonl"
+    job = cluster.submit(*ONE, EVALUATE, *given, "--out=stopped", cwd=tmp_path, **settings)
+    stopped_and_requeued(cluster, job, lambda: bool(list(tmp_path.glob(parts))), "a first chunk")
+    text = output()
+    assert "genac: stopped: stopped as asked after" in text, text
+    assert "requeue (restart 1)" in text, text
+    first = {line for path in tmp_path.glob(parts) for line in path.read_text().splitlines()}
+    seen = cluster.wait(job, LIMIT_S)
+    assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("COMPLETED", "0:0", "1"), output()
+    gone(job)
+    done = genac("evaluate", *given, "--out=whole", cwd=tmp_path, environ=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    stopped, whole = (next(tmp_path.glob(f"{name}/*/samples.jsonl")) for name in ("stopped", "whole"))
+    assert 0 < len(first) < 3000
+    assert first < set(whole.read_text().splitlines())
+    assert stopped.read_bytes() == whole.read_bytes()
