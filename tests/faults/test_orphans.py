@@ -18,9 +18,11 @@ from tests.faults.faulty import GONE_S, INJECT, LIMIT_S, ROLLOUT, ROOT, fault, o
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("where", ["save", "rollout"])
-@pytest.mark.parametrize("asynchronous", ["false", "true"], ids=["sync", "async"])
-def test_a_killed_rank_leaves_no_process(tmp_path: Path, where: str, asynchronous: str) -> None:
+@pytest.mark.parametrize(
+    ("asynchronous", "where", "step"),
+    [("false", "save", 1), ("false", "rollout", 3), ("true", "before-shards", 2), ("true", "rollout", 3)],
+)
+def test_a_killed_rank_leaves_no_process(tmp_path: Path, asynchronous: str, where: str, step: int) -> None:
     """Megatron's manager of write results among them, which looks after nobody by itself.
 
     Killed amid a save, or amid the rollout after one. There is no launcher, whose end of the rank's session
@@ -36,7 +38,7 @@ def test_a_killed_rank_leaves_no_process(tmp_path: Path, where: str, asynchronou
         "LOCAL_RANK": "0",
     }
     given = {"PYTHONPATH": f"{INJECT}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "FAULT_NOTE": str(note)}
-    harm = fault(where, "kill", 0, 1 if where == "save" else 3)
+    harm = fault(where, "kill", 0, step)
     command = [sys.executable, "-m", "genac_megatron", "run", "recipe.yaml"]
     with (tmp_path / "output").open("w+") as output:
         ranks = [
