@@ -24,6 +24,8 @@ NAMES = {
     "seconds": "seconds, evaluations and checkpoints left out",
 }
 MARKERS = "osD^vP*X<>"
+DASHES = ("-", "--", ":")
+FEW = 6  # lines whose spread is shaded: that of more would hide them
 
 
 def draw_all(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
@@ -40,26 +42,28 @@ def draw_all(study: Study, records: Sequence[Record], folder: Path) -> list[Path
     return made
 
 
-def _colour(number: int) -> str:
-    return LIGHT.phases[number % len(LIGHT.phases)]
+def _look(number: int) -> dict[str, Any]:
+    """Colour, dashes and marker of a line; no two of a plot's first thirty look the same."""
+    colours = LIGHT.phases
+    dashes = DASHES[number // len(colours) % len(DASHES)]
+    return {"color": colours[number % len(colours)], "ls": dashes, "marker": MARKERS[number % len(MARKERS)]}
 
 
 def _curves(study: Study, records: Sequence[Record], curve: Curve, figure: Figure) -> None:
-    axes = figure.subplots()
-    for number, (label, members) in enumerate(best_cells(study, records).items()):
+    axes, cells = figure.subplots(), best_cells(study, records)
+    for number, (label, members) in enumerate(cells.items()):
         with_curve = [record["curve"] for record in members if len(record["curve"]) > 1]
         if not with_curve:
             continue
         length = min(len(points) for points in with_curve)
         x = np.mean([[p[curve.x] for p in points[:length]] for points in with_curve], axis=0)
         y = np.array([[p["accuracy"] for p in points[:length]] for points in with_curve])
-        colour = _colour(number)
-        axes.plot(
-            x, y.mean(0), marker=MARKERS[number % len(MARKERS)], markersize=4, color=colour, label=label
-        )
-        axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.12, linewidth=0)
+        (line,) = axes.plot(x, y.mean(0), markersize=4, label=label, **_look(number))
+        if len(cells) <= FEW:
+            axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(xlabel=NAMES[curve.x], ylabel="held-out accuracy")
-    axes.set_title(f"mean over {len(study.seeds)} seeds, least to most shaded", loc="left", fontsize=9)
+    shaded = ", least to most shaded" if len(cells) <= FEW else ""
+    axes.set_title(f"mean over {len(study.seeds)} seeds{shaded}", loc="left", fontsize=9)
     _legend(axes)
 
 
@@ -79,8 +83,7 @@ def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure
         x = np.array([place for place, _ in found]) + 0.04 * (number - (len(labels) - 1) / 2)
         y, half = ([getattr(m, name) for _, m in found] for name in ("value", "half"))
         axes.errorbar(
-            x, y, yerr=np.nan_to_num(half), marker=MARKERS[number % len(MARKERS)], markersize=5,
-            color=_colour(number), capsize=3, label=str(label),
+            x, y, yerr=np.nan_to_num(half), markersize=5, capsize=3, label=str(label), **_look(number)
         )  # fmt: skip
     axes.set_xticks(range(len(options)), [str(option) for option in options])
     axes.set(xlabel=lines.x, ylabel=lines.figure)
@@ -89,5 +92,8 @@ def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure
 
 
 def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
+    count = len(axes.get_legend_handles_labels()[0])
+    if count > FEW:  # beside the plot
+        axes.legend(frameon=False, fontsize=8, handlelength=4, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif count:
         axes.legend(frameon=False, fontsize=8)
