@@ -7,9 +7,11 @@ launcher, kill -9 of a random rank or kill -9 of the launcher, and the next one 
   which its ranks notice, the newest checkpoint is at the last logged step, after a rank's death at most
   `checkpoint.every` steps before it;
 - at the end: every step of every stage is in metrics.jsonl exactly once, in order;
-- memory: in every attempt of at least --long seconds, the launcher's and each rank's mean RSS over the
-  attempt's last quarter is at most 5 % above that of its second quarter (the first is the start). Helpers
-  (writers of checkpoints) live for a moment: what is told is how many there were at most.
+- memory: in every attempt that makes at least WARM + FEWEST steps, the launcher's and each rank's mean RSS
+  over the last third of its steps is at most 5 % above that over the first third, the first WARM steps left
+  out: allocators and caches fill there, and a batch's longest sequences move a rank by some per cent from one
+  step to the next. So that there is always one such attempt, the last goes on until it has made STEADY steps.
+  Helpers (writers of checkpoints) live for a moment: what is told is how many there were at most.
 
 Run: python tools/soak.py --minutes 60 (make soak MINUTES=60). Code 1 where a check fails; --save writes
 benchmarks/results/soak.json.
@@ -40,6 +42,8 @@ MARK = "GENAC_SOAK"
 HELPERS = "helpers"
 FLAT = 1.05
 GONE_S, START_S, SAMPLE_S = 60.0, 300.0, 2.0
+WARM, FEWEST, STEADY = 20, 60, 200  # steps of an attempt
+STEADY_S = 2400.0  # at most, for the last attempt
 EVERY = 5
 RECIPE = """\
 extends: {root}/recipes/quickstart.yaml
@@ -70,7 +74,7 @@ class Attempt:
     first: int = 0  # steps of the run that were done before
     last: int = 0  # and after, as logged
     saved: int = 0  # by the newest checkpoint
-    memory: dict[str, float] = field(default_factory=dict)  # process: last quarter's RSS over the second's
+    memory: dict[str, float] = field(default_factory=dict)  # process: last third's RSS over the first's
     peak_mib: float = 0.0  # of one process
     helpers: int = 0  # at one moment, at most
     faults: list[str] = field(default_factory=list)
@@ -79,24 +83,30 @@ class Attempt:
 class Soak:
     """The run folder and what was seen."""
 
-    def __init__(self, folder: Path, seed: int, long_s: float) -> None:
-        self.folder, self.rng, self.long_s = folder, random.Random(seed), long_s
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.rng = folder, random.Random(seed)
         self.run = folder / "runs" / "soak"
         self.attempts: list[Attempt] = []
         (folder / "recipe.yaml").write_text(RECIPE.format(root=ROOT, every=EVERY))
 
     # --- one attempt -----------------------------------------------------------------------------
 
-    def attempt(self, kind: str, seconds: float) -> Attempt:
-        """Start or resume, wait for a step and for `seconds`, end it as `kind` says, look at what is left."""
+    def attempt(self, kind: str, seconds: float, least: int = 0) -> Attempt:
+        """Start or resume, wait for a step and for `seconds`, end it as `kind` says, look at what is left.
+
+        least: or until so many steps are made, in at most STEADY_S.
+        """
         made = Attempt(kind, first=len(self.steps()))
         mark = str(uuid.uuid4())
         process = self.start(mark)
         try:
             self.until(lambda: len(self.steps()) > made.first or self.finished(process), START_S)
-            began, samples = time.monotonic(), []
-            while time.monotonic() - began < seconds and process.poll() is None:
-                samples.append(rss(process.pid))
+            began, samples = time.monotonic(), list[tuple[int, dict[str, float]]]()
+            while process.poll() is None:
+                made_steps, spent = len(self.steps()) - made.first, time.monotonic() - began
+                if spent >= seconds and (made_steps >= least or spent >= STEADY_S):
+                    break
+                samples.append((made_steps, rss(process.pid)))
                 time.sleep(SAMPLE_S)
             made.seconds = time.monotonic() - began
             if process.poll() is None:
@@ -138,12 +148,11 @@ class Soak:
             made.faults.append(f"{made.last - made.saved} step(s) not saved although it was asked to stop")
         if made.last - made.saved > EVERY:
             made.faults.append(f"{made.last - made.saved} steps to be done again")
-        made.helpers = int(max((sample.get(HELPERS, 0.0) for sample in samples), default=0.0))
-        sizes = (size for sample in samples for name, size in sample.items() if name != HELPERS)
+        made.helpers = int(max((sample.get(HELPERS, 0.0) for _, sample in samples), default=0.0))
+        sizes = (size for _, sample in samples for name, size in sample.items() if name != HELPERS)
         made.peak_mib = max(sizes, default=0.0) / 2**20
-        if made.seconds >= self.long_s:
-            made.memory = growth(samples)
-            made.faults += [f"{k}: RSS times {v:.3f}" for k, v in made.memory.items() if v > FLAT]
+        made.memory = growth(samples)
+        made.faults += [f"{k}: RSS times {v:.3f}" for k, v in made.memory.items() if v > FLAT]
 
     # --- what the run left -----------------------------------------------------------------------
 
@@ -208,10 +217,17 @@ def rss(pid: int) -> dict[str, float]:
     return found
 
 
-def growth(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Per process, the mean of the last quarter over that of the second."""
-    quarter = len(samples) // 4
-    early, late = samples[quarter : 2 * quarter], samples[-quarter - 1 : -1]
+def growth(samples: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Per process, the mean RSS over the last third of an attempt's warm steps over that of the first third.
+
+    samples: (steps that the attempt had made, sizes). Empty where there were fewer than FEWEST warm steps.
+    """
+    last = max((steps for steps, _ in samples), default=0)
+    if last < WARM + FEWEST:
+        return {}
+    third = (last - WARM) / 3
+    early = [sizes for steps, sizes in samples if WARM <= steps < WARM + third]
+    late = [sizes for steps, sizes in samples if steps > last - third][:-1]  # the very last: it may be ending
     found = {}
     for name in sorted(set().union(*early, *late) - {HELPERS}):
         means = [
@@ -237,7 +253,7 @@ def marked(mark: str) -> Iterator[str]:
 
 
 def told(attempt: Attempt) -> str:
-    memory = ", ".join(f"{name} x{value:.3f}" for name, value in attempt.memory.items()) or "too short"
+    memory = ", ".join(f"{name} x{value:.3f}" for name, value in attempt.memory.items()) or "too few steps"
     return (
         f"{attempt.kind:>8} after {attempt.seconds:4.0f} s: code {attempt.code}, steps {attempt.first} to "
         f"{attempt.last}, saved {attempt.saved}, peak {attempt.peak_mib:.0f} MiB, "
@@ -268,19 +284,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shortest", type=float, default=20.0, help="seconds of an attempt")
     parser.add_argument("--longest", type=float, default=300.0)
-    parser.add_argument("--long", type=float, default=120.0, help="seconds from which memory is judged")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/soak.json")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="genac-soak-") as folder:
-        soak = Soak(Path(folder), options.seed, options.long)
+        soak = Soak(Path(folder), options.seed)
         while (left := options.minutes * 60 - (time.monotonic() - began)) > 0:
-            # Kinds in turn, so that each occurs; every other attempt is long enough to judge memory.
-            number = len(soak.attempts)
-            least = options.long if number % 2 else options.shortest
-            seconds = min(soak.rng.uniform(least, max(least, options.longest)), max(left, options.shortest))
-            print(told(soak.attempt(KINDS[number % len(KINDS)], seconds)), flush=True)
-        print(told(soak.attempt("usr1", options.shortest)), flush=True)
+            kind = KINDS[len(soak.attempts) % len(KINDS)]  # in turn, so that each occurs
+            seconds = soak.rng.uniform(options.shortest, max(options.shortest, options.longest))
+            print(told(soak.attempt(kind, min(seconds, max(left, options.shortest)))), flush=True)
+        print(told(soak.attempt("usr1", options.shortest, STEADY)), flush=True)
         for text in soak.doubled_or_lost():
             print(f"WRONG: {text}")
         figures = summary(soak, (time.monotonic() - began) / 60)
