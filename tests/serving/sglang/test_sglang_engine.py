@@ -200,11 +200,13 @@ def test_what_a_server_refuses_is_said(one: SglangEngine) -> None:
 
 
 def test_versions_of_tokens_over_an_update_in_mid_generation(engine: SglangEngine) -> None:
+    count = 1500  # long enough that an idle machine is still at it when the servers' loads are next told
     newer = plain_model(served_config("qwen3"), seed=1)
 
     async def work() -> Completion:
-        task = asyncio.ensure_future(engine.complete(request((1, 2, 3), 300, temperature=0.0)))
+        task = asyncio.ensure_future(engine.complete(request((1, 2, 3), count, temperature=0.0)))
         while engine.clients[0].running() < 1:
+            assert not task.done(), "it ended before it was seen to run"
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.2)
         named = list(newer.named_parameters())
@@ -214,7 +216,7 @@ def test_versions_of_tokens_over_an_update_in_mid_generation(engine: SglangEngin
 
     got = run(work())
     (old, before), (new, after) = got.spans
-    assert (old, new, before + after) == (0, 7, 300)
+    assert (old, new, before + after) == (0, 7, count)
     assert before > 0
     assert got.version == 0
     older = forced_logprobs(MODEL, (1, 2, 3), got.ids[:before])
