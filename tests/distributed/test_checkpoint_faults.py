@@ -145,7 +145,8 @@ def run_recipe(recipe, world, stop, *, resume):
     checkpoint.Checkpoints(Path("checkpoints"), keep=2, asynchronous=False).save("ppo-00002", roles, STATE)
 
 pipeline.run_recipe = run_recipe
-sys.exit(cli.main(["run", sys.argv[1]]))
+if __name__ == "__main__":  # Megatron's manager of write results is spawned, which imports this again
+    sys.exit(cli.main(["run", sys.argv[1]]))
 """
 LAUNCH = """
 import sys
