@@ -66,6 +66,7 @@ def test_what_can_be_served_passes(tmp_path: Path, overrides: list[str]) -> None
     ("overrides", "said"),
     [
         (["roles.actor.engine.dtype=fp32"], "with fp32 activations, which SGLang cannot"),
+        (["roles.actor.model.family=llama"], "SGLang's loader for Llama leaves out"),
         (["roles.actor.model.shape.ffn=1000"], "its model's ffn is 1000"),
         (["roles.actor.model.shape.hidden=576"], "its model's hidden is 576"),
         (["roles.actor.model.shape.kv_heads=1"], "its model's kv_heads x head_dim is 64"),
