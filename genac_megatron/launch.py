@@ -33,6 +33,7 @@ GRACE_S = 20.0  # how long other ranks may go on after one has failed
 LEAVE_S = 2.0  # and after a second Ctrl-C, which a rank inside a collective does not see
 PATIENCE_S = 5.0  # between SIGTERM and SIGKILL
 LAUNCHER = "GENAC_LAUNCHER_PID"
+MEETING = "GENAC_MEETING"  # of ranks that a launcher started: rank 0's listening socket, the others' is ""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: SLURM_MAX_NORMAL_STEP_ID
@@ -143,20 +144,28 @@ class Launcher:
             self._end()
 
     def _start(self) -> None:
-        port = free_port()
+        # Bound here and handed to rank 0: a port that is only named may be taken while rank 0 imports.
+        with socket.create_server(("127.0.0.1", 0), backlog=max(self.ranks, 128)) as meeting:
+            self._start_ranks(meeting)
+
+    def _start_ranks(self, meeting: socket.socket) -> None:
         for rank in range(self.ranks):
+            held = (meeting.fileno(),) if rank == 0 else ()
             environ = {
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(meeting.getsockname()[1]),
+                MEETING: ",".join(map(str, held)),
                 "OMP_NUM_THREADS": str(self.threads),
                 LAUNCHER: str(os.getpid()),
             }
             # A session of its own: a Ctrl-C reaches the ranks through us, once.
-            self._children.append(subprocess.Popen(self.command, env=environ, start_new_session=True))
+            self._children.append(
+                subprocess.Popen(self.command, env=environ, start_new_session=True, pass_fds=held)
+            )
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self._asked += number == signal.SIGINT

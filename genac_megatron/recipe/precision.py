@@ -78,8 +78,8 @@ def check_quantization(name: str, role: RoleConfig, shape: Shape, where: Where) 
         )
     if shape.family == "llama":  # measured on 0.5.23: its loader renames the blocks' scales and loses them
         raise InputError(
-            f"the engine of '{name}' is to serve a Llama model in blocks of FP8, whose scales SGLang's loader "
-            "for Llama leaves out",
+            f"the engine of '{name}' is to serve a Llama model in blocks of FP8, whose scales "
+            "SGLang's loader for Llama leaves out",
             where=where((*place, "quantization")),
             way_out="set quantization: off",
         )

@@ -24,7 +24,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from genac_megatron import platform
 from genac_megatron.errors import InputError
+from genac_megatron.launch import MEETING
 from genac_megatron.recipe.schema import LayoutConfig
 
 GRID = ("tp", "cp", "dp", "pp")  # fastest first
@@ -77,7 +78,7 @@ def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
         if "WORLD_SIZE" in os.environ:
             # Objects (rollouts) travel over gloo, also where tensors travel over NCCL.
             backend = "gloo" if local.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=_timeout)
+            dist.init_process_group(backend, timeout=_timeout, **_meeting())
         else:
             dist.init_process_group(
                 platform.backend(), timeout=_timeout, store=dist.HashStore(), rank=0, world_size=1
@@ -88,6 +89,25 @@ def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
         )
     seed_everything(seed)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _meeting() -> dict[str, Any]:
+    """Where ranks of a launcher meet: the port that it has bound (launch.MEETING). Else as torch has it."""
+    held = os.environ.pop(MEETING, None)
+    if held is None:
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if held:
+        os.set_inheritable(int(held), False)  # the store's alone from here on
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=bool(held),
+        timeout=_timeout,
+        master_listen_fd=int(held) if held else None,
+    )
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def seed_everything(seed: int) -> None:

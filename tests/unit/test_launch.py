@@ -117,6 +117,33 @@ def test_each_rank_gets_its_place_in_the_world(start: Start) -> None:
     assert len({place["MASTER_PORT"] for place in seen}) == 1
 
 
+def test_the_port_where_ranks_meet_is_bound_before_any_of_them_runs(start: Start) -> None:
+    """Rank 0 holds the launcher's listening socket; nobody else can take its port while ranks import."""
+    launched = start(
+        """
+        import socket
+        port, held = int(os.environ["MASTER_PORT"]), os.environ["GENAC_MEETING"]
+        if rank == 0:
+            listening = socket.socket(fileno=int(held))
+            note("same" if listening.getsockname()[1] == port else "other")
+            while not os.path.exists("tried"):
+                time.sleep(0.02)
+        else:
+            assert held == ""
+            try:
+                socket.create_server(("127.0.0.1", port))
+                note("free")
+            except OSError:
+                note("taken")
+            open("tried", "w").close()
+        """,
+        ranks=2,
+    )
+    assert launched.end() == 0
+    assert launched.notes(0)[1:] == ["same"]
+    assert launched.notes(1)[1:] == ["taken"]
+
+
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 75])
 def test_an_exit_code_is_passed_on(start: Start, code: int) -> None:
     assert start(f"sys.exit({code})").end() == code
