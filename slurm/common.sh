@@ -118,10 +118,13 @@ wait_for_step() {
   step=''
 }
 
+# What its processes carry in GENAC_RANK_OF. A job's number alone may be another cluster's too, on one machine.
+mark() { printf '%s:%s' "$GENAC_ATTEMPT" "${SLURM_SUBMIT_DIR:-$PWD}"; }
+
 # srun with the recipe's geometry, in the background; the first argument names the log.
 start_step() {
   local log=$1; shift
-  GENAC_RANK_OF=$GENAC_ATTEMPT srun --nodes="$GENAC_NODES" --ntasks="$GENAC_RANKS" \
+  GENAC_RANK_OF=$(mark) srun --nodes="$GENAC_NODES" --ntasks="$GENAC_RANKS" \
     --ntasks-per-node="$GENAC_RANKS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     --distribution=block --kill-on-bad-exit=1 --wait=0 --export=ALL --label \
     --output="$GENAC_LOGS/$log-node%n-%N.log" "${step_options[@]}" "${command[@]}" "$@" &
@@ -151,7 +154,7 @@ preflight() {
 reap() {
   [ -n "${GENAC_LOGS:-}" ] || return 0
   timeout 60 srun --overlap --nodes="$GENAC_NODES" --ntasks="$GENAC_NODES" --ntasks-per-node=1 \
-    bash "$GENAC_HOME/slurm/reap.sh" "$GENAC_ATTEMPT" || say "warning: could not look for leftover processes"
+    bash "$GENAC_HOME/slurm/reap.sh" "$(mark)" || say "warning: could not look for leftover processes"
 }
 
 # Back into the queue; the next attempt resumes.
@@ -214,7 +217,7 @@ genac_job() {
   local variables
   variables=$("${alone[@]}" slurm "$RECIPE" --job "${given[@]}") || exit $?
   eval "$variables"
-  say "job $GENAC_ATTEMPT: $RECIPE on $SLURM_JOB_NODELIST, meeting at $GENAC_MEETING"
+  say "job $GENAC_ATTEMPT: $RECIPE on $SLURM_JOB_NODELIST, meeting at $GENAC_MEETS_AT"
   say "run folder $GENAC_RUN, logs $GENAC_LOGS"
   local added=()
   read -r -a added <<<"$GENAC_ADDED"
@@ -265,9 +268,9 @@ genac_alone() {
   trap 'pass_on TERM' TERM
   trap finish EXIT
   [ -z "$stop_asked" ] || requeue
-  GENAC_RANK_OF=$GENAC_ATTEMPT "${alone[@]}" "$@" & step=$!
+  GENAC_RANK_OF=$(mark) "${alone[@]}" "$@" & step=$!
   wait_for_step
-  bash "$GENAC_HOME/slurm/reap.sh" "$GENAC_ATTEMPT" || say "warning: could not look for leftover processes"
+  bash "$GENAC_HOME/slurm/reap.sh" "$(mark)" || say "warning: could not look for leftover processes"
   say "genac $1 ended with code $code"
   case $code in
     0 | 2 | 3) ;;

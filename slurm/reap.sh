@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# End this user's processes that ranks of attempt $1 left behind on this node; says how many.
+# End this user's processes on this node whose GENAC_RANK_OF is $1, an attempt's mark; says how many.
 set -euo pipefail
 
 attempt=${1:?the attempt}

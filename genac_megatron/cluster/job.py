@@ -92,7 +92,7 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
         "MASTER_ADDR": address,
         "MASTER_PORT": str(ports[RUN]),
         "GENAC_PREFLIGHT_PORT": str(ports[PREFLIGHT]),
-        "GENAC_MEETING": f"{bracketed(address)}:{ports[RUN]}",
+        "GENAC_MEETS_AT": f"{bracketed(address)}:{ports[RUN]}",
         "GENAC_ADDED": " ".join(added_overrides(recipe, job_ports(number, servers=servers))),
     }
 

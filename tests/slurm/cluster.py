@@ -64,6 +64,10 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """Two nodes, n1 and n2. Its folder must have a short path: a socket's may have 107 characters."""
 
+    conf = (
+        ""  # of the cluster that was started last: another's jobs on this machine may have the same numbers
+    )
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environ = {
@@ -79,6 +83,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         text = CONF.format(folder=self.folder, host=host, user=getpass.getuser(), ports=free_ports(3))
         (self.folder / "slurm.conf").write_text(text)
+        Cluster.conf = self.environ["SLURM_CONF"]
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -152,10 +157,11 @@ class Cluster:
 def ours(job: int) -> list[str]:
     """Command lines of processes that a job left: those with its id in their environment, zombies apart."""
     found = []
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={Cluster.conf}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environ = (folder / "environ").read_bytes().split(b"\0")
-            if f"SLURM_JOB_ID={job}".encode() in environ:
+            if wanted <= set(environ):
                 found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
         except OSError:
             continue

@@ -152,7 +152,7 @@ def test_one_command_that_is_asked_to_stop(
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stdout
     assert ("scontrol requeue test-72" in done.stdout) == requeued
-    assert not [folder for folder in Path("/proc").glob("[0-9]*") if marked(folder, "test-72-r0")]
+    assert not [folder for folder in Path("/proc").glob("[0-9]*") if marked(folder, f"test-72-r0:{FOLDER}")]
 
 
 def marked(process: Path, attempt: str) -> bool:
