@@ -61,6 +61,8 @@ def start(name: str, logs: Path) -> Area:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            # Started in a shell's background we ignore SIGINT, and so would all that we start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     return Area(name, log, process)
 

@@ -155,7 +155,8 @@ def test_a_rank_that_dies_of_a_signal(start: Start) -> None:
 
 def test_a_cause_that_comes_later_than_its_consequence_wins(start: Start) -> None:
     """Rank 1 says that its peer was lost, rank 0 ends a little later and says why."""
-    assert start("time.sleep(0 if rank else 1.0)\nsys.exit(4 if rank else 2)").end() == 2
+    body = "time.sleep(0 if rank else 1.0)\nsys.exit(4 if rank else 2)"
+    assert start(body, grace_s=WAIT_S / 2).end() == 2, "a grace that a slow start does not use up"
 
 
 @pytest.mark.parametrize(
