@@ -63,6 +63,8 @@ STAGES = ("sft-actor", "sft-critic", "ppo")
 KINDS = ("usr1", "rank", "launcher")
 CODES = {"usr1": 75, "rank": 4, "launcher": -signal.SIGKILL}
 
+Sample = tuple[int, dict[str, float]]  # steps that an attempt had made, bytes by process
+
 
 @dataclass
 class Attempt:
@@ -101,7 +103,7 @@ class Soak:
         process = self.start(mark)
         try:
             self.until(lambda: len(self.steps()) > made.first or self.finished(process), START_S)
-            began, samples = time.monotonic(), list[tuple[int, dict[str, float]]]()
+            began, samples = time.monotonic(), list[Sample]()
             while process.poll() is None:
                 made_steps, spent = len(self.steps()) - made.first, time.monotonic() - began
                 if spent >= seconds and (made_steps >= least or spent >= STEADY_S):
@@ -135,7 +137,7 @@ class Soak:
         else:
             self.rng.choice(psutil.Process(process.pid).children()).kill()
 
-    def judge(self, made: Attempt, mark: str, samples: list[dict[str, float]]) -> None:
+    def judge(self, made: Attempt, mark: str, samples: list[Sample]) -> None:
         alive = self.outlived(mark)
         rows = self.steps()
         made.last = len(rows)
@@ -217,7 +219,7 @@ def rss(pid: int) -> dict[str, float]:
     return found
 
 
-def growth(samples: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def growth(samples: list[Sample]) -> dict[str, float]:
     """Per process, the mean RSS over the last third of an attempt's warm steps over that of the first third.
 
     samples: (steps that the attempt had made, sizes). Empty where there were fewer than FEWEST warm steps.
