@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
+from benchmarks.gpu import accuracy
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import shape_of
@@ -39,18 +39,7 @@ def make_role(family: str = "qwen3", name: str = "actor", seed: int = 1, **train
 
 
 def make_samples(count: int, seed: int) -> list[Sample]:
-    """Sequences in which the next token mostly follows from the last, so that there is something to learn."""
-    rng = random.Random(seed)
-    samples = []
-    for _ in range(count):
-        tokens = [rng.randrange(VOCAB)]
-        for _ in range(rng.randint(60, 200)):
-            tokens.append((tokens[-1] * 5 + 7) % VOCAB if rng.random() < 0.8 else rng.randrange(VOCAB))
-        samples.append(Sample(tokens, 1))
-    total = sum(sample.trained for sample in samples)
-    for sample in samples:
-        sample.fields = {"weights": [1 / total] * sample.trained}
-    return samples
+    return accuracy.make_samples(count, seed, VOCAB)
 
 
 def flat_logprobs(role: Role, seed: int = 5) -> list[float]:
