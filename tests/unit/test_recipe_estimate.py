@@ -278,7 +278,8 @@ def test_served_weights_are_what_a_publication_sends(dtype: str):
 
 def test_the_dry_run_says_what_servers_hold(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("hidden: 64, ffn: 128", "hidden: 512, ffn: 1024"))
+    larger = RECIPE.replace("hidden: 64, ffn: 128", "hidden: 512, ffn: 1024")
+    path.write_text(larger.replace("family: llama", "family: qwen3"))
     engine = "roles.actor.engine={kind: sglang, engines: 2, quantization: %s}"
     said = [describe(load_recipe(path, [engine % word])) for word in ("off", "fp8")]
     plain, fp8 = (next(line for line in text.splitlines() if "SGLang servers" in line) for text in said)
