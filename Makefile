@@ -95,7 +95,7 @@ test-gpu: ## What needs a GPU, by the interpreter GENAC_GPU_PYTHON (tools/gpu_se
 
 .PHONY: bench-gpu
 bench-gpu: ## Every benchmark of benchmarks/gpu, into benchmarks/results/gpu/ (ARGS=--tiny: a try on a CPU)
-	@for name in training logprobs publication joint_step memory; do \
+	@for name in training accuracy logprobs publication joint_step memory; do \
 		echo "== $$name"; $(gpu) -W ignore -m benchmarks.gpu.$$name $(ARGS) || exit 1; done
 
 .PHONY: lint

@@ -7,10 +7,11 @@ launcher, kill -9 of a random rank or kill -9 of the launcher, and the next one 
   which its ranks notice, the newest checkpoint is at the last logged step, after a rank's death at most
   `checkpoint.every` steps before it;
 - at the end: every step of every stage is in metrics.jsonl exactly once, in order;
-- memory: in every attempt that makes at least WARM + FEWEST steps, the launcher's and each rank's mean RSS
-  over the last third of its steps is at most 5 % above that over the first third, the first WARM steps left
-  out: allocators and caches fill there, and a batch's longest sequences move a rank by some per cent from one
-  step to the next. So that there is always one such attempt, the last goes on until it has made STEADY steps.
+- memory: in every attempt that makes at least WARM + FEWEST steps of its last stage, the launcher's and each
+  rank's mean RSS over the last third of these is at most 5 % above that over the first third, the first WARM
+  left out: a stage makes its optimizer's states, allocators and caches fill, and a batch's longest sequences
+  move a rank by some per cent from one step to the next. So that there is always one such attempt, the last
+  goes on until it has made STEADY steps.
   Helpers (writers of checkpoints) live for a moment: what is told is how many there were at most.
 
 Run: python tools/soak.py --minutes 60 (make soak MINUTES=60). Code 1 where a check fails; --save writes
@@ -63,7 +64,7 @@ STAGES = ("sft-actor", "sft-critic", "ppo")
 KINDS = ("usr1", "rank", "launcher")
 CODES = {"usr1": 75, "rank": 4, "launcher": -signal.SIGKILL}
 
-Sample = tuple[int, dict[str, float]]  # steps that an attempt had made, bytes by process
+Sample = tuple[int, int, dict[str, float]]  # stage, steps of it that an attempt had made, bytes by process
 
 
 @dataclass
@@ -105,10 +106,11 @@ class Soak:
             self.until(lambda: len(self.steps()) > made.first or self.finished(process), START_S)
             began, samples = time.monotonic(), list[Sample]()
             while process.poll() is None:
-                made_steps, spent = len(self.steps()) - made.first, time.monotonic() - began
-                if spent >= seconds and (made_steps >= least or spent >= STEADY_S):
+                rows, spent = self.steps()[made.first :], time.monotonic() - began
+                if spent >= seconds and (len(rows) >= least or spent >= STEADY_S):
                     break
-                samples.append((made_steps, rss(process.pid)))
+                stage = rows[-1][0] if rows else -1
+                samples.append((stage, sum(row[0] == stage for row in rows), rss(process.pid)))
                 time.sleep(SAMPLE_S)
             made.seconds = time.monotonic() - began
             if process.poll() is None:
@@ -150,8 +152,8 @@ class Soak:
             made.faults.append(f"{made.last - made.saved} step(s) not saved although it was asked to stop")
         if made.last - made.saved > EVERY:
             made.faults.append(f"{made.last - made.saved} steps to be done again")
-        made.helpers = int(max((sample.get(HELPERS, 0.0) for _, sample in samples), default=0.0))
-        sizes = (size for _, sample in samples for name, size in sample.items() if name != HELPERS)
+        made.helpers = int(max((sample.get(HELPERS, 0.0) for *_, sample in samples), default=0.0))
+        sizes = (size for *_, sample in samples for name, size in sample.items() if name != HELPERS)
         made.peak_mib = max(sizes, default=0.0) / 2**20
         made.memory = growth(samples)
         made.faults += [f"{k}: RSS times {v:.3f}" for k, v in made.memory.items() if v > FLAT]
@@ -220,16 +222,17 @@ def rss(pid: int) -> dict[str, float]:
 
 
 def growth(samples: list[Sample]) -> dict[str, float]:
-    """Per process, the mean RSS over the last third of an attempt's warm steps over that of the first third.
+    """Per process, the mean RSS over the last third of warm steps over that of the first third.
 
-    samples: (steps that the attempt had made, sizes). Empty where there were fewer than FEWEST warm steps.
+    Of an attempt's last stage alone. Empty where it made fewer than FEWEST warm steps of it.
     """
-    last = max((steps for steps, _ in samples), default=0)
+    stage, last = max(((stage, steps) for stage, steps, _ in samples), default=(-1, 0))
     if last < WARM + FEWEST:
         return {}
     third = (last - WARM) / 3
-    early = [sizes for steps, sizes in samples if WARM <= steps < WARM + third]
-    late = [sizes for steps, sizes in samples if steps > last - third][:-1]  # the very last: it may be ending
+    mine = [(steps, sizes) for at, steps, sizes in samples if at == stage]
+    early = [sizes for steps, sizes in mine if WARM <= steps < WARM + third]
+    late = [sizes for steps, sizes in mine if steps > last - third][:-1]  # the very last: it may be ending
     found = {}
     for name in sorted(set().union(*early, *late) - {HELPERS}):
         means = [
@@ -288,6 +291,8 @@ def main() -> int:
     parser.add_argument("--longest", type=float, default=300.0)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/soak.json")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # from a shell's background SIGINT would be ignored
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="genac-soak-") as folder:
         soak = Soak(Path(folder), options.seed)

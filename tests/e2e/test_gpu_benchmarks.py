@@ -17,6 +17,7 @@ COLUMNS = {
     "publication": {"GB/s", "of a copy"},
     "joint_step": {"phase", "s", "share_%"},
     "memory": {"peak_GiB", "estimate_GiB", "outside_GiB"},
+    "accuracy": {"precision", "loss", "grad norm", "log-prob", "engine p99", "fp8 engine p99"},
 }
 
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.soak import FEWEST, FLAT, HELPERS, WARM, growth
+from tools.soak import FEWEST, FLAT, HELPERS, WARM, Sample, growth
 
 MIB = 2.0**20
 
 
-def samples(sizes: list[float]) -> list[tuple[int, dict[str, float]]]:
-    return [(step, {"rank 0": size * MIB, HELPERS: 3.0}) for step, size in enumerate(sizes)]
+def samples(sizes: list[float], stage: int = 0) -> list[Sample]:
+    return [(stage, step, {"rank 0": size * MIB, HELPERS: 3.0}) for step, size in enumerate(sizes)]
 
 
 @given(st.integers(WARM + FEWEST + 1, 400), st.floats(1.0, 3.0))
@@ -33,3 +33,9 @@ def test_a_leak_is_found(count: int, leaked: float) -> None:
 def test_an_attempt_of_few_steps_says_nothing() -> None:
     assert growth(samples([500.0] * (WARM + FEWEST))) == {}
     assert growth([]) == {}
+
+
+def test_a_new_stage_may_take_more() -> None:
+    before, after = samples([400.0] * 200), samples([800.0] * (WARM + FEWEST + 1), stage=1)
+    assert growth(before + after) == {"rank 0": pytest.approx(1.0)}
+    assert growth(before + after[:-1]) == {}
