@@ -44,6 +44,11 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
+def served_config(hf_config: dict[str, Any], quantization: str) -> dict[str, Any]:
+    """The config.json of a model that is served as `engine.quantization` says."""
+    return hf_config | ({"quantization_config": quantization_config()} if quantization == "fp8" else {})
+
+
 def cut_sides(shape: Shape, tp: int) -> dict[str, int]:
     """The sides of the matrices on one of an engine's `tp` ranks: each must be whole blocks.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from genac_megatron.errors import GenacError
-from genac_megatron.models.blockwise import quantization_config
+from genac_megatron.models.blockwise import served_config
 from genac_megatron.models.registry import hf_config
 from genac_megatron.models.sizes import Size
 from genac_megatron.publication.fleet import FleetTransport
@@ -74,9 +74,7 @@ class Disk(FleetTransport):
     def _load(self, files: dict[str, str]) -> None:
         index = {"metadata": {}, "weight_map": files}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = hf_config(self.role.shape)
-        if self.role.config.engine.quantization == "fp8":
-            config["quantization_config"] = quantization_config()
+        config = served_config(hf_config(self.role.shape), self.role.config.engine.quantization)
         (self.folder / "config.json").write_text(json.dumps(config))
         folder = str(self.folder.absolute())
         self.steps.phase(

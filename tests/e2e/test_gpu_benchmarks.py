@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -41,12 +42,14 @@ def test_a_tiny_run_gives_a_table_goals_and_a_record(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_without_a_gpu_it_says_so_and_the_way_out(name: str) -> None:
+def test_without_a_gpu_it_says_so_and_the_way_out(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, and it would be used")
-    done = run(name)
-    assert done.returncode == 2
-    assert "no CUDA device" in done.stdout
-    assert "--tiny" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.gpu.{name}").main([])
+    assert ended.value.code == 2
+    said = capsys.readouterr().out
+    assert "no CUDA device" in said
+    assert "--tiny" in said

@@ -23,11 +23,12 @@ SIZES: dict[str, Any] = {
 
 def make_role(family: str = "qwen3", name: str = "actor", seed: int = 1, **training: Any) -> Role:
     """A role of this rank alone, with seeded random weights that do not depend on precision or specs."""
-    sizes = {**SIZES, **training.pop("sizes", {})}
+    sizes, engine = {**SIZES, **training.pop("sizes", {})}, training.pop("engine", {})
     config = RoleConfig.model_validate(
         {
             "model": {"family": family, "shape": sizes, "tokenizer": "none"},
             "training": {"tokens_per_microbatch": 1024, "logprob_chunk": 256, **training},
+            "engine": engine,
             "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-6},
         }
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.publication import SERVER_ARGS, reader
+from genac_megatron.models.blockwise import served_config
 from genac_megatron.models.registry import hf_config
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.payload import by_handle
@@ -33,12 +34,16 @@ def test_another_process_reads_what_a_device_bucket_holds() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_server_on_this_gpu_holds_what_was_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["off", "fp8"])
+def test_a_server_on_this_gpu_holds_what_was_published(tmp_path: Path, quantization: str) -> None:
     """The first publication is verified tensor by tensor, by the engine's own checksums."""
     if PYTHON_VARIABLE not in os.environ:
         pytest.skip(f"{PYTHON_VARIABLE} is not set: tools/gpu_setup.sh prints it")
-    role = make_role("qwen2", dtype="bf16", specs="auto")
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(role.shape)))
+    if quantization == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8: compute capability 8.9 and later have")
+    engine = {"kind": "sglang", "quantization": quantization}
+    role = make_role("qwen2", dtype="bf16", specs="auto", engine=engine)
+    (tmp_path / "config.json").write_text(json.dumps(served_config(hf_config(role.shape), quantization)))
     spec = ServerSpec("actor/0", tmp_path, free_ports(1)[0], device="cuda", mem_fraction=0.1,
                       max_running=4, max_tokens=2048, args=SERVER_ARGS)  # fmt: skip
     server = Server(spec, tmp_path / "server.log")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.models.blockwise import quantization_config
+from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.schema import EngineConfig
@@ -68,12 +68,10 @@ class Fleet:
         self._servers: list[Server] = []
         self._instances: list[int] = []
         if not config.urls:
-            written = dict(hf_config)
             if config.quantization == "fp8":
-                written["quantization_config"] = quantization_config()
                 self._check_fp8()
             model.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(model / "config.json", written)
+            write_json_atomic(model / "config.json", served_config(hf_config, config.quantization))
 
     def start(self, python: Path | None = None, zygote: Zygote | None = None) -> None:
         """Start every server and return at once; nothing where URLs are given.

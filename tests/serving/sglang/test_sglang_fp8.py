@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from genac_megatron.models.blockwise import in_blocks, quantization_config, scale_name
+from genac_megatron.models.blockwise import in_blocks, scale_name, served_config
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import random_weights
 from genac_megatron.models.registry import hf_config, shape_of
@@ -54,7 +54,7 @@ def model_of(family: str, folder: Path) -> tuple[Shape, list[Bucket], list[torch
     given = {"family": family, "shape": SIZES | more | {"tie_embeddings": False}}
     shape = shape_of(ModelConfig.model_validate(given), SIZES["vocab"])
     folder.mkdir()
-    config = hf_config(shape) | {"quantization_config": quantization_config()}
+    config = served_config(hf_config(shape), "fp8")
     (folder / "config.json").write_text(json.dumps(config))
     plan = make_plan(shape, Layout("actor", 0, 1), 2, 600_000, fp8=True)
     weights = random_weights(shape, 7)
