@@ -1,23 +1,28 @@
-"""A world over NCCL, as torchrun and srun make it, on one GPU."""
+"""Worlds over NCCL, as torchrun and srun make them: two roles on one GPU, and layouts over several."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import json
+from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from genac_megatron.platform.fp8 import refusal_here
+from tests.gpu.gpu_cases import curve, mean, run_world
+from tests.gpu.test_precision import BF16, BF16_TORCH, LOSS_BF16, LOSS_FP8, NORM_BF16, NORM_FP8
 
-PROGRAM = """
+START = """
 from genac_megatron.platform.megatron import install
 install()
+import json
 import torch.distributed as dist
 from genac_megatron.training.layout import close_world, init_world
 world = init_world(60.0)
+"""
+TWO_ROLES = (
+    START
+    + """
 assert (world.rank, world.size) == (0, 1)
 assert "nccl" in str(dist.get_backend_config()), dist.get_backend_config()
 from genac_megatron.algorithms.losses import make_sft_loss
@@ -33,25 +38,64 @@ dist.broadcast_object_list(box, src=0)  # over gloo, beside NCCL
 close_world()
 print("done")
 """
+)
+CURVE = (
+    START
+    + """
+from tests.gpu.gpu_cases import curve
+print(json.dumps(curve(STEPS, **TRAINING)))
+close_world()
+"""
+)
+STEPS = 6
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "dp2": {},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "tp2-dp2": {"tp": 2},
+}
 
 
 @pytest.mark.timeout(300)
 def test_two_roles_train_in_a_world_over_nccl() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environ = {
-        **os.environ,
-        **ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": path,
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("done")
+    assert run_world(TWO_ROLES, 1)[0].strip().endswith("done")
+
+
+def training(precision: str) -> dict[str, Any]:
+    if precision == "bf16-torch":
+        return BF16_TORCH
+    if precision == "bf16":
+        return BF16
+    if reason := refusal_here(precision):
+        pytest.skip(reason)
+    return {**BF16, "fp8": precision}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "bf16-torch",
+        *(pytest.param(name, marks=pytest.mark.te) for name in ("bf16", "tensorwise", "blockwise")),
+    ],
+)
+def test_a_layout_over_several_gpus_trains_as_one_gpu_does(layout: str, precision: str) -> None:
+    """Sums in another order, and under FP8 another rank's largest number: the bands of the precision."""
+    size = 4 if layout.endswith(("-pp2", "-dp2")) else 2
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"{size} GPUs are needed, here are {torch.cuda.device_count()}")
+    given = training(precision)
+    losses, norms = compare(layout, size, given)
+    assert losses < (LOSS_BF16 if "bf16" in precision else LOSS_FP8)
+    assert norms < (NORM_BF16 if "bf16" in precision else NORM_FP8)
+
+
+def compare(layout: str, size: int, given: dict[str, Any]) -> tuple[float, float]:
+    """Mean differences from one rank: of losses (of the first) and of gradient norms (of their mean)."""
+    wanted = curve(STEPS, **given)
+    program = f"STEPS = {STEPS}\nTRAINING = {given | {'layout': LAYOUTS[layout]}!r}\n" + CURVE
+    found = json.loads(run_world(program, size)[0].splitlines()[-1])
+    norm = sum(wanted[1]) / STEPS
+    return mean(found[0], wanted[0]) / wanted[0][0], mean(found[1], wanted[1]) / norm
