@@ -67,7 +67,7 @@ def write_prompts(path: Path, count: int) -> None:
     """The task's training prompts as text, and their answers."""
     from pydantic import TypeAdapter
 
-    from genac_megatron.recipe.schema import TaskConfig
+    from genac_megatron.recipe.tasks import TaskConfig
     from genac_megatron.tasks import make_task
     from genac_megatron.tasks.tokenizer import BUILTIN, load_tokenizer
 

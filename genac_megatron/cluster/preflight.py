@@ -23,7 +23,8 @@ from genac_megatron.cluster.network import ENGINES, interface_towards, is_free, 
 from genac_megatron.cluster.placement import server_count, server_gpus
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
-from genac_megatron.recipe.schema import DatasetTask, Recipe
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.tasks import DatasetTask
 from genac_megatron.serving.sglang.server import serving_python
 
 JOIN_S = 60.0  # for all ranks to meet, and for each collective

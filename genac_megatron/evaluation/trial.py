@@ -154,7 +154,7 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     Raises InputError where a benchmark's data is missing, StopRequested where it was asked to stop.
     """
     from genac_megatron.evaluation.session import identity, made_from, rollout_config, session, with_role
-    from genac_megatron.recipe.schema import BenchmarkTask
+    from genac_megatron.recipe.tasks import BenchmarkTask
 
     recipe = with_role(recipe, "actor", options.checkpoint)
     first = BenchmarkTask(kind="benchmark", name=options.names[0], path=options.paths.get(options.names[0]))

@@ -9,6 +9,7 @@ the weight is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from genac_megatron.models.families.base import Shape
@@ -44,9 +45,10 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-def served_config(hf_config: dict[str, Any], quantization: str) -> dict[str, Any]:
+def served_config(hf_config: Mapping[str, Any], quantization: str) -> dict[str, Any]:
     """The config.json of a model that is served as `engine.quantization` says."""
-    return hf_config | ({"quantization_config": quantization_config()} if quantization == "fp8" else {})
+    more = {"quantization_config": quantization_config()} if quantization == "fp8" else {}
+    return {**hf_config, **more}
 
 
 def cut_sides(shape: Shape, tp: int) -> dict[str, int]:

@@ -12,23 +12,26 @@ from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithms import Dapo, DrGrpo, Grpo, ReinforcePlusPlus, Rloo, WithScalarCritic
 from genac_megatron.recipe.precision import check_precision, check_quantization
 from genac_megatron.recipe.schema import (
-    DatasetTask,
     EngineConfig,
-    JsonlTask,
     LayoutConfig,
     ModelConfig,
     PolicyStage,
     PpoStage,
-    ReasoningGymTask,
     Recipe,
     ReinforceStage,
     RoleConfig,
-    RubricTask,
     SftStage,
     StageConfig,
+    ValueStage,
+)
+from genac_megatron.recipe.tasks import (
+    ChainedArithmeticTask,
+    DatasetTask,
+    JsonlTask,
+    ReasoningGymTask,
+    RubricTask,
     StateTrackingTask,
     TaskConfig,
-    ValueStage,
 )
 from genac_megatron.tasks.tokenizer import tokenizer_size
 
@@ -227,11 +230,12 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
 
 def _check_task(recipe: Recipe, where: Where) -> None:
     task = recipe.task
-    if isinstance(task, StateTrackingTask) and task.min_swaps > task.max_swaps:
-        raise InputError(
-            f"min_swaps {task.min_swaps} is above max_swaps {task.max_swaps}",
-            where=where(("task", "min_swaps")),
-        )
+    for what in ("swaps", "steps"):
+        least, most = (getattr(task, f"{end}_{what}", 0) for end in ("min", "max"))
+        if least > most:
+            raise InputError(
+                f"min_{what} {least} is above max_{what} {most}", where=where(("task", f"min_{what}"))
+            )
     if isinstance(task, JsonlTask | DatasetTask) and task.verifier is None:
         known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
         raise InputError(
@@ -460,10 +464,10 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
 
 
 def _has_teacher(task: TaskConfig) -> bool:
-    """Whether the task has an exact teacher: state tracking, and one of reasoning-gym's (tasks/hanoi.py)."""
+    """Whether the task has an exact teacher: those made here, and one of reasoning-gym's (tasks/hanoi.py)."""
     if isinstance(task, ReasoningGymTask):
         return task.name == "tower_of_hanoi"
-    return isinstance(task, StateTrackingTask)
+    return isinstance(task, StateTrackingTask | ChainedArithmeticTask)
 
 
 def _check_traces(

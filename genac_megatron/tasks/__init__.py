@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from genac_megatron.recipe.schema import (
+from genac_megatron.recipe.tasks import (
     BenchmarkTask,
+    ChainedArithmeticTask,
     DatasetTask,
     JsonlTask,
     RubricTask,
@@ -36,6 +37,10 @@ def _make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         from genac_megatron.tasks.state_tracking import StateTracking
 
         return StateTracking(config, tokenizer, seed)
+    if isinstance(config, ChainedArithmeticTask):
+        from genac_megatron.tasks.chained_arithmetic import ChainedArithmetic
+
+        return ChainedArithmetic(config, tokenizer, seed)
     if isinstance(config, JsonlTask):
         from genac_megatron.tasks.jsonl import make_jsonl_task
 

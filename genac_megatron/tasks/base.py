@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "heldout"]
+_ANSWER = re.compile(r"^[ \t]*answer\b[ \t:]*(.*)$", re.MULTILINE)
 DRAWS_PER_PROBLEM = 200  # tries for one more problem that is new, before the space counts as too small
 
 
@@ -160,6 +162,27 @@ class GeneratedProblems:
             where="task.heldout_size",
             way_out="make the task larger, or heldout_size smaller",
         )
+
+
+class GeneratedTask(Task):
+    """A task whose problems a generator makes: subclasses give `draw` and `verify`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, train_size: int, heldout_size: int) -> None:
+        super().__init__(tokenizer, train_size, heldout_size)
+        self._problems = GeneratedProblems(self.draw, train_size, heldout_size)
+
+    @abstractmethod
+    def draw(self, number: int) -> Problem:
+        """The generator's problem `number`, the same each time."""
+
+    def _problem(self, split: Split, index: int) -> Problem:
+        return self._problems.train(index) if split == "train" else self._problems.heldout[index]
+
+
+def answer_line(text: str) -> str | None:
+    """What the last line of `text` that starts with "answer" says; None where no line does."""
+    lines = _ANSWER.findall(text)
+    return str(lines[-1]).strip() if lines else None
 
 
 def split_problems(

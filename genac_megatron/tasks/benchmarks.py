@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import DatasetTask, ReasoningGymTask
+from genac_megatron.recipe.tasks import DatasetTask, ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import Problem, Split, Task
 from genac_megatron.tasks.hf_datasets import compiled, load_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import JsonlTask
+from genac_megatron.recipe.tasks import JsonlTask
 from genac_megatron.tasks.base import Problem, split_problems
 from genac_megatron.tasks.questions import QuestionTask, need_verifier, read_field
 

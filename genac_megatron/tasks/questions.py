@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import DatasetTask, JsonlTask
+from genac_megatron.recipe.tasks import DatasetTask, JsonlTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import Problem, Split, Task
 from genac_megatron.tasks.grading import make_grader

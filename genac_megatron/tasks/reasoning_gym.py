@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import ReasoningGymTask
+from genac_megatron.recipe.tasks import ReasoningGymTask
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.base import GeneratedProblems, Problem, Split, Task
+from genac_megatron.tasks.base import GeneratedTask, Problem
 from genac_megatron.tasks.grading import last_tagged
 from genac_megatron.tasks.hanoi import HanoiTeacher
 from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ReasoningGym(Task):
+class ReasoningGym(GeneratedTask):
     """One reasoning-gym task; `reference` is its whole entry, which its scorer needs."""
 
     def __init__(
@@ -33,20 +33,16 @@ class ReasoningGym(Task):
         """`limit_s`: seconds that scoring a response may take.
 
         Raises InputError for an unknown name (naming the nearest) or options that it does not take."""
-        super().__init__(tokenizer, config.train_size, config.heldout_size)
         self._config = config
         self._pool_size = config.train_size + config.heldout_size
         self._pool = _make_pool(config, seed, self._pool_size)
         self._scorer = Workers(partial(_scorer, config, seed, self._pool_size), 1, limit_s, config.name)
-        self._problems = GeneratedProblems(self._draw, config.train_size, config.heldout_size)
+        super().__init__(tokenizer, config.train_size, config.heldout_size)
         self.teacher = HanoiTeacher() if config.name == "tower_of_hanoi" else None
 
-    def _draw(self, number: int) -> Problem:
+    def draw(self, number: int) -> Problem:
         entry = self._pool[number % self._pool_size]
         return Problem(str(entry["question"]).strip(), reference=entry, instruction=self._config.instruction)
-
-    def _problem(self, split: Split, index: int) -> Problem:
-        return self._problems.train(index) if split == "train" else self._problems.heldout[index]
 
     @property
     def late(self) -> int:

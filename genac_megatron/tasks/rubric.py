@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.critic.prompt import escape
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.recipe.schema import RubricTask
+from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.records import Prompt
 from genac_megatron.serving.chat import ChatEndpoint
 from genac_megatron.tasks.base import Problem, Split, Task, split_problems

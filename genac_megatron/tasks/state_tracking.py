@@ -17,21 +17,19 @@ each row at the same distance from the row that it comes from.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from genac_megatron.recipe.schema import StateTrackingTask
+from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.base import GeneratedProblems, Problem, Split, Task, Teacher
+from genac_megatron.tasks.base import GeneratedTask, Problem, Teacher, answer_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMES = "abcdefgh"
 SURE = 0.98  # p_bar is kept within [1 - SURE, SURE] before roots are taken of it
-_ANSWER = re.compile(r"^[ \t]*answer\b[ \t:]*(.*)$", re.MULTILINE)
 
 Row = tuple[str, ...]
 Swap = tuple[str, str]  # in alphabetical order
@@ -75,8 +73,8 @@ def parse_puzzle(text: str) -> Puzzle:
 
 def parse_answer(text: str) -> Row | None:
     """The row on the last line of `text` that starts with "answer"; None where no line does."""
-    lines = _ANSWER.findall(text)
-    return tuple(lines[-1].split()) if lines else None
+    answer = answer_line(text)
+    return None if answer is None else tuple(answer.split())
 
 
 def write_line(number: int, swap: Swap, row: Row) -> str:
@@ -159,17 +157,16 @@ def _agrees(line: str, right: str) -> bool:
     return step.split()[:1] == right_step.split()[:1] and row.split() == right_row.split()
 
 
-class StateTracking(Task):
+class StateTracking(GeneratedTask):
     """The task of this module; `reference` is the final row as text."""
 
     def __init__(self, config: StateTrackingTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        super().__init__(tokenizer, config.train_size, config.heldout_size)
         self._config, self._seed = config, seed
-        self._problems = GeneratedProblems(self._draw, config.train_size, config.heldout_size)
+        super().__init__(tokenizer, config.train_size, config.heldout_size)
         mean_swaps = (config.min_swaps + config.max_swaps) / 2
         self.teacher: StateTrackingTeacher = StateTrackingTeacher(config.slip_rate, mean_swaps)
 
-    def _draw(self, number: int) -> Problem:
+    def draw(self, number: int) -> Problem:
         rng, config = random.Random(f"problem/{self._seed}/{number}"), self._config
         names = NAMES[: config.objects]
         start = tuple(rng.sample(names, len(names)))
@@ -177,9 +174,6 @@ class StateTracking(Task):
         swaps = tuple(rng.choices(pairs, k=rng.randint(config.min_swaps, config.max_swaps)))
         puzzle = Puzzle(start, swaps)
         return Problem(puzzle.text(), reference=" ".join(puzzle.rows()[-1]))
-
-    def _problem(self, split: Split, index: int) -> Problem:
-        return self._problems.train(index) if split == "train" else self._problems.heldout[index]
 
     def verify(self, prompt: Prompt, text: str) -> float:
         """1.0 where the last answer line holds the whole final row, else 0.0."""

@@ -31,8 +31,8 @@ from genac_megatron.recipe.schema import (
     ModelConfig,
     RolloutConfig,
     StatesConfig,
-    StateTrackingTask,
 )
+from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.stages.judging import Budget, Judge

@@ -30,7 +30,8 @@ from genac_megatron.critic.traces import (
     to_sample,
 )
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, StateTrackingTask, TeacherConfig
+from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, TeacherConfig
+from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Finish, Judgement, Prompt, Rollout, State
 from genac_megatron.serving import chat as chat_endpoint
 from genac_megatron.tasks.state_tracking import StateTracking

@@ -11,7 +11,7 @@ from benchmarks.published_models import MODELS
 from genac_megatron.cli import main
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.schema import BenchmarkTask, RubricTask
+from genac_megatron.recipe.tasks import BenchmarkTask, RubricTask
 from genac_megatron.tasks.rubric import make_rubric_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 

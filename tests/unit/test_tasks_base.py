@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import StateTrackingTask
+from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import GeneratedProblems, Problem, split_problems
 from genac_megatron.tasks.tokenizer import load_tokenizer

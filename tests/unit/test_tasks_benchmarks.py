@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import BenchmarkTask
+from genac_megatron.recipe.tasks import BenchmarkTask
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.benchmarks import (
     BENCHMARKS,

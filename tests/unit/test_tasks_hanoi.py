@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from genac_megatron.recipe.schema import ReasoningGymTask
+from genac_megatron.recipe.tasks import ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Task

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import DatasetTask, JsonlTask
+from genac_megatron.recipe.tasks import DatasetTask, JsonlTask
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Task
 from genac_megatron.tasks.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import ReasoningGymTask
+from genac_megatron.recipe.tasks import ReasoningGymTask
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.reasoning_gym import ReasoningGym
 from genac_megatron.tasks.tokenizer import load_tokenizer

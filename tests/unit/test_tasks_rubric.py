@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.recipe.schema import RubricTask
+from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.serving import chat
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.rubric import RubricJudged, parse_judgement

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genac_megatron.critic.states import cut_states, state_text
-from genac_megatron.recipe.schema import StatesConfig, StateTrackingTask
+from genac_megatron.recipe.schema import StatesConfig
+from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Prompt, Rollout
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Teacher

@@ -15,7 +15,7 @@ from tiny_models import plain_model
 
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.trial import ServerOptions, TrialOptions, try_server
-from genac_megatron.recipe.schema import RubricTask
+from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.serving.sglang.server import Server, ServerSpec, free_ports
 from genac_megatron.tasks.rubric import make_rubric_task
 from genac_megatron.tasks.tokenizer import TINY_FOLDER, chat_ids, load_tokenizer

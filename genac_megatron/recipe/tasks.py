@@ -1,0 +1,131 @@
+"""The recipe's `task` block: what is asked, and how an answer is verified. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+
+
+class TaskBlock(Block):
+    """What every task has."""
+
+    success: str = ""  # what counts as success, in a sentence that the critic is shown; "": judged correct
+
+
+class StateTrackingTask(TaskBlock):
+    """Follow swaps of k objects; the answer is the whole final arrangement."""
+
+    kind: Literal["state_tracking"]
+    objects: Annotated[int, Field(ge=2, le=8)] = 4
+    min_swaps: Positive = 2
+    max_swaps: Positive = 5
+    train_size: Positive = 20_000
+    heldout_size: Positive = 256
+    slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
+
+
+class ChainedArithmeticTask(TaskBlock):
+    """A digit carried through steps modulo 10; the answer is the last digit."""
+
+    kind: Literal["chained_arithmetic"]
+    min_steps: Positive = 2
+    max_steps: Positive = 5
+    operations: Annotated[str, Field(pattern=r"^[-+*]+$")] = "+-*"  # each step's is drawn from these
+    train_size: Positive = 20_000
+    heldout_size: Positive = 256
+    slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
+
+
+class JsonlTask(TaskBlock):
+    """One object per line: a question, a reference answer, optionally a split."""
+
+    kind: Literal["jsonl"]
+    path: str
+    heldout_path: str | None = None  # None: a seeded share of path
+    heldout_size: Positive = 256
+    question_key: str = "question"
+    answer_key: str = "answer"
+    verifier: Literal["math", "exact"] | None = None
+    instruction: str = "Think step by step. Put the final answer in \\boxed{}."
+
+
+class DatasetTask(TaskBlock):
+    """A Hugging Face dataset by name or local folder."""
+
+    kind: Literal["datasets"]
+    name: str
+    config: str | None = None
+    split: str = "train"
+    heldout_split: str | None = None  # None: a seeded share of split
+    heldout_size: Positive = 256
+    question_key: str = "question"
+    answer_key: str = "answer"
+    answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
+    verifier: Literal["math", "exact"] | None = None
+    instruction: str = "Think step by step. Put the final answer in \\boxed{}."
+
+
+class ReasoningGymTask(TaskBlock):
+    """A reasoning-gym task by name."""
+
+    kind: Literal["reasoning_gym"]
+    name: str
+    options: dict[str, int | float | str | bool] = {}
+    train_size: Positive = 20_000
+    heldout_size: Positive = 256
+    pass_score: Fraction = 0.99  # scores below count as 0, at or above as 1
+    binary: bool = True  # False: keep the score in [0, 1] as the outcome
+    instruction: str = "Think step by step, then give the final answer as <answer>...</answer>."
+
+
+class BenchmarkTask(TaskBlock):
+    """A named benchmark (tasks/benchmarks.py), all of it held out: for evaluations, never for training."""
+
+    kind: Literal["benchmark"]
+    name: str
+    path: str | None = None  # a local file or folder in the dataset's own form; None: by its name
+
+
+class JudgeConfig(Block):
+    """A model behind an OpenAI-compatible endpoint that scores whole responses."""
+
+    url: str  # the base, for example http://host:port/v1
+    model: str
+    api_key_env: str | None = None  # name of the environment variable with the key
+    timeout_s: PositiveFloat = 120.0
+    concurrency: Positive = 16  # per rank
+    attempts: Positive = 4  # per response, the first included
+    max_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    failed_outcome: Fraction = 0.0  # of a response that no attempt could score; they are counted
+    give_up: Positive = 32  # failures in a row, on a rank, that end the run
+
+
+class RubricTask(TaskBlock):
+    """Open-ended prompts; a judge scores each response against a rubric. The outcome is score / scale."""
+
+    kind: Literal["rubric"]
+    path: str  # JSONL: a prompt (text, or a list of chat messages) and perhaps a rubric of its own
+    heldout_path: str | None = None  # None: a seeded share of path
+    heldout_size: Positive = 256
+    prompt_key: str = "prompt"
+    rubric_key: str = "rubric"
+    rubric: str | None = None  # of items that have none
+    scale: Positive = 10  # the judge's best score
+    instruction: str = ""
+    judge: JudgeConfig
+
+
+TaskConfig = Annotated[
+    StateTrackingTask
+    | ChainedArithmeticTask
+    | JsonlTask
+    | DatasetTask
+    | ReasoningGymTask
+    | BenchmarkTask
+    | RubricTask,
+    Field(discriminator="kind"),
+]
