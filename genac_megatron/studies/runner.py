@@ -83,7 +83,7 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
 
 def _settings(places: Places, spec: RunSpec, seed: int) -> list[str]:
     starts = [f"roles.{role}.model.checkpoint={places.run(base, seed)}" for role, base in spec.start.items()]
-    return [f"seed={seed}", *spec.set, *starts]
+    return [f"seed={seed}", *places.study.set, *spec.set, *starts]
 
 
 def _build(places: Places, name: str, seed: int) -> Task:
@@ -95,7 +95,8 @@ def _build(places: Places, name: str, seed: int) -> Task:
         key=f"bank {name}, seed {seed}",
         done=folder / "manifest.json",
         command=(
-            "evaluate", "bank", "build", str(places.file.parent / bank.recipe), f"seed={seed}", *bank.set,
+            "evaluate", "bank", "build", str(places.file.parent / bank.recipe), f"seed={seed}",
+            *places.study.set, *bank.set,
             "--checkpoint", str(places.run(bank.actor, seed)), "--out", str(folder), *options,
         ),
         log=folder.with_suffix(".log"),

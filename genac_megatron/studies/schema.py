@@ -10,14 +10,15 @@
       size: {s: {set: [...]}, m: {set: [...]}}
       critic: {generative: {recipe: generative.yaml}, dense-1: {recipe: value.yaml, label: dense}, ...}
 
-Paths are relative to the file. `start` names, per role, the base run whose weights it begins with.
+Paths are relative to the file. `start` names, per role, the base run whose weights it begins with. With
+`extends: FILE` in the same folder, what is given stands in place of that file's.
 """
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -69,6 +70,7 @@ class Study(Block):
     name: str
     about: str = ""
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
+    set: list[str] = []  # overrides of every recipe, before a run's own
     base: dict[str, BaseRun] = {}
     cells: dict[str, RunSpec] = {}
     axes: dict[str, dict[str, RunSpec]] = {}
@@ -90,17 +92,32 @@ class Cell(Block):
 
 
 def read_study(path: Path) -> Study:
-    """Raises InputError where the file is not a study."""
+    """Raises InputError where the file, or one that it extends, is not a study."""
     try:
-        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {error}", where=str(path)) from None
+        return Study.model_validate(_read(path, ()))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"'{place}': {first['msg']}", where=str(path)) from None
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> Any:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML: {error}", where=str(path)) from None
+    if not isinstance(found, dict) or "extends" not in found:
+        return found
+    parent = path.parent / str(found.pop("extends"))
+    if parent.parent != path.parent or parent in (path, *extending):
+        raise InputError(
+            f"cannot extend {parent.name}",
+            where=str(path),
+            way_out="name another study's file in the same folder, which does not extend this one",
+        )
+    return {**_read(parent, (path, *extending)), **found}
 
 
 def cells_of(study: Study, where: str = "") -> list[Cell]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
@@ -15,7 +16,7 @@ from genac_megatron.recipe.schema import ModelConfig, ModelShape
 from genac_megatron.studies.collect import curve
 from genac_megatron.studies.cost import multiplied, spent
 from genac_megatron.studies.runner import Places, tasks_of
-from genac_megatron.studies.schema import Study, bases_of, cells_of, read_study
+from genac_megatron.studies.schema import Bank, Study, bases_of, cells_of, read_study
 from genac_megatron.studies.summary import at_equal_cost, best_cells, markdown, mean
 
 STUDY: dict[str, Any] = {
@@ -69,6 +70,27 @@ def test_some_cells_alone(tmp_path: Path) -> None:
     assert keys == ["actor, seed 1", "body-s, seed 1", "body-m, seed 1", "s-generative, seed 1"]
     with pytest.raises(InputError, match="genac"):
         tasks_of(places, [1], ["genac"])
+
+
+def test_a_study_can_stand_on_another_with_settings_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(STUDY))
+    own = {"extends": "first.yaml", "name": "second", "set": ["task.kind=x"], "seeds": [7]}
+    path = tmp_path / "second.yaml"
+    path.write_text(yaml.safe_dump(own))
+    study = read_study(path)
+    assert (study.name, study.seeds, study.axes) == ("second", [7], read_study(tmp_path / "first.yaml").axes)
+    banked = study.model_copy(update={"banks": {"in": Bank(recipe="sft.yaml", actor="actor", set=["b=1"])}})
+    for task in tasks_of(Places(banked, path, tmp_path, tmp_path), [7]):
+        words = list(task.command)
+        own_words = [word for word in words if word.startswith(("layers=", "lr=", "b="))]
+        assert all(words.index("task.kind=x") < words.index(word) for word in own_words)
+
+
+@pytest.mark.parametrize("name", ["self.yaml", "../other.yaml", "none.yaml"])
+def test_a_study_that_stands_on_none_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "self.yaml").write_text(yaml.safe_dump({"extends": name}))
+    with pytest.raises(InputError, match=Path(name).name):
+        read_study(tmp_path / "self.yaml")
 
 
 def test_a_start_that_is_no_base_is_named(tmp_path: Path) -> None:
