@@ -30,6 +30,8 @@ serve = serve="$$($(PYTHON) tools/env.py serve)" && export GENAC_SERVE_PYTHON="$
 GENAC_GPU_PYTHON ?= $(shell $(PYTHON) tools/env.py cpu 2>/dev/null)
 gpu = "$(GENAC_GPU_PYTHON)"
 serving = $(if $(filter sglang,$(ENGINE)),$(serve))
+# Long tests of what shorter ones cover too are left to test-extended; ALL=1 runs both.
+pick = $(if $(ALL),,-m "not extended")
 
 .PHONY: help
 help: ## What each target does
@@ -55,7 +57,7 @@ test-unit: python ## Fast tests without processes
 
 .PHONY: test-distributed
 test-distributed: python ## Layouts, checkpoints and publication over real processes (gloo)
-	@$(call in,cpu) -m pytest tests/distributed $(ARGS)
+	@$(call in,cpu) -m pytest tests/distributed $(pick) $(ARGS)
 
 .PHONY: serve-env
 serve-env: python ## Build the environment in which SGLang serves, and print its interpreter
@@ -63,19 +65,23 @@ serve-env: python ## Build the environment in which SGLang serves, and print its
 
 .PHONY: test-serving
 test-serving: python ## Engines that generate, with SGLang's servers on this machine
-	@$(serve) $(call in,cpu) -m pytest tests/serving $(ARGS)
+	@$(serve) $(call in,cpu) -m pytest tests/serving $(pick) $(ARGS)
 
 .PHONY: test-conversion
 test-conversion: python ## Hugging Face folders to checkpoints and back, on a real small model
-	@$(serve) $(call in,cpu) -m pytest tests/conversion $(ARGS)
+	@$(serve) $(call in,cpu) -m pytest tests/conversion $(pick) $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: python ## Whole runs by the command line
-	@$(call in,cpu) -m pytest tests/e2e $(ARGS)
+	@$(call in,cpu) -m pytest tests/e2e $(pick) $(ARGS)
 
 .PHONY: test-slurm
 test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian: slurm-wlm, munge)
-	@$(serve) $(call in,cpu) -m pytest tests/slurm $(ARGS)
+	@$(serve) $(call in,cpu) -m pytest tests/slurm $(pick) $(ARGS)
+
+.PHONY: test-extended
+test-extended: python ## What make test leaves out: long tests of what shorter ones cover too
+	@$(serve) $(call in,cpu) -m pytest tests -m extended $(ARGS)
 
 .PHONY: test-faults
 test-faults: python ## Harm to real runs: killed ranks, full disks, damaged checkpoints, clocks (root mounts a small disk)

@@ -101,6 +101,7 @@ def test_the_report_of_such_a_run_is_written(done: Path) -> None:
     assert json.loads((report / "summary.json").read_text())
 
 
+@pytest.mark.extended  # test_run.py stops and resumes in shorter runs
 def test_stopped_in_a_baseline_and_resumed_it_ends_the_same(done: Path, tmp_path: Path) -> None:
     """Scalar critic, its optimizer, minibatches and dynamic sampling: figures to the last bit."""
     path = str(recipe(tmp_path, STAGES))

@@ -20,6 +20,7 @@ COLUMNS = {
     "memory": {"peak_GiB", "estimate_GiB", "outside_GiB"},
     "accuracy": {"precision", "loss", "grad norm", "log-prob", "engine p99", "fp8 engine p99"},
 }
+LONG = ("training", "accuracy", "logprobs")  # in layers and log-probs that other tests run
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +28,9 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.extended] if n in LONG else []) for n in COLUMNS]
+)
 def test_a_tiny_run_gives_a_table_goals_and_a_record(name: str, tmp_path: Path) -> None:
     done = run(name, "--tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
