@@ -153,35 +153,43 @@ class ChainedArithmeticTeacher(Teacher):
         return "\n".join((*lines, f"answer : {value}", ""))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
-        """How far the response is, the right digits up to there, a verdict; what is to come where it is off.
+        """Where the response is, the right lines up to there, and a verdict.
 
-            step 2 of 3 value 1
-            1 = 1
-            2 = 5 bad
-            3 = 7 3
+            step 1 of 3 value 3
+            start : 7
+            1 + 4 : 1 bad
+            2 * 5 : 5
+            3 - 8 : 7
+            value 3
+            2 * 5 : 5
+            3 - 8 : 7 ok
+            left 2
 
-        From a digit that is off, the steps that follow are done from both digits, until these are the same
-        ("ok") or no product is left that could make them so. The score is the chance of the right answer
-        where each line comes out right with the chance that gives a chain of average length p_bar.
+        Where its digit is off, both ways are gone to the end, which may be the same. Lines are those of a
+        response, so that who can answer can check. The score is the chance of the right answer where each
+        line comes out right with the chance that gives a chain of average length p_bar.
         """
         chain = parse_chain(prompt.problem)
-        at, right = survey(chain, partial), chain.values()
-        lines = [f"step {at.step} of {len(chain.steps)} value {at.value}"]
-        lines += [f"{number} = {right[number]}" for number in range(1, at.step + 1)]
+        at, right, count = survey(chain, partial), chain.values(), len(chain.steps)
+        lines = [f"step {at.step} of {count} value {at.value}"]
         if not at.sound:
             return "\n".join((*lines, "part bad")), 0
-        meets = at.value == right[at.step]
-        lines[-1] += " ok" if meets else " bad"
-        value, number = at.value, at.step
-        while not meets and not at.ended and any(sign == "*" for sign, _ in chain.steps[number:]):
-            number += 1
-            value = chain.after(number, value)
-            meets = value == right[number]
-            lines.append(f"{number} = {right[number]} {value}" + (" ok" if meets else ""))
-        if meets:
-            lines.append(f"left {0 if at.ended else len(chain.steps) - at.step}")
+        lines += [chain.start_line(), *(chain.line(n, right[n]) for n in range(1, at.step + 1))]
+        fine = at.value == right[at.step]
+        lines[-1] += " ok" if fine else " bad"
+        if not fine and at.step < count:
+            lines += [chain.line(n, right[n]) for n in range(at.step + 1, count + 1)]
+            lines.append(f"value {at.value}")
+            value = at.value
+            for number in range(at.step + 1, count + 1):
+                value = chain.after(number, value)
+                lines.append(chain.line(number, value))
+            fine = value == right[count]
+            lines[-1] += " ok" if fine else " bad"
+        if fine:
+            lines.append(f"left {0 if at.ended else count - at.step}")
         if at.ended:
-            return "\n".join(lines), 10 if meets else 0
+            return "\n".join(lines), 10 if fine else 0
         sure = p_bar ** (1 / self.mean_steps)
         return "\n".join(lines), round(10 * chances(chain, sure)[at.step][at.value])
 

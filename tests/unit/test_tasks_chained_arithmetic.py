@@ -114,27 +114,30 @@ def test_chances_are_those_of_the_demonstrations_that_go_on_from_there(
 
 @given(chains(), st.integers(0, 2**31), st.data())
 @settings(deadline=None, max_examples=200)
-def test_the_trace_computes_both_chains_and_says_whether_they_meet(
+def test_the_trace_goes_both_ways_and_says_whether_they_end_the_same(
     chain: Chain, seed: int, data: st.DataObject
 ) -> None:
     teacher, prompt = ChainedArithmeticTeacher(0.4, 3.0), as_prompt(chain)
     text = teacher.demonstrate(prompt, random.Random(seed))
     kept = data.draw(st.integers(1, len(chain.steps) + 1))  # whole lines, the start line among them
     partial = "".join(f"{line}\n" for line in text.splitlines()[:kept])
-    step = kept - 1
-    value = int(partial.split()[-1])
-    rest = Chain(0, chain.steps[step:])
-    meets = any(
-        computed(rest, value, n) == computed(rest, computed(chain, chain.start, step), n)
-        for n in range(len(rest.steps) + 1)
-    )
+    step, value, count = kept - 1, int(partial.split()[-1]), len(chain.steps)
+    right = ChainedArithmeticTeacher(0.0, 3.0).demonstrate(prompt, RNG).splitlines()[:-1]
+    off = value != int(right[step].split()[-1])
+    rest = Chain(value, chain.steps[step:])
+    end = computed(rest, value)
+    fine = end == int(prompt.reference)
+
+    wanted = [f"step {step} of {count} value {value}", *right[:kept]]
+    wanted[-1] += " bad" if off else " ok"
+    if off and step < count:
+        wanted += [*right[kept:], f"value {value}"]
+        wanted += [chain.line(step + n, computed(rest, value, n)) for n in range(1, count - step + 1)]
+        wanted[-1] += " ok" if fine else " bad"
+    if fine:
+        wanted.append(f"left {count - step}")
     trace, score = teacher.trace(prompt, partial, 0.6, RNG)
-    first, *lines = trace.split("\n")
-    assert first.startswith(f"step {step} of {len(chain.steps)} value {value}")
-    for line in lines[:step]:
-        number, digit = line.split()[0], line.split()[2]
-        assert int(digit) == computed(chain, chain.start, int(number))
-    assert (trace.split("\n")[-1] == f"left {len(chain.steps) - step}") == meets
+    assert trace.split("\n") == wanted
     assert score == round(10 * chances(chain, 0.6 ** (1 / 3.0))[step][value])
 
 
@@ -142,12 +145,16 @@ def test_a_slip_that_a_product_forgets_is_seen_to_be_none() -> None:
     chain = Chain(7, (("+", 4), ("*", 5), ("-", 8)))  # 1, 5, 7
     teacher, prompt = ChainedArithmeticTeacher(0.0, 3.0), as_prompt(chain)
     odd, even = "start : 7\n1 + 4 : 3\n", "start : 7\n1 + 4 : 2\n"
-    assert teacher.trace(prompt, odd, 0.512, RNG)[0] == ("step 1 of 3 value 3\n1 = 1 bad\n2 = 5 5 ok\nleft 2")
+    right = "start : 7\n1 + 4 : 1 bad\n2 * 5 : 5\n3 - 8 : 7"
+    assert teacher.trace(prompt, odd, 0.512, RNG) == (
+        f"step 1 of 3 value 3\n{right}\nvalue 3\n2 * 5 : 5\n3 - 8 : 7 ok\nleft 2",
+        round(10 * (0.8**2 + 0.2 * 0.2 / 9)),  # both lines right, or a second slip undoes the first
+    )
     trace, score = teacher.trace(prompt, even, 0.99, RNG)
-    assert trace == "step 1 of 3 value 2\n1 = 1 bad\n2 = 5 0"
+    assert trace == f"step 1 of 3 value 2\n{right}\nvalue 2\n2 * 5 : 0\n3 - 8 : 2 bad"
     assert score == 0
     done = f"{odd}2 * 5 : 5\n3 - 8 : 7\nanswer : 7"
-    words = "step 3 of 3 value 7\n1 = 1\n2 = 5\n3 = 7 ok\nleft 0"
+    words = "step 3 of 3 value 7\nstart : 7\n1 + 4 : 1\n2 * 5 : 5\n3 - 8 : 7 ok\nleft 0"
     assert teacher.trace(prompt, done, 0.1, RNG) == (words, 10)
     assert teacher.trace(prompt, done[:-1] + "8", 0.9, RNG)[1] == 0
 
@@ -168,12 +175,14 @@ def test_the_trace_takes_any_partial_text(chain: Chain, partial: str, p_bar: flo
     trace, score = ChainedArithmeticTeacher(0.0, 3.0).trace(as_prompt(chain), partial, p_bar, RNG)
     assert 0 <= score <= 10
     for line in trace.split("\n"):
-        form = r"step \d+ of \d+ value \d( ok| bad)?|\d+ = \d( \d)?( ok| bad)?|left \d+|part bad"
+        form = r"step \d+ of \d+ value \d|start : \d( ok| bad)?|\d+ [-+*] \d : \d( ok| bad)?"
+        form += r"|value \d|left \d+|part bad"
         assert re.fullmatch(form, line), line
 
 
-def test_a_judgement_of_the_longest_chain_is_short() -> None:
-    """Five steps, off from the start and never meeting: what judging.max_new_tokens must hold."""
-    chain = Chain(0, (("+", 1),) * 4 + (("*", 1),))
+def test_the_longest_judgement_has_room_in_the_study() -> None:
+    """Off in the first line, back in the end: what judging.max_new_tokens must hold, answer tag included."""
+    chain = Chain(1, (("+", 1),) * 4 + (("*", 5),))
     trace, _ = ChainedArithmeticTeacher(0.0, 3.5).trace(as_prompt(chain), "start : 3\n", 0.5, RNG)
-    assert len(completion_ids(TINY, trace)) <= 48
+    assert trace.endswith("left 5")
+    assert len(completion_ids(TINY, f"{trace}\n<answer>10</answer>")) <= 112
