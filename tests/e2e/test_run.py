@@ -157,7 +157,7 @@ def test_tokens_of_evaluations_are_counted(whole: Path) -> None:
 def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: Path) -> None:
     """2N = N + resume + N: figures, rollouts and weights are the same to the last bit."""
     recipe = str(write_recipe(tmp_path))
-    for stops, (stage, step) in enumerate((("sft-critic", 1), ("ppo", 1), ("ppo", 3))):
+    for stops, (stage, step) in enumerate((("sft-critic", 1), ("ppo", 3))):
         resume = ["--resume"] if stops else []
         process = subprocess.Popen(
             command("run", recipe, *resume), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,

@@ -87,7 +87,7 @@ def publish_into_live(
     return config, live.wait(), figures
 
 
-@pytest.mark.parametrize("transport", ["tensor", "group"])
+@pytest.mark.parametrize("transport", ["tensor", pytest.param("group", marks=pytest.mark.extended)])
 def test_drained(pool: Any, endpoints: list[Endpoint], tmp_path: Path, transport: str) -> None:
     """Requests that run end under the weights they began with, none is aborted."""
     config, answers, figures = publish_into_live(pool, endpoints, tmp_path, transport=transport, mode="drain")
@@ -103,7 +103,11 @@ def test_drained(pool: Any, endpoints: list[Endpoint], tmp_path: Path, transport
 
 @pytest.mark.parametrize(
     ("transport", "pause"),
-    [("tensor", "retract"), ("group", "retract"), ("disk", "retract"), ("tensor", "in_place")],
+    [
+        ("group", "retract"),
+        ("tensor", "in_place"),
+        *(pytest.param(how, "retract", marks=pytest.mark.extended) for how in ("tensor", "disk")),
+    ],
 )
 def test_in_flight(pool: Any, endpoints: list[Endpoint], tmp_path: Path, transport: str, pause: str) -> None:
     """Requests that run go on under the new weights, and their spans tell which token is of which."""

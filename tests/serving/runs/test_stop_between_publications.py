@@ -95,7 +95,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("asked", [1, 2, 3])
+@pytest.mark.parametrize("asked", [1, *(pytest.param(n, marks=pytest.mark.extended) for n in (2, 3))])
 def test_stopped_between_publications_and_resumed_the_rows_are_the_same(
     tmp_path: Path, whole: list[dict[str, Any]], asked: int
 ) -> None:
