@@ -153,30 +153,31 @@ class ChainedArithmeticTeacher(Teacher):
         return "\n".join((*lines, f"answer : {value}", ""))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
-        """Where the response is, the right lines up to there, and a verdict.
+        """Where the response is, the right lines up to there, its own digit beside the last, and a verdict.
 
-            step 1 of 3 value 3
+            step 1 of 3
             start : 7
-            1 + 4 : 1 bad
+            1 + 4 : 1 3 bad
             2 * 5 : 5
             3 - 8 : 7
             value 3
             2 * 5 : 5
-            3 - 8 : 7 ok
+            3 - 8 : 7 7 ok
             left 2
 
         Where its digit is off, both ways are gone to the end, which may be the same. Lines are those of a
-        response, so that who can answer can check. The score is the chance of the right answer where each
-        line comes out right with the chance that gives a chain of average length p_bar.
+        response, so that who can answer can check; what is compared stands side by side. The score is the
+        chance of the right answer where each line comes out right with the chance that gives a chain of
+        average length p_bar.
         """
         chain = parse_chain(prompt.problem)
         at, right, count = survey(chain, partial), chain.values(), len(chain.steps)
-        lines = [f"step {at.step} of {count} value {at.value}"]
+        lines = [f"step {at.step} of {count}"]
         if not at.sound:
             return "\n".join((*lines, "part bad")), 0
         lines += [chain.start_line(), *(chain.line(n, right[n]) for n in range(1, at.step + 1))]
         fine = at.value == right[at.step]
-        lines[-1] += " ok" if fine else " bad"
+        lines[-1] += f" {at.value} {_verdict(fine)}"
         if not fine and at.step < count:
             lines += [chain.line(n, right[n]) for n in range(at.step + 1, count + 1)]
             lines.append(f"value {at.value}")
@@ -185,13 +186,17 @@ class ChainedArithmeticTeacher(Teacher):
                 value = chain.after(number, value)
                 lines.append(chain.line(number, value))
             fine = value == right[count]
-            lines[-1] += " ok" if fine else " bad"
+            lines[-1] += f" {right[count]} {_verdict(fine)}"
         if fine:
             lines.append(f"left {0 if at.ended else count - at.step}")
         if at.ended:
             return "\n".join(lines), 10 if fine else 0
         sure = p_bar ** (1 / self.mean_steps)
         return "\n".join(lines), round(10 * chances(chain, sure)[at.step][at.value])
+
+
+def _verdict(fine: bool) -> str:
+    return "ok" if fine else "bad"
 
 
 class ChainedArithmetic(GeneratedTask):
