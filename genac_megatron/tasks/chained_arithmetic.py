@@ -153,9 +153,9 @@ class ChainedArithmeticTeacher(Teacher):
         return "\n".join((*lines, f"answer : {value}", ""))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
-        """Where the response is, the right lines up to there, its own digit beside the last, and a verdict.
+        """Where the response is, the right lines up to there, its digit beside the last one, and a verdict.
 
-            step 1 of 3
+            step 1 of 3 value 3
             start : 7
             1 + 4 : 1 3 bad
             2 * 5 : 5
@@ -172,7 +172,7 @@ class ChainedArithmeticTeacher(Teacher):
         """
         chain = parse_chain(prompt.problem)
         at, right, count = survey(chain, partial), chain.values(), len(chain.steps)
-        lines = [f"step {at.step} of {count}"]
+        lines = [f"step {at.step} of {count} value {at.value}"]
         if not at.sound:
             return "\n".join((*lines, "part bad")), 0
         lines += [chain.start_line(), *(chain.line(n, right[n]) for n in range(1, at.step + 1))]

@@ -128,7 +128,7 @@ def test_the_trace_goes_both_ways_and_says_whether_they_end_the_same(
     end = computed(rest, value)
     fine = end == int(prompt.reference)
 
-    wanted = [f"step {step} of {count}", *right[:kept]]
+    wanted = [f"step {step} of {count} value {value}", *right[:kept]]
     wanted[-1] += f" {value} bad" if off else f" {value} ok"
     if off and step < count:
         wanted += [*right[kept:], f"value {value}"]
@@ -147,14 +147,14 @@ def test_a_slip_that_a_product_forgets_is_seen_to_be_none() -> None:
     odd, even = "start : 7\n1 + 4 : 3\n", "start : 7\n1 + 4 : 2\n"
     right = "start : 7\n1 + 4 : 1 %d bad\n2 * 5 : 5\n3 - 8 : 7"
     assert teacher.trace(prompt, odd, 0.512, RNG) == (
-        f"step 1 of 3\n{right % 3}\nvalue 3\n2 * 5 : 5\n3 - 8 : 7 7 ok\nleft 2",
+        f"step 1 of 3 value 3\n{right % 3}\nvalue 3\n2 * 5 : 5\n3 - 8 : 7 7 ok\nleft 2",
         round(10 * (0.8**2 + 0.2 * 0.2 / 9)),  # both lines right, or a second slip undoes the first
     )
     trace, score = teacher.trace(prompt, even, 0.99, RNG)
-    assert trace == f"step 1 of 3\n{right % 2}\nvalue 2\n2 * 5 : 0\n3 - 8 : 2 7 bad"
+    assert trace == f"step 1 of 3 value 2\n{right % 2}\nvalue 2\n2 * 5 : 0\n3 - 8 : 2 7 bad"
     assert score == 0
     done = f"{odd}2 * 5 : 5\n3 - 8 : 7\nanswer : 7"
-    words = "step 3 of 3\nstart : 7\n1 + 4 : 1\n2 * 5 : 5\n3 - 8 : 7 7 ok\nleft 0"
+    words = "step 3 of 3 value 7\nstart : 7\n1 + 4 : 1\n2 * 5 : 5\n3 - 8 : 7 7 ok\nleft 0"
     assert teacher.trace(prompt, done, 0.1, RNG) == (words, 10)
     assert teacher.trace(prompt, done[:-1] + "8", 0.9, RNG)[1] == 0
 
@@ -175,7 +175,7 @@ def test_the_trace_takes_any_partial_text(chain: Chain, partial: str, p_bar: flo
     trace, score = ChainedArithmeticTeacher(0.0, 3.0).trace(as_prompt(chain), partial, p_bar, RNG)
     assert 0 <= score <= 10
     for line in trace.split("\n"):
-        form = r"step \d+ of \d+|start : \d( \d (ok|bad))?|\d+ [-+*] \d : \d( \d (ok|bad))?"
+        form = r"step \d+ of \d+ value \d|start : \d( \d (ok|bad))?|\d+ [-+*] \d : \d( \d (ok|bad))?"
         form += r"|value \d|left \d+|part bad"
         assert re.fullmatch(form, line), line
 
