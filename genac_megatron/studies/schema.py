@@ -11,7 +11,7 @@
       critic: {generative: {recipe: generative.yaml}, dense-1: {recipe: value.yaml, label: dense}, ...}
 
 Paths are relative to the file. `start` names, per role, the base run whose weights it begins with. With
-`extends: FILE` in the same folder, what is given stands in place of that file's.
+`extends: FILE` in the same folder, mappings are merged with that file's key by key, null takes one out.
 """
 
 from __future__ import annotations
@@ -117,7 +117,14 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Any:
             where=str(path),
             way_out="name another study's file in the same folder, which does not extend this one",
         )
-    return {**_read(parent, (path, *extending)), **found}
+    return _merged(_read(parent, (path, *extending)), found)
+
+
+def _merged(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    both = {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
+    return {key: value for key, value in both.items() if value is not None}
 
 
 def cells_of(study: Study, where: str = "") -> list[Cell]:

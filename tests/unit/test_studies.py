@@ -74,11 +74,16 @@ def test_some_cells_alone(tmp_path: Path) -> None:
 
 def test_a_study_can_stand_on_another_with_settings_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(STUDY))
-    own = {"extends": "first.yaml", "name": "second", "set": ["task.kind=x"], "seeds": [7]}
+    axes = {"critic": {"generative": {"set": ["lr=9"]}, "dense-1": None}}
+    own = {"extends": "first.yaml", "name": "second", "set": ["task.kind=x"], "seeds": [7], "axes": axes}
     path = tmp_path / "second.yaml"
     path.write_text(yaml.safe_dump(own))
     study = read_study(path)
-    assert (study.name, study.seeds, study.axes) == ("second", [7], read_study(tmp_path / "first.yaml").axes)
+    assert (study.name, study.seeds) == ("second", [7])
+    assert set(study.axes["critic"]) == {"generative", "dense-2"}
+    changed = study.axes["critic"]["generative"]
+    assert (changed.recipe, changed.set, changed.start) == ("gen.yaml", ["lr=9"], {"critic": "body-{size}"})
+    assert study.axes["size"] == read_study(tmp_path / "first.yaml").axes["size"]
     banked = study.model_copy(update={"banks": {"in": Bank(recipe="sft.yaml", actor="actor", set=["b=1"])}})
     for task in tasks_of(Places(banked, path, tmp_path, tmp_path), [7]):
         words = list(task.command)
