@@ -2,7 +2,8 @@
 
 For a vocabulary of 152 k and 8 k tokens the logits alone are 5 GB in fp32, and a dense softmax holds
 several copies. Here they exist `chunk` tokens at a time, forward and again backward; what is kept
-between the two is hidden states, weight, labels and one log-sum-exp per token.
+between the two is hidden states, weight, labels, one log-sum-exp per token, and the last chunk's
+logits: backward begins with them, when they would be made again anyway.
 
 With logits l = h W^T / temperature, p = softmax(l), y the label and H the entropy:
 
@@ -12,7 +13,6 @@ With logits l = h W^T / temperature, p = softmax(l), y the label and H the entro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,12 @@ class _Shard:
     temperature: float
     chunk: int
 
-    def slices(self, count: int) -> Iterator[slice]:
-        """`count` tokens, at most `chunk` at a time."""
-        return (slice(a, min(a + self.chunk, count)) for a in range(0, count, self.chunk))
+    def slices(self, count: int) -> list[slice]:
+        """`count` tokens, at most `chunk` at a time and about as many each; none without rows."""
+        if not (self.rows and count):
+            return []
+        size = -(-count // -(-count // self.chunk))
+        return [slice(a, min(a + size, count)) for a in range(0, count, size)]
 
     def logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
         """[C, rows] in fp32 (fp64 stays), temperature applied, padding rows left out; safe to overwrite."""
@@ -125,7 +128,8 @@ def _compute(
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """The forward keeps one figure per token; the backward makes each chunk's logits again."""
+    """The forward keeps one figure per token, and of the last chunk what it has computed; the backward
+    makes the other chunks' logits again."""
 
     @staticmethod
     def forward(
@@ -134,7 +138,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         T = labels_T.numel()
         stats = hidden_TH.new_zeros(4, T, dtype=_wide(hidden_TH))
         max_T, (sum_T, dot_T, target_T) = stats[0].fill_(_FLOOR), stats[1:]
-        for part in shard.slices(T) if shard.rows else ():
+        ctx.kept = None
+        for part in shard.slices(T):
+            ctx.kept = z_CV = None  # before the next chunk's is made
             z_CV = shard.logits(hidden_TH[part], weight_VH)
             column_C, here_C = shard.local(labels_T[part])
             max_T[part] = z_CV.amax(1)
@@ -147,7 +153,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 del e_CV
             else:
                 sum_T[part] = z_CV.exp_().sum(1)
-            del z_CV  # before the next chunk's is made
+            ctx.kept = z_CV, max_T[part].clone()
 
         if shard.group is not None and T:
             own_max_T = max_T.clone()
@@ -175,16 +181,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_logp_T = torch.zeros_like(lse_T)
         grad_hidden_TH = torch.zeros_like(hidden_TH) if need_hidden else None
         grad_weight_VH = weight_VH.new_zeros(weight_VH.shape, dtype=_wide(weight_VH)) if need_weight else None
-        for part in shard.slices(labels_T.numel()) if shard.rows else ():
-            g_C = grad_logp_T[part]
-            logp_CV = shard.logits(hidden_TH[part], weight_VH).sub_(lse_T[part, None])
-            if grad_entropy_T is None:
-                d_CV = logp_CV.exp_().mul_(-g_C[:, None])
+        for part in reversed(shard.slices(labels_T.numel())):
+            g_C, lse_C = grad_logp_T[part], lse_T[part]
+            kept, ctx.kept = ctx.kept, None  # the last chunk's, once
+            if kept is not None and entropy_T is None:
+                e_CV, max_C = kept
+                d_CV = e_CV.mul_(((max_C - lse_C).exp_() * -g_C)[:, None])
             else:
-                d_CV = logp_CV.exp().neg_()
-                logp_CV.add_(entropy_T[part, None]).mul_(grad_entropy_T[part, None]).add_(g_C[:, None])
-                d_CV.mul_(logp_CV)
-            del logp_CV
+                logp_CV = shard.logits(hidden_TH[part], weight_VH) if kept is None else kept[0]
+                logp_CV.sub_((lse_C if kept is None else lse_C - kept[1])[:, None])
+                if grad_entropy_T is None:
+                    d_CV = logp_CV.exp_().mul_(-g_C[:, None])
+                else:
+                    d_CV = logp_CV.exp().neg_()
+                    logp_CV.add_(entropy_T[part, None]).mul_(grad_entropy_T[part, None]).add_(g_C[:, None])
+                    d_CV.mul_(logp_CV)
+                del logp_CV
+            kept = e_CV = None
             column_C, here_C = shard.local(labels_T[part])
             d_CV.scatter_add_(1, column_C[:, None], (g_C * here_C)[:, None])
             if shard.temperature != 1.0:

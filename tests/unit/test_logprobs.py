@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genac_megatron.errors import InputError
-from genac_megatron.training.logprobs import vocab_parallel_logprobs
+from genac_megatron.training.logprobs import _Shard, vocab_parallel_logprobs
 
 
 def dense(
@@ -141,6 +142,28 @@ def test_without_entropy_logprobs_and_gradients_are_the_same() -> None:
     for i in (0, 2, 3):
         torch.testing.assert_close(plain[i], full[i], rtol=1e-6, atol=1e-6)  # one rounding of p apart
     assert vocab_parallel_logprobs(*inputs[:3], tp_group=None, vocab=29)[1] is None
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("tokens", [0, 4, 6, 13])
+def test_the_last_chunks_logits_are_made_once_and_a_second_backward_is_the_first(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, with_entropy: bool
+) -> None:
+    made = []
+    whole = _Shard.logits
+    monkeypatch.setattr(_Shard, "logits", lambda *args: made.append(1) or whole(*args))
+    hidden_TH, weight_VH, labels_T, upstream_T, _ = case(7, tokens, 8, 12, 11, torch.float32)
+    weight_VH.requires_grad_()
+    logp_T, entropy_T = vocab_parallel_logprobs(
+        hidden_TH, weight_VH, labels_T, tp_group=None, vocab=11, chunk=6, with_entropy=with_entropy
+    )
+    total = logp_T @ upstream_T + (0.0 if entropy_T is None else entropy_T.sum())
+    chunks = math.ceil(tokens / 6)
+    assert len(made) == chunks
+    (first,) = torch.autograd.grad(total, weight_VH, retain_graph=True)
+    assert len(made) == max(0, 2 * chunks - 1)
+    (second,) = torch.autograd.grad(total, weight_VH)
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)  # one rounding of p apart
 
 
 def test_entropy_alone_has_a_gradient() -> None:
