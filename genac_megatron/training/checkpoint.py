@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
 BYTES_PER_PARAMETER = 4 + 12  # weights at most fp32, and fp32 master, first and second moment
 SPARE_BYTES = 64 << 20
+LATE_S = 10.0  # for writers that go on when one of them has failed
 LITTLE_BYTES = 1 << 20  # a file system with less is full
 OF_RECIPE = (
     "max_lr",
@@ -257,7 +258,7 @@ class Checkpoints:
         if not full and _free(self.folder) < LITTLE_BYTES:  # torch's zip writer names no reason
             full, reason = True, f"no space left on the device ({reason})"
         if dist.get_rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            remove_for_good(part)
         return GenacError(
             f"the checkpoint {part.name.removeprefix(PART)} could not be written: {reason}",
             where=str(self.folder),
@@ -279,6 +280,15 @@ class Checkpoints:
     def survey(self) -> Survey:
         """What the folder holds, damaged and unfinished checkpoints included."""
         return survey(self.folder)
+
+
+def remove_for_good(folder: Path, limit_s: float = LATE_S) -> None:
+    """Remove a folder that others may be writing into: again, until it is gone. Best effort."""
+    give_up = time.monotonic() + limit_s
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
