@@ -47,11 +47,16 @@ START_S = 300.0
 GB = 1e9
 
 
+def shape_asked(options: argparse.Namespace) -> dict[str, int]:
+    wide = {name: SHAPE[name] * options.times for name in ("hidden", "ffn", "heads", "kv_heads")}
+    return SHAPE | wide | {"layers": options.layers}
+
+
 def make_role(options: argparse.Namespace) -> Role:
     """A bf16 role of one rank; its engine's precision is the same, so nothing is converted."""
     config = RoleConfig.model_validate(
         {
-            "model": {"family": "qwen3", "shape": SHAPE | {"layers": options.layers}, "tokenizer": "none"},
+            "model": {"family": "qwen3", "shape": shape_asked(options), "tokenizer": "none"},
             "training": {"dtype": "bf16", "distributed_optimizer": False},
             "engine": {"dtype": "bf16"},
         }
@@ -178,6 +183,7 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
+    parser.add_argument("--times", type=int, default=1, help="as wide, so that tensors are larger")
     parser.add_argument("--bucket-mib", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--in-process", action=argparse.BooleanOptionalAction, default=True)
@@ -194,7 +200,8 @@ def main() -> None:
             print(table([row]), flush=True)
     close_world()
     print(table(made))
-    print("written", save("publication", vars(options) | {"shape": SHAPE, "load": busy}, made).name)
+    name = "publication" if options.times == 1 else f"publication-times-{options.times}"
+    print("written", save(name, vars(options) | {"shape": shape_asked(options), "load": busy}, made).name)
 
 
 if __name__ == "__main__":

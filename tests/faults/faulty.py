@@ -59,13 +59,15 @@ CALLS = {
     "train": "genac_megatron.training.role:_apply_loss",
     # The folder is there, no shard is.
     "before-shards": "genac_megatron.training.checkpoint:Checkpoints._split",
+    # Rank 0 has written what is common, and no shard.
+    "shards": "megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.async_save",
     # Every shard is written, the manifest is not.
     "save": "genac_megatron.training.checkpoint:_seal",
     "log": "genac_megatron.observe.metrics:MetricsLog.log",
 }
 
 
-SAVING = ("before-shards", "save")
+SAVING = ("before-shards", "shards", "save")
 
 
 @dataclass

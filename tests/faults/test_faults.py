@@ -150,16 +150,23 @@ def test_weights_that_diverge(reference: Path, tmp_path: Path) -> None:
     resumed(tmp_path, reference)
 
 
-def test_no_space_left_amid_a_save(reference: Path, tmp_path: Path, mounted: Path) -> None:
-    """A file system that is full once the folder is made: the writers fail, the checkpoint before stands."""
-    ended = harmed(tmp_path, reference, fault("before-shards", "fill", 1, 4, mounted))
+@pytest.mark.parametrize("where", ["before-shards", "shards"])
+def test_no_space_left_amid_a_save(reference: Path, tmp_path: Path, mounted: Path, where: str) -> None:
+    """A file system that is full once the folder is made; the checkpoint before stands.
+
+    Before any shard rank 0 fails alone, while the other makes the folder again: that goes at the resume.
+    Amid shards writers fail, which all ranks learn, and nothing of it stays.
+    """
+    ended = harmed(tmp_path, reference, fault(where, "fill", 0, 4, mounted))
     assert ended.code == 1, ended.text[-3000:]
     assert "the checkpoint ppo-00004 could not be written: no space left on the device" in ended.text
     assert "free space there" in ended.text
     assert "then go on from the newest complete checkpoint with --resume" in ended.text
-    assert names(tmp_path) == ["ppo-00002"]
+    remains = {".part-ppo-00004"} if where == "before-shards" else set()
+    assert set(names(tmp_path)) - remains == {"ppo-00002"}
     (mounted / "filler").unlink()
     resumed(tmp_path, reference)
+    assert ".part-ppo-00004" not in names(tmp_path)
 
 
 @pytest.mark.parametrize(("where", "step"), [("log", 3), ("before-shards", 4)])
