@@ -59,8 +59,8 @@ CALLS = {
     "train": "genac_megatron.training.role:_apply_loss",
     # The folder is there, no shard is.
     "before-shards": "genac_megatron.training.checkpoint:Checkpoints._split",
-    # Rank 0 has written what is common, and no shard.
-    "shards": "megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.async_save",
+    # Rank 0 has written what is common, and no shard. In torch: Megatron's own modules have a loader of ours.
+    "shards": "torch.distributed.checkpoint.filesystem:_FileSystemWriter.prepare_local_plan",
     # Every shard is written, the manifest is not.
     "save": "genac_megatron.training.checkpoint:_seal",
     "log": "genac_megatron.observe.metrics:MetricsLog.log",
