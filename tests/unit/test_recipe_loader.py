@@ -266,11 +266,11 @@ def test_merging_keeps_all_of_the_upper_and_adds_what_only_the_lower_has(low: di
 
 
 def test_the_schema_has_every_key_that_may_be_a_path():
-    from genac_megatron.recipe import schema
+    from genac_megatron.recipe import schema, tasks
 
     blocks = [
         block
-        for block in vars(schema).values()
+        for block in (*vars(schema).values(), *vars(tasks).values())
         if isinstance(block, type) and issubclass(block, schema.Block)
     ]
     known = {key for block in blocks for key in block.model_fields}
