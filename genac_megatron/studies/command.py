@@ -19,6 +19,7 @@ def add_command(commands: Any) -> None:
     study.add_argument("--cells", help="for example genac,ppo; else all")
     study.add_argument("--out", default="experiments", help="where its table, plots and figures go")
     study.add_argument("--work", default="runs/studies", help="where its runs go")
+    study.add_argument("--jobs", type=int, default=1, help="runs at once, where the machine has room; else 1")
     study.add_argument("--dry-run", action="store_true", help="list what is left to do")
     study.add_argument("--collect", action="store_true", help="run nothing: show what is done so far")
 
@@ -40,7 +41,7 @@ def run_command(options: argparse.Namespace) -> int:
             console.print(f"{'done' if task.done.exists() else 'left'}  {task.key}")
         return EXIT_OK
     if not options.collect:
-        run_all(tasks, console)
+        run_all(tasks, console, max(1, options.jobs))
     _write(places, seeds, console)
     return EXIT_OK
 

@@ -1,11 +1,11 @@
-"""A study's runs, one after another: what is done is not done again, what was cut off goes on. No torch."""
+"""A study's runs, in order or several at once; what is done is not done again, what was cut off goes on."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from genac_megatron.errors import EXIT_REQUEUE, GenacError, InputError, StopRequ
 from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
 
 TAIL = 15  # lines of a failed run that are shown
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Task:
     command: tuple[str, ...]
     log: Path
     resumable: Path | None = None  # a folder of checkpoints: with one in it, the run goes on
+    needs: tuple[Path, ...] = ()  # there before it can begin: other tasks' `done`
 
 
 class Places:
@@ -37,8 +39,14 @@ class Places:
     def run(self, name: str, seed: int) -> Path:
         return self.work / f"{name}-s{seed}"
 
+    def summary(self, name: str, seed: int) -> Path:
+        return self.run(name, seed) / "report" / "summary.json"
+
     def bank(self, name: str, seed: int) -> Path:
         return self.work / f"bank-{name}-s{seed}"
+
+    def manifest(self, bank: str, seed: int) -> Path:
+        return self.bank(bank, seed) / "manifest.json"
 
     def scores(self, bank: str, cell: str, seed: int) -> Path:
         return self.bank(bank, seed) / "scores" / cell
@@ -74,7 +82,8 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
     command = [*_settings(places, spec, seed), f"name={folder.name}", f"runs={folder.parent}"]
     return Task(
         key=f"{name}, seed {seed}",
-        done=folder / "report" / "summary.json",
+        done=places.summary(name, seed),
+        needs=tuple(places.summary(base, seed) for base in spec.start.values()),
         command=("run", str(places.recipe(spec)), *command),
         log=folder.with_suffix(".log"),
         resumable=folder / "checkpoints",
@@ -88,12 +97,14 @@ def _settings(places: Places, spec: RunSpec, seed: int) -> list[str]:
 
 def _build(places: Places, name: str, seed: int) -> Task:
     bank, folder = places.study.banks[name], places.bank(name, seed)
-    options = [*bank.options]
+    options, needs = [*bank.options], [places.summary(bank.actor, seed)]
     if bank.states_from is not None:
         options += ["--states-from", str(places.bank(bank.states_from, seed))]
+        needs.append(places.manifest(bank.states_from, seed))
     return Task(
         key=f"bank {name}, seed {seed}",
-        done=folder / "manifest.json",
+        done=places.manifest(name, seed),
+        needs=tuple(needs),
         command=(
             "evaluate", "bank", "build", str(places.file.parent / bank.recipe), f"seed={seed}",
             *places.study.set, *bank.set,
@@ -108,6 +119,7 @@ def _score(places: Places, bank: str, cell: str, spec: RunSpec, seed: int) -> Ta
     return Task(
         key=f"{cell} on bank {bank}, seed {seed}",
         done=out / "scores.json",
+        needs=(places.manifest(bank, seed), places.summary(cell, seed)),
         command=(
             "evaluate", "bank", "score", str(places.bank(bank, seed)), str(places.recipe(spec)),
             *(text for text in _settings(places, spec, seed) if "model.checkpoint" not in text),
@@ -117,35 +129,73 @@ def _score(places: Places, bank: str, cell: str, spec: RunSpec, seed: int) -> Ta
     )  # fmt: skip
 
 
-def run_all(tasks: Sequence[Task], console: Console) -> None:
-    """Do what is left. Raises GenacError at the first that fails, with the end of its log."""
+def run_all(tasks: Sequence[Task], console: Console, jobs: int = 1) -> None:
+    """Do what is left, up to `jobs` tasks at once, each after those that it needs.
+
+    Raises GenacError at the first that fails, with the end of its log; those that run beside it end first.
+    """
     left = [task for task in tasks if not task.done.exists()]
     if len(left) < len(tasks):
         console.print(f"{len(tasks) - len(left)} of {len(tasks)} are done already")
-    began = time.monotonic()
-    for number, task in enumerate(left):
-        spent = time.monotonic() - began
-        eta = f", about {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
-        console.print(f"[{number + 1}/{len(left)}] {task.key}{eta}")
-        _do(task)
+    began, total, running = time.monotonic(), len(left), dict[str, _Running]()
+    failed: GenacError | None = None
+    try:
+        while running or (left and failed is None):
+            while len(running) < jobs and failed is None and (task := _ready(left, running)):
+                left.remove(task)
+                console.print(f"[{total - len(left)}/{total}] {task.key}{_eta(began, total, left, running)}")
+                running[task.key] = _Running(task)
+            for key in [key for key, one in running.items() if one.process.poll() is not None]:
+                failed = _failure(running.pop(key)) or failed
+            time.sleep(POLL_S)
+    finally:
+        for one in running.values():
+            one.process.terminate()
+        for one in running.values():
+            one.process.wait()
+    if failed is not None:
+        raise failed
 
 
-def _do(task: Task) -> None:
-    begun = task.resumable is not None and any(task.resumable.glob("*/manifest.json"))
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with task.log.open("a") as log:
-        process = subprocess.run(
-            [sys.executable, "-m", "genac_megatron", *task.command, *(["--resume"] if begun else [])],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if process.returncode == EXIT_REQUEUE:
-        raise StopRequested("stopped as asked", way_out="the same command goes on from here")
-    if process.returncode or not task.done.exists():
+class _Running:
+    """A task's process, which writes to its log."""
+
+    def __init__(self, task: Task) -> None:
+        begun = task.resumable is not None and any(task.resumable.glob("*/manifest.json"))
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, "-m", "genac_megatron", *task.command, *(["--resume"] if begun else [])]
+        self.task = task
+        with task.log.open("a") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _ready(left: Sequence[Task], running: Mapping[str, _Running]) -> Task | None:
+    """The first whose needs are there. Raises GenacError where nothing runs and nothing can begin."""
+    for task in left:
+        if all(need.exists() for need in task.needs):
+            return task
+    if left and not running:
+        missing = next(need for need in left[0].needs if not need.exists())
+        raise GenacError(f"{left[0].key} needs what no run of the study makes", where=str(missing))
+    return None
+
+
+def _eta(began: float, total: int, left: Sequence[Task], running: Mapping[str, _Running]) -> str:
+    ended = total - len(left) - len(running) - 1
+    if not ended:
+        return ""
+    return f", about {(time.monotonic() - began) / ended * (total - ended) / 60:.0f} min left"
+
+
+def _failure(ended: _Running) -> GenacError | None:
+    task, code = ended.task, ended.process.returncode
+    if code == EXIT_REQUEUE:
+        return StopRequested("stopped as asked", way_out="the same command goes on from here")
+    if code or not task.done.exists():
         lines = task.log.read_text(errors="replace").splitlines()[-TAIL:]
-        raise GenacError(
-            f"{task.key} ended with {process.returncode}:\n  " + "\n  ".join(lines),
+        return GenacError(
+            f"{task.key} ended with {code}:\n  " + "\n  ".join(lines),
             where=str(task.log),
             way_out="mend the cause; the same command goes on from here",
         )
+    return None

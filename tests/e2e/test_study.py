@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_study_leaves_its_table_and_goes_on_where_it_was(folder: Path) -> None:
-    done = genac("study", "study.yaml", cwd=folder)
+    done = genac("study", "study.yaml", "--jobs", "2", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     out = folder / "experiments" / "tiny"
     text = (out / "table.md").read_text()

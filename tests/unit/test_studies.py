@@ -62,6 +62,12 @@ def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
             if "model.checkpoint=" in word:
                 name, _, seed = Path(word.split("=")[1]).name.rpartition("-s")
                 assert keys.index(f"{name}, seed {seed}") < keys.index(task.key)
+                assert tmp_path / "work" / "scaling" / f"{name}-s{seed}/report/summary.json" in task.needs
+    done = [task.done for task in tasks]
+    for place, task in enumerate(tasks):
+        assert set(task.needs) <= set(done[:place])
+        if "--name" in task.command:  # scores need both the bank and the critic
+            assert len(task.needs) == 2
 
 
 def test_some_cells_alone(tmp_path: Path) -> None:
