@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save, table
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.states import cut_states, trained_indices, trained_responses
 from genac_megatron.models.mapping import random_weights
@@ -40,7 +41,7 @@ from genac_megatron.records import Completion, Prompt, Rollout, State
 from genac_megatron.serving.generation import shared_length
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
-from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports, serving_python
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, serving_python
 from genac_megatron.stages.judging import Judge
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -197,7 +198,7 @@ def served(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The cache table, from a server of its own."""
     (folder / "config.json").write_text(json.dumps(hf_config(SHAPE)))
     zygote = Zygote(serving_python(), folder / "zygote.log")
-    spec = ServerSpec("critic/0", folder, free_ports(1)[0], dtype="fp32", max_running=32, max_tokens=65_536)
+    spec = ServerSpec("critic/0", folder, spare_ports(1)[0], dtype="fp32", max_running=32, max_tokens=65_536)
     server = Server(spec, folder / "server.log", zygote=zygote)
     try:
         server.start()

@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from benchmarks.machine import save, table
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.build import build_model  # noqa: F401  (megatron's CPU hook before its first import)
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
@@ -35,7 +36,7 @@ from genac_megatron.publication.transport import Parcel, Transport
 from genac_megatron.recipe.schema import EngineConfig, PublicationConfig, RoleConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports, serving_python
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, serving_python
 from genac_megatron.training.layout import Layout, close_world, init_world
 from genac_megatron.training.role import Role
 
@@ -110,7 +111,7 @@ def server_of(
     role: Role, zygote: Zygote, folder: Path, tp: int
 ) -> Iterator[tuple[list[Endpoint], int | None]]:
     (folder / "config.json").write_text(json.dumps(hf_config(role.shape)))
-    spec = ServerSpec(f"actor/{tp}", folder, free_ports(1)[0], tp=tp, max_running=4, max_tokens=1024)
+    spec = ServerSpec(f"actor/{tp}", folder, spare_ports(1)[0], tp=tp, max_running=4, max_tokens=1024)
     server = Server(spec, folder / f"server-{tp}.log", zygote=zygote)
     server.start()
     try:

@@ -75,13 +75,6 @@ def adopt_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    """A port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def follow_launcher() -> None:
     """Ask the kernel (Linux) for a SIGTERM should the launcher that started this rank die."""
     launcher = os.environ.get(LAUNCHER)

@@ -29,6 +29,7 @@ from benchmarks.bare import role_config
 from benchmarks.gpu.common import need_gpu, parser, report, seconds, verdict
 from benchmarks.gpu.training import TINY
 from genac_megatron import platform
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.publication.factory import fleet_publisher
@@ -38,7 +39,7 @@ from genac_megatron.publication.publisher import Publisher
 from genac_megatron.recipe.schema import EngineConfig, PublicationConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, Server, ServerSpec, free_ports
+from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, Server, ServerSpec
 from genac_megatron.training.layout import Layout, close_world, init_world
 from genac_megatron.training.role import Role
 
@@ -150,7 +151,7 @@ def by_server(role: Role, folder: Path, times: int) -> float:
     cuda = platform.device().type == "cuda"
     (folder / "config.json").write_text(json.dumps(hf_config(role.shape)))
     device = "cuda" if cuda else "cpu"
-    spec = ServerSpec("actor/0", folder, free_ports(1)[0], dtype=role.config.training.dtype, device=device,
+    spec = ServerSpec("actor/0", folder, spare_ports(1)[0], dtype=role.config.training.dtype, device=device,
                       max_running=4, max_tokens=4096, args=SERVER_ARGS if cuda else ())  # fmt: skip
     server = Server(spec, folder / "server.log")
     server.start()

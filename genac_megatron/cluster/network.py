@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
+import random
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +25,11 @@ RUN, PREFLIGHT, ENGINES = 0, 1, 8  # in the window: the run's and the preflight'
 def bracketed(address: str) -> str:
     """An address as a URL wants it: an IPv6 one in brackets. (MASTER_ADDR wants it without.)"""
     return f"[{address}]" if ":" in address else address
+
+
+def family(address: str) -> socket.AddressFamily:
+    """The kind of socket that an address needs."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def usable(address: str) -> bool:
@@ -158,14 +165,30 @@ def job_ports(job: int, low: int | None = None, servers: int = 0) -> range:
 
 def is_free(port: int, address: str = "") -> bool:
     """Whether a server could listen on a port here."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
+        with socket.socket(family(address), socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, port))
             return True
     except OSError:
         return False
+
+
+def spare_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports that are free now, all different, drawn below those that the kernel gives out by itself.
+
+    A server listens a minute after its port was chosen, when its imports are done: one of the kernel's may by
+    then be some connection's. Where there are none below, they are the kernel's all the same.
+    """
+    low = range(LOWEST_PORT, max(LOWEST_PORT, ephemeral_low()))
+    drawn = random.SystemRandom().sample(low, len(low))  # a seeded one gives two processes the same
+    found = list(itertools.islice((port for port in drawn if is_free(port, host)), count))
+    with contextlib.ExitStack() as stack:
+        for _ in range(count - len(found)):
+            probe = stack.enter_context(socket.socket(family(host)))
+            probe.bind((host, 0))
+            found.append(int(probe.getsockname()[1]))
+    return found
 
 
 def free_ports(job: int, count: int, address: str = "", *, servers: int = 0) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from genac_megatron.launch import free_port
+from genac_megatron.cluster.network import spare_ports
 from tests.distributed.pool import RANKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ print(json.dumps(found))
 
 def test_what_is_said_where_the_first_rank_is_gone_is_a_lost_peer() -> None:
     """It holds the store too, so that its end is told in other words than a peer's."""
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spare_ports(1)[0]), "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", GONE], stdout=subprocess.PIPE, text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from genac_megatron.launch import free_port
+from genac_megatron.cluster.network import spare_ports
 from tests.faults.faulty import GONE_S, INJECT, LIMIT_S, ROLLOUT, ROOT, fault, outlived, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,7 +33,7 @@ def test_a_killed_rank_leaves_no_process(tmp_path: Path, asynchronous: str, wher
     note, mark = tmp_path / "done", str(uuid.uuid4())
     world = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(spare_ports(1)[0]),
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
     }

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from benchmarks.gpu.publication import SERVER_ARGS, reader
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.models.registry import hf_config
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.payload import by_handle
 from genac_megatron.publication.tensor import DeviceTensors
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, Server, ServerSpec, free_ports
+from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, Server, ServerSpec
 from tests.gpu.gpu_cases import make_role
 
 START_S = 280.0
@@ -44,7 +45,7 @@ def test_a_server_on_this_gpu_holds_what_was_published(tmp_path: Path, quantizat
     engine = {"kind": "sglang", "quantization": quantization}
     role = make_role("qwen2", dtype="bf16", specs="auto", engine=engine)
     (tmp_path / "config.json").write_text(json.dumps(served_config(hf_config(role.shape), quantization)))
-    spec = ServerSpec("actor/0", tmp_path, free_ports(1)[0], device="cuda", mem_fraction=0.1,
+    spec = ServerSpec("actor/0", tmp_path, spare_ports(1)[0], device="cuda", mem_fraction=0.1,
                       max_running=4, max_tokens=2048, args=SERVER_ARGS)  # fmt: skip
     server = Server(spec, tmp_path / "server.log")
     server.start()

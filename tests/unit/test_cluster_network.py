@@ -16,6 +16,7 @@ from genac_megatron.cluster.network import (
     PORTS,
     addresses,
     bracketed,
+    ephemeral_low,
     fabric_address,
     fast_interfaces,
     free_ports,
@@ -23,6 +24,7 @@ from genac_megatron.cluster.network import (
     is_free,
     job_ports,
     rank_environment,
+    spare_ports,
     usable,
 )
 from genac_megatron.errors import GenacError, InputError
@@ -107,6 +109,26 @@ def test_a_port_in_use_is_passed_by(address: str) -> None:
             pytest.skip(f"{address} cannot be used here")
         assert not is_free(window[0], address)
         assert free_ports(4242, 2, address) == [window[1], window[2]]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_spare_port_is_none_that_the_kernel_gives_out(host: str) -> None:
+    """A test suite's other listener once got the port of a server that was still importing."""
+    if not is_free(0, host):
+        pytest.skip(f"{host} cannot be used here")
+    first, second = spare_ports(20, host), spare_ports(20, host)
+    assert all(LOWEST_PORT <= port < ephemeral_low() and is_free(port, host) for port in first + second)
+    assert len(set(first)) == 20
+    assert set(first) != set(second)
+
+
+def test_ports_in_use_and_few_below_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genac_megatron.cluster.network.ephemeral_low", lambda: LOWEST_PORT + 3)
+    with socket.create_server(("127.0.0.1", LOWEST_PORT + 1)):
+        found = spare_ports(5)
+    low = [port for port in found if port < LOWEST_PORT + 3]
+    assert sorted(low) == [LOWEST_PORT, LOWEST_PORT + 2]
+    assert len(set(found)) == 5
 
 
 def test_a_window_without_free_ports_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

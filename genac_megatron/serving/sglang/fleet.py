@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
-from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
 
 ASK_S = 60.0  # for one token; a server that takes longer is lost
 
@@ -82,7 +83,7 @@ class Fleet:
             return
         here = [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
         base = self.config.port
-        ports = free_ports(len(here), self.host) if base is None else [base + index for index in here]
+        ports = spare_ports(len(here), self.host) if base is None else [base + index for index in here]
         for index, port in zip(here, ports, strict=True):
             spec = self._spec(index, port)
             self._servers.append(Server(spec, self._log(index), python=python, zygote=zygote))

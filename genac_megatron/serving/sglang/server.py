@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import httpx
 
+from genac_megatron.cluster.network import family
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.serving.sglang.boot import KEY, group_members, shared_files
 
@@ -112,19 +113,6 @@ def serving_python(configured: str | None = None) -> Path:
             way_out=f"`make serve-env` builds and prints it: set engine.python, or export {PYTHON_VARIABLE}",
         )
     return Path(found)
-
-
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports of `host` that are free now, all different."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket(_family(host))) for _ in range(count)]
-        for probe in probes:
-            probe.bind((host, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class Zygote:
@@ -276,7 +264,7 @@ class Server:
         return tail(self.log, lines)
 
     def _check_port(self) -> None:
-        with socket.socket(_family(self.spec.host)) as probe:
+        with socket.socket(family(self.spec.host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             try:
                 probe.bind((self.spec.host, self.spec.port))

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.serving.sglang.client import Generated, ServerClient
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
 from tests.distributed.cases import make_role, role_config
 
 VOCAB = 67  # of role_config's models
@@ -40,7 +41,7 @@ class Servers:
         shape = shape_of(role_config(family=family, tie=tie, shape=shape_of_it).model, VOCAB)
         (model / "config.json").write_text(json.dumps(hf_config(shape)))
         made = []
-        for index, (port, tp) in enumerate(zip(free_ports(len(tps)), tps, strict=True)):
+        for index, (port, tp) in enumerate(zip(spare_ports(len(tps)), tps, strict=True)):
             spec = ServerSpec(
                 f"tiny/{count + index}", model, port, dtype="fp32", tp=tp, max_running=16, max_tokens=8192
             )

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from genac_megatron.launch import free_port
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 from tests.serving.runs.test_runs_on_servers import PPO, RECIPE, ROOT, SERVERS, finish, gone, rows, wait_for
 
@@ -30,7 +30,7 @@ def start_nodes(folder: Path, steps: int, places: dict[str, Any]) -> list[subpro
     roles = {n: {**r, "engine": {**SERVERS, **places[n]}} for n, r in RECIPE["roles"].items()}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, "roles": roles, "stages": [{**PPO, "steps": steps}]}))
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spare_ports(1)[0]), "WORLD_SIZE": "2"}
     logs = {"GENAC_LOGS": str(folder / "attempt"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from tiny_models import tiny_config
 from transformers import PreTrainedModel
 
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.registry import shape_from_hf
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
-from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, free_ports
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
 
 START_S = 120.0
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -41,7 +42,7 @@ class Farm:
         model = self.folder / family
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(served_config(family)))
-        given = {"port": free_ports(1)[0], "dtype": "fp32", "max_running": 32, "max_tokens": 16_384}
+        given = {"port": spare_ports(1)[0], "dtype": "fp32", "max_running": 32, "max_tokens": 16_384}
         return ServerSpec(f"{family}/{len(self.servers)}", model, tp=tp, **(given | changes))
 
     def start(self, family: str = "qwen3", tp: int = 1, **changes: Any) -> Server:

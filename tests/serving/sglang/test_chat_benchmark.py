@@ -13,10 +13,11 @@ import torch
 from sglang_servers import START_S, Farm, served_config
 from tiny_models import plain_model
 
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.trial import ServerOptions, TrialOptions, try_server
 from genac_megatron.recipe.tasks import RubricTask
-from genac_megatron.serving.sglang.server import Server, ServerSpec, free_ports
+from genac_megatron.serving.sglang.server import Server, ServerSpec
 from genac_megatron.tasks.rubric import make_rubric_task
 from genac_megatron.tasks.tokenizer import TINY_FOLDER, chat_ids, load_tokenizer
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(farm: Farm, folder: Path) -> Iterator[Server]:
-    spec = ChatSpec("chat", folder, free_ports(1)[0], dtype="fp32", load_format="auto", max_tokens=8192)
+    spec = ChatSpec("chat", folder, spare_ports(1)[0], dtype="fp32", load_format="auto", max_tokens=8192)
     started = Server(spec, farm.folder / "chat.log", zygote=farm.zygote)
     farm.servers.append(started)
     started.start()

@@ -17,6 +17,7 @@ import pytest
 from sglang_servers import START_S, Farm, client_of, engine_over, run, served_config
 from tiny_models import forced_logprobs, plain_model, request
 
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.registry import shape_from_hf
 from genac_megatron.recipe.schema import EngineConfig
@@ -27,7 +28,6 @@ from genac_megatron.serving.sglang.engine import SglangEngine
 from genac_megatron.serving.sglang.server import (
     PYTHON_VARIABLE,
     Server,
-    free_ports,
     serving_python,
 )
 
@@ -231,7 +231,7 @@ def test_a_server_ends_with_its_launcher(farm: Farm, tmp_path: Path, how: str) -
     """All its processes do, whatever end the launcher comes to; its key is on no command line."""
     model = farm.spec().model
     command = [sys.executable, "-c", LAUNCHER, str(farm.python), str(tmp_path), str(model)]
-    command += [str(free_ports(1)[0]), how]
+    command += [str(spare_ports(1)[0]), how]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True, text=True)
     assert launcher.stdout is not None
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.blockwise import in_blocks, scale_name, served_config
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import random_weights
@@ -22,7 +23,7 @@ from genac_megatron.publication.plan import Bucket, make_plan
 from genac_megatron.publication.quantize import quantize
 from genac_megatron.publication.transport import elements, view_of
 from genac_megatron.recipe.schema import ModelConfig
-from genac_megatron.serving.sglang.server import BOOT, ServerSpec, free_ports
+from genac_megatron.serving.sglang.server import BOOT, ServerSpec
 from genac_megatron.training.layout import Layout
 
 SCRIPT = Path(__file__).with_name("fp8_model.py")
@@ -70,7 +71,7 @@ def model_of(family: str, folder: Path) -> tuple[Shape, list[Bucket], list[torch
 
 def ranks_of(python: Path, folder: Path, tp: int) -> list[dict[str, Any]]:
     """What every rank of an engine of `tp` says."""
-    ports = free_ports(2)
+    ports = spare_ports(2)
     spec = ServerSpec("fp8/0", folder, ports[0], dtype="bf16", tp=tp, max_tokens=4096)
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     running = [
