@@ -48,8 +48,9 @@ quickstart: python ## Train an actor and a generative critic on this machine (EN
 	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
 
 .PHONY: test
-test: lint ## Everything that CI runs: areas two at a time, the longest first, logs in runs/test-logs
-	@$(PYTHON) tools/areas.py serving e2e distributed conversion slurm unit
+# Begun in this order, two at a time, both lanes end together.
+test: lint ## Everything that CI runs, logs in runs/test-logs
+	@$(PYTHON) tools/areas.py serving slurm distributed e2e conversion unit
 
 .PHONY: test-unit
 test-unit: python ## Fast tests without processes

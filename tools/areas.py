@@ -1,6 +1,6 @@
 """Run areas of the tests side by side, and tell how far each is: `make test`.
 
-    python tools/areas.py [--jobs 2] [--logs runs/test-logs] AREA ...     the longest first
+    python tools/areas.py [--jobs 2] [--logs runs/test-logs] AREA ...     begun in this order
 
 Each area is `make test-AREA`, so it can be run alone. Its output goes to LOGS/AREA.log; here stand its
 progress, the words of what failed, and a table at the end. Exit code: 0, or 1 where an area failed.
