@@ -57,16 +57,16 @@ The actor has used {used} of {limit} tokens. Reason in the order above, then end
 """
 
 BRIEF = """\
-judge {actor} p {p_bar} step {step}
+judge {actor} step {step}
 {problem}
 {partial}
 used {used} of {limit}
+p {p_bar}
 verdict:
 """
 
 TEMPLATES = {"standard": STANDARD, "brief": BRIEF}
 REQUIRED = ("actor", "p_bar", "problem", "partial", "used", "limit")
-_ACTOR_FIGURES = ("actor", "p_bar", "step")
 _PLACEHOLDER = re.compile(r"\{(success|actor|p_bar|step|problem|partial|used|limit)\}")
 _TAG_OPENING = re.compile(r"<(?=[A-Za-z_/!?|\uff5c])")
 _CONTENT_MARK = "GENACCONTENTMARK"
@@ -91,7 +91,8 @@ def parse_template(text: str, where: str) -> Template:
     """Split a template at {partial} and check its placeholders.
 
     Needed: {actor} {p_bar} {problem} {partial} {used} {limit}; {step} and {success} are optional. {used}
-    and {limit} come after {partial}, as they differ between states that share a prefix; the others before.
+    and {limit} come after {partial}, as they differ between states that share a prefix, {problem} and
+    {success} before, the actor's figures on either side: small critics read better what stands near.
     Raises InputError, naming `where`.
     """
     names = _PLACEHOLDER.findall(text)
@@ -105,13 +106,13 @@ def parse_template(text: str, where: str) -> Template:
         )
     at = names.index("partial")
     misplaced = [n for n in names[:at] if n in ("used", "limit")] + [
-        n for n in names[at:] if n in ("problem", "success", *_ACTOR_FIGURES)
+        n for n in names[at:] if n in ("problem", "success")
     ]
     if misplaced:
         raise InputError(
             f"{{{misplaced[0]}}} stands on the wrong side of {{partial}} in the critic template",
             where=where,
-            way_out="put {used} and {limit} after {partial}, everything else before it",
+            way_out="put {used} and {limit} after {partial}, {problem} and {success} before it",
         )
     before, after = text.strip().split("{partial}")
     return Template(before, after)

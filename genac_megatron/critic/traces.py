@@ -104,7 +104,8 @@ def exact_samples(
 
     Each state has its own seeded rng: order and ranks don't matter.
     With `p_bar_range` each trace is about an actor of another strength, drawn from the range, at any step:
-    so the critic learns how a value depends on the conditioning before the actor moves.
+    so the critic learns how a value depends on the conditioning before the actor moves. A critic that is
+    not shown it (judging.icc off or shuffled) learns of the actor as it is.
     A trace longer than the critic may write is left out.
     """
     samples = []
@@ -112,7 +113,7 @@ def exact_samples(
         rng = random.Random(f"trace/{context.seed}/{state.rollout.key}/{state.index}")
         partial = state_text(state, context.actor_tokenizer)
         shown = context
-        if p_bar_range is not None:
+        if p_bar_range is not None and context.judging.icc == "on":
             p_bar = round(rng.uniform(*p_bar_range), 2)
             shown = replace(context, icc=replace(context.icc, p_bar=p_bar, step=rng.randrange(LATER_STEPS)))
         words, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -343,7 +344,7 @@ def test_exact_traces_about_actors_of_a_range_show_and_use_another_p_bar_each() 
     context = TraceContext(tokenizer, tokenizer, judging, IccState(0.5), limit=64)
     assert task.teacher is not None
     texts = [tokenizer.decode(s.tokens) for s in exact_samples(states, task.teacher, context, (0.4, 0.9))]
-    shown = [float(re.search(r" p (\d\.\d\d)", text).group(1)) for text in texts]  # type: ignore[union-attr]
+    shown = [float(re.search(r"\np (\d\.\d\d)", text).group(1)) for text in texts]  # type: ignore[union-attr]
     assert all(0.4 <= p <= 0.9 for p in shown)
     assert len(set(shown)) > 10
     for text, p_bar, state in zip(texts, shown, states, strict=True):
@@ -354,3 +355,8 @@ def test_exact_traces_about_actors_of_a_range_show_and_use_another_p_bar_each() 
         written = tokenizer.decode(sample.tokens[sample.start :], skip_special_tokens=True)
         assert re.fullmatch(r"<answer>\d+</answer>", written)
         assert written in whole
+    for mode in ("off", "shuffled"):  # what it is not shown is not varied
+        blind = replace(context, judging=judging.model_copy(update={"icc": mode}))
+        for sample, state in zip(exact_samples(states, task.teacher, blind, (0.4, 0.9)), states, strict=True):
+            wanted = task.teacher.trace(state.rollout.prompt, "", 0.5, random.Random(0))[1]
+            assert f"<answer>{wanted}</answer>" in tokenizer.decode(sample.tokens)
