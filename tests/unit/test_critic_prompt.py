@@ -82,7 +82,8 @@ def test_brief_is_what_it_should_be() -> None:
     text = TINY.decode(build(TINY, "step 1\n"))
     assert text == (
         "<|im_start|>user\njudge actor step 12\nAnn holds red. Bob holds {partial} blue.\n"
-        "Who holds red, if x < 3?\nstep 1\n\nused 31 of 96\np 0.62\nverdict:<|im_end|>\n<|im_start|>assistant\n"
+        "Who holds red, if x < 3?\nstep 1\n\nused 31 of 96\np 0.62\nverdict:"
+        "<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
