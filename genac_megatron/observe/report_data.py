@@ -213,18 +213,10 @@ def accuracy_interval(row: Row) -> tuple[float, float]:
 
 
 def brier_interval(row: Row) -> tuple[float, float]:
-    """95 % interval of an evaluation's Brier score, prompts resampled."""
+    """95 % interval of an evaluation's Brier score, prompts resampled; NaN where errors are not kept."""
     critic = row.get("critic") or {}
-    triples = list(
-        zip(
-            critic.get("values") or [],
-            critic.get("outcomes") or [],
-            critic.get("prompts") or [],
-            strict=False,
-        )
-    )
-    errors = [((number(v) - number(r)) ** 2, p) for v, r, p in triples]
-    kept = [(e, p) for e, p in errors if not math.isnan(e)]
+    errors = zip(critic.get("errors") or [], critic.get("prompts") or [], strict=False)
+    kept = [(number(e), p) for e, p in errors if not math.isnan(number(e))]
     return figures.bootstrap_mean([e for e, _ in kept], [p for _, p in kept])
 
 

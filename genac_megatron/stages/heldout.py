@@ -206,7 +206,8 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         parsed=[j.value for j, _ in pairs],
     )
     figures["brier_used"] = figures["brier"]
-    figures["brier"] = mean(1.0 - reward(j.value, r.outcome) for j, r in pairs)  # no score: the worst error
+    errors = [1.0 - reward(j.value, r.outcome) for j, r in pairs]  # no score: the worst error
+    figures["brier"] = mean(errors)
     unique = {id(j): j for j, _ in pairs}.values()
     figures["parse_rate"] = mean(j.value is not None for j in unique)
     figures["tokens_per_state"] = mean(len(j.completion.ids) for j in unique)
@@ -219,6 +220,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         figures["mse_constant"] = metrics.mse_monte_carlo_constant(draws)
         figures["mse_spearman"] = metrics.spearman(scores, metrics.monte_carlo_means(draws))
     figures["values"] = used
+    figures["errors"] = errors
     figures["outcomes"] = outcomes
     figures["positions"] = [j.state.index for j, _ in pairs]
     figures["prompts"] = [r.prompt.id for _, r in pairs]

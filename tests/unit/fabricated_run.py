@@ -120,8 +120,11 @@ def critic_block(rng: np.random.Generator, rate: float, sharp: float, parse: flo
     parsed = [v if rng.random() < parse else None for v in values]
     figures = critic_figures(values, outcomes, prompts, responses, parsed=parsed, draws=truth)
     histogram = score_histogram([v for v in parsed if v is not None]).tolist()
+    errors = [1.0 if v is None else (v - r) ** 2 for v, r in zip(parsed, outcomes, strict=True)]
     return {
         **figures,
+        "brier": float(np.mean(errors)),
+        "errors": errors,
         "values": values,
         "outcomes": outcomes,
         "positions": positions,

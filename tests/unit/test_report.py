@@ -13,11 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fabricated_run import RECIPE, T0, evaluation_rows, fabricate, metric_rows, rollout_rows, write_lines
+from fabricated_run import (
+    RECIPE,
+    T0,
+    critic_block,
+    evaluation_rows,
+    fabricate,
+    metric_rows,
+    rollout_rows,
+    write_lines,
+)
 
 from genac_megatron.errors import InputError
 from genac_megatron.observe.report import write_report
-from genac_megatron.observe.report_data import read_run, summarise, what_is_missing
+from genac_megatron.observe.report_data import brier_interval, read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import chosen_rollouts, page, segments
 from genac_megatron.observe.report_plots import PLOTS, draw_all
 
@@ -228,6 +237,7 @@ def test_rows_with_gaps_and_broken_lines(tmp_path: Path) -> None:
     write_lines(run / "metrics.jsonl", rows)
     evaluations = evaluation_rows(0)
     evaluations[4]["critic"] |= {"mse": None, "values": [None, *evaluations[4]["critic"]["values"][1:]]}
+    evaluations[4]["critic"]["errors"][0] = None
     del evaluations[5]["critic"]["scores_hist"]
     evaluations[6]["actor"]["outcomes"] = {}
     write_lines(run / "evaluations.jsonl", evaluations)
@@ -237,6 +247,15 @@ def test_rows_with_gaps_and_broken_lines(tmp_path: Path) -> None:
     assert got["metrics/nonfinite"] == 1
     assert got["run/steps"] == 74
     assert "1 unreadable line(s) of metrics.jsonl" in got["report/missing"]
+
+
+def test_a_briers_interval_is_of_the_score_that_is_shown() -> None:
+    """Where much does not parse, a score with the values used instead lies far below it."""
+    block = critic_block(np.random.default_rng(0), 0.6, 0.9, parse=0.7)
+    low, high = brier_interval({"critic": block})
+    assert block["brier"] > 0.3
+    assert low < block["brier"] < high
+    assert (high + low) / 2 == pytest.approx(block["brier"], abs=0.01)  # a mean's bootstrap is centred on it
 
 
 def test_an_evaluation_made_again_after_a_resume_counts_once(tmp_path: Path) -> None:

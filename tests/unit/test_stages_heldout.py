@@ -50,6 +50,7 @@ def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> Non
     pairs = list(zip(row["values"], row["outcomes"], strict=True))
     assert row["brier_used"] == pytest.approx(statistics.fmean((v - r) ** 2 for v, r in pairs))
     errors = [1.0 if i == 6 else (v - r) ** 2 for i, (v, r) in enumerate(pairs)]  # no score: the worst
+    assert row["errors"] == pytest.approx(errors)
     assert row["brier"] == pytest.approx(statistics.fmean(errors))
     assert row["brier_constant"] == pytest.approx(statistics.pvariance(row["outcomes"]))
     wins = [(v > w) + (v == w) / 2 for v, r in pairs for w, q in pairs if r > q]
