@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,13 +135,14 @@ def run_all(tasks: Sequence[Task], console: Console, jobs: int = 1) -> None:
     """Do what is left, up to `jobs` tasks at once, each after those that it needs.
 
     Raises GenacError at the first that fails, with the end of its log; those that run beside it end first.
+    Raises StopRequested on SIGTERM or SIGUSR1, once what ran has saved and ended.
     """
     left = [task for task in tasks if not task.done.exists()]
     if len(left) < len(tasks):
         console.print(f"{len(tasks) - len(left)} of {len(tasks)} are done already")
     began, total, running = time.monotonic(), len(left), dict[str, _Running]()
     failed: GenacError | None = None
-    try:
+    with _told_to_stop(), _ended(running):
         while running or (left and failed is None):
             while len(running) < jobs and failed is None and (task := _ready(left, running)):
                 left.remove(task)
@@ -148,13 +151,35 @@ def run_all(tasks: Sequence[Task], console: Console, jobs: int = 1) -> None:
             for key in [key for key, one in running.items() if one.process.poll() is not None]:
                 failed = _failure(running.pop(key)) or failed
             time.sleep(POLL_S)
+    if failed is not None:
+        raise failed
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """Signals that end a job become StopRequested; by default they would leave its runs behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise StopRequested("stopped as asked", way_out="the same command goes on from here")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ended(running: Mapping[str, _Running]) -> Iterator[None]:
+    """On leaving, whatever still runs is told to end, and waited for."""
+    try:
+        yield
     finally:
         for one in running.values():
             one.process.terminate()
         for one in running.values():
             one.process.wait()
-    if failed is not None:
-        raise failed
 
 
 class _Running:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from tests.e2e.test_run import RECIPE, genac
+from tests.e2e.test_run import RECIPE, command, environment, genac
 
 ROLLOUT = {"prompts": 2, "samples": 2, "max_new_tokens": 8}
 
@@ -65,3 +68,21 @@ def test_a_run_that_fails_is_told_with_the_end_of_its_log(folder: Path) -> None:
     assert done.returncode != 0
     assert "stepz" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_study_that_is_told_to_end_leaves_no_run_behind(folder: Path) -> None:
+    study = yaml.safe_load((folder / "study.yaml").read_text()) | {"name": "ended"}
+    (folder / "ended.yaml").write_text(yaml.safe_dump(study))
+    words, log = command("study", "ended.yaml"), folder / "runs" / "studies" / "ended" / "actor-s4.log"
+    with subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        until = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.1)
+        begun = psutil.Process(process.pid).children(recursive=True)
+        assert begun
+        process.terminate()
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert "goes on from here" in told
+    psutil.wait_procs(begun, timeout=10)
+    assert [one for one in begun if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
