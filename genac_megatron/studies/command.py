@@ -15,6 +15,7 @@ def add_command(commands: Any) -> None:
     """Add `study` to the command line's subparsers."""
     study = commands.add_parser("study", help="run a study (recipes/studies), or go on with it")
     study.add_argument("file", help="a study's YAML file")
+    study.add_argument("overrides", nargs="*", help="key=value in every recipe, for example world.ranks=1")
     study.add_argument("--seeds", help="for example 1,2,3; else those of the file")
     study.add_argument("--cells", help="for example genac,ppo; else all")
     study.add_argument("--out", default="experiments", help="where its table, plots and figures go")
@@ -34,7 +35,9 @@ def run_command(options: argparse.Namespace) -> int:
     study = read_study(file)
     seeds = _seeds(options.seeds) if options.seeds else study.seeds
     study = study.model_copy(update={"seeds": seeds})
-    places = Places(study, file, Path(options.out) / study.name, Path(options.work))
+    places = Places(
+        study, file, Path(options.out) / study.name, Path(options.work), overrides=options.overrides
+    )
     tasks = tasks_of(places, seeds, options.cells.split(",") if options.cells else None)
     if options.dry_run:
         for task in tasks:

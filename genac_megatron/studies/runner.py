@@ -35,8 +35,11 @@ class Task:
 class Places:
     """Where a study's runs and results lie."""
 
-    def __init__(self, study: Study, file: Path, out: Path, work: Path) -> None:
+    def __init__(
+        self, study: Study, file: Path, out: Path, work: Path, overrides: Sequence[str] = ()
+    ) -> None:
         self.study, self.file, self.out, self.work = study, file, out, work / study.name
+        self.overrides = overrides  # of every recipe, after all that the file sets
 
     def run(self, name: str, seed: int) -> Path:
         return self.work / f"{name}-s{seed}"
@@ -94,7 +97,7 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
 
 def _settings(places: Places, spec: RunSpec, seed: int) -> list[str]:
     starts = [f"roles.{role}.model.checkpoint={places.run(base, seed)}" for role, base in spec.start.items()]
-    return [f"seed={seed}", *places.study.set, *spec.set, *starts]
+    return [f"seed={seed}", *places.study.set, *spec.set, *starts, *places.overrides]
 
 
 def _build(places: Places, name: str, seed: int) -> Task:
@@ -109,7 +112,7 @@ def _build(places: Places, name: str, seed: int) -> Task:
         needs=tuple(needs),
         command=(
             "evaluate", "bank", "build", str(places.file.parent / bank.recipe), f"seed={seed}",
-            *places.study.set, *bank.set,
+            *places.study.set, *bank.set, *places.overrides,
             "--checkpoint", str(places.run(bank.actor, seed)), "--out", str(folder), *options,
         ),
         log=folder.with_suffix(".log"),

@@ -97,6 +97,14 @@ def test_a_study_can_stand_on_another_with_settings_of_its_own(tmp_path: Path) -
         assert all(words.index("task.kind=x") < words.index(word) for word in own_words)
 
 
+def test_overrides_of_the_command_line_come_last(tmp_path: Path) -> None:
+    study = Study.model_validate({**STUDY, "banks": {"in": {"recipe": "sft.yaml", "actor": "actor"}}})
+    places = Places(study, tmp_path / "s.yaml", tmp_path, tmp_path, overrides=["lr=7", "world.ranks=1"])
+    for task in tasks_of(places, [1]):
+        settings = [word for word in task.command if word.startswith(("lr=", "world."))]
+        assert settings[-2:] == ["lr=7", "world.ranks=1"], task.key
+
+
 @pytest.mark.parametrize("name", ["self.yaml", "../other.yaml", "none.yaml"])
 def test_a_study_that_stands_on_none_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "self.yaml").write_text(yaml.safe_dump({"extends": name}))
