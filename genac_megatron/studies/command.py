@@ -15,12 +15,15 @@ def add_command(commands: Any) -> None:
     """Add `study` to the command line's subparsers."""
     study = commands.add_parser("study", help="run a study (recipes/studies), or go on with it")
     study.add_argument("file", help="a study's YAML file")
-    study.add_argument("overrides", nargs="*", help="key=value in every recipe, for example world.ranks=1")
     study.add_argument("--seeds", help="for example 1,2,3; else those of the file")
     study.add_argument("--cells", help="for example genac,ppo; else all")
     study.add_argument("--out", default="experiments", help="where its table, plots and figures go")
     study.add_argument("--work", default="runs/studies", help="where its runs go")
     study.add_argument("--jobs", type=int, default=1, help="runs at once, where the machine has room; else 1")
+    study.add_argument(
+        "--override", action="append", default=[], metavar="key.path=value",
+        help="in every recipe, for example world.ranks=1",
+    )  # fmt: skip
     study.add_argument("--dry-run", action="store_true", help="list what is left to do")
     study.add_argument("--collect", action="store_true", help="run nothing: show what is done so far")
 
@@ -36,7 +39,7 @@ def run_command(options: argparse.Namespace) -> int:
     seeds = _seeds(options.seeds) if options.seeds else study.seeds
     study = study.model_copy(update={"seeds": seeds})
     places = Places(
-        study, file, Path(options.out) / study.name, Path(options.work), overrides=options.overrides
+        study, file, Path(options.out) / study.name, Path(options.work), overrides=options.override
     )
     tasks = tasks_of(places, seeds, options.cells.split(",") if options.cells else None)
     if options.dry_run:

@@ -42,8 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_study_leaves_its_table_and_goes_on_where_it_was(folder: Path) -> None:
-    done = genac("study", "study.yaml", "--jobs", "2", cwd=folder)
+    done = genac("study", "study.yaml", "--jobs", "2", "--override", "observe.shown_rollouts=1", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    recipe = (folder / "runs" / "studies" / "tiny" / "grpo-s4" / "recipe.yaml").read_text()
+    assert yaml.safe_load(recipe)["observe"]["shown_rollouts"] == 1
     out = folder / "experiments" / "tiny"
     text = (out / "table.md").read_text()
     assert "| grpo" in text
