@@ -163,7 +163,7 @@ def _told_to_stop() -> Iterator[None]:
     """Signals that end a job become StopRequested; by default they would leave its runs behind."""
 
     def stop(number: int, frame: object) -> None:
-        raise StopRequested("stopped as asked", way_out="the same command goes on from here")
+        raise _stopped()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -215,10 +215,14 @@ def _eta(began: float, total: int, left: Sequence[Task], running: Mapping[str, _
     return f", about {(time.monotonic() - began) / ended * (total - ended) / 60:.0f} min left"
 
 
+def _stopped() -> StopRequested:
+    return StopRequested("stopped as asked", way_out="the same command goes on from here")
+
+
 def _failure(ended: _Running) -> GenacError | None:
     task, code = ended.task, ended.process.returncode
     if code == EXIT_REQUEUE:
-        return StopRequested("stopped as asked", way_out="the same command goes on from here")
+        return _stopped()
     if code or not task.done.exists():
         lines = task.log.read_text(errors="replace").splitlines()[-TAIL:]
         return GenacError(

@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from genac_megatron.cluster.network import spare_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 WAIT_S = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
@@ -51,16 +53,6 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 class Cluster:
     """Two nodes, n1 and n2. Its folder must have a short path: a socket's may have 107 characters."""
 
@@ -81,7 +73,7 @@ class Cluster:
         """Raises AssertionError, with the daemons' logs, where the nodes are not idle in a minute."""
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
-        text = CONF.format(folder=self.folder, host=host, user=getpass.getuser(), ports=free_ports(3))
+        text = CONF.format(folder=self.folder, host=host, user=getpass.getuser(), ports=spare_ports(3))
         (self.folder / "slurm.conf").write_text(text)
         Cluster.conf = self.environ["SLURM_CONF"]
         key = self.folder / "munge.key"
