@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
@@ -97,15 +97,15 @@ def exact_samples(
     teacher: Teacher,
     context: TraceContext,
     p_bar_range: tuple[float, float] | None = None,
-    *,
-    reasoning: bool = True,
+    writes: Literal["trace", "score", "reasoning"] = "trace",
 ) -> list[Sample]:
-    """Traces of a task's exact teacher, or its scores alone.
+    """Traces of a task's exact teacher, its scores alone, or its reasoning alone.
 
     Each state has its own seeded rng: order and ranks don't matter.
     With `p_bar_range` each trace is about an actor of another strength, drawn from the range, at any step:
     so the critic learns how a value depends on the conditioning before the actor moves. A critic that is
-    not shown it (judging.icc off or shuffled) learns of the actor as it is.
+    not shown it (judging.icc off or shuffled) learns of the actor as it is. A trace whose score rests on
+    the success rate says it again just before: a copied number is learnt far sooner than one read from afar.
     A trace longer than the critic may write is left out.
     """
     samples = []
@@ -117,7 +117,12 @@ def exact_samples(
             p_bar = round(rng.uniform(*p_bar_range), 2)
             shown = replace(context, icc=replace(context.icc, p_bar=p_bar, step=rng.randrange(LATER_STEPS)))
         words, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)
-        text = f"{words.rstrip() if reasoning else ''}\n{format_answer(score)}".lstrip("\n")
+        lines = [] if writes == "score" else [words.rstrip()]
+        if writes == "trace" and score and context.judging.icc == "on":
+            lines.append(f"p {shown.icc.p_bar:.2f}")
+        if writes != "reasoning":
+            lines.append(format_answer(score))
+        text = "\n".join(lines)
         sample = to_sample(context.tokenizer, shown.prompt_ids(state), text)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)

@@ -10,14 +10,15 @@ A line of bank.jsonl:
 
     prompt      id, problem, messages, ids, reference, success: as the task gave it
     outcomes    of the actor's responses to it, in order of their numbers; the first `samples` of them
-                make p_bar
+                make the success rate
     skipped     null; "right" or "wrong" where `limit` responses were all of that kind (no states then)
     responses   one right (outcome >= 0.5), one wrong: sample, ids, logprobs, finish, text, outcome
     states      response (its place in `responses`; null: the prompt state, which both share), index, cut,
                 end, and draws: the outcomes of K fresh continuations by the actor
 
 manifest.json: format, sha256, plan (seed, task, sampling, states, prompts, continuations, digests of the
-actor), p_bar and step (what ICC tells of the actor), prompts, states, skipped, and `made_from`, for people.
+actor), success_rate, p_bar and step (what ICC tells of the actor; p_bar is the success rate, or that of
+another bank), prompts, states, skipped, and `made_from`, for people.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ class BuildOptions:
     limit: int = 64  # responses to a prompt at most, while all are right, or all wrong
     max_new_tokens: int | None = None
     states_from: Path | None = None  # the same states, under this actor
+    p_bar_of: Path | None = None  # a bank of the critics' own tasks: harder ones say less of how strong it is
     chunk: int = 16  # prompts that a rank works on at a time, and loses where it is killed
 
 
@@ -69,15 +70,18 @@ def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptio
         base = None
         if options.states_from is not None:
             base = run.together(partial(read_bank, options.states_from))
-        builder = Builder(run, options, base)
+        told = None
+        if options.p_bar_of is not None:
+            told = run.together(partial(read_bank, options.p_bar_of))
+        builder = Builder(run, options, base, told)
         builder.build()
 
 
 class Builder:
     """One rank's part in building a bank."""
 
-    def __init__(self, run: Run, options: BuildOptions, base: Bank | None) -> None:
-        self.run, self.options, self.base = run, options, base
+    def __init__(self, run: Run, options: BuildOptions, base: Bank | None, told: Bank | None = None) -> None:
+        self.run, self.options, self.base, self.told = run, options, base, told
         self.parts = bank_parts(options.out)
         recipe = run.recipe
         rollout = rollout_config(recipe, options.max_new_tokens if base is None else base.limit)
@@ -113,6 +117,7 @@ class Builder:
             "samples": self.options.samples,
             "limit": self.options.limit,
             "states_from": None if self.base is None else self.base.manifest["sha256"],
+            "p_bar_of": None if self.told is None else self.told.manifest["sha256"],
         }
 
     def build(self) -> None:
@@ -223,7 +228,8 @@ class Builder:
             "format": FORMAT,
             "kind": "bank",
             "plan": plan,
-            "p_bar": mean(first),
+            "success_rate": mean(first),
+            "p_bar": mean(first) if self.told is None else self.told.manifest["p_bar"],
             "step": checkpoint_step(recipe, "actor"),
             "prompts": len(found),
             "states": states,
@@ -234,5 +240,5 @@ class Builder:
         self.run.progress.note(
             f"{self.options.out}: {states} states of {len(found) - sum(skipped.values())} prompts "
             f"({skipped['right']} only right and {skipped['wrong']} only wrong left out), "
-            f"{plan['continuations']} continuations each, success rate {manifest['p_bar']:.3f}"
+            f"{plan['continuations']} continuations each, success rate {manifest['success_rate']:.3f}"
         )

@@ -54,6 +54,11 @@ def _add_build(steps: Any) -> None:
     build.add_argument("--limit", type=_positive, default=64, help="responses to a prompt at most")
     build.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
     build.add_argument("--states-from", metavar="BANK", help="the same states again, under this actor")
+    build.add_argument(
+        "--p-bar-of",
+        metavar="BANK",
+        help="tell critics the success rate of that bank, of tasks they know",
+    )
     build.add_argument("--chunk", type=_positive, default=16, help="prompts of a rank at a time")
 
 
@@ -61,6 +66,9 @@ def _add_score(steps: Any) -> None:
     score = steps.add_parser("score", help="have a critic value a bank's states")
     score.add_argument("bank", help="the bank's folder")
     _add_recipe(score)
+    score.add_argument(
+        "--also", action="append", default=[], metavar="BANK", help="another bank, by the critic once loaded"
+    )
     score.add_argument("--checkpoint", help="the critic's: a run folder, or one checkpoint of it")
     score.add_argument("--icc", choices=("on", "off", "shuffled"), help="else as the recipe says")
     score.add_argument("--name", help="of the scores: BANK/scores/NAME")
@@ -114,7 +122,6 @@ def _build_job(options: argparse.Namespace) -> Job:
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.evaluation.build import BuildOptions, build_bank
 
-        base = None if options.states_from is None else Path(options.states_from)
         wanted = BuildOptions(
             out=Path(options.out),
             checkpoint=options.checkpoint,
@@ -123,7 +130,8 @@ def _build_job(options: argparse.Namespace) -> Job:
             samples=options.samples,
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
-            states_from=base,
+            states_from=_path(options.states_from),
+            p_bar_of=_path(options.p_bar_of),
             chunk=options.chunk,
         )
         build_bank(recipe, world, stop, wanted)
@@ -135,7 +143,8 @@ def _score_job(options: argparse.Namespace) -> Job:
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.evaluation.scoring import ScoreOptions, score_bank
 
-        wanted = ScoreOptions(Path(options.bank), options.checkpoint, options.icc, options.name)
+        banks = tuple(Path(bank) for bank in (options.bank, *options.also))
+        wanted = ScoreOptions(banks, options.checkpoint, options.icc, options.name)
         score_bank(recipe, world, stop, wanted)
 
     return job
@@ -144,8 +153,7 @@ def _score_job(options: argparse.Namespace) -> Job:
 def _compare(options: argparse.Namespace) -> int:
     from genac_megatron.evaluation.compare import compare
 
-    out = None if options.out is None else Path(options.out)
-    print(compare([Path(folder) for folder in options.scores], out))
+    print(compare([Path(folder) for folder in options.scores], _path(options.out)))
     return EXIT_OK
 
 
@@ -183,6 +191,10 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
         try_actor(recipe, world, stop, wanted)
 
     return in_ranks(_recipe(options), given, job)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _positive(text: str) -> int:

@@ -29,6 +29,7 @@ from genac_megatron.evaluation.session import made_from, session, with_role
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.runinfo import jsonable, write_json_atomic, write_text_atomic
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.training.agreement import from_first
 from genac_megatron.training.layout import World
@@ -63,7 +64,7 @@ SHOWN = (
 class ScoreOptions:
     """What is scored, and how."""
 
-    bank: Path
+    banks: tuple[Path, ...]
     checkpoint: str | None = None  # the critic's; None: the recipe's model
     icc: str | None = None  # None: as the recipe says
     name: str | None = None
@@ -71,9 +72,9 @@ class ScoreOptions:
 
 
 def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions) -> None:
-    """Have the recipe's critic value every state of the bank; write and show the figures. Collective.
+    """Have the recipe's critic value every state of each bank; write and show the figures. Collective.
 
-    Raises InputError where the bank or the critic does not fit.
+    Raises InputError where a bank or the critic does not fit, before any is judged.
     """
     if "actor" not in recipe.roles:
         raise InputError("the recipe has no role 'actor', whose tokens the bank holds", where="roles")
@@ -84,12 +85,11 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
         judging = recipe.judging.model_copy(update={"icc": options.icc})
         recipe = recipe.model_copy(update={"judging": judging})
     with session(recipe, world, stop, "score") as run:
-        bank = run.together(lambda: read_bank(options.bank))
+        banks = run.together(lambda: [read_bank(folder) for folder in options.banks])
+        critics = [critic_of(run, bank, actor_spec) for bank in banks]
         scalar = run.critic.shape.value
         if not scalar:
             run.publish("critic")
-        with run.phase("judge"):
-            values = critic_of(run, bank, actor_spec)(bank.states)
         made = {
             **made_from(recipe, "critic"),
             "weights": _digest(run),
@@ -100,8 +100,17 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
             "version": __version__,
         }
         name = options.name or score_name(recipe, options, scalar)
-        folder = options.bank / FOLDER / name
-        run.together(lambda: write_scores(bank, values, folder, made, options) if world.rank == 0 else None)
+        for bank, critic in zip(banks, critics, strict=True):
+            with run.phase("judge"):
+                values = critic(bank.states)
+            _written(run, bank, values, name, made, options)
+
+
+def _written(
+    run: Run, bank: Bank, values: Sequence[Valued], name: str, made: dict[str, Any], options: ScoreOptions
+) -> None:
+    folder = bank.folder / FOLDER / name
+    run.together(lambda: write_scores(bank, values, folder, made, options) if run.world.rank == 0 else None)
 
 
 def _digest(run: Any) -> str:

@@ -45,6 +45,7 @@ class ValueConfig(Block):
     length_alpha: PositiveFloat | None = None  # actor's lambda is 1 - 1 / (alpha length) instead (VAPO)
     clip: PositiveFloat | None = 0.5  # how far a value may move from that before the step; None: any way
     at: list[Fraction] = []  # where in a response it is trained, as shares of its length; none: everywhere
+    at_cuts: bool = False  # at the nearest cut of judging.states instead
     whiten: bool = True
 
 

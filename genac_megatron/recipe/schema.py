@@ -207,7 +207,9 @@ class TeacherConfig(Block):
     """Where the critic's SFT traces come from (method §4)."""
 
     kind: Literal["exact", "self", "endpoint"] = "exact"
-    reasoning: bool = True  # exact: False gives the score alone, to see what reasoning is worth
+    # exact: what of a trace is learnt. The score alone shows what reasoning is worth; the reasoning alone
+    # makes a model that can think about tasks of whose values it has been told nothing.
+    writes: Literal["trace", "score", "reasoning"] = "trace"
     p_bar_range: tuple[Fraction, Fraction] | None = None  # exact: show actors from this range (ICC is learnt)
     continuations: Positive = 8  # self: Monte-Carlo continuations per state
     tolerance: Fraction = 0.15  # self: keep where |v - Monte-Carlo value| is at most this

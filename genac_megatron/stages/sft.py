@@ -180,9 +180,7 @@ def exact_traces(
             way_out="use teacher.kind: self or endpoint",
         )
     chosen = stage.teacher
-    return traces.exact_samples(
-        states, run.task.teacher, context, chosen.p_bar_range, reasoning=chosen.reasoning
-    )
+    return traces.exact_samples(states, run.task.teacher, context, chosen.p_bar_range, chosen.writes)
 
 
 def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:

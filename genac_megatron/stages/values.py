@@ -65,14 +65,15 @@ def advantages_and_targets(
 
 
 def value_samples(
-    rollouts: Sequence[Rollout], values: Sequence[Tensor], targets: Sequence[Tensor], config: ValueConfig
+    rollouts: Sequence[Rollout],
+    values: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    places: Sequence[Sequence[int]] | None = None,
 ) -> list[Sample]:
-    """What the critic is trained on: every token of every response, or its places alone."""
-    masks = []
-    for value in values:
-        mask = torch.zeros(len(value)) if config.at else torch.ones(len(value))
-        mask[trained_places(len(value), config.at)] = 1.0
-        masks.append(mask)
+    """What the critic is trained on: every token of every response, or those at its `places` alone."""
+    masks = [torch.ones(len(value)) if places is None else torch.zeros(len(value)) for value in values]
+    for mask, indices in zip(masks, places or (), strict=places is not None):
+        mask[list(indices)] = 1.0
     total = sum(float(mask.sum()) for mask in masks)
     samples = []
     for rollout, value, target, mask in zip(rollouts, values, targets, masks, strict=True):
@@ -84,6 +85,20 @@ def value_samples(
         }
         samples.append(sample)
     return samples
+
+
+def _places(run: Run, rollouts: Sequence[Rollout], config: ValueConfig) -> list[list[int]] | None:
+    if not config.at:
+        return None
+    tokenizer, states = run.tokenizers["actor"], run.recipe.judging.states
+    cuts = (
+        [state.cut for state in cut_states(rollout, tokenizer, states)] if config.at_cuts else None
+        for rollout in rollouts
+    )
+    return [
+        trained_places(len(rollout.completion.ids), config.at, found)
+        for rollout, found in zip(rollouts, cuts, strict=True)
+    ]
 
 
 def train_values(
@@ -98,7 +113,7 @@ def train_values(
     seed: int,
 ) -> dict[str, float]:
     """Regression on one batch, in `parts` updates an epoch; its figures. Collective."""
-    samples = value_samples(rollouts, values, targets, config)
+    samples = value_samples(rollouts, values, targets, _places(run, rollouts, config))
     loss = make_value_loss(config.clip)
     with run.phase("critic_train"):
         results = [run.critic.train_step(part, loss) for part in minibatches(samples, parts, epochs, seed)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
-from genac_megatron.studies.schema import read_study
+from genac_megatron.studies.schema import read_study, swept
 
 
 def add_command(commands: Any) -> None:
@@ -32,7 +32,7 @@ def run_command(options: argparse.Namespace) -> int:
     """Run what is left, then write `<out>/<name>`: figures.json, table.md and plots."""
     from rich.console import Console
 
-    from genac_megatron.studies.runner import Places, run_all, tasks_of
+    from genac_megatron.studies.runner import Places
 
     file, console = Path(options.file), Console(highlight=False)
     study = read_study(file)
@@ -41,15 +41,48 @@ def run_command(options: argparse.Namespace) -> int:
     places = Places(
         study, file, Path(options.out) / study.name, Path(options.work), overrides=options.override
     )
-    tasks = tasks_of(places, seeds, options.cells.split(",") if options.cells else None)
+    cells = options.cells.split(",") if options.cells else None
     if options.dry_run:
-        for task in tasks:
-            console.print(f"{'done' if task.done.exists() else 'left'}  {task.key}")
+        _list(places, seeds, cells, console)
         return EXIT_OK
     if not options.collect:
-        run_all(tasks, console, max(1, options.jobs))
+        _run(places, seeds, cells, console, max(1, options.jobs))
     _write(places, seeds, console)
     return EXIT_OK
+
+
+def _run(places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int) -> None:
+    """Every cell with the seeds of the sweep, then the best of each label with the others."""
+    from genac_megatron.studies.runner import run_all, tasks_of
+
+    first, others = swept(places.study, seeds)
+    run_all(tasks_of(places, first, cells), console, jobs)
+    if others:
+        best = _best(places, first, cells)
+        console.print(f"with seeds {', '.join(map(str, others))}: {', '.join(best)}")
+        run_all(tasks_of(places, others, best), console, jobs)
+
+
+def _list(places: Any, seeds: list[int], cells: list[str] | None, console: Any) -> None:
+    from genac_megatron.studies.runner import tasks_of
+
+    first, others = swept(places.study, seeds)
+    tasks = tasks_of(places, first, cells)
+    if others and all(task.done for task in tasks):
+        tasks += tasks_of(places, others, _best(places, first, cells))
+    elif others:
+        console.print(f"then, with seeds {', '.join(map(str, others))}, the best cell of each label")
+    for task in tasks:
+        console.print(f"{'done' if task.done else 'left'}  {task.key}")
+
+
+def _best(places: Any, seeds: list[int], cells: list[str] | None) -> list[str]:
+    """Of those cells (None: all), the best of each label."""
+    from genac_megatron.studies.collect import records_of
+    from genac_megatron.studies.summary import best_cells
+
+    records = [r for r in records_of(places, seeds) if cells is None or r["cell"] in cells]
+    return [members[0]["cell"] for members in best_cells(places.study, records).values()]
 
 
 def _seeds(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,10 @@ def draw_all(study: Study, records: Sequence[Record], folder: Path) -> list[Path
         path = folder / f"{lines.figure.replace('/', '-')}-{lines.x}.png"
         save(path, 4.0, partial(_lines, study, records, lines))
         made.append(path)
+    if study.dots:
+        made.append(folder / "figures.png")
+        height = 1.6 + 0.28 * len(best_cells(study, records))
+        save(made[-1], height, partial(_dots, study, records))
     return made
 
 
@@ -89,6 +94,28 @@ def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure
     axes.set(xlabel=lines.x, ylabel=lines.figure)
     axes.set_title(f"mean over {len(study.seeds)} seeds, 95 % intervals", loc="left", fontsize=9)
     _legend(axes)
+
+
+def _dots(study: Study, records: Sequence[Record], figure: Figure) -> None:
+    """Every seed as a dot, their mean with its interval; the reference's mean as a line."""
+    best, rows = best_cells(study, records), rows_of(study, records)
+    panels = figure.subplots(1, len(study.dots), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, study.dots, strict=True):
+        for place, (row, members) in enumerate(zip(rows, best.values(), strict=True)):
+            seeds = [record["figures"][name] for record in members if name in record["figures"]]
+            axes.plot(seeds, [place + 0.18] * len(seeds), ".", color=LIGHT.soft, markersize=4)
+            if not seeds:
+                continue
+            found, colour = row[name], LIGHT.phases[0]
+            half = np.nan_to_num(found.half)
+            axes.errorbar(found.value, place, xerr=half, fmt="o", color=colour, markersize=5, capsize=3)
+            if row["label"] == study.reference:
+                axes.axvline(found.value, color=LIGHT.soft, linewidth=0.8, linestyle=":")
+        words = name.replace("/", ": ").replace("_", " ")
+        axes.set_title("\n".join(textwrap.wrap(words, 60 // len(study.dots))), loc="left", fontsize=8)
+    panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
+    panels[0].invert_yaxis()
+    figure.supxlabel(f"{len(study.seeds)} seeds, their mean and its 95 % interval", fontsize=8)
 
 
 def _legend(axes: Axes) -> None:

@@ -25,11 +25,16 @@ class Task:
     """One `genac run`, or one command on what runs have left."""
 
     key: str  # for people
-    done: Path  # there once it is done
+    makes: tuple[Path, ...]  # all there once it is done
     command: tuple[str, ...]
     log: Path
     resumable: Path | None = None  # a folder of checkpoints: with one in it, the run goes on
-    needs: tuple[Path, ...] = ()  # there before it can begin: other tasks' `done`
+    needs: tuple[Path, ...] = ()  # there before it can begin: made by other tasks
+
+    @property
+    def done(self) -> bool:
+        """Whether all that it makes is there."""
+        return all(path.exists() for path in self.makes)
 
 
 class Places:
@@ -78,7 +83,7 @@ def tasks_of(places: Places, seeds: Sequence[int], only: Sequence[str] | None = 
         made += [_build(places, name, seed) for name in study.banks]
         for cell in cells if only is None else [cell for cell in cells if cell.name in only]:
             made.append(_run(places, cell.name, cell.spec, seed))
-            made += [_score(places, bank, cell.name, cell.spec, seed) for bank in study.banks]
+            made += [_score(places, cell.name, cell.spec, seed)] if study.banks else []
     return made
 
 
@@ -87,7 +92,7 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
     command = [*_settings(places, spec, seed), f"name={folder.name}", f"runs={folder.parent}"]
     return Task(
         key=f"{name}, seed {seed}",
-        done=places.summary(name, seed),
+        makes=(places.summary(name, seed),),
         needs=tuple(places.summary(base, seed) for base in spec.start.values()),
         command=("run", str(places.recipe(spec)), *command),
         log=folder.with_suffix(".log"),
@@ -106,9 +111,12 @@ def _build(places: Places, name: str, seed: int) -> Task:
     if bank.states_from is not None:
         options += ["--states-from", str(places.bank(bank.states_from, seed))]
         needs.append(places.manifest(bank.states_from, seed))
+    if bank.p_bar_of is not None:
+        options += ["--p-bar-of", str(places.bank(bank.p_bar_of, seed))]
+        needs.append(places.manifest(bank.p_bar_of, seed))
     return Task(
         key=f"bank {name}, seed {seed}",
-        done=places.manifest(name, seed),
+        makes=(places.manifest(name, seed),),
         needs=tuple(needs),
         command=(
             "evaluate", "bank", "build", str(places.file.parent / bank.recipe), f"seed={seed}",
@@ -119,18 +127,21 @@ def _build(places: Places, name: str, seed: int) -> Task:
     )  # fmt: skip
 
 
-def _score(places: Places, bank: str, cell: str, spec: RunSpec, seed: int) -> Task:
-    out = places.scores(bank, cell, seed)
+def _score(places: Places, cell: str, spec: RunSpec, seed: int) -> Task:
+    """Every bank by one cell's critic, which is loaded once."""
+    banks = [*places.study.banks]
+    first, *others = (str(places.bank(bank, seed)) for bank in banks)
     return Task(
-        key=f"{cell} on bank {bank}, seed {seed}",
-        done=out / "scores.json",
-        needs=(places.manifest(bank, seed), places.summary(cell, seed)),
+        key=f"{cell} on the banks, seed {seed}",
+        makes=tuple(places.scores(bank, cell, seed) / "scores.json" for bank in banks),
+        needs=(*(places.manifest(bank, seed) for bank in banks), places.summary(cell, seed)),
         command=(
-            "evaluate", "bank", "score", str(places.bank(bank, seed)), str(places.recipe(spec)),
+            "evaluate", "bank", "score", first, str(places.recipe(spec)),
             *(text for text in _settings(places, spec, seed) if "model.checkpoint" not in text),
             "--checkpoint", str(places.run(cell, seed)), "--name", cell,
+            *(word for other in others for word in ("--also", other)),
         ),
-        log=out.with_suffix(".log"),
+        log=places.scores(banks[0], cell, seed).with_suffix(".log"),
     )  # fmt: skip
 
 
@@ -140,7 +151,7 @@ def run_all(tasks: Sequence[Task], console: Console, jobs: int = 1) -> None:
     Raises GenacError at the first that fails, with the end of its log; those that run beside it end first.
     Raises StopRequested on SIGTERM or SIGUSR1, once what ran has saved and ended.
     """
-    left = [task for task in tasks if not task.done.exists()]
+    left = [task for task in tasks if not task.done]
     if len(left) < len(tasks):
         console.print(f"{len(tasks) - len(left)} of {len(tasks)} are done already")
     began, total, running = time.monotonic(), len(left), dict[str, _Running]()
@@ -223,7 +234,7 @@ def _failure(ended: _Running) -> GenacError | None:
     task, code = ended.task, ended.process.returncode
     if code == EXIT_REQUEUE:
         return _stopped()
-    if code or not task.done.exists():
+    if code or not task.done:
         lines = task.log.read_text(errors="replace").splitlines()[-TAIL:]
         return GenacError(
             f"{task.key} ended with {code}:\n  " + "\n  ".join(lines),

@@ -46,6 +46,7 @@ class Bank(Block):
     recipe: str
     actor: str  # the base run whose actor makes and continues the responses
     states_from: str | None = None  # another bank: its states, under this actor
+    p_bar_of: str | None = None  # another bank: what critics are told of how strong the actor is
     set: list[str] = []
     options: list[str] = []  # of `genac evaluate bank build`
 
@@ -77,9 +78,14 @@ class Study(Block):
     banks: dict[str, Bank] = {}
     figures: list[str] = []  # of the table, besides those that every study has
     best: str = "critic/brier"  # the figure by which the best of a label is chosen: the least
+    sweep_seeds: list[
+        int
+    ] = []  # with them all cells of a label are run and judged, with others its best alone
     reference: str | None = None  # the cell that others are compared with, seed by seed
     curves: list[Curve] = []
     lines: list[Lines] = []
+    dots: list[str] = []  # figures drawn side by side, a row for each cell
+    differences: list[str] = []  # figures of which the table has what they are less the reference's
 
 
 class Cell(Block):
@@ -144,6 +150,12 @@ def cells_of(study: Study, where: str = "") -> list[Cell]:
                     way_out=f"base runs are: {', '.join(name for name, _ in bases_of(study))}",
                 )
     return made
+
+
+def swept(study: Study, seeds: list[int]) -> tuple[list[int], list[int]]:
+    """Seeds with which every cell is run, and those with which the best of each label is."""
+    first = [seed for seed in seeds if seed in study.sweep_seeds]
+    return (first, [seed for seed in seeds if seed not in first]) if first else (seeds, [])
 
 
 def _combined(chosen: list[tuple[str, tuple[str, RunSpec]]]) -> Cell:

@@ -46,13 +46,17 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def best_cells(study: Study, records: Sequence[Record]) -> dict[str, list[Record]]:
-    """By label, the records of its cell whose `best` figure has the least mean, or of its only one."""
+    """By label, the records of its cell whose `best` figure has the least mean, or of its only one.
+
+    Where the study has seeds for its sweeps, only they say which is best.
+    """
     by_label: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         by_label.setdefault(record["label"], {}).setdefault(record["cell"], []).append(record)
 
     def rank(members: list[Record]) -> float:
-        value = mean([r["figures"].get(study.best, math.nan) for r in members]).value
+        counted = [r for r in members if not study.sweep_seeds or r["seed"] in study.sweep_seeds]
+        value = mean([r["figures"].get(study.best, math.nan) for r in counted]).value
         return value if math.isfinite(value) else math.inf
 
     return {label: min(cells.values(), key=rank) for label, cells in by_label.items()}
@@ -89,22 +93,31 @@ def rows_of(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
             row[name] = mean([r["figures"].get(name, math.nan) for r in members])
         row["actor/at_equal_flops"] = mean([equal.get((r["cell"], r["seed"]), math.nan) for r in members])
         if reference and label != study.reference:
-            row["actor/end_less_reference"] = mean(
-                [
-                    r["figures"].get("actor/end", math.nan)
-                    - reference[r["seed"]]["figures"].get("actor/end", math.nan)
-                    for r in members
-                    if r["seed"] in reference
-                ]
-            )
+            for name in ("actor/end", *study.differences):
+                row[_less(name)] = _difference(members, reference, name)
         made.append(row)
     return made
+
+
+def _less(name: str) -> str:
+    return f"{name}_less_reference"
+
+
+def _difference(members: Sequence[Record], reference: dict[int, Record], name: str) -> Mean:
+    """Seed by seed: what seeds have in common is no part of the interval."""
+    return mean(
+        [
+            r["figures"].get(name, math.nan) - reference[r["seed"]]["figures"].get(name, math.nan)
+            for r in members
+            if r["seed"] in reference
+        ]
+    )
 
 
 def markdown(study: Study, records: Sequence[Record]) -> str:
     """The study's table: figures that at least one label has."""
     rows = rows_of(study, records)
-    extra = ["actor/at_equal_flops", "actor/end_less_reference"]
+    extra = ["actor/at_equal_flops", *(_less(name) for name in ("actor/end", *study.differences))]
     wanted = list(dict.fromkeys([*ALWAYS, *extra, *study.figures]))
     shown = [name for name in wanted if any(isinstance(r.get(name), Mean) and r[name].count for r in rows)]
     head = ["", "seeds", *shown]

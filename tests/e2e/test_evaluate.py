@@ -107,6 +107,28 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bank(trained: Path) -> None
     assert "another task" in done.stderr
 
 
+def test_a_harder_bank_is_scored_beside_the_first_and_told_the_same_rate(trained: Path) -> None:
+    """What ICC tells is how strong the actor is on the critic's tasks, not how hard these are."""
+    done = genac(*build("harder", "--override", "task.min_swaps=3", "--override", "task.max_swaps=3",
+                        "--p-bar-of", "bank"), cwd=trained)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, harder = read_bank(trained / "bank"), read_bank(trained / "harder")
+    assert harder.manifest["p_bar"] == first.manifest["p_bar"] != harder.manifest["success_rate"]
+    done = genac("evaluate", "bank", "score", "bank", "recipe.yaml", "--checkpoint", "runs/run",
+                 "--name", "both", "--also", "harder", cwd=trained)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for bank in (first, harder):
+        report = json.loads((bank.folder / "scores" / "both" / "scores.json").read_text())
+        assert report["bank"] == bank.manifest["sha256"]
+        assert report["states"] == len(bank.states)
+        assert report["p_bar"] == first.manifest["p_bar"]
+    done = genac("evaluate", "bank", "score", "bank", "recipe.yaml", "--checkpoint", "runs/run",
+                 "--name", "neither", "--also", "nowhere", cwd=trained)  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "nowhere" in done.stderr
+    assert not (trained / "bank" / "scores" / "neither").exists()
+
+
 def test_critics_are_scored_and_compared_on_one_bank(trained: Path) -> None:
     critic = ("recipe.yaml", "--checkpoint", "runs/run")
     scalar = ("recipe.yaml", "roles.critic.model.head=value", "--name", "scalar")

@@ -61,6 +61,24 @@ def test_a_study_leaves_its_table_and_goes_on_where_it_was(folder: Path) -> None
     assert "3 of 3 are done already" in again.stdout
 
 
+def test_a_sweep_is_made_with_its_seeds_and_the_best_goes_on(folder: Path) -> None:
+    study = yaml.safe_load((folder / "study.yaml").read_text()) | {"name": "swept", "seeds": [4, 5]}
+    cell = study["cells"]["grpo"] | {"label": "grpo"}
+    steps = {"dear": 3, "cheap": 1}
+    study["cells"] = {name: cell | {"set": [f"stages.0.steps={n}"]} for name, n in steps.items()}
+    study |= {"sweep_seeds": [4], "best": "cost/flops", "curves": []}
+    (folder / "swept.yaml").write_text(yaml.safe_dump(study))
+    listed = genac("study", "swept.yaml", "--dry-run", cwd=folder)
+    assert "with seeds 5, the best cell of each label" in listed.stdout
+    done = genac("study", "swept.yaml", "--jobs", "2", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {path.name for path in (folder / "runs" / "studies" / "swept").iterdir() if path.is_dir()}
+    assert runs == {"actor-s4", "dear-s4", "cheap-s4", "actor-s5", "cheap-s5"}
+    assert "grpo: cheap" in done.stdout
+    listed = genac("study", "swept.yaml", "--dry-run", cwd=folder)
+    assert listed.stdout.count("done") == 5
+
+
 def test_a_run_that_fails_is_told_with_the_end_of_its_log(folder: Path) -> None:
     study = yaml.safe_load((folder / "study.yaml").read_text())
     study["name"], study["cells"] = "broken", {"grpo": {"recipe": "grpo.yaml", "set": ["stages.0.stepz=1"]}}

@@ -138,6 +138,19 @@ def test_sp3o_places_lie_in_the_response(length: int, at: list[float]) -> None:
     assert trained_places(100, [0.3, 0.6, 0.9]) == [30, 60, 90]
 
 
+@given(st.integers(1, 200), st.lists(st.floats(0, 1), min_size=1, max_size=4), st.data())
+def test_sp3o_places_at_cuts_are_the_nearest(length: int, at: list[float], data: st.DataObject) -> None:
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(0, length - 1))) - {0})]
+    places = trained_places(length, at, cuts)
+    free = trained_places(length, at)
+    assert 1 <= len(places) <= len(free)
+    assert set(places) <= set(cuts)
+    for place in free:
+        nearest = min(abs(cut - place) for cut in cuts)
+        assert any(abs(cut - place) == nearest for cut in places)
+    assert trained_places(100, [0.3, 0.6, 0.9], [0, 28, 35, 61, 70]) == [28, 61, 70]
+
+
 def test_value_clipping_takes_the_worse_error() -> None:
     values, old, targets = (
         torch.tensor([0.9, 0.9, 0.2]),

@@ -349,8 +349,17 @@ def test_exact_traces_about_actors_of_a_range_show_and_use_another_p_bar_each() 
     assert len(set(shown)) > 10
     for text, p_bar, state in zip(texts, shown, states, strict=True):
         wanted = task.teacher.trace(state.rollout.prompt, "", p_bar, random.Random(0))[1]
-        assert f"<answer>{wanted}</answer>" in text
-    bare = exact_samples(states[:3], task.teacher, context, (0.4, 0.9), reasoning=False)
+        again = f"\np {p_bar:.2f}\n" if wanted else "\n"
+        assert f"{again}<answer>{wanted}</answer>" in text
+    for sample, whole in zip(
+        exact_samples(states[:3], task.teacher, context, (0.4, 0.9), "reasoning"), texts, strict=False
+    ):
+        written = tokenizer.decode(sample.tokens[sample.start :], skip_special_tokens=True)
+        assert written.startswith("step 0")
+        assert "<answer>" not in written
+        assert "\np 0." not in written
+        assert f"{written}\n" in whole
+    bare = exact_samples(states[:3], task.teacher, context, (0.4, 0.9), "score")
     for sample, whole in zip(bare, texts, strict=False):
         written = tokenizer.decode(sample.tokens[sample.start :], skip_special_tokens=True)
         assert re.fullmatch(r"<answer>\d+</answer>", written)
@@ -359,4 +368,6 @@ def test_exact_traces_about_actors_of_a_range_show_and_use_another_p_bar_each() 
         blind = replace(context, judging=judging.model_copy(update={"icc": mode}))
         for sample, state in zip(exact_samples(states, task.teacher, blind, (0.4, 0.9)), states, strict=True):
             wanted = task.teacher.trace(state.rollout.prompt, "", 0.5, random.Random(0))[1]
-            assert f"<answer>{wanted}</answer>" in tokenizer.decode(sample.tokens)
+            text = tokenizer.decode(sample.tokens[sample.start :])
+            assert f"<answer>{wanted}</answer>" in text
+            assert "\np 0." not in text, "it says nothing of what it cannot know"

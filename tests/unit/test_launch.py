@@ -180,7 +180,8 @@ def test_what_the_ends_of_several_ranks_follow_from(ends: list[int], wanted: int
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_rank_that_failed_by_itself_wins_over_its_peers_loss(start: Start, first: int) -> None:
     """Whichever leaves first: a rank's end takes long, and its peers may notice it before."""
-    assert start(f"time.sleep(1.0 if rank == {first} else 0)\nsys.exit(1 if rank else 4)").end() == 1
+    body = f"time.sleep(1.0 if rank == {first} else 0)\nsys.exit(1 if rank else 4)"
+    assert start(body, grace_s=WAIT_S).end() == 1
 
 
 PARENT = """

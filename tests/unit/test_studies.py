@@ -15,8 +15,9 @@ from genac_megatron.models.sizes import parameters
 from genac_megatron.recipe.schema import ModelConfig, ModelShape
 from genac_megatron.studies.collect import curve
 from genac_megatron.studies.cost import multiplied, spent
+from genac_megatron.studies.plots import draw_all
 from genac_megatron.studies.runner import Places, tasks_of
-from genac_megatron.studies.schema import Bank, Study, bases_of, cells_of, read_study
+from genac_megatron.studies.schema import Bank, Study, bases_of, cells_of, read_study, swept
 from genac_megatron.studies.summary import at_equal_cost, best_cells, markdown, mean
 
 STUDY: dict[str, Any] = {
@@ -53,20 +54,22 @@ def test_axes_are_combined_and_options_of_a_label_compete() -> None:
 
 
 def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
-    study = Study.model_validate({**STUDY, "banks": {"in": {"recipe": "sft.yaml", "actor": "actor"}}})
+    bank = {"recipe": "sft.yaml", "actor": "actor"}
+    study = Study.model_validate({**STUDY, "banks": {"in": bank, "ood": {**bank, "p_bar_of": "in"}}})
     tasks = tasks_of(Places(study, tmp_path / "study.yaml", tmp_path / "out", tmp_path / "work"), [1, 2])
     keys = [task.key for task in tasks]
-    assert len(keys) == len(set(keys)) == 2 * (3 + 1 + 6 * 2)
+    assert len(keys) == len(set(keys)) == 2 * (3 + 2 + 6 * 2)
     for task in tasks:
         for word in task.command:
             if "model.checkpoint=" in word:
                 name, _, seed = Path(word.split("=")[1]).name.rpartition("-s")
                 assert keys.index(f"{name}, seed {seed}") < keys.index(task.key)
                 assert tmp_path / "work" / "scaling" / f"{name}-s{seed}/report/summary.json" in task.needs
-    done = [task.done for task in tasks]
     for place, task in enumerate(tasks):
-        assert set(task.needs) <= set(done[:place])
-        if "--name" in task.command:  # scores need both the bank and the critic
+        assert set(task.needs) <= {path for before in tasks[:place] for path in before.makes}
+        if "--name" in task.command:  # scores need both banks and the critic, which is loaded once
+            assert (len(task.needs), len(task.makes)) == (3, 2)
+        if "--p-bar-of" in task.command:
             assert len(task.needs) == 2
 
 
@@ -173,6 +176,18 @@ def test_the_best_of_a_label_is_chosen_by_its_mean_over_seeds() -> None:
     assert [r["cell"] for r in best["gen"]] == ["gen"]
 
 
+def test_a_sweep_is_decided_by_its_own_seeds() -> None:
+    study = Study.model_validate({**STUDY, "sweep_seeds": [1], "seeds": [1, 2]})
+    records = [
+        record("s-dense-1", "s-dense", 1, **{"critic/brier": 0.2}),
+        record("s-dense-2", "s-dense", 1, **{"critic/brier": 0.1}),
+        record("s-dense-2", "s-dense", 2, **{"critic/brier": 0.4}),
+    ]
+    assert [r["seed"] for r in best_cells(study, records)["s-dense"]] == [1, 2]
+    assert swept(study, [1, 2]) == ([1], [2])
+    assert swept(study, [2]) == ([2], []), "nobody has said which is best"
+
+
 def test_accuracy_at_equal_cost_lies_between_two_evaluations() -> None:
     cheap, dear = record("cheap", "cheap", 1), record("dear", "dear", 1)
     cheap["curve"] = [{"flops": 0.0, "accuracy": 0.5}, {"flops": 10.0, "accuracy": 0.7}]
@@ -203,3 +218,22 @@ def test_the_table_compares_seed_by_seed() -> None:
     ]
     text = markdown(study, records)
     assert "-0.100 ± 0.000" in text
+
+
+def test_figures_are_compared_and_drawn_cell_by_cell(tmp_path: Path) -> None:
+    figures = ["later/mse", "none/such"]
+    study = Study.model_validate(
+        {"name": "icc", "seeds": [1, 2], "reference": "on", "differences": figures, "dots": figures}
+    )
+    records = [
+        record(cell, cell, seed, **{"later/mse": worth + seed / 100})
+        for cell, worth in (("on", 0.01), ("off", 0.06))
+        for seed in (1, 2)
+    ]
+    text = markdown(study, records)
+    assert "later/mse_less_reference" in text
+    assert "0.050 ± 0.000" in text, "what seeds have in common is not in the interval"
+    assert "none/such" not in text
+    (path,) = draw_all(study, records, tmp_path)
+    assert path.name == "figures.png"
+    assert path.stat().st_size > 5000
