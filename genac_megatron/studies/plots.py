@@ -74,14 +74,15 @@ def _curves(study: Study, records: Sequence[Record], curve: Curve, figure: Figur
 
 def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure) -> None:
     axes = figure.subplots()
-    rows = rows_of(study, records)
-    options = list(dict.fromkeys(row["options"].get(lines.x) for row in rows))
-    labels = list(dict.fromkeys(row["options"].get(lines.lines) for row in rows))
+    # cells beside the axes are in the table alone
+    rows = [row for row in rows_of(study, records) if {lines.x, lines.lines} <= row["options"].keys()]
+    options = list(dict.fromkeys(row["options"][lines.x] for row in rows))
+    labels = list(dict.fromkeys(row["options"][lines.lines] for row in rows))
     for number, label in enumerate(labels):
         found: list[tuple[int, Mean]] = [
             (options.index(row["options"][lines.x]), row[lines.figure])
             for row in rows
-            if row["options"].get(lines.lines) == label and lines.figure in row
+            if row["options"][lines.lines] == label and lines.figure in row
         ]
         if not found:
             continue
