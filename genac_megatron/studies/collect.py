@@ -13,6 +13,7 @@ from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.studies.cost import total
+from genac_megatron.studies.kept import digests_of, kept_records
 from genac_megatron.studies.runner import Places
 from genac_megatron.studies.schema import Cell, cells_of
 
@@ -21,13 +22,15 @@ Record = dict[str, Any]
 
 
 def records_of(places: Places, seeds: list[int]) -> list[Record]:
-    """One record per cell and seed that is done: its options, figures, and curve."""
-    return [
-        record_of(places, cell, seed)
-        for cell in cells_of(places.study, str(places.file))
-        for seed in seeds
-        if (places.run(cell.name, seed) / "report" / "summary.json").exists()
-    ]
+    """One record per cell and seed that is done, or was and stands in figures.json."""
+    kept, digests, found = kept_records(places), digests_of(places), list[Record]()
+    for cell in cells_of(places.study, str(places.file)):
+        for seed in seeds:
+            if places.summary(cell.name, seed).exists():
+                found.append(record_of(places, cell, seed) | {"made_from": digests[cell.name]})
+            elif (cell.name, seed) in kept:
+                found.append(kept[cell.name, seed] | {"label": cell.label, "options": cell.options})
+    return found
 
 
 def record_of(places: Places, cell: Cell, seed: int) -> Record:

@@ -24,6 +24,7 @@ def add_command(commands: Any) -> None:
         "--override", action="append", default=[], metavar="key.path=value",
         help="in every recipe, for example world.ranks=1",
     )  # fmt: skip
+    study.add_argument("--again", action="store_true", help="run also what stands in its figures.json")
     study.add_argument("--dry-run", action="store_true", help="list what is left to do")
     study.add_argument("--collect", action="store_true", help="run nothing: show what is done so far")
 
@@ -43,33 +44,42 @@ def run_command(options: argparse.Namespace) -> int:
     )
     cells = options.cells.split(",") if options.cells else None
     if options.dry_run:
-        _list(places, seeds, cells, console)
+        _list(places, seeds, cells, console, options.again)
         return EXIT_OK
     if not options.collect:
-        _run(places, seeds, cells, console, max(1, options.jobs))
+        _run(places, seeds, cells, console, max(1, options.jobs), options.again)
     _write(places, seeds, console)
     return EXIT_OK
 
 
-def _run(places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int) -> None:
+def _run(
+    places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, again: bool
+) -> None:
     """Every cell with the seeds of the sweep, then the best of each label with the others."""
+    from genac_megatron.studies.kept import FIGURES, kept_records
     from genac_megatron.studies.runner import run_all, tasks_of
 
+    if kept := {} if again else kept_records(places):
+        console.print(f"{len(kept)} run(s) stand in {places.out / FIGURES} (--again runs them again)")
     first, others = swept(places.study, seeds)
-    run_all(tasks_of(places, first, cells), console, jobs)
+    run_all(tasks_of(places, first, cells, kept), console, jobs)
     if others:
         best = _best(places, first, cells)
         console.print(f"with seeds {', '.join(map(str, others))}: {', '.join(best)}")
-        run_all(tasks_of(places, others, best), console, jobs)
+        run_all(tasks_of(places, others, best, kept), console, jobs)
 
 
-def _list(places: Any, seeds: list[int], cells: list[str] | None, console: Any) -> None:
+def _list(places: Any, seeds: list[int], cells: list[str] | None, console: Any, again: bool) -> None:
+    from genac_megatron.studies.kept import kept_records
     from genac_megatron.studies.runner import tasks_of
 
+    kept = {} if again else kept_records(places)
+    for cell, seed in sorted(kept):
+        console.print(f"done  {cell}, seed {seed} (its figures)")
     first, others = swept(places.study, seeds)
-    tasks = tasks_of(places, first, cells)
+    tasks = tasks_of(places, first, cells, kept)
     if others and all(task.done for task in tasks):
-        tasks += tasks_of(places, others, _best(places, first, cells))
+        tasks += tasks_of(places, others, _best(places, first, cells), kept)
     elif others:
         console.print(f"then, with seeds {', '.join(map(str, others))}, the best cell of each label")
     for task in tasks:
@@ -96,15 +106,14 @@ def _seeds(text: str) -> list[int]:
 
 def _write(places: Any, seeds: list[int], console: Any) -> None:
     from genac_megatron.studies.collect import records_of
+    from genac_megatron.studies.kept import FIGURES
     from genac_megatron.studies.plots import draw_all
     from genac_megatron.studies.summary import markdown
 
     study, records = places.study, records_of(places, seeds)
     if not records:
         raise InputError("none of its runs is done", where=str(places.work))
-    write_json_atomic(
-        places.out / "figures.json", {"study": study.model_dump(mode="json"), "records": records}
-    )
+    write_json_atomic(places.out / FIGURES, {"study": study.model_dump(mode="json"), "records": records})
     text = f"# {study.name}\n\n{study.about}\n\n{markdown(study, records)}"
     write_text_atomic(places.out / "table.md", text)
     draw_all(study, records, places.out)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,16 @@ class Places:
         return self.file.parent / str(spec.recipe)
 
 
-def tasks_of(places: Places, seeds: Sequence[int], only: Sequence[str] | None = None) -> list[Task]:
+def tasks_of(
+    places: Places,
+    seeds: Sequence[int],
+    only: Sequence[str] | None = None,
+    kept: Collection[tuple[str, int]] = (),
+) -> list[Task]:
     """Everything a study does, in an order in which each finds what it starts from.
 
-    only: these cells, and every base run. Raises InputError where there is no such cell.
+    only: these cells, and what they need. kept: cells and seeds whose figures are there without a run.
+    Raises InputError where there is no such cell.
     """
     study, made = places.study, list[Task]()
     cells = cells_of(study, str(places.file))
@@ -79,12 +85,25 @@ def tasks_of(places: Places, seeds: Sequence[int], only: Sequence[str] | None = 
             way_out=f"its cells are: {', '.join(cell.name for cell in cells)}",
         )
     for seed in seeds:
-        made += [_run(places, name, spec, seed) for name, spec in bases_of(study)]
-        made += [_build(places, name, seed) for name in study.banks]
-        for cell in cells if only is None else [cell for cell in cells if cell.name in only]:
-            made.append(_run(places, cell.name, cell.spec, seed))
-            made += [_score(places, cell.name, cell.spec, seed)] if study.banks else []
+        wanted = [cell for cell in cells if only is None or cell.name in only]
+        of_cells = list[Task]()
+        for cell in wanted:
+            if (cell.name, seed) not in kept:
+                of_cells.append(_run(places, cell.name, cell.spec, seed))
+                of_cells += [_score(places, cell.name, cell.spec, seed)] if study.banks else []
+        before = [_run(places, name, spec, seed) for name, spec in bases_of(study)]
+        before += [_build(places, name, seed) for name in study.banks]
+        made += _needed(before, of_cells)
     return made
+
+
+def _needed(before: Sequence[Task], tasks: Sequence[Task]) -> list[Task]:
+    """Tasks, after those of `before` that they need, directly or not. Each task comes after its needs."""
+    found = [*tasks]
+    for task in reversed(before):
+        if any(path in other.needs for other in found for path in task.makes):
+            found.insert(0, task)
+    return found
 
 
 def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -58,7 +59,32 @@ def test_a_study_leaves_its_table_and_goes_on_where_it_was(folder: Path) -> None
     assert {p.name for p in out.glob("*.png")} == {"accuracy-steps.png", "accuracy-flops.png"}
     again = genac("study", "study.yaml", cwd=folder)
     assert again.returncode == 0
-    assert "3 of 3 are done already" in again.stdout
+    assert "2 run(s) stand in" in again.stdout
+    listed = genac("study", "study.yaml", "--again", "--dry-run", cwd=folder)
+    assert listed.stdout.count("done") == 3, "the runs are there too"
+
+
+def test_a_study_whose_runs_are_gone_stands_on_its_figures(folder: Path) -> None:
+    """What changed since is run again, from a base run that is made again."""
+    assert genac("study", "study.yaml", cwd=folder).returncode == 0  # nothing to do after the test above
+    shutil.rmtree(folder / "runs" / "studies" / "tiny")
+    out = folder / "experiments" / "tiny"
+    before = (out / "table.md").read_text()
+    done = genac("study", "study.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 run(s) stand in" in done.stdout
+    assert (out / "table.md").read_text() == before
+    assert not (folder / "runs" / "studies" / "tiny").exists()
+    recipe = yaml.safe_load((folder / "rloo.yaml").read_text())
+    recipe["stages"][0]["steps"] = 3
+    (folder / "rloo.yaml").write_text(yaml.safe_dump(recipe))
+    done = genac("study", "study.yaml", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {path.name for path in (folder / "runs" / "studies" / "tiny").iterdir() if path.is_dir()}
+    assert runs == {"actor-s4", "rloo-s4"}
+    records = json.loads((out / "figures.json").read_text())["records"]
+    assert [len(record["curve"]) for record in records] == [3, 4]
+    assert len({record["figures"]["actor/start"] for record in records}) == 1, "the same actor, made again"
 
 
 def test_a_sweep_is_made_with_its_seeds_and_the_best_goes_on(folder: Path) -> None:
@@ -76,7 +102,7 @@ def test_a_sweep_is_made_with_its_seeds_and_the_best_goes_on(folder: Path) -> No
     assert runs == {"actor-s4", "dear-s4", "cheap-s4", "actor-s5", "cheap-s5"}
     assert "grpo: cheap" in done.stdout
     listed = genac("study", "swept.yaml", "--dry-run", cwd=folder)
-    assert listed.stdout.count("done") == 5
+    assert listed.stdout.count("done") == 3, "their figures: nothing is left to need the actors"
 
 
 def test_a_run_that_fails_is_told_with_the_end_of_its_log(folder: Path) -> None:

@@ -1,0 +1,129 @@
+"""Figures of earlier runs: which of them stand for a cell of today's study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from genac_megatron.errors import InputError
+from genac_megatron.studies.collect import records_of
+from genac_megatron.studies.kept import digests_of, kept_records
+from genac_megatron.studies.runner import Places, tasks_of
+from genac_megatron.studies.schema import read_study
+
+STUDY: dict[str, Any] = {
+    "name": "tiny",
+    "seeds": [1, 2],
+    "base": {
+        "actor": {"recipe": "sft.yaml"},
+        "body-a": {"recipe": "sft.yaml", "set": ["size=7"], "start": {"actor": "actor"}},
+        "body-b": {"recipe": "sft.yaml", "set": ["size=8"]},
+    },
+    "cells": {
+        "a": {"recipe": "a.yaml", "start": {"critic": "body-a"}},
+        "b": {"recipe": "a.yaml", "start": {"critic": "body-b"}, "set": ["steps=3"], "label": "called b"},
+    },
+    "banks": {"in": {"recipe": "sft.yaml", "actor": "actor", "options": ["--prompts", "4"]}},
+}
+RECIPES: dict[str, Any] = {
+    "base.yaml": {"world": {"ranks": 2}, "lr": 0.1, "name": "base"},
+    "sft.yaml": {"extends": "base.yaml", "size": 5},
+    "a.yaml": {"extends": "base.yaml", "steps": 2},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, content in {**RECIPES, "study.yaml": STUDY}.items():
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def places(folder: Path, *overrides: str) -> Places:
+    file = folder / "study.yaml"
+    return Places(read_study(file), file, folder / "out", folder / "work", overrides=overrides)
+
+
+def change(folder: Path, file: str, **content: Any) -> None:
+    path = folder / file
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | content))
+
+
+def written(folder: Path, *records: dict[str, Any]) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "figures.json").write_text(json.dumps({"study": {}, "records": list(records)}))
+
+
+def record(folder: Path, cell: str, seed: int, **figures: float) -> dict[str, Any]:
+    figures = figures or {"in/mse": 0.1}
+    made = {"cell": cell, "label": "old", "options": {}, "seed": seed, "figures": figures, "curve": []}
+    return made | {"made_from": digests_of(places(folder))[cell]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "changed"),
+    [
+        ("a.yaml", {"steps": 4}, "a"),  # b sets its own
+        ("base.yaml", {"lr": 0.2}, "ab"),
+        ("sft.yaml", {"size": 6}, "ab"),  # the bank's actor
+        ("study.yaml", {"set": ["lr=0.3"]}, "ab"),
+        ("study.yaml", {"banks": {"in": STUDY["banks"]["in"] | {"options": ["--prompts", "9"]}}}, "ab"),
+        ("study.yaml", {"base": {**STUDY["base"], "body-b": {"recipe": "sft.yaml"}}}, "b"),
+        ("base.yaml", {"world": {"ranks": 1}, "name": "other", "runs": "elsewhere"}, ""),
+        ("study.yaml", {"about": "more", "seeds": [1, 2, 3], "figures": ["in/mse"]}, ""),
+    ],
+)
+def test_a_digest_knows_what_figures_come_from(
+    folder: Path, file: str, content: dict[str, Any], changed: str
+) -> None:
+    before = digests_of(places(folder))
+    assert before["a"] != before["b"]
+    change(folder, file, **content)
+    after = digests_of(places(folder))
+    assert "".join(cell for cell in "ab" if before[cell] != after[cell]) == changed
+
+
+def test_overrides_count_but_for_where_it_runs(folder: Path) -> None:
+    before = digests_of(places(folder))
+    assert digests_of(places(folder, "world.ranks=1", "observe.wandb.mode=off")) == before
+    assert digests_of(places(folder, "lr=7"))["a"] != before["a"]
+
+
+def test_what_stands_in_figures_is_not_run_nor_what_it_alone_would_need(folder: Path) -> None:
+    written(folder, *(record(folder, cell, seed) for cell, seed in [("a", 1), ("a", 2), ("b", 2)]))
+    kept = kept_records(places(folder))
+    assert set(kept) == {("a", 1), ("a", 2), ("b", 2)}
+    keys = [task.key for task in tasks_of(places(folder), [1, 2], kept=kept)]
+    assert keys == [
+        "actor, seed 1",
+        "body-b, seed 1",
+        "bank in, seed 1",
+        "b, seed 1",
+        "b on the banks, seed 1",
+    ]
+    found = records_of(places(folder), [1, 2])
+    assert [(r["cell"], r["seed"], r["label"]) for r in found] == [
+        ("a", 1, "a"), ("a", 2, "a"), ("b", 2, "called b"),
+    ]  # fmt: skip
+
+
+def test_records_of_another_recipe_or_without_their_banks_do_not_stand(folder: Path) -> None:
+    unmarked = record(folder, "b", 1)
+    del unmarked["made_from"]
+    gone = record(folder, "a", 1) | {"cell": "gone"}
+    written(folder, record(folder, "a", 1), record(folder, "a", 2, **{"critic/brier": 0.1}), unmarked, gone)
+    assert set(kept_records(places(folder))) == {("a", 1)}
+    change(folder, "a.yaml", steps=5)
+    assert kept_records(places(folder)) == {}
+
+
+@pytest.mark.parametrize("text", ["[", "{}", '{"records": [1]}', '{"records": [{}]}'])
+def test_figures_that_cannot_be_read_are_named(folder: Path, text: str) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "figures.json").write_text(text)
+    with pytest.raises(InputError, match=r"figures\.json"):
+        kept_records(places(folder))
