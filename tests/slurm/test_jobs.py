@@ -206,17 +206,19 @@ def test_a_chain_goes_on_without_requeue(
     """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run."""
     done = cluster.run(
         str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", *NODES, str(ROOT / "slurm" / "genac_ppo.sh"),
-        "--", "stages.ppo.steps=8", cwd=tmp_path, RECIPE="recipe.yaml", **settings,
+        "--", "stages.ppo.steps=16", cwd=tmp_path, RECIPE="recipe.yaml", **settings,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = map(int, done.stdout.split())
+    # At once: the first could end while a busy machine looks.
+    waiting = cluster.job(second)
+    assert (waiting["JobState"], waiting["Dependency"]) == ("PENDING", "singleton(unfulfilled)"), output()
     run = tmp_path / "runs" / "run"
     until(lambda: reached(run, "ppo", 1), "the first step of ppo")
-    assert cluster.job(second)["JobState"] == "PENDING"
     cluster.run("scancel", "--batch", "--signal=USR1", str(first))
     assert cluster.wait(first, LIMIT_S)["ExitCode"] == "75:0", output()
     assert cluster.wait(second, LIMIT_S)["JobState"] == "COMPLETED", output()
     assert "GENAC_REQUEUE is off" in output()
-    assert reached(run, "ppo", 8)
+    assert reached(run, "ppo", 16)
     gone(first)
     gone(second)
