@@ -32,7 +32,7 @@ class ChainedArithmeticTask(TaskBlock):
 
     kind: Literal["chained_arithmetic"]
     min_steps: Positive = 2
-    max_steps: Positive = 5
+    max_steps: Annotated[int, Field(ge=1, le=26)] = 5  # each has a letter
     operations: Annotated[str, Field(pattern=r"^[-+*]+$")] = "+-*"  # each step's is drawn from these
     train_size: Positive = 20_000
     heldout_size: Positive = 256

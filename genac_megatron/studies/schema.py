@@ -78,9 +78,8 @@ class Study(Block):
     banks: dict[str, Bank] = {}
     figures: list[str] = []  # of the table, besides those that every study has
     best: str = "critic/brier"  # the figure by which the best of a label is chosen: the least
-    sweep_seeds: list[
-        int
-    ] = []  # with them all cells of a label are run and judged, with others its best alone
+    # with them all cells of a label are run and judged, with others its best alone
+    sweep_seeds: list[int] = []
     reference: str | None = None  # the cell that others are compared with, seed by seed
     curves: list[Curve] = []
     lines: list[Lines] = []

@@ -1,25 +1,27 @@
 """Chained arithmetic: one digit, carried through steps modulo 10. Whether a slip matters needs serial work.
 
-    start : 7              the problem: a digit, and numbered steps
+    start : 7              the problem: a digit, and lettered steps
     steps 3
-    1 + 4
-    2 * 5
-    3 - 8
+    a + 4
+    b * 5
+    c - 8
 
     start : 7              the response: each step again, and the digit after it
-    1 + 4 : 1
-    2 * 5 : 5
-    3 - 8 : 7
+    a + 4 : 1
+    b * 5 : 5
+    c - 8 : 7
     answer : 7
 
 Products by even numbers and by 5 forget part of what they are given: after a slip the answer may still come
 out right, and only who goes on to the end knows.
+Were steps numbered, small models would take sums' digits for numbers.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,8 +39,9 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "-": lambda value, operand: (value - operand) % BASE,
     "*": lambda value, operand: value * operand % BASE,
 }
+LETTERS = string.ascii_lowercase
 _START = re.compile(r"start : (\d)")
-_LINE = re.compile(r"(\d+) [-+*] \d : (\d)")
+_LINE = re.compile(r"([a-z]) [-+*] \d : (\d)")
 _END = re.compile(r"answer : (\d)")
 
 Step = tuple[str, int]  # operation and operand
@@ -52,7 +55,8 @@ class Chain:
     steps: tuple[Step, ...]
 
     def text(self) -> str:
-        lines = (f"{number} {sign} {operand}" for number, (sign, operand) in enumerate(self.steps, 1))
+        steps = zip(LETTERS, self.steps, strict=False)
+        lines = (f"{letter} {sign} {operand}" for letter, (sign, operand) in steps)
         return "\n".join((self.start_line(), f"steps {len(self.steps)}", *lines))
 
     def start_line(self) -> str:
@@ -61,7 +65,7 @@ class Chain:
     def line(self, number: int, value: int) -> str:
         """A response's line of step `number`, from 1, with the digit that it says comes out."""
         sign, operand = self.steps[number - 1]
-        return f"{number} {sign} {operand} : {value}"
+        return f"{LETTERS[number - 1]} {sign} {operand} : {value}"
 
     def after(self, number: int, value: int) -> int:
         """The digit after step `number`, from 1, of `value`."""
@@ -104,7 +108,7 @@ def survey(chain: Chain, partial: str) -> Standing:
             found = _START.fullmatch(line)
         elif number <= len(chain.steps):
             found = _LINE.fullmatch(line)
-            if found and int(found[1]) != number:
+            if found and found[1] != LETTERS[number - 1]:
                 found = None
         else:
             found = None if ended else _END.fullmatch(line)
@@ -153,50 +157,49 @@ class ChainedArithmeticTeacher(Teacher):
         return "\n".join((*lines, f"answer : {value}", ""))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
-        """Where the response is, the right lines up to there, its digit beside the last one, and a verdict.
+        """Where the response is, the right lines up to there, how far off its digit is, and a verdict.
 
-            step 1 of 3 value 3
+            step a of 3 value 3
             start : 7
-            1 + 4 : 1 3 bad
-            2 * 5 : 5
-            3 - 8 : 7
-            value 3
-            2 * 5 : 5
-            3 - 8 : 7 7 ok
+            a + 4 : 1
+            value - 3 : 8 bad
+            b * 5 : 0 ok
             left 2
 
-        Where its digit is off, both ways are gone to the end, which may be the same. Lines are those of a
-        response, so that who can answer can check; what is compared stands side by side. The score is the
-        chance of the right answer where each line comes out right with the chance that gives a chain of
-        average length p_bar.
+        A difference is carried on to the end, or to where a product has forgotten it: sums leave it as it is,
+        which is written as a sum with 0. Every line is one that who can answer can compute, and what is
+        right is a digit's being 0: to see that two digits are the same would be a new thing to learn, and
+        was not learnt from 8,000 traces. The score is the chance of the right answer where each line comes
+        out right with the chance that gives a chain of average length p_bar.
         """
         chain = parse_chain(prompt.problem)
         at, right, count = survey(chain, partial), chain.values(), len(chain.steps)
-        lines = [f"step {at.step} of {count} value {at.value}"]
+        place = f"step {LETTERS[at.step - 1]}" if at.step else "start"
+        lines = [f"{place} of {count} value {at.value}"]
         if not at.sound:
             return "\n".join((*lines, "part bad")), 0
         lines += [chain.start_line(), *(chain.line(n, right[n]) for n in range(1, at.step + 1))]
-        fine = at.value == right[at.step]
-        lines[-1] += f" {at.value} {_verdict(fine)}"
-        if not fine and at.step < count:
-            lines += [chain.line(n, right[n]) for n in range(at.step + 1, count + 1)]
-            lines.append(f"value {at.value}")
-            value = at.value
-            for number in range(at.step + 1, count + 1):
-                value = chain.after(number, value)
-                lines.append(chain.line(number, value))
-            fine = value == right[count]
-            lines[-1] += f" {right[count]} {_verdict(fine)}"
-        if fine:
+        lines += _differences(chain, at.step, (right[at.step] - at.value) % BASE, at.value)
+        if lines[-1].endswith("ok"):
             lines.append(f"left {0 if at.ended else count - at.step}")
         if at.ended:
-            return "\n".join(lines), 10 if fine else 0
+            return "\n".join(lines), 10 if at.value == right[count] else 0
         sure = p_bar ** (1 / self.mean_steps)
         return "\n".join(lines), round(10 * chances(chain, sure)[at.step][at.value])
 
 
-def _verdict(fine: bool) -> str:
-    return "ok" if fine else "bad"
+def _differences(chain: Chain, step: int, off: int, value: int) -> list[str]:
+    """The right digit less `value`, then what is left of that difference after each step after `step`."""
+    lines = [f"value - {value} : {off}"]
+    for letter, (sign, operand) in zip(LETTERS[step:], chain.steps[step:], strict=False):
+        if off == 0:
+            break
+        lines[-1] += " bad"
+        operand = operand if sign == "*" else 0
+        off = OPERATIONS[sign](off, operand)
+        lines.append(f"{letter} {sign} {operand} : {off}")
+    lines[-1] += " bad" if off else " ok"
+    return lines
 
 
 class ChainedArithmetic(GeneratedTask):

@@ -63,7 +63,7 @@ def test_a_demonstration_without_slips_is_exact(chain: Chain, seed: int) -> None
     assert start == f"start : {chain.start}"
     assert answer == f"answer : {prompt.reference}"
     for number, (line, (sign, operand)) in enumerate(zip(lines, chain.steps, strict=True), 1):
-        assert line == f"{number} {sign} {operand} : {computed(chain, chain.start, number)}"
+        assert line == f"{'abcdefgh'[number - 1]} {sign} {operand} : {computed(chain, chain.start, number)}"
 
 
 def test_the_last_answer_line_is_verified() -> None:
@@ -114,47 +114,54 @@ def test_chances_are_those_of_the_demonstrations_that_go_on_from_there(
 
 @given(chains(), st.integers(0, 2**31), st.data())
 @settings(deadline=None, max_examples=200)
-def test_the_trace_goes_both_ways_and_says_whether_they_end_the_same(
+def test_the_trace_says_whether_the_response_would_still_end_right(
     chain: Chain, seed: int, data: st.DataObject
 ) -> None:
+    """Against both ways computed to the end; every line of it is right arithmetic from the line before."""
     teacher, prompt = ChainedArithmeticTeacher(0.4, 3.0), as_prompt(chain)
     text = teacher.demonstrate(prompt, random.Random(seed))
     kept = data.draw(st.integers(1, len(chain.steps) + 1))  # whole lines, the start line among them
     partial = "".join(f"{line}\n" for line in text.splitlines()[:kept])
     step, value, count = kept - 1, int(partial.split()[-1]), len(chain.steps)
     right = ChainedArithmeticTeacher(0.0, 3.0).demonstrate(prompt, RNG).splitlines()[:-1]
-    off = value != int(right[step].split()[-1])
-    rest = Chain(value, chain.steps[step:])
-    end = computed(rest, value)
-    fine = end == int(prompt.reference)
+    fine = computed(Chain(value, chain.steps[step:]), value) == int(prompt.reference)
 
-    wanted = [f"step {step} of {count} value {value}", *right[:kept]]
-    wanted[-1] += f" {value} bad" if off else f" {value} ok"
-    if off and step < count:
-        wanted += [*right[kept:], f"value {value}"]
-        wanted += [chain.line(step + n, computed(rest, value, n)) for n in range(1, count - step + 1)]
-        wanted[-1] += f" {prompt.reference} ok" if fine else f" {prompt.reference} bad"
-    if fine:
-        wanted.append(f"left {count - step}")
     trace, score = teacher.trace(prompt, partial, 0.6, RNG)
-    assert trace.split("\n") == wanted
+    head, *lines = trace.split("\n")
+    assert head == f"{'step ' + 'abcdefgh'[step - 1] if step else 'start'} of {count} value {value}"
+    assert lines[:kept] == right[:kept]
+    assert lines[kept].startswith(f"value - {value} : ")
+    assert (lines[-1] == f"left {count - step}") == fine
+    digit = chain.start
+    for number, line in enumerate(lines[1:-1] if fine else lines[1:], 1):
+        _, sign, operand, _, after, *verdict = line.split()
+        assert int(after) == computed(Chain(0, ((sign, int(operand)),)), digit)
+        digit = int(after)
+        assert verdict == ([] if number < kept else ["bad" if digit else "ok"])
+        if number > kept:
+            assert line[0] == "abcdefgh"[number - 2]
     assert score == round(10 * chances(chain, 0.6 ** (1 / 3.0))[step][value])
 
 
 def test_a_slip_that_a_product_forgets_is_seen_to_be_none() -> None:
-    chain = Chain(7, (("+", 4), ("*", 5), ("-", 8)))  # 1, 5, 7
-    teacher, prompt = ChainedArithmeticTeacher(0.0, 3.0), as_prompt(chain)
-    odd, even = "start : 7\n1 + 4 : 3\n", "start : 7\n1 + 4 : 2\n"
-    right = "start : 7\n1 + 4 : 1 %d bad\n2 * 5 : 5\n3 - 8 : 7"
-    assert teacher.trace(prompt, odd, 0.512, RNG) == (
-        f"step 1 of 3 value 3\n{right % 3}\nvalue 3\n2 * 5 : 5\n3 - 8 : 7 7 ok\nleft 2",
-        round(10 * (0.8**2 + 0.2 * 0.2 / 9)),  # both lines right, or a second slip undoes the first
+    chain = Chain(7, (("+", 4), ("-", 6), ("*", 5), ("-", 8)))  # 1, 5, 5, 7
+    teacher, prompt = ChainedArithmeticTeacher(0.0, 4.0), as_prompt(chain)
+    odd, even = "start : 7\na + 4 : 3\n", "start : 7\na + 4 : 2\n"
+    right = "start : 7\na + 4 : 1"
+    chance = chances(chain, 0.9)[1][3]
+    assert 0.7 < chance < 0.9
+    assert teacher.trace(prompt, odd, 0.9**4, RNG) == (
+        f"step a of 4 value 3\n{right}\nvalue - 3 : 8 bad\nb - 0 : 8 bad\nc * 5 : 0 ok\nleft 3",
+        round(10 * chance),
     )
     trace, score = teacher.trace(prompt, even, 0.99, RNG)
-    assert trace == f"step 1 of 3 value 2\n{right % 2}\nvalue 2\n2 * 5 : 0\n3 - 8 : 2 7 bad"
+    assert (
+        trace
+        == f"step a of 4 value 2\n{right}\nvalue - 2 : 9 bad\nb - 0 : 9 bad\nc * 5 : 5 bad\nd - 0 : 5 bad"
+    )
     assert score == 0
-    done = f"{odd}2 * 5 : 5\n3 - 8 : 7\nanswer : 7"
-    words = "step 3 of 3 value 7\nstart : 7\n1 + 4 : 1\n2 * 5 : 5\n3 - 8 : 7 7 ok\nleft 0"
+    done = f"{odd}b - 6 : 7\nc * 5 : 5\nd - 8 : 7\nanswer : 7"
+    words = f"step d of 4 value 7\n{right}\nb - 6 : 5\nc * 5 : 5\nd - 8 : 7\nvalue - 7 : 0 ok\nleft 0"
     assert teacher.trace(prompt, done, 0.1, RNG) == (words, 10)
     assert teacher.trace(prompt, done[:-1] + "8", 0.9, RNG)[1] == 0
 
@@ -162,10 +169,10 @@ def test_a_slip_that_a_product_forgets_is_seen_to_be_none() -> None:
 def test_a_line_that_is_cut_is_not_looked_at() -> None:
     chain = Chain(7, (("+", 4), ("*", 5)))
     assert survey(chain, "") == Standing(0, 7)
-    assert survey(chain, "start : 7\n1 + 4") == Standing(0, 7)
-    assert survey(chain, "start : 7\n1 + 4 : 3") == Standing(1, 3)
-    assert survey(chain, "start : 7\n2 + 4 : 3\n") == Standing(0, 7, sound=False)
-    whole = "start : 7\n1 + 4 : 1\n2 * 5 : 5\nanswer : 5"
+    assert survey(chain, "start : 7\na + 4") == Standing(0, 7)
+    assert survey(chain, "start : 7\na + 4 : 3") == Standing(1, 3)
+    assert survey(chain, "start : 7\nb + 4 : 3\n") == Standing(0, 7, sound=False)
+    whole = "start : 7\na + 4 : 1\nb * 5 : 5\nanswer : 5"
     assert survey(chain, whole) == survey(chain, whole + "\n") == Standing(2, 5, ended=True)
     assert not survey(chain, whole + "\nanswer : 5\n").sound
 
@@ -175,14 +182,14 @@ def test_the_trace_takes_any_partial_text(chain: Chain, partial: str, p_bar: flo
     trace, score = ChainedArithmeticTeacher(0.0, 3.0).trace(as_prompt(chain), partial, p_bar, RNG)
     assert 0 <= score <= 10
     for line in trace.split("\n"):
-        form = r"step \d+ of \d+ value \d|start : \d( \d (ok|bad))?|\d+ [-+*] \d : \d( \d (ok|bad))?"
-        form += r"|value \d|left \d+|part bad"
+        form = r"(step [a-z]|start) of \d+ value \d|start : \d|([a-z]|value) [-+*] \d : \d( ok| bad)?"
+        form += r"|left \d+|part bad"
         assert re.fullmatch(form, line), line
 
 
 def test_the_longest_judgement_has_room_in_the_study() -> None:
-    """Off in the first line, back in the end: what judging.max_new_tokens must hold, answer tag included."""
+    """Off in the first line, back in the end: what judging.max_new_tokens must hold, p and score too."""
     chain = Chain(1, (("+", 1),) * 4 + (("*", 5),))
     trace, _ = ChainedArithmeticTeacher(0.0, 3.5).trace(as_prompt(chain), "start : 3\n", 0.5, RNG)
     assert trace.endswith("left 5")
-    assert len(completion_ids(TINY, f"{trace}\n<answer>10</answer>")) <= 112
+    assert len(completion_ids(TINY, f"{trace}\np 0.50\n<answer>10</answer>")) <= 72
