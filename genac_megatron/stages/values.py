@@ -71,9 +71,10 @@ def value_samples(
     places: Sequence[Sequence[int]] | None = None,
 ) -> list[Sample]:
     """What the critic is trained on: every token of every response, or those at its `places` alone."""
-    masks = [torch.ones(len(value)) if places is None else torch.zeros(len(value)) for value in values]
-    for mask, indices in zip(masks, places or (), strict=places is not None):
-        mask[list(indices)] = 1.0
+    if places is None:
+        masks = [torch.ones(len(value)) for value in values]
+    else:
+        masks = [_mask(len(value), indices) for value, indices in zip(values, places, strict=True)]
     total = sum(float(mask.sum()) for mask in masks)
     samples = []
     for rollout, value, target, mask in zip(rollouts, values, targets, masks, strict=True):
@@ -85,6 +86,12 @@ def value_samples(
         }
         samples.append(sample)
     return samples
+
+
+def _mask(length: int, places: Sequence[int]) -> Tensor:
+    mask = torch.zeros(length)
+    mask[list(places)] = 1.0
+    return mask
 
 
 def _places(run: Run, rollouts: Sequence[Rollout], config: ValueConfig) -> list[list[int]] | None:
