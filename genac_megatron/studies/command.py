@@ -38,7 +38,6 @@ def run_command(options: argparse.Namespace) -> int:
     file, console = Path(options.file), Console(highlight=False)
     study = read_study(file)
     seeds = _seeds(options.seeds) if options.seeds else study.seeds
-    study = study.model_copy(update={"seeds": seeds})
     places = Places(
         study, file, Path(options.out) / study.name, Path(options.work), overrides=options.override
     )
@@ -105,12 +104,15 @@ def _seeds(text: str) -> list[int]:
 
 
 def _write(places: Any, seeds: list[int], console: Any) -> None:
+    """All that is done, with these seeds, the file's, and those of earlier figures."""
     from genac_megatron.studies.collect import records_of
-    from genac_megatron.studies.kept import FIGURES
+    from genac_megatron.studies.kept import FIGURES, kept_records
     from genac_megatron.studies.plots import draw_all
     from genac_megatron.studies.summary import markdown
 
-    study, records = places.study, records_of(places, seeds)
+    known = {*seeds, *places.study.seeds, *(seed for _, seed in kept_records(places))}
+    records = records_of(places, sorted(known))
+    study = places.study.model_copy(update={"seeds": sorted({record["seed"] for record in records})})
     if not records:
         raise InputError("none of its runs is done", where=str(places.work))
     write_json_atomic(places.out / FIGURES, {"study": study.model_dump(mode="json"), "records": records})

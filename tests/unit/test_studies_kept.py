@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.studies.collect import records_of
 from genac_megatron.studies.kept import digests_of, kept_records
@@ -109,6 +110,15 @@ def test_what_stands_in_figures_is_not_run_nor_what_it_alone_would_need(folder: 
     assert [(r["cell"], r["seed"], r["label"]) for r in found] == [
         ("a", 1, "a"), ("a", 2, "a"), ("b", 2, "called b"),
     ]  # fmt: skip
+
+
+def test_figures_of_other_seeds_stay_where_some_are_asked_for(folder: Path) -> None:
+    written(folder, *(record(folder, "a", seed, **{"in/mse": seed / 10}) for seed in (1, 2, 7)))
+    (folder / "out").rename(folder / "tiny")
+    path = str(folder / "study.yaml")
+    assert main(["study", path, "--collect", "--seeds", "1", "--out", str(folder)]) == 0
+    left = json.loads((folder / "tiny" / "figures.json").read_text())
+    assert [r["seed"] for r in left["records"]] == left["study"]["seeds"] == [1, 2, 7]
 
 
 def test_records_of_another_recipe_or_without_their_banks_do_not_stand(folder: Path) -> None:
