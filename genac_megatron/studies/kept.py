@@ -59,7 +59,8 @@ def _digest(content: Record) -> str:
 
 
 def kept_records(places: Places) -> dict[tuple[str, int], Record]:
-    """By cell and seed: records of figures.json that are whole and made from what the study says today.
+    """By cell and seed: records of figures.json that are whole, made from what the study says today, and all
+    that is left of their runs.
 
     Raises InputError where the file cannot be read.
     """
@@ -72,7 +73,9 @@ def kept_records(places: Places) -> dict[tuple[str, int], Record]:
         return {
             (record["cell"], record["seed"]): record
             for record in records
-            if record.get("made_from") == today.get(record["cell"], "") and _whole(places, record)
+            if record.get("made_from") == today.get(record["cell"], "")
+            and _whole(places, record)
+            and not places.run(record["cell"], record["seed"]).exists()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from genac_megatron.errors import EXIT_REQUEUE, GenacError, InputError, StopRequested
+from genac_megatron.observe.runinfo import METRICS
 from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
 
 TAIL = 15  # lines of a failed run that are shown
@@ -30,11 +31,13 @@ class Task:
     log: Path
     resumable: Path | None = None  # a folder of checkpoints: with one in it, the run goes on
     needs: tuple[Path, ...] = ()  # there before it can begin: made by other tasks
+    of: Path | None = None  # what it looks at, where that may be made anew: older products are another's
 
     @property
     def done(self) -> bool:
-        """Whether all that it makes is there."""
-        return all(path.exists() for path in self.makes)
+        """Whether all that it makes is there, and later than what it was made of."""
+        since = self.of.stat().st_mtime if self.of is not None and self.of.exists() else 0.0
+        return all(path.exists() and path.stat().st_mtime >= since for path in self.makes)
 
 
 class Places:
@@ -154,6 +157,7 @@ def _score(places: Places, cell: str, spec: RunSpec, seed: int) -> Task:
         key=f"{cell} on the banks, seed {seed}",
         makes=tuple(places.scores(bank, cell, seed) / "scores.json" for bank in banks),
         needs=(*(places.manifest(bank, seed) for bank in banks), places.summary(cell, seed)),
+        of=places.run(cell, seed) / METRICS,
         command=(
             "evaluate", "bank", "score", first, str(places.recipe(spec)),
             *(text for text in _settings(places, spec, seed) if "model.checkpoint" not in text),

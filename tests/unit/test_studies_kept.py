@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,28 @@ def test_what_stands_in_figures_is_not_run_nor_what_it_alone_would_need(folder: 
     assert [(r["cell"], r["seed"], r["label"]) for r in found] == [
         ("a", 1, "a"), ("a", 2, "a"), ("b", 2, "called b"),
     ]  # fmt: skip
+
+
+def test_a_run_that_is_there_counts_more_than_its_figures(folder: Path) -> None:
+    """And scores of an earlier run of the cell do not count."""
+    written(folder, record(folder, "a", 1), record(folder, "b", 1))
+    run = folder / "work" / "tiny" / "a-s1"
+    (run / "report").mkdir(parents=True)
+    assert set(kept_records(places(folder))) == {("b", 1)}
+    (run / "report" / "summary.json").write_text("{}")
+    *_, score = tasks_of(places(folder), [1], kept=[("b", 1)])
+    assert score.key == "a on the banks, seed 1"
+    seen = [score.done]
+    (scores,) = score.makes
+    scores.parent.mkdir(parents=True)
+    scores.write_text("{}")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("")
+    os.utime(metrics, (1, scores.stat().st_mtime - 10))
+    seen.append(score.done)
+    os.utime(metrics, (1, scores.stat().st_mtime + 10))
+    seen.append(score.done)
+    assert seen == [False, True, False]
 
 
 def test_figures_of_other_seeds_stay_where_some_are_asked_for(folder: Path) -> None:
