@@ -68,7 +68,7 @@ def _curves(study: Study, records: Sequence[Record], curve: Curve, figure: Figur
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(xlabel=NAMES[curve.x], ylabel="held-out accuracy")
     shaded = ", least to most shaded" if len(cells) <= FEW else ""
-    axes.set_title(f"mean over {len(study.seeds)} seeds{shaded}", loc="left", fontsize=9)
+    axes.set_title(f"mean over {_seeds(study)}{shaded}", loc="left", fontsize=9)
     _legend(axes)
 
 
@@ -93,7 +93,7 @@ def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure
         )  # fmt: skip
     axes.set_xticks(range(len(options)), [str(option) for option in options])
     axes.set(xlabel=lines.x, ylabel=lines.figure)
-    axes.set_title(f"mean over {len(study.seeds)} seeds, 95 % intervals", loc="left", fontsize=9)
+    axes.set_title(f"mean over {_seeds(study)}, 95 % intervals", loc="left", fontsize=9)
     _legend(axes)
 
 
@@ -116,7 +116,12 @@ def _dots(study: Study, records: Sequence[Record], figure: Figure) -> None:
         axes.set_title("\n".join(textwrap.wrap(words, 60 // len(study.dots))), loc="left", fontsize=8)
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
     panels[0].invert_yaxis()
-    figure.supxlabel(f"{len(study.seeds)} seeds, their mean and its 95 % interval", fontsize=8)
+    figure.supxlabel(f"{_seeds(study)}, their mean and its 95 % interval", fontsize=8)
+
+
+def _seeds(study: Study) -> str:
+    count = len(study.seeds)
+    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 def _legend(axes: Axes) -> None:
