@@ -10,6 +10,8 @@ from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
 from genac_megatron.studies.schema import read_study, swept
 
+Kept = dict[tuple[str, int], dict[str, Any]]  # figures by cell and seed
+
 
 def add_command(commands: Any) -> None:
     """Add `study` to the command line's subparsers."""
@@ -33,6 +35,7 @@ def run_command(options: argparse.Namespace) -> int:
     """Run what is left, then write `<out>/<name>`: figures.json, table.md and plots."""
     from rich.console import Console
 
+    from genac_megatron.studies.kept import kept_records
     from genac_megatron.studies.runner import Places
 
     file, console = Path(options.file), Console(highlight=False)
@@ -42,23 +45,22 @@ def run_command(options: argparse.Namespace) -> int:
         study, file, Path(options.out) / study.name, Path(options.work), overrides=options.override
     )
     cells = options.cells.split(",") if options.cells else None
+    kept = {} if options.again else kept_records(places)
     if options.dry_run:
-        _list(places, seeds, cells, console, options.again)
+        _list(places, seeds, cells, console, kept)
         return EXIT_OK
     if not options.collect:
-        _run(places, seeds, cells, console, max(1, options.jobs), options.again)
+        _run(places, seeds, cells, console, max(1, options.jobs), kept)
     _write(places, seeds, console)
     return EXIT_OK
 
 
-def _run(
-    places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, again: bool
-) -> None:
+def _run(places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, kept: Kept) -> None:
     """Every cell with the seeds of the sweep, then the best of each label with the others."""
-    from genac_megatron.studies.kept import FIGURES, kept_records
+    from genac_megatron.studies.kept import FIGURES
     from genac_megatron.studies.runner import run_all, tasks_of
 
-    if kept := {} if again else kept_records(places):
+    if kept:
         console.print(f"{len(kept)} run(s) stand in {places.out / FIGURES} (--again runs them again)")
     first, others = swept(places.study, seeds)
     run_all(tasks_of(places, first, cells, kept), console, jobs)
@@ -68,11 +70,9 @@ def _run(
         run_all(tasks_of(places, others, best, kept), console, jobs)
 
 
-def _list(places: Any, seeds: list[int], cells: list[str] | None, console: Any, again: bool) -> None:
-    from genac_megatron.studies.kept import kept_records
+def _list(places: Any, seeds: list[int], cells: list[str] | None, console: Any, kept: Kept) -> None:
     from genac_megatron.studies.runner import tasks_of
 
-    kept = {} if again else kept_records(places)
     for cell, seed in sorted(kept):
         console.print(f"done  {cell}, seed {seed} (its figures)")
     first, others = swept(places.study, seeds)

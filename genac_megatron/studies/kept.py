@@ -5,6 +5,7 @@ So a study goes on although its runs are gone: on another machine, or from a rep
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -20,6 +21,7 @@ CIRCUMSTANCES = {"name", "runs", "seed", "world", "cluster", "observe", "checkpo
 Record = dict[str, Any]
 
 
+@functools.cache  # every recipe is read for it
 def digests_of(places: Places) -> dict[str, str]:
     """By cell: a digest of its recipe as merged, of what it starts from, and of the banks. Not of the code.
 
