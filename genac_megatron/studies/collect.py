@@ -13,7 +13,8 @@ from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.studies.cost import total
-from genac_megatron.studies.kept import digests_of, kept_records
+from genac_megatron.studies.digests import digests_of
+from genac_megatron.studies.kept import kept_records
 from genac_megatron.studies.runner import Places
 from genac_megatron.studies.schema import Cell, cells_of
 
@@ -23,10 +24,10 @@ Record = dict[str, Any]
 
 def records_of(places: Places, seeds: list[int]) -> list[Record]:
     """One record per cell and seed that is done, or was and stands in figures.json."""
-    kept, digests, found = kept_records(places), digests_of(places), list[Record]()
+    kept, digests, found = kept_records(places), digests_of(places).records, list[Record]()
     for cell in cells_of(places.study, str(places.file)):
         for seed in seeds:
-            if places.summary(cell.name, seed).exists():
+            if places.has_ended(cell.name, seed):
                 found.append(record_of(places, cell, seed) | {"made_from": digests[cell.name]})
             elif (cell.name, seed) in kept:
                 found.append(kept[cell.name, seed] | {"label": cell.label, "options": cell.options})

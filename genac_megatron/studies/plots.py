@@ -42,8 +42,8 @@ def draw_all(study: Study, records: Sequence[Record], folder: Path) -> list[Path
         made.append(path)
     if study.dots:
         made.append(folder / "figures.png")
-        height = 1.6 + 0.28 * len(best_cells(study, records))
-        save(made[-1], height, partial(_dots, study, records))
+        best = best_cells(study, records)
+        save(made[-1], 1.6 + 0.28 * len(best), partial(_dots, study, best, rows_of(study, records)))
     return made
 
 
@@ -97,9 +97,8 @@ def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure
     _legend(axes)
 
 
-def _dots(study: Study, records: Sequence[Record], figure: Figure) -> None:
+def _dots(study: Study, best: dict[str, list[Record]], rows: Sequence[Record], figure: Figure) -> None:
     """Every seed as a dot, their mean with its interval; the reference's mean as a line."""
-    best, rows = best_cells(study, records), rows_of(study, records)
     panels = figure.subplots(1, len(study.dots), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, study.dots, strict=True):
         for place, (row, members) in enumerate(zip(rows, best.values(), strict=True)):

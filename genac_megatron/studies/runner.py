@@ -15,9 +15,11 @@ from rich.console import Console
 
 from genac_megatron.errors import EXIT_REQUEUE, GenacError, InputError, StopRequested
 from genac_megatron.observe.runinfo import METRICS
+from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
 
 TAIL = 15  # lines of a failed run that are shown
+LOG, STAMP = ".log", ".made_from"  # beside what a task makes
 POLL_S = 0.2
 
 
@@ -32,6 +34,11 @@ class Task:
     resumable: Path | None = None  # a folder of checkpoints: with one in it, the run goes on
     needs: tuple[Path, ...] = ()  # there before it can begin: made by other tasks
     of: Path | None = None  # what it looks at, where that may be made anew: older products are another's
+    made_from: str = ""  # digest of its recipes, kept beside what it makes
+
+    @property
+    def folder(self) -> Path:
+        return self.log.parent / self.log.name.removesuffix(LOG)
 
     @property
     def done(self) -> bool:
@@ -55,6 +62,11 @@ class Places:
     def summary(self, name: str, seed: int) -> Path:
         return self.run(name, seed) / "report" / "summary.json"
 
+    def has_ended(self, name: str, seed: int) -> bool:
+        """Whether that run is there, whole, and made from what the study says today."""
+        today = digests_of(self).runs[name]
+        return self.summary(name, seed).exists() and made_from(self.run(name, seed)) == today
+
     def bank(self, name: str, seed: int) -> Path:
         return self.work / f"bank-{name}-s{seed}"
 
@@ -77,7 +89,7 @@ def tasks_of(
     """Everything a study does, in an order in which each finds what it starts from.
 
     only: these cells, and what they need. kept: cells and seeds whose figures are there without a run.
-    Raises InputError where there is no such cell.
+    Raises InputError where there is no such cell, or what is there was made from other recipes.
     """
     study, made = places.study, list[Task]()
     cells = cells_of(study, str(places.file))
@@ -97,7 +109,34 @@ def tasks_of(
         before = [_run(places, name, spec, seed) for name, spec in bases_of(study)]
         before += [_build(places, name, seed) for name in study.banks]
         made += _needed(before, of_cells)
+    _refuse_others(made)
     return made
+
+
+def made_from(folder: Path) -> str:
+    """The digest of what a run or bank was made from; empty where nothing says."""
+    stamp = _beside(folder, STAMP)
+    return stamp.read_text(encoding="utf-8").strip() if stamp.exists() else ""
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.parent / f"{folder.name}{suffix}"
+
+
+def _refuse_others(tasks: Sequence[Task]) -> None:
+    """A run of an edited recipe's elder would be taken for its own."""
+    others = [
+        task.folder
+        for task in tasks
+        if task.made_from and task.folder.exists() and made_from(task.folder) != task.made_from
+    ]
+    if others:
+        raise InputError(
+            "not made from what the study's recipes say today, or not known from what: "
+            + ", ".join(folder.name for folder in others),
+            where=str(others[0].parent),
+            way_out="move them away or remove them, and they are made again; or name another --work",
+        )
 
 
 def _needed(before: Sequence[Task], tasks: Sequence[Task]) -> list[Task]:
@@ -117,8 +156,9 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
         makes=(places.summary(name, seed),),
         needs=tuple(places.summary(base, seed) for base in spec.start.values()),
         command=("run", str(places.recipe(spec)), *command),
-        log=folder.with_suffix(".log"),
+        log=_beside(folder, LOG),
         resumable=folder / "checkpoints",
+        made_from=digests_of(places).runs[name],
     )
 
 
@@ -145,7 +185,8 @@ def _build(places: Places, name: str, seed: int) -> Task:
             *places.study.set, *bank.set, *places.overrides,
             "--checkpoint", str(places.run(bank.actor, seed)), "--out", str(folder), *options,
         ),
-        log=folder.with_suffix(".log"),
+        log=_beside(folder, LOG),
+        made_from=digests_of(places).banks[name],
     )  # fmt: skip
 
 
@@ -164,7 +205,7 @@ def _score(places: Places, cell: str, spec: RunSpec, seed: int) -> Task:
             "--checkpoint", str(places.run(cell, seed)), "--name", cell,
             *(word for other in others for word in ("--also", other)),
         ),
-        log=places.scores(banks[0], cell, seed).with_suffix(".log"),
+        log=_beside(places.scores(banks[0], cell, seed), LOG),
     )  # fmt: skip
 
 
@@ -225,6 +266,8 @@ class _Running:
     def __init__(self, task: Task) -> None:
         begun = task.resumable is not None and any(task.resumable.glob("*/manifest.json"))
         task.log.parent.mkdir(parents=True, exist_ok=True)
+        if task.made_from:
+            _beside(task.folder, STAMP).write_text(task.made_from + "\n", encoding="utf-8")
         words = [sys.executable, "-m", "genac_megatron", *task.command, *(["--resume"] if begun else [])]
         self.task = task
         with task.log.open("a") as log:

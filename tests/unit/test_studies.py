@@ -38,6 +38,13 @@ STUDY: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def recipes(tmp_path: Path) -> None:
+    """The files that STUDY names: what its runs are made from."""
+    for name in ("sft.yaml", "body.yaml", "gen.yaml", "value.yaml"):
+        (tmp_path / name).write_text("{layers: 1, lr: 2}\n")
+
+
 def both_started(study: dict[str, Any]) -> dict[str, Any]:
     """Every critic starts from a body, so that all base runs are needed."""
     axes = {**study["axes"], "critic": {n: {"start": {"critic": "body-{size}"}} | one
@@ -60,6 +67,7 @@ def test_axes_are_combined_and_options_of_a_label_compete() -> None:
     assert [name for name, _ in bases_of(study)] == ["actor", "body-s", "body-m"]
 
 
+@pytest.mark.usefixtures("recipes")
 def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
     bank = {"recipe": "sft.yaml", "actor": "actor"}
     banks = {"banks": {"in": bank, "ood": {**bank, "p_bar_of": "in"}}}
@@ -81,6 +89,7 @@ def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
             assert len(task.needs) == 2
 
 
+@pytest.mark.usefixtures("recipes")
 def test_some_cells_alone(tmp_path: Path) -> None:
     places = Places(Study.model_validate(STUDY), tmp_path / "study.yaml", tmp_path, tmp_path)
     keys = [task.key for task in tasks_of(places, [1], ["s-generative"])]
@@ -89,6 +98,7 @@ def test_some_cells_alone(tmp_path: Path) -> None:
         tasks_of(places, [1], ["genac"])
 
 
+@pytest.mark.usefixtures("recipes")
 def test_a_study_can_stand_on_another_with_settings_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(STUDY))
     axes = {"critic": {"generative": {"set": ["lr=9"]}, "dense-1": None}}
@@ -108,6 +118,7 @@ def test_a_study_can_stand_on_another_with_settings_of_its_own(tmp_path: Path) -
         assert all(words.index("task.kind=x") < words.index(word) for word in own_words)
 
 
+@pytest.mark.usefixtures("recipes")
 def test_overrides_of_the_command_line_come_last(tmp_path: Path) -> None:
     study = Study.model_validate({**STUDY, "banks": {"in": {"recipe": "sft.yaml", "actor": "actor"}}})
     places = Places(study, tmp_path / "s.yaml", tmp_path, tmp_path, overrides=["lr=7", "world.ranks=1"])

@@ -13,8 +13,9 @@ import yaml
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.studies.collect import records_of
-from genac_megatron.studies.kept import digests_of, kept_records
-from genac_megatron.studies.runner import Places, tasks_of
+from genac_megatron.studies.digests import digests_of
+from genac_megatron.studies.kept import kept_records
+from genac_megatron.studies.runner import STAMP, Places, tasks_of
 from genac_megatron.studies.schema import read_study
 
 STUDY: dict[str, Any] = {
@@ -63,7 +64,14 @@ def written(folder: Path, *records: dict[str, Any]) -> None:
 def record(folder: Path, cell: str, seed: int, **figures: float) -> dict[str, Any]:
     figures = figures or {"in/mse": 0.1}
     made = {"cell": cell, "label": "old", "options": {}, "seed": seed, "figures": figures, "curve": []}
-    return made | {"made_from": digests_of(places(folder))[cell]}
+    return made | {"made_from": digests_of(places(folder)).records[cell]}
+
+
+def begun(folder: Path, cell: str, seed: int) -> Path:
+    run = folder / "work" / "tiny" / f"{cell}-s{seed}"
+    (run / "report").mkdir(parents=True)
+    run.with_suffix(STAMP).write_text(digests_of(places(folder)).runs[cell] + "\n")
+    return run
 
 
 @pytest.mark.parametrize(
@@ -82,17 +90,17 @@ def record(folder: Path, cell: str, seed: int, **figures: float) -> dict[str, An
 def test_a_digest_knows_what_figures_come_from(
     folder: Path, file: str, content: dict[str, Any], changed: str
 ) -> None:
-    before = digests_of(places(folder))
+    before = digests_of(places(folder)).records
     assert before["a"] != before["b"]
     change(folder, file, **content)
-    after = digests_of(places(folder))
+    after = digests_of(places(folder)).records
     assert "".join(cell for cell in "ab" if before[cell] != after[cell]) == changed
 
 
 def test_overrides_count_but_for_where_it_runs(folder: Path) -> None:
     before = digests_of(places(folder))
     assert digests_of(places(folder, "world.ranks=1", "observe.wandb.mode=off")) == before
-    assert digests_of(places(folder, "lr=7"))["a"] != before["a"]
+    assert digests_of(places(folder, "lr=7")).runs["a"] != before.runs["a"]
 
 
 def test_what_stands_in_figures_is_not_run_nor_what_it_alone_would_need(folder: Path) -> None:
@@ -113,13 +121,13 @@ def test_what_stands_in_figures_is_not_run_nor_what_it_alone_would_need(folder: 
     ]  # fmt: skip
 
 
-def test_a_run_that_is_there_counts_more_than_its_figures(folder: Path) -> None:
-    """And scores of an earlier run of the cell do not count."""
+def test_a_run_that_has_ended_counts_more_than_its_figures(folder: Path) -> None:
+    """One that was stopped does not; nor do scores of an earlier run of the cell."""
     written(folder, record(folder, "a", 1), record(folder, "b", 1))
-    run = folder / "work" / "tiny" / "a-s1"
-    (run / "report").mkdir(parents=True)
-    assert set(kept_records(places(folder))) == {("b", 1)}
+    run = begun(folder, "a", 1)
+    assert set(kept_records(places(folder))) == {("a", 1), ("b", 1)}
     (run / "report" / "summary.json").write_text("{}")
+    assert set(kept_records(places(folder))) == {("b", 1)}
     *_, score = tasks_of(places(folder), [1], kept=[("b", 1)])
     assert score.key == "a on the banks, seed 1"
     seen = [score.done]
@@ -133,6 +141,30 @@ def test_a_run_that_is_there_counts_more_than_its_figures(folder: Path) -> None:
     os.utime(metrics, (1, scores.stat().st_mtime + 10))
     seen.append(score.done)
     assert seen == [False, True, False]
+
+
+def test_a_run_of_an_edited_recipe_is_not_taken_for_its_own(folder: Path) -> None:
+    """Nor one of which nothing says what it was made from; what the edit does not touch goes on."""
+    for cell in "ab":
+        (begun(folder, cell, 1) / "report" / "summary.json").write_text("{}")
+    change(folder, "a.yaml", steps=4)  # b sets its own
+    with pytest.raises(InputError, match=r"from what: a-s1\n") as caught:
+        tasks_of(places(folder), [1])
+    assert "move them away" in str(caught.value)
+    assert [cell for cell in "ab" if places(folder).has_ended(cell, 1)] == ["b"]
+    (folder / "work" / "tiny" / f"b-s1{STAMP}").unlink()
+    with pytest.raises(InputError, match="a-s1, b-s1"):
+        tasks_of(places(folder), [1])
+
+
+def test_a_bank_knows_the_banks_that_it_looks_at(folder: Path) -> None:
+    banks = {"in": STUDY["banks"]["in"], "later": STUDY["banks"]["in"] | {"states_from": "in"}}
+    change(folder, "study.yaml", banks=banks)
+    before = digests_of(places(folder))
+    change(folder, "study.yaml", banks=banks | {"in": banks["in"] | {"options": ["--prompts", "9"]}})
+    after = digests_of(places(folder))
+    assert before.runs == after.runs
+    assert all(before.banks[name] != after.banks[name] for name in banks)
 
 
 def test_figures_of_other_seeds_stay_where_some_are_asked_for(folder: Path) -> None:

@@ -1,0 +1,71 @@
+"""What a study's runs, banks and figures are made from, as digests: of recipes as merged, not of the code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from genac_megatron.recipe import document
+from genac_megatron.studies.schema import RunSpec, bases_of, cells_of
+
+if TYPE_CHECKING:
+    from genac_megatron.studies.runner import Places
+
+# Where and how it ran, not what it is. Seconds depend on them, and are told as measured.
+CIRCUMSTANCES = {"name", "runs", "seed", "world", "cluster", "observe", "checkpoint"}
+Content = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Digests:
+    """By name."""
+
+    runs: dict[str, str]  # cells and base runs: their recipe, and what they start from
+    banks: dict[str, str]  # their recipe and options, their actor, and the banks that they look at
+    records: dict[str, str]  # a cell's figures: its run, and all banks
+
+
+@functools.cache  # every recipe is read for it
+def digests_of(places: Places) -> Digests:
+    """Raises InputError where a recipe cannot be read."""
+    study = places.study
+    bases = dict(bases_of(study))
+    cells = {cell.name: cell.spec for cell in cells_of(study, str(places.file))}
+
+    def whole(spec: RunSpec) -> Content:
+        start = {role: whole(bases[base]) for role, base in spec.start.items()}
+        return {"recipe": _merged(places, str(spec.recipe), spec.set), "start": start}
+
+    banks = {
+        name: {
+            "recipe": _merged(places, bank.recipe, bank.set),
+            "actor": whole(bases[bank.actor]),
+            **bank.model_dump(include={"states_from", "p_bar_of", "options"}),
+        }
+        for name, bank in study.banks.items()
+    }
+
+    def seen(name: str) -> list[Content]:
+        others = {banks[name]["states_from"], banks[name]["p_bar_of"]} - {None, name}
+        return [banks[name], *(content for other in sorted(others) for content in seen(other))]
+
+    return Digests(
+        runs={name: _digest(whole(spec)) for name, spec in {**bases, **cells}.items()},
+        banks={name: _digest(seen(name)) for name in banks},
+        records={name: _digest({"run": whole(spec), "banks": banks}) for name, spec in cells.items()},
+    )
+
+
+def _merged(places: Places, recipe: str, settings: list[str]) -> Content:
+    root = document.read(places.file.parent / recipe)
+    for text in [*places.study.set, *settings, *places.overrides]:
+        document.override(root, text)
+    # What is set, not every default: a new option of a later version changes no cell.
+    return {key: value for key, value in document.plain(root).items() if key not in CIRCUMSTANCES}
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
