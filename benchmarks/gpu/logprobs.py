@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,35 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.common import child, median, need_gpu, parser, report, verdict
+from benchmarks.logprobs import LogProbs, dense, ours
 from genac_megatron import platform
 from genac_megatron.platform.megatron import install
 from genac_megatron.publication.memory import PeakMemory
-from genac_megatron.training.logprobs import vocab_parallel_logprobs
 
 MIB = 2**20
 MEMORY_GOAL = 0.1  # of dense's, beyond the gradients
-LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def ours(chunk: int, with_entropy: bool = False) -> LogProbs:
-    def run(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
-        logp_T, entropy_T = vocab_parallel_logprobs(
-            hidden_TH,
-            weight_VH,
-            labels_T,
-            tp_group=None,
-            chunk=chunk,
-            vocab=len(weight_VH),
-            with_entropy=with_entropy,
-        )
-        return logp_T if entropy_T is None else logp_T + 0.01 * entropy_T
-
-    return run
-
-
-def dense(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
-    logp_TV = (hidden_TH @ weight_VH.T).float().log_softmax(-1)
-    return logp_TV.gather(1, labels_T[:, None]).squeeze(1)
 
 
 def dense_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:

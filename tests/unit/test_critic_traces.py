@@ -7,14 +7,12 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from fake_chat import FakeChat, reply
 
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
@@ -34,7 +32,6 @@ from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Finish, Judgement, Prompt, Rollout, State
-from genac_megatron.serving import chat as chat_endpoint
 from genac_megatron.tasks.state_tracking import StateTracking
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -146,96 +143,27 @@ def test_balance_by_outcome_and_position() -> None:
 
 # --- endpoint ------------------------------------------------------------------------------------
 
-Answer = Callable[[dict[str, Any]], tuple[int, Any]]
 
-
-class Server:
-    """An OpenAI-compatible chat endpoint on loopback. `answer(body)` gives status and reply."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.open = self.most_open = 0
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    outer.bodies.append(body)
-                    outer.headers.append(dict(self.headers))
-                    outer.paths.append(self.path)
-                    outer.open += 1
-                    outer.most_open = max(outer.most_open, outer.open)
-                try:
-                    status, reply = answer(body)
-                finally:
-                    with lock:
-                        outer.open -= 1
-                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-                try:
-                    self.send_response(status)
-                    self.send_header("content-length", str(len(data)))
-                    if status == 429:
-                        self.send_header("retry-after", "0.01")
-                    self.end_headers()
-                    self.wfile.write(data)
-                except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True  # the client's time-out
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
-        self.thread.start()
-
-    def config(self, **changes: Any) -> TeacherConfig:
-        url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        return TeacherConfig.model_validate({"kind": "endpoint", "url": url, "model": "wise", **changes})
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
-
-
-def chat(content: str | None) -> dict[str, Any]:
-    return {"choices": [{"message": {"role": "assistant", "content": content}}]}
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
-    monkeypatch.setattr(chat_endpoint, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers: list[Server] = []
-
-    def start(answer: Answer) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+def teacher(server: FakeChat, **changes: Any) -> TeacherConfig:
+    return TeacherConfig.model_validate({"kind": "endpoint", "url": server.url, "model": "wise", **changes})
 
 
 def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_answers_come_in_order_under_bounded_concurrency(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_come_in_order_under_bounded_concurrency(
+    fake_chat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def slow(body: dict[str, Any]) -> tuple[int, Any]:
         question = body["messages"][0]["content"]
         time.sleep(0.05 if question in ("q0", "q3", "q7") else 0.01)  # so that answers overtake each other
-        return 200, chat(f"re: {question}")
+        return 200, reply(f"re: {question}")
 
-    server = serve(slow)
+    server = fake_chat(slow)
     monkeypatch.setenv("MY_KEY", "k-123")
     answers = ask_endpoint(
-        server.config(concurrency=3, api_key_env="MY_KEY"), [ask(f"q{i}") for i in range(12)], 77
+        teacher(server, concurrency=3, api_key_env="MY_KEY"), [ask(f"q{i}") for i in range(12)], 77
     )
     assert answers == [f"re: q{i}" for i in range(12)]
     assert 2 <= server.most_open <= 3
@@ -244,16 +172,16 @@ def test_answers_come_in_order_under_bounded_concurrency(serve: Any, monkeypatch
     assert all(b["model"] == "wise" and b["max_tokens"] == 77 for b in server.bodies)
 
 
-def test_waiting_for_a_turn_is_no_time_out(serve: Any) -> None:
+def test_waiting_for_a_turn_is_no_time_out(fake_chat: Any) -> None:
     def slow(_: dict[str, Any]) -> tuple[int, Any]:
         time.sleep(0.15)
-        return 200, chat("done")
+        return 200, reply("done")
 
-    config = serve(slow).config(concurrency=1, timeout_s=0.6, attempts=1)
+    config = teacher(fake_chat(slow), concurrency=1, timeout_s=0.6, attempts=1)
     assert ask_endpoint(config, [ask("q")] * 8, 10) == ["done"] * 8
 
 
-def test_failures_are_tried_again_and_then_skipped(serve: Any) -> None:
+def test_failures_are_tried_again_and_then_skipped(fake_chat: Any) -> None:
     tries: dict[str, int] = {}
 
     def shaky(body: dict[str, Any]) -> tuple[int, Any]:
@@ -263,17 +191,17 @@ def test_failures_are_tried_again_and_then_skipped(serve: Any) -> None:
             time.sleep(1.0)
         if name == "never" or (name == "busy" and tries[name] < 3):
             return (429 if name == "busy" else 503), {}
-        return 200, chat(None if name == "empty" else name)
+        return 200, reply(None if name == "empty" else name)
 
-    config = serve(shaky).config(timeout_s=0.4, attempts=3)
+    config = teacher(fake_chat(shaky), timeout_s=0.4, attempts=3)
     answers = ask_endpoint(config, [ask(n) for n in ("good", "busy", "never", "late", "empty")], 10)
     assert answers == ["good", "busy", None, "late", None]
     assert tries == {"good": 1, "busy": 3, "never": 3, "late": 2, "empty": 1}
 
 
-def test_a_dead_endpoint_is_a_lost_peer(serve: Any) -> None:
-    server = serve(lambda _: (200, chat("x")))
-    config = server.config(attempts=2, timeout_s=1.0)
+def test_a_dead_endpoint_is_a_lost_peer(fake_chat: Any) -> None:
+    server = fake_chat(lambda _: (200, reply("x")))
+    config = teacher(server, attempts=2, timeout_s=1.0)
     server.http.server_close()
     with pytest.raises(PeerLost, match="none of 2"):
         ask_endpoint(config, [ask("a"), ask("b")], 10)
@@ -285,10 +213,10 @@ def test_a_dead_endpoint_is_a_lost_peer(serve: Any) -> None:
     [(401, {"error": "bad key"}, "status 401.*bad key"), (404, {}, "404"), (200, b"<html>", "not an OpenAI"),
      (200, {"text": "x"}, "not an OpenAI")],
 )  # fmt: skip
-def test_refusals_are_input_errors(serve: Any, status: int, reply: Any, message: str) -> None:
-    server = serve(lambda _: (status, reply))
+def test_refusals_are_input_errors(fake_chat: Any, status: int, reply: Any, message: str) -> None:
+    server = fake_chat(lambda _: (status, reply))
     with pytest.raises(InputError, match=message) as error:
-        ask_endpoint(server.config(concurrency=1), [ask(str(i)) for i in range(20)], 10)
+        ask_endpoint(teacher(server, concurrency=1), [ask(str(i)) for i in range(20)], 10)
     assert "way out" in str(error.value)
     assert len(server.bodies) <= 2
 
@@ -308,7 +236,7 @@ def test_missing_settings_are_input_errors(monkeypatch: pytest.MonkeyPatch) -> N
             ask_endpoint(config, [ask("a")], 10)
 
 
-def test_endpoint_traces_parse_fit_and_never_saw_the_outcome(serve: Any) -> None:
+def test_endpoint_traces_parse_fit_and_never_saw_the_outcome(fake_chat: Any) -> None:
     replies = {
         "a\n": "Easy. <answer>9</answer> Hope that helps!",
         "a\nb\n": "I cannot say.",
@@ -318,11 +246,11 @@ def test_endpoint_traces_parse_fit_and_never_saw_the_outcome(serve: Any) -> None
     def teach(body: dict[str, Any]) -> tuple[int, Any]:
         content = body["messages"][0]["content"]
         partial = content.split("<partial_response>\n")[1].split("\n</partial_response>")[0]
-        return 200, chat(replies.get(partial, "So far nothing.\n<answer>6</answer>"))
+        return 200, reply(replies.get(partial, "So far nothing.\n<answer>6</answer>"))
 
     states = cut_states(rollout("a\nb\nc\nd", outcome=1.0), TINY, StatesConfig(min_segment=2))
-    server = serve(teach)
-    samples = endpoint_samples(states, server.config(), CONTEXT)
+    server = fake_chat(teach)
+    samples = endpoint_samples(states, teacher(server), CONTEXT)
     texts = [TINY.decode(s.tokens[s.start : -1]) for s in samples]
     assert len(states) == 4
     assert texts == ["So far nothing.\n<answer>6</answer>", "Easy. <answer>9</answer>"]

@@ -4,76 +4,39 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_chat import Answer, FakeChat, question, reply
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.evaluation.trial import ServerOptions, TrialOptions, paths_of, try_server
-from genac_megatron.serving import chat
 
 Say = Callable[[str, int], str | None]  # (question, how often it was asked before) -> answer; None: a failure
 
 
-class FakeServer:
-    """An OpenAI-compatible chat server on loopback whose answers a test makes up."""
+def telling(say: Say) -> Answer:
+    """Answers to questions' first lines; "so" is one that was cut off."""
+    times, lock = Counter[str](), threading.Lock()
 
-    def __init__(self, say: Say) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.times: dict[str, int] = {}
-        lock = threading.Lock()
-        outer = self
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        asked = question(body).split("\n")[0]
+        with lock:
+            before = times[asked]
+            times[asked] += 1
+        text = say(asked, before)
+        return 503 if text is None else 200, reply(text, finish_reason="length" if text == "so" else "stop")
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                question = body["messages"][0]["content"].split("\n")[0]
-                with lock:
-                    outer.bodies.append(body)
-                    before = outer.times.get(question, 0)
-                    outer.times[question] = before + 1
-                text = say(question, before)
-                choice = {"message": {"content": text}, "finish_reason": "length" if text == "so" else "stop"}
-                data = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
-                self.send_response(503 if text is None else 200)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+    return answer
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Say], FakeServer]]:
-    monkeypatch.setattr(chat, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers: list[FakeServer] = []
-
-    def start(say: Say) -> FakeServer:
-        servers.append(FakeServer(say))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+def serve(fake_chat: Callable[[Answer], FakeChat]) -> Callable[[Say], FakeChat]:
+    return lambda say: fake_chat(telling(say))
 
 
 @pytest.fixture
