@@ -11,7 +11,6 @@ from genac_megatron.errors import InputError
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
-from genac_megatron.observe.report import write_report
 from genac_megatron.observe.runinfo import RunFolder, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
@@ -60,6 +59,8 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
         finally:
             run.close()
     if first:
+        from genac_megatron.observe.report import write_report  # with matplotlib, a second of every rank's start
+
         write_report(folder.path)
 
 
