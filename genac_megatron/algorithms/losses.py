@@ -9,6 +9,7 @@ A loss is called as `loss(logp, entropy, fields) -> (scalar, stats)`:
   (the log-probs the engine sampled with) and optionally `old` (the trainer's before the first update).
 - The scalar is sum_t weights_t * loss_t; stats are scalars weighted alike. So sums over micro-batches
   and ranks are batch means, and gradients add up. Padding may hold any finite figures.
+- Weights whose sum over the batch is not 1 (Dr.GRPO's) make of stats what `means` makes means again.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ import torch
 from torch import Tensor
 
 from genac_megatron.algorithms.baselines.ppo import value_loss as clipped_value_loss
-from genac_megatron.recipe.schema import LossConfig
+from genac_megatron.recipe.algorithms import CriticLossConfig, LossConfig
 
 Stats = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, Stats]]
 
+# Stats that are sums of weights * figure; nll has weights of its own.
+WEIGHTED = {
+    "ratio", "clip_share", "dual_clip_share", "tis", "tis_clip_share", "kl_behaviour", "kl_reference",
+    "entropy",
+}  # fmt: skip
 # e^20: beyond any ratio that clipping lets through. Without it exp overflows and 0 * inf gives NaN gradients.
 LOG_RATIO_LIMIT = 20.0
 
@@ -49,6 +55,11 @@ def token_weights(
     else:
         raise ValueError(f"aggregate is token, sequence, or constant with a limit, not {aggregate!r}")
     return torch.where(filled, weights, torch.zeros_like(weights)).float()
+
+
+def means(stats: Mapping[str, float], total: float) -> dict[str, float]:
+    """A batch's stats as means over its tokens; total: the sum of its tokens' weights."""
+    return {key: x / total if key in WEIGHTED and total > 0 else x for key, x in stats.items()}
 
 
 def make_sft_loss() -> Loss:
@@ -120,7 +131,7 @@ def make_ppo_loss(config: LossConfig) -> Loss:
     return ppo_loss
 
 
-def make_reinforce_loss(config: LossConfig) -> Loss:
+def make_reinforce_loss(config: CriticLossConfig) -> Loss:
     """REINFORCE: -sum weights * tis * advantages * logp - entropy_coef * sum weights * entropy.
 
     `advantages` hold the completion's weight w = R_v - b on each of its tokens.
@@ -156,6 +167,8 @@ def make_value_loss(clip: float | None) -> Loss:
         values: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]
     ) -> tuple[Tensor, Stats]:
         weights, targets, old = fields["weights"], fields["targets"], fields["old"]
+        trained = weights != 0  # elsewhere a square may overflow, and 0 * inf is no number
+        values, targets, old = (torch.where(trained, x, 0.0) for x in (values, targets, old))
         loss = (weights * clipped_value_loss(values, old, targets, clip)).sum()
         now = values.detach()
         far = (now - old).abs() > (clip if clip is not None else float("inf"))

@@ -1,6 +1,7 @@
 """Losses, advantages, and the algorithms that a generative critic must beat (method §3, §5): recipe blocks.
 
-Each algorithm's block has its own defaults: those of its paper as method §5 gives them.
+Each algorithm's block has its own defaults: those of its paper as method §5 gives them. Learning rates are
+the optimizers' (method §5: 1e-5 for a scalar critic of billions of weights, 4e-6 for SP3O's).
 """
 
 from __future__ import annotations
@@ -12,16 +13,26 @@ from pydantic import Field
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 
 
+class CriticLossConfig(Block):
+    """A generative critic's REINFORCE loss."""
+
+    tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
+    entropy_coef: float = 0.0
+    # token: mean over tokens; sequence: mean over judgements of their means
+    aggregate: Literal["token", "sequence"] = "token"
+
+
 class LossConfig(Block):
-    """The actor's PPO loss and the critic's REINFORCE loss share these corrections."""
+    """The actor's PPO loss."""
 
     clip_low: Fraction = 0.2
     clip_high: PositiveFloat = 0.2
-    dual_clip: PositiveFloat | None = 3.0
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0  # with 1 or less nothing would be unlearnt
     tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
     entropy_coef: float = 0.0
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the role `reference` (actor's loss)
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the role `reference`
     nll_coef: Annotated[float, Field(ge=0)] = 0.0  # of right responses' negative log-likelihood (VAPO)
+    nll_from: Fraction = 1.0  # the outcome from which a response is right; lower where outcomes are graded
     # token: mean over tokens; sequence: mean over responses of their means; constant: sum over tokens,
     # divided by responses and rollout.max_new_tokens (Dr.GRPO)
     aggregate: Literal["token", "sequence", "constant"] = "token"
@@ -36,16 +47,21 @@ class AdvantageConfig(Block):
     whiten: bool = True
 
 
-class ValueConfig(Block):
-    """A scalar critic's token-level GAE and its regression."""
+class RegressionConfig(Block):
+    """What a scalar critic learns, and where."""
 
     gamma: Fraction = 1.0
-    lam_actor: Fraction = 1.0
     lam_critic: Fraction = 1.0  # of the returns that it learns; 1: the outcome itself
-    length_alpha: PositiveFloat | None = None  # actor's lambda is 1 - 1 / (alpha length) instead (VAPO)
     clip: PositiveFloat | None = 0.5  # how far a value may move from that before the step; None: any way
     at: list[Fraction] = []  # where in a response it is trained, as shares of its length; none: everywhere
-    at_cuts: bool = False  # at the nearest cut of judging.states instead
+    at_cuts: bool = False  # at the cuts of judging.states that are nearest to `at`
+
+
+class ValueConfig(RegressionConfig):
+    """A scalar critic's regression, and the actor's token-level GAE from its values."""
+
+    lam_actor: Fraction = 1.0
+    length_alpha: PositiveFloat | None = None  # actor's lambda is 1 - 1 / (alpha length) instead (VAPO)
     whiten: bool = True
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
-from genac_megatron.recipe.algorithms import Dapo, DrGrpo, Grpo, ReinforcePlusPlus, Rloo, WithScalarCritic
-from genac_megatron.recipe.precision import check_precision, check_quantization
+from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
+from genac_megatron.recipe.algorithms import WithScalarCritic
+from genac_megatron.recipe.precision import Where, check_precision, check_quantization
 from genac_megatron.recipe.schema import (
     EngineConfig,
     LayoutConfig,
@@ -18,7 +19,6 @@ from genac_megatron.recipe.schema import (
     PolicyStage,
     PpoStage,
     Recipe,
-    ReinforceStage,
     RoleConfig,
     SftStage,
     StageConfig,
@@ -35,7 +35,6 @@ from genac_megatron.recipe.tasks import (
 )
 from genac_megatron.tasks.tokenizer import tokenizer_size
 
-Where = Callable[[Sequence[str | int]], str]
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
 SERVER_LIMITS = {
     "engine": ("request_timeout_s", "start_timeout_s"),
@@ -285,11 +284,9 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             _check_sft(recipe, stage, place, where)
             continue
         _check_heads(recipe, stage, place, where)
-        _check_reference(recipe, stage, place, where)
+        check_algorithm(recipe, stage, place, where)
         if isinstance(stage, PpoStage | PolicyStage):
             _check_overlap(recipe, stage, place, where)
-        if isinstance(stage, PolicyStage):
-            _check_policy(stage, place, where)
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage, SftStage) or stage.data == "traces":
             new = stage.rollout.max_new_tokens
@@ -311,15 +308,6 @@ def _check_room(recipe: Recipe, role: str, new: int, place: Sequence[str | int],
         )
 
 
-def _check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int], where: Where) -> None:
-    if role not in recipe.roles:
-        raise InputError(
-            f"{who} needs a role '{role}'",
-            where=where(place),
-            way_out=f"the roles are: {', '.join(recipe.roles)}",
-        )
-
-
 def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where) -> None:
     """The roles that a stage needs, each with the head that it needs."""
     who = f"the stage '{stage.name}' ({stage.kind})"
@@ -330,7 +318,7 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
     if scalar or not isinstance(stage, PolicyStage):
         needed["critic"] = "value" if scalar else "lm"
     if isinstance(stage, ValueStage | PolicyStage) and stage.start_from is not None:
-        _check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
+        check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
         if not scalar or stage.start_from == "critic":
             raise InputError(
                 f"{who} has a start_from, which is for a scalar critic that begins as another role",
@@ -338,7 +326,7 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
                 way_out="leave start_from out",
             )
     for role, head in needed.items():
-        _check_role(recipe, role, who, place, where)
+        check_role(recipe, role, who, place, where)
         if recipe.roles[role].model.head != head:
             kind = {"lm": "a language model", "value": "a scalar critic"}[head]
             raise InputError(
@@ -346,65 +334,6 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
                 where=where(("roles", role, "model", "head")),
                 way_out=f"set roles.{role}.model.head: {head}, or choose another kind of stage",
             )
-
-
-def _check_reference(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where) -> None:
-    """A KL term needs a frozen reference, and only the actor has one."""
-    critics = stage.loss if isinstance(stage, ReinforceStage) else getattr(stage, "critic_loss", None)
-    if critics is not None and critics.kl_coef:
-        raise InputError(
-            "the critic's loss has no KL term",
-            where=where((*place, "loss" if isinstance(stage, ReinforceStage) else "critic_loss", "kl_coef")),
-            way_out="take kl_coef out",
-        )
-    for name in ("actor", "critic"):
-        if name in recipe.roles and recipe.roles[name].training.frozen:
-            raise InputError(
-                f"the role '{name}' is frozen, which is for a reference",
-                where=where(("roles", name, "training", "frozen")),
-                way_out="take it out: a stage trains the roles that it says, and no other",
-            )
-    actors = stage.actor_loss if isinstance(stage, PpoStage) else None
-    if isinstance(stage, PolicyStage):
-        actors = stage.algorithm.loss
-    if actors is None or not actors.kl_coef:
-        return
-    _check_role(recipe, "reference", f"kl_coef of the stage '{stage.name}'", place, where)
-    if not recipe.roles["reference"].training.frozen:
-        raise InputError(
-            "the reference of a KL term must not be trained or served",
-            where=where(("roles", "reference", "training")),
-            way_out="set frozen: true",
-        )
-
-
-def _check_policy(stage: PolicyStage, place: tuple[str | int, ...], where: Where) -> None:
-    algorithm, rollout = stage.algorithm, stage.rollout
-    grouped = isinstance(algorithm, Grpo | DrGrpo | Dapo | Rloo) or (
-        isinstance(algorithm, ReinforcePlusPlus) and algorithm.baseline
-    )
-    if grouped and rollout.samples == 1:
-        raise InputError(
-            f"{algorithm.kind} compares the responses to a prompt, and rollout.samples is 1",
-            where=where((*place, "rollout", "samples")),
-            way_out="raise it to 4 or more",
-        )
-    if isinstance(algorithm, Dapo) and stage.overlap:
-        raise InputError(
-            "dapo samples until its groups are mixed, so a batch cannot be begun a step ahead",
-            where=where((*place, "overlap")),
-            way_out="take overlap out",
-        )
-    if (
-        isinstance(algorithm, Dapo)
-        and algorithm.overlong is not None
-        and algorithm.overlong.cache > rollout.max_new_tokens
-    ):
-        raise InputError(
-            f"an overlong cache of {algorithm.overlong.cache} tokens is more than rollout.max_new_tokens "
-            f"{rollout.max_new_tokens}",
-            where=where((*place, "algorithm", "overlong", "cache")),
-        )
 
 
 def _check_overlap(
@@ -432,9 +361,9 @@ def _check_overlap(
 
 def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], where: Where) -> None:
     who = f"the stage '{stage.name}' (sft)"
-    _check_role(recipe, stage.role, who, (*place, "role"), where)
+    check_role(recipe, stage.role, who, (*place, "role"), where)
     if stage.start_from is not None:
-        _check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
+        check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
         if stage.start_from == stage.role:
             raise InputError(
                 f"{who} starts '{stage.role}' from itself",
@@ -474,7 +403,7 @@ def _check_traces(
     recipe: Recipe, stage: SftStage, exact: bool, place: tuple[str | int, ...], where: Where
 ) -> None:
     who = f"the stage '{stage.name}' (sft on traces)"
-    _check_role(recipe, "actor", who, place, where)
+    check_role(recipe, "actor", who, place, where)
     teacher = (*place, "teacher")
     if stage.teacher.kind == "exact" and not exact:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
-from genac_megatron.recipe.algorithms import Algorithm, ValueConfig
+from genac_megatron.recipe.algorithms import Algorithm, CriticLossConfig, RegressionConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
 from genac_megatron.recipe.tasks import TaskConfig
@@ -249,7 +249,7 @@ class ReinforceStage(Block):
     train_states: Positive = 4  # at most this many states per response are trained
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the responses: the rest only gets values
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
-    loss: LossConfig = LossConfig()
+    loss: CriticLossConfig = CriticLossConfig()
     optimizer: OptimizerConfig | None = None
     eval_every: Annotated[int, Field(ge=0)] = 10  # 0: only at the end
     gate: CriticGate = CriticGate()
@@ -271,7 +271,7 @@ class PpoStage(Block):
     epochs: Positive = 1
     advantage: AdvantageConfig = AdvantageConfig()
     actor_loss: LossConfig = LossConfig()
-    critic_loss: LossConfig = LossConfig()
+    critic_loss: CriticLossConfig = CriticLossConfig()
     actor_optimizer: OptimizerConfig | None = None
     critic_optimizer: OptimizerConfig | None = None
     eval_every: Annotated[int, Field(ge=0)] = 10
@@ -285,7 +285,7 @@ class ValueStage(Block):
     start_from: str | None = None  # begin from a copy of this role's current weights, the head apart
     steps: Positive = 50
     rollout: RolloutConfig = RolloutConfig()
-    value: ValueConfig = ValueConfig()
+    value: RegressionConfig = RegressionConfig()
     minibatches: Positive = 1
     optimizer: OptimizerConfig | None = None
     eval_every: Annotated[int, Field(ge=0)] = 10

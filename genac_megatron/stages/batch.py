@@ -11,10 +11,11 @@ from torch import Tensor
 
 from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
 from genac_megatron.algorithms.baselines.vapo import positive_weights
-from genac_megatron.algorithms.losses import token_weights
+from genac_megatron.algorithms.losses import means, token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.errors import GenacError, on_all_ranks
+from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import (
     AdvantageConfig,
     LossConfig,
@@ -169,12 +170,12 @@ def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
     """What the actor did in this batch. `versions`: the newest published of each role."""
     rollouts = batch.rollouts
-    solved = [mean(r.outcome for r in group.rollouts) for group in batch.groups]
+    mixed = [len({r.outcome for r in group.rollouts}) > 1 for group in batch.groups]
     return {
         "rollout/outcome_mean": mean(batch.outcomes),
         "rollout/length_mean": mean(len(r.completion.ids) for r in rollouts),
         "rollout/truncated": mean(r.truncated for r in rollouts),
-        "rollout/mixed_groups": mean(0.0 < s < 1.0 for s in solved),
+        "rollout/mixed_groups": mean(mixed),
         "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
     }
 
@@ -227,7 +228,7 @@ def response_samples(
     rollouts = batch.rollouts
     lengths = [len(rollout.completion.ids) for rollout in rollouts]
     weights = token_weights(lengths, loss.aggregate, limit).tolist()
-    likelihood = positive_weights(lengths, batch.outcomes)
+    likelihood = positive_weights(lengths, batch.outcomes, loss.nll_from)
     samples = []
     for i, rollout in enumerate(rollouts):
         fields = {
@@ -249,7 +250,7 @@ def _segment_lengths(judgements: Sequence[Judgement], length: int) -> Tensor:
 
 
 def critic_samples(
-    batch: Batch, most: int, baseline: str, loss: LossConfig, share: float = 1.0
+    batch: Batch, most: int, baseline: str, loss: CriticLossConfig, share: float = 1.0
 ) -> list[Sample]:
     """REINFORCE samples: w = R_v - b on every token of a judgement's completion (method §2).
 
@@ -314,6 +315,7 @@ def trained_figures(
     Log-probs before the first against those of sampling: parity/, or drift/ where the batch is not `fresh`.
     """
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
+    stats = means(stats, sum(sum(sample.fields["weights"]) for sample in samples))
     stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
     tokens = stats.pop("tokens") * len(results)
     return {

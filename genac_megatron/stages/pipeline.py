@@ -59,7 +59,9 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
         finally:
             run.close()
     if first:
-        from genac_megatron.observe.report import write_report  # with matplotlib, a second of every rank's start
+        from genac_megatron.observe.report import (
+            write_report,  # with matplotlib, a second of every rank's start
+        )
 
         write_report(folder.path)
 

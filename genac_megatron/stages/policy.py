@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from genac_megatron.algorithms.baselines.dapo import dapo, overlong_penalty
+from genac_megatron.algorithms.baselines.dapo import dapo, mixed, overlong_penalty
 from genac_megatron.algorithms.baselines.dr_grpo import dr_grpo
 from genac_megatron.algorithms.baselines.grpo import grpo
 from genac_megatron.algorithms.baselines.reinforce_pp import reinforce_pp
@@ -86,17 +86,20 @@ def mixed_batch(run: Run, stage: PolicyStage, rounds: int, step: int) -> tuple[B
     The rollouts' figures are those of everything sampled.
     """
     wanted, kept, everything = stage.rollout.prompts, list[Group](), list[Group]()
+    fresh = frozenset(run.roles)
     for turn in range(rounds):
         prompts = next_prompts(run, wanted)
         seed = (run.recipe.seed, stage.name, step, turn)
-        groups = play(run, prompts, stage.rollout, seed, judged=False).groups
-        everything += groups
-        kept += [g for g in groups if len({rollout.outcome for rollout in g.rollouts}) > 1]
+        played = play(run, prompts, stage.rollout, seed, judged=False)
+        everything += played.groups
+        fresh &= played.fresh
+        teaching = mixed(table(played)[0]).tolist()
+        kept += [group for group, teaches in zip(played.groups, teaching, strict=True) if teaches]
         if len(kept) >= wanted:
             break
     run.serving.rest()
-    batch, sampled = Batch(kept[:wanted] or groups), Batch(everything)
-    figures = batch_figures(run, sampled)
+    batch = Batch(kept[:wanted] or played.groups, fresh)
+    figures = batch_figures(run, Batch(everything))
     figures |= {"rollout/rounds": float(turn + 1), "rollout/groups": float(len(kept[:wanted]))}
     return batch, figures
 
@@ -148,9 +151,9 @@ def group_advantages(algorithm: WithoutCritic, rewards_GN: Tensor, lengths_GN: T
         case DrGrpo():
             return dr_grpo(rewards_GN)
         case Dapo():
-            if algorithm.overlong is not None:
-                rewards_GN = rewards_GN + overlong_penalty(lengths_GN, limit, algorithm.overlong.cache)
-            return dapo(rewards_GN)
+            cache = algorithm.overlong.cache if algorithm.overlong is not None else None
+            penalty_GN = None if cache is None else overlong_penalty(lengths_GN, limit, cache)
+            return dapo(rewards_GN, penalty_GN)
         case Rloo():
             return rloo(rewards_GN)
         case ReinforcePlusPlus():

@@ -77,6 +77,7 @@ def update_actor(
     temperature = stage.rollout.temperature
     loss = make_ppo_loss(config)
     if config.kl_coef:
+        run.count_sequences("reference", samples)
         with run.phase("reference"):
             known = run.roles[REFERENCE].logprobs(samples, temperature=temperature)
         for sample, logprobs in zip(samples, known, strict=True):
@@ -86,6 +87,7 @@ def update_actor(
             result = run.actor.train_step(samples, loss, temperature=temperature, with_entropy=True)
             results, before = [result], result.logprobs
         else:
+            run.count_sequences("actor_old", samples)
             before = run.actor.logprobs(samples, temperature=temperature)
             for sample, old in zip(samples, before, strict=True):
                 sample.fields["old"] = old

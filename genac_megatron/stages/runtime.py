@@ -21,6 +21,7 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
+from genac_megatron.records import Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
@@ -204,6 +205,10 @@ class Run:
         """Add this rank's counts to the next row, which has their sum over ranks."""
         for key, value in figures.items():
             self._spent[key] = self._spent.get(key, 0.0) + value
+
+    def count_sequences(self, phase: str, samples: Sequence[Sample]) -> None:
+        """Count the tokens of a forward pass over `samples`, the same on every rank, to `phase`."""
+        self.count({f"tokens/{phase}": sum(len(sample.tokens) for sample in samples) / self.world.size})
 
     def note(self, figures: dict[str, float]) -> None:
         """Figures for the next row that has none of its own by these names. The same on every rank."""

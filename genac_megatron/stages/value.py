@@ -12,9 +12,9 @@ from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.values import (
-    advantages_and_targets,
     need_same_tokens,
     response_values,
+    returns,
     train_values,
 )
 
@@ -33,7 +33,7 @@ def value(run: Run, stage: ValueStage, loop: Loop) -> None:
         batch, figures = next_batch(run, stage, step)
         with run.phase("values"):
             values = response_values(run, batch.rollouts)
-        _, targets = advantages_and_targets(values, batch.outcomes, stage.value)
+        targets = returns(values, batch.outcomes, stage.value)
         seed = seed_for(run.recipe.seed, stage.name, step, "critic")
         figures |= train_values(
             run, batch.rollouts, values, targets, stage.value, parts=stage.minibatches, epochs=1, seed=seed

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from genac_megatron.algorithms.advantages import explained_variance
+from genac_megatron.algorithms.baselines.ppo import token_gae, value_targets
 from genac_megatron.algorithms.baselines.sp3o import trained_places
 from genac_megatron.algorithms.baselines.vapo import length_adaptive_lambda
 from genac_megatron.algorithms.baselines.vc_ppo import decoupled_gae
 from genac_megatron.algorithms.losses import make_value_loss
 from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
-from genac_megatron.recipe.algorithms import ValueConfig
+from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
 from genac_megatron.records import Completion, Judgement, Rollout, Sample
 from genac_megatron.stages.minibatches import minibatches
 from genac_megatron.stages.rollouts import Group
@@ -39,10 +40,13 @@ def need_same_tokens(run: Run) -> None:
         )
 
 
-def response_values(run: Run, rollouts: Sequence[Rollout]) -> list[Tensor]:
-    """Per rollout, V(prefix strictly before token t) of each response token, [T]. Collective: same on all."""
+def response_values(run: Run, rollouts: Sequence[Rollout], phase: str = "value") -> list[Tensor]:
+    """Per rollout, V(prefix strictly before token t) of each response token, [T]. Collective: same on all.
+
+    phase: what its tokens are counted to.
+    """
     samples = [_sequence(rollout) for rollout in rollouts]
-    run.count({"tokens/value": sum(len(sample.tokens) for sample in samples) / run.world.size})
+    run.count_sequences(phase, samples)
     return [torch.tensor(values) for values in run.critic.values(samples)]
 
 
@@ -62,6 +66,12 @@ def advantages_and_targets(
         else length_adaptive_lambda(lengths, config.length_alpha)
     )
     return decoupled_gae(values, torch.tensor(outcomes), config.gamma, lam, config.lam_critic)
+
+
+def returns(values: Sequence[Tensor], outcomes: Sequence[float], config: RegressionConfig) -> list[Tensor]:
+    """What the critic learns, per response [T]."""
+    advantages = token_gae(values, torch.tensor(outcomes), config.gamma, config.lam_critic)
+    return value_targets(values, advantages)
 
 
 def value_samples(
@@ -94,7 +104,7 @@ def _mask(length: int, places: Sequence[int]) -> Tensor:
     return mask
 
 
-def _places(run: Run, rollouts: Sequence[Rollout], config: ValueConfig) -> list[list[int]] | None:
+def _places(run: Run, rollouts: Sequence[Rollout], config: RegressionConfig) -> list[list[int]] | None:
     if not config.at:
         return None
     tokenizer, states = run.tokenizers["actor"], run.recipe.judging.states
@@ -113,7 +123,7 @@ def train_values(
     rollouts: Sequence[Rollout],
     values: Sequence[Tensor],
     targets: Sequence[Tensor],
-    config: ValueConfig,
+    config: RegressionConfig,
     *,
     parts: int,
     epochs: int,
@@ -127,7 +137,8 @@ def train_values(
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
     stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
     tokens = stats.pop("tokens") * len(results)
-    explained = explained_variance(torch.cat(list(values)), torch.cat(list(targets)))
+    trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
+    explained = explained_variance(torch.cat(list(values))[trained], torch.cat(list(targets))[trained])
     return {
         **{f"critic/{key}": value for key, value in stats.items()},
         "critic/explained_variance": float(explained),
@@ -143,7 +154,7 @@ def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:
     """
     everyone = run.gather(mine)
     rollouts = [rollout for group in everyone for rollout in group.rollouts]
-    values = dict(zip((id(r) for r in rollouts), response_values(run, rollouts), strict=True))
+    values = dict(zip((id(r) for r in rollouts), response_values(run, rollouts, "evaluate"), strict=True))
     judged = [
         Group(
             group.prompt,

@@ -20,6 +20,8 @@ COUNTS = {
     "tokens/judge": ("critic", 2),
     "tokens/judge_prompt": ("critic", 2),
     "tokens/value": ("critic", 2),
+    "tokens/reference": ("reference", 2),
+    "tokens/actor_old": ("actor", 2),  # log-probs before the first of several updates
     "tokens/actor_train": ("actor", 6),
     "tokens/critic_train": ("critic", 6),
 }

@@ -77,9 +77,23 @@ def test_reinforce_pp_whitens_over_tokens(rewards: list[list[float]], baseline: 
 def test_dapo_penalty_and_mixed_groups() -> None:
     lengths = torch.tensor([[50, 80, 90, 100, 120]])
     assert overlong_penalty(lengths, 100, 20).tolist() == [[0.0, 0.0, -0.5, -1.0, -1.0]]
-    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
-    assert mixed(rewards).tolist() == [False, True, False]
-    assert torch.equal(dapo(rewards), grpo(rewards))
+    outcomes = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.5]])
+    assert mixed(outcomes).tolist() == [False, True, False]
+    assert torch.allclose(dapo(outcomes), grpo(outcomes), atol=1e-5)  # grpo's 1e-6 beside twice the deviation
+
+
+def test_dapo_weighs_its_penalty_against_rewards_of_minus_one_and_one() -> None:
+    """As in the paper: a right response at the limit gets 0, a wrong short one -1."""
+    outcomes, lengths = torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[100, 10, 10]])
+    rewards = torch.tensor([[0.0, -1.0, 1.0]])
+    assert torch.allclose(dapo(outcomes, overlong_penalty(lengths, 100, 20)), grpo(rewards))
+
+
+def test_a_group_that_is_not_mixed_is_not_taught_by_its_lengths() -> None:
+    outcomes, lengths = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[100, 10], [100, 10]])
+    got = dapo(outcomes, overlong_penalty(lengths, 100, 20))
+    assert not got[0].any()
+    assert got[1].any()
 
 
 def slow_gae(values: list[float], outcome: float, gamma: float, lam: float) -> list[float]:

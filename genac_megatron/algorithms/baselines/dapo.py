@@ -10,9 +10,9 @@ from torch import Tensor
 from genac_megatron.algorithms.baselines.grpo import grpo
 
 
-def mixed(rewards_GN: Tensor) -> Tensor:
-    """Which groups teach anything: not all rewards alike. [G, N] -> bool [G] (eq. 11)."""
-    return (rewards_GN != rewards_GN[:, :1]).any(1)
+def mixed(outcomes_GN: Tensor) -> Tensor:
+    """Which groups teach anything: not all outcomes alike. [G, N] -> bool [G] (eq. 11)."""
+    return (outcomes_GN != outcomes_GN[:, :1]).any(1)
 
 
 def overlong_penalty(lengths_GN: Tensor, limit: int, cache: int) -> Tensor:
@@ -23,6 +23,13 @@ def overlong_penalty(lengths_GN: Tensor, limit: int, cache: int) -> Tensor:
     return ((limit - cache - lengths_GN) / cache).clamp(-1.0, 0.0)
 
 
-def dapo(rewards_GN: Tensor) -> Tensor:
-    """[G, N] -> [G, N], as GRPO; the rewards hold the penalty already."""
-    return grpo(rewards_GN)
+def dapo(outcomes_GN: Tensor, penalty_GN: Tensor | None = None) -> Tensor:
+    """[G, N] -> [G, N]: GRPO's advantages of rewards 2 outcome - 1 + penalty; 0 in groups that are not mixed.
+
+    The paper's rewards are -1 and 1 (section 2.4), to which its penalty of up to -1 is in proportion. A group
+    that is not mixed would be taught by length alone.
+    """
+    rewards_GN = 2.0 * outcomes_GN - 1.0
+    if penalty_GN is not None:
+        rewards_GN = rewards_GN + penalty_GN
+    return grpo(rewards_GN) * mixed(outcomes_GN)[:, None]

@@ -13,7 +13,8 @@ def length_adaptive_lambda(lengths: Sequence[int], alpha: float = 0.05) -> list[
 def positive_weights(lengths: Sequence[int], outcomes: Sequence[float], right: float = 1.0) -> list[float]:
     """Per response, the weight of each of its tokens in the mean log-likelihood of right ones (section 4.3).
 
-    A response is right where its outcome reaches `right`. All zeros where none is.
+    A response is right where its outcome reaches `right` (the paper's outcomes are 0 and 1). All zeros where
+    none is.
     """
     total = sum(length for length, outcome in zip(lengths, outcomes, strict=True) if outcome >= right)
     return [1.0 / total if outcome >= right and total else 0.0 for outcome in outcomes]
