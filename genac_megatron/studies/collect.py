@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from genac_megatron.models.families.base import Shape
@@ -15,7 +14,7 @@ from genac_megatron.recipe.rules import read_shape
 from genac_megatron.studies.cost import total
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
-from genac_megatron.studies.runner import Places
+from genac_megatron.studies.runner import Places, made_from, newer
 from genac_megatron.studies.schema import Cell, cells_of
 
 ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
@@ -43,7 +42,7 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
     shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
     figures = _critic(evaluations) | _spent(rows, shapes) | _actor(evaluations)
     for bank in places.study.banks:
-        figures |= _scores(places.scores(bank, cell.name, seed), bank)
+        figures |= scores_of(places, bank, cell.name, seed)
     return {
         "cell": cell.name,
         "label": cell.label,
@@ -82,9 +81,11 @@ def _spent(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
     return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes).items()}
 
 
-def _scores(folder: Path, bank: str) -> dict[str, float]:
-    path = folder / "scores.json"
-    if not path.exists():
+def scores_of(places: Places, bank: str, cell: str, seed: int) -> dict[str, float]:
+    """Of this run on the bank as the study has it today; none where they are of another."""
+    path = places.scores(bank, cell, seed) / "scores.json"
+    today = digests_of(places).banks[bank]
+    if made_from(places.bank(bank, seed)) != today or not newer(path, places.run(cell, seed) / METRICS):
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))["figures"]
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
-from genac_megatron.studies.schema import read_study, swept
+from genac_megatron.studies.schema import cells_of, read_study, swept
 
 Kept = dict[tuple[str, int], dict[str, Any]]  # figures by cell and seed
 
@@ -65,7 +65,7 @@ def _run(places: Any, seeds: list[int], cells: list[str] | None, console: Any, j
     first, others = swept(places.study, seeds)
     run_all(tasks_of(places, first, cells, kept), console, jobs)
     if others:
-        best = _best(places, first, cells)
+        best = _best(places, cells)
         console.print(f"with seeds {', '.join(map(str, others))}: {', '.join(best)}")
         run_all(tasks_of(places, others, best, kept), console, jobs)
 
@@ -78,20 +78,35 @@ def _list(places: Any, seeds: list[int], cells: list[str] | None, console: Any, 
     first, others = swept(places.study, seeds)
     tasks = tasks_of(places, first, cells, kept)
     if others and all(task.done for task in tasks):
-        tasks += tasks_of(places, others, _best(places, first, cells), kept)
+        tasks += tasks_of(places, others, _best(places, cells), kept)
     elif others:
         console.print(f"then, with seeds {', '.join(map(str, others))}, the best cell of each label")
     for task in tasks:
         console.print(f"{'done' if task.done else 'left'}  {task.key}")
 
 
-def _best(places: Any, seeds: list[int], cells: list[str] | None) -> list[str]:
-    """Of those cells (None: all), the best of each label."""
+def _best(places: Any, cells: list[str] | None) -> list[str]:
+    """Of those cells (None: all), the best of each label with the sweep's seeds. Raises InputError."""
     from genac_megatron.studies.collect import records_of
     from genac_megatron.studies.summary import best_cells
 
-    records = [r for r in records_of(places, seeds) if cells is None or r["cell"] in cells]
-    return [members[0]["cell"] for members in best_cells(places.study, records).values()]
+    study = places.study
+    members: dict[str, list[str]] = {}
+    for cell in cells_of(study, str(places.file)):
+        if cells is None or cell.name in cells:
+            members.setdefault(cell.label, []).append(cell.name)
+    records = [r for r in records_of(places, study.sweep_seeds) if cells is None or r["cell"] in cells]
+    judged = {record["cell"] for record in records if study.best in record["figures"]}
+    open_ = [name for names in members.values() if len(names) > 1 for name in names if name not in judged]
+    if open_:
+        seeds = ",".join(map(str, study.sweep_seeds))
+        raise InputError(
+            f"which of a sweep is best is not known: no {study.best} with seed {seeds} of {', '.join(open_)}",
+            where=str(places.file),
+            way_out=f"begin with --seeds {seeds}, or leave --seeds out; or give `best` another figure",
+        )
+    best = {label: found[0]["cell"] for label, found in best_cells(study, records).items()}
+    return [best[label] if len(names) > 1 else names[0] for label, names in members.items()]
 
 
 def _seeds(text: str) -> list[int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.recipe import document
@@ -64,7 +66,19 @@ def _merged(places: Places, recipe: str, settings: list[str]) -> Content:
     for text in [*places.study.set, *settings, *places.overrides]:
         document.override(root, text)
     # What is set, not every default: a new option of a later version changes no cell.
-    return {key: value for key, value in document.plain(root).items() if key not in CIRCUMSTANCES}
+    kept = {key: value for key, value in document.plain(root).items() if key not in CIRCUMSTANCES}
+    return dict(_contents(kept))
+
+
+def _contents(value: Any) -> Any:
+    """The same with a file's digest in place of its path: where it lies says nothing."""
+    if isinstance(value, dict):
+        return {key: _contents(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_contents(one) for one in value]
+    if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    return value
 
 
 def _digest(content: Any) -> str:

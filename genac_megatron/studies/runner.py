@@ -19,7 +19,8 @@ from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
 
 TAIL = 15  # lines of a failed run that are shown
-LOG, STAMP = ".log", ".made_from"  # beside what a task makes
+LOG, STAMP, ENDED = ".log", ".made_from", ".ended"  # beside what a task makes
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 POLL_S = 0.2
 
 
@@ -35,6 +36,7 @@ class Task:
     needs: tuple[Path, ...] = ()  # there before it can begin: made by other tasks
     of: Path | None = None  # what it looks at, where that may be made anew: older products are another's
     made_from: str = ""  # digest of its recipes, kept beside what it makes
+    ended: Path | None = None  # written once it has ended well: a report can be made of half a run
 
     @property
     def folder(self) -> Path:
@@ -43,8 +45,12 @@ class Task:
     @property
     def done(self) -> bool:
         """Whether all that it makes is there, and later than what it was made of."""
-        since = self.of.stat().st_mtime if self.of is not None and self.of.exists() else 0.0
-        return all(path.exists() and path.stat().st_mtime >= since for path in self.makes)
+        return all(path.exists() and (self.of is None or newer(path, self.of)) for path in self.makes)
+
+
+def newer(path: Path, of: Path) -> bool:
+    """Whether `path` is there, and not older than what it was made of, should that still be there."""
+    return path.exists() and (not of.exists() or path.stat().st_mtime >= of.stat().st_mtime)
 
 
 class Places:
@@ -59,13 +65,14 @@ class Places:
     def run(self, name: str, seed: int) -> Path:
         return self.work / f"{name}-s{seed}"
 
-    def summary(self, name: str, seed: int) -> Path:
-        return self.run(name, seed) / "report" / "summary.json"
+    def ended(self, name: str, seed: int) -> Path:
+        """There once that run has ended well."""
+        return _beside(self.run(name, seed), ENDED)
 
     def has_ended(self, name: str, seed: int) -> bool:
         """Whether that run is there, whole, and made from what the study says today."""
         today = digests_of(self).runs[name]
-        return self.summary(name, seed).exists() and made_from(self.run(name, seed)) == today
+        return self.ended(name, seed).exists() and made_from(self.run(name, seed)) == today
 
     def bank(self, name: str, seed: int) -> Path:
         return self.work / f"bank-{name}-s{seed}"
@@ -153,8 +160,9 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
     command = [*_settings(places, spec, seed), f"name={folder.name}", f"runs={folder.parent}"]
     return Task(
         key=f"{name}, seed {seed}",
-        makes=(places.summary(name, seed),),
-        needs=tuple(places.summary(base, seed) for base in spec.start.values()),
+        makes=(folder, places.ended(name, seed)),
+        ended=places.ended(name, seed),
+        needs=tuple(places.ended(base, seed) for base in spec.start.values()),
         command=("run", str(places.recipe(spec)), *command),
         log=_beside(folder, LOG),
         resumable=folder / "checkpoints",
@@ -169,7 +177,7 @@ def _settings(places: Places, spec: RunSpec, seed: int) -> list[str]:
 
 def _build(places: Places, name: str, seed: int) -> Task:
     bank, folder = places.study.banks[name], places.bank(name, seed)
-    options, needs = [*bank.options], [places.summary(bank.actor, seed)]
+    options, needs = [*bank.options], [places.ended(bank.actor, seed)]
     if bank.states_from is not None:
         options += ["--states-from", str(places.bank(bank.states_from, seed))]
         needs.append(places.manifest(bank.states_from, seed))
@@ -197,7 +205,7 @@ def _score(places: Places, cell: str, spec: RunSpec, seed: int) -> Task:
     return Task(
         key=f"{cell} on the banks, seed {seed}",
         makes=tuple(places.scores(bank, cell, seed) / "scores.json" for bank in banks),
-        needs=(*(places.manifest(bank, seed) for bank in banks), places.summary(cell, seed)),
+        needs=(*(places.manifest(bank, seed) for bank in banks), places.ended(cell, seed)),
         of=places.run(cell, seed) / METRICS,
         command=(
             "evaluate", "bank", "score", first, str(places.recipe(spec)),
@@ -213,7 +221,7 @@ def run_all(tasks: Sequence[Task], console: Console, jobs: int = 1) -> None:
     """Do what is left, up to `jobs` tasks at once, each after those that it needs.
 
     Raises GenacError at the first that fails, with the end of its log; those that run beside it end first.
-    Raises StopRequested on SIGTERM or SIGUSR1, once what ran has saved and ended.
+    Raises StopRequested on a signal of STOPS, once what ran has saved and ended.
     """
     left = [task for task in tasks if not task.done]
     if len(left) < len(tasks):
@@ -240,7 +248,7 @@ def _told_to_stop() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise _stopped()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
     finally:
@@ -266,12 +274,17 @@ class _Running:
     def __init__(self, task: Task) -> None:
         begun = task.resumable is not None and any(task.resumable.glob("*/manifest.json"))
         task.log.parent.mkdir(parents=True, exist_ok=True)
+        if task.ended is not None:
+            task.ended.unlink(missing_ok=True)  # of a run that was removed
         if task.made_from:
             _beside(task.folder, STAMP).write_text(task.made_from + "\n", encoding="utf-8")
         words = [sys.executable, "-m", "genac_megatron", *task.command, *(["--resume"] if begun else [])]
         self.task = task
         with task.log.open("a") as log:
-            self.process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+            # A session of its own: Ctrl-C is passed on once, by us, and a second one would cut it short.
+            self.process = subprocess.Popen(
+                words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
 
 def _ready(left: Sequence[Task], running: Mapping[str, _Running]) -> Task | None:
@@ -300,6 +313,8 @@ def _failure(ended: _Running) -> GenacError | None:
     task, code = ended.task, ended.process.returncode
     if code == EXIT_REQUEUE:
         return _stopped()
+    if not code and task.ended is not None:
+        task.ended.touch()
     if code or not task.done:
         lines = task.log.read_text(errors="replace").splitlines()[-TAIL:]
         return GenacError(

@@ -17,6 +17,7 @@ Paths are relative to the file. `start` names, per role, the base run whose weig
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,11 +100,13 @@ class Cell(Block):
 def read_study(path: Path) -> Study:
     """Raises InputError where the file, or one that it extends, is not a study."""
     try:
-        return Study.model_validate(_read(path, ()))
+        study = Study.model_validate(_read(path, ()))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"'{place}': {first['msg']}", where=str(path)) from None
+    _check_names(study, str(path))
+    return study
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> Any:
@@ -132,6 +135,41 @@ def _merged(base: Any, over: Any) -> Any:
     return {key: value for key, value in both.items() if value is not None}
 
 
+def _check_names(study: Study, where: str) -> None:
+    """What names something names what is there. Raises InputError."""
+    for name, base in study.base.items():
+        _need(base.over, study.axes, f"the base run '{name}' is made over", "axis", where)
+    known: list[str] = []
+    for name, spec in bases_of(study):
+        # Those before it: they are made in this order.
+        _need(spec.start.values(), known, f"the base run '{name}' starts from", "base run before it", where)
+        known.append(name)
+    for name, bank in study.banks.items():
+        _need([bank.actor], known, f"the bank '{name}' is of the actor", "base run", where)
+        others = [other for other in (bank.states_from, bank.p_bar_of) if other is not None]
+        _need(others, study.banks, f"the bank '{name}' looks at", "bank", where)
+    cells = cells_of(study, where)
+    labels = {cell.label for cell in cells}
+    _need([study.reference] if study.reference else [], labels, "the reference is", "cell's label", where)
+    for lines in study.lines:
+        _need([lines.x, lines.lines], study.axes, f"the lines of {lines.figure} are over", "axis", where)
+    if both := sorted({cell.name for cell in cells} & {*known}):
+        raise InputError(
+            f"a base run and a cell are both called {', '.join(both)}",
+            where=where,
+            way_out="give one of them another name: their runs' folders have it",
+        )
+
+
+def _need(names: Iterable[str], known: Collection[str], who: str, what: str, where: str) -> None:
+    for name in names:
+        if name not in known:
+            there = ", ".join(known) or "none"
+            raise InputError(
+                f"{who} '{name}', which is no {what}", where=where, way_out=f"there are: {there}"
+            )
+
+
 def cells_of(study: Study, where: str = "") -> list[Cell]:
     """All cells: those named, then every combination of the axes' options. Raises InputError."""
     made = [Cell(name=n, label=s.label or n, options={}, spec=s) for n, s in study.cells.items()]
@@ -141,20 +179,17 @@ def cells_of(study: Study, where: str = "") -> list[Cell]:
     for cell in made:
         if cell.spec.recipe is None:
             raise InputError(f"the cell '{cell.name}' has no recipe", where=where)
-        for role, base in cell.spec.start.items():
-            if base not in {name for name, _ in bases_of(study)}:
-                raise InputError(
-                    f"the cell '{cell.name}' starts its {role} from '{base}', which is no base run",
-                    where=where,
-                    way_out=f"base runs are: {', '.join(name for name, _ in bases_of(study))}",
-                )
+        bases = [name for name, _ in bases_of(study)]
+        _need(cell.spec.start.values(), bases, f"the cell '{cell.name}' starts from", "base run", where)
     return made
 
 
 def swept(study: Study, seeds: list[int]) -> tuple[list[int], list[int]]:
     """Seeds with which every cell is run, and those with which the best of each label is."""
+    if not study.sweep_seeds:
+        return seeds, []
     first = [seed for seed in seeds if seed in study.sweep_seeds]
-    return (first, [seed for seed in seeds if seed not in first]) if first else (seeds, [])
+    return first, [seed for seed in seeds if seed not in first]
 
 
 def _combined(chosen: list[tuple[str, tuple[str, RunSpec]]]) -> Cell:
@@ -164,9 +199,17 @@ def _combined(chosen: list[tuple[str, tuple[str, RunSpec]]]) -> Cell:
     for _, (_, spec) in chosen:
         recipe = spec.recipe or recipe
         settings += spec.set
-        start |= {role: base.format(**names) for role, base in spec.start.items()}
+        start |= {role: _filled(base, names) for role, base in spec.start.items()}
     spec = RunSpec(recipe=recipe, set=settings, start=start)
     return Cell(name="-".join(names.values()), label="-".join(labels.values()), options=labels, spec=spec)
+
+
+def _filled(name: str, options: dict[str, str]) -> str:
+    """With options in place of {axis}; as it stands where that is no axis."""
+    try:
+        return name.format(**options)
+    except (KeyError, IndexError, ValueError):
+        return name
 
 
 def bases_of(study: Study) -> list[tuple[str, RunSpec]]:
@@ -176,7 +219,7 @@ def bases_of(study: Study) -> list[tuple[str, RunSpec]]:
         for options in itertools.product(*(study.axes[axis].items() for axis in base.over)):
             names = dict(zip(base.over, (option for option, _ in options), strict=True))
             settings = [*base.set, *(text for _, spec in options for text in spec.set)]
-            start = {role: other.format(**names) for role, other in base.start.items()}
+            start = {role: _filled(other, names) for role, other in base.start.items()}
             made.append(
                 ("-".join([name, *names.values()]), RunSpec(recipe=base.recipe, set=settings, start=start))
             )

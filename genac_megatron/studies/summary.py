@@ -48,18 +48,25 @@ def mean(values: Sequence[float]) -> Mean:
 def best_cells(study: Study, records: Sequence[Record]) -> dict[str, list[Record]]:
     """By label, the records of its cell whose `best` figure has the least mean, or of its only one.
 
-    Where the study has seeds for its sweeps, only they say which is best.
+    Where the study has seeds for its sweeps and a label has records of them, only they say which is best.
     """
     by_label: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         by_label.setdefault(record["label"], {}).setdefault(record["cell"], []).append(record)
 
-    def rank(members: list[Record]) -> float:
-        counted = [r for r in members if not study.sweep_seeds or r["seed"] in study.sweep_seeds]
-        value = mean([r["figures"].get(study.best, math.nan) for r in counted]).value
-        return value if math.isfinite(value) else math.inf
+    def best(cells: dict[str, list[Record]]) -> list[Record]:
+        seeds = {record["seed"] for members in cells.values() for record in members}
+        seeds = (seeds & {*study.sweep_seeds}) or seeds
 
-    return {label: min(cells.values(), key=rank) for label, cells in by_label.items()}
+        def rank(members: list[Record]) -> float:
+            value = mean(
+                [r["figures"].get(study.best, math.nan) for r in members if r["seed"] in seeds]
+            ).value
+            return value if math.isfinite(value) else math.inf
+
+        return min(cells.values(), key=rank)
+
+    return {label: best(cells) for label, cells in by_label.items()}
 
 
 def at_equal_cost(records: Sequence[Record], key: str = "flops") -> dict[tuple[str, int], float]:

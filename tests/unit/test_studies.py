@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
 from genac_megatron.models.sizes import parameters
@@ -80,7 +81,7 @@ def test_every_run_comes_after_what_it_starts_from(tmp_path: Path) -> None:
             if "model.checkpoint=" in word:
                 name, _, seed = Path(word.split("=")[1]).name.rpartition("-s")
                 assert keys.index(f"{name}, seed {seed}") < keys.index(task.key)
-                assert tmp_path / "work" / "scaling" / f"{name}-s{seed}/report/summary.json" in task.needs
+                assert tmp_path / "work" / "scaling" / f"{name}-s{seed}.ended" in task.needs
     for place, task in enumerate(tasks):
         assert set(task.needs) <= {path for before in tasks[:place] for path in before.makes}
         if "--name" in task.command:  # scores need both banks and the critic, which is loaded once
@@ -146,6 +147,42 @@ def test_a_start_that_is_no_base_is_named(tmp_path: Path) -> None:
         read_study(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base": {"actor": {"recipe": "a", "start": {"actor": "body"}}, "body": {"recipe": "a"}}}, "body"),
+        ({"base": {"actor": {"recipe": "a", "over": ["sise"]}}}, "sise"),
+        ({"base": {"actor": {"recipe": "a", "start": {"critic": "body-{critic}"}}}}, "body-{critic}"),
+        ({"banks": {"in": {"recipe": "a", "actor": "body"}}}, "body"),
+        ({"banks": {"in": {"recipe": "a", "actor": "actor", "p_bar_of": "out"}}}, "out"),
+        ({"banks": {"in": {"recipe": "a", "actor": "actor", "states_from": "out"}}}, "out"),
+        ({"reference": "l-dense"}, "l-dense"),
+        ({"lines": [{"figure": "in/mse", "x": "width", "lines": "critic"}]}, "width"),
+        ({"cells": {"actor": {"recipe": "a"}}}, "both called actor"),
+    ],
+)  # fmt: skip
+def test_a_name_of_nothing_is_refused_with_what_there_is(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY))
+    assert read_study(path).name == "scaling"
+    path.write_text(yaml.safe_dump({**STUDY, **change}))
+    with pytest.raises(InputError, match=said) as caught:
+        read_study(path)
+    assert "way out" in str(caught.value)
+
+
+def test_a_sweep_that_is_not_run_names_no_best(tmp_path: Path, recipes: None, capsys: Any) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "sweep_seeds": [1]}, sort_keys=False))
+    words = ["study", str(path), "--seeds", "2", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "of s-dense-1, s-dense-2, m-dense-1, m-dense-2\n" in said
+    assert "begin with --seeds 1" in said
+
+
 def test_flops_are_two_per_weight_forward_and_six_in_training() -> None:
     shapes = {"actor": shape(True), "critic": shape(False)}
     assert multiplied(shapes["actor"]) == parameters(shapes["actor"])
@@ -204,7 +241,13 @@ def test_a_sweep_is_decided_by_its_own_seeds() -> None:
     ]
     assert [r["seed"] for r in best_cells(study, records)["s-dense"]] == [1, 2]
     assert swept(study, [1, 2]) == ([1], [2])
-    assert swept(study, [2]) == ([2], []), "nobody has said which is best"
+    assert swept(study, [2]) == ([], [2])
+    later = [
+        record("s-dense-1", "s-dense", 2, **{"critic/brier": 0.5}),
+        record("s-dense-2", "s-dense", 2, **{"critic/brier": 0.1}),
+    ]
+    (best,) = best_cells(study, later)["s-dense"]
+    assert best["cell"] == "s-dense-2", "without the sweep's seed, by those that there are"
 
 
 def test_accuracy_at_equal_cost_lies_between_two_evaluations() -> None:

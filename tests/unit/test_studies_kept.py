@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import yaml
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
-from genac_megatron.studies.collect import records_of
+from genac_megatron.studies.collect import records_of, scores_of
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
-from genac_megatron.studies.runner import STAMP, Places, tasks_of
+from genac_megatron.studies.runner import ENDED, STAMP, Places, tasks_of
 from genac_megatron.studies.schema import read_study
 
 STUDY: dict[str, Any] = {
@@ -70,8 +71,16 @@ def record(folder: Path, cell: str, seed: int, **figures: float) -> dict[str, An
 def begun(folder: Path, cell: str, seed: int) -> Path:
     run = folder / "work" / "tiny" / f"{cell}-s{seed}"
     (run / "report").mkdir(parents=True)
-    run.with_suffix(STAMP).write_text(digests_of(places(folder)).runs[cell] + "\n")
+    stamp(run, digests_of(places(folder)).runs[cell])
     return run
+
+
+def stamp(made: Path, digest: str) -> None:
+    made.with_name(made.name + STAMP).write_text(digest + "\n")
+
+
+def ended(run: Path) -> None:
+    run.with_name(run.name + ENDED).touch()
 
 
 @pytest.mark.parametrize(
@@ -122,11 +131,12 @@ def test_what_stands_in_figures_is_not_run_nor_what_it_alone_would_need(folder: 
 
 
 def test_a_run_that_has_ended_counts_more_than_its_figures(folder: Path) -> None:
-    """One that was stopped does not; nor do scores of an earlier run of the cell."""
+    """One that was stopped does not, should it have a report; nor do scores of an earlier run."""
     written(folder, record(folder, "a", 1), record(folder, "b", 1))
     run = begun(folder, "a", 1)
-    assert set(kept_records(places(folder))) == {("a", 1), ("b", 1)}
     (run / "report" / "summary.json").write_text("{}")
+    assert set(kept_records(places(folder))) == {("a", 1), ("b", 1)}
+    ended(run)
     assert set(kept_records(places(folder))) == {("b", 1)}
     *_, score = tasks_of(places(folder), [1], kept=[("b", 1)])
     assert score.key == "a on the banks, seed 1"
@@ -137,16 +147,33 @@ def test_a_run_that_has_ended_counts_more_than_its_figures(folder: Path) -> None
     metrics = run / "metrics.jsonl"
     metrics.write_text("")
     os.utime(metrics, (1, scores.stat().st_mtime - 10))
+    stamp(folder / "work" / "tiny" / "bank-in-s1", digests_of(places(folder)).banks["in"])
     seen.append(score.done)
     os.utime(metrics, (1, scores.stat().st_mtime + 10))
     seen.append(score.done)
     assert seen == [False, True, False]
 
 
+def test_scores_of_another_bank_or_run_are_nobodys_figures(folder: Path) -> None:
+    run = begun(folder, "a", 1)
+    (run / "metrics.jsonl").write_text("")
+    bank = folder / "work" / "tiny" / "bank-in-s1"
+    scores = bank / "scores" / "a" / "scores.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text('{"figures": {"mse": {"value": 0.25}, "bias": 0.5}}')
+    stamp(bank, digests_of(places(folder)).banks["in"])
+    assert scores_of(places(folder), "in", "a", 1) == {"in/mse": 0.25, "in/bias": 0.5}
+    os.utime(run / "metrics.jsonl", (1, scores.stat().st_mtime + 10))
+    assert scores_of(places(folder), "in", "a", 1) == {}
+    os.utime(run / "metrics.jsonl", (1, 1))
+    change(folder, "study.yaml", banks={"in": STUDY["banks"]["in"] | {"options": ["--prompts", "9"]}})
+    assert scores_of(places(folder), "in", "a", 1) == {}
+
+
 def test_a_run_of_an_edited_recipe_is_not_taken_for_its_own(folder: Path) -> None:
     """Nor one of which nothing says what it was made from; what the edit does not touch goes on."""
     for cell in "ab":
-        (begun(folder, cell, 1) / "report" / "summary.json").write_text("{}")
+        ended(begun(folder, cell, 1))
     change(folder, "a.yaml", steps=4)  # b sets its own
     with pytest.raises(InputError, match=r"from what: a-s1\n") as caught:
         tasks_of(places(folder), [1])
@@ -155,6 +182,19 @@ def test_a_run_of_an_edited_recipe_is_not_taken_for_its_own(folder: Path) -> Non
     (folder / "work" / "tiny" / f"b-s1{STAMP}").unlink()
     with pytest.raises(InputError, match="a-s1, b-s1"):
         tasks_of(places(folder), [1])
+
+
+def test_a_file_counts_by_what_is_in_it(folder: Path) -> None:
+    template = folder / "critic.txt"
+    template.write_text("How likely?")
+    change(folder, "a.yaml", template="./critic.txt")
+    before = digests_of(places(folder)).runs
+    (folder / "elsewhere").mkdir()
+    moved = shutil.copytree(folder, folder.with_name(folder.name + "-clone"))
+    assert digests_of(places(moved)).runs == before
+    template.write_text("How good?")
+    after = digests_of(places(folder)).runs
+    assert {cell for cell in "ab" if before[cell] != after[cell]} == {"a", "b"}
 
 
 def test_a_bank_knows_the_banks_that_it_looks_at(folder: Path) -> None:
