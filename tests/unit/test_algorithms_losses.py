@@ -16,8 +16,11 @@ from genac_megatron.algorithms.losses import (
     make_ppo_loss,
     make_reinforce_loss,
     make_sft_loss,
+    make_value_loss,
+    means,
     token_weights,
 )
+from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import LossConfig
 
 configs = st.builds(
@@ -48,8 +51,14 @@ def tensors(made: Rows, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
         "advantages": advantages,
         "old": logp - drift,
         "behaviour": logp - drift - gap,
+        "targets": advantages,  # of a value loss
     }
     return logp.clone().requires_grad_(), entropy.clone().requires_grad_(), fields
+
+
+def critics(config: LossConfig) -> CriticLossConfig:
+    """What REINFORCE has of the same."""
+    return CriticLossConfig(tis_cap=config.tis_cap, entropy_coef=config.entropy_coef)
 
 
 # --- slow references, one token at a time, on plain floats ------------------------------------------
@@ -130,7 +139,7 @@ def near_cap(config: LossConfig, row: tuple[float, ...]) -> bool:
 @given(rows, configs)
 def test_reinforce_against_the_formula(made: Rows, config: LossConfig) -> None:
     logp, entropy, fields = tensors(made)
-    loss, stats = make_reinforce_loss(config)(logp, entropy, fields)
+    loss, stats = make_reinforce_loss(critics(config))(logp, entropy, fields)
     loss.backward()
     total = 0.0
     for t, (_, _, _, a, h, w) in enumerate(made):
@@ -192,7 +201,8 @@ def test_gradients_numerically() -> None:
 LOSSES: dict[str, Callable[[], Loss]] = {
     "sft": make_sft_loss,
     "ppo": lambda: make_ppo_loss(LossConfig(entropy_coef=0.01)),
-    "reinforce": lambda: make_reinforce_loss(LossConfig(entropy_coef=0.01)),
+    "reinforce": lambda: make_reinforce_loss(CriticLossConfig(entropy_coef=0.01)),
+    "value": lambda: make_value_loss(0.2),
 }
 
 
@@ -243,7 +253,7 @@ def test_absurd_ratios_stay_finite(advantage: float, drift: float, dual_clip: fl
         "behaviour": logp.detach() + drift,
     }
     for config in (LossConfig(dual_clip=dual_clip), LossConfig(dual_clip=dual_clip, tis_cap=None)):
-        for loss in (make_ppo_loss(config), make_reinforce_loss(config)):
+        for loss in (make_ppo_loss(config), make_reinforce_loss(critics(config))):
             value, stats = loss(logp, None, fields)
             (grad,) = torch.autograd.grad(value, logp)
             assert all(torch.isfinite(x).all() for x in (value, grad, *stats.values()))
@@ -251,7 +261,7 @@ def test_absurd_ratios_stay_finite(advantage: float, drift: float, dual_clip: fl
 
 
 def test_an_entropy_bonus_needs_the_entropy() -> None:
-    for make in (make_ppo_loss, make_reinforce_loss):
+    for make in (make_ppo_loss, lambda config: make_reinforce_loss(critics(config))):
         logp, _, fields = tensors([(-1.0, 0.0, 0.0, 1.0, 0.0, 1.0)])
         with pytest.raises(ValueError, match="entropy"):
             make(LossConfig(entropy_coef=0.1))(logp, None, fields)
@@ -296,3 +306,19 @@ def test_the_kl_term_is_k3_to_the_reference_with_its_gradient() -> None:
     slopes = [0.1 * w * (1 - math.exp(d)) for w, d in zip((0.25, 0.75), difference, strict=True)]
     assert logp.grad is not None
     assert logp.grad.tolist() == pytest.approx(slopes)
+
+
+def test_figures_of_weights_that_do_not_sum_to_one_are_means_over_tokens() -> None:
+    """Dr.GRPO divides by the longest length that there may be: lengths 10, 20, 30 of 64 sum to 0.3125."""
+    lengths = torch.tensor([10, 20, 30])
+    weights = token_weights(lengths, "constant", 64).repeat_interleave(lengths)
+    logp = torch.full((60,), -1.0)
+    fields = {"weights": weights, "advantages": torch.ones(60), "behaviour": logp}
+    _, stats = make_ppo_loss(LossConfig(aggregate="constant"))(logp, torch.full((60,), 2.0), fields)
+    summed = {key: float(value) for key, value in stats.items()} | {"nll": 0.7}
+    found = means(summed, float(weights.sum()))
+    assert summed["ratio"] == pytest.approx(0.3125)
+    assert {key: found[key] for key in ("ratio", "tis", "entropy", "clip_share", "nll")} == pytest.approx(
+        {"ratio": 1.0, "tis": 1.0, "entropy": 2.0, "clip_share": 0.0, "nll": 0.7}
+    )
+    assert means(summed, 0.0) == summed, "nothing was trained"

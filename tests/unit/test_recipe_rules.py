@@ -114,6 +114,13 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.engine={kind: sglang, engines: 2, nodes: [0, 1], host: 10.0.0.1}", "leave host out"),
         ("roles.actor.engine={kind: sglang, nodes: [1], urls: ['http://x']}", "take nodes out"),
         ("roles.actor.engine={kind: sglang, engines: 2, tp: 2, gpus: [0, 1]}", "names 2 GPUs, its 2 servers"),
+        ("stages.3.critic_loss.clip_low=0.1", "unknown key 'stages.3.critic_loss.clip_low'"),
+        ("stages.2.loss.kl_coef=0.1", "unknown key 'stages.2.loss.kl_coef'"),
+        ("stages.2.loss.aggregate=constant", "'token' or 'sequence'"),
+        ("stages.3.actor_loss.dual_clip=0.9", "greater than 1"),
+        ("stages=[{kind: policy, algorithm: {kind: grpo}, critic_optimizer: {lr: 1e-5}}]", "no critic that"),
+        ("stages=[{kind: policy, algorithm: {kind: dapo, overlong: {cache: 200}}, rollout: "
+         "{max_new_tokens: 100}}]", "lower algorithm.overlong.cache, for example to 25"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_where_it_stands(path: Path, override: str, said: str | None):
@@ -126,6 +133,31 @@ def test_what_does_not_fit_is_refused_where_it_stands(path: Path, override: str,
         load_recipe(path, [override])
     assert said in str(caught.value)
     assert caught.value.where.startswith((str(path), "override"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("{kind: policy, algorithm: {kind: ppo, value: {at_cuts: true}}}", "at_cuts moves the places"),
+        ("{kind: value, value: {at_cuts: true}}", "at_cuts moves the places"),
+        ("{kind: value, value: {lam_actor: 0.9}}", "unknown key 'stages.0.value.lam_actor'"),
+        (
+            "{kind: policy, algorithm: {kind: vapo, value: {lam_actor: 0.9}}}",
+            "lam_actor 0.9 and length_alpha",
+        ),
+        (
+            "{kind: policy, algorithm: {kind: vc_ppo, value: {length_alpha: 0.1}}}",
+            "lam_actor 0.95 and length",
+        ),
+    ],
+)
+def test_what_a_scalar_critic_would_not_read_is_refused(path: Path, stage: str, said: str):
+    scalar = ["roles.critic.model.head=value"]
+    kept = "{kind: policy, algorithm: {kind: vapo, value: {lam_actor: 0.9, length_alpha: null}}}"
+    check(load_recipe(path, [*scalar, f"stages=[{kept}]"]))
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, [*scalar, f"stages=[{stage}]"])
+    assert said in str(caught.value)
 
 
 def test_traces_of_the_exact_teacher_need_a_task_that_has_one(path: Path):
