@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genac_megatron.algorithms.advantages import whiten
+from genac_megatron.algorithms.baselines.dapo import dapo, overlong_penalty
 from genac_megatron.algorithms.baselines.dr_grpo import dr_grpo
 from genac_megatron.algorithms.baselines.grpo import grpo
 from genac_megatron.algorithms.baselines.reinforce_pp import reinforce_pp
@@ -49,6 +50,37 @@ def test_group_advantages(case: dict[str, Any], key: str, ours: Any) -> None:
     got = ours(table(case, "outcomes")).flatten()
     for mine, theirs in zip(got.tolist(), rows(case, key), strict=True):
         assert theirs.tolist() == pytest.approx([mine] * len(theirs), **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dapo_of_verls_reward_manager(case: dict[str, Any]) -> None:
+    """Rewards are float32 there: 1e-5 of figures of about 1, over deviations of 0.1 and more."""
+    outcomes, lengths = table(case, "outcomes"), table(case, "lengths")
+    penalty = overlong_penalty(lengths, ORACLE["longest"], ORACLE["cache"])
+    last = [row[n - 1] for row, n in zip(case["dapo_rewards"], case["lengths"], strict=True)]
+    assert (2 * outcomes - 1 + penalty).flatten().tolist() == pytest.approx(last, abs=1e-6)
+    assert penalty.any()
+    got = dapo(outcomes, penalty).flatten()
+    for mine, theirs in zip(got.tolist(), rows(case, "dapo"), strict=True):
+        assert theirs.tolist() == pytest.approx([mine] * len(theirs), abs=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kl_term_is_verls_low_variance_one(case: dict[str, Any]) -> None:
+    lengths = torch.tensor(case["lengths"])
+    logp, old = flat(case, "logp"), flat(case, "old")
+    weights = token_weights(lengths).double().repeat_interleave(lengths)
+    fields = {"weights": weights, "advantages": torch.zeros_like(old), "behaviour": old, "reference": old}
+    loss, stats = make_ppo_loss(LossConfig(kl_coef=0.5))(logp, None, fields)
+    wanted = (weights * flat(case, "kl")).sum().item()
+    assert stats["kl_reference"].item() == pytest.approx(wanted, **CLOSE)
+    assert loss.item() == pytest.approx(0.5 * wanted, **CLOSE)
+
+
+def test_some_tokens_are_beyond_the_dual_clip() -> None:
+    """Else the losses above would not show it."""
+    far = [((flat(c, "logp") - flat(c, "old")).exp() > 3) & (flat(c, "advantages") < 0) for c in CASES]
+    assert sum(int(tokens.sum()) for tokens in far) >= 3
 
 
 def biased(case: dict[str, Any]) -> float:
