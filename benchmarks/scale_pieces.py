@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.machine import save, table
-from genac_megatron.recipe.schema import LossConfig
+from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.batch import Batch, critic_samples
 from genac_megatron.stages.rollouts import Group
@@ -65,7 +65,7 @@ def main() -> None:
     states = GROUPS * (1 + SAMPLES * (STATES - 1))
     tokens = GROUPS * SAMPLES * RESPONSE + states * JUDGEMENT  # sampled ones
     packed = pickle.dumps(groups)
-    trained = LossConfig()
+    trained = CriticLossConfig()
     figures = {
         "bytes per sampled token": len(packed) / tokens,
         "pickle, ns per sampled token": cpu_s(lambda: pickle.dumps(groups)) / tokens * 1e9,

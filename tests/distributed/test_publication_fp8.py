@@ -75,7 +75,7 @@ def parity(role: Any, completions: Any) -> dict[str, float]:
 def tis(role: Any, completions: Any) -> tuple[float, float]:
     """The mean truncated importance weight by the loss's own figures, and from the log-probs. Collective."""
     from genac_megatron.algorithms.losses import make_reinforce_loss
-    from genac_megatron.recipe.schema import LossConfig
+    from genac_megatron.recipe.algorithms import CriticLossConfig
 
     samples = samples_of(completions)
     total = sum(sample.trained for sample in samples)
@@ -83,10 +83,10 @@ def tis(role: Any, completions: Any) -> tuple[float, float]:
     by_hand = 0.0
     for sample, logprobs in zip(samples, trainer, strict=True):
         ratios = torch.tensor(logprobs) - torch.tensor(sample.fields["behaviour"])
-        by_hand += float(ratios.exp().clamp(max=LossConfig().tis_cap).sum()) / total
+        by_hand += float(ratios.exp().clamp(max=CriticLossConfig().tis_cap).sum()) / total
         sample.fields |= {"weights": [1 / total] * sample.trained, "advantages": [1.0] * sample.trained}
     role.begin_stage(None, 10)
-    result = role.train_step(samples, make_reinforce_loss(LossConfig()), temperature=TEMPERATURE)
+    result = role.train_step(samples, make_reinforce_loss(CriticLossConfig()), temperature=TEMPERATURE)
     return result.stats["tis"], by_hand
 
 
