@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from genac_megatron.errors import PeerLost
 from genac_megatron.recipe.schema import TeacherConfig
-from genac_megatron.serving.chat import ChatEndpoint, Messages
+from genac_megatron.serving.chat import Answer, ChatEndpoint, Messages, Names, Refusal
 
 
 def ask_endpoint(
     config: TeacherConfig, batch: Sequence[Messages], max_tokens: int, temperature: float = 1.0
 ) -> list[str | None]:
-    """The endpoint's answer to each chat of `batch`, in order; None where all attempts at it failed.
+    """The endpoint's answer to each chat of `batch`, in order; None where it is refused or attempts failed.
 
     At most `concurrency` requests are open at once; what is tried again: see ChatEndpoint. Raises
-    InputError where url, model or the key is missing or refused, PeerLost where every request failed.
+    InputError where url, model, the key or every request is refused, PeerLost where none was answered.
     """
     endpoint = ChatEndpoint(
         config.url,
@@ -25,16 +25,20 @@ def ask_endpoint(
         concurrency=config.concurrency,
         attempts=config.attempts,
         who="teacher",
-        where="teacher",
+        names=Names.of("teacher"),
     )
     try:
         answers = endpoint.ask_all(batch, max_tokens, temperature)
     finally:
         endpoint.close()
-    if answers and all(answer is None for answer in answers):
+    refused = [answer for answer in answers if isinstance(answer, Refusal)]
+    if answers and len(refused) == len(answers):
+        raise endpoint.refused_all(len(refused), refused[-1])
+    if answers and not any(isinstance(answer, Answer) for answer in answers):
+        also = f"; it refused {len(refused)} of them, the last with {refused[-1]}" if refused else ""
         raise PeerLost(
-            f"the teacher answered none of {len(answers)} requests",
+            f"the teacher answered none of {len(answers)} requests{also}",
             where=endpoint.url,
             way_out="see that the endpoint is up; raise teacher.timeout_s or lower teacher.concurrency",
         )
-    return [None if answer is None else answer.text for answer in answers]
+    return [answer.text if isinstance(answer, Answer) else None for answer in answers]

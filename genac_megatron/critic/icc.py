@@ -52,9 +52,11 @@ class IccState:
             raise ValueError(f"momentum must lie in [0, 1], got {self.momentum}")
 
     @classmethod
-    def from_evaluation(cls, outcomes: Sequence[float], momentum: float = 0.9, seed: int = 0) -> IccState:
-        """The state at step 0, seeded by the outcomes of a first evaluation of the actor."""
-        return cls(p_bar=_mean(outcomes), momentum=momentum, seed=seed)
+    def from_evaluation(
+        cls, outcomes: Sequence[float], momentum: float = 0.9, seed: int = 0, step: int = 0
+    ) -> IccState:
+        """The state seeded by the outcomes of a first evaluation of the actor, which is at `step`."""
+        return cls(p_bar=_mean(outcomes), momentum=momentum, seed=seed, step=step)
 
     def update(self, outcomes: Sequence[float], *, advance: bool = True) -> None:
         """p_bar <- momentum * p_bar + (1 - momentum) * mean(outcomes).

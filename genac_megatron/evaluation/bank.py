@@ -16,13 +16,15 @@ A line of bank.jsonl:
     states      response (its place in `responses`; null: the prompt state, which both share), index, cut,
                 end, and draws: the outcomes of K fresh continuations by the actor
 
-manifest.json: format, sha256, plan (seed, task, sampling, states, prompts, continuations, digests of the
-actor), success_rate, p_bar and step (what ICC tells of the actor; p_bar is the success rate, or that of
-another bank), prompts, states, skipped, and `made_from`, for people.
+manifest.json: format, sha256, plan (seed, task, digest of the prompts' texts, sampling, states, prompts,
+continuations, digests of the actor), success_rate, p_bar and step (what ICC tells of the actor; p_bar is the
+success rate, or that of another bank), prompts, states, skipped, and `made_from`, for people.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.parts import Parts, Row
+from genac_megatron.observe.runinfo import jsonable
 from genac_megatron.records import Completion, Prompt, Rollout, State
 
 FORMAT = 1
@@ -109,6 +112,15 @@ def read_bank(folder: Path) -> Bank:
             way_out="give a folder that `genac evaluate bank build` has made",
         )
     return Bank(folder, manifest, [from_row(row) for row in rows])
+
+
+def texts_digest(prompts: Sequence[Prompt]) -> str:
+    """The digest of what prompts say and are verified by; their ids are the tokenizer's matter."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        texts = jsonable([prompt.problem, prompt.messages, prompt.reference, prompt.success])
+        digest.update(json.dumps(texts, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def to_row(number: int, found: BankPrompt) -> Row:

@@ -11,7 +11,7 @@ from typing import Any
 
 from genac_megatron import __version__
 from genac_megatron.critic.states import cut_states
-from genac_megatron.errors import InputError
+from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.bank import (
     FORMAT,
     RIGHT,
@@ -23,10 +23,10 @@ from genac_megatron.evaluation.bank import (
     from_row,
     no_response,
     read_bank,
+    texts_digest,
     to_row,
 )
 from genac_megatron.evaluation.session import (
-    checkpoint_step,
     identity,
     made_from,
     rollout_config,
@@ -36,11 +36,14 @@ from genac_megatron.evaluation.session import (
 )
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.records import Prompt, Rollout, State
+from genac_megatron.stages.heldout import told_step
 from genac_megatron.stages.rollouts import Generator, continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.training.agreement import from_first
 from genac_megatron.training.layout import World
+
+PROMPTS, LIMIT = 128, 64  # of a bank, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,24 @@ class BuildOptions:
 
     out: Path
     checkpoint: str | None = None  # the actor's; None: the recipe's model
-    prompts: int = 128
+    prompts: int | None = None  # None: PROMPTS, or as many as the other bank has
     continuations: int = 32
     samples: int = 8  # responses to every prompt: they make p_bar
-    limit: int = 64  # responses to a prompt at most, while all are right, or all wrong
-    max_new_tokens: int | None = None
+    limit: int | None = None  # responses to a prompt at most, while all are right, or all wrong; None: LIMIT
+    max_new_tokens: int | None = None  # None: the last stage's, or the other bank's
     states_from: Path | None = None  # the same states, under this actor
     p_bar_of: Path | None = None  # a bank of the critics' own tasks: harder ones say less of how strong it is
+    step: int | None = None  # of training, that critics are told; None: the actor's
     chunk: int = 16  # prompts that a rank works on at a time, and loses where it is killed
 
 
 def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptions) -> None:
     """Build the bank, or go on with one that is unfinished. Collective.
 
-    Raises InputError where the folder holds another bank, StopRequested where it was asked to stop.
+    Raises InputError where the folder holds another bank, or options contradict each other; StopRequested
+    where it was asked to stop.
     """
+    check_options(options)
     recipe = with_role(recipe, "actor", options.checkpoint)
     with session(recipe, world, stop, "bank") as run:
         run.publish("actor")
@@ -77,11 +83,26 @@ def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptio
         builder.build()
 
 
+def check_options(options: BuildOptions) -> None:
+    """Raise InputError where an option would be without effect. The same on every rank."""
+    given = {
+        "--prompts": options.prompts,
+        "--limit": options.limit,
+        "--max-new-tokens": options.max_new_tokens,
+    }
+    without = [name for name, value in given.items() if value is not None]
+    if options.states_from is not None and without:
+        what = f"{' and '.join(without)} cannot be given with --states-from: that bank says it"
+        way_out = f"leave {' and '.join(without)} out"
+        raise on_all_ranks(InputError(what, where=str(options.states_from), way_out=way_out))
+
+
 class Builder:
     """One rank's part in building a bank."""
 
     def __init__(self, run: Run, options: BuildOptions, base: Bank | None, told: Bank | None = None) -> None:
         self.run, self.options, self.base, self.told = run, options, base, told
+        self.limit = LIMIT if options.limit is None else options.limit
         self.parts = bank_parts(options.out)
         recipe = run.recipe
         rollout = rollout_config(recipe, options.max_new_tokens if base is None else base.limit)
@@ -94,8 +115,7 @@ class Builder:
             seed=(recipe.seed, "bank"),
             positions=run.actor.shape.max_positions,
         )
-        count = len(base.prompts) if base is not None else min(options.prompts, run.task.heldout_size)
-        self.prompts = run.together(lambda: [self._prompt(number) for number in range(count)])
+        self.prompts = run.together(lambda: [self._prompt(number) for number in range(self._count())])
 
     def plan(self) -> dict[str, Any]:
         """The bank's identity. Collective."""
@@ -106,6 +126,7 @@ class Builder:
             "seed": recipe.seed,
             "actor": identity(self.run, "actor"),
             "task": recipe.task.model_dump(mode="json"),
+            "texts": texts_digest(self.prompts),
             "rollout": {
                 "max_new_tokens": config.max_new_tokens,
                 "temperature": config.temperature,
@@ -115,9 +136,10 @@ class Builder:
             "prompts": len(self.prompts),
             "continuations": self.options.continuations,
             "samples": self.options.samples,
-            "limit": self.options.limit,
+            "limit": self.limit,
             "states_from": None if self.base is None else self.base.manifest["sha256"],
             "p_bar_of": None if self.told is None else self.told.manifest["sha256"],
+            "step": self.options.step,
         }
 
     def build(self) -> None:
@@ -162,6 +184,18 @@ class Builder:
             for pair in pairs
         ]
 
+    def _count(self) -> int:
+        size = self.run.task.heldout_size
+        if self.base is None:
+            return min(self.options.prompts or PROMPTS, size)
+        if len(self.base.prompts) > size:
+            raise InputError(
+                f"it has {len(self.base.prompts)} prompts, the recipe's task {size} held-out ones",
+                where=str(self.base.folder),
+                way_out="use the recipe and task overrides that the bank was built with (task.heldout_size)",
+            )
+        return len(self.base.prompts)
+
     def _prompt(self, number: int) -> Prompt:
         """The prompt, by the task: with states of another bank its verifier must know them."""
         prompt = self.run.task.prompt("heldout", number)
@@ -180,10 +214,10 @@ class Builder:
     async def _responses(self, prompt: Prompt) -> list[Rollout]:
         options = self.options
         found: list[Rollout] = []
-        while len(found) < max(options.limit, options.samples):
+        while len(found) < max(self.limit, options.samples):
             until = len(found) + options.samples
             if found:
-                until = min(until, options.limit)
+                until = min(until, self.limit)
             group = await self.generator.group(prompt, range(len(found), until))
             found += group.rollouts
             if self.base is not None or choose_pair(found) is not None:
@@ -211,7 +245,7 @@ class Builder:
         return from_row(row)
 
     def _finish(self, plan: dict[str, Any]) -> None:
-        rows = [row for _, row in sorted(self.parts.begin(plan).items())]
+        rows = self.parts.whole(plan, [(number,) for number in range(len(self.prompts))])
         found = [from_row(row) for row in rows]
         first = [mean(one.outcomes[: self.options.samples]) for one in found]
         skipped = {kind: sum(one.skipped == kind for one in found) for kind in ("right", "wrong")}
@@ -230,7 +264,7 @@ class Builder:
             "plan": plan,
             "success_rate": mean(first),
             "p_bar": mean(first) if self.told is None else self.told.manifest["p_bar"],
-            "step": checkpoint_step(recipe, "actor"),
+            "step": told_step(recipe) if self.options.step is None else self.options.step,
             "prompts": len(found),
             "states": states,
             "skipped": skipped,

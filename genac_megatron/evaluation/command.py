@@ -48,12 +48,15 @@ def _add_build(steps: Any) -> None:
     _add_recipe(build)
     build.add_argument("--checkpoint", help="the actor's: a run folder, or one checkpoint of it")
     build.add_argument("--out", required=True, help="the bank's folder")
-    build.add_argument("--prompts", type=_positive, default=128, help="held-out prompts")
+    build.add_argument("--prompts", type=_positive, help="held-out prompts (128)")
     build.add_argument("--continuations", type=_two_or_more, default=32, help="K, of each state")
     build.add_argument("--samples", type=_positive, default=8, help="responses to every prompt, for p_bar")
-    build.add_argument("--limit", type=_positive, default=64, help="responses to a prompt at most")
+    build.add_argument("--limit", type=_positive, help="responses to a prompt at most (64)")
     build.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
     build.add_argument("--states-from", metavar="BANK", help="the same states again, under this actor")
+    build.add_argument(
+        "--step", type=int, dest="told_step", help="of training, that critics are told; else the actor's"
+    )
     build.add_argument(
         "--p-bar-of",
         metavar="BANK",
@@ -70,6 +73,9 @@ def _add_score(steps: Any) -> None:
         "--also", action="append", default=[], metavar="BANK", help="another bank, by the critic once loaded"
     )
     score.add_argument("--checkpoint", help="the critic's: a run folder, or one checkpoint of it")
+    score.add_argument(
+        "--again", action="store_true", help="put these in the place of other scores of that name"
+    )
     score.add_argument("--icc", choices=("on", "off", "shuffled"), help="else as the recipe says")
     score.add_argument("--name", help="of the scores: BANK/scores/NAME")
 
@@ -88,8 +94,8 @@ def _add_task(kinds: Any) -> None:
     task.add_argument("--url", help="an OpenAI-compatible server instead of a recipe: its base, .../v1")
     task.add_argument("--model", help="its model")
     task.add_argument("--api-key-env", help="the environment variable that holds its key")
-    task.add_argument("--concurrency", type=_positive, default=32, help="requests at a time")
-    task.add_argument("--timeout", type=float, default=1800.0, help="seconds for one request")
+    task.add_argument("--concurrency", type=_positive, help="requests at a time, else 32")
+    task.add_argument("--timeout", type=float, help="seconds for one request, else 1800")
     task.add_argument("--out", required=True, help="a folder for samples and results")
     task.add_argument(
         "--path", action="append", default=[], metavar="[NAME=]FILE", help="read its questions there"
@@ -132,6 +138,7 @@ def _build_job(options: argparse.Namespace) -> Job:
             max_new_tokens=options.max_new_tokens,
             states_from=_path(options.states_from),
             p_bar_of=_path(options.p_bar_of),
+            step=options.told_step,
             chunk=options.chunk,
         )
         build_bank(recipe, world, stop, wanted)
@@ -144,7 +151,7 @@ def _score_job(options: argparse.Namespace) -> Job:
         from genac_megatron.evaluation.scoring import ScoreOptions, score_bank
 
         banks = tuple(Path(bank) for bank in (options.bank, *options.also))
-        wanted = ScoreOptions(banks, options.checkpoint, options.icc, options.name)
+        wanted = ScoreOptions(banks, options.checkpoint, options.icc, options.name, again=options.again)
         score_bank(recipe, world, stop, wanted)
 
     return job
@@ -173,6 +180,22 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
         seed=options.seed,
         checkpoint=options.checkpoint,
     )
+    _check_task(options)
+    if options.url is not None:
+        limits = {"concurrency": options.concurrency, "timeout_s": options.timeout}
+        more = {key: value for key, value in limits.items() if value is not None}
+        server = ServerOptions(options.url, options.model or "", options.api_key_env, **more)
+        print(try_server(server, wanted))
+        return EXIT_OK
+
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        try_actor(recipe, world, stop, wanted)
+
+    return in_ranks(_recipe(options), given, job)
+
+
+def _check_task(options: argparse.Namespace) -> None:
+    """Raise InputError where neither or both of recipe and server are given, or an option of the other."""
     if (options.url is None) == (options.recipe is None):
         raise InputError(
             "give a recipe, or --url and --model: one of the two",
@@ -181,16 +204,20 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
             "genac evaluate task math500 --url http://host:port/v1 --model NAME --out FOLDER",
         )
     if options.url is not None:
-        server = ServerOptions(
-            options.url, options.model or "", options.api_key_env, options.concurrency, options.timeout
-        )
-        print(try_server(server, wanted))
-        return EXIT_OK
-
-    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
-        try_actor(recipe, world, stop, wanted)
-
-    return in_ranks(_recipe(options), given, job)
+        kind, other = "a server (--url)", {"--checkpoint": options.checkpoint, "--override": options.override}
+        way_out = "leave it out; a server's model is named by --model"
+    else:
+        kind = "a recipe"
+        other = {
+            "--model": options.model,
+            "--api-key-env": options.api_key_env,
+            "--concurrency": options.concurrency,
+            "--timeout": options.timeout,
+        }
+        way_out = "leave it out, or give --url instead of the recipe"
+    for name, value in other.items():
+        if value not in (None, []):
+            raise InputError(f"{kind} takes no {name}", where="genac evaluate task", way_out=way_out)
 
 
 def _path(text: str | None) -> Path | None:

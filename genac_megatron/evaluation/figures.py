@@ -14,7 +14,7 @@ import numpy as np
 from genac_megatron.critic.score import reward
 from genac_megatron.evaluation import metrics
 from genac_megatron.evaluation.bank import BankPrompt, Valued, by_response
-from genac_megatron.evaluation.intervals import Estimate, Resampled
+from genac_megatron.evaluation.intervals import Estimate, Resampled, reflected
 from genac_megatron.evaluation.metrics import NAN, Floats, Ints
 
 SCOPES = ("between", "prompt", "response")
@@ -82,7 +82,7 @@ def critic_estimates(found: Scored, continuations: int, draws: int, seed: int) -
         "explained_variance": sample.any(lambda rows: _explained(used[rows], p[rows], noise[rows])),
         "brier": sample.mean(found.brier),
         "brier_constant": sample.any(lambda rows: float(found.squares[rows].mean() - p[rows].mean() ** 2)),
-        "ece": sample.any(lambda rows: metrics.ece(used[rows], p[rows])),
+        "ece": reflected(sample.any(lambda rows: metrics.ece(used[rows], p[rows]))),
         "spearman": sample.any(lambda rows: metrics.spearman(used[rows], p[rows])),
         "bias": sample.mean(used - p),
         "value_mean": sample.mean(used),

@@ -18,7 +18,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its percentile interval, and its value in every draw. NaN where the data cannot give it."""
+    """A figure, its interval (the draws' percentiles, unless `reflected`), and its value in every draw.
+
+    NaN where the data cannot give it.
+    """
 
     value: float
     low: float
@@ -33,6 +36,17 @@ class Estimate:
 def plain(estimate: Estimate) -> dict[str, float]:
     """The figure and its interval, as scores files have them."""
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def reflected(estimate: Estimate, least: float = 0.0) -> Estimate:
+    """With the basic bootstrap's interval, the percentiles reflected at the value; not below `least`.
+
+    For figures that noise pushes up, such as means of absolute values: drawing adds as much noise again, so
+    percentiles lie above the truth where that is small.
+    """
+    value = estimate.value
+    low, high = 2 * value - estimate.high, max(2 * value - estimate.low, value)
+    return Estimate(value, max(low, least), high, estimate.draws)
 
 
 class Resampled:

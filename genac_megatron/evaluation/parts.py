@@ -7,12 +7,14 @@
         manifest.json    written last: a folder without it is unfinished
 
 A piece's row depends on the plan alone, so which process made it, and when, changes nothing.
+Lone surrogates, which no file can hold, are replaced in rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from genac_megatron.errors import GenacError, InputError
 from genac_megatron.observe.runinfo import jsonable, read_jsonl, write_json_atomic, write_text_atomic
 
 PLAN, MANIFEST, PARTS = "plan.json", "manifest.json", "parts"
+SURROGATES = re.compile("[\ud800-\udfff]")
 Row = dict[str, Any]
 Key = tuple[int, ...]
 
@@ -46,25 +49,48 @@ class Parts:
         return (self.folder / MANIFEST).exists()
 
     def begin(self, plan: Mapping[str, Any]) -> dict[Key, Row]:
-        """The rows that are there already, by key. Raises InputError where the folder holds other work."""
-        path = self.folder / PLAN
+        """The rows that are there already, by key. Raises InputError where the folder holds other work, or
+        finished work that is damaged."""
         wanted = jsonable(plan)
-        if path.exists():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)
+        if (self.folder / PLAN).exists():
+            self._compare(self._plan_there(), wanted)
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(
                 "the folder holds something else", where=str(self.folder), way_out="name a new folder"
             )
         else:
-            write_json_atomic(path, wanted)
+            write_json_atomic(self.folder / PLAN, wanted)
         if self.complete:
-            return self._by_key(read_jsonl(self.rows_file)[0])
+            return self._by_key(self.read()[1])
         files = sorted((self.folder / PARTS).glob("*.jsonl"))
         return self._by_key(row for file in files for row in read_jsonl(file)[0])
 
+    def whole(self, plan: Mapping[str, Any], keys: Iterable[Key]) -> list[Row]:
+        """The rows of all planned keys, in their order, as they are on the disk: what `finish` is given.
+
+        Raises InputError as `begin` does, and where the rows there are not exactly the planned ones.
+        """
+        found, planned = self.begin(plan), list(keys)
+        missing = [key for key in planned if key not in found]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(planned)} rows are not there, the first: {self._named(missing[0])}",
+                where=str(self.folder),
+                way_out="give a folder that all nodes share; where it is one, the same command goes on from "
+                "here",
+            )
+        surplus = sorted(found.keys() - set(planned))
+        if surplus:
+            raise InputError(
+                f"rows are there that were not planned: {len(surplus)}, the first: {self._named(surplus[0])}",
+                where=str(self.folder),
+                way_out="name a new folder",
+            )
+        return [found[key] for key in planned]
+
     def append(self, rows: Iterable[Mapping[str, Any]], rank: int) -> None:
         """Keep finished rows, on the disk before the call returns. Raises GenacError where it cannot."""
-        text = "".join(json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(_line(row) for row in rows)
         try:
             if self._file is None:  # never one that a killed process may have left with half a line
                 (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
@@ -80,11 +106,10 @@ class Parts:
             ) from error
 
     def finish(self, rows: Iterable[Row], manifest: Mapping[str, Any]) -> None:
-        """Write all rows, then the manifest; the parts go."""
-        lines = (json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False) for row in rows)
-        text = "".join(f"{line}\n" for line in lines)
+        """Write all rows (see `whole`), then the manifest; the parts go."""
+        text = "".join(_line(row) for row in rows)
         write_text_atomic(self.rows_file, text)
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
         write_json_atomic(self.folder / MANIFEST, {**manifest, "sha256": digest})
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
@@ -98,24 +123,49 @@ class Parts:
                 where=str(self.folder),
                 way_out="run the command that made it again" if begun else "give a folder that was built",
             )
+        manifest = _object(path)
+        if manifest is None:
+            raise self._damaged(f"{MANIFEST} cannot be read")
         try:
-            manifest: Row = json.loads(path.read_text(encoding="utf-8"))
             data = self.rows_file.read_bytes()
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read: {error}", where=str(self.folder)) from error
+        except OSError as error:
+            raise self._damaged(f"{self.name} cannot be read: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
-            raise InputError(
-                f"{self.name} is not the file that its manifest names",
-                where=str(self.folder),
-                way_out="restore it, or build it again",
-            )
+            raise self._damaged(f"{self.name} is not the file that its manifest names")
         return manifest, [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
+
+    def clear(self) -> None:
+        """Forget the work, the manifest first: a half-cleared folder is unfinished."""
+        for name in (MANIFEST, self.name):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        (self.folder / PLAN).unlink(missing_ok=True)
+
+    def _plan_there(self) -> Row:
+        found = _object(self.folder / PLAN)
+        if found is None:
+            raise InputError(f"{PLAN} cannot be read", where=str(self.folder), way_out="name a new folder")
+        return found
+
+    def _damaged(self, what: str) -> InputError:
+        again = f"remove {self.name} and {MANIFEST} there, and the command that made them makes them again"
+        return InputError(what, where=str(self.folder), way_out=f"restore it; or {again}")
+
+    def _named(self, key: Key) -> str:
+        return ", ".join(f"{name} {number}" for name, number in zip(self.keys, key, strict=True))
 
     def _by_key(self, rows: Iterable[Row]) -> dict[Key, Row]:
         return {tuple(row[key] for key in self.keys): row for row in rows}
 
     def _compare(self, found: Row, wanted: Row) -> None:
         different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        if different and not set(different) & found.keys():
+            raise InputError(
+                f"another version of GenAC-Megatron began this work: its plan says nothing of "
+                f"{', '.join(different)}",
+                where=str(self.folder),
+                way_out="name a new folder; what is finished can be used as it is",
+            )
         if different:
             key = different[0]
             raise InputError(
@@ -124,6 +174,20 @@ class Parts:
                 where=str(self.folder),
                 way_out="go on with the command that began it, or name a new folder",
             )
+
+
+def _object(path: Path) -> Row | None:
+    """The JSON object of a file; None where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False)
+    return SURROGATES.sub("\ufffd", text) + "\n"
 
 
 def _short(value: Any) -> str:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest, weights_digest
-from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.progress import Progress
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.training.agreement import from_first
-from genac_megatron.training.checkpoint import find_checkpoint
 from genac_megatron.training.layout import World
 
 
@@ -68,16 +65,6 @@ def made_from(recipe: Recipe, role: str) -> dict[str, Any]:
     model = recipe.roles[role].model
     found = {"recipe": recipe.name, "hf": model.hf, "checkpoint": model.checkpoint}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def checkpoint_step(recipe: Recipe, role: str) -> int:
-    """The training step that the critic was told when the role's checkpoint was made; 0 where unknown."""
-    checkpoint = recipe.roles[role].model.checkpoint
-    if checkpoint is None:
-        return 0
-    state = read_manifest(find_checkpoint(Path(checkpoint))).get("state", {})
-    icc = (state.get("at") or {}).get("icc") or {}
-    return int(icc.get("step", 0))
 
 
 def stop_if_asked(run: Run, done: str) -> None:

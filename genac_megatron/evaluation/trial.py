@@ -4,7 +4,7 @@ OUT/BENCHMARK/
     samples.jsonl    per sample: index, sample, outcome, finish, tokens, text
     results.json     figures with intervals over problems
     manifest.json    what made it
-OUT/results.md       all of them
+OUT/results.md       the table of all that are finished in the folder, whichever call made them
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genac_megatron import __version__
-from genac_megatron.errors import InputError, PeerLost, StopRequested
+from genac_megatron.errors import GenacError, InputError, PeerLost, StopRequested
 from genac_megatron.evaluation import metrics
 from genac_megatron.evaluation.intervals import Resampled, plain
-from genac_megatron.evaluation.parts import Parts, Row
+from genac_megatron.evaluation.parts import MANIFEST, PARTS, Parts, Row
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
 from genac_megatron.records import Prompt
-from genac_megatron.serving.chat import ChatEndpoint
+from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
 from genac_megatron.tasks.benchmarks import GymSuite, find_benchmark, make_benchmark
@@ -40,9 +42,11 @@ if TYPE_CHECKING:
     from genac_megatron.stages.stopping import StopFlag
     from genac_megatron.training.layout import World
 
-RESULTS, SAMPLES = "results.json", "samples.jsonl"
+RESULTS, SAMPLES, SUMMARY = "results.json", "samples.jsonl", "results.md"
+NAMES = Names("genac evaluate task", "--url", "--model", "--api-key-env")
 KEPT_TOGETHER = 16  # answers of a server that are written at a time, and lost where we are killed
 Item = tuple[int, int]  # (problem, sample)
+Reply = Answer | Refusal | None
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,16 @@ class ServerOptions:
 
 
 class Trial:
-    """One benchmark's work: which samples are missing, and what the whole says."""
+    """One benchmark's work: which samples are missing, and what the whole says.
 
-    def __init__(self, options: TrialOptions, name: str, task: Task, model: Row, sampling: Row) -> None:
-        self.options, self.name, self.task = options, name, task
+    `model` says what the model is, so that no other's samples are mixed in; `made_from` where it was found,
+    for people.
+    """
+
+    def __init__(
+        self, options: TrialOptions, name: str, task: Task, model: Row, sampling: Row, made_from: Row
+    ) -> None:
+        self.options, self.name, self.task, self.made_from = options, name, task, made_from
         self.parts = Parts(options.out / name, SAMPLES, ("index", "sample"))
         count = task.heldout_size if options.problems is None else min(options.problems, task.heldout_size)
         self.prompts = [task.prompt("heldout", index) for index in range(count)]
@@ -94,22 +104,33 @@ class Trial:
             "model": model,
         }
 
+    @property
+    def items(self) -> list[Item]:
+        """All that is planned, in order."""
+        return [(index, sample) for index in range(len(self.prompts)) for sample in range(self.samples)]
+
     def begin(self) -> list[Item]:
-        """What is missing."""
-        known = self.parts.begin(self.plan)
-        items = [(index, sample) for index in range(len(self.prompts)) for sample in range(self.samples)]
-        return [item for item in items if item not in known]
+        """What is missing. Raises InputError where the folder holds other work or is damaged."""
+        with _sound(self.parts):
+            known = self.parts.begin(self.plan)
+        return [item for item in self.items if item not in known]
 
     def seed_of(self, item: Item) -> tuple[object, ...]:
         return (self.options.seed, "benchmark", self.name, *item)
 
     def finish(self) -> None:
-        """All samples are there: write figures and manifest."""
-        rows = [row for _, row in sorted(self.parts.begin(self.plan).items())]
-        report = self.figures(rows)
-        write_json_atomic(self.parts.folder / RESULTS, report)
+        """All samples are there: write figures and manifest. Raises InputError where they are not."""
+        with _sound(self.parts):
+            rows = self.parts.whole(self.plan, self.items)
+            bad = [item for item, row in zip(self.items, rows, strict=True) if not _is_sample(row)]
+            if bad:
+                raise ValueError(f"(problem, sample) {bad[0]} lacks an outcome, tokens or finish")
+        if self.parts.complete:
+            self.made_from = self.parts.read()[0].get("made_from", self.made_from)
+        write_json_atomic(self.parts.folder / RESULTS, self.figures(rows))
         if not self.parts.complete:
-            self.parts.finish(rows, {"plan": self.plan, "version": __version__})
+            made = {"plan": self.plan, "made_from": self.made_from, "version": __version__}
+            self.parts.finish(rows, made)
 
     def figures(self, rows: Sequence[Row]) -> Row:
         """avg@k, pass@j for j = 1, 2, 4 .. k, and how responses ended, with intervals over problems."""
@@ -130,6 +151,7 @@ class Trial:
             "problems": len(outcomes),
             "samples": k,
             "model": self.plan["model"],
+            "made_from": self.made_from,
             "sampling": self.plan["sampling"],
             "figures": {name: plain(estimate) for name, estimate in figures.items()},
             "parts": self._by_part(outcomes),
@@ -143,6 +165,28 @@ class Trial:
         for index, samples in outcomes.items():
             found.setdefault(self.task.part(int(index)), []).append(float(np.mean(samples)))
         return {name: float(np.mean(means)) for name, means in found.items()}
+
+
+@contextmanager
+def _sound(parts: Parts) -> Iterator[None]:
+    """Kept samples are read inside: whatever does not fit is an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"its kept samples are damaged ({type(error).__name__}: {error})",
+            where=str(parts.folder),
+            way_out=f"restore them, or take the damaged lines out of {PARTS}/: the command makes them again",
+        ) from error
+
+
+def _is_sample(row: Row) -> bool:
+    numbers = all(_number(row.get(key)) for key in ("outcome", "tokens"))
+    return numbers and 0.0 <= row["outcome"] <= 1.0 and isinstance(row.get("finish"), str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # --- a recipe's actor ----------------------------------------------------------------------------
@@ -165,14 +209,14 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     with session(recipe, world, stop, "benchmarks") as run:
         run.publish("actor")
-        model = identity(run, "actor")
+        model, source = identity(run, "actor"), made_from(recipe, "actor")
         for name in options.names:
             made = partial(make_benchmark, name, options.paths.get(name), run.tokenizers["actor"])
             task = run.task if name == options.names[0] else run.together(made)
-            trial = run.together(partial(Trial, options, name, task, model, sampling))
+            trial = run.together(partial(Trial, options, name, task, model, sampling, source))
             _on_engines(run, trial, config)
         if world.rank == 0:
-            print(write_summary(options, made_from(recipe, "actor")), flush=True)
+            print(write_summary(options.out), flush=True)
 
 
 def _on_engines(run: Run, trial: Trial, config: Any) -> None:
@@ -223,11 +267,11 @@ def _on_engines(run: Run, trial: Trial, config: Any) -> None:
 def try_server(server: ServerOptions, options: TrialOptions) -> str:
     """Every benchmark by a model behind an endpoint, from this process; the table.
 
-    Raises InputError where the endpoint refuses, PeerLost where requests failed for good; what was
-    answered is kept, and the same call goes on.
+    Raises InputError where the endpoint refuses the model, the key or all requests, PeerLost where some
+    failed for good; what was answered is kept, and the same call goes on.
     """
     if not server.model:
-        raise InputError(f"which model of {server.url}?", where="--url", way_out="name it by --model")
+        raise InputError(f"which model of {server.url}?", where=NAMES.url, way_out="name it by --model")
     endpoint = ChatEndpoint(
         server.url,
         server.model,
@@ -236,68 +280,119 @@ def try_server(server: ServerOptions, options: TrialOptions) -> str:
         concurrency=server.concurrency,
         attempts=server.attempts,
         who="server",
-        where="server",
+        names=NAMES,
     )
     limit = options.max_new_tokens or 4096
     temperature = 1.0 if options.temperature is None else options.temperature
     sampling = {"max_new_tokens": limit, "temperature": temperature}
-    model = {"url": server.url.rstrip("/"), "model": server.model}
+    # Not its address: a server that is started again may have another.
+    model, source = {"model": server.model}, {"model": server.model, "url": server.url.rstrip("/")}
     try:
         for name in options.names:
             task = make_benchmark(name, options.paths.get(name), None)
-            _ask(endpoint, Trial(options, name, task, model, sampling), limit, temperature)
+            _ask(endpoint, Trial(options, name, task, model, sampling, source), limit, temperature)
     except KeyboardInterrupt:
         raise StopRequested("stopped as asked", way_out="the same command goes on from here") from None
     finally:
         endpoint.close()
-    return write_summary(options, model)
+    return write_summary(options.out)
 
 
 def _ask(endpoint: ChatEndpoint, trial: Trial, limit: int, temperature: float) -> None:
     left = trial.begin()
 
-    def one(item: Item) -> tuple[Item, Any]:
+    def one(item: Item) -> tuple[Item, Reply]:
         seed = seed_for(*trial.seed_of(item)) % 2**31
         messages = trial.prompts[item[0]].messages
         return item, endpoint.ask(messages, limit, temperature, seed=seed)
 
-    answered: list[tuple[Item, Any]] = []
-    failed = 0
+    replies = _Replies(trial)
     with ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="ask") as pool:
         futures = [pool.submit(one, item) for item in left]
         try:
-            for number, future in enumerate(as_completed(futures), 1):
-                item, answer = future.result()
-                failed += answer is None
-                if answer is not None:
-                    answered.append((item, answer))
-                if len(answered) >= KEPT_TOGETHER or number == len(futures):
-                    _keep(trial, answered)
-                    answered = []
+            for future in as_completed(futures):
+                replies.take(future)
+            replies.keep()
         except BaseException:
             for future in futures:
                 future.cancel()
-            _keep(trial, answered)
+            replies.keep()
+            replies.take_what_is_open(futures)
             raise
-    if failed:
-        raise PeerLost(
-            f"{failed} of {len(left)} requests failed, each {endpoint.attempts} times; the others are kept",
-            where=endpoint.url,
-            way_out="see that the server is up, lower --concurrency, and give the same command again",
-        )
+    replies.check(endpoint, len(left))
     trial.finish()
 
 
-def _keep(trial: Trial, answered: Sequence[tuple[Item, Any]]) -> None:
-    pairs = [(trial.prompts[item[0]], answer.text or "") for item, answer in answered]
-    outcomes = trial.task.verify_many(pairs)
-    trial.parts.append(
-        [
+class _Replies:
+    """What came of a benchmark's requests: answers are graded and kept, failures counted."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.taken: set[Future[tuple[Item, Reply]]] = set()
+        self.answered: list[tuple[Item, Answer]] = []
+        self.refused: list[tuple[Item, Refusal]] = []
+        self.failed = 0
+
+    def take(self, future: Future[tuple[Item, Reply]]) -> None:
+        """Count a reply in. Raises what the request has raised."""
+        self.taken.add(future)
+        item, reply = future.result()
+        if reply is None:
+            self.failed += 1
+        elif isinstance(reply, Refusal):
+            self.refused.append((item, reply))
+        else:
+            self.answered.append((item, reply))
+        if len(self.answered) >= KEPT_TOGETHER:
+            self.keep()
+
+    def take_what_is_open(self, futures: Sequence[Future[tuple[Item, Reply]]]) -> None:
+        """Keep the answers to requests that cannot be taken back; the pool waits for them anyway."""
+        try:
+            for future in as_completed([f for f in futures if f not in self.taken and not f.cancelled()]):
+                try:
+                    self.take(future)
+                except GenacError:
+                    continue  # one of its kind is being raised
+        finally:
+            self.keep()
+
+    def keep(self) -> None:
+        """Grade and write what was answered."""
+        answered = self.answered
+        pairs = [(self.trial.prompts[item[0]], answer.text or "") for item, answer in answered]
+        outcomes = self.trial.task.verify_many(pairs)
+        rows = [
             _row(item, outcome, answer.finish, answer.tokens, answer.text or "")
             for (item, answer), outcome in zip(answered, outcomes, strict=True)
-        ],
-        0,
-    )
+        ]
+        if rows:
+            self.trial.parts.append(rows, 0)
+        self.answered = []
+
+    def check(self, endpoint: ChatEndpoint, asked: int) -> None:
+        """Raise where not every request was answered."""
+        if self.refused and len(self.refused) == asked:
+            raise endpoint.refused_all(asked, self.refused[-1][1])
+        told, way_out = [], "give the same command again"
+        if self.failed:
+            told.append(f"{self.failed} of {asked} requests failed, each {endpoint.attempts} times")
+            way_out = f"see that the server is up, lower --concurrency, and {way_out}"
+        if self.refused:
+            problems = sorted({item[0] for item, _ in self.refused})
+            told.append(
+                f"{len(self.refused)} of {asked} requests were refused (problems {_listed(problems)}), "
+                f"the last with {self.refused[-1][1]}"
+            )
+            way_out = f"have the server accept what it refused (a longer context?); {way_out}"
+        if told:
+            what = f"{'; '.join(told)}; the others are kept"
+            raise PeerLost(what, where=endpoint.url, way_out=way_out)
+
+
+def _listed(numbers: Sequence[int], most: int = 10) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
 
 
 def _row(item: Item, outcome: float, finish: str, tokens: int, text: str) -> Row:
@@ -315,32 +410,59 @@ def _row(item: Item, outcome: float, finish: str, tokens: int, text: str) -> Row
 # --- what came out -------------------------------------------------------------------------------
 
 
-def write_summary(options: TrialOptions, model: Row) -> str:
-    """The table of all benchmarks, also in OUT/results.md."""
-    rows = []
-    for name in options.names:
-        report = json.loads((options.out / name / RESULTS).read_text(encoding="utf-8"))
+HEAD = ["benchmark", "problems", "k", "avg@k [95 %]", "pass@1", "pass@k", "truncated", "tokens"]
+
+
+def write_summary(out: Path) -> str:
+    """The tables of all benchmarks that are finished in `out`, one for each model and way of sampling.
+
+    Also in OUT/results.md. Raises InputError where a results file is damaged.
+    """
+    alike: dict[str, list[Row]] = {}
+    for folder in sorted(path.parent for path in out.glob(f"*/{RESULTS}")):
+        if (folder / MANIFEST).exists():
+            report = _report(folder / RESULTS)
+            alike.setdefault(json.dumps([report["model"], report["sampling"]]), []).append(report)
+    text = "\n".join(_table(reports) for reports in alike.values())
+    write_text_atomic(out / SUMMARY, text)
+    return text
+
+
+def _table(reports: Sequence[Row]) -> str:
+    """One model's table, under where it was found and how it was sampled."""
+    rows: list[list[str]] = []
+    for report in reports:
         figures, k = report["figures"], report["samples"]
+        shown = (f"avg@{k}", "pass@1", f"pass@{k}", "truncated")
         rows.append(
             [
                 report["title"],
                 str(report["problems"]),
                 str(k),
-                with_interval(figures[f"avg@{k}"]),
-                with_interval(figures["pass@1"]),
-                with_interval(figures[f"pass@{k}"]),
-                with_interval(figures["truncated"]),
+                *(with_interval(figures[name]) for name in shown),
                 f"{figures['tokens']['value']:.0f}",
             ]
         )
-        rows += [
-            [f"  {part}", "", "", f"{mean:.3f}", "", "", "", ""] for part, mean in report["parts"].items()
-        ]
-    head = ["benchmark", "problems", "k", "avg@k [95 %]", "pass@1", "pass@k", "truncated", "tokens"]
-    who = ", ".join(f"{key} {value}" for key, value in model.items())
-    text = f"{who}\n\n{table(head, rows)}\n"
-    write_text_atomic(options.out / "results.md", text)
-    return text
+        parts = report["parts"].items()
+        rows += [[f"  {part}", "", "", f"{mean:.3f}", *[""] * 4] for part, mean in parts]
+    sources = [report.get("made_from", report["model"]) | report["sampling"] for report in reports]
+    told = dict.fromkeys(", ".join(f"{key} {value}" for key, value in source.items()) for source in sources)
+    heading = "\n".join(told)
+    return f"{heading}\n\n{table(HEAD, rows)}\n"
+
+
+def _report(path: Path) -> Row:
+    """A benchmark's results file."""
+    try:
+        report: Row = json.loads(path.read_text(encoding="utf-8"))
+        _table([report])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            "not a results file of `genac evaluate task`",
+            where=str(path),
+            way_out="give that benchmark's command again, which writes it anew, or remove its folder",
+        ) from error
+    return report
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

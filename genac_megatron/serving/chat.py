@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ from genac_megatron.errors import InputError
 
 Messages = Sequence[dict[str, str]]
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+ENDING = (401, 403, 404)  # the key or the address: the next request would meet the same
+_NO_MODEL = re.compile(
+    r"model\b.{0,120}\bnot (exist|found)|model_not_found|invalid_model|unknown model", re.I
+)
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 
@@ -34,8 +39,34 @@ class Answer:
     tokens: int  # of the completion; 0 where the endpoint does not count them
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What the endpoint says to one request that it will never answer: a content filter, too long a chat."""
+
+    status: int
+    said: str
+
+    def __str__(self) -> str:
+        return f"status {self.status}: {self.said}"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the user calls an endpoint and its settings."""
+
+    block: str
+    url: str
+    model: str
+    api_key_env: str
+
+    @classmethod
+    def of(cls, block: str) -> Names:
+        """Those of a recipe's block, for example task.judge."""
+        return cls(block, f"{block}.url", f"{block}.model", f"{block}.api_key_env")
+
+
 class ChatEndpoint:
-    """One model behind an endpoint. `who` and `where` are for messages: "teacher", "task.judge".
+    """One model behind an endpoint. For messages: `who` it is, "teacher", and what its settings are called.
 
     Timeouts, broken connections, 408/409/425/429 and 5xx are tried again, up to `attempts` in all, with
     doubling waits (or what Retry-After asks). Methods may be called from several threads.
@@ -51,10 +82,10 @@ class ChatEndpoint:
         concurrency: int = 8,
         attempts: int = 4,
         who: str = "endpoint",
-        where: str = "endpoint",
+        names: Names | None = None,
     ) -> None:
-        """Raises InputError where url or model is missing, or the key's variable is not set."""
-        self.who, self.where = who, where
+        """Raises InputError where url or model is missing or wrong, or the key's variable is not set."""
+        self.who, self.names = who, names or Names.of(who)
         self.url, headers = self._address(url, model, api_key_env)
         self.model, self.concurrency, self.attempts = model, concurrency, attempts
         limits = httpx.Limits(max_connections=concurrency)
@@ -62,10 +93,11 @@ class ChatEndpoint:
 
     def ask(
         self, messages: Messages, max_tokens: int, temperature: float = 1.0, **more: object
-    ) -> Answer | None:
+    ) -> Answer | Refusal | None:
         """The answer to one chat; None after `attempts` failures. `more`: further fields of the request.
 
-        Raises InputError where the address, the model or the key is refused.
+        Refusal: the endpoint will not answer this chat (4xx), others it may. Raises InputError where the
+        address, the model or the key is refused.
         """
         body = {
             "model": self.model,
@@ -80,11 +112,7 @@ class ChatEndpoint:
             if response is not None and response.is_success:
                 return self._answer(response)
             if response is not None and response.status_code not in RETRIED:
-                raise InputError(
-                    f"the {self.who} refused with status {response.status_code}: {response.text[:200]}",
-                    where=self.url,
-                    way_out=f"check {self.where}.url, {self.where}.model and the key",
-                )
+                return self._refusal(response)
             if attempt + 1 < self.attempts:
                 pause = wait * (1 + random.random())  # jitter: refused ones come back apart
                 time.sleep(min(_retry_after(response) or pause, LONGEST_WAIT_S))
@@ -93,21 +121,29 @@ class ChatEndpoint:
 
     def ask_all(
         self, batch: Sequence[Messages], max_tokens: int, temperature: float = 1.0
-    ) -> list[Answer | None]:
-        """`ask` for each chat, in order, at most `concurrency` open at once; a refusal ends them all."""
-        refused = threading.Event()
+    ) -> list[Answer | Refusal | None]:
+        """`ask` for each chat, in order, at most `concurrency` open at once; an InputError ends them all."""
+        ended = threading.Event()
 
-        def one(messages: Messages) -> Answer | None:
-            if refused.is_set():
+        def one(messages: Messages) -> Answer | Refusal | None:
+            if ended.is_set():
                 return None
             try:
                 return self.ask(messages, max_tokens, temperature)
             except InputError:
-                refused.set()
+                ended.set()
                 raise
 
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.who) as pool:
             return list(pool.map(one, batch))
+
+    def refused_all(self, count: int, last: Refusal) -> InputError:
+        """What to raise where each of `count` requests was refused: then it is not the requests' fault."""
+        return InputError(
+            f"the {self.who} refused each of {count} requests, the last with {last}",
+            where=self.url,
+            way_out=f"it says why; check {self.names.url} and {self.names.model}",
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -116,20 +152,22 @@ class ChatEndpoint:
     def _address(
         self, url: str | None, model: str | None, api_key_env: str | None
     ) -> tuple[str, dict[str, str]]:
+        names = self.names
         if not url or not model:
             raise InputError(
                 f"an endpoint {self.who} needs url and model",
-                where=self.where,
-                way_out=f"set {self.where}.url and {self.where}.model",
+                where=names.block,
+                way_out=f"set {names.url} and {names.model}",
             )
+        _check_address(url, names.url)
         headers = {}
         if api_key_env is not None:
             key = os.environ.get(api_key_env)
             if not key:
                 raise InputError(
                     f"the environment variable {api_key_env} is not set",
-                    where=f"{self.where}.api_key_env",
-                    way_out="export it, or leave api_key_env out",
+                    where=names.api_key_env,
+                    way_out=f"export it, or leave {names.api_key_env} out",
                 )
             headers["Authorization"] = f"Bearer {key}"
         return f"{url.rstrip('/')}/chat/completions", headers
@@ -138,12 +176,19 @@ class ChatEndpoint:
         """The response; None where none came."""
         try:
             return self._client.post(self.url, json=body)
-        except httpx.UnsupportedProtocol as error:
-            raise InputError(
-                f"not an http address: {error}", where=self.url, way_out=f"set {self.where}.url"
-            ) from error
         except httpx.TransportError:
             return None
+
+    def _refusal(self, response: httpx.Response) -> Refusal:
+        """That this request is refused. Raises InputError where others would be too."""
+        refusal = Refusal(response.status_code, response.text[:200])
+        if response.is_client_error and refusal.status not in ENDING and not _NO_MODEL.search(refusal.said):
+            return refusal
+        raise InputError(
+            f"the {self.who} refused with {refusal}",
+            where=self.url,
+            way_out=f"check {self.names.url}, {self.names.model} and the key",
+        )
 
     def _answer(self, response: httpx.Response) -> Answer:
         try:
@@ -155,10 +200,27 @@ class ChatEndpoint:
             raise InputError(
                 f"the {self.who}'s answer is not an OpenAI chat completion",
                 where=self.url,
-                way_out=f"{self.where}.url must be the base, for example http://host:port/v1",
+                way_out=f"{self.names.url} must be the base, for example http://host:port/v1",
             ) from error
         text = content if isinstance(content, str) else None
         return Answer(text, str(choice.get("finish_reason") or "stop"), tokens)
+
+
+def _check_address(url: str, name: str) -> None:
+    """Raise InputError, naming the setting, where nothing could be asked at `url`."""
+    try:
+        parsed = httpx.URL(url)
+        reason = (
+            "" if parsed.scheme in ("http", "https") and parsed.host else "no http:// or https:// and host"
+        )
+    except (httpx.InvalidURL, UnicodeError) as error:
+        reason = str(error)
+    if reason:
+        raise InputError(
+            f"not an http address: {reason}",
+            where=url,
+            way_out=f"set {name} to the base, for example http://127.0.0.1:30000/v1",
+        )
 
 
 def _retry_after(response: httpx.Response | None) -> float | None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.evaluation import metrics
+from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
-from genac_megatron.recipe.schema import RolloutConfig, StageConfig
+from genac_megatron.recipe.schema import Recipe, RolloutConfig, SftStage, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
@@ -22,6 +24,8 @@ from genac_megatron.stages.rollouts import Generator, Group, continue_states, ge
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.values import is_scalar, judged_by_values
+from genac_megatron.training.agreement import from_first
+from genac_megatron.training.checkpoint import find_checkpoint
 
 
 @dataclass
@@ -61,7 +65,8 @@ def evaluate(
         }
         row["critic"] = None
         if run.icc is None:
-            run.icc = IccState.from_evaluation(flat, run.recipe.judging.icc_momentum, run.recipe.seed)
+            judging, seed = run.recipe.judging, run.recipe.seed
+            run.icc = IccState.from_evaluation(flat, judging.icc_momentum, seed, _steps_before(run))
         if critic:
             row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
     run.append(EVALUATIONS, row)
@@ -79,6 +84,23 @@ def evaluate(
     )
     run.progress.note(f"[{stage.name}] held-out, {name}: {shown}")
     return figures
+
+
+def told_step(recipe: Recipe) -> int:
+    """Steps of RL that the recipe's actor has had since its last SFT; 0 where no run has made it."""
+    checkpoint = recipe.roles["actor"].model.checkpoint
+    if checkpoint is None:
+        return 0
+    state = read_manifest(find_checkpoint(Path(checkpoint))).get("state") or {}
+    return int(((state.get("at") or {}).get("icc") or {}).get("step", 0))
+
+
+def _steps_before(run: Run) -> int:
+    """The same of the actor that this run has now; its SFT made another one. Collective."""
+    stages = run.recipe.stages[: run.at.stage + 1]
+    if any(isinstance(stage, SftStage) and stage.role == "actor" for stage in stages):
+        return 0
+    return from_first(lambda: told_step(run.recipe))
 
 
 SHOWN = ("accuracy", "critic_brier", "critic_brier_constant", "critic_auc", "critic_mse", "critic_parse_rate")

@@ -66,6 +66,8 @@ def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
         for step in loop.steps(stage.steps):
             batch, figures = draw(run, stage, batches, step)
             figures |= train(run, stage, batch, step)
+            if run.icc is not None:  # for a critic that is trained later: over all that was sampled
+                run.icc.update([figures["rollout/outcome_mean"]])
             figures |= run.publish("actor", step=None if loop.whole(step) else step)
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
             loop.done(step, figures, partial(judge, f"step {step}", step) if due else None)

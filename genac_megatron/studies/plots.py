@@ -26,6 +26,7 @@ NAMES = {
 }
 MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", ":")
+FROM = 6  # a power of ten
 FEW = 6  # lines whose spread is shaded: that of more would hide them
 
 
@@ -67,9 +68,18 @@ def _curves(study: Study, records: Sequence[Record], curve: Curve, figure: Figur
         if len(cells) <= FEW:
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(xlabel=NAMES[curve.x], ylabel="held-out accuracy")
+    _large(axes)
     shaded = ", least to most shaded" if len(cells) <= FEW else ""
     axes.set_title(f"mean over {_seeds(study)}{shaded}", loc="left", fontsize=9)
     _legend(axes)
+
+
+def _large(axes: Axes) -> None:
+    """Large numbers in units of a power of ten, which the label names: at the axis it would run into it."""
+    power = 3 * int(np.log10(max(axes.get_xlim()[1], 1.0)) // 3)
+    if power >= FROM:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 10**power:g}")
+        axes.set_xlabel(f"{axes.get_xlabel()} (1e{power})")
 
 
 def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure) -> None:

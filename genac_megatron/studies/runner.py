@@ -210,7 +210,7 @@ def _score(places: Places, cell: str, spec: RunSpec, seed: int) -> Task:
         command=(
             "evaluate", "bank", "score", first, str(places.recipe(spec)),
             *(text for text in _settings(places, spec, seed) if "model.checkpoint" not in text),
-            "--checkpoint", str(places.run(cell, seed)), "--name", cell,
+            "--checkpoint", str(places.run(cell, seed)), "--name", cell, "--again",
             *(word for other in others for word in ("--also", other)),
         ),
         log=_beside(places.scores(banks[0], cell, seed), LOG),

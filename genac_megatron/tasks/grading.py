@@ -15,6 +15,10 @@ from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
 LONGEST_ANSWER = 20_000  # characters of a response's end that are read; answers stand there
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = "\\boxed{"
+_E_NUMBER = r"([+-]?(?:\d+(?:\.\d+)?|\.\d+))[eE]([+-]?\d{1,6})"  # 3.83e35
+_E_REFERENCE = re.compile(_E_NUMBER)
+_E_ANSWER = re.compile(rf"(?<![\w.\\]){_E_NUMBER}(?!\w|\.\d)")
+_EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\mathrm\{e\}")
 
 Pair = tuple[str, str]  # (reference, response text)
 
@@ -69,9 +73,26 @@ def _agrees(reference: str, text: str) -> bool:
     """math-verify's verdict, without its own time limits: those work in a main thread alone."""
     from math_verify import parse, verify
 
+    reference, text = _in_powers(reference, text)
     gold = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
     answer = parse(text, parsing_timeout=None)
     return bool(gold) and bool(answer) and bool(verify(gold, answer, timeout_seconds=None))
+
+
+def _in_powers(reference: str, text: str) -> Pair:
+    r"""The pair with numbers such as 3.83e35 as 3.83 \times 10^{35}: math-verify's e is Euler's.
+
+    A reference is rewritten where it is such a number as a whole, answers where the reference has no e.
+    """
+    if (found := _E_REFERENCE.fullmatch(reference.strip().strip("$"))) is not None:
+        reference = _power(found)
+    if _EULER.search(reference):
+        return reference, text
+    return reference, _E_ANSWER.sub(_power, text)
+
+
+def _power(number: re.Match[str]) -> str:
+    return f"{number[1]} \\times 10^{{{int(number[2])}}}"
 
 
 def _math() -> Callable[[Pair], float]:

@@ -4,9 +4,9 @@ One JSON object a line: a prompt (text, or chat messages that end with the user'
 no rubric for all, a rubric of its own. The judge is any model behind an OpenAI-compatible endpoint. It is
 shown the conversation, the response and the rubric; what the response says is data to it, its tags broken.
 
-Where no attempt gives a score (the endpoint fails, or the judge's answer holds none), the outcome is
-`judge.failed_outcome` and `failed` counts it; `judge.give_up` failures in a row end the run, for rewards that
-nobody gave would teach the actor something.
+Where no attempt gives a score (the endpoint fails or refuses this request, or the judge's answer holds none),
+the outcome is `judge.failed_outcome` and `failed` counts it; `judge.give_up` failures in a row end the run,
+for rewards that nobody gave would teach the actor something.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from genac_megatron.critic.prompt import escape
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.records import Prompt
-from genac_megatron.serving.chat import ChatEndpoint
+from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal
 from genac_megatron.tasks.base import Problem, Split, Task, split_problems
 
 if TYPE_CHECKING:
@@ -99,12 +99,13 @@ class RubricJudged(Task):
             concurrency=judge.concurrency,
             attempts=judge.attempts,
             who="judge",
-            where="task.judge",
+            names=Names.of("task.judge"),
         )
         self._pool = ThreadPoolExecutor(judge.concurrency, thread_name_prefix="judge")
         self._lock = threading.Lock()
         self.failed = 0  # responses that no attempt could score
-        self._in_a_row = 0
+        self._in_a_row = 0  # failures
+        self._refused_in_a_row = 0  # of them, the last so many
 
     @property
     def late(self) -> int:
@@ -114,12 +115,15 @@ class RubricJudged(Task):
         return self._problems[split][index]
 
     def verify(self, prompt: Prompt, text: str) -> float:
-        """The judge's score in [0, 1]. Raises PeerLost after `give_up` failures in a row."""
+        """The judge's score in [0, 1].
+
+        Raises PeerLost after `give_up` failures in a row, InputError where it refused each of them.
+        """
         judge = self._config.judge
         asked = self.judge_prompt(prompt, text)
         answer = self._endpoint.ask([{"role": "user", "content": asked}], judge.max_tokens, judge.temperature)
-        score = None if answer is None else parse_judgement(answer.text or "", self._config.scale)
-        return self._counted(score, prompt.id, "no answer" if answer is None else "no score in its answer")
+        score = parse_judgement(answer.text or "", self._config.scale) if isinstance(answer, Answer) else None
+        return self._counted(score, prompt.id, answer)
 
     async def verify_beside(self, prompt: Prompt, text: str) -> float:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.verify, prompt, text)
@@ -141,23 +145,29 @@ class RubricJudged(Task):
         self._pool.shutdown()
         self._endpoint.close()
 
-    def _counted(self, score: float | None, where: str, why: str) -> float:
+    def _counted(self, score: float | None, where: str, answer: Answer | Refusal | None) -> float:
         judge = self._config.judge
+        refused = isinstance(answer, Refusal)
         with self._lock:
             self._in_a_row = 0 if score is not None else self._in_a_row + 1
+            self._refused_in_a_row = self._refused_in_a_row + 1 if refused else 0
             self.failed += score is None
-            row = self._in_a_row
+            row, refusals = self._in_a_row, self._refused_in_a_row
         if score is not None:
             return score
+        why = "no answer" if answer is None else "no score in its answer"
+        why = f"refused with {answer}" if refused else why
         logger.warning("the judge failed on %s (%s): it counts as %g", where, why, judge.failed_outcome)
-        if row >= judge.give_up:
-            raise PeerLost(
-                f"the judge failed on {row} responses in a row, last: {why}",
-                where=self._endpoint.url,
-                way_out="see that the endpoint is up and that the model follows the format (task.judge); "
-                "raise judge.timeout_s or lower judge.concurrency",
-            )
-        return judge.failed_outcome
+        if row < judge.give_up:
+            return judge.failed_outcome
+        if isinstance(answer, Refusal) and refusals >= judge.give_up:
+            raise self._endpoint.refused_all(refusals, answer)
+        raise PeerLost(
+            f"the judge failed on {row} responses in a row, last: {why}",
+            where=self._endpoint.url,
+            way_out="see that the endpoint is up and that the model follows the format (task.judge); "
+            "raise judge.timeout_s or lower judge.concurrency",
+        )
 
 
 def _read(config: RubricTask, path: str) -> list[Problem]:

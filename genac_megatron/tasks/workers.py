@@ -3,51 +3,92 @@
 Verifiers read what models write: sympy can run for minutes on a hostile answer, a scorer's regular
 expression can backtrack without end. A thread cannot be stopped, so a late process is ended and its
 answer counts as wrong.
+
+Ctrl-C and a scheduler's signals reach a whole group of processes: these leave them to their parent, which may
+still have answers to be scored, and end with it.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
+
+from genac_megatron.launch import end_with
 
 TIME_LIMIT_S = 5.0
 START_LIMIT_S = 120.0  # a fresh process imports its libraries first, on a machine that may be busy
+OVERTIME_S = 5.0  # beyond its limit, after which a late process whose parent is gone ends itself
+TRIES = 2  # processes that a job may lose before it counts as 0
 SHOWN_JOB = 200  # characters of a late job that the log shows
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Score = Callable[[Any], float]
 logger = logging.getLogger(__name__)
 
 
-def _serve(pipe: Connection, make: Callable[[], Score]) -> None:
-    """A worker's process: makes its function, says it is ready, then answers jobs until its pipe closes."""
+def _serve(pipe: Connection, make: Callable[[], Score], parent: int, alarm_s: float) -> None:
+    """A worker's process: makes its function, says it is ready, then answers jobs until its pipe closes.
+
+    A job above `alarm_s` ends it: its parent would have, were it there.
+    """
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
+    end_with(parent)
     score = make()
-    pipe.send(True)
-    while True:
-        try:
+    try:
+        pipe.send(True)
+        while True:
             job = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = float(score(job))
-        except Exception:  # whatever hostile text makes a library raise, it is not a right answer
-            result = 0.0
-        pipe.send(result)
+            # The kernel's own alarm: a regular expression without end lets no thread of ours run.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, alarm_s)
+            result = _scored(score, job)
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            pipe.send(result)
+    except (EOFError, OSError):
+        return  # the parent is gone
+
+
+def _scored(score: Score, job: Any) -> float:
+    try:
+        return float(score(job))
+    except Exception:  # whatever hostile text makes a library raise, it is not a right answer
+        return 0.0
+
+
+def _kill(process: BaseProcess) -> None:
+    if process.pid is not None:
+        process.kill()
 
 
 class _Worker:
     """One process, what it works on, and until when it may."""
 
-    def __init__(self, make: Callable[[], Score]) -> None:
+    def __init__(self, make: Callable[[], Score], alarm_s: float) -> None:
         context = multiprocessing.get_context("spawn")  # fork would copy the caller's threads' locks
         self.pipe, far = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(far, make), daemon=True)
-        self.process.start()
+        given = (far, make, os.getpid(), alarm_s)
+        self.process: BaseProcess = context.Process(target=_serve, args=given, daemon=True)
+        # At exit multiprocessing ends daemons by SIGTERM, which this one ignores, and waits for them.
+        Finalize(self, _kill, (self.process,), exitpriority=0)
+        resource_tracker.ensure_running()  # here, for it unblocks signals
+        # The process begins with them blocked, so that none ends it before it can ignore them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         far.close()
         self.job: int | None = None
         self.ready = False
@@ -67,8 +108,8 @@ class Workers:
     """Scores jobs in `count` processes, started at first use and kept; they end with this process.
 
     `make` is called once in each process and returns its function from a job to a score; both cross
-    to the process by pickle. A job that raises, takes longer than `limit_s` or kills its process
-    scores 0. `late` counts those that were ended.
+    to the process by pickle. A job that raises or takes longer than `limit_s` scores 0; one whose process
+    is lost is given to another, and scores 0 where that is lost too. `late` counts those that were ended.
     """
 
     def __init__(
@@ -83,14 +124,19 @@ class Workers:
         """Scores in order. Raises RuntimeError where a process does not start."""
         results = [0.0] * len(jobs)
         waiting = deque(range(len(jobs)))
-        while waiting or any(worker.job is not None for worker in self._workers):
-            while waiting and len(self._workers) < min(self._count, len(jobs)):
-                self._workers.append(_Worker(self.make))
-            for worker in self._workers:
-                if worker.ready and worker.job is None and waiting:
-                    job = waiting.popleft()
-                    worker.give(job, jobs[job], self.limit_s)
-            self._collect(jobs, results)
+        lost = Counter[int]()  # processes, by the job they were lost at
+        try:
+            while waiting or any(worker.job is not None for worker in self._workers):
+                while waiting and len(self._workers) < min(self._count, len(jobs)):
+                    self._workers.append(_Worker(self.make, self.limit_s + OVERTIME_S))
+                for worker in self._give(jobs, waiting):
+                    self._again(worker, jobs, waiting, lost)
+                for worker in self._collect(jobs, results):
+                    self._again(worker, jobs, waiting, lost)
+        except BaseException:
+            for worker in [worker for worker in self._workers if worker.job is not None]:
+                self._drop(worker)  # its answer would be taken for a later job's
+            raise
         return results
 
     def close(self) -> None:
@@ -98,11 +144,26 @@ class Workers:
         while self._workers:
             self._workers.pop().end()
 
-    def _collect(self, jobs: Sequence[Any], results: list[float]) -> None:
-        """Wait for an answer or the next deadline; take answers in, end what is late or lost."""
+    def _give(self, jobs: Sequence[Any], waiting: deque[int]) -> list[_Worker]:
+        """Give waiting jobs to who is free; the workers that turn out to be lost."""
+        lost = []
+        for worker in self._workers:
+            if worker.ready and worker.job is None and waiting:
+                job = waiting.popleft()
+                try:
+                    worker.give(job, jobs[job], self.limit_s)
+                except OSError:
+                    lost.append(worker)
+        return lost
+
+    def _collect(self, jobs: Sequence[Any], results: list[float]) -> list[_Worker]:
+        """Wait for an answer or the next deadline; take answers in, end what is late; the lost workers."""
         busy = [worker for worker in self._workers if worker.job is not None or not worker.ready]
+        if not busy:
+            return []
         first_deadline = min(worker.deadline for worker in busy)
         wait([worker.pipe for worker in busy], timeout=max(0.0, first_deadline - time.monotonic()))
+        lost = []
         for worker in busy:
             try:
                 if worker.pipe.poll():
@@ -111,20 +172,42 @@ class Workers:
                         results[worker.job] = result
                     worker.ready, worker.job = True, None
                     continue
-                lost = False
             except (EOFError, OSError):
-                lost = True
-            if lost or time.monotonic() >= worker.deadline:
-                self._drop(worker, jobs)
+                lost.append(worker)
+                continue
+            if time.monotonic() >= worker.deadline:
+                self._late(worker, jobs)
+        return lost
 
-    def _drop(self, worker: _Worker, jobs: Sequence[Any]) -> None:
+    def _again(self, worker: _Worker, jobs: Sequence[Any], waiting: deque[int], lost: Counter[int]) -> None:
+        """The worker is lost: its job waits again, or counts as 0."""
+        job = self._drop(worker)
+        lost[job] += 1
+        if lost[job] < TRIES:
+            waiting.appendleft(job)
+            return
+        self.late += 1
+        logger.warning(
+            "%s lost %d processes at it and counts it as 0: %s", self.name, TRIES, _shown(jobs[job])
+        )
+
+    def _late(self, worker: _Worker, jobs: Sequence[Any]) -> None:
+        job = self._drop(worker)
+        self.late += 1
+        shown = _shown(jobs[job])
+        logger.warning("%s took longer than %g s and counts as 0: %s", self.name, self.limit_s, shown)
+
+    def _drop(self, worker: _Worker) -> int:
+        """End a worker; its job. Raises RuntimeError where it had not even started."""
         worker.end()
         self._workers.remove(worker)
-        if not worker.ready:
+        if worker.job is None:
             self.close()
             raise RuntimeError(f"a process for {self.name} did not start: is what it imports installed?")
-        assert worker.job is not None
-        self.late += 1
-        shown = repr(jobs[worker.job])
-        shown = shown if len(shown) <= SHOWN_JOB else f"...{shown[-SHOWN_JOB:]}"
-        logger.warning("%s took longer than %g s and counts as 0: %s", self.name, self.limit_s, shown)
+        return worker.job
+
+
+def _shown(job: Any) -> str:
+    """The end of a job, for the log."""
+    text = repr(job)
+    return text if len(text) <= SHOWN_JOB else f"...{text[-SHOWN_JOB:]}"

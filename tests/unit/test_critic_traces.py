@@ -208,9 +208,29 @@ def test_a_dead_endpoint_is_a_lost_peer(fake_chat: Any) -> None:
     assert ask_endpoint(config, [], 10) == []
 
 
+def test_a_refused_item_is_skipped_and_a_refused_batch_tells_why(fake_chat: Any) -> None:
+    def prim(body: dict[str, Any]) -> tuple[int, Any]:
+        asked = body["messages"][0]["content"]
+        if asked == "down":
+            return 503, {}
+        return (422, {"error": "too long"}) if asked == "long" else (200, reply("ok"))
+
+    server = fake_chat(prim)
+    config = teacher(server, attempts=1)
+    answers = ask_endpoint(config, [ask(text) for text in ("a", "long", "b", "down")], 10)
+    assert answers == ["ok", None, "ok", None]
+    assert len(server.bodies) == 4
+    with pytest.raises(InputError, match=r"refused each of 2 requests, the last with status 422.*too long"):
+        ask_endpoint(config, [ask("long")] * 2, 10)
+    with pytest.raises(PeerLost, match=r"none of 2 requests; it refused 1 of them.*too long"):
+        ask_endpoint(config, [ask("long"), ask("down")], 10)
+
+
 @pytest.mark.parametrize(
     ("status", "reply", "message"),
     [(401, {"error": "bad key"}, "status 401.*bad key"), (404, {}, "404"), (200, b"<html>", "not an OpenAI"),
+     (403, {}, "403"), (400, {"error": {"message": "The model `wise-2.5` does not exist"}}, "does not exist"),
+     (400, {"error": {"code": "model_not_found"}}, "model_not_found"),
      (200, {"text": "x"}, "not an OpenAI")],
 )  # fmt: skip
 def test_refusals_are_input_errors(fake_chat: Any, status: int, reply: Any, message: str) -> None:
@@ -231,6 +251,9 @@ def test_missing_settings_are_input_errors(monkeypatch: pytest.MonkeyPatch) -> N
             "ABSENT_KEY",
         ),
         (TeacherConfig(kind="endpoint", url="ftp://x", model="m"), "not an http address"),
+        (TeacherConfig(kind="endpoint", url="http://host:port/v1", model="m"), "Invalid port"),
+        (TeacherConfig(kind="endpoint", url="host:80/v1", model="m"), "not an http address"),
+        (TeacherConfig(kind="endpoint", url="http://xn--/v1", model="m"), "not an http address"),
     ):
         with pytest.raises(InputError, match=message):
             ask_endpoint(config, [ask("a")], 10)

@@ -28,6 +28,23 @@ WRONG = [
     ("(1,2)", "\\boxed{(2,1)}"),
 ]
 
+IN_E_NOTATION = [  # as Minerva's references are
+    ("3.83e35", "\\boxed{3.83 \\times 10^{35}}", 1.0),
+    ("3.83e35", "\\boxed{3.83e35}", 1.0),
+    ("3.83e35", "\\boxed{3.83E+35 \\text{ erg}}", 1.0),
+    ("3.83e35", "\\boxed{3.83}", 0.0),
+    ("3.83e35", "\\boxed{3.84 \\times 10^{35}}", 0.0),
+    ("1e-4", "\\boxed{10^{-4}}", 1.0),
+    ("1e-4", "\\boxed{0.0001}", 1.0),
+    ("1e-4", "\\boxed{1e-4}", 1.0),
+    ("1e-4", "\\boxed{e - 4}", 0.0),
+    ("-4.5e33", "\\boxed{-4.5 \\cdot 10^{33}}", 1.0),
+    ("6.6e-8", "\\boxed{6.7e-8}", 0.0),
+    ("10^{-4}", "\\boxed{1e-4}", 1.0),
+    ("2e", "\\boxed{2e}", 1.0),  # Euler's
+    ("2e-1+x", "\\boxed{2e-1+x}", 1.0),
+]
+
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[MathGrader]:
@@ -42,6 +59,12 @@ def test_math_verdicts_in_order(grader: MathGrader) -> None:
     assert grader.grade(pairs) == expected
     assert grader.grade([RIGHT[-1]]) == [1.0]
     assert grader.grade([]) == []
+
+
+def test_numbers_in_e_notation_are_powers_of_ten(grader: MathGrader) -> None:
+    verdicts = grader.grade([(reference, text) for reference, text, _ in IN_E_NOTATION])
+    wrong = [row for row, verdict in zip(IN_E_NOTATION, verdicts, strict=True) if verdict != row[2]]
+    assert not wrong
 
 
 def test_grading_works_outside_the_main_thread(grader: MathGrader) -> None:

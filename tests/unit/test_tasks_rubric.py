@@ -112,6 +112,35 @@ def test_a_fake_judges_failures_are_counted_and_take_the_rules_outcome(judged_by
         task.verify_many([(prompt, "vague")] * 3)
 
 
+def test_what_a_judge_refuses_is_that_responses_failure(judged_by: Any) -> None:
+    def prim(asked: str) -> tuple[int, str]:
+        if "rude" in asked:
+            return 400, "filtered: content policy"
+        return (503, "") if "broken" in asked else (200, "<score>9</score>")
+
+    task, server = judged_by(prim, attempts=1, failed_outcome=0.5, give_up=3)
+    prompt = task.prompt("train", 0)
+    texts = ["rude", "rude", "fine", "rude"]
+    assert [task.verify(prompt, text) for text in texts] == [0.5, 0.5, 0.9, 0.5]
+    assert task.failed == 3
+    assert len(server.asked()) == 4, "what is refused is not asked again"
+    assert task.verify(prompt, "broken") == 0.5
+    with pytest.raises(
+        PeerLost, match=r"3 responses in a row, last: refused with status 400.*content policy"
+    ):
+        task.verify(prompt, "rude")
+    assert task.verify(prompt, "fine") == 0.9
+    with pytest.raises(InputError, match=r"refused each of 3 requests, the last with status 400.*filtered"):
+        task.verify_many([(prompt, "rude")] * 3)
+
+
+def test_a_judge_that_takes_no_key_ends_the_run(judged_by: Any) -> None:
+    task, server = judged_by(lambda asked: (403, ""))
+    with pytest.raises(InputError, match=r"status 403.*\n.*check task\.judge\.url, task\.judge\.model"):
+        task.verify(task.prompt("train", 0), "x")
+    assert len(server.asked()) == 1
+
+
 def test_waiting_for_a_fake_judge_holds_nothing_up(judged_by: Any) -> None:
     def slow(asked: str) -> tuple[int, str]:
         time.sleep(0.5)
