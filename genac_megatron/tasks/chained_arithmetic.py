@@ -1,20 +1,20 @@
 """Chained arithmetic: one digit, carried through steps modulo 10. Whether a slip matters needs serial work.
 
-    start : 7              the problem: a digit, and lettered steps
-    steps 3
-    a + 4
-    b * 5
-    c - 8
+    start : 7              the problem: a digit, and steps, each called by a letter
+    q + 4
+    c * 5
+    m - 8
 
     start : 7              the response: each step again, and the digit after it
-    a + 4 : 1
-    b * 5 : 5
-    c - 8 : 7
+    q + 4 : 1
+    c * 5 : 5
+    m - 8 : 7
     answer : 7
 
 Products by even numbers and by 5 forget part of what they are given: after a slip the answer may still come
 out right, and only who goes on to the end knows.
-Were steps numbered, small models would take sums' digits for numbers.
+Were steps numbered, small models would take sums' digits for numbers. Were letters the alphabet's first, a
+model that is trained on short chains would forget the later ones; so they are any, and nothing is counted.
 """
 
 from __future__ import annotations
@@ -53,11 +53,15 @@ class Chain:
 
     start: int
     steps: tuple[Step, ...]
+    names: str = ""  # of the steps, a letter each; "": in the alphabet's order
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", self.names or LETTERS[: len(self.steps)])
 
     def text(self) -> str:
-        steps = zip(LETTERS, self.steps, strict=False)
+        steps = zip(self.names, self.steps, strict=True)
         lines = (f"{letter} {sign} {operand}" for letter, (sign, operand) in steps)
-        return "\n".join((self.start_line(), f"steps {len(self.steps)}", *lines))
+        return "\n".join((self.start_line(), *lines))
 
     def start_line(self) -> str:
         return f"start : {self.start}"
@@ -65,7 +69,7 @@ class Chain:
     def line(self, number: int, value: int) -> str:
         """A response's line of step `number`, from 1, with the digit that it says comes out."""
         sign, operand = self.steps[number - 1]
-        return f"{LETTERS[number - 1]} {sign} {operand} : {value}"
+        return f"{self.names[number - 1]} {sign} {operand} : {value}"
 
     def after(self, number: int, value: int) -> int:
         """The digit after step `number`, from 1, of `value`."""
@@ -82,9 +86,10 @@ class Chain:
 
 def parse_chain(text: str) -> Chain:
     """The chain that `Chain.text` wrote."""
-    start, _, *steps = text.splitlines()
-    parts = (line.split() for line in steps)
-    return Chain(int(start.split()[-1]), tuple((sign, int(operand)) for _, sign, operand in parts))
+    start, *steps = text.splitlines()
+    parts = [line.split() for line in steps]
+    operations = tuple((sign, int(operand)) for _, sign, operand in parts)
+    return Chain(int(start.split()[-1]), operations, "".join(letter for letter, _, _ in parts))
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def survey(chain: Chain, partial: str) -> Standing:
             found = _START.fullmatch(line)
         elif number <= len(chain.steps):
             found = _LINE.fullmatch(line)
-            if found and found[1] != LETTERS[number - 1]:
+            if found and found[1] != chain.names[number - 1]:
                 found = None
         else:
             found = None if ended else _END.fullmatch(line)
@@ -159,12 +164,12 @@ class ChainedArithmeticTeacher(Teacher):
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
         """Where the response is, the right lines up to there, how far off its digit is, and a verdict.
 
-            step a of 3 value 3
+            step q value 3
             start : 7
-            a + 4 : 1
+            q + 4 : 1
             value - 3 : 8 bad
-            b * 5 : 0 ok
-            left 2
+            c * 5 : 0 ok
+            left c m
 
         A difference is carried on to the end, or to where a product has forgotten it: sums leave it as it is,
         which is written as a sum with 0. Every line is one that who can answer can compute, and what is
@@ -174,14 +179,14 @@ class ChainedArithmeticTeacher(Teacher):
         """
         chain = parse_chain(prompt.problem)
         at, right, count = survey(chain, partial), chain.values(), len(chain.steps)
-        place = f"step {LETTERS[at.step - 1]}" if at.step else "start"
-        lines = [f"{place} of {count} value {at.value}"]
+        place = f"step {chain.names[at.step - 1]}" if at.step else "start"
+        lines = [f"{place} value {at.value}"]
         if not at.sound:
             return "\n".join((*lines, "part bad")), 0
         lines += [chain.start_line(), *(chain.line(n, right[n]) for n in range(1, at.step + 1))]
         lines += _differences(chain, at.step, (right[at.step] - at.value) % BASE, at.value)
         if lines[-1].endswith("ok"):
-            lines.append(f"left {0 if at.ended else count - at.step}")
+            lines.append(" ".join(("left", *(chain.names[at.step :] or "-"))))
         if at.ended:
             return "\n".join(lines), 10 if at.value == right[count] else 0
         sure = p_bar ** (1 / self.mean_steps)
@@ -191,7 +196,7 @@ class ChainedArithmeticTeacher(Teacher):
 def _differences(chain: Chain, step: int, off: int, value: int) -> list[str]:
     """The right digit less `value`, then what is left of that difference after each step after `step`."""
     lines = [f"value - {value} : {off}"]
-    for letter, (sign, operand) in zip(LETTERS[step:], chain.steps[step:], strict=False):
+    for letter, (sign, operand) in zip(chain.names[step:], chain.steps[step:], strict=True):
         if off == 0:
             break
         lines[-1] += " bad"
@@ -217,7 +222,7 @@ class ChainedArithmetic(GeneratedTask):
         rng, config = random.Random(f"problem/{self._seed}/{number}"), self._config
         count = rng.randint(config.min_steps, config.max_steps)
         steps = tuple((rng.choice(config.operations), rng.randrange(BASE)) for _ in range(count))
-        chain = Chain(rng.randrange(BASE), steps)
+        chain = Chain(rng.randrange(BASE), steps, "".join(rng.sample(LETTERS, count)))
         return Problem(chain.text(), reference=str(chain.values()[-1]))
 
     def verify(self, prompt: Prompt, text: str) -> float:

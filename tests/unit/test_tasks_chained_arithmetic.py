@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import string
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +31,8 @@ DIGIT = st.integers(0, 9)
 @st.composite
 def chains(draw: st.DrawFn, signs: str = "+-*") -> Chain:
     step = st.tuples(st.sampled_from(signs), DIGIT)
-    return Chain(draw(DIGIT), tuple(draw(st.lists(step, min_size=1, max_size=8))))
+    steps = tuple(draw(st.lists(step, min_size=1, max_size=8)))
+    return Chain(draw(DIGIT), steps, "".join(draw(st.permutations(string.ascii_lowercase)))[: len(steps)])
 
 
 def computed(chain: Chain, value: int, steps: int | None = None) -> int:
@@ -63,7 +65,7 @@ def test_a_demonstration_without_slips_is_exact(chain: Chain, seed: int) -> None
     assert start == f"start : {chain.start}"
     assert answer == f"answer : {prompt.reference}"
     for number, (line, (sign, operand)) in enumerate(zip(lines, chain.steps, strict=True), 1):
-        assert line == f"{'abcdefgh'[number - 1]} {sign} {operand} : {computed(chain, chain.start, number)}"
+        assert line == f"{chain.names[number - 1]} {sign} {operand} : {computed(chain, chain.start, number)}"
 
 
 def test_the_last_answer_line_is_verified() -> None:
@@ -122,16 +124,16 @@ def test_the_trace_says_whether_the_response_would_still_end_right(
     text = teacher.demonstrate(prompt, random.Random(seed))
     kept = data.draw(st.integers(1, len(chain.steps) + 1))  # whole lines, the start line among them
     partial = "".join(f"{line}\n" for line in text.splitlines()[:kept])
-    step, value, count = kept - 1, int(partial.split()[-1]), len(chain.steps)
+    step, value = kept - 1, int(partial.split()[-1])
     right = ChainedArithmeticTeacher(0.0, 3.0).demonstrate(prompt, RNG).splitlines()[:-1]
     fine = computed(Chain(value, chain.steps[step:]), value) == int(prompt.reference)
 
     trace, score = teacher.trace(prompt, partial, 0.6, RNG)
     head, *lines = trace.split("\n")
-    assert head == f"{'step ' + 'abcdefgh'[step - 1] if step else 'start'} of {count} value {value}"
+    assert head == f"{'step ' + chain.names[step - 1] if step else 'start'} value {value}"
     assert lines[:kept] == right[:kept]
     assert lines[kept].startswith(f"value - {value} : ")
-    assert (lines[-1] == f"left {count - step}") == fine
+    assert (lines[-1] == f"left {' '.join(chain.names[step:]) or '-'}") == fine
     digit = chain.start
     for number, line in enumerate(lines[1:-1] if fine else lines[1:], 1):
         _, sign, operand, _, after, *verdict = line.split()
@@ -139,7 +141,7 @@ def test_the_trace_says_whether_the_response_would_still_end_right(
         digit = int(after)
         assert verdict == ([] if number < kept else ["bad" if digit else "ok"])
         if number > kept:
-            assert line[0] == "abcdefgh"[number - 2]
+            assert line[0] == chain.names[number - 2]
     assert score == round(10 * chances(chain, 0.6 ** (1 / 3.0))[step][value])
 
 
@@ -151,17 +153,14 @@ def test_a_slip_that_a_product_forgets_is_seen_to_be_none() -> None:
     chance = chances(chain, 0.9)[1][3]
     assert 0.7 < chance < 0.9
     assert teacher.trace(prompt, odd, 0.9**4, RNG) == (
-        f"step a of 4 value 3\n{right}\nvalue - 3 : 8 bad\nb - 0 : 8 bad\nc * 5 : 0 ok\nleft 3",
+        f"step a value 3\n{right}\nvalue - 3 : 8 bad\nb - 0 : 8 bad\nc * 5 : 0 ok\nleft b c d",
         round(10 * chance),
     )
     trace, score = teacher.trace(prompt, even, 0.99, RNG)
-    assert (
-        trace
-        == f"step a of 4 value 2\n{right}\nvalue - 2 : 9 bad\nb - 0 : 9 bad\nc * 5 : 5 bad\nd - 0 : 5 bad"
-    )
+    assert trace == f"step a value 2\n{right}\nvalue - 2 : 9 bad\nb - 0 : 9 bad\nc * 5 : 5 bad\nd - 0 : 5 bad"
     assert score == 0
     done = f"{odd}b - 6 : 7\nc * 5 : 5\nd - 8 : 7\nanswer : 7"
-    words = f"step d of 4 value 7\n{right}\nb - 6 : 5\nc * 5 : 5\nd - 8 : 7\nvalue - 7 : 0 ok\nleft 0"
+    words = f"step d value 7\n{right}\nb - 6 : 5\nc * 5 : 5\nd - 8 : 7\nvalue - 7 : 0 ok\nleft -"
     assert teacher.trace(prompt, done, 0.1, RNG) == (words, 10)
     assert teacher.trace(prompt, done[:-1] + "8", 0.9, RNG)[1] == 0
 
@@ -182,8 +181,8 @@ def test_the_trace_takes_any_partial_text(chain: Chain, partial: str, p_bar: flo
     trace, score = ChainedArithmeticTeacher(0.0, 3.0).trace(as_prompt(chain), partial, p_bar, RNG)
     assert 0 <= score <= 10
     for line in trace.split("\n"):
-        form = r"(step [a-z]|start) of \d+ value \d|start : \d|([a-z]|value) [-+*] \d : \d( ok| bad)?"
-        form += r"|left \d+|part bad"
+        form = r"(step [a-z]|start) value \d|start : \d|([a-z]|value) [-+*] \d : \d( ok| bad)?"
+        form += r"|left( [a-z])+|left -|part bad"
         assert re.fullmatch(form, line), line
 
 
@@ -191,5 +190,5 @@ def test_the_longest_judgement_has_room_in_the_study() -> None:
     """Off in the first line, back in the end: what judging.max_new_tokens must hold, p and score too."""
     chain = Chain(1, (("+", 1),) * 4 + (("*", 5),))
     trace, _ = ChainedArithmeticTeacher(0.0, 3.5).trace(as_prompt(chain), "start : 3\n", 0.5, RNG)
-    assert trace.endswith("left 5")
+    assert trace.endswith("left a b c d e")
     assert len(completion_ids(TINY, f"{trace}\np 0.50\n<answer>10</answer>")) <= 72
