@@ -71,8 +71,8 @@ class Places:
 
     def has_ended(self, name: str, seed: int) -> bool:
         """Whether that run is there, whole, and made from what the study says today."""
-        today = digests_of(self).runs[name]
-        return self.ended(name, seed).exists() and made_from(self.run(name, seed)) == today
+        folder, today = self.run(name, seed), digests_of(self).runs[name]
+        return folder.exists() and self.ended(name, seed).exists() and made_from(folder) == today
 
     def bank(self, name: str, seed: int) -> Path:
         return self.work / f"bank-{name}-s{seed}"

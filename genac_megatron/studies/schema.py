@@ -176,10 +176,10 @@ def cells_of(study: Study, where: str = "") -> list[Cell]:
     if study.axes:
         for options in itertools.product(*(axis.items() for axis in study.axes.values())):
             made.append(_combined(list(zip(study.axes, options, strict=True))))
+    bases = [name for name, _ in bases_of(study)]
     for cell in made:
         if cell.spec.recipe is None:
             raise InputError(f"the cell '{cell.name}' has no recipe", where=where)
-        bases = [name for name, _ in bases_of(study)]
         _need(cell.spec.start.values(), bases, f"the cell '{cell.name}' starts from", "base run", where)
     return made
 

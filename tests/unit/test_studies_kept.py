@@ -154,6 +154,16 @@ def test_a_run_that_has_ended_counts_more_than_its_figures(folder: Path) -> None
     assert seen == [False, True, False]
 
 
+def test_the_figures_of_a_run_that_was_removed_stand(folder: Path) -> None:
+    """Whoever removes its folder leaves the markers beside it."""
+    written(folder, record(folder, "a", 1))
+    run = begun(folder, "a", 1)
+    ended(run)
+    assert kept_records(places(folder)) == {}
+    shutil.rmtree(run)
+    assert set(kept_records(places(folder))) == {("a", 1)}
+
+
 def test_scores_of_another_bank_or_run_are_nobodys_figures(folder: Path) -> None:
     run = begun(folder, "a", 1)
     (run / "metrics.jsonl").write_text("")
