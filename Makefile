@@ -77,7 +77,8 @@ test-e2e: python ## Whole runs by the command line
 	@$(call in,cpu) -m pytest tests/e2e $(pick) $(ARGS)
 
 .PHONY: test-slurm
-test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian: slurm-wlm, munge)
+test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian's slurm-wlm and munge; in CI they are installed)
+	@$(PYTHON) tools/slurm_packages.py
 	@$(serve) $(call in,cpu) -m pytest tests/slurm $(pick) $(ARGS)
 
 .PHONY: test-extended
