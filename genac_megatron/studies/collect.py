@@ -16,6 +16,7 @@ from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
 from genac_megatron.studies.runner import Places, made_from, newer
 from genac_megatron.studies.schema import Cell, cells_of
+from genac_megatron.studies.standing import stands_on
 
 ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
 Record = dict[str, Any]
@@ -34,7 +35,7 @@ def records_of(places: Places, seeds: list[int]) -> list[Record]:
 
 
 def record_of(places: Places, cell: Cell, seed: int) -> Record:
-    """Cell, label, options, seed, figures (flat names) and curve (points of held-out accuracy)."""
+    """Cell, label, options, seed, figures (flat names), curve (of held-out accuracy), what it stands on."""
     folder = places.run(cell.name, seed)
     rows, _ = read_jsonl(folder / METRICS)
     evaluations, _ = read_jsonl(folder / EVALUATIONS)
@@ -50,6 +51,7 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
         "seed": seed,
         "figures": {key: value for key, value in figures.items() if math.isfinite(value)},
         "curve": curve(rows, evaluations, shapes),
+        "stands_on": stands_on(places, cell.spec, seed),
     }
 
 

@@ -45,23 +45,38 @@ def run_command(options: argparse.Namespace) -> int:
         study, file, Path(options.out) / study.name, Path(options.work), overrides=options.override
     )
     cells = options.cells.split(",") if options.cells else None
-    kept = {} if options.again else kept_records(places)
     if options.dry_run:
-        _list(places, seeds, cells, console, kept)
+        _list(places, seeds, cells, console, {} if options.again else kept_records(places))
         return EXIT_OK
     if not options.collect:
-        _run(places, seeds, cells, console, max(1, options.jobs), kept)
+        _run(places, seeds, cells, console, max(1, options.jobs), again=options.again)
     _write(places, seeds, console)
     return EXIT_OK
 
 
-def _run(places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, kept: Kept) -> None:
+def _run(
+    places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, *, again: bool
+) -> None:
+    """What is left; once base runs are here, also what was kept and turns out to stand on others."""
+    from genac_megatron.studies.kept import FIGURES, kept_records
+
+    kept: Kept = {} if again else kept_records(places)
+    while True:
+        if kept:
+            console.print(f"{len(kept)} run(s) stand in {places.out / FIGURES} (--again runs them again)")
+        _run_left(places, seeds, cells, console, jobs, kept)
+        if kept.keys() <= (still := kept_records(places)).keys():
+            return
+        kept = still
+        console.print("some of them stand on other base runs than are here now: those are run again")
+
+
+def _run_left(
+    places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, kept: Kept
+) -> None:
     """Every cell with the seeds of the sweep, then the best of each label with the others."""
-    from genac_megatron.studies.kept import FIGURES
     from genac_megatron.studies.runner import run_all, tasks_of
 
-    if kept:
-        console.print(f"{len(kept)} run(s) stand in {places.out / FIGURES} (--again runs them again)")
     first, others = swept(places.study, seeds)
     run_all(tasks_of(places, first, cells, kept), console, jobs)
     if others:
@@ -121,10 +136,18 @@ def _seeds(text: str) -> list[int]:
 def _write(places: Any, seeds: list[int], console: Any) -> None:
     """All that is done, with these seeds, the file's, and those of earlier figures."""
     from genac_megatron.studies.collect import records_of
-    from genac_megatron.studies.kept import FIGURES, kept_records
+    from genac_megatron.studies.kept import FIGURES, kept_records, of_other_bases
     from genac_megatron.studies.plots import draw_all
     from genac_megatron.studies.summary import markdown
 
+    if others := of_other_bases(places):
+        names = ", ".join(f"{cell} (seed {seed})" for cell, seed in others)
+        raise InputError(
+            f"figures that stand on other base runs than are here, so that they cannot be compared: {names}",
+            where=str(places.out / FIGURES),
+            way_out="run them again (the same command without --cells, --seeds and --collect), "
+            "or name another --out",
+        )
     known = {*seeds, *places.study.seeds, *(seed for _, seed in kept_records(places))}
     records = records_of(places, sorted(known))
     study = places.study.model_copy(update={"seeds": sorted({record["seed"] for record in records})})

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.studies.collect import records_of, scores_of
+from genac_megatron.studies.command import _run
 from genac_megatron.studies.digests import digests_of
-from genac_megatron.studies.kept import kept_records
+from genac_megatron.studies.kept import kept_records, of_other_bases
 from genac_megatron.studies.runner import ENDED, STAMP, Places, tasks_of
-from genac_megatron.studies.schema import read_study
+from genac_megatron.studies.schema import cells_of, read_study
+from genac_megatron.studies.standing import stands_on
 
 STUDY: dict[str, Any] = {
     "name": "tiny",
@@ -152,6 +155,67 @@ def test_a_run_that_has_ended_counts_more_than_its_figures(folder: Path) -> None
     os.utime(metrics, (1, scores.stat().st_mtime + 10))
     seen.append(score.done)
     assert seen == [False, True, False]
+
+
+def trained(run: Path, loss: float, seconds: float = 1.0) -> None:
+    row = {"step": 1, "actor/loss": loss, "actor/grad_norm": 2.0, "time/total_s": seconds}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    ended(run)
+
+
+def test_figures_of_other_base_runs_do_not_stand(folder: Path) -> None:
+    """Another machine rounds otherwise: its actor is another one, and so are its rollouts."""
+    actor = begun(folder, "actor", 1)
+    trained(actor, 0.5)
+    spec = next(cell.spec for cell in cells_of(read_study(folder / "study.yaml")) if cell.name == "a")
+    here = stands_on(places(folder), spec, 1)
+    assert list(here) == ["actor"]  # body-a is not there
+    mine = record(folder, "a", 1) | {"stands_on": {**here, "body-a": "made elsewhere"}}
+    theirs = record(folder, "b", 1) | {"stands_on": {"actor": "another"}}
+    unknown = record(folder, "b", 2)  # of a version that did not say
+    written(folder, mine, theirs, unknown, record(folder, "a", 2) | {"stands_on": {"actor": "another"}})
+    assert set(kept_records(places(folder))) == {("a", 1), ("a", 2), ("b", 2)}  # seed 2: no base run is here
+    assert of_other_bases(places(folder)) == [("b", 1)]
+    trained(actor, 0.5, seconds=9.0)
+    assert of_other_bases(places(folder)) == [("b", 1)]
+    trained(actor, 0.5000000000000001)
+    assert of_other_bases(places(folder)) == [("a", 1), ("b", 1)]
+
+
+def test_a_table_does_not_mix_base_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(begun(folder, "actor", 1), 0.5)
+    written(folder, record(folder, "b", 1) | {"stands_on": {"actor": "another"}}, record(folder, "a", 1))
+    (folder / "out").rename(folder / "tiny")
+    before = (folder / "tiny" / "figures.json").read_text()
+    places_of = ["--out", str(folder), "--work", str(folder / "work")]
+    assert main(["study", str(folder / "study.yaml"), "--collect", *places_of]) == 2
+    said = capsys.readouterr().err
+    assert "b (seed 1)" in said
+    assert "run them again" in said
+    assert (folder / "tiny" / "figures.json").read_text() == before
+
+
+def test_what_stands_on_other_base_runs_is_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is known once a cell that was left has had them made."""
+    there = {"stands_on": {"actor": "another"}}
+    written(folder, *(record(folder, cell, 1) | there for cell in "ab"), record(folder, "a", 2) | there)
+    asked: list[list[str]] = []
+
+    def run_all(tasks: list[Any], *_: Any) -> None:
+        asked.append([task.key for task in tasks if not task.done])
+        for task in tasks:
+            if task.ended is not None and not task.done:
+                task.folder.mkdir(parents=True)
+                stamp(task.folder, task.made_from)
+                trained(task.folder, 0.5)
+
+    monkeypatch.setattr("genac_megatron.studies.runner.run_all", run_all)
+    _run(places(folder), [1, 2], None, Console(quiet=True), 1, again=False)
+    assert "b, seed 2" in asked[0]
+    assert not any(key in asked[0] for key in ("a, seed 1", "b, seed 1", "a, seed 2"))
+    assert "a, seed 2" in asked[1]  # the actor of seed 2 was made, and is another one
+    assert not any("seed 1" in key for key in asked[1])  # no base run of seed 1 is here
+    assert len(asked) == 2
 
 
 def test_the_figures_of_a_run_that_was_removed_stand(folder: Path) -> None:
