@@ -70,6 +70,7 @@ test-serving: python ## Engines that generate, with SGLang's servers on this mac
 
 .PHONY: test-conversion
 test-conversion: python ## Hugging Face folders to checkpoints and back, on a real small model
+	@$(call in,cpu) tools/fetch_smollm2.py >/dev/null
 	@$(serve) $(call in,cpu) -m pytest tests/conversion $(pick) $(ARGS)
 
 .PHONY: test-e2e

@@ -16,6 +16,7 @@ from genac_megatron.errors import GenacError, InputError
 
 PORTS = 32  # a job's window; a multiple of it where there are many servers
 LOWEST_PORT = 10_000
+FIRST_JOBS = 64  # of a new cluster, as in tests: other servers take ports of their windows last
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 NET = Path("/sys/class/net")
 INFINIBAND = "32"  # linux/if_arp.h: ARPHRD_INFINIBAND
@@ -180,8 +181,10 @@ def spare_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     A server listens a minute after its port was chosen, when its imports are done: one of the kernel's may by
     then be some connection's. Where there are none below, they are the kernel's all the same.
     """
-    low = range(LOWEST_PORT, max(LOWEST_PORT, ephemeral_low()))
-    drawn = random.SystemRandom().sample(low, len(low))  # a seeded one gives two processes the same
+    top, jobs = max(LOWEST_PORT, ephemeral_low()), LOWEST_PORT + FIRST_JOBS * PORTS
+    chance = random.SystemRandom()  # a seeded one gives two processes the same
+    parts = (range(min(jobs, top), top), range(LOWEST_PORT, min(jobs, top)))
+    drawn = [port for part in parts for port in chance.sample(part, len(part))]
     found = list(itertools.islice((port for port in drawn if is_free(port, host)), count))
     with contextlib.ExitStack() as stack:
         for _ in range(count - len(found)):

@@ -34,8 +34,10 @@ from typing import Any
 from genac_megatron.platform.megatron import install
 
 RANKS = 4
-COLLECTIVE_S = 60.0  # a collective whose peers do not come fails after this
+COLLECTIVE_S = 300.0  # a collective whose peers do not come fails after this
 GRACE_S = 1.0  # how long other ranks may still report after the first error
+EXIT_S = 10.0  # for a process that closed its pipe to be gone
+TRACE_S = 5.0  # for a rank to write where it stands
 ROOT = Path(__file__).resolve().parents[2]
 # Set before torch is imported: one thread per rank (more made a rank 7 times slower), and never a GPU.
 ENVIRONMENT = {
@@ -93,7 +95,7 @@ class Pool:
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, OSError):
-                    self._workers[rank].join(GRACE_S)
+                    self._workers[rank].join(EXIT_S)
                     answers[rank] = (False, f"the process died ({self._workers[rank].exitcode})")
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
@@ -124,8 +126,10 @@ class Pool:
         if pid is None or not self._trace(rank).exists():
             return "  (still starting)"
         os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.3)
-        return self._trace(rank).read_text()
+        until = time.monotonic() + TRACE_S
+        while not (said := self._trace(rank).read_text()).endswith("\n") and time.monotonic() < until:
+            time.sleep(0.1)
+        return said
 
     def close(self) -> None:
         """End the ranks; the next run starts fresh ones. Idle ranks end by themselves, with their helpers."""

@@ -22,7 +22,7 @@ BAD = GOOD + '{"question": \n'
 LAUNCH = """
 import sys
 from genac_megatron.launch import Launcher
-sys.exit(Launcher([sys.executable, "-c", sys.argv[1]], 2, 1, grace_s=5.0).run())
+sys.exit(Launcher([sys.executable, "-c", sys.argv[1]], 2, 1, grace_s=20.0).run())
 """
 RANK = """
 import os, sys

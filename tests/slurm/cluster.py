@@ -14,7 +14,7 @@ from pathlib import Path
 from genac_megatron.cluster.network import spare_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
-WAIT_S = 60.0
+WAIT_S = 180.0  # for daemons and commands, on a busy machine
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 CONF = """\
@@ -34,6 +34,10 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 KillWait=5
+MessageTimeout=60
+TCPTimeout=10
+BatchStartTimeout=120
+UnkillableStepTimeout=300
 InactiveLimit=0
 MailProg=/bin/true
 StateSaveLocation={folder}/state
@@ -70,7 +74,7 @@ class Cluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> Cluster:
-        """Raises AssertionError, with the daemons' logs, where the nodes are not idle in a minute."""
+        """Raises AssertionError, with the daemons' logs, where the nodes are not idle in time."""
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
         text = CONF.format(folder=self.folder, host=host, user=getpass.getuser(), ports=spare_ports(3))
@@ -119,7 +123,7 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
         """A command of Slurm's, with this cluster's configuration."""
         return subprocess.run(
-            command, cwd=cwd, env={**self.environ, **environ}, capture_output=True, text=True, timeout=60
+            command, cwd=cwd, env={**self.environ, **environ}, capture_output=True, text=True, timeout=WAIT_S
         )
 
     def submit(self, *arguments: str, cwd: Path, **environ: str) -> int:
@@ -136,6 +140,11 @@ class Cluster:
                 return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
             time.sleep(0.5)  # the controller is busy
         raise AssertionError(f"scontrol show job {job}: {done.stderr}")
+
+    def over(self, job: int) -> str:
+        """How a job ended; empty while it has not."""
+        seen = self.job(job)
+        return f"job {job} is over: {seen['JobState']}, {seen['ExitCode']}" * (seen["JobState"] in ENDED)
 
     def wait(self, job: int, limit_s: float) -> dict[str, str]:
         """Until the job has ended; raises AssertionError after `limit_s` seconds."""

@@ -16,12 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
+from genac_megatron.observe.runinfo import read_jsonl
 from tests.slurm.cluster import Cluster, ours
 from tests.slurm.conftest import NODES, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LIMIT_S = 900.0  # for a job, on a busy machine
-OVERRIDES = ("seed=3", "stages.ppo.steps=4")
+LOOK_S = 3.0  # between two looks at whether a job is over
+OVERRIDES = ("seed=3", "stages.ppo.steps=12")  # USR1 comes after the first, and takes seconds
 MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes")
 Settings = dict[str, str]
 Output = Callable[[], str]
@@ -37,19 +39,31 @@ def genac(*arguments: str, cwd: Path, environ: dict[str, str]) -> subprocess.Com
 def rows(run: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Rows without what time and machine decide."""
     path = run / log
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [_untimed(row) for row in found]
+    return [_untimed(row) for row in read_jsonl(path)[0]]  # but for a line that is being written
 
 
 def _untimed(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not MEASURED.search(key)}
 
 
-def until(done: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    give_up = time.monotonic() + limit_s
+def until(
+    done: Callable[[], bool], what: str, limit_s: float = LIMIT_S, *, over: Callable[[], str] = str
+) -> None:
+    """`over` says why it cannot come any more, or nothing."""
+    give_up, look = time.monotonic() + limit_s, 0.0
     while not done():
-        assert time.monotonic() < give_up, f"{what}: not within {limit_s:.0f} s"
+        now = time.monotonic()
+        assert now < give_up, f"{what}: not within {limit_s:.0f} s"
+        if now >= look:
+            why = over()
+            assert not why or done(), f"{what}: {why}"
+            look = time.monotonic() + LOOK_S
         time.sleep(0.05)
+
+
+def ending(cluster: Cluster, job: int, output: Output) -> Callable[[], str]:
+    """For `until`: that a job is over, and what it wrote."""
+    return lambda: f"{said}\n{output()}" if (said := cluster.over(job)) else ""
 
 
 def reached(run: Path, stage: str, step: int) -> bool:
@@ -71,9 +85,10 @@ def test_requeued_by_usr1_it_ends_like_an_uninterrupted_run(
     script = str(ROOT / "slurm" / "genac_ppo.sh")
     job = cluster.submit(*NODES, script, "--", *OVERRIDES, cwd=tmp_path, RECIPE="recipe.yaml", **settings)
     run = tmp_path / "runs" / "run"
-    until(lambda: reached(run, "ppo", 1), "the first step of ppo")
+    over = ending(cluster, job, output)
+    until(lambda: reached(run, "ppo", 1), "the first step of ppo", over=over)
     assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
-    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", over=over)
     gone(job)
     manifest = json.loads(max(run.glob("checkpoints/ppo-*/manifest.json")).read_text())
     assert sorted(manifest["roles"]) == ["actor", "critic"]
@@ -126,12 +141,13 @@ def test_a_stalled_rank_is_named_and_a_killed_one_ends_the_job(
     assert done.returncode == 0, done.stderr
     job = int(done.stdout.split()[1].rstrip(":"))
     run = tmp_path / "runs" / "run"
-    until(lambda: reached(run, "ppo", 2), "the second step of ppo")
+    over = ending(cluster, job, output)
+    until(lambda: reached(run, "ppo", 2), "the second step of ppo", over=over)
     stopped = psutil.Process(rank_pid(run, 1))
     stopped.suspend()
-    until(lambda: "genac: stall:" in output(), "the stall to be told", 240.0)
+    told = re.compile(r"genac: stall: no progress for \d+ s; stage ppo, step")
+    until(lambda: bool(told.search(output())), "the stall to be told", 240.0, over=over)
     text = output()
-    assert re.search(r"genac: stall: no progress for \d+ s; stage ppo, step", text), text
     assert "the others wait for rank 1 on n2: stage" in text, text
     assert "when last heard of" in text, text
     stack = (run / "logs/latest/stacks/rank-00000.txt").read_text()
@@ -214,8 +230,8 @@ def test_a_chain_goes_on_without_requeue(
     waiting = cluster.job(second)
     assert (waiting["JobState"], waiting["Dependency"]) == ("PENDING", "singleton(unfulfilled)"), output()
     run = tmp_path / "runs" / "run"
-    until(lambda: reached(run, "ppo", 1), "the first step of ppo")
-    cluster.run("scancel", "--batch", "--signal=USR1", str(first))
+    until(lambda: reached(run, "ppo", 1), "the first step of ppo", over=ending(cluster, first, output))
+    assert cluster.run("scancel", "--batch", "--signal=USR1", str(first)).returncode == 0
     assert cluster.wait(first, LIMIT_S)["ExitCode"] == "75:0", output()
     assert cluster.wait(second, LIMIT_S)["JobState"] == "COMPLETED", output()
     assert "GENAC_REQUEUE is off" in output()

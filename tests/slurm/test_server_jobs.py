@@ -16,7 +16,7 @@ import yaml
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import NODES, ROOT
-from tests.slurm.test_jobs import LIMIT_S, Settings, genac, gone, rank_pid, reached, until
+from tests.slurm.test_jobs import LIMIT_S, Settings, ending, genac, gone, rank_pid, reached, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,7 +104,8 @@ def test_servers_on_both_nodes_and_none_left_behind(
         return cluster.submit(*NODES, script, cwd=tmp_path, RECIPE="recipe.yaml", **served)
 
     killed = submit()
-    until(lambda: bool(list(run.glob("checkpoints/ppo-*/manifest.json"))), "a checkpoint of the first job")
+    saved, over = "checkpoints/ppo-*/manifest.json", ending(cluster, killed, output)
+    until(lambda: bool(list(run.glob(saved))), "a checkpoint of the first job", over=over)
     pids = checked_servers(run)
     os.kill(rank_pid(run, 1), signal.SIGKILL)
     seen = cluster.wait(killed, LIMIT_S)

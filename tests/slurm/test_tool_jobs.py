@@ -14,7 +14,7 @@ from genac_megatron.models.hf_folder import HfFolder
 from tests.conversion.tiny_folder import make_folder, tiny_shape
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
-from tests.slurm.test_jobs import LIMIT_S, Settings, genac, gone, until
+from tests.slurm.test_jobs import LIMIT_S, Settings, ending, genac, gone, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0")
@@ -66,23 +66,26 @@ def test_evaluate(
     assert len(asked) == 8
 
 
-def stopped_and_requeued(cluster: Cluster, job: int, begun: Callable[[], bool], what: str) -> None:
+def stopped_and_requeued(
+    cluster: Cluster, job: int, begun: Callable[[], bool], what: str, output: Callable[[], str]
+) -> None:
     """USR1 once `begun`: the job leaves with what is done kept, and is back in the queue."""
-    until(begun, what)
+    over = ending(cluster, job, output)
+    until(begun, what, over=over)
     assert cluster.run("scancel", "--batch", "--signal=USR1", str(job)).returncode == 0
-    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", over=over)
     gone(job)
 
 
 def test_a_conversion_that_is_asked_to_stop_is_requeued_and_goes_on(
     cluster: Cluster, settings: Settings, tmp_path: Path, output: Callable[[], str]
 ) -> None:
-    shape = tiny_shape(layers=60, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
+    shape = tiny_shape(layers=120, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
     source, part = make_folder(tmp_path / "source", shape), tmp_path / "checkpoint.part"
     given = ("to-megatron", "source", "checkpoint", "--max-shard-size=200KB")
     job = cluster.submit(*ONE, CONVERT, *given, cwd=tmp_path, **settings)
     shards = "done/*.json"
-    stopped_and_requeued(cluster, job, lambda: len(list(part.glob(shards))) >= 5, "five shards")
+    stopped_and_requeued(cluster, job, lambda: len(list(part.glob(shards))) >= 5, "five shards", output)
     assert "genac: stopped: stopped as asked after" in output(), output()
     done = {path.name: path.stat().st_mtime_ns for path in part.glob("weights/*.distcp")}
     seen = cluster.wait(job, LIMIT_S)
@@ -108,7 +111,7 @@ def test_an_evaluation_that_is_asked_to_stop_is_requeued_and_goes_on(
     given = ("task", "rg:chain_sum", str(recipe), "--problems=30", "--samples=100", "--max-new-tokens=24")
     parts = "stopped/*/parts/*.jsonl"
     job = cluster.submit(*ONE, EVALUATE, *given, "--out=stopped", cwd=tmp_path, **settings)
-    stopped_and_requeued(cluster, job, lambda: bool(list(tmp_path.glob(parts))), "a first chunk")
+    stopped_and_requeued(cluster, job, lambda: bool(list(tmp_path.glob(parts))), "a first chunk", output)
     text = output()
     assert "genac: stopped: stopped as asked after" in text, text
     assert "requeue (restart 1)" in text, text

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.cluster.network import (
+    FIRST_JOBS,
     LOWEST_PORT,
     PORTS,
     addresses,
@@ -120,6 +121,8 @@ def test_a_spare_port_is_none_that_the_kernel_gives_out(host: str) -> None:
     assert all(LOWEST_PORT <= port < ephemeral_low() and is_free(port, host) for port in first + second)
     assert len(set(first)) == 20
     assert set(first) != set(second)
+    jobs = {port for job in range(1, FIRST_JOBS) for port in job_ports(job)}
+    assert not jobs & {*first, *second}, "a new cluster's jobs would find theirs taken"
 
 
 def test_ports_in_use_and_few_below_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

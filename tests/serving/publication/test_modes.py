@@ -22,7 +22,7 @@ from tests.serving.publication.fleet_cases import (
     publish_case,
 )
 
-LONG = 700  # tokens: seconds of generation
+LONG = 1500  # tokens: seconds of generation, also on a quiet machine
 OLD, NEWER = 41, 42  # seeds, and versions
 READY = ".ready"  # beside the folder of the weights
 TP2 = {"count": 2, "tp": 2}
@@ -48,11 +48,11 @@ class Live:
 
     async def _generate(self) -> None:
         sampling = {"temperature": 0.0, "max_new_tokens": LONG, "ignore_eos": True}
-        asked = [client_of(e).generate(PROMPTS[0], sampling, limit_s=120.0) for e in self._endpoints]
+        asked = [client_of(e).generate(PROMPTS[0], sampling, limit_s=400.0) for e in self._endpoints]
         self.answers = [answer for answers in await asyncio.gather(*asked) for answer in answers]
 
     def wait(self) -> list[Generated]:
-        self._thread.join(130.0)
+        self._thread.join(410.0)
         assert self.answers, "the live requests did not end"
         return self.answers
 

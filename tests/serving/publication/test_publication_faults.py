@@ -25,7 +25,8 @@ from tests.serving.publication.fleet_cases import (
     restarted,
 )
 
-LIMITS = {"control_s": 6.0, "send_s": 6.0, "drain_s": 6.0, "verify_s": 20.0}
+# Of healthy publications too, on a busy machine; `failure_of` waits for the one that runs out.
+LIMITS = {"control_s": 15.0, "send_s": 12.0, "drain_s": 15.0, "verify_s": 30.0}
 PP2 = {"count": 2, "pp": 2}
 
 
@@ -102,7 +103,7 @@ def test_an_engine_lost_mid_publication_is_named(
             assert failure["code"] == EXIT_LOST
             assert victim.name in failure["lost"]
             assert failure == results[0][0] | {"seconds": failure["seconds"]}
-            assert failure["seconds"] < 4 * 6.0 + 20.0
+            assert failure["seconds"] < sum(LIMITS.values()) + 20.0
         if other.name not in results[0][0]["lost"]:  # it goes on, and its weights have no version
             assert client_of(other).version(limit_s=5.0) == "-1"
             assert len(greedy(other)) == 3

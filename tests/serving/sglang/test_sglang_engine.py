@@ -214,7 +214,7 @@ def test_versions_of_tokens_over_an_update_in_mid_generation(engine: SglangEngin
         await asyncio.to_thread(engine.load_weights, 7, named[5:])
         return await task
 
-    got = run(work())
+    got = run(work(), 600.0)
     (old, before), (new, after) = got.spans
     assert (old, new, before + after) == (0, 7, count)
     assert before > 0
