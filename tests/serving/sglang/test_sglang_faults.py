@@ -65,7 +65,7 @@ def test_what_a_killed_server_was_doing_is_done_by_the_other(farm: Farm) -> None
 
 def test_a_hung_server_is_left_at_the_time_limit(farm: Farm) -> None:
     servers = [farm.start(), farm.shared()]
-    engine = engine_over(servers, MODEL, request_timeout_s=45.0)  # also the healthy one's
+    engine = engine_over(servers, MODEL, request_timeout_s=30.0)  # also the healthy one's
     pid = servers[0].pid
     assert pid is not None
 
