@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from genac_megatron.critic.states import state_text
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.evaluation.bank import Bank, BankState, read_bank
 from genac_megatron.observe.runinfo import read_jsonl
@@ -68,7 +69,7 @@ def compared(bank: Bank, scores: Path, tokenizer: str) -> Iterator[tuple[int, st
             way_out="genac evaluate bank score BANK ..., and give the name that it has in BANK/scores",
         )
     for state, row in zip(bank.states, rows, strict=True):
-        partial = words.decode(list(state.state.rollout.completion.ids[: state.state.cut]))
+        partial = state_text(state.state, words)
         yield len(partial.splitlines()), first_error(traced(teacher, state, partial, bank), row["text"])
 
 

@@ -16,7 +16,8 @@ import sys
 import time
 
 PACKAGES = ("slurm-wlm", "munge")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # daemons may lie there
 APT = ("apt-get", "-y", "-q", "-o", "DPkg::Lock::Timeout=300")
 ATTEMPTS, PAUSE_S = 3, 10.0
 LIMIT_S = 600
@@ -24,8 +25,7 @@ LIMIT_S = 600
 
 def missing() -> list[str]:
     """Programs that this machine lacks."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
 def install() -> str:

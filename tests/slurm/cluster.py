@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,11 +11,10 @@ import time
 from pathlib import Path
 
 from genac_megatron.cluster.network import spare_ports
+from tools.slurm_packages import PATH
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 WAIT_S = 180.0  # for daemons and commands, on a busy machine
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 CONF = """\
 ClusterName=two
 SlurmctldHost={host}(127.0.0.1)
@@ -50,11 +48,6 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMe
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 """
-
-
-def missing() -> list[str]:
-    """Programs that this machine lacks."""
-    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
 class Cluster:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster
+from tools.slurm_packages import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -19,22 +17,12 @@ from genac_megatron.evaluation.bank import (
 )
 from genac_megatron.records import Completion, Prompt, Rollout, State
 from genac_megatron.tasks.tokenizer import completion_ids, load_tokenizer
+from tools.first_errors import main
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "first_errors.py"
 PROBLEM = "start : 7\nq + 4\nc * 5\nm - 8"
 RESPONSE = "start : 7\nq + 4 : 3\nc * 5 : 5\nm - 8 : 7\nanswer : 7\n"  # q is a slip, which c forgets
 OF_PROMPT = "start value 7\nstart : 7\nvalue - 7 : 0 ok\nleft q c m\np 0.5\n<answer>6</answer>"
 OF_SLIP = "step q value 3\nstart : 7\nq + 4 : 1\nvalue - 3 : 8 bad\nc * 5 : 0 ok\nleft c m"
-
-
-@pytest.fixture
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("first_errors", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -77,16 +65,16 @@ def scored(bank: Path, *texts: str) -> None:
     ],
 )
 def test_the_first_wrong_line_is_told(
-    tool: ModuleType, bank: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, told: str
+    bank: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, told: str
 ) -> None:
     scored(bank, OF_PROMPT, OF_SLIP.replace(old, new) if old else OF_SLIP)
-    assert tool.main([str(bank), "mine", "--places"]) == 0
+    assert main([str(bank), "mine", "--places"]) == 0
     first, *places = capsys.readouterr().out.splitlines()
     assert told in first
     assert [line.split()[0] for line in places] == ["0", "2"]
 
 
-def test_what_is_not_scored_is_said(tool: ModuleType, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_scored_is_said(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scored(bank, OF_PROMPT)
-    assert tool.main([str(bank), "mine"]) == 2
+    assert main([str(bank), "mine"]) == 2
     assert "1 of the bank's 2 states are scored" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.slurm_packages import PROGRAMS
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "slurm_packages.py"
 PATCHED = """\
 import os, runpy, sys
@@ -28,7 +30,7 @@ echo "$@" >> {folder}/asked
 {body}
 """
 MAKES = (
-    'case "$*" in *install*) for p in munged slurmctld slurmd sbatch srun; do '
+    f'case "$*" in *install*) for p in {" ".join(PROGRAMS)}; do '
     ": > {folder}/$p; chmod +x {folder}/$p; done;; esac"
 )
 
