@@ -31,6 +31,10 @@ class GenacError(Exception):
             )
         )
 
+    def add(self, line: str) -> None:
+        """A further line of the message."""
+        self.args = (f"{self}\n  {line}",)
+
 
 class InputError(GenacError):
     """The recipe, the data, a checkpoint or a model folder is wrong (exit code 2)."""

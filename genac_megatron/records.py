@@ -119,6 +119,7 @@ class Sample:
     start: int
     fields: dict[str, list[float]] = field(default_factory=dict)
     experts: Experts | None = field(default=None, compare=False, repr=False)  # of tokens[:-1], to be replayed
+    source: str = ""  # what it was made of, a prompt's id for example; "": nothing that others share
 
     @property
     def trained(self) -> int:

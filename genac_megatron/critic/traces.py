@@ -74,8 +74,12 @@ def balance(states: Sequence[State], size: int, seed: int = 0) -> list[State]:
     return chosen
 
 
-def to_sample(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str) -> Sample:
+def to_sample(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str, source: str = ""
+) -> Sample:
     """prompt + written completion + end token; loss from the completion's first token to the end token.
+
+    `source`: what other samples may share with it, such as the prompt; they are held out together.
 
     Special tokens in `text` are read as plain text. Raises InputError for a tokenizer without an end.
     """
@@ -86,7 +90,8 @@ def to_sample(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], tex
             where=str(tokenizer.name_or_path),
             way_out="add it to tokenizer_config.json",
         )
-    return Sample(tokens=[*prompt_ids, *encode_data(tokenizer, text), end], start=len(prompt_ids))
+    tokens = [*prompt_ids, *encode_data(tokenizer, text), end]
+    return Sample(tokens, start=len(prompt_ids), source=source)
 
 
 LATER_STEPS = 100  # steps that a made-up actor may be said to be at
@@ -123,7 +128,7 @@ def exact_samples(
         if writes != "reasoning":
             lines.append(format_answer(score))
         text = "\n".join(lines)
-        sample = to_sample(context.tokenizer, shown.prompt_ids(state), text)
+        sample = to_sample(context.tokenizer, shown.prompt_ids(state), text, state.rollout.prompt.id)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)
     return samples
@@ -148,7 +153,11 @@ def accept(
 def own_samples(judgements: Sequence[Judgement]) -> list[Sample]:
     """Accepted judgements as training sequences, on exactly the ids that were sampled."""
     return [
-        Sample(tokens=[*judgement.prompt_ids, *judgement.completion.ids], start=len(judgement.prompt_ids))
+        Sample(
+            tokens=[*judgement.prompt_ids, *judgement.completion.ids],
+            start=len(judgement.prompt_ids),
+            source=judgement.state.rollout.prompt.id,
+        )
         for judgement in judgements
     ]
 
@@ -178,7 +187,7 @@ def endpoint_samples(states: Sequence[State], config: TeacherConfig, context: Tr
         if answer is None or parse_score(answer) is None:
             continue
         text = answer[: answer.rindex(_ANSWER_END) + len(_ANSWER_END)].strip()
-        sample = to_sample(context.tokenizer, context.prompt_ids(state), text)
+        sample = to_sample(context.tokenizer, context.prompt_ids(state), text, state.rollout.prompt.id)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)
     return samples

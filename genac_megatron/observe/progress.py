@@ -166,6 +166,10 @@ class Progress:
             self._stages.append(name)
         self._line(f"{self._place()}: {total_steps} steps" + (f", going on after {done}" if done else ""))
 
+    def last_step(self, total_steps: int) -> None:
+        """The current stage ends after another number of steps than it was begun with."""
+        self._current().total = total_steps
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Step `step` (counted from 1) of the current stage is done."""
         stage = self._current()

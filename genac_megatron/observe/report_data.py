@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation import metrics as figures
+from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
+from genac_megatron.recipe.schema import PolicyStage, PpoStage, StageConfig
 
 KINDS = ("sft", "reinforce", "ppo")
 ROLES = ("actor", "critic")
@@ -199,6 +202,9 @@ def summarise(run: RunData) -> dict[str, Any]:
     summary.update(_critic(run))
     summary.update(_training(run))
     summary.update(_costs(run))
+    failed = failed_gates(run)
+    summary["gate/failed"] = "; ".join(f"{gate.stage.name}: {m.what}" for gate in failed for m in gate.missed)
+    summary["gate/stopped"] = next((gate.stage.name for gate in failed if gate.stopped), None)
     missing = what_is_missing(run)
     summary["report/complete"] = not missing
     summary["report/missing"] = "; ".join(missing)
@@ -311,6 +317,58 @@ def _costs(run: RunData) -> Row:
             result[f"memory/{name}"] = float(values.max())
     result.setdefault("memory/peak_gib", result.get("memory/rss_gib", math.nan))
     return result
+
+
+@dataclass(frozen=True)
+class FailedGate:
+    """A stage that ended below its gate."""
+
+    stage: JudgedStage
+    missed: list[Missed]
+    stopped: bool  # and the run with it
+
+
+def failed_gates(run: RunData) -> list[FailedGate]:
+    """Gates that the recipe asks for and the figures at their stages' ends do not reach, in order."""
+    begun = {span.name for span in run.spans}
+    plain = run.recipe_stages()
+    failed = []
+    for index, row in enumerate(plain):
+        stage, figures = _typed(row), _end_figures(run, row)
+        if stage is None or isinstance(stage, PpoStage | PolicyStage) or stage.gate.action == "off":
+            continue
+        if figures is not None and (found := missed(stage, figures)):
+            later = any(str(other["name"]) in begun for other in plain[index + 1 :])
+            failed.append(FailedGate(stage, found, stage.gate.action == "stop" and not later))
+    return failed
+
+
+def _typed(stage: Row) -> StageConfig | None:
+    """A stage of the run's recipe; None where this version knows other keys."""
+    try:
+        typed: StageConfig = TypeAdapter(StageConfig).validate_python(stage)
+    except ValidationError:
+        return None
+    return typed
+
+
+def _end_figures(run: RunData, stage: Row) -> Figures | None:
+    """What a stage's gate judges; None where the stage is not at its end, or has gone on since."""
+    name = stage["name"]
+    ends = [e for e in run.evaluations if e.get("stage") == name and e.get("name") == "end"]
+    rows = [row for row in run.metrics if row.get("stage") == name]
+    if not ends or any(number(row.get("step")) > number(ends[-1].get("step")) for row in rows):
+        return None
+    critic = ends[-1].get("critic")
+    judged = critic if isinstance(critic, Mapping) else {}
+    figures = {f"eval/critic_{key}": number(value) for key, value in judged.items()}
+    heldout = stage.get("heldout") or {}
+    metric = heldout.get("metric", "loss")
+    seen = [number(row.get(f"{stage.get('role')}/heldout_{metric}")) for row in rows]
+    if looks := [figure for figure in seen if not math.isnan(figure)]:
+        best = min(looks) if metric == "loss" else max(looks)
+        figures[f"heldout/{metric}"] = best if heldout.get("keep", "best") == "best" else looks[-1]
+    return figures
 
 
 def what_is_missing(run: RunData) -> list[str]:

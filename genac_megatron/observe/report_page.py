@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from genac_megatron.observe.progress import format_duration
-from genac_megatron.observe.report_data import KINDS, ROLES, Row, RunData, number
+from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, RunData, failed_gates, number
+from genac_megatron.observe.report_gates import ways_on
 from genac_megatron.observe.report_plots import Plot
 from genac_megatron.recipe.schema import ObserveConfig
 
@@ -47,6 +48,7 @@ def page(
     """The whole document."""
     body = "".join((
         _head(run, summary),
+        "".join(map(_gate, failed_gates(run))),
         _missing(missing, absent),
         _tiles(run, summary),
         "<h2>Plots</h2><div class=plots>" + "".join(map(_plot, plots)) + "</div>" if plots else "",
@@ -82,6 +84,23 @@ def _head(run: RunData, summary: Mapping[str, Any]) -> str:
         roles.append(f"{name}: {model.get('hf') or model.get('family') or '?'}")
     line = " · ".join(escape(part) for part in (stages, ", ".join(roles), when) if part)
     return f"<h1>{escape(str(summary['run/name']))}</h1><p class=soft>{line}</p>"
+
+
+def _gate(failed: FailedGate) -> str:
+    """A gate that was not reached: what it means, what helps and, where it stopped the run, how to go on."""
+    title = f"Stage {escape(failed.stage.name)} did not reach its gate"
+    if not failed.stopped:
+        title += "; the run went on all the same"
+    items = "".join(
+        f"<li><b>{escape(m.what)}</b>: {escape(m.means)}.<br>What usually helps: {escape(m.helps)}.</li>"
+        for m in failed.missed
+    )
+    ways = "".join(
+        f"<li><code>{escape(override)} --resume</code>: {escape(does)}</li>"
+        for override, does in (ways_on(failed.stage, failed.missed) if failed.stopped else ())
+    )
+    resume = f"<p>What is trained is saved. The same command goes on, for example with</p><ul>{ways}</ul>"
+    return f"<section class='card warn'><h3>{title}</h3><ul>{items}</ul>{resume if ways else ''}</section>"
 
 
 def _missing(missing: Sequence[str], absent: Sequence[str]) -> str:

@@ -370,6 +370,7 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
                 where=where((*place, "start_from")),
                 way_out="leave start_from out",
             )
+    _check_heldout(stage, who, (*place, "heldout"), where)
     if stage.data == "jsonl":
         if stage.path is None:
             raise InputError(f"{who} reads jsonl and has no path", where=where(place), way_out="add path:")
@@ -390,6 +391,24 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
         )
     if stage.data == "traces":
         _check_traces(recipe, stage, exact, place, where)
+
+
+def _check_heldout(stage: SftStage, who: str, place: tuple[str | int, ...], where: Where) -> None:
+    heldout = stage.heldout
+    if heldout is None:
+        return
+    if heldout.metric == "exact_match" and heldout.target is not None and heldout.target > 1:
+        raise InputError(
+            f"{who} waits for an exact_match of {heldout.target:g}, which is a chance of at most 1",
+            where=where((*place, "target")),
+            way_out="set a target between 0 and 1, or metric: loss",
+        )
+    if heldout.min_delta and heldout.patience is None:
+        raise InputError(
+            f"{who} has heldout.min_delta, which only patience reads",
+            where=where((*place, "min_delta")),
+            way_out="add patience, or take min_delta out",
+        )
 
 
 def _has_teacher(task: TaskConfig) -> bool:

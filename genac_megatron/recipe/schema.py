@@ -221,6 +221,19 @@ class TeacherConfig(Block):
     attempts: Positive = 4  # per request, the first included
 
 
+class SftHeldout(Block):
+    """Samples of an SFT stage that are not trained on: when it ends, and which weights it keeps."""
+
+    size: Positive = 128
+    every: Positive = 50  # steps between looks at them
+    metric: Literal["loss", "exact_match"] = "loss"  # nats a token; a completion word for word
+    target: PositiveFloat | None = None  # good enough: the stage cools down and ends; the gate asks for it
+    patience: Positive | None = None  # looks without a better figure, after which it cools down and ends
+    min_delta: Annotated[float, Field(ge=0)] = 0.0  # what counts as better, for patience
+    cooldown: Annotated[int, Field(ge=0)] = 0  # last steps, in which the learning rate falls to min_lr
+    keep: Literal["best", "last"] = "best"  # weights that the stage ends with
+
+
 class SftStage(Block):
     """Supervised fine-tuning of one role, loss on the completion only."""
 
@@ -231,11 +244,12 @@ class SftStage(Block):
     data: Literal["demonstrations", "traces", "jsonl"]
     path: str | None = None  # jsonl: lines of {"messages": [...]}
     size: Positive = 2000  # demonstrations or traces to make
-    epochs: Positive = 2
+    epochs: Positive = 2  # at most, where `heldout` ends the stage
     batch: Positive = 64  # sequences per step
     teacher: TeacherConfig = TeacherConfig()
     rollout: RolloutConfig = RolloutConfig()  # traces: how the actor's states are made
     optimizer: OptimizerConfig | None = None  # None: the role's
+    heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
     gate: SftGate = SftGate()
 
 

@@ -35,6 +35,7 @@ class HeldOut:
     key: tuple[int, str]  # actor version, how it was sampled
     groups: list[Group]  # this rank's share
     draws: dict[tuple[str, int], list[float]] | None = None  # (rollout key, state index) -> outcomes
+    judged: tuple[object, list[Group]] | None = None  # by which critic, told what; the groups with judgements
 
     def outcomes(self) -> dict[str, list[float]]:
         """This rank's outcomes by prompt."""
@@ -164,7 +165,10 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
 def _evaluate_critic(
     run: Run, stage: StageConfig, held: HeldOut, step: int, monte_carlo: bool
 ) -> dict[str, Any]:
-    judged = _judged(run, stage, held.groups)
+    told = run.at.versions.get("critic"), repr(run.icc), stage.rollout.max_new_tokens
+    if held.judged is None or held.judged[0] != told or is_scalar(run):
+        held.judged = told, _judged(run, stage, held.groups)
+    judged = held.judged[1]  # a stage begins with what the one before ended with
     if monte_carlo and held.draws is None and run.recipe.evaluation.mc_states:
         held.draws = monte_carlo_draws(run, stage, judged)
     groups = run.gather(judged)

@@ -29,18 +29,32 @@ class Loop:
         """Whether the stage begins at its beginning."""
         return self.run.at.step == 0
 
+    @property
+    def total(self) -> int:
+        """The stage's last step."""
+        return self._total
+
     def restore_optimizers(self) -> None:
         """After `begin_stage`: load what the checkpoint holds."""
         if self._resumed is not None and not self.fresh:
             load_checkpoint(self._resumed, self.run.roles, optimizers=True)
 
     def steps(self, total: int) -> Iterator[int]:
-        """The steps left, counted from 1."""
+        """The steps left, counted from 1, as many as `end_at` last said."""
         self._total = total
-        self.run.progress.stage(self.stage.name, total, self.run.at.step)
-        for index, step in enumerate(range(self.run.at.step + 1, total + 1), 1):
-            with self.run.profiler.step(self.stage.name, step, index):
+        first = self.run.at.step + 1
+        self.run.progress.stage(self.stage.name, total, first - 1)
+        step = first
+        while step <= self._total:
+            with self.run.profiler.step(self.stage.name, step, step - first + 1):
                 yield step
+            step += 1
+
+    def end_at(self, step: int) -> None:
+        """The stage's last step is this one."""
+        if step != self._total:
+            self._total = step
+            self.run.progress.last_step(step)
 
     def done(
         self, step: int, figures: dict[str, float], evaluate: Callable[[], dict[str, float]] | None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from genac_megatron.errors import InputError
+import torch.distributed as dist
+
+from genac_megatron.errors import GateFailed, GenacError, InputError
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
-from genac_megatron.observe.runinfo import RunFolder, write_text_atomic
+from genac_megatron.observe.runinfo import METRICS, Position, RunFolder, read_jsonl, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
     PolicyStage,
@@ -40,7 +45,10 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its manifest
 
 
 def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) -> None:
-    """Run every stage that is left. The same call on every rank of the world."""
+    """Run every stage that is left, and write the report. The same call on every rank of the world.
+
+    Raises GateFailed and StopRequested, from where --resume goes on, and any other GenacError of its stages.
+    """
     folder = RunFolder(Path(recipe.runs) / recipe.name)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -52,18 +60,44 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
     begun = from_first(lambda: where_to_begin(recipe, checkpoints, resume))
     first = world.rank == 0
     log = agree(lambda: begin_logs(recipe, folder, begun) if first else None)
-    with Progress(first, name=recipe.name, stages=[s.name for s in recipe.stages]) as progress:
+    names = [stage.name for stage in recipe.stages]
+    with _reported(log), Progress(first, name=recipe.name, stages=names) as progress:
         run = Run(recipe, world, log, progress, stop, resuming=resume)
         try:
             _stages(run, checkpoints, begun)
         finally:
             run.close()
-    if first:
-        from genac_megatron.observe.report import (
-            write_report,  # with matplotlib, a second of every rank's start
-        )
 
-        write_report(folder.path)
+
+@contextmanager
+def _reported(log: MetricsLog | None) -> Iterator[None]:
+    """Rank 0, which has the log, writes the run's report, also where the run ends with an error that all
+    ranks have or its own, and has logged anything by then. Where it is written is said last.
+    """
+    before = log.rows if log is not None else 0
+    try:
+        yield
+    except GenacError as error:
+        if log is not None and log.rows > before:
+            try:
+                error.add(f"report: {_report(log)}")
+            except Exception as failed:  # the run's own error is the one to tell
+                why = (str(failed) or type(failed).__name__).splitlines()[0]
+                logger.warning("genac: warning: the report could not be written: %s", why)
+        if error.agreed and dist.get_world_size() > 1:
+            with suppress(RuntimeError):  # a rank that is lost; else the first to leave would end rank 0
+                dist.barrier()
+        raise
+    if log is not None:
+        print(f"report: {_report(log)}", flush=True)
+
+
+def _report(log: MetricsLog) -> Path:
+    """Write the report; its page."""
+    from genac_megatron.observe.report import write_report  # with matplotlib, a second of every rank's start
+
+    write_report(log.folder.path)
+    return log.folder.report / "index.html"
 
 
 def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Found | None:
@@ -101,11 +135,23 @@ def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None) -> Metric
     """The run's logs, ending where training goes on."""
     position = None
     if begun is not None:
-        stage, steps = begun[1]["state"]["position"]
+        state = begun[1]["state"]
+        stage, steps = state["position"]
         position = (stage, steps)
+        _drop_later_rows(folder.path / METRICS, position, state["log"]["rows"])
     log = MetricsLog(folder.path, recipe.observe, position, name=recipe.name, recipe=recipe.model_dump())
     write_text_atomic(folder.recipe, dump_recipe(recipe))
     return log
+
+
+def _drop_later_rows(metrics: Path, position: Position, count: int) -> None:
+    """Drop what was logged of the checkpoint's last step after the checkpoint: a stage's end logs a second
+    row of that step, which its number does not tell from the first.
+    """
+    rows = read_jsonl(metrics)[0]
+    kept = rows[:count] + [row for row in rows[count:] if (row.get("stage"), row.get("step")) != position]
+    if len(kept) < len(rows):
+        write_text_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
@@ -118,10 +164,24 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
     for index in range(run.at.stage, len(run.recipe.stages)):
         stage = run.recipe.stages[index]
         loop = Loop(run, stage, checkpoints, resumed)
-        _stage(run, stage, loop)
+        try:
+            _stage(run, stage, loop)
+        except GateFailed:
+            _save_for_resume(run, stage, loop)
+            raise
         loop.end(index)
         resumed = None
     checkpoints.wait()
+
+
+def _save_for_resume(run: Run, stage: StageConfig, loop: Loop) -> None:
+    """A checkpoint inside the stage, after its last step: resumed, it trains what steps the recipe has more
+    by then, and is judged again. Raises GenacError where it cannot be written.
+    """
+    run.progress.note(f"[{stage.name}] its gate is not reached; saving what is trained")
+    run.log_step(stage.name, stage.kind, run.at.step, {}, step_done=False)  # what the judging took
+    loop.save()
+    loop.checkpoints.wait()
 
 
 def _stage(run: Run, stage: StageConfig, loop: Loop) -> None:

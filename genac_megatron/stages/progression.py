@@ -17,6 +17,7 @@ class Progression:
     published: dict[str, int] = field(default_factory=dict)  # Role.serial at that publication
     serials: dict[str, int] = field(default_factory=dict)  # Role.serial, when saved
     icc: dict[str, Any] | None = None
+    heldout: dict[str, Any] | None = None  # of an SFT stage that looks at held-out samples: what it has seen
     explained_variance: float | None = None  # the critic's, held-out, best so far
 
     def load(self, saved: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.critic import traces
@@ -24,18 +26,23 @@ from genac_megatron.stages.parity import measure_judgements
 from genac_megatron.stages.rollouts import continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.sft_heldout import Watch, hold_out
 from genac_megatron.tasks.conversations import read_conversations
 from genac_megatron.tasks.tokenizer import chat_ids
 from genac_megatron.training.agreement import from_first
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
 
 
 def sft(run: Run, stage: SftStage, loop: Loop) -> None:
-    """`epochs` passes over the data in batches; a critic is then held to its parse rate."""
+    """At most `epochs` passes over the data in batches; a critic is then held to its parse rate."""
     role = run.roles[stage.role]
     if loop.fresh:
         run.at.explained_variance = None  # of a critic, or about an actor, that is about to change
+        run.at.heldout = None
         if stage.start_from is not None:
             run.copy_weights(stage.start_from, stage.role)
         if stage.data == "traces":
@@ -44,26 +51,43 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
     with run.phase("data"):
         samples = kept_data(run, stage, fresh=loop.fresh)
     check_room(stage, samples, role.shape.max_positions)
+    total, learnt = _train(run, stage, loop, samples)
+    run.publish(stage.role)
+    if stage.role == "actor":
+        run.icc = None  # the actor is another one now: p_bar is seeded anew
+        evaluate(run, stage, "end", total, critic=False)
+        check_sft_gate(stage, learnt)
+    elif stage.role == "critic":
+        run.publish("actor")
+        check_sft_gate(stage, {**evaluate(run, stage, "end", total, monte_carlo=True), **learnt})
+    else:
+        check_sft_gate(stage, learnt)
+
+
+def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tuple[int, dict[str, float]]:
+    """The stage's steps that are left: the last one's number, and the held-out figure they end with."""
+    role, loss = run.roles[stage.role], make_sft_loss()
+    held: list[Sample] = []
+    if stage.heldout is not None:
+        seed = seed_for(run.recipe.seed, stage.name, "heldout")
+        samples, held = hold_out(samples, stage.heldout, f"stage {stage.name}", seed)
     per_epoch = math.ceil(len(samples) / stage.batch)
     total = per_epoch * stage.epochs
     role.begin_stage(stage.optimizer, total)
+    watch = Watch(run, stage, held, total) if stage.heldout is not None else None
+    if watch is not None:
+        watch.begin()
     loop.restore_optimizers()
-    loss = make_sft_loss()
-    for step in loop.steps(total):
+    for step in loop.steps(watch.last if watch is not None else total):
         epoch, index = divmod(step - 1, per_epoch)
         order = random.Random(seed_for(run.recipe.seed, stage.name, epoch)).sample(samples, len(samples))
         batch = supervised(order[index * stage.batch : (index + 1) * stage.batch])
         with run.phase(f"{stage.role}_train"):
             stats = dict(role.train_step(batch, loss).stats)
         tokens = {f"tokens/{stage.role}_train": stats.pop("tokens")}
-        loop.done(step, {**prefixed(stage.role, stats), **tokens}, None)
-    run.publish(stage.role)
-    if stage.role == "actor":
-        run.icc = None  # the actor is another one now: p_bar is seeded anew
-        evaluate(run, stage, "end", total, critic=False)
-    elif stage.role == "critic":
-        run.publish("actor")
-        check_sft_gate(stage, evaluate(run, stage, "end", total, monte_carlo=True))
+        seen = watch.look(step, loop) if watch is not None else {}
+        loop.done(step, {**prefixed(stage.role, stats), **seen, **tokens}, None)
+    return loop.total, watch.settle(loop.total) if watch is not None else {}
 
 
 def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
@@ -97,11 +121,12 @@ def _read_samples(path: Path) -> list[Sample] | None:
     if not path.exists():
         return None
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [Sample(row["tokens"], row["start"]) for row in rows]
+    return [Sample(row["tokens"], row["start"], source=row.get("source", "")) for row in rows]
 
 
 def _write_samples(path: Path, samples: list[Sample]) -> None:
-    lines = (json.dumps({"tokens": sample.tokens, "start": sample.start}) for sample in samples)
+    rows = ({"tokens": sample.tokens, "start": sample.start, "source": sample.source} for sample in samples)
+    lines = map(json.dumps, rows)
     write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -128,7 +153,7 @@ def demonstrations(run: Run, stage: SftStage) -> list[Sample]:
         prompt = run.task.prompt("train", run.task.train_index(run.recipe.seed, index))
         rng = random.Random(seed_for(run.recipe.seed, stage.name, "demonstration", index))
         text = teacher.demonstrate(prompt, rng)
-        samples.append(traces.to_sample(run.tokenizers[stage.role], prompt.ids, text))
+        samples.append(traces.to_sample(run.tokenizers[stage.role], prompt.ids, text, prompt.id))
     return samples
 
 
@@ -210,7 +235,10 @@ def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
     conversations = read_conversations(Path(stage.path))
     used = conversations[: stage.size]
     run.progress.note(f"[{stage.name}] {len(used)} of {len(conversations)} conversations")
-    return [
-        traces.to_sample(tokenizer, chat_ids(tokenizer, messages[:-1]), messages[-1]["content"])
-        for messages in used
-    ]
+    return [_conversation_sample(tokenizer, messages) for messages in used]
+
+
+def _conversation_sample(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Sample:
+    *before, last = messages
+    source = hashlib.sha256(json.dumps(before).encode()).hexdigest()[:16]
+    return traces.to_sample(tokenizer, chat_ids(tokenizer, before), last["content"], source)

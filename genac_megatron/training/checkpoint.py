@@ -119,15 +119,19 @@ class Checkpoints:
 
     # --- saving --------------------------------------------------------------------------------
 
-    def save(self, name: str, roles: Mapping[str, Role], state: Mapping[str, Any]) -> None:
+    def save(
+        self, name: str, roles: Mapping[str, Role], state: Mapping[str, Any], *, optimizers: bool = True
+    ) -> None:
         """Write checkpoint `name`. `state` is the run's small state, as plain JSON data.
+
+        Not `optimizers`: the weights alone, also of roles that train.
 
         Raises GenacError where it cannot be written; earlier checkpoints stay as they are.
         """
         self.wait()
         part, final = self.folder / f"{PART}{name}", self.folder / name
         rank = dist.get_rank()
-        trained = sorted(n for n, role in roles.items() if role.optimizer is not None)
+        trained = sorted(n for n, role in roles.items() if optimizers and role.optimizer is not None)
         trained = sorted(set().union(*gathered(trained)))
         self._local(own_results_queue, part)
         self._local(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)

@@ -68,3 +68,26 @@ def build_scheduler(megatron_optimizer: Any, optimizer: OptimizerConfig, total_s
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+def build_cooldown(
+    megatron_optimizer: Any, optimizer: OptimizerConfig, lr: float, after: int, steps: int
+) -> Any:
+    """`lr` for `after` steps, then linearly down to min_lr over `steps`: a schedule's end, begun early."""
+    floor = min(optimizer.min_lr, lr)
+    for group in megatron_optimizer.param_groups:  # Megatron's schedule goes by a group's own bounds
+        group.update(max_lr=lr, min_lr=floor)
+    return OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=lr,
+        max_lr=lr,
+        min_lr=floor,
+        lr_warmup_steps=after,
+        lr_decay_steps=after + steps,
+        lr_decay_style="linear",
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=after + steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+    )

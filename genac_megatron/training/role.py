@@ -33,7 +33,7 @@ from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
-from genac_megatron.training.optimizer import build_optimizer, build_scheduler
+from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -115,6 +115,16 @@ class Role:
         )
         if self.active:
             self.scheduler = build_scheduler(self.optimizer, self.optimizer_config, total_steps)
+
+    def cool_down(self, after: int, steps: int) -> None:
+        """Let the learning rate fall linearly to min_lr over the next `steps`, from what it is after `after`
+        steps of the stage's schedule. The schedule's own count of steps goes on.
+        """
+        if self.active:
+            done, self.scheduler.num_steps = self.scheduler.num_steps, after
+            lr = float(self.scheduler.get_lr(self.optimizer.param_groups[0]))
+            self.scheduler = build_cooldown(self.optimizer, self.optimizer_config, lr, after, steps)
+            self.scheduler.step(increment=done)
 
     def end_stage(self) -> None:
         """Let the optimizer's memory go."""

@@ -19,7 +19,9 @@ SMALL = (
 ROLLOUT = "{prompts: 4, samples: 2, max_new_tokens: 12}"
 PARTS = {
     "sft": (
-        "stages.sft-actor.size=16", "stages.sft-critic.size=6", "stages.sft-critic.gate.action=off",
+        "stages.sft-actor.size=16", "stages.sft-actor.heldout=null", "stages.sft-actor.epochs=1",
+        "stages.sft-critic.size=6", "stages.sft-critic.heldout=null", "stages.sft-critic.epochs=1",
+        "stages.sft-critic.gate.action=off",
         f"stages.sft-actor.rollout={ROLLOUT}", f"stages.sft-critic.rollout={ROLLOUT}",
         "judging.max_new_tokens=48",
     ),

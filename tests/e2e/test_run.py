@@ -42,7 +42,9 @@ RECIPE: dict[str, Any] = {
     "judging": {"template": "brief", "max_new_tokens": 40, "states": {"max_states": 3, "min_segment": 4}},
     "stages": [
         {"kind": "sft", "name": "sft-actor", "role": "actor", "data": "demonstrations", "size": 24,
-         "epochs": 1, "batch": 8},
+         "epochs": 1, "batch": 8,
+         # Nothing gets better by 100, so after step 2 the learning rate falls.
+         "heldout": {"size": 4, "every": 1, "patience": 1, "min_delta": 100, "cooldown": 1}},
         {"kind": "sft", "name": "sft-critic", "role": "critic", "start_from": "actor", "data": "traces",
          "size": 10, "epochs": 1, "batch": 5, "gate": {"action": "off"}},
         {"kind": "reinforce", "steps": 2, "gate": {"action": "off"}},
@@ -157,7 +159,7 @@ def test_tokens_of_evaluations_are_counted(whole: Path) -> None:
 def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: Path) -> None:
     """2N = N + resume + N: figures, rollouts and weights are the same to the last bit."""
     recipe = str(write_recipe(tmp_path))
-    for stops, (stage, step) in enumerate((("sft-critic", 1), ("ppo", 3))):
+    for stops, (stage, step) in enumerate((("sft-actor", 2), ("sft-critic", 1), ("ppo", 3))):
         resume = ["--resume"] if stops else []
         process = subprocess.Popen(
             command("run", recipe, *resume), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,

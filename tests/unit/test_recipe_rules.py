@@ -98,6 +98,8 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("stages.demos.start_from=teacher", "'teacher'"),
         ("stages.demos.start_from=actor", "from itself"),
         ("stages.demos.path=x.jsonl", "reads no path"),
+        ("stages.demos.heldout={metric: exact_match, target: 2}", "a chance of at most 1"),
+        ("stages.demos.heldout={min_delta: 0.1}", "which only patience reads"),
         ("stages.demos.data=jsonl", "has no path"),
         ("task={kind: reasoning_gym, name: chain_sum}", "no teacher"),
         ("stages.traces.teacher={kind: endpoint}", "url"),

@@ -7,12 +7,15 @@ import json
 import math
 import random
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import yaml
 from fabricated_run import (
     RECIPE,
     T0,
@@ -24,7 +27,7 @@ from fabricated_run import (
     write_lines,
 )
 
-from genac_megatron.errors import InputError
+from genac_megatron.errors import GateFailed, GenacError, InputError, StopRequested
 from genac_megatron.observe.report import write_report
 from genac_megatron.observe.report_data import brier_interval, read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import chosen_rollouts, page, segments
@@ -223,6 +226,129 @@ def test_tokens_of_evaluations_are_a_phase_of_their_own(tmp_path: Path) -> None:
     plots, absent = draw_all(data)
     shown = page(data, summary, plots, absent, what_is_missing(data))
     assert re.search(r"evaluate</td>.*?<td[^>]*>700</td>", shown), "the table of phases has it"
+
+
+def seen(run: Path) -> tuple[dict[str, Any], str]:
+    """The summary, and the page's text without its plots."""
+    data = read_run(run)
+    summary = summarise(data)
+    return summary, Document(page(data, summary, [], [], what_is_missing(data))).text
+
+
+def gated(path: Path, *, action: str, stages: int, auc: float = 0.97) -> Path:
+    """A run whose stage reinforce asks for an AUC; its first `stages` stages are over."""
+    steps = {3: 44, 4: 74}[stages]
+    run = part(path, steps=steps, evaluations={3: 5, 4: 8}[stages], rollouts=4)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stages"][2]["gate"] = {"action": action, "auc": auc}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+def test_a_gate_that_stopped_the_run_is_seen(tmp_path: Path) -> None:
+    run = gated(tmp_path / "run", action="stop", stages=3)
+    got, text = seen(run)
+    auc = got["critic/auc_reinforce"]
+    assert got["gate/failed"] == f"reinforce: AUC {auc:.3f} is not above 0.97"
+    assert got["gate/stopped"] == "reinforce"
+    for words in ("Stage reinforce did not reach its gate", f"AUC {auc:.3f} is not above 0.97", "a coin",
+                  "What usually helps", "stages.reinforce.steps=40 --resume"):  # fmt: skip
+        assert words in text
+    assert "went on" not in text
+
+
+def test_a_gate_that_only_warned_is_seen_too(tmp_path: Path) -> None:
+    run = gated(tmp_path / "run", action="warn", stages=4)
+    got, text = seen(run)
+    assert got["gate/failed"].startswith("reinforce: AUC")
+    assert got["gate/stopped"] is None
+    assert "Stage reinforce did not reach its gate; the run went on" in text
+    assert "--resume" not in text
+
+
+@pytest.mark.parametrize("action", ["stop", "off"])
+def test_a_gate_that_is_reached_or_off_is_not_told_of(tmp_path: Path, action: str) -> None:
+    got, text = seen(gated(tmp_path / "run", action=action, stages=3, auc=0.5 if action == "stop" else 1.0))
+    assert (got["gate/failed"], got["gate/stopped"]) == ("", None)
+    assert "its gate" not in text
+
+
+def test_a_stage_that_went_on_since_is_at_no_gate(tmp_path: Path) -> None:
+    run = gated(tmp_path / "run", action="stop", stages=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "reinforce", "kind": "reinforce", "step": 21}) + "\n")
+    assert seen(run)[0]["gate/failed"] == ""
+
+
+def test_a_held_out_target_that_was_missed_is_seen(tmp_path: Path) -> None:
+    run = part(tmp_path / "run", steps=12, evaluations=2, rollouts=0)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stages"][0]["heldout"] = {"metric": "loss", "target": 0.1}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = metric_rows(random.Random(0))[:12]
+    rows[5]["actor/heldout_loss"], rows[11]["actor/heldout_loss"] = 0.2, 0.4
+    write_lines(run / "metrics.jsonl", rows)
+    assert seen(run)[0]["gate/failed"] == "sft-actor: held-out loss 0.200 is above 0.1", "of the best weights"
+
+
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """End a run that has logged `rows` with an error, or without, on the only rank."""
+    from genac_megatron.stages import pipeline
+
+    def end(error: Exception | None, rows: int, written: Path | Exception) -> None:
+        def report(log: object) -> Path:
+            if isinstance(written, Exception):
+                raise written
+            return written
+
+        monkeypatch.setattr(pipeline, "_report", report)
+        monkeypatch.setattr(pipeline.dist, "get_world_size", lambda: 1)
+        log = SimpleNamespace(rows=7)
+        with pipeline._reported(cast(Any, log)):
+            log.rows += rows
+            if error is not None:
+                raise error
+
+    return end
+
+
+PAGE = Path("runs/x/report/index.html")
+
+
+@pytest.mark.parametrize("kind", [GateFailed, StopRequested, GenacError])
+def test_a_run_that_ends_with_an_error_has_its_report(
+    kind: type[GenacError], reported: Callable[..., None]
+) -> None:
+    with pytest.raises(kind) as caught:
+        reported(kind("something is wrong", where="here", way_out="mend it"), 1, PAGE)
+    assert str(caught.value).splitlines() == [
+        "here: something is wrong", "  way out: mend it", f"  report: {PAGE}"
+    ]  # fmt: skip
+
+
+def test_where_nothing_was_logged_there_is_no_report(reported: Callable[..., None]) -> None:
+    with pytest.raises(InputError) as caught:
+        reported(InputError("no"), 0, AssertionError("not to be written"))
+    assert str(caught.value) == "no"
+
+
+def test_a_report_that_fails_hides_no_error(
+    reported: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(GateFailed) as caught:
+        reported(GateFailed("not reached"), 1, ValueError("odd\nand long"))
+    assert str(caught.value) == "not reached"
+    assert [record.getMessage() for record in caplog.records] == [
+        "genac: warning: the report could not be written: odd"
+    ]
+
+
+def test_a_run_that_ends_well_says_where_its_report_is(
+    reported: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reported(None, 1, PAGE)
+    assert capsys.readouterr().out == f"report: {PAGE}\n"
 
 
 def test_only_a_recipe(tmp_path: Path) -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from genac_megatron.errors import EXIT_GATE, GateFailed
-from genac_megatron.recipe.schema import ReinforceStage, SftStage
+from genac_megatron.recipe.schema import (
+    CriticGate,
+    OptimizerConfig,
+    Recipe,
+    ReinforceStage,
+    SftGate,
+    SftStage,
+    StageConfig,
+)
 from genac_megatron.stages.gates import check_critic_gate, check_sft_gate
 
 NAN = float("nan")
@@ -26,6 +36,26 @@ def reinforce(**gate: Any) -> ReinforceStage:
 
 def sft(**gate: Any) -> SftStage:
     return SftStage.model_validate({"kind": "sft", "role": "critic", "data": "traces", "gate": gate})
+
+
+def message(stage: Any, figures: dict[str, float]) -> str:
+    """What a person reads where the gate stops the run."""
+    check = check_sft_gate if stage.kind == "sft" else check_critic_gate
+    with pytest.raises(GateFailed) as caught:
+        check(stage, figures)
+    return str(caught.value)
+
+
+def keys_in(text: str) -> list[str]:
+    """Recipe keys that a message names, as an override would write them."""
+    return re.findall(r"(?:stages|roles|evaluation|judging)\.[\w.-]*\w", text)
+
+
+def recipe_with(stage: Any) -> dict[str, Any]:
+    role = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": {
+        "layers": 1, "hidden": 8, "ffn": 8, "heads": 1, "kv_heads": 1}}}  # fmt: skip
+    return {"name": "x", "roles": {"actor": role, "critic": role}, "stages": [stage.model_dump(mode="json")],
+            "task": {"kind": "state_tracking"}}  # fmt: skip
 
 
 def test_a_good_critic_passes() -> None:
@@ -51,8 +81,103 @@ def test_each_figure_can_stop(change: dict[str, float], words: str) -> None:
     assert words in str(caught.value)
     assert "gate of stage pretrain" in str(caught.value)
     assert "stages.pretrain.gate.action" in str(caught.value), "the way out"
-    assert str(caught.value).count(";") == 0, "only what failed is named"
+    assert str(caught.value).count("means:") == str(caught.value).count("helps:") == 1, "only what failed"
     assert caught.value.exit_code == EXIT_GATE == 3
+
+
+def test_what_a_figure_means_what_helps_and_how_to_go_on() -> None:
+    told = message(reinforce(), GOOD | {"eval/critic_auc": 0.512})
+    assert told.splitlines()[:2] == [
+        "gate of stage pretrain: not reached",
+        "  AUC 0.512 is not above 0.65",
+    ]
+    assert "the right one higher in 51.2 % of cases; a coin does in 50 %" in told
+    assert "helps: more steps (stages.pretrain.steps)" in told
+    after = [line.strip() for line in told.split("way out:")[1].splitlines()]
+    assert "--resume" in after[0]
+    assert after[1::2] == [
+        "stages.pretrain.steps=100",
+        "stages.pretrain.gate.auc=0.51",
+        "stages.pretrain.gate.action=warn",
+    ]
+    assert after[2].startswith("trains 50 steps more (a learning rate that has fallen is higher again)")
+
+
+def test_a_constant_learning_rate_is_not_warned_of() -> None:
+    stage = reinforce().model_copy(update={"optimizer": OptimizerConfig(lr=1e-4)})
+    told = message(stage, GOOD | {"eval/critic_ranking_prompt": 0.4})
+    assert "has fallen" not in told
+    assert "stages.pretrain.rollout.samples" in told
+    cosine = stage.model_copy(update={"optimizer": OptimizerConfig(lr=1e-4, schedule="cosine")})
+    assert "has fallen" in message(cosine, GOOD | {"eval/critic_ranking_prompt": 0.4})
+
+
+def test_a_brier_score_of_judgements_without_scores_says_so() -> None:
+    told = message(reinforce(), GOOD | {"eval/critic_brier": 0.3, "eval/critic_parse_rate": 0.8})
+    assert "20 % of its judgements have no score" in told
+    assert "a longer SFT of the critic" in told
+    read = message(reinforce(), GOOD | {"eval/critic_brier": 0.3, "eval/critic_parse_rate": 1.0})
+    assert "have no score" not in read
+
+
+def test_no_bound_is_offered_where_there_is_no_figure() -> None:
+    told = message(reinforce(), GOOD | {"eval/critic_auc": NAN})
+    assert "held-out responses all ended alike" in told
+    assert "stages.pretrain.gate.auc=" not in told
+    assert "stages.pretrain.gate.action=warn" in told
+
+
+@pytest.mark.parametrize("kind", ["sft", "reinforce", "value"])
+def test_the_keys_it_names_are_keys_of_the_recipe(kind: str) -> None:
+    of_sft = {"role": "critic", "data": "traces", "heldout": {"target": 0.1, "patience": 2}}
+    more = of_sft if kind == "sft" else {}
+    stage = TypeAdapter(StageConfig).validate_python({"kind": kind, "name": "one", **more}).model_copy(
+        update={"gate": SftGate() if kind == "sft" else CriticGate()}
+    )  # fmt: skip
+    bad = {f"eval/critic_{name}": 0.4 for name in ("auc", "ranking_prompt", "parse_rate", "brier")}
+    told = message(stage, bad | {"eval/critic_brier_constant": 0.25, "heldout/loss": 0.5})
+    resolved = Recipe.model_validate(recipe_with(stage)).model_dump()
+    resolved["stages"] = {"one": resolved["stages"][0]}
+    named = keys_in(told)
+    assert len(named) > 5
+    for key in named:
+        block: Any = resolved
+        for part in key.split("."):
+            assert part in block, key
+            block = block[part]
+
+
+def test_the_bounds_it_offers_let_the_same_figures_pass() -> None:
+    figures = GOOD | {"eval/critic_brier": 0.3, "eval/critic_auc": 0.6, "eval/critic_ranking_prompt": 0.45}
+    told = message(reinforce(), figures)
+    line = next(line for line in told.splitlines() if "gate.auc=" in line)
+    gate = dict(part.split(".gate.")[1].split("=") for part in line.split())
+    assert sorted(gate) == ["auc", "brier_below_constant", "ranking"]
+    check_critic_gate(reinforce(**gate), figures)
+    told = message(sft(), {"eval/critic_parse_rate": 0.9})
+    bound = re.search(r"stages\.sft\.gate\.parse_rate=(\S+)", told)
+    assert bound
+    check_sft_gate(sft(parse_rate=bound[1]), {"eval/critic_parse_rate": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "figure", "words"),
+    [("exact_match", 0.7, 0.42, "0.420 is below 0.7"), ("loss", 0.1, 0.31, "0.310 is above 0.1")],
+)
+def test_a_held_out_target_of_any_role(metric: str, target: float, figure: float, words: str) -> None:
+    def stage(target: float | str) -> SftStage:
+        heldout = {"metric": metric, "target": target, "cooldown": 5}
+        return SftStage.model_validate(
+            {"kind": "sft", "role": "actor", "data": "demonstrations", "heldout": heldout}
+        )
+
+    told = message(stage(target), {f"heldout/{metric}": figure})
+    assert f"held-out {metric} {words}" in told
+    assert "stages.sft.epochs=4" in told
+    check_sft_gate(stage(target), {f"heldout/{metric}": target})
+    bound = re.search(r"stages\.sft\.heldout\.target=(\S+)", told)
+    assert bound
+    check_sft_gate(stage(bound[1]), {f"heldout/{metric}": figure})
 
 
 def test_missing_figures_fail_every_gate() -> None:

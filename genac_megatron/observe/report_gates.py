@@ -1,0 +1,197 @@
+"""What gates ask for (method §4): a figure that misses its bound, what that means, what usually helps.
+
+One wording for the run that a gate stops and for its report. A figure that is missing never passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from genac_megatron.recipe.schema import ReinforceStage, SftStage, StageConfig, ValueStage
+
+JudgedStage = SftStage | ReinforceStage | ValueStage
+Figures = Mapping[str, float]
+PARSED = 0.98  # below this, judgements without a score weigh on the Brier score
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A criterion that a stage's figures do not meet."""
+
+    what: str  # the figure and its bound
+    means: str
+    helps: str
+    bound: str | None = None  # an override with which it would do; None: no bound would
+
+
+def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
+    """The criteria of a stage's gate that its figures do not meet, whatever the gate then does.
+
+    figures: those of the evaluation at the stage's end (`eval/critic_...`), and of an SFT stage with a
+    held-out target `heldout/<metric>`, which is only judged where it is given.
+    """
+    if isinstance(stage, SftStage):
+        found = [_target(stage, figures), _parse_rate(stage, figures) if stage.role == "critic" else None]
+    elif isinstance(stage, ReinforceStage | ValueStage):
+        found = [_brier(stage, figures), _auc(stage, figures), _ranking(stage, figures)]
+    else:
+        return []
+    return [one for one in found if one is not None]
+
+
+def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
+    """(override, what --resume does with it) for a run that the stage's gate has stopped."""
+    if isinstance(stage, SftStage):
+        more, what = f"epochs={2 * stage.epochs}", f"trains {_count(stage.epochs, 'epoch')} more"
+        cools = stage.heldout is not None and stage.heldout.cooldown > 0
+    else:
+        more, what = f"steps={2 * stage.steps}", f"trains {_count(stage.steps, 'step')} more"
+        cools = False
+    if cools or stage.optimizer is None or stage.optimizer.schedule != "constant":
+        what += " (a learning rate that has fallen is higher again)"
+    ways = [(f"stages.{stage.name}.{more}", f"{what}, then judges again")]
+    bounds = [one.bound for one in found if one.bound is not None]
+    if len(bounds) == len(found):
+        ways.append((" ".join(bounds), "asks for less: judges again at once"))
+    return [*ways, (f"stages.{stage.name}.gate.action=warn", "goes on with the next stage as it is")]
+
+
+# --- criteria ------------------------------------------------------------------------------------
+
+
+def _target(stage: SftStage, figures: Figures) -> Missed | None:
+    heldout = stage.heldout
+    if heldout is None or heldout.target is None or f"heldout/{heldout.metric}" not in figures:
+        return None
+    figure, target, at = figures[f"heldout/{heldout.metric}"], heldout.target, f"stages.{stage.name}"
+    loss = heldout.metric == "loss"
+    if figure <= target if loss else figure >= target:
+        return None
+    means = "nats a token on samples it is not trained on" if loss else (
+        "how often it would write a sample it is not trained on word for word"
+    )  # fmt: skip
+    waits = ", a longer heldout.patience" if heldout.patience is not None else ""
+    return Missed(
+        f"held-out {heldout.metric} {figure:.3f} is {'above' if loss else 'below'} {target:g}",
+        f"{means}: it has not learnt what carries over to new samples",
+        f"more passes ({at}.epochs){waits}, another learning rate ({_lr(stage, stage.role)}); more samples "
+        f"({at}.size) in a new run, as these are made when the stage begins",
+        _bound(f"{at}.heldout.target", -_lower(-figure) if loss else _lower(figure), figure),
+    )
+
+
+def _parse_rate(stage: SftStage, figures: Figures) -> Missed | None:
+    rate, at = figures.get("eval/critic_parse_rate", math.nan), f"stages.{stage.name}"
+    if rate >= stage.gate.parse_rate:
+        return None
+    return Missed(
+        f"parse rate {rate:.3f} is below {stage.gate.parse_rate:g}",
+        _nothing_judged(rate)
+        or f"{_per_cent(1 - rate)} of the critic's judgements end without a score that can be read, and say "
+        "nothing of their state",
+        f"more passes over the traces ({at}.epochs), another learning rate ({_lr(stage, 'critic')}). In a "
+        f"new run: more traces ({at}.size), and room to finish where judgements are cut off "
+        "(judging.max_new_tokens)",
+        _bound(f"{at}.gate.parse_rate", _lower(rate), rate),
+    )
+
+
+def _brier(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
+    brier, constant, parsed = (
+        figures.get(f"eval/critic_{name}", math.nan) for name in ("brier", "brier_constant", "parse_rate")
+    )
+    if not stage.gate.brier_below_constant or brier < constant:
+        return None
+    means = _nothing_judged(brier) or (
+        "the critic's scores foretell outcomes no better than one number for all would, the share of right "
+        "responses"
+    )
+    helps = _longer(stage)
+    if parsed < PARSED:
+        means += f"; {_per_cent(1 - parsed)} of its judgements have no score, and count as wholly wrong"
+        helps = f"first a longer SFT of the critic (in a new run), so that it writes scores; then {helps}"
+    return Missed(
+        f"Brier {brier:.4f} is not below the constant predictor's {constant:.4f}",
+        means,
+        helps,
+        f"stages.{stage.name}.gate.brier_below_constant=false",
+    )
+
+
+def _auc(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
+    auc = figures.get("eval/critic_auc", math.nan)
+    if auc > stage.gate.auc:
+        return None
+    what = f"AUC {auc:.3f} is not above {stage.gate.auc:g}"
+    if math.isnan(auc):
+        means = "there is none: held-out responses all ended alike, right or wrong"
+        helps = (
+            "more held-out prompts (evaluation.prompts); in a new run a task that the actor solves at times"
+        )
+        return Missed(what, means, helps)
+    return Missed(
+        what,
+        f"where one state ends right and another wrong, the critic scores the right one higher in "
+        f"{_per_cent(auc)} of cases; a coin does in 50 %",
+        f"{_longer(stage)}; in a new run a longer SFT of the critic before it",
+        _bound(f"stages.{stage.name}.gate.auc", _lower(auc, 2), auc),
+    )
+
+
+def _ranking(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
+    ranking, at = figures.get("eval/critic_ranking_prompt", math.nan), f"stages.{stage.name}"
+    if ranking > stage.gate.ranking:
+        return None
+    what = f"ranking accuracy within a prompt {ranking:.3f} is not above {stage.gate.ranking:g}"
+    if math.isnan(ranking):
+        means = "there is none: no held-out prompt has both right and wrong responses"
+        return Missed(what, means, "more held-out responses (evaluation.prompts, evaluation.samples)")
+    states = f" and states of each ({at}.train_states)" if isinstance(stage, ReinforceStage) else ""
+    return Missed(
+        what,
+        f"of a right and a wrong response to one prompt, the critic scores the right one higher in "
+        f"{_per_cent(ranking)} of cases (a coin: 50 %): it may know hard prompts, but not good responses",
+        f"more responses to a prompt ({at}.rollout.samples){states}, more steps ({at}.steps); the figure is "
+        "rough where few are held out (evaluation.prompts)",
+        _bound(f"{at}.gate.ranking", _lower(ranking, 2), ranking),
+    )
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _longer(stage: ReinforceStage | ValueStage) -> str:
+    at = f"stages.{stage.name}"
+    return f"more steps ({at}.steps), larger ones ({at}.rollout.prompts), a higher {_lr(stage, 'critic')}"
+
+
+def _lr(stage: JudgedStage, role: str) -> str:
+    """The key that the stage's learning rate comes from."""
+    return f"roles.{role}.optimizer.lr" if stage.optimizer is None else f"stages.{stage.name}.optimizer.lr"
+
+
+def _nothing_judged(figure: float) -> str:
+    return "there is none: the evaluation had no state to judge" if math.isnan(figure) else ""
+
+
+def _per_cent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" + ("" if number == 1 else "s")
+
+
+def _lower(figure: float, digits: int = 3) -> float:
+    """A number of few digits just below a figure."""
+    if math.isnan(figure):
+        return figure
+    scale = 10**digits
+    return math.floor(figure * scale - 1e-6) / scale
+
+
+def _bound(key: str, value: float, figure: float) -> str | None:
+    """The override that asks for less; None where there is no figure, or less cannot be asked for."""
+    return None if math.isnan(figure) or value < 0 else f"{key}={value:g}"
