@@ -47,6 +47,10 @@ quickstart: python ## Train an actor and a generative critic on this machine (EN
 	@$(serving) $(genac) run recipes/$(QUICKSTART).yaml $(ARGS)
 	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
 
+.PHONY: quickstart-sweep
+quickstart-sweep: python ## The quickstart over seeds and processor kernels, into benchmarks/results (goes on where it was stopped)
+	@$(call in,cpu) tools/quickstart_sweep.py $(ARGS)
+
 .PHONY: test
 # Begun in this order, two at a time, both lanes end together.
 test: lint ## Everything that CI runs, logs in runs/test-logs

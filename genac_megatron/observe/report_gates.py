@@ -44,7 +44,8 @@ def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
 def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
     """(override, what --resume does with it) for a run that the stage's gate has stopped."""
     if isinstance(stage, SftStage):
-        more, what = f"epochs={2 * stage.epochs}", f"trains {_count(stage.epochs, 'epoch')} more"
+        upto = "up to " if stage.heldout is not None else ""
+        more, what = f"epochs={2 * stage.epochs}", f"trains {upto}{_count(stage.epochs, 'epoch')} more"
         cools = stage.heldout is not None and stage.heldout.cooldown > 0
     else:
         more, what = f"steps={2 * stage.steps}", f"trains {_count(stage.steps, 'step')} more"

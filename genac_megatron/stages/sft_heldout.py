@@ -86,7 +86,7 @@ class Watch:
         self.run, self.stage, self.heldout, self.held, self.total = run, stage, stage.heldout, held, total
         self.seen = Seen(**(run.at.heldout or {}))
         if self.seen.cooling is not None and self.seen.total != total:
-            self.seen.cooling = None  # resumed with another number of epochs: it is not over yet
+            self.seen.cooling, self.seen.waited = None, 0  # resumed with other epochs: it is not over yet
         self._best = Checkpoints(
             run.folder.path / "best", keep=1, asynchronous=False, limit_s=run.recipe.world.timeout_s
         )

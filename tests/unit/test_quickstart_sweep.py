@@ -1,0 +1,76 @@
+"""The sweep's verdicts and table; that kernels differ is shown by its results' first losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import quickstart_sweep as sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD: dict[str, Any] = {
+    "seed": 1, "kernels": "native", "recipe": "x", "code": 0, "seconds": 200.0, "gain": 0.25,
+    "mse_reinforce": 0.01, "mse_ppo": 0.03, "brier_ratio_reinforce": 0.6, "brier_ratio_ppo": 0.75,
+    "parse_rate": 0.98, "first_losses": [6.0, 5.5, 5.123456789],
+}  # fmt: skip
+
+
+def test_a_run_on_its_bounds_holds() -> None:
+    assert sweep.wrong_with(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gain": 0.149}, "gain 0.149, not >= 0.15"),
+        ({"mse_ppo": 0.0301}, "mse_ppo 0.030, not <= 0.03"),
+        ({"brier_ratio_reinforce": 0.8}, "brier_ratio_reinforce 0.800, not <= 0.75"),
+        ({"parse_rate": None}, "no parse_rate"),
+        ({"parse_rate": float("nan")}, "parse_rate nan"),
+        ({"code": 3}, "exit code 3"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], said: str) -> None:
+    (found,) = sweep.wrong_with({**GOOD, **change})
+    assert said in found
+
+
+def test_the_table_tells_kernels_that_are_the_native_ones() -> None:
+    rows = [
+        GOOD,
+        {**GOOD, "kernels": "avx2"},
+        {**GOOD, "kernels": "default", "first_losses": [6.0, 5.5, 5.123456788], "gain": 0.1},
+    ]
+    lines = sweep.table(rows).splitlines()
+    assert [("(as native)" in line) for line in lines[2:5]] == [False, True, False]
+    assert "gain 0.100" in lines[4]
+    assert lines[-1].startswith("2 of 3 hold")
+
+
+def test_results_of_another_recipe_are_not_taken(tmp_path: Path) -> None:
+    results = tmp_path / "sweep.json"
+    now = sweep.Sweep(results, tmp_path / "runs", [], again=False)
+    kept = {"1-native": {**GOOD, "recipe": now.digest}, "2-native": {**GOOD, "recipe": "of another"}}
+    results.write_text(json.dumps({"runs": kept}))
+    assert list(sweep.Sweep(results, tmp_path / "runs", [], again=False).records) == ["1-native"]
+    assert not sweep.Sweep(results, tmp_path / "runs", [], again=True).records
+    assert not sweep.Sweep(results, tmp_path / "runs", ["stages.ppo.steps=1"], again=False).records
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "one"], ["--kernels", "sse9"], ["no.such=key"]])
+def test_wrong_arguments_are_told_with_exit_2(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "quickstart_sweep.py"), *arguments,
+         "--results", str(tmp_path / "x.json")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip()
