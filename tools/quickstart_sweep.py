@@ -6,10 +6,11 @@ A run is one seed with one set of kernels: `native`, what this processor has; `a
 code for any processor; `default`, ATen's and oneDNN's plainest with the same MKL. Kernels differ in the last
 digits of every product, and training carries those into other weights; each run's first losses show that
 they do. As many runs go at once as cores allow. What is done is kept in the results file and not run again
-unless the recipe or what it extends has changed, or with --again; a stopped sweep goes on by itself.
+unless the recipe or what it extends has changed, or with --again; the same command goes on with one
+that was stopped.
 
-Writes benchmarks/results/quickstart_sweep.json and .md, run by run. Exit code 0: every run ended with 0 and
-within BOUNDS; 1: one did not; 2: a wrong argument; 130, 143: stopped. Further key=value go to every run.
+Writes benchmarks/results/quickstart_sweep.json, .md and .png, run by run. Exit code 0: every run ended with 0
+and within BOUNDS; 1: one did not; 2: a wrong argument; 130, 143: stopped. key=value go to every run.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ CHOSEN = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_I
 POLL_S = 1.0
 GRACE_S = 60.0  # for a run that is asked to stop: it saves first
 FIRST_LOSSES = 3
+CURVES = {
+    "actor/heldout_loss": "actor's SFT: loss on held-out demonstrations",
+    "critic/heldout_exact_match": "critic's SFT: held-out traces word for word",
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def figures_of(run: Path) -> dict[str, Any]:
         "memory_gib": summary.get("memory/peak_gib"),
         **{f"steps_{stage}": last for stage, last in steps.items()},
         "first_losses": losses[:FIRST_LOSSES],
+        "curves": {key: [[row["step"], round(row[key], 5)] for row in rows if key in row] for key in CURVES},
     }
 
 
@@ -184,6 +190,7 @@ class Sweep:
             part = path.with_suffix(path.suffix + ".part")
             part.write_text(content, encoding="utf-8")
             part.replace(path)
+        draw(list(ordered.values()), self.results.with_suffix(".png"))
 
 
 def machine() -> dict[str, Any]:
@@ -216,6 +223,29 @@ def table(records: Iterator[Mapping[str, Any]] | Sequence[Mapping[str, Any]] | A
         lines.append(f"| {row['seed']} | {row['kernels']} | {' | '.join(cells)} | {first} | {wrong} |")
     held = sum(not wrong_with(row) for row in rows)
     return "\n".join(lines) + f"\n\n{held} of {len(rows)} hold. First loss: of step {FIRST_LOSSES}.\n"
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The runs' held-out curves, those that do not hold in red."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), layout="constrained")
+    for ax, (key, title) in zip(axes, CURVES.items(), strict=True):
+        for row in records:
+            points = row.get("curves", {}).get(key, [])
+            colour, alpha = ("#dc2626", 0.9) if wrong_with(row) else ("#2563eb", 0.55)
+            ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, alpha=alpha, lw=1.2)
+        ax.set(title=title, xlabel="step", ylim=(0, None))
+        ax.grid(alpha=0.25)
+    axes[0].set_yscale("log")
+    axes[0].set_ylim(None, None)
+    held = sum(not wrong_with(row) for row in records)
+    figure.suptitle(f"Quickstart over seeds and kernels: {held} of {len(records)} runs hold (blue)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _cell(value: Any) -> str:

@@ -81,7 +81,9 @@ def rows(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Rows without what time and machine decide, and the tokens of evaluations: a resumed run generates
     held-out responses again that the whole one still had."""
     kept = []
-    for line in (folder / "runs" / "run" / log).read_text().splitlines():
+    for line in (folder / "runs" / "run" / log).read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break  # the run is writing it
         row = json.loads(line)
         kept.append(
             {
