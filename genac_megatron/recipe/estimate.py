@@ -263,7 +263,9 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
     """What a stage generates and trains per step, if every completion ran to its limit."""
     judging = recipe.judging
     if isinstance(stage, SftStage):
-        text = f"{stage.batch} sequences a step, {stage.epochs} epochs"
+        early = stage.heldout is not None and (stage.heldout.target or stage.heldout.patience)
+        most = "at most " if early else ""
+        text = f"{stage.batch} sequences a step, {most}{stage.epochs} epochs"
         if stage.data == "jsonl":
             return text
         text += f" over {stage.size:,} {stage.data}"

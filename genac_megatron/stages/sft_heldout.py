@@ -110,6 +110,7 @@ class Watch:
         if step % self.heldout.every == 0 or step == self.last:
             with self.run.phase("heldout"):
                 figures = heldout_figures(role.logprobs(self.held))
+            self.run.count_sequences("evaluate", self.held)
             self._judge(step, figures[self.heldout.metric], loop)
         if self.seen.cooling is None and step >= self.total - self.heldout.cooldown:
             self._cool(step, "its epochs are over")
