@@ -112,7 +112,10 @@ def figures_of(run: Path) -> dict[str, Any]:
         "memory_gib": summary.get("memory/peak_gib"),
         **{f"steps_{stage}": last for stage, last in steps.items()},
         "first_losses": losses[:FIRST_LOSSES],
-        "curves": {key: [[row["step"], round(row[key], 5)] for row in rows if key in row] for key in CURVES},
+        "curves": {
+            key: [[row["step"], round(row[key], 5)] for row in rows if row.get(key) is not None]
+            for key in CURVES
+        },
     }
 
 
@@ -254,14 +257,14 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else f"{value:.0f}"
 
 
-def run_all(sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int) -> None:
-    """Every run that is left, `jobs` at once. A stop ends those that go on, and keeps what is done."""
+def run_all(sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int, asked: Sequence[int]) -> None:
+    """Every run that is left, `jobs` at once. Once signals were `asked`, it ends those that go on."""
     waiting = [pair for pair in wanted if f"{pair[0]}-{pair[1]}" not in sweep.records]
     total, active = len(waiting), list[Active]()
     times: list[float] = []
     print(f"[sweep] {len(wanted) - total} of {len(wanted)} runs are done, {jobs} at a time", flush=True)
     try:
-        while waiting or active:
+        while (waiting or active) and not asked:
             while waiting and len(active) < jobs:
                 active.append(sweep.start(*waiting.pop(0)))
             time.sleep(POLL_S)
@@ -277,18 +280,19 @@ def run_all(sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int) -> None:
                     flush=True,
                 )
     finally:
-        _stop(active)
+        _stop(active, asked)
 
 
-def _stop(active: Sequence[Active]) -> None:
+def _stop(active: Sequence[Active], asked: Sequence[int]) -> None:
+    """Ask runs to save and end; after a while, or a second signal, end them."""
     for one in active:
         one.process.send_signal(signal.SIGINT)
     until = time.monotonic() + GRACE_S
-    for one in active:
-        try:
-            one.process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            one.process.kill()  # its ranks end with it
+    while any(one.process.poll() is None for one in active):
+        if time.monotonic() > until or len(asked) > 1:
+            for one in active:
+                one.process.kill()  # its ranks end with it
+        time.sleep(POLL_S)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -324,17 +328,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def stop(number: int, _frame: object) -> None:
         asked.append(number)
-        raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, stop)
     wanted = [(seed, kernels) for seed in options.seeds for kernels in options.kernels]
     jobs = options.jobs or max(1, (os.cpu_count() or 1) // sweep.ranks)
-    try:
-        run_all(sweep, wanted, jobs)
-    except KeyboardInterrupt:
+    run_all(sweep, wanted, jobs, asked)
+    if asked:
         print("[sweep] stopped; the same command goes on", flush=True)
-        return 128 + asked[-1]
+        return 128 + asked[0]
     chosen = [sweep.records[f"{seed}-{kernels}"] for seed, kernels in wanted]
     print(table(chosen), flush=True)
     return 0 if all(not wrong_with(record) for record in chosen) else 1

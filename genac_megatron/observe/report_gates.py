@@ -73,7 +73,7 @@ def _target(stage: SftStage, figures: Figures) -> Missed | None:
     means = "nats a token on samples it is not trained on" if loss else (
         "how often it would write a sample it is not trained on word for word"
     )  # fmt: skip
-    waits = ", a longer heldout.patience" if heldout.patience is not None else ""
+    waits = " with a longer heldout.patience" if heldout.patience is not None else ""
     return Missed(
         f"held-out {heldout.metric} {figure:.3f} is {'above' if loss else 'below'} {target:g}",
         f"{means}: it has not learnt what carries over to new samples",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Seen:
     cooling: int | None = None  # the step after which the learning rate falls
     total: int = 0  # steps of all epochs, when it began to
     why: str = ""  # it began to
+    settled: int | None = None  # the last step, once the role has the weights that the stage ends with
 
 
 def hold_out(samples: Sequence[Sample], heldout: SftHeldout, where: str, seed: int) -> list[list[Sample]]:
@@ -87,9 +89,23 @@ class Watch:
         self.seen = Seen(**(run.at.heldout or {}))
         if self.seen.cooling is not None and self.seen.total != total:
             self.seen.cooling, self.seen.waited = None, 0  # resumed with other epochs: it is not over yet
-        self._best = Checkpoints(
-            run.folder.path / "best", keep=1, asynchronous=False, limit_s=run.recipe.world.timeout_s
-        )
+        folder = run.folder.path / "best"
+        self._best = Checkpoints(folder, keep=1, asynchronous=False, limit_s=run.recipe.world.timeout_s)
+        run.together(lambda: self._remove_unfinished() if run.world.rank == 0 else None)
+        optimizer = stage.optimizer or run.roles[stage.role].config.optimizer
+        self.warmup = optimizer.warmup_steps
+        if self.warmup + self.heldout.cooldown > total:
+            error = InputError(
+                f"{self.warmup} steps of warm-up and {self.heldout.cooldown} of cooldown are more than the "
+                f"{total} steps of all epochs",
+                where=f"stage {stage.name}, heldout.cooldown",
+                way_out="shorten one of them, or give the stage more epochs or samples",
+            )
+            raise on_all_ranks(error)
+
+    def _remove_unfinished(self) -> None:
+        for path in self._best.survey().unfinished:  # of an attempt that is over
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def last(self) -> int:
@@ -121,15 +137,17 @@ class Watch:
     def _judge(self, step: int, figure: float, loop: Loop) -> None:
         seen, heldout = self.seen, self.heldout
         seen.latest = figure
+        if not math.isfinite(figure):
+            return  # the next step tells
         if seen.best is None or self._better(figure, seen.best):
             seen.best, seen.best_step = figure, step
-            if heldout.keep == "best" and step < self.last:
+            if heldout.keep == "best":
                 self._save(step, loop)
         if seen.mark is None or self._better(figure, seen.mark, heldout.min_delta):
             seen.mark, seen.waited = figure, 0
         else:
             seen.waited += 1
-        if seen.cooling is not None:
+        if seen.cooling is not None or step < self.warmup:
             return
         if self.reached(figure):
             self._cool(step, f"held-out {heldout.metric} {figure:.3f} reached {heldout.target:g}")
@@ -173,7 +191,9 @@ class Watch:
         figure = seen.latest
         found = f"held-out {metric} {seen.best:.4f}, the best, at step {seen.best_step} of {step}"
         text = f"[{self.stage.name}] {found}"
-        if self.heldout.keep == "best" and seen.best_step != step:
+        if self.heldout.keep == "best" and seen.settled == step:
+            figure = seen.best  # resumed: they are what it was resumed with
+        elif self.heldout.keep == "best" and seen.best_step != step:
             path = self._best.folder / self._name(seen.best_step)
             if from_first(path.exists):
                 load_checkpoint(Path(path), {self.stage.role: self.run.roles[self.stage.role]})
@@ -181,4 +201,6 @@ class Watch:
             else:
                 text += f"; its weights are gone ({path}), the last step's are kept"
         self.run.progress.note(text)
+        seen.settled = step
+        self.run.at.heldout = asdict(seen)
         return {f"heldout/{metric}": figure}

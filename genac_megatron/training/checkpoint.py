@@ -326,6 +326,8 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         if role.active:
             whole = merge(merge(common[name], loaded[name]), unsaved[name])
             _put(role, whole, optimizers, common[name]["steps"], head=name not in bodies)
+        elif not optimizers:
+            role.serial += 1  # as refresh_master does on the role's ranks
 
 
 def _saved_states(weights: Path) -> set[str]:

@@ -31,8 +31,9 @@ def recipe_file(folder: Path) -> Path:
     recipe["stages"] = recipe["stages"][:2]
     actor, critic = recipe["stages"]
     optimizer = {"lr": 4e-3, "schedule": "cosine", "warmup_steps": 10, "beta2": 0.98}
-    actor |= {"size": 1600, "batch": 16, "optimizer": optimizer}
-    critic |= {"size": 160, "batch": 16, "optimizer": optimizer}
+    short = {"epochs": 1, "batch": 16, "optimizer": optimizer, "heldout": None}
+    actor |= {"size": 1600, **short}
+    critic |= {"size": 160, **short}
     for stage in (actor, critic):
         stage["rollout"]["max_new_tokens"] = 40
     recipe["evaluation"]["mc_states"] = 0
