@@ -44,7 +44,7 @@ KERNELS = {
 CHOSEN = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 POLL_S = 1.0
 GRACE_S = 60.0  # for a run that is asked to stop: it saves first
-FIRST_LOSSES = 3
+FIRST_LOSSES = 20
 CURVES = {
     "actor/heldout_loss": "actor's SFT: loss on held-out demonstrations",
     "critic/heldout_exact_match": "critic's SFT: held-out traces word for word",
@@ -241,10 +241,10 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             points = row.get("curves", {}).get(key, [])
             colour, alpha = ("#dc2626", 0.9) if wrong_with(row) else ("#2563eb", 0.55)
             ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, alpha=alpha, lw=1.2)
-        ax.set(title=title, xlabel="step", ylim=(0, None))
+        ax.set(title=title, xlabel="step")
         ax.grid(alpha=0.25)
     axes[0].set_yscale("log")
-    axes[0].set_ylim(None, None)
+    axes[1].set_ylim(0, 1)
     held = sum(not wrong_with(row) for row in records)
     figure.suptitle(f"Quickstart over seeds and kernels: {held} of {len(records)} runs hold (blue)")
     figure.savefig(path, dpi=110)
