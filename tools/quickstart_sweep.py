@@ -19,11 +19,12 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import cpu_model  # noqa: E402
 from genac_megatron.errors import InputError  # noqa: E402
+from genac_megatron.observe.runinfo import write_text_atomic  # noqa: E402
 from genac_megatron.recipe.loader import dump_recipe, load_recipe  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_sweep.json"
@@ -151,7 +154,7 @@ class Sweep:
     def start(self, seed: int, kernels: str) -> Active:
         folder = self.runs / f"s{seed}-{kernels}"
         if folder.exists():
-            subprocess.run(["rm", "-rf", str(folder)], check=True)  # of a sweep that was stopped
+            shutil.rmtree(folder)  # of a sweep that was stopped
         self.runs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-W", "ignore", "-m", "genac_megatron", "run", str(RECIPE)]
         command += [f"seed={seed}", f"runs={self.runs}", f"name={folder.name}", *self.overrides]
@@ -186,29 +189,19 @@ class Sweep:
     def write(self) -> None:
         ordered = dict(sorted(self.records.items(), key=lambda item: (item[1]["seed"], item[1]["kernels"])))
         text = json.dumps({"machine": machine(), "runs": ordered}, indent=1)
-        for path, content in (
-            (self.results, text + "\n"),
-            (self.results.with_suffix(".md"), table(ordered.values())),
-        ):
-            part = path.with_suffix(path.suffix + ".part")
-            part.write_text(content, encoding="utf-8")
-            part.replace(path)
+        write_text_atomic(self.results, text + "\n")
+        write_text_atomic(self.results.with_suffix(".md"), table(ordered.values()))
         draw(list(ordered.values()), self.results.with_suffix(".png"))
 
 
 def machine() -> dict[str, Any]:
     """The processor by name, and its cores."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     best = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "older"
-    return {"processor": names[0] if names else "unknown", "vectors": best, "cores": os.cpu_count()}
+    return {"processor": cpu_model(), "vectors": best, "cores": os.cpu_count()}
 
 
-def table(records: Iterator[Mapping[str, Any]] | Sequence[Mapping[str, Any]] | Any) -> str:
+def table(records: Iterable[Mapping[str, Any]]) -> str:
     """The runs as a Markdown table, with whether each holds and whether its kernels are its own."""
     rows = list(records)
     native = {row["seed"]: row.get("first_losses") for row in rows if row["kernels"] == "native"}

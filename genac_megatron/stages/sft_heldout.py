@@ -11,7 +11,6 @@ import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError, on_all_ranks
@@ -38,7 +37,6 @@ class Seen:
     waited: int = 0  # looks since then
     cooling: int | None = None  # the step after which the learning rate falls
     total: int = 0  # steps of all epochs, when it began to
-    why: str = ""  # it began to
     settled: int | None = None  # the last step, once the role has the weights that the stage ends with
 
 
@@ -157,15 +155,15 @@ class Watch:
     def _better(self, figure: float, than: float, by: float = 0.0) -> bool:
         return figure < than - by if self.heldout.metric == "loss" else figure > than + by
 
-    def reached(self, figure: float | None) -> bool:
+    def reached(self, figure: float) -> bool:
         """Whether a figure is as good as the target; False where there is none."""
         target = self.heldout.target
-        if target is None or figure is None:
+        if target is None:
             return False
         return figure <= target if self.heldout.metric == "loss" else figure >= target
 
     def _cool(self, step: int, why: str) -> None:
-        self.seen.cooling, self.seen.total, self.seen.why = step, self.total, why
+        self.seen.cooling, self.seen.total = step, self.total
         if self.heldout.cooldown and step < self.total:
             self.run.roles[self.stage.role].cool_down(step, self.heldout.cooldown)
         self.run.progress.note(f"[{self.stage.name}] step {step}: {why}; the last step is {self.last}")
@@ -196,7 +194,7 @@ class Watch:
         elif self.heldout.keep == "best" and seen.best_step != step:
             path = self._best.folder / self._name(seen.best_step)
             if from_first(path.exists):
-                load_checkpoint(Path(path), {self.stage.role: self.run.roles[self.stage.role]})
+                load_checkpoint(path, {self.stage.role: self.run.roles[self.stage.role]})
                 text, figure = f"{text}, whose weights are kept", seen.best
             else:
                 text += f"; its weights are gone ({path}), the last step's are kept"
