@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import cpu_model  # noqa: E402
 from genac_megatron.errors import InputError  # noqa: E402
 from genac_megatron.observe.runinfo import write_text_atomic  # noqa: E402
-from genac_megatron.recipe.loader import dump_recipe, load_recipe  # noqa: E402
+from genac_megatron.recipe import document  # noqa: E402
+from genac_megatron.recipe.loader import load_recipe  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_sweep.json"
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -129,6 +130,15 @@ def wrong_with(record: Mapping[str, Any]) -> list[str]:
     return [text for bound in BOUNDS if (text := bound.told(record))]
 
 
+def digest(overrides: Sequence[str]) -> str:
+    """Of what the recipe sets, not of every default: a new option of a later version changes no run."""
+    root = document.read(RECIPE)
+    for text in overrides:
+        document.override(root, text)
+    content = {key: value for key, value in document.plain(root).items() if key != "observe"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
 @dataclass
 class Active:
     seed: int
@@ -145,7 +155,7 @@ class Sweep:
         self.results, self.runs, self.overrides = results, runs, list(overrides)
         recipe = load_recipe(str(RECIPE), self.overrides)
         self.ranks = recipe.world.ranks
-        self.digest = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:12]
+        self.digest = digest(self.overrides)
         kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() and not again else {}
         self.records: dict[str, dict[str, Any]] = {
             key: record for key, record in kept.get("runs", {}).items() if record["recipe"] == self.digest

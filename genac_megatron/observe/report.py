@@ -7,24 +7,32 @@ from typing import Any
 
 from genac_megatron.observe.report_data import read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import page
-from genac_megatron.observe.report_plots import draw_all
 from genac_megatron.observe.runinfo import RunFolder, jsonable, write_json_atomic, write_text_atomic
 
 
-def write_report(run_dir: str | Path) -> dict[str, Any]:
+def write_report(run_dir: str | Path, *, draw: bool = True) -> dict[str, Any]:
     """Write report/index.html, report/plots/*.png and report/summary.json; return the summary.
+
+    draw: False leaves the plots out, which take longer than all the rest.
 
     Reads recipe.yaml, metrics.jsonl, evaluations.jsonl and rollouts.jsonl. A run that is still going or
     lacks stages gets a report that says what is missing. Raises InputError where the folder holds no run.
     """
     run = read_run(run_dir)
     summary: dict[str, Any] = jsonable(summarise(run))
-    plots, absent = draw_all(run)
     folder = RunFolder(run_dir).report
-    images = folder / "plots"
-    images.mkdir(parents=True, exist_ok=True)
-    for plot in plots:
-        (images / f"{plot.id}.png").write_bytes(plot.light)
-    write_text_atomic(folder / "index.html", page(run, summary, plots, absent, what_is_missing(run)))
+    missing = what_is_missing(run)
+    if draw:
+        from genac_megatron.observe.report_plots import draw_all  # matplotlib takes a second to import
+
+        plots, absent = draw_all(run)
+        images = folder / "plots"
+        images.mkdir(parents=True, exist_ok=True)
+        for plot in plots:
+            (images / f"{plot.id}.png").write_bytes(plot.light)
+        text = page(run, summary, plots, absent, missing)
+    else:
+        text = page(run, summary, None, [], missing)
+    write_text_atomic(folder / "index.html", text)
     write_json_atomic(folder / "summary.json", summary)
     return summary

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, RunData, failed_gates, number
 from genac_megatron.observe.report_gates import ways_on
-from genac_megatron.observe.report_plots import Plot
 from genac_megatron.recipe.schema import ObserveConfig
+
+if TYPE_CHECKING:
+    from genac_megatron.observe.report_plots import Plot
 
 STYLE = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
 
@@ -41,17 +43,17 @@ _SHOWN_PER_KIND = 2
 def page(
     run: RunData,
     summary: Mapping[str, Any],
-    plots: Sequence[Plot],
+    plots: Sequence[Plot] | None,
     absent: Sequence[str],
     missing: Sequence[str],
 ) -> str:
-    """The whole document."""
+    """The whole document. plots: None where they were not asked for."""
     body = "".join((
         _head(run, summary),
         "".join(map(_gate, failed_gates(run))),
         _missing(missing, absent),
         _tiles(run, summary),
-        "<h2>Plots</h2><div class=plots>" + "".join(map(_plot, plots)) + "</div>" if plots else "",
+        _plots(plots),
         _headlines(summary),
         _rollouts(run),
         _folds(run, summary),
@@ -181,6 +183,15 @@ def _parity_alarm(recipe: Mapping[str, Any]) -> float:
     )
     key = "parity_alarm_fp8" if fp8 else "parity_alarm"
     return number(observe.get(key) or getattr(ObserveConfig(), key))
+
+
+def _plots(plots: Sequence[Plot] | None) -> str:
+    if plots is None:
+        return (
+            "<p class=soft>The recipe wants no plots (observe.plots). <code>genac report</code> with this "
+            "run's folder draws them.</p>"
+        )
+    return f"<h2>Plots</h2><div class=plots>{''.join(map(_plot, plots))}</div>" if plots else ""
 
 
 def _plot(plot: Plot) -> str:

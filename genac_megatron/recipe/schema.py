@@ -357,6 +357,7 @@ class ObserveConfig(Block):
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
     shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable per evaluation
+    plots: bool = True  # in the report that a run writes at its end: some seconds
     parity_alarm: PositiveFloat = 0.5  # p99 |delta log-prob| above which a run warns
     parity_alarm_fp8: PositiveFloat = 1.0  # ... of a role that is trained or served in FP8
     profile: ProfileConfig = ProfileConfig()

@@ -16,6 +16,7 @@ from genac_megatron.errors import GateFailed, GenacError, InputError
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
+from genac_megatron.observe.report import write_report
 from genac_megatron.observe.runinfo import METRICS, Position, RunFolder, read_jsonl, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
@@ -61,7 +62,7 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
     first = world.rank == 0
     log = agree(lambda: begin_logs(recipe, folder, begun) if first else None)
     names = [stage.name for stage in recipe.stages]
-    with _reported(log), Progress(first, name=recipe.name, stages=names) as progress:
+    with _reported(log, recipe.observe.plots), Progress(first, name=recipe.name, stages=names) as progress:
         run = Run(recipe, world, log, progress, stop, resuming=resume)
         try:
             _stages(run, checkpoints, begun)
@@ -70,7 +71,7 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
 
 
 @contextmanager
-def _reported(log: MetricsLog | None) -> Iterator[None]:
+def _reported(log: MetricsLog | None, plots: bool) -> Iterator[None]:
     """Rank 0, which has the log, writes the run's report, also where the run ends with an error that all
     ranks have or its own, and has logged anything by then. Where it is written is said last.
     """
@@ -80,7 +81,7 @@ def _reported(log: MetricsLog | None) -> Iterator[None]:
     except GenacError as error:
         if log is not None and log.rows > before:
             try:
-                error.add(f"report: {_report(log)}")
+                error.add(f"report: {_report(log, plots)}")
             except Exception as failed:  # the run's own error is the one to tell
                 why = (str(failed) or type(failed).__name__).splitlines()[0]
                 logger.warning("genac: warning: the report could not be written: %s", why)
@@ -89,14 +90,12 @@ def _reported(log: MetricsLog | None) -> Iterator[None]:
                 dist.barrier()
         raise
     if log is not None:
-        print(f"report: {_report(log)}", flush=True)
+        print(f"report: {_report(log, plots)}", flush=True)
 
 
-def _report(log: MetricsLog) -> Path:
+def _report(log: MetricsLog, plots: bool) -> Path:
     """Write the report; its page."""
-    from genac_megatron.observe.report import write_report  # with matplotlib, a second of every rank's start
-
-    write_report(log.folder.path)
+    write_report(log.folder.path, draw=plots)
     return log.folder.report / "index.html"
 
 

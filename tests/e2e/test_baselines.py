@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.test_run import RECIPE, command, environment, genac, rows
+from tests.e2e.test_run import RECIPE, rows
+from tests.warm import Popen, command, environment, genac
 
 ROLLOUT = {"prompts": 4, "samples": 3, "max_new_tokens": 16}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -115,7 +116,7 @@ def test_stopped_in_a_baseline_and_resumed_it_ends_the_same(done: Path, tmp_path
 
 def stopped_at(path: str, folder: Path, stage: str, step: int, *, resume: bool) -> int:
     """Run until a step is logged, then ask to stop; the exit code."""
-    process = subprocess.Popen(
+    process = Popen(
         command("run", path, *(["--resume"] if resume else [])),
         cwd=folder,
         env=environment(),

@@ -6,7 +6,6 @@ another view of the file system would.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import run
+
 GOOD = "".join(f'{{"question": "1+{n}?", "answer": "{n + 1}"}}\n' for n in range(3))
 BAD = GOOD + '{"question": \n'
 
@@ -44,7 +44,7 @@ def recipe() -> dict[str, Any]:
         "task": {"kind": "jsonl", "path": "data.jsonl", "verifier": "exact", "heldout_size": 1},
         "roles": {"actor": role, "critic": role},
         "stages": [{"kind": "ppo", "steps": 1, "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8}}],
-        "observe": {"tensorboard": False},
+        "observe": {"tensorboard": False, "plots": False},
     }
 
 
@@ -56,11 +56,7 @@ def play(folder: Path, data: tuple[str, str], fault: str = "") -> subprocess.Com
         (view / "recipe.yaml").write_text(yaml.safe_dump(recipe()))
         if data[rank]:
             (view / "data.jsonl").write_text(data[rank])
-    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-c", LAUNCH, RANK % fault], cwd=folder, capture_output=True, text=True, timeout=300,
-        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return run([sys.executable, "-c", LAUNCH, RANK % fault], cwd=folder)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from genac_megatron.evaluation.bank import read_bank
-from tests.e2e.test_run import RECIPE, command, environment, genac
+from tests.e2e.test_run import RECIPE
+from tests.warm import Popen, command, environment, genac
 
 pytestmark = pytest.mark.timeout(900)  # the first test trains; every test starts several commands
 PROMPTS = ("--prompts", "8", "--continuations", "8", "--chunk", "1", "--limit", "64")
@@ -80,7 +81,7 @@ def test_a_bank_holds_right_and_wrong_responses_and_fresh_continuations(trained:
 
 
 def test_a_build_that_was_killed_goes_on_to_the_same_bank(trained: Path) -> None:
-    process = subprocess.Popen(
+    process = Popen(
         command(*build("killed")), cwd=trained, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

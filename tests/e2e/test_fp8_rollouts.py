@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run import RECIPE, genac, rows, write_recipe
+from tests.e2e.test_run import RECIPE, rows, write_recipe
+from tests.warm import genac
 
 ROLES = {
     name: {**role, "engine": {"dtype": "fp32", "quantization": "fp8"}}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.test_run import RECIPE, genac
+from tests.e2e.test_run import RECIPE
+from tests.warm import genac
 
 MODEL = {
     "family": "qwen3",
@@ -40,7 +41,7 @@ SMALL: dict[str, Any] = {
     ],
     "evaluation": {"prompts": 4, "samples": 2},
     "checkpoint": {"every": 2},
-    "observe": {"tensorboard": False},
+    "observe": {"tensorboard": False, "plots": False},
 }  # fmt: skip
 for _stage in SMALL["stages"]:
     _stage["rollout"] = {"prompts": 2, "samples": 2, "max_new_tokens": 8}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run import ROOT, environment
+from tests.warm import ROOT, run
 
 COLUMNS = {
     "training": {"tokens/s", "TFLOP/s", "MFU_%", "times bare", "peak_GiB"},
@@ -23,16 +23,15 @@ COLUMNS = {
 LONG = ("training", "accuracy", "logprobs")  # in layers and log-probs that other tests run
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.gpu.{name}", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", f"benchmarks.gpu.{name}", *arguments], cwd=ROOT)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.extended] if n in LONG else []) for n in COLUMNS]
 )
 def test_a_tiny_run_gives_a_table_goals_and_a_record(name: str, tmp_path: Path) -> None:
-    done = run(name, "--tiny", "--out", str(tmp_path))
+    done = bench(name, "--tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert COLUMNS[name] <= set(record["rows"][0])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run import genac, write_recipe
+from tests.e2e.test_run import write_recipe
+from tests.warm import genac
 
 
 @pytest.mark.parametrize("role", ["actor", "critic"])

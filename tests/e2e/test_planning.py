@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.test_run import ROOT, genac
+from tests.warm import ROOT, genac
 
 SHORT = (
     "stages.sft-actor.size=32", "stages.sft-critic.size=16", "stages.reinforce.steps=1", "stages.ppo.steps=1",

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.test_run import PPO_ONLY, genac, write_recipe
+from tests.e2e.test_run import PPO_ONLY, write_recipe
+from tests.warm import genac
 
 STAGES = [{**PPO_ONLY[0], "steps": 3, "eval_every": 0}]
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import ROOT, genac
+
 SMALL = (
     "evaluation={prompts: 4, samples: 2, mc_states: 0}",
     "roles.actor.model.shape.hidden=32", "roles.actor.model.shape.ffn=64",
     "roles.critic.model.shape.hidden=32", "roles.critic.model.shape.ffn=64",
-    "task.heldout_size=16", "judging.max_new_tokens=12", "observe.tensorboard=false",
+    "task.heldout_size=16", "judging.max_new_tokens=12", "observe={tensorboard: false, plots: false}",
 )  # fmt: skip
 ROLLOUT = "{prompts: 4, samples: 2, max_new_tokens: 12}"
 PARTS = {
@@ -34,12 +32,8 @@ PARTS = {
 
 def play(part: str, folder: Path) -> list[dict[str, Any]]:
     """Run a part in `folder`; its evaluations."""
-    done = subprocess.run(
-        [sys.executable, "-m", "genac_megatron", "run", str(ROOT / "recipes" / "quickstart" / f"{part}.yaml"),
-         *SMALL, *PARTS[part]],
-        cwd=folder, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    recipe = ROOT / "recipes" / "quickstart" / f"{part}.yaml"
+    done = genac("run", str(recipe), *SMALL, *PARTS[part], cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     lines = (folder / "runs" / f"quickstart-{part}" / "evaluations.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

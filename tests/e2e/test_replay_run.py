@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.test_run import RECIPE, genac, write_recipe
+from tests.e2e.test_run import RECIPE, write_recipe
+from tests.warm import genac
 
 EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_ffn": 24, "norm_topk": True}
 LAYOUTS = {"actor": {"ep": 2}, "critic": {"tp": 2, "ep": 2}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import Popen, command, environment, genac
 
 UNEQUAL = ("time", "memory/", "tokens/evaluate")
 PPO_ONLY = [{"kind": "ppo", "steps": 1, "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8}}]
@@ -52,23 +51,10 @@ RECIPE: dict[str, Any] = {
     ],
     "evaluation": {"prompts": 4, "samples": 2, "mc_states": 2, "mc_continuations": 2},
     "checkpoint": {"every": 2},
+    "observe": {"plots": False},
 }  # fmt: skip
 for _stage in RECIPE["stages"]:
     _stage["rollout"] = {"prompts": 4, "samples": 2, "max_new_tokens": 16}
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "genac_megatron", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def genac(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
-    )
 
 
 def write_recipe(folder: Path, **changes: Any) -> Path:
@@ -97,9 +83,10 @@ def rows(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from beginning to end, actor TP2 and critic PP2 on the same two ranks."""
+    """A run from beginning to end, actor TP2 and critic PP2 on the same two ranks, as a user starts it."""
     folder = tmp_path_factory.mktemp("whole")
-    done = genac("run", str(write_recipe(folder)), cwd=folder)
+    words = command("run", str(write_recipe(folder)), "observe.plots=true")
+    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return folder
 
@@ -163,7 +150,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(whole: Path, tmp_path: P
     recipe = str(write_recipe(tmp_path))
     for stops, (stage, step) in enumerate((("sft-actor", 2), ("sft-critic", 1), ("ppo", 3))):
         resume = ["--resume"] if stops else []
-        process = subprocess.Popen(
+        process = Popen(
             command("run", recipe, *resume), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -193,9 +180,7 @@ def test_a_killed_rank_loses_nothing_and_leaves_nothing_behind(whole: Path, tmp_
     """kill -9 between two checkpoints: the run ends with that said, and resumes to the same figures."""
     recipe = str(write_recipe(tmp_path))
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(
-            command("run", recipe), cwd=tmp_path, env=environment(), stdout=output, stderr=output
-        )
+        process = Popen(command("run", recipe), cwd=tmp_path, env=environment(), stdout=output, stderr=output)
         metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
         give_up = time.monotonic() + 300
         family: list[psutil.Process] = []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import genac
+
 RECIPE: dict[str, Any] = {
     "name": "run",
     "task": {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2, "heldout_size": 16},
@@ -29,7 +27,7 @@ RECIPE: dict[str, Any] = {
         }
     },
     "evaluation": {"prompts": 2, "samples": 1},
-    "observe": {"tensorboard": False},
+    "observe": {"tensorboard": False, "plots": False},
 }
 
 
@@ -43,11 +41,7 @@ def run(folder: Path, heldout: dict[str, Any], lr: float = 3e-3, **stage: Any) -
     ]  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-m", "genac_megatron", "run", str(path)],
-        cwd=folder, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = genac("run", str(path), cwd=folder)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.e2e.test_run import RECIPE, command, environment, genac
+from tests.e2e.test_run import RECIPE
+from tests.warm import Popen, command, environment, genac
 
 ROLLOUT = {"prompts": 2, "samples": 2, "max_new_tokens": 8}
 
@@ -118,7 +119,7 @@ def test_a_study_that_is_told_to_end_leaves_no_run_behind(folder: Path) -> None:
     study = yaml.safe_load((folder / "study.yaml").read_text()) | {"name": "ended"}
     (folder / "ended.yaml").write_text(yaml.safe_dump(study))
     words, log = command("study", "ended.yaml"), folder / "runs" / "studies" / "ended" / "actor-s4.log"
-    with subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         until = time.monotonic() + 120
         while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
             time.sleep(0.1)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import yaml
 
 from genac_megatron.cluster.network import spare_ports
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
-from tests.serving.runs.test_runs_on_servers import PPO, RECIPE, ROOT, SERVERS, finish, gone, rows, wait_for
+from tests.serving.runs.test_runs_on_servers import PPO, RECIPE, SERVERS, finish, gone, rows, wait_for
+from tests.warm import Popen, command, environment
 
 pytestmark = pytest.mark.skipif(
     PYTHON_VARIABLE not in os.environ,
@@ -31,12 +31,12 @@ def start_nodes(folder: Path, steps: int, places: dict[str, Any]) -> list[subpro
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, "roles": roles, "stages": [{**PPO, "steps": steps}]}))
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spare_ports(1)[0]), "WORLD_SIZE": "2"}
-    logs = {"GENAC_LOGS": str(folder / "attempt"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = {"GENAC_LOGS": str(folder / "attempt")}
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "genac_megatron", "run", str(path), f"runs={folder}"],
+        Popen(
+            command("run", str(path), f"runs={folder}"),
             cwd=folder,
-            env={**os.environ, **meeting, **logs, "RANK": node, "LOCAL_RANK": "0", "GROUP_RANK": node},
+            env=environment(**meeting, **logs, RANK=node, LOCAL_RANK="0", GROUP_RANK=node),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,8 @@ import pytest
 import yaml
 
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
+from tests.warm import Popen, command, environment
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(
     PYTHON_VARIABLE not in os.environ,
     reason=f"{PYTHON_VARIABLE} is not set: `make test-serving` builds SGLang's environment and sets it",
@@ -47,6 +46,7 @@ RECIPE: dict[str, Any] = {
     "judging": {"template": "brief", "max_new_tokens": 16, "states": {"max_states": 3, "min_segment": 4}},
     "evaluation": {"prompts": 2, "samples": 2},
     "checkpoint": {"every": 0},
+    "observe": {"plots": False},
 }
 PPO = {"kind": "ppo", "eval_every": 0, "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 24}}
 
@@ -54,11 +54,10 @@ PPO = {"kind": "ppo", "eval_every": 0, "rollout": {"prompts": 4, "samples": 2, "
 def start(folder: Path, stage: dict[str, Any], **changes: Any) -> subprocess.Popen[str]:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, **changes, "stages": [{**PPO, **stage}]}))
-    command = [sys.executable, "-m", "genac_megatron", "run", str(path), f"runs={folder}"]
-    return subprocess.Popen(
-        command,
+    return Popen(
+        command("run", str(path), f"runs={folder}"),
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serving.runs.test_runs_on_servers import PPO, RECIPE, ROOT
+from tests.serving.runs.test_runs_on_servers import PPO, RECIPE
+from tests.warm import run as python
 
 STEPS = 7
 UNEQUAL = ("time", "memory/", "tokens/evaluate", "_s", "_peak_bytes")  # what the clock and the machine decide
@@ -59,11 +58,7 @@ def recipe_in(folder: Path) -> Path:
 
 def run(folder: Path, looks: int, how: str = "begin") -> tuple[int, str]:
     recipe = folder / "recipe.yaml"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN, str(recipe), str(looks), how],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = python([sys.executable, "-W", "ignore", "-c", RUN, str(recipe), str(looks), how], cwd=folder)
     return done.returncode, done.stdout + done.stderr
 
 
