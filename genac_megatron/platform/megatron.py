@@ -26,6 +26,8 @@ import importlib.util
 import inspect
 import marshal
 import os
+import pickle
+import queue
 import stat
 import sys
 import tempfile
@@ -35,13 +37,12 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from genac_megatron.launch import end_with
-
 if TYPE_CHECKING:
     import torch
 
 PACKAGE = "megatron.core"
 _FACADE = "__cpu_cuda__"
+SIZE = 8  # bytes of the number before an item of ResultsFile
 _VERSION = sys.version.encode() + Path(__file__).read_bytes()  # another Python or rewriting, another cache
 
 
@@ -325,22 +326,51 @@ def keep_write_errors() -> None:
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
-def own_results_queue() -> None:
-    """Have the process that collects the writers' results end with this one, also where this one is killed.
+class ResultsFile:
+    """What a save's writers hand back, in memory that this process and those it forks share.
 
-    A save starts a multiprocessing manager for that (0.16.1 and 0.19.2), which looks after nobody, and keeps
-    it in a variable of the module: one made here before has a thread that does. Call it before a save.
+    The part of multiprocessing's Queue that a save uses. Upstream asks a manager for one (0.16.1, 0.19.2), a
+    process that imports torch again to hold a few kilobytes, and that outlives a killed rank.
     """
-    from multiprocessing import get_context
-    from multiprocessing.managers import SyncManager
 
+    def __init__(self) -> None:
+        self._file = os.memfd_create("results") if hasattr(os, "memfd_create") else _nameless_file()
+        self._taken = 0
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    def put(self, item: Any) -> None:
+        """From a process that this one has forked, one at a time."""
+        data = pickle.dumps(item)
+        view, at = memoryview(len(data).to_bytes(SIZE, "little") + data), os.fstat(self._file).st_size
+        while view:
+            written = os.pwrite(self._file, view, at)
+            view, at = view[written:], at + written
+
+    def get_nowait(self) -> Any:
+        """The next item. Raises queue.Empty where there is none, or its writer was killed amid it."""
+        held = os.fstat(self._file).st_size - self._taken - SIZE
+        size = int.from_bytes(os.pread(self._file, SIZE, self._taken), "little")
+        if held < max(size, 1):
+            raise queue.Empty
+        data = b""
+        while len(data) < size:
+            data += os.pread(self._file, size - len(data), self._taken + SIZE + len(data))
+        self._taken += SIZE + size
+        return pickle.loads(data)
+
+
+def _nameless_file() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def own_results_queue() -> None:
+    """Have the next save collect its writers' results in a new ResultsFile. Call it before each."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is not None:
-        return
-    manager = SyncManager(ctx=get_context("spawn"))
-    manager.start(end_with, (os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()  # which keeps the manager alive
+    filesystem_async._results_queue = ResultsFile()
 
 
 def save_options() -> dict[str, Any]:

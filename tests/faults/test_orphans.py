@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
     [("false", "save", 1), ("false", "rollout", 3), ("true", "before-shards", 2), ("true", "rollout", 3)],
 )
 def test_a_killed_rank_leaves_no_process(tmp_path: Path, asynchronous: str, where: str, step: int) -> None:
-    """Megatron's manager of write results among them, which looks after nobody by itself.
+    """Megatron's writers among them, which look after nobody by themselves.
 
     Killed amid a save, or amid the rollout after one. There is no launcher, whose end of the rank's session
     would hide what is left.

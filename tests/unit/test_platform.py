@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 import subprocess
 import sys
 
@@ -9,7 +12,7 @@ import pytest
 
 from genac_megatron import platform
 from genac_megatron.platform.cpu_cuda import CPU_CUDA
-from genac_megatron.platform.megatron import to_cpu
+from genac_megatron.platform.megatron import ResultsFile, to_cpu
 
 
 @pytest.mark.parametrize(
@@ -88,3 +91,25 @@ def test_memory_is_counted_in_gib() -> None:
     assert 0.05 < platform.rss_gib() <= platform.peak_rss_gib() + 0.01
     assert platform.peak_rss_gib() < 100
     del held
+
+
+def test_results_come_from_forked_processes_in_order_and_whole() -> None:
+    results, large = ResultsFile(), os.urandom(3_000_000)  # more than a pipe holds
+    for item in ({0: [large]}, OSError(28, "no space"), []):
+        child = multiprocessing.get_context("fork").Process(target=results.put, args=(item,))
+        child.start()
+        child.join()
+    assert results.get_nowait() == {0: [large]}
+    assert str(results.get_nowait()) == "[Errno 28] no space"
+    assert results.get_nowait() == []
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+@pytest.mark.parametrize("kept", [3, 8, 20])
+def test_a_result_whose_writer_was_killed_amid_it_is_none(kept: int) -> None:
+    results = ResultsFile()
+    results.put(list(range(100)))
+    os.ftruncate(results._file, kept)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()

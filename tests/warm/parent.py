@@ -50,6 +50,8 @@ class WarmPopen(subprocess.Popen[Any]):
          errread, errwrite, _restore, _gid, _gids, _uid, _umask, new_session, group) = rest  # fmt: skip
         environ = dict(os.environ if env is None else env)
         words = None if shell or preexec_fn or executable else python_words(args)
+        if words is not None and words[0] == "-m" and words[1] != PACKAGE:
+            words = None  # a helper, such as a reader of shared memory: it must not have its writer's state
         if words is None or environ.get(COLD) != os.environ.get(COLD) or group != -1:
             super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
             return
