@@ -19,7 +19,7 @@ extends: {root}/recipes/cluster/smoke.yaml
 name: run
 world: {{ranks: 2}}
 cluster: {{ranks_per_node: 1, cpus_per_rank: 1, time_limit: "02:00:00"}}
-observe: {{tensorboard: false, wandb: {{mode: offline}}}}
+observe: {{tensorboard: false, plots: false, wandb: {{mode: offline}}}}
 """
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 

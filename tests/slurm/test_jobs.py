@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 from genac_megatron.observe.runinfo import read_jsonl
+from tests import warm
 from tests.slurm.cluster import Cluster, ours
 from tests.slurm.conftest import NODES, ROOT
 
@@ -30,10 +30,8 @@ Output = Callable[[], str]
 
 
 def genac(*arguments: str, cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "genac_megatron", *arguments], cwd=cwd, capture_output=True, text=True,
-        env={**environ, "PYTHONPATH": str(ROOT)}, timeout=LIMIT_S,
-    )  # fmt: skip
+    given = {**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return warm.run(warm.command(*arguments), cwd=cwd, env=given, timeout=LIMIT_S)
 
 
 def rows(run: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ RECIPE: dict[str, Any] = {
     "judging": {"template": "brief", "max_new_tokens": 16, "states": {"max_states": 3, "min_segment": 4}},
     "evaluation": {"prompts": 2, "samples": 2},
     "checkpoint": {"every": 1},
-    "observe": {"tensorboard": False},
+    "observe": {"tensorboard": False, "plots": False},
     "stages": [
         {"kind": "ppo", "steps": 4, "eval_every": 0,
          "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 24}}

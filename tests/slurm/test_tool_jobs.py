@@ -26,6 +26,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: read.get(name) for name in read.names}
 
 
+@pytest.mark.extended  # the conversion that is asked to stop is there and back too
 def test_convert_there_and_back(
     cluster: Cluster, settings: Settings, tmp_path: Path, output: Callable[[], str]
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_conversion_of_nothing_ends_with_2(
     assert "no complete checkpoint there" in output()
 
 
+@pytest.mark.extended  # the evaluation that is asked to stop ends the same way
 def test_evaluate(
     cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Callable[[], str]
 ) -> None:

@@ -44,10 +44,12 @@ def genac(*arguments: str, cwd: Path, timeout: float = TIMEOUT_S) -> subprocess.
     return run(command(*arguments), cwd=cwd, timeout=timeout)
 
 
-def run(words: Sequence[str], *, cwd: Path, timeout: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def run(
+    words: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """As subprocess.run, with its output."""
     pipe = subprocess.PIPE
-    with Popen(words, cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+    with Popen(words, cwd=cwd, env=env or environment(), stdout=pipe, stderr=pipe, text=True) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
