@@ -14,7 +14,6 @@ ARGS ?=
 ENGINE ?= embedded
 MINUTES ?= 60
 QUICKSTART = $(if $(filter sglang,$(ENGINE)),quickstart-sglang,quickstart)
-RUN ?= runs/$(QUICKSTART)
 
 # More threads than processes make small matrices slower, not faster.
 export OMP_NUM_THREADS := 1
@@ -45,7 +44,6 @@ python:
 .PHONY: quickstart
 quickstart: python ## Train an actor and a generative critic on this machine (ENGINE=sglang: on real servers)
 	@$(serving) $(genac) run recipes/$(QUICKSTART).yaml $(ARGS)
-	@$(if $(findstring --dry-run,$(ARGS)),,$(genac) report $(RUN))
 
 .PHONY: quickstart-sweep
 quickstart-sweep: python ## The quickstart over seeds and processor kernels, into benchmarks/results (goes on where it was stopped)

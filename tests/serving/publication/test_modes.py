@@ -22,7 +22,7 @@ from tests.serving.publication.fleet_cases import (
     publish_case,
 )
 
-LONG = 500  # tokens: seconds of generation, also on a quiet machine
+LONG = 300  # tokens: seconds of generation, also on a quiet machine
 OLD, NEWER = 41, 42  # seeds, and versions
 READY = ".ready"  # beside the folder of the weights
 TP2 = {"count": 2, "tp": 2}
