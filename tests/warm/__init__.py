@@ -59,12 +59,14 @@ def run(
 
 
 def python_words(words: Any) -> list[str] | None:
-    """`-m MODULE ...` or `-c PROGRAM ...` of a command that starts this Python; None for any other."""
+    """[-W ACTION] -m MODULE or -c PROGRAM, and what these are given, of a command that starts this Python;
+    None for any other.
+    """
     words = [] if isinstance(words, str | bytes | os.PathLike) else [os.fspath(word) for word in words]
     if words[:1] != [sys.executable]:
         return None
-    words = words[3:] if words[1:2] == ["-W"] else words[1:]
-    return words if words[:1] in (["-m"], ["-c"]) else None
+    kind = words[3:4] if words[1:2] == ["-W"] else words[1:2]
+    return words[1:] if kind in (["-m"], ["-c"]) else None
 
 
 class Popen(subprocess.Popen[str]):

@@ -23,6 +23,7 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -50,7 +51,7 @@ class WarmPopen(subprocess.Popen[Any]):
          errread, errwrite, _restore, _gid, _gids, _uid, _umask, new_session, group) = rest  # fmt: skip
         environ = dict(os.environ if env is None else env)
         words = None if shell or preexec_fn or executable else python_words(args)
-        if words is not None and words[0] == "-m" and words[1] != PACKAGE:
+        if words is not None and "-m" in words[:3] and PACKAGE not in words[:4]:
             words = None  # a helper, such as a reader of shared memory: it must not have its writer's state
         if words is None or environ.get(COLD) != os.environ.get(COLD) or group != -1:
             super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
@@ -128,6 +129,9 @@ def _forget(environ: Mapping[str, str]) -> None:
 
 def _command(words: Sequence[str]) -> int:
     """What Python does with these words; its exit code."""
+    if words[0] == "-W":
+        warnings.simplefilter(words[1])  # type: ignore[arg-type]
+        words = words[2:]
     kind, what, *rest = words
     sys.argv = [what if kind == "-m" else kind, *rest]
     try:

@@ -1,4 +1,4 @@
-"""Ranks and servers that the publication tests share."""
+"""Ranks and servers that the publication tests share. They end with these: idle ones cost a fifth of a core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.pool import Pool
 from tests.serving.publication.fleet_cases import Servers
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pool() -> Iterator[Pool]:
     """Four gloo ranks of one world, on the CPU."""
     ranks = Pool()
@@ -20,7 +20,7 @@ def pool() -> Iterator[Pool]:
     ranks.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """What starts SGLang servers. Needs the serving environment ($GENAC_SERVE_PYTHON)."""
     folder = tmp_path_factory.mktemp("servers")
@@ -31,7 +31,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     zygote.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def endpoints(servers: Servers) -> list[Endpoint]:
-    """One server of one rank and one of two, the same tiny model, for the whole session."""
+    """One server of one rank and one of two, the same tiny model, for all tests here."""
     return servers.start(tps=(1, 2))
