@@ -1,4 +1,4 @@
-"""Ranks and servers that the publication tests share. They end with these: idle ones cost a fifth of a core."""
+"""Ranks and servers that the publication tests share. They end with these: idle ones cost CPU time."""
 
 from __future__ import annotations
 
