@@ -36,6 +36,15 @@ END_LIMIT_S = 20.0  # for processes to be gone after SIGKILL
 POLL_S = 0.1
 PROBE_S = 5.0
 TAIL_LINES = 12
+SOCKET_PATH = 107  # bytes that a Unix socket's path may have (unix(7))
+SOCKET_NAME = (
+    40  # of those for what SGLang and multiprocessing call theirs below TMPDIR, 33 at most in 0.5.23
+)
+SHORT_FOLDERS = (
+    "/tmp",
+    "/var/tmp",
+    "/dev/shm",
+)  # for sockets where TMPDIR, often a job's scratch, is too long
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # A CPU has none of what the other choices need; without the overlap scheduler it is also faster there.
 CPU_ARGS = (
@@ -113,6 +122,30 @@ def serving_python(configured: str | None = None) -> Path:
             way_out=f"`make serve-env` builds and prints it: set engine.python, or export {PYTHON_VARIABLE}",
         )
     return Path(found)
+
+
+def socket_folder() -> Path:
+    """A new folder for a server's sockets: in TMPDIR, or where its path is too long for them in a short one.
+
+    Raises InputError where none can be made.
+    """
+    prefix, suffix = "genac-", 8  # mkdtemp's
+    room = SOCKET_PATH - SOCKET_NAME - len(f"/{prefix}") - suffix
+    wanted = os.path.abspath(tempfile.gettempdir())
+    why = []
+    for folder in dict.fromkeys((wanted, *SHORT_FOLDERS)):
+        if (size := len(os.fsencode(folder))) > room:
+            why.append(f"{folder} has {size} bytes, {room} are left for it")
+            continue
+        try:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        except OSError as error:
+            why.append(f"{folder}: {error.strerror or error}")
+    raise InputError(
+        f"no folder for a server's sockets, whose paths have at most {SOCKET_PATH} bytes: {'; '.join(why)}",
+        where="TMPDIR",
+        way_out="export TMPDIR, a short path that can be written to",
+    )
 
 
 class Zygote:
@@ -202,9 +235,7 @@ class Server:
         assert self._pid is None, "it runs already"
         self._check_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = Path(
-            tempfile.mkdtemp(prefix="genac-")
-        )  # its sockets; short, as their names are limited
+        self._scratch = socket_folder()
         env = {**self.spec.environment(), "TMPDIR": str(self._scratch)}
         if self._zygote is not None:
             self._pid = self._zygote.fork(self.spec.arguments(), self.log, env)
