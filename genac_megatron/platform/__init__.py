@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1024.0**3
+FILES = 65_536  # as many as anybody needs; a limit without end makes some programs slow
 
 
 def device() -> torch.device:
@@ -46,6 +47,22 @@ def has_te() -> bool:
     except (ImportError, OSError):  # OSError: a library whose CUDA symbols are missing
         return False
     return True
+
+
+def raise_open_files() -> int:
+    """Let this process, and those that it starts, open as many files as it may; how many.
+
+    A connection is one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):  # not allowed in some containers
+        return soft
+    return most
 
 
 def rss_gib() -> float:
