@@ -26,6 +26,7 @@ import httpx
 
 from genac_megatron.cluster.network import family
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.platform import socket_folder
 from genac_megatron.serving.sglang.boot import KEY, group_members, shared_files
 
 BOOT = Path(__file__).with_name("boot.py")
@@ -36,15 +37,8 @@ END_LIMIT_S = 20.0  # for processes to be gone after SIGKILL
 POLL_S = 0.1
 PROBE_S = 5.0
 TAIL_LINES = 12
-SOCKET_PATH = 107  # bytes that a Unix socket's path may have (unix(7))
-SOCKET_NAME = (
-    40  # of those for what SGLang and multiprocessing call theirs below TMPDIR, 33 at most in 0.5.23
-)
-SHORT_FOLDERS = (
-    "/tmp",
-    "/var/tmp",
-    "/dev/shm",
-)  # for sockets where TMPDIR, often a job's scratch, is too long
+SCRATCH = "genac-"  # and 8 characters of mkdtemp's: a server's TMPDIR
+SOCKETS = 48  # bytes for those and what SGLang and multiprocessing call sockets in it, 41 at most in 0.5.23
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # A CPU has none of what the other choices need; without the overlap scheduler it is also faster there.
 CPU_ARGS = (
@@ -122,30 +116,6 @@ def serving_python(configured: str | None = None) -> Path:
             way_out=f"`make serve-env` builds and prints it: set engine.python, or export {PYTHON_VARIABLE}",
         )
     return Path(found)
-
-
-def socket_folder() -> Path:
-    """A new folder for a server's sockets: in TMPDIR, or where its path is too long for them in a short one.
-
-    Raises InputError where none can be made.
-    """
-    prefix, suffix = "genac-", 8  # mkdtemp's
-    room = SOCKET_PATH - SOCKET_NAME - len(f"/{prefix}") - suffix
-    wanted = os.path.abspath(tempfile.gettempdir())
-    why = []
-    for folder in dict.fromkeys((wanted, *SHORT_FOLDERS)):
-        if (size := len(os.fsencode(folder))) > room:
-            why.append(f"{folder} has {size} bytes, {room} are left for it")
-            continue
-        try:
-            return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-        except OSError as error:
-            why.append(f"{folder}: {error.strerror or error}")
-    raise InputError(
-        f"no folder for a server's sockets, whose paths have at most {SOCKET_PATH} bytes: {'; '.join(why)}",
-        where="TMPDIR",
-        way_out="export TMPDIR, a short path that can be written to",
-    )
 
 
 class Zygote:
@@ -235,7 +205,9 @@ class Server:
         assert self._pid is None, "it runs already"
         self._check_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = socket_folder()
+        self._scratch = Path(
+            tempfile.mkdtemp(prefix=SCRATCH, dir=socket_folder(len(f"/{SCRATCH}") + SOCKETS))
+        )
         env = {**self.spec.environment(), "TMPDIR": str(self._scratch)}
         if self._zygote is not None:
             self._pid = self._zygote.fork(self.spec.arguments(), self.log, env)
