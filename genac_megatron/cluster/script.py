@@ -84,7 +84,7 @@ def _quoted(value: str) -> str:
         raise InputError(f"{value!r} has a line break", where="genac slurm", way_out="a name in one line")
     if re.fullmatch(r"[\w%+,.:/@=\[\]-]*", value, re.ASCII):
         return value
-    escaped = re.sub(r'([\\"])', r"\\\1", value)
+    escaped = re.sub(r'([\\"#])', r"\\\1", value)
     return f'"{escaped}"'
 
 

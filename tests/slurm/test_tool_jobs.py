@@ -68,7 +68,7 @@ def test_a_clone_an_argument_and_a_name_with_spaces(
     assert "no complete checkpoint there" in output()
     name = 'my "run" #2'
     written = tmp_path / "my job.sh"
-    written.write_text(script.render(load_recipe(recipe, [f"name={name}"]), recipe, [], {}))
+    written.write_text(script.render(load_recipe(recipe, [f"name='{name}'"]), recipe, [], {}))
     job = cluster.submit("--hold", str(written), cwd=tmp_path, **settings)
     assert cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%j").stdout.strip() == name
     cluster.run("scancel", str(job))

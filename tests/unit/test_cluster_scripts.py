@@ -101,7 +101,7 @@ def test_without_slurm_a_script_finds_its_own_folder(tmp_path: Path, path: Path)
         ("run-1", "run-1"),
         ("my run", '"my run"'),
         ('a"b\\c', '"a\\"b\\\\c"'),
-        ("run #2", '"run #2"'),
+        ("run #2", '"run \\#2"'),
         ("it's", '"it\'s"'),
         ("24:00:00", "24:00:00"),
     ],
