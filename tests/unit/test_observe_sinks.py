@@ -223,3 +223,36 @@ def test_a_mock_of_wandb_that_is_slow_to_fail_is_spared(
     assert clock[0] <= 990.0 + 2 * 30.0
     log.close()
     assert len(RunFolder(tmp_path).rows(METRICS)[0]) == 99
+
+
+def test_a_mock_of_wandb_that_cannot_send_in_time_at_the_end_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mock = MockWandb(lambda what, number: False)
+    mock.dir = str(tmp_path / "wandb" / "run-1" / "files")
+
+    def finish(exit_code: int) -> None:
+        raise TimeoutError("finish")
+
+    monkeypatch.setattr(mock, "finish", finish)
+    monkeypatch.setitem(sys.modules, "wandb", mock)
+    with MetricsLog(tmp_path, ONLINE) as log:
+        train(log, 1, 2)
+    assert "W&B does not have its last rows (TimeoutError: finish)" in caplog.text
+    assert f"wandb sync {tmp_path / 'wandb' / 'run-1'}" in caplog.text
+
+
+def test_a_mock_of_wandb_that_failed_the_run_before_gets_its_rows_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mock = MockWandb(lambda what, number: what == "init")
+    monkeypatch.setitem(sys.modules, "wandb", mock)
+    with MetricsLog(tmp_path, ONLINE) as log:
+        train(log, 1, 3)
+        state = log.state_dict()
+    monkeypatch.setattr(mock, "fails", lambda what, number: False)
+    with MetricsLog(tmp_path, ONLINE, resume_step=("rl", 3)) as log:
+        log.load(state)
+        train(log, 4, 4)
+    assert mock.rows == [1, 2, 3, 4]
+    assert mock.ids == {state["wandb_id"]}
