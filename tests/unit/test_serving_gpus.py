@@ -88,6 +88,7 @@ def test_servers_of_the_second_node_count_on_it(monkeypatch: pytest.MonkeyPatch,
     [
         ("4,5", {"engines": 2, "gpus": [1, 2]}, "actor/1 takes GPU 2 of the job.*sees 2 .*=4,5"),
         ("4,5", {"engines": 3}, "actor/2 takes GPU 2"),
+        ("4,5", {"tp": 2, "gpus": [1, 1]}, "one of them twice"),
         ("", {"engines": 1}, "sees none"),
         (f"{M},{N}", {"tp": 2}, "2 MIG instances"),
     ],

@@ -47,12 +47,19 @@ def places_of(config: EngineConfig, index: int) -> list[int]:
 def server_gpus(role: str, config: EngineConfig, index: int, visible: tuple[str, ...] | None) -> list[str]:
     """What CUDA_VISIBLE_DEVICES of server `index` names, in the order of its ranks.
 
-    Raises InputError where the job has not got so many, or a server would need two MIG instances.
+    Raises InputError where the job has not got so many, one is named twice for a server, or that would need
+    two MIG instances.
     """
     places = places_of(config, index)
+    where = f"roles.{role}.engine.gpus"
+    if len(set(places)) < len(places):
+        raise InputError(
+            f"server {role}/{index} would have GPUs {places}, one of them twice",
+            where=where,
+            way_out="name tp different ones for each server, in order",
+        )
     if visible is None:
         return list(map(str, places))
-    where = f"roles.{role}.engine.gpus"
     if max(places) >= len(visible):
         has = f"{len(visible)} ({VARIABLE}={','.join(visible)})" if visible else f"none ({VARIABLE})"
         raise InputError(
