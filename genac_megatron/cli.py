@@ -184,10 +184,12 @@ def _rank(recipe: Recipe, job: Job) -> int:
     """This process's part of a job."""
     import torch
 
+    from genac_megatron import platform
     from genac_megatron.launch import follow_launcher
     from genac_megatron.platform.megatron import install
 
     follow_launcher()
+    platform.raise_open_files()
     torch.set_num_threads(recipe.world.threads)
     install()  # before anything imports megatron.core
     # What is missing and what it costs is said once, by `genac doctor`, not by each rank.

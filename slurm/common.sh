@@ -18,6 +18,10 @@ die() { local code=$1; shift; say "error: $*" >&2; exit "$code"; }
 command=() step_options=() alone=()
 set_runtime() {
   local mounts="$GENAC_HOME,$PWD${GENAC_MOUNTS:+,$GENAC_MOUNTS}"
+  case $GENAC_RUNTIME:$GENAC_HOME$PWD in
+    apptainer:*[,:]* | pyxis:*[,:]*)
+      die 2 "a container mounts no folder with a comma or a colon in its path: $GENAC_HOME, $PWD" ;;
+  esac
   case $GENAC_RUNTIME in
     venv) command=("$GENAC_PYTHON") ;;
     apptainer)
@@ -127,7 +131,7 @@ start_step() {
   GENAC_RANK_OF=$(mark) srun --nodes="$GENAC_NODES" --ntasks="$GENAC_RANKS" \
     --ntasks-per-node="$GENAC_RANKS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     --distribution=block --kill-on-bad-exit=1 --wait=0 --export=ALL --label \
-    --output="$GENAC_LOGS/$log-node%n-%N.log" "${step_options[@]}" "${command[@]}" "$@" &
+    --output="${GENAC_LOGS//%/%%}/$log-node%n-%N.log" "${step_options[@]}" "${command[@]}" "$@" &
   step=$!
 }
 

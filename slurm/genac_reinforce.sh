@@ -14,9 +14,13 @@
 # `genac slurm RECIPE` works out nodes, tasks and GPUs and submits this script.
 set -euo pipefail
 
-# Slurm runs a copy of this file: the job knows where the original is.
+# Slurm runs a copy of this file: the job knows where the original is, a path (with spaces or not) and arguments.
 here=${GENAC_HOME:+$GENAC_HOME/slurm}
-: "${here:=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's|^ *Command=\([^ ]*\)/[^/ ]*\.sh.*|\1|p')}"
+told=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's|^ *Command=||p' || true)
+while [ -z "$here" ] && [ -n "$told" ]; do
+  [ ! -f "${told%/*}/common.sh" ] || here=${told%/*}
+  case $told in *' '*) told=${told% *} ;; *) told= ;; esac
+done
 # shellcheck source=slurm/common.sh
 . "${here:-$(dirname "$0")}/common.sh"
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.tasks import DatasetTask
+from genac_megatron.serving.sglang.gpus import visible_gpus
 from genac_megatron.serving.sglang.server import serving_python
 
 JOIN_S = 60.0  # for all ranks to meet, and for each collective
@@ -34,6 +35,7 @@ ROUNDS = 5
 ELEMENTS_GPU, ELEMENTS_CPU = 64 << 20, 1 << 20  # of the all-reduce, fp32
 QUERY = (
     "index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total",
+    "uuid",
 )  # fmt: skip
 CANARY = "canary"
 Report = dict[str, Any]
@@ -94,7 +96,24 @@ def gpus() -> list[dict[str, str]] | str | None:
     if done.returncode:
         return f"nvidia-smi: {(done.stdout + done.stderr).strip().splitlines()[-1:]}"
     rows = [row.split(",") for row in done.stdout.splitlines() if row.strip()]
-    return [dict(zip(QUERY, (cell.strip() for cell in row), strict=False)) for row in rows]
+    found = [dict(zip(QUERY, (cell.strip() for cell in row), strict=False)) for row in rows]
+    return with_job(found, visible_gpus(os.environ))
+
+
+def with_job(rows: list[dict[str, str]], visible: Sequence[str] | None) -> list[dict[str, str]]:
+    """nvidia-smi's rows, `job: no` in those that are another job's: it shows all where no cgroup hides them.
+
+    visible: as CUDA_VISIBLE_DEVICES names the job's, by number or UUID, which may be cut short; None: all.
+    What else runs on the GPU of a MIG instance is not this job's affair.
+    """
+
+    def ours(row: dict[str, str]) -> bool:
+        uuid = row.get("uuid", "")
+        return any(
+            name == row["index"] or (len(name) > 4 and uuid.startswith(name)) for name in visible or ()
+        )
+
+    return [row if visible is None or ours(row) else row | {"job": "no"} for row in rows]
 
 
 def versions() -> Report:

@@ -45,7 +45,7 @@ def render(recipe: Recipe, path: Path, overrides: Sequence[str], options: Mappin
         raise InputError("\n  ".join(reasons), where=f"recipe {recipe.name} does not fit")
     place = placement(recipe)
     header = {
-        "job-name": recipe.name,
+        "job-name": recipe.name.replace("/", "-"),  # a part of the output's name
         "nodes": str(place.nodes),
         "ntasks-per-node": str(place.ranks_per_node),
         "cpus-per-task": str(place.cpus_per_rank),
@@ -67,12 +67,25 @@ def render(recipe: Recipe, path: Path, overrides: Sequence[str], options: Mappin
 
 def _with_option(text: str, name: str, value: str | None) -> str:
     """The script with one #SBATCH line set; taken out where `value` is None."""
-    line = "" if value is None else f"#SBATCH --{name}={value}\n"
+    line = "" if value is None else f"#SBATCH --{name}={_quoted(value)}\n"
     pattern = re.compile(rf"^#SBATCH --{re.escape(name)}=.*\n", re.MULTILINE)
     if pattern.search(text):
         return pattern.sub(lambda _: line, text, count=1)
     first = text.index("#SBATCH")
     return text[:first] + line + text[first:]
+
+
+def _quoted(value: str) -> str:
+    """A value as sbatch reads it in a #SBATCH line: as a shell does double quotes, without expansion.
+
+    Source: _get_argument in Slurm's src/sbatch/opt.c. Raises InputError where no line can hold it.
+    """
+    if "\n" in value:
+        raise InputError(f"{value!r} has a line break", where="genac slurm", way_out="a name in one line")
+    if re.fullmatch(r"[\w%+,.:/@=\[\]-]*", value, re.ASCII):
+        return value
+    escaped = re.sub(r'([\\"#])', r"\\\1", value)
+    return f'"{escaped}"'
 
 
 def submit(text: str) -> str:

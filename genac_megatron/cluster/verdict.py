@@ -104,6 +104,8 @@ def _gpus(found: Any, wanted: int) -> list[str]:
         return [found]
     faults = [] if len(found) >= wanted else [f"{len(found)} GPU(s), wanted are {wanted}"]
     for row in found:
+        if row.get("job") == "no":
+            continue
         errors = row.get("ecc.errors.uncorrected.volatile.total", "")
         if errors.isdecimal() and int(errors):
             faults.append(f"GPU {row['index']}: {errors} uncorrected ECC error(s)")

@@ -14,6 +14,7 @@ from typing import Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.observe.runinfo import METRICS, Position, RunFolder
+from genac_megatron.observe.sinks import Sink, TensorBoard, Wandb
 from genac_megatron.recipe.schema import ObserveConfig
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,13 @@ class MetricsLog:
                 )
         self.folder.rewind(resume_step)
         self.rows = len(self.folder.rows(METRICS)[0])
-        self._wandb_id: str | None = secrets.token_hex(4) if config.wandb.mode != "off" else None
-        self._wandb: Any = None
-        self._tensorboard: Any = None
+        tensorboard = TensorBoard(self.folder) if config.tensorboard else None
+        self._wandb: Wandb | None = None
+        if config.wandb.mode != "off":
+            self._wandb = Wandb(self.folder, config.wandb, secrets.token_hex(4), self.name, self.recipe)
+        self._sinks: list[Sink] = [one for one in (tensorboard, self._wandb) if one is not None]
+        for one in self._sinks:
+            one.sent = self.rows
 
     def log(self, stage: str, kind: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append a row and return it.
@@ -74,7 +79,6 @@ class MetricsLog:
         if plain:
             raise ValueError(f"metric names are group/name; these are not: {', '.join(plain)}")
         broken = sorted(key for key, value in figures.items() if not math.isfinite(value))
-        finite = {key: value for key, value in figures.items() if math.isfinite(value)}
         row: dict[str, Any] = {"stage": stage, "kind": kind, "step": step, "time": time.time()}
         row.update(figures)
         if broken:
@@ -83,47 +87,18 @@ class MetricsLog:
             logger.warning("%s step %d: not finite: %s", stage, step, told)
         self.folder.append(METRICS, row)
         self.rows += 1
-        if self.config.tensorboard:
-            self._to_tensorboard(finite)
-        if self.config.wandb.mode != "off":
-            self._to_wandb(stage, step, finite)
+        for sink in self._sinks:
+            sink.offer(self.rows, row)
         return row
 
-    def _to_tensorboard(self, figures: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what an interrupted run wrote beyond the checkpoint
-            self._tensorboard = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.rows)
-        for key, value in figures.items():
-            self._tensorboard.add_scalar(key, value, self.rows)
-        self._tensorboard.flush()
-
-    def _to_wandb(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
-        if self._wandb is None:
-            import wandb
-
-            self._wandb = wandb.init(
-                mode="online" if self.config.wandb.mode == "online" else "offline",
-                project=self.config.wandb.project,
-                entity=self.config.wandb.entity,
-                name=self.name,
-                id=self._wandb_id,
-                resume="allow",
-                dir=str(self.folder.path),
-                config=self.recipe,
-                settings=wandb.Settings(silent=True),
-            )
-            self._wandb.define_metric("*", step_metric="global_step")
-        self._wandb.log({**figures, "global_step": self.rows, "stage": stage, "stage_step": step})
-
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the number of rows and the W&B run id."""
-        return {"rows": self.rows, "wandb_id": self._wandb_id}
+        """What a checkpoint keeps: the number of rows, how many each sink has, and the W&B run id."""
+        sent = {sink.name: sink.sent for sink in self._sinks}
+        return {"rows": self.rows, "sent": sent, "wandb_id": self._wandb.id if self._wandb else None}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a checkpoint's logging. Raises InputError where metrics.jsonl is not the one it left."""
-        if self._wandb is not None:
+        if self._wandb is not None and self._wandb.opened:
             raise RuntimeError("load the metrics log before its first row")
         if self.rows != int(state["rows"]):
             raise InputError(
@@ -131,17 +106,19 @@ class MetricsLog:
                 where=str(self.folder.path / METRICS),
                 way_out="put the file back, or resume in a copy of the whole run folder",
             )
-        if self.config.wandb.mode != "off" and state.get("wandb_id"):
-            self._wandb_id = str(state["wandb_id"])
+        if self._wandb is not None and state.get("wandb_id"):
+            self._wandb.id = str(state["wandb_id"])
+        for sink in self._sinks:  # a checkpoint made before sinks were counted says nothing of them
+            sink.sent = min(int(state.get("sent", {}).get(sink.name, self.rows)), self.rows)
 
     def close(self, failed: bool = False) -> None:
-        """Flush and close the sinks; `failed` marks the W&B run as such. Safe to call twice."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
-            self._wandb = None
+        """Close the sinks, and name what they do not have; `failed` marks the W&B run as such.
+
+        Safe to call twice.
+        """
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            sink.close(self.rows, failed)
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -7,12 +7,22 @@ import importlib.metadata
 import os
 import resource
 import sys
+import tempfile
 from typing import TYPE_CHECKING
+
+from genac_megatron.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
 GIB = 1024.0**3
+SOCKET_PATH = 107  # bytes that a Unix socket's path may have (unix(7))
+SHORT_FOLDERS = (
+    "/tmp",
+    "/var/tmp",
+    "/dev/shm",
+)  # for sockets where TMPDIR, often a job's scratch, is too long
+FILES = 65_536  # as many as anybody needs; a limit without end makes some programs slow
 
 
 def device() -> torch.device:
@@ -46,6 +56,43 @@ def has_te() -> bool:
     except (ImportError, OSError):  # OSError: a library whose CUDA symbols are missing
         return False
     return True
+
+
+def socket_folder(below: int) -> str:
+    """Where sockets may lie whose paths have `below` bytes after the folder's: TMPDIR, or a short one.
+
+    Raises InputError where there is none that can be written to.
+    """
+    room = SOCKET_PATH - below
+    why = []
+    for folder in dict.fromkeys((os.path.abspath(tempfile.gettempdir()), *SHORT_FOLDERS)):
+        if (size := len(os.fsencode(folder))) > room:
+            why.append(f"{folder} has {size} bytes, {room} are left for it")
+        elif os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        else:
+            why.append(f"{folder} cannot be written to")
+    raise InputError(
+        f"no folder for sockets, whose paths have at most {SOCKET_PATH} bytes: {'; '.join(why)}",
+        where="TMPDIR",
+        way_out="export TMPDIR, a short path that can be written to",
+    )
+
+
+def raise_open_files() -> int:
+    """Let this process, and those that it starts, open as many files as it may; how many.
+
+    A connection is one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):  # not allowed in some containers
+        return soft
+    return most
 
 
 def rss_gib() -> float:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from genac_megatron.platform import raise_open_files
 from genac_megatron.platform.fp8 import RECIPES, available, refusal
 
 State = Literal["pass", "FAIL", "absent"]
 IMPORT_LIMIT_S = 120.0
+MANY_FILES = 4096  # two roles on eight servers each, with 128 requests in flight on each
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Facts:
     apex_is_nvidia: bool = False
     triton_importable: bool = False
     sglang: str = ""
+    files: int = 0  # that a process may open: the hard limit, which ranks raise theirs to
     machine: str = ""
 
 
@@ -114,6 +117,7 @@ def judge(facts: Facts) -> list[Finding]:
         _apex(facts),
         _adam(facts),
         _sglang(facts),
+        _files(facts),
     ]
 
 
@@ -235,6 +239,13 @@ def _sglang(facts: Facts) -> Finding:
     return Finding("sglang", facts.sglang, "pass", note, needed=False)
 
 
+def _files(facts: Facts) -> Finding:
+    """Every request to a server is an open file of its rank."""
+    few = 0 < facts.files < MANY_FILES
+    note = f"below {MANY_FILES} ranks send fewer requests at a time: raise the hard limit (ulimit -Hn)"
+    return Finding("open files", str(facts.files or "-"), "pass", note if few else "", needed=False)
+
+
 def render(facts: Facts, findings: list[Finding]) -> str:
     """The findings as a table, and a closing line."""
     wide = max(len(f.part) for f in findings)
@@ -267,6 +278,7 @@ def gather() -> Facts:
         apex_is_nvidia=_apex_is_nvidia(),
         triton_importable=importlib.util.find_spec("triton") is not None,
         sglang=versions.get("sglang", ""),
+        files=raise_open_files(),
         machine=f"{platform.platform()}, {os.cpu_count()} cores{_memory()}",
         **torch_facts,  # type: ignore[arg-type]
     )

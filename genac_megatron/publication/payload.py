@@ -14,7 +14,8 @@ import os
 import pickle
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,9 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from genac_megatron.models.sizes import Size
+from genac_megatron.platform import socket_folder
 
+MANAGER = len("/torch-shm-dir-XXXXXX/manager.sock")  # of torch_shm_manager, below TMPDIR
 _DEVICE = 6  # of rebuild_cuda_tensor's arguments: the device's index, which differs between processes
 
 
@@ -85,11 +88,29 @@ def shared_buffer(nbytes: int) -> Tensor:
     it mapped keeps the memory. (Torch would remove it with the last one of all processes, and aborts one that
     finds it gone. So torch counts one user more than there is.)
     """
-    storage = torch.UntypedStorage._new_using_filename_cpu(max(nbytes, 1))
+    with _short_tmpdir():
+        storage = torch.UntypedStorage._new_using_filename_cpu(max(nbytes, 1))
     _, handle, _ = storage._share_filename_cpu_()
     storage._shared_incref()
     weakref.finalize(storage, Path(f"/dev/shm{os.fsdecode(handle)}").unlink, missing_ok=True)
     return torch.empty(0, dtype=torch.uint8).set_(storage)[:nbytes]  # type: ignore[call-overload,no-any-return,unused-ignore]
+
+
+@contextmanager
+def _short_tmpdir() -> Iterator[None]:
+    """Torch's first shared buffer starts a process that listens on a socket below TMPDIR, as it is now.
+
+    Where the path is too long for a socket, that process ends with "Invalid argument".
+    """
+    real, folder = os.environ.get("TMPDIR"), socket_folder(MANAGER)
+    if real is None or folder == os.path.abspath(real):
+        yield
+        return
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        os.environ["TMPDIR"] = real
 
 
 def on_this_machine(url: str) -> bool:

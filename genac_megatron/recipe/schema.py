@@ -81,7 +81,8 @@ class EngineConfig(Block):
     engines: Positive = 1  # servers
     nodes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]  # as many servers on each
     tp: Positive = 1  # tensor-parallel ranks of each
-    gpus: list[Annotated[int, Field(ge=0)]] = []  # on each node, tp per server, in order; none: the visible
+    # Of the job's on each node, counted in CUDA_VISIBLE_DEVICES, tp per server in order; none: from the first
+    gpus: list[Annotated[int, Field(ge=0)]] = []
     mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # of a GPU's memory, for weights and KV cache
     host: str = (
         "127.0.0.1"  # the address they bind to; in a world of several nodes: each node's on the fabric

@@ -23,8 +23,9 @@ from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.client import ServerClient
-from genac_megatron.serving.sglang.engine import SglangEngine
+from genac_megatron.serving.sglang.engine import MORE_FILES, SglangEngine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
+from genac_megatron.serving.sglang.gpus import identity, ranks_on, visible_gpus
 from genac_megatron.serving.sglang.server import Zygote, serving_python
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.role import Role
@@ -91,7 +92,9 @@ class OnServers:
         self._release = role.config.engine.release
         self._asleep = False
         self._clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
-        self.engine: Engine = SglangEngine(self._clients, role.config.engine, role.shape)
+        engine = SglangEngine(self._clients, role.config.engine, role.shape)
+        self.engine: Engine = engine
+        _tell_of_files(role.name, engine)
         self._doubted: list[str] = []  # servers that could not be put to sleep or woken
         gpus = shared_gpus(endpoints, role.config.engine)
         scratch = folder.path / "serving" / role.name / "weights"
@@ -204,19 +207,33 @@ class Fleets:
             self._zygote.close()
 
 
+def _tell_of_files(role: str, engine: SglangEngine) -> None:
+    """Say once, by rank 0, where few open files keep an engine below its max_in_flight."""
+    if dist.get_rank() == 0 and engine.in_flight < engine.config.max_in_flight:
+        logger.warning(
+            "genac: warning: roles.%s.engine: at most %d requests at a time on a server, not max_in_flight "
+            "%d: this process may have %d files open\n  way out: %s",
+            *(role, engine.in_flight, engine.config.max_in_flight, platform.raise_open_files(), MORE_FILES),
+        )
+
+
 def shared_gpus(endpoints: Sequence[Endpoint], config: EngineConfig) -> dict[str, list[int]] | None:
-    """Per server the global ranks that train on its GPUs; None where one has GPUs of its own. Collective."""
-    if platform.device().type != "cuda" or not config.gpus or config.urls:
+    """Per server the global ranks that train on its GPUs; None where one has GPUs of its own. Collective.
+
+    Not run on a GPU.
+    """
+    if platform.device().type != "cuda" or config.urls:
         return None
-    places = zip(nodes_of_ranks(), gathered(torch.cuda.current_device()), strict=True)
-    rank_at = {place: rank for rank, place in enumerate(places)}
-    found = {}
-    for endpoint in endpoints:
-        wanted = [(endpoint.node, gpu) for gpu in config.gpus_of(endpoint.index)]
-        if not all(place in rank_at for place in wanted):
-            return None
-        found[endpoint.name] = [rank_at[place] for place in wanted]
-    return found
+    places = list(zip(nodes_of_ranks(), gathered(_own_gpu()), strict=True))
+    return ranks_on({endpoint.name: (endpoint.node, endpoint.gpus) for endpoint in endpoints}, places)
+
+
+def _own_gpu() -> str:
+    """This rank's GPU, as `identity` calls it."""
+    index, count = torch.cuda.current_device(), torch.cuda.device_count()
+    visible = visible_gpus(os.environ, count) or ()
+    name = visible[index] if index < len(visible) else str(index)
+    return identity(name, str(getattr(torch.cuda.get_device_properties(index), "uuid", "")))
 
 
 def nodes_of_ranks() -> list[int]:

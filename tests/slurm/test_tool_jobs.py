@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from genac_megatron.cluster import script
 from genac_megatron.models.hf_folder import HfFolder
+from genac_megatron.recipe.loader import load_recipe
 from tests.conversion.tiny_folder import make_folder, tiny_shape
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
@@ -50,6 +53,25 @@ def test_a_conversion_of_nothing_ends_with_2(
     seen = cluster.wait(job, LIMIT_S)
     assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "2:0"), output()
     assert "no complete checkpoint there" in output()
+
+
+def test_a_clone_an_argument_and_a_name_with_spaces(
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Callable[[], str]
+) -> None:
+    clone = tmp_path / "my clone"
+    shutil.copytree(ROOT / "slurm", clone / "slurm")
+    (clone / "genac_megatron").symlink_to(ROOT / "genac_megatron")
+    convert = str(clone / "slurm" / "convert.sh")
+    job = cluster.submit(*ONE, convert, "to-hf", "not there.sh", "back", cwd=tmp_path, **settings)
+    seen = cluster.wait(job, LIMIT_S)
+    assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "2:0"), output()
+    assert "no complete checkpoint there" in output()
+    name = 'my "run" #2'
+    written = tmp_path / "my job.sh"
+    written.write_text(script.render(load_recipe(recipe, [f"name='{name}'"]), recipe, [], {}))
+    job = cluster.submit("--hold", str(written), cwd=tmp_path, **settings)
+    assert cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%j").stdout.strip() == name
+    cluster.run("scancel", str(job))
 
 
 @pytest.mark.extended  # the evaluation that is asked to stop ends the same way

@@ -86,6 +86,28 @@ def test_a_bad_node_is_named(change: Callable[[Reports], object], said: str) -> 
     assert judged(change) == [said]
 
 
+UUIDS = ("GPU-8932f937-d72c", "GPU-0f3c55a1-1111", "GPU-77777777-2222", "GPU-99999999-3333")
+
+
+@pytest.mark.parametrize(
+    ("visible", "ours"),
+    [
+        (None, [0, 1, 2, 3]),
+        (("3", "1"), [1, 3]),
+        ((UUIDS[2], "GPU-0f3c"), [1, 2]),
+        (("MIG-74c6a31a-fde5",), []),
+        ((), []),
+    ],
+)
+def test_gpus_of_other_jobs_are_not_judged(visible: tuple[str, ...] | None, ours: list[int]) -> None:
+    """Where no cgroup hides them nvidia-smi shows the GPUs of all jobs of a node."""
+    rows = [GPU | {"index": str(n), "uuid": uuid, "memory.used": "70000"} for n, uuid in enumerate(UUIDS)]
+    shown = preflight.with_job(rows, visible)
+    assert len(shown) == 4
+    said = [f"n0: GPU {n}: 70000 MiB in use by somebody else" for n in ours]
+    assert judged(key(0, 0, "gpus", shown)) == said
+
+
 def test_a_slow_fabric_is_told() -> None:
     assert judged(key(1, 0, "bus_gbs", 11.0), least_gbs=100.0) == [
         "all nodes: all-reduce at 11.0 GB/s, wanted are 100.0"

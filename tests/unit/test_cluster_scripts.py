@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from genac_megatron.cluster import script
 from genac_megatron.cluster.heartbeat import write
+from genac_megatron.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
@@ -53,6 +55,74 @@ def test_headers(path: Path) -> None:
         assert f"#SBATCH {line}\n" in text, line
     assert "set -euo pipefail\n" in text
     assert "genac_job" in text
+
+
+FINDS = [path for path in SCRIPTS if "scontrol show job" in path.read_text() and path.name != "common.sh"]
+
+
+@pytest.mark.parametrize("arguments", ["", " -- a.b=c/d.sh 'x y'/e.sh", " to-hf /a/b.sh c"])
+@pytest.mark.parametrize("path", FINDS, ids=lambda path: path.name)
+def test_a_mocked_scontrol_tells_where_a_clone_with_spaces_is(
+    tmp_path: Path, path: Path, arguments: str
+) -> None:
+    """Slurm runs a copy of the script from its spool; tests/slurm asks the real scontrol."""
+    clone, spool = tmp_path / "my  clone/x.sh y" / "slurm", tmp_path / "spool"
+    for folder in (clone, spool, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    (clone / "common.sh").write_text("echo found; genac_job() { :; }; genac_alone() { :; }\n")
+    (spool / "slurm_script").write_text(path.read_text())
+    (tmp_path / "bin" / "scontrol").write_text(
+        "#!/bin/sh\ncat <<'END'\nJobId=7 JobName=x\n"
+        f"   Command={clone}/{path.name}{arguments}\n   WorkDir=/\nEND\n"
+    )
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(spool / "slurm_script")], capture_output=True, text=True,
+        env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "GENAC_HOME": "", "SLURM_JOB_ID": "7"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
+
+
+@pytest.mark.parametrize("path", FINDS, ids=lambda path: path.name)
+def test_without_slurm_a_script_finds_its_own_folder(tmp_path: Path, path: Path) -> None:
+    (tmp_path / "my clone").mkdir()
+    (tmp_path / "my clone" / "common.sh").write_text("echo found; genac_job() { :; }; genac_alone() { :; }\n")
+    script = tmp_path / "my clone" / path.name
+    script.write_text(path.read_text())
+    done = subprocess.run(
+        ["bash", str(script)], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "GENAC_HOME": ""}
+    )
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("run-1", "run-1"),
+        ("my run", '"my run"'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+        ("run #2", '"run \\#2"'),
+        ("it's", '"it\'s"'),
+        ("24:00:00", "24:00:00"),
+    ],
+)
+def test_a_value_of_an_sbatch_line_is_quoted(value: str, line: str) -> None:
+    text = script._with_option("#!/bin/bash\n#SBATCH --job-name=x\n", "job-name", value)
+    assert text == f"#!/bin/bash\n#SBATCH --job-name={line}\n"
+
+
+def test_a_line_break_is_in_no_sbatch_line() -> None:
+    with pytest.raises(InputError, match="line break"):
+        script._with_option("#SBATCH --job-name=x\n", "job-name", "a\nb")
+
+
+def test_a_container_mounts_no_folder_with_a_comma(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    done = bash(
+        f"cd '{tmp_path}/a,b'; . '{FOLDER}/common.sh'; set_runtime", GENAC_RUNTIME="pyxis", GENAC_IMAGE="x"
+    )
+    assert done.returncode == 2
+    assert "a comma or a colon" in done.stderr
 
 
 SHOW = 'SLURMD_NODENAME=n1; . ./common.sh; set_runtime; printf "%s " "${alone[@]}"'

@@ -38,6 +38,13 @@ def test_faked_cpu_machine_passes_without_what_only_gpus_need():
     }
 
 
+def test_faked_few_open_files_are_told_and_fail_nothing():
+    assert found(facts(files=65_536), "open files").note == ""
+    few = found(facts(files=1024), "open files")
+    assert (few.found, few.state) == ("1024", "pass")
+    assert "ulimit -Hn" in few.note
+
+
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_faked_absence_fails_where_needed_and_always_says_its_cost(part):
     finding = found(facts(without=(part.name,)), part.name)

@@ -6,7 +6,9 @@ It speaks to versions 0.5.17 and later. The servers' replies are checked, as not
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import resource
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +27,13 @@ SHOWN = 500  # characters of a reply in an error
 
 
 class ServerError(PeerLost):
-    """One call to one server failed. `retryable`: the same call may succeed elsewhere, or later."""
+    """One call to one server failed. `retryable`: the same call may succeed elsewhere, or later. `files`: it
+    never left, as this process or machine has no file descriptor left for a connection.
+    """
 
-    def __init__(self, server: str, call: str, body: str, *, retryable: bool) -> None:
+    def __init__(self, server: str, call: str, body: str, *, retryable: bool, files: bool = False) -> None:
         self.server, self.call, self.body, self.retryable = server, call, body, retryable
+        self.files = files
         super().__init__(f"{call}: {body[:SHOWN]}", where=f"SGLang server {server}")
 
 
@@ -110,10 +115,8 @@ class ServerClient:
         try:
             async with asyncio.timeout(limit_s):
                 reply = await client.post(path, json=body, timeout=timeout)
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise self._error(path, f"no answer within {limit_s:g} s ({error!r})", retryable=True) from error
-        except httpx.HTTPError as error:
-            raise self._error(path, f"{error!r}", retryable=True) from error
+        except (TimeoutError, httpx.HTTPError) as error:
+            raise self._not_answered(path, error, limit_s) from error
         return self._read(path, reply)
 
     def _in_loop(self) -> httpx.AsyncClient:
@@ -313,11 +316,26 @@ class ServerClient:
         timeout = httpx.Timeout(limit_s, connect=min(CONNECT_S, limit_s))
         try:
             reply = self._control.request(method, path, json=body, timeout=timeout)
-        except httpx.TimeoutException as error:
-            raise self._error(path, f"no answer within {limit_s:g} s ({error!r})", retryable=True) from error
         except httpx.HTTPError as error:
-            raise self._error(path, f"{error!r}", retryable=True) from error
+            raise self._not_answered(path, error, limit_s) from error
         return self._read(path, reply)
+
+    def _not_answered(self, path: str, error: Exception, limit_s: float) -> ServerError:
+        """What went wrong before there was a reply, in the system's words where it has any."""
+        reason = system_error(error)
+        files = reason is not None and reason.errno in (errno.EMFILE, errno.ENFILE)
+        if isinstance(error, httpx.ConnectTimeout):
+            what = f"no connection within {min(CONNECT_S, limit_s):g} s ({error!r})"
+        elif isinstance(error, TimeoutError | httpx.TimeoutException):
+            what = f"no answer within {limit_s:g} s ({error!r})"
+        elif reason is None:
+            what = f"{error!r}"
+        else:
+            name = errno.errorcode.get(reason.errno or 0, reason.errno)
+            what = f"{type(error).__name__}: {reason.strerror} ({name})"
+        if files:
+            what += f", this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+        return ServerError(self.name, path, what, retryable=True, files=files)
 
     def _read(self, path: str, reply: httpx.Response) -> Any:
         code = reply.status_code
@@ -334,6 +352,22 @@ class ServerClient:
 
     def _error(self, path: str, body: str, *, retryable: bool) -> ServerError:
         return ServerError(self.name, path, body, retryable=retryable)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's own error behind one of httpx's, which names none; None where there is none."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, OSError) and found.errno is not None:
+            return found
+        waiting += [found.__context__, found.__cause__]
+        waiting += found.exceptions if isinstance(found, BaseExceptionGroup) else ()
+    return None
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 from torch import Tensor
 
+from genac_megatron import platform
 from genac_megatron.errors import GenacError, InputError, PeerLost
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import hf_names
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 RETRY_S = 0.5  # between attempts
 ABORT_S = 10.0
 ABORT_AGAIN_S = 0.5  # a request that has not reached its server yet cannot be aborted there
+OTHER_FILES = 128  # that a rank has open besides connections to servers
+MORE_FILES = (
+    "raise the hard limit of open files (ulimit -Hn; limits.conf, or LimitNOFILE of the daemon that starts "
+    "jobs or containers), or lower engine.max_in_flight"
+)
 T = TypeVar("T")
 _group: ContextVar[str] = ContextVar("group", default="")  # of this task's last request
 
@@ -53,10 +59,10 @@ class SglangEngine(Engine):
 
     A request's tokens depend on its seed only on servers with --enable-deterministic-inference, which a CPU
     cannot run: elsewhere the seed is sent and ignored. Requests are spread as routing.py says, at most
-    `max_in_flight` per server; those beyond wait. One that fails, or takes longer than `request_timeout_s`,
-    is sent again, `attempts` times in all: a completion is always that of one attempt, and the server ends
-    an attempt whose connection is closed. What a server refuses is an InputError, what none could do a
-    PeerLost.
+    `max_in_flight` per server (fewer where few files may be open); those beyond wait. One that fails, or
+    takes longer than `request_timeout_s`, is sent again, `attempts` times in all: a completion is always
+    that of one attempt, and the server ends an attempt whose connection is closed. What a server refuses is
+    an InputError, what none could do a PeerLost.
 
     Completions carry the version of every token, so weights may change while requests run. `load_weights`
     sends them by value in requests; a publication with a transport of its own sets `version` instead.
@@ -65,7 +71,8 @@ class SglangEngine(Engine):
     def __init__(self, clients: Sequence[ServerClient], config: EngineConfig, shape: Shape) -> None:
         self.clients, self.config, self.shape, self.vocab = list(clients), config, shape, shape.vocab
         self.version = -1
-        self._router = Router(self.clients, config.max_in_flight)
+        self.in_flight = min(config.max_in_flight, connections_each(len(self.clients)))
+        self._router = Router(self.clients, self.in_flight)
         self._loader = Loader(self.clients, hf_names(shape), fp8=config.quantization == "fp8")
         self._live: set[Live] = set()
         self._enders: set[asyncio.Task[None]] = set()
@@ -196,6 +203,7 @@ class SglangEngine(Engine):
     async def _attempts(self, attempt: Callable[[Route], Awaitable[T]], group: str, where: str) -> T:
         """What the first successful attempt returns."""
         failures: list[str] = []
+        files = False
         for number in range(self.config.attempts):
             if number:
                 await asyncio.sleep(RETRY_S)
@@ -209,15 +217,18 @@ class SglangEngine(Engine):
                 if not error.retryable:
                     raise InputError(f"refused: {error.what}", where=f"{where} at {error.server}") from error
                 failures.append(f"{error.server}: {error.what}")
-                self._router.rest(route)
+                files = error.files
+                if not files:  # else it is not the server's fault
+                    self._router.rest(route)
             finally:
                 self._router.give_back(route)
                 self._busy -= 1
                 if self._busy == 0:
                     self._stats["seconds"] += time.perf_counter() - self._busy_since
-        raise PeerLost(
-            f"{len(failures)} attempts failed (engine.attempts):\n    " + "\n    ".join(failures), where=where
-        )
+        told = f"{len(failures)} attempts failed (engine.attempts):\n    " + "\n    ".join(failures)
+        if files:
+            raise InputError(told, where=where, way_out=MORE_FILES)
+        raise PeerLost(told, where=where)
 
     async def _generate(self, client: ServerClient, request: Request, live: Live) -> Generated | None:
         """One attempt; None where it was aborted and nothing came of it."""
@@ -300,6 +311,15 @@ class SglangEngine(Engine):
         self._stats["prompt_tokens"] += sample.prompt_tokens
         self._stats["cached_tokens"] += sample.cached_tokens
         self._stats["batches"] += 1
+
+
+def connections_each(servers: int) -> int:
+    """Requests that may be in flight on each of a role's servers, by how many files may be open here.
+
+    Half of what is left is another role's.
+    """
+    files = platform.raise_open_files()
+    return max(1, (files - min(OTHER_FILES, files // 2)) // 2 // max(1, servers))
 
 
 def _sampling(request: Request) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
+from genac_megatron.serving.sglang.gpus import VARIABLE, arguments_on, identity, server_gpus, visible_gpus
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
 
 ASK_S = 60.0  # for one token; a server that takes longer is lost
@@ -37,6 +38,9 @@ class Endpoint:
     device: Literal["cpu", "cuda"]
     instance: int = 0
     node: int = 0  # of the world, where it runs; of a server that somebody else runs it says nothing
+    gpus: tuple[
+        str, ...
+    ] = ()  # of its ranks, in order, as `gpus.identity` calls them; none: on a CPU, or not ours
 
     @property
     def index(self) -> int:
@@ -68,7 +72,11 @@ class Fleet:
         self._model, self._logs = model, logs
         self._servers: list[Server] = []
         self._instances: list[int] = []
+        self._gpus: dict[int, list[str]] = {}  # by server, as CUDA_VISIBLE_DEVICES names them
+        self._uuids: dict[str, str] = {}  # of those names
         if not config.urls:
+            if device == "cuda":
+                self._choose_gpus()
             if config.quantization == "fp8":
                 self._check_fp8()
             model.mkdir(parents=True, exist_ok=True)
@@ -81,8 +89,7 @@ class Fleet:
         """
         if self.config.urls:
             return
-        here = [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
-        base = self.config.port
+        here, base = self._here(), self.config.port
         ports = spare_ports(len(here), self.host) if base is None else [base + index for index in here]
         for index, port in zip(here, ports, strict=True):
             spec = self._spec(index, port)
@@ -123,9 +130,15 @@ class Fleet:
                 for index, url in enumerate(self.config.urls)
             ]
         return [
-            Endpoint(s.spec.name, s.spec.url, s.spec.key, s.spec.tp, s.spec.device, instance, self.node)
-            for s, instance in zip(self._servers, self._instances, strict=True)
+            self._endpoint(server, instance)
+            for server, instance in zip(self._servers, self._instances, strict=True)
         ]
+
+    def _endpoint(self, server: Server, instance: int) -> Endpoint:
+        spec = server.spec
+        bare = Endpoint(spec.name, spec.url, spec.key, spec.tp, spec.device, instance, self.node)
+        gpus = self._gpus.get(bare.index, ())
+        return replace(bare, gpus=tuple(identity(name, self._uuids.get(name, "")) for name in gpus))
 
     def lost(self) -> list[str]:
         """Names of the servers that have died, or that do not answer within ASK_S seconds."""
@@ -188,9 +201,8 @@ class Fleet:
 
     def _spec(self, index: int, port: int) -> ServerSpec:
         config, tp = self.config, self.config.tp
-        env = {}
-        if config.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus_of(index)))
+        gpus = self._gpus.get(index, [])
+        env = {VARIABLE: ",".join(gpus)} if gpus else {}
         memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
         replay = ("--enable-return-routed-experts",) if config.routing_replay else ()
         fp8 = fp8_arguments(self._capability()) if config.quantization == "fp8" else ()
@@ -205,9 +217,23 @@ class Fleet:
             mem_fraction=config.mem_fraction,
             max_running=config.max_batch,
             max_tokens=config.max_batch_tokens,
-            args=(*memory_saver, *replay, *fp8, *config.args),
+            args=(*memory_saver, *replay, *fp8, *arguments_on(gpus), *config.args),
             env=env,
         )
+
+    def _here(self) -> list[int]:
+        """The servers of this node."""
+        return [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
+
+    def _choose_gpus(self) -> None:
+        """Give each server of this node its GPUs. Raises InputError where the job has too few."""
+        import torch
+
+        count = torch.cuda.device_count()
+        visible = visible_gpus(os.environ, count)
+        self._gpus = {n: server_gpus(self.name, self.config, n, visible) for n in self._here()}
+        uuids = (str(getattr(torch.cuda.get_device_properties(n), "uuid", "")) for n in range(count))
+        self._uuids = dict(zip(visible or (), uuids, strict=False))
 
     def _capability(self) -> tuple[int, int] | None:
         """Of the GPU that servers run on, taken to be like the trainer's; None on a CPU."""

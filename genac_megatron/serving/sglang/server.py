@@ -26,6 +26,7 @@ import httpx
 
 from genac_megatron.cluster.network import family
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.platform import socket_folder
 from genac_megatron.serving.sglang.boot import KEY, group_members, shared_files
 
 BOOT = Path(__file__).with_name("boot.py")
@@ -36,6 +37,8 @@ END_LIMIT_S = 20.0  # for processes to be gone after SIGKILL
 POLL_S = 0.1
 PROBE_S = 5.0
 TAIL_LINES = 12
+SCRATCH = "genac-"  # and 8 characters of mkdtemp's: a server's TMPDIR
+SOCKETS = 48  # bytes for those and what SGLang and multiprocessing call sockets in it, 41 at most in 0.5.23
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # A CPU has none of what the other choices need; without the overlap scheduler it is also faster there.
 CPU_ARGS = (
@@ -203,8 +206,8 @@ class Server:
         self._check_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = Path(
-            tempfile.mkdtemp(prefix="genac-")
-        )  # its sockets; short, as their names are limited
+            tempfile.mkdtemp(prefix=SCRATCH, dir=socket_folder(len(f"/{SCRATCH}") + SOCKETS))
+        )
         env = {**self.spec.environment(), "TMPDIR": str(self._scratch)}
         if self._zygote is not None:
             self._pid = self._zygote.fork(self.spec.arguments(), self.log, env)
