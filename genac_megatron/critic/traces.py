@@ -20,6 +20,7 @@ from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
 from genac_megatron.records import Judgement, Sample, State
+from genac_megatron.tasks.tokenizer import without_opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,8 @@ def to_sample(
 
     `source`: what other samples may share with it, such as the prompt; they are held out together.
 
-    Special tokens in `text` are read as plain text. Raises InputError for a tokenizer without an end.
+    Special tokens in `text` are read as plain text. What the prompt's end has opened already, such as
+    `<think>`, is not doubled. Raises InputError for a tokenizer without an end, and as `without_opened`.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -90,6 +92,7 @@ def to_sample(
             where=str(tokenizer.name_or_path),
             way_out="add it to tokenizer_config.json",
         )
+    text = without_opened(tokenizer, prompt_ids, text)
     tokens = [*prompt_ids, *encode_data(tokenizer, text), end]
     return Sample(tokens, start=len(prompt_ids), source=source)
 

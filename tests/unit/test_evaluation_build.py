@@ -18,6 +18,9 @@ from genac_megatron.evaluation.bank import Bank, BankPrompt, read_bank, texts_di
 from genac_megatron.evaluation.build import Builder, BuildOptions, check_options
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.tokenizer import load_tokenizer
+
+TINY = load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def builder(task: Problems, base: Bank | None = None, **options: Any) -> Builder
         recipe=recipe,
         world=SimpleNamespace(rank=0, size=1),
         engines={"actor": None},
-        tokenizers={"actor": None},
+        tokenizers={"actor": TINY},
         task=task,
         stop_ids=lambda _: (0,),
         actor=SimpleNamespace(shape=SimpleNamespace(max_positions=99)),
