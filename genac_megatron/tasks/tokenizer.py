@@ -288,10 +288,11 @@ def set_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Mappin
     read = _variables(template)
     for name in variables:
         if name not in read:
+            known = ", ".join(sorted(read)) or "none"
             raise InputError(
                 f"chat_template_kwargs sets '{name}', which its chat template does not read",
                 where=where,
-                way_out=f"take it out, or correct its name: the template reads {', '.join(sorted(read))}",
+                way_out=f"take it out, or correct its name: the template's variables are {known}",
             )
     # A literal of Python is one of Jinja.
     head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in variables.items())
@@ -326,11 +327,13 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return days[0] != days[1]
 
 
-def without_opened(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str) -> str:
+def without_opened(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str, where: str = ""
+) -> str:
     """A written completion without the tag that its prompt's end has opened already, such as `<think>`.
 
-    prompt_ids: ids of the prompt. Raises InputError where the prompt has closed the tag too (thinking is off)
-    and the completion opens it with something in it.
+    prompt_ids: ids of the prompt. Raises InputError, at `where` (the completion's place), if the prompt has
+    closed the tag too (thinking is off) and the completion opens it with something in it.
     """
     opened = OPENED.search(tokenizer.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False))
     tag = "" if opened is None else f"<{opened['name']}>"
@@ -344,7 +347,7 @@ def without_opened(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
         raise InputError(
             f"an answer begins with {tag}, and the prompt's end has {tag} and {closing} already: "
             f"{text.strip()[:60]!r}",
-            where=str(tokenizer.name_or_path),
+            where=where or str(tokenizer.name_or_path),
             way_out=f"take what is between {tag} and {closing} out of the answers, or have the chat template "
             "leave the thinking to the model (chat_template_kwargs)",
         )

@@ -156,6 +156,26 @@ def test_the_digest_of_texts_is_of_what_is_asked_and_what_is_right(bank: Bank) -
     texts_digest([replace(prompts[0], problem="half a pair \ud83d")])
 
 
+def test_a_bank_whose_prompts_show_the_date_is_not_gone_on_with_on_another_day(
+    bank: Bank, tmp_path: Path
+) -> None:
+    dated = load_tokenizer("builtin:tiny")
+    dated.chat_template = "{{ strftime_now('%d %b') }}" + str(dated.chat_template)
+
+    def on(day: int, until: int | None = None) -> Stubbed:
+        made = stubbed(bank, tmp_path / "out", until=until)
+        made.generator.tokenizer = dated
+        made.prompts = [replace(prompt, ids=(day, *prompt.ids)) for prompt in made.prompts]
+        return made
+
+    with pytest.raises(KeyboardInterrupt):
+        on(1, until=2).build()
+    with pytest.raises(InputError, match="rendered"):
+        on(2).build()
+    on(1).build()
+    assert "rendered" not in stubbed(bank, tmp_path / "other").plan()
+
+
 def test_options_that_another_bank_decides_are_refused(tmp_path: Path) -> None:
     wrong = BuildOptions(tmp_path, prompts=4, max_new_tokens=8, states_from=tmp_path / "bank")
     with pytest.raises(InputError, match="--prompts and --max-new-tokens cannot be given with --states-from"):

@@ -222,6 +222,8 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"2\+2 is 4(.|\n)*chat_template_kwargs"):
         without_opened(tokenizer, chat_ids(tokenizer, ASK), "<think>\n2+2 is 4\n</think>\n4")
+    with pytest.raises(InputError, match=r"^rows\.jsonl:7: an answer begins with <think>"):
+        to_sample(tokenizer, chat_ids(tokenizer, ASK), "<think>\n2+2\n</think>\n4", where="rows.jsonl:7")
 
 
 def test_variables_of_a_chat_template_reach_every_prompt(tmp_path: Path) -> None:
