@@ -140,9 +140,12 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
     profile = ["observe.profile.on=true"] if options.profile else []
     recipe = load_recipe(options.recipe, [*profile, *options.overrides])
     if options.dry_run:
+        from genac_megatron.models.hf_headers import check_weights
         from genac_megatron.recipe.estimate import describe
         from genac_megatron.recipe.loader import dump_recipe
 
+        for role in recipe.roles.values():
+            check_weights(role.model, resuming=options.resume, planning=True)
         print(dump_recipe(recipe))
         print(describe(recipe))
         return EXIT_OK

@@ -104,6 +104,8 @@ def make(part: Path, packages: Path) -> None:
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(part)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The GGUF file names <|im_start|>, which opens turns; as published, token 2 (<|im_end|>) ends them.
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends["eos_token_id"])
     tokenizer.save_pretrained(part)
     source = {"package": PACKAGE, "version": importlib.metadata.version(PACKAGE), "file": gguf.name}
     (part / "source.json").write_text(json.dumps(source, indent=2) + "\n")

@@ -12,19 +12,22 @@ from typing import Any
 import torch
 
 from genac_megatron.errors import InputError
+from genac_megatron.links import refuse_dangling
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import hf_config, shape_from_folder
 from genac_megatron.observe.runinfo import RunFolder, write_json_atomic
 from genac_megatron.tasks.tokenizer import (
     BUILTIN,
+    CONFIG,
+    GENERATION,
     TINY_FOLDER,
+    check_rows,
     load_tokenizer,
+    read_ends,
     stop_token_ids,
-    tokenizer_size,
 )
 
 HF = "hf"  # a converted checkpoint's folder of these
-CONFIG, GENERATION = "config.json", "generation_config.json"
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -41,13 +44,10 @@ class Assets:
 
     def check(self, shape: Shape) -> None:
         """Raise InputError where tokenizer or config are not those of a model of `shape`."""
-        known = tokenizer_size(str(self.tokenizer), str(self.tokenizer))
-        if known > shape.vocab:
-            raise InputError(
-                f"its tokenizer has ids up to {known - 1}, the model only {shape.vocab} embeddings",
-                where=str(self.tokenizer),
-                way_out="give the model's own tokenizer with --assets",
-            )
+        check_rows(str(self.tokenizer), shape.vocab, str(self.tokenizer))
+        for place in {self.tokenizer, self.config or self.tokenizer}:
+            refuse_dangling(place)
+            read_ends(place / GENERATION)
         if self.config is not None and (found := shape_from_folder(self.config)) != shape:
             raise InputError(
                 f"its config.json is another model's: {_difference(found, shape)}",
@@ -63,15 +63,26 @@ class Assets:
                 shutil.copytree(source, folder / name, dirs_exist_ok=True)
             elif source.exists():
                 shutil.copyfile(source, folder / name)
-        ends = None if self.config is not None else _ends(self.tokenizer)
-        config = hf_config(shape) if self.config is None else _read(self.config / CONFIG)
+        ends = {} if self._names_ends else _ends(self.tokenizer, self.config)
+        config, generation = {**hf_config(shape), **ends}, {}
+        if self.config is not None:
+            config = _read(self.config / CONFIG)
+            generation = _read(self.config / GENERATION) if (self.config / GENERATION).exists() else {}
         named = str(dtype).removeprefix("torch.")
-        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": named} | (ends or {})
+        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": named}
         write_json_atomic(folder / CONFIG, config)
-        if self.config is not None and (self.config / GENERATION).exists():
-            shutil.copyfile(self.config / GENERATION, folder / GENERATION)
-        else:
-            write_json_atomic(folder / GENERATION, ends or _ends(self.tokenizer))
+        write_json_atomic(folder / GENERATION, generation | ends)
+
+    @property
+    def _names_ends(self) -> bool:
+        """Whether the source's own generation config says where a turn ends.
+
+        What is taught as an end is one of those then (`tasks.tokenizer.set_ends`).
+        """
+        if self.config is None or self.config != self.tokenizer:
+            return False
+        added = _added_ids(self.tokenizer)
+        return any(end in added for end in read_ends(self.config / GENERATION))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -86,10 +97,16 @@ def _difference(found: Shape, wanted: Shape) -> str:
     )
 
 
-def _ends(tokenizer: Path) -> dict[str, Any]:
-    """Token ids that begin, end and pad, from the tokenizer."""
-    loaded = load_tokenizer(str(tokenizer))
-    stops = list(stop_token_ids(loaded))
+def _added_ids(tokenizer: Path) -> set[int]:
+    """Ids of the tokens that were added to a tokenizer's vocabulary, special ones among them."""
+    return {token["id"] for token in _read(tokenizer / "tokenizer.json").get("added_tokens", [])}
+
+
+def _ends(tokenizer: Path, config: Path | None) -> dict[str, Any]:
+    """Token ids that begin, end and pad, from the tokenizer and what the model's folder says."""
+    model = None if config is None else str(config)
+    loaded = load_tokenizer(str(tokenizer), model)
+    stops = list(stop_token_ids(loaded, model))
     ids = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": loaded.pad_token_id}
     return ids if loaded.bos_token_id is None else {"bos_token_id": loaded.bos_token_id, **ids}
 

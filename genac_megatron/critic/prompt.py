@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.tokenizer import encode_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,12 +149,9 @@ def escape(text: str, tokens: Iterable[str] = ()) -> str:
     return text
 
 
-def encode_data(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` as plain text: nothing in it can become a special token."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
-    return ids
+def encode_data(tokenizer: PreTrainedTokenizerBase, text: str, before: str = "") -> list[int]:
+    """Ids of `text` as plain text, where it follows `before`: nothing in it can become a special token."""
+    return list(encode_after(tokenizer, before, text, split_special_tokens=True))
 
 
 def prompt_text(
@@ -192,22 +190,31 @@ def build_prompt_ids(
 
     The chat template's own text alone may make special tokens. The parts are encoded one by one, cut
     at the partial response, so the prompts of nested states agree up to its end, but for the tokens
-    of a word that the shorter state cuts.
+    of a word that the shorter state cuts. No part gets a space where two meet.
     Raises InputError where the tokenizer has no chat template, or the critic template is wrong.
     """
-    head, tail, tokens = _chat_frame(tokenizer)
-    parts = prompt_text(judging, icc, prompt, partial_text, used, limit, tokens)
-    ids = list(head)
+    frame = _chat_frame(tokenizer)
+    parts = prompt_text(judging, icc, prompt, partial_text, used, limit, frame.tokens)
+    ids, joined = list(frame.head), frame.joined
     for part in parts:
-        ids += encode_data(tokenizer, part)
-    return (*ids, *tail)
+        ids += encode_data(tokenizer, part, _before(part) if joined else "")
+        joined = joined or (frame.spaced and bool(part))
+    return (*ids, *frame.tail)
+
+
+class ChatFrame(NamedTuple):
+    """What a chat template puts around the user's content."""
+
+    head: tuple[int, ...]  # ids before it
+    tail: tuple[int, ...]  # and after it
+    tokens: tuple[str, ...]  # to break in data
+    spaced: bool  # the tokenizer puts a space before a text that it is given by itself
+    joined: bool  # which it would not put after `head`
 
 
 @lru_cache(maxsize=8)
-def _chat_frame(
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-    """Ids of the chat template before and after the user's content, and the tokens to break in data."""
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
+    """The chat template around the user's content. Raises InputError where it has no such form."""
     where = str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
         raise InputError(
@@ -225,11 +232,22 @@ def _chat_frame(
     added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(
         tokenizer.all_special_tokens
     )
-    return (
-        tuple(tokenizer(head, add_special_tokens=False)["input_ids"]),
-        tuple(tokenizer(tail, add_special_tokens=False)["input_ids"]),
+    alone = encode_after(tokenizer, "", "a")
+    spaced = encode_after(tokenizer, "\n", "a") != alone
+    last = max((token for token in added if token and head.endswith(token)), key=len, default=None)
+    joined = bool(head) and spaced and (last is None or encode_after(tokenizer, last, "a") != alone)
+    return ChatFrame(
+        encode_after(tokenizer, "", head),
+        encode_after(tokenizer, _before(tail) if spaced else "", tail),
         tuple(sorted(added)),
+        spaced,
+        joined,
     )
+
+
+def _before(text: str) -> str:
+    """A character that `text` may follow without a token that holds some of both."""
+    return "a" if text[:1].isspace() else "\n"
 
 
 def _fill(text: str, figures: Mapping[str, str]) -> str:

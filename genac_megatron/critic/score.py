@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from genac_megatron.records import Judgement
+from genac_megatron.tasks.tokenizer import encode_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,18 +64,40 @@ def answer_candidates(
     """What to score for `soft_score`: the eleven ways to go on where the last answer's integer stands.
 
     Returns (n, candidates): keep completion_ids[:n], append candidates[k] (answer k and its closing
-    tag, one token or several) and sum the log-probs of the appended ids. None where no answer stands.
+    tag, one token or several) and sum the log-probs of the appended ids. The answer that was given is rated
+    on the ids that were written, the others as the tokenizer goes on from there; where spaces or leading
+    zeros were written, all eleven as `format_answer` writes them. None where no answer stands.
     """
     ids = list(completion_ids)
     text = _decode(tokenizer, ids)
     answers = list(_ANSWER.finditer(text))
     if not answers:
         return None
-    lead = text[: answers[-1].start(1)]
+    answer = answers[-1]
+    lead = text[: answer.start(1)]
     keep = next(n for n in range(len(ids), -1, -1) if lead.startswith(_decode(tokenizer, ids[:n])))
-    rest = lead[len(_decode(tokenizer, ids[:keep])) :]
-    encoded = [tokenizer.encode(f"{rest}{n}</answer>", add_special_tokens=False) for n in range(LEVELS)]
-    return keep, [tuple(candidate) for candidate in encoded]
+    stop = next(n for n in range(keep, len(ids) + 1) if len(_decode(tokenizer, ids[:n])) >= answer.end())
+    before = _decode(tokenizer, ids[:keep])
+    # The first and the last token of the answer may hold some of what stands around it.
+    rest, tail = lead[len(before) :], text[answer.end(1) : len(_decode(tokenizer, ids[:stop]))]
+    written = tuple(ids[keep:stop])
+    anchor = _anchor(tokenizer, before, f"{rest}{answer[1]}{tail}", written)
+    given = parse_score(answer[0])
+    plain = given is not None and answer[0] == format_answer(round(given * 10))
+    closing = tail if plain else "</answer>"
+    candidates = [encode_after(tokenizer, anchor, f"{rest}{n}{closing}") for n in range(LEVELS)]
+    if given is not None and plain:
+        candidates[round(given * 10)] = written
+    return keep, candidates
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase, before: str, form: str, written: tuple[int, ...]) -> str:
+    """As much of the text before an answer as it takes to have the answer's ids, where they were written so.
+
+    A tokenizer that begins every text with a space (Llama 2's) encodes an answer by itself otherwise.
+    """
+    ends = ["", *(before[-n:] for n in (1, 4, 16) if n < len(before)), before]
+    return next((end for end in ends if encode_after(tokenizer, end, form) == written), before[-1:])
 
 
 def leave_one_out(

@@ -20,6 +20,7 @@ from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
 from genac_megatron.records import Judgement, Sample, State
+from genac_megatron.tasks.tokenizer import without_opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,13 +76,19 @@ def balance(states: Sequence[State], size: int, seed: int = 0) -> list[State]:
 
 
 def to_sample(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str, source: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    text: str,
+    source: str = "",
+    where: str = "",
 ) -> Sample:
     """prompt + written completion + end token; loss from the completion's first token to the end token.
 
-    `source`: what other samples may share with it, such as the prompt; they are held out together.
+    `source`: what other samples may share with it, such as the prompt; they are held out together. `where`:
+    the text's place, for messages.
 
-    Special tokens in `text` are read as plain text. Raises InputError for a tokenizer without an end.
+    Special tokens in `text` are read as plain text. What the prompt's end has opened already, such as
+    `<think>`, is not doubled. Raises InputError for a tokenizer without an end, and as `without_opened`.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -90,6 +97,7 @@ def to_sample(
             where=str(tokenizer.name_or_path),
             way_out="add it to tokenizer_config.json",
         )
+    text = without_opened(tokenizer, prompt_ids, text, where)
     tokens = [*prompt_ids, *encode_data(tokenizer, text), end]
     return Sample(tokens, start=len(prompt_ids), source=source)
 

@@ -123,6 +123,11 @@ def texts_digest(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
+def rendered_digest(prompts: Sequence[Sequence[int]]) -> str:
+    """The digest of prompts as token ids."""
+    return hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()
+
+
 def to_row(number: int, found: BankPrompt) -> Row:
     """A prompt as its line of bank.jsonl."""
     prompt = found.prompt

@@ -23,6 +23,7 @@ from genac_megatron.evaluation.bank import (
     from_row,
     no_response,
     read_bank,
+    rendered_digest,
     texts_digest,
     to_row,
 )
@@ -40,6 +41,7 @@ from genac_megatron.stages.heldout import told_step
 from genac_megatron.stages.rollouts import Generator, continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.tasks.tokenizer import prints_date
 from genac_megatron.training.agreement import from_first
 from genac_megatron.training.layout import World
 
@@ -127,6 +129,7 @@ class Builder:
             "actor": identity(self.run, "actor"),
             "task": recipe.task.model_dump(mode="json"),
             "texts": texts_digest(self.prompts),
+            **self._rendered(),
             "rollout": {
                 "max_new_tokens": config.max_new_tokens,
                 "temperature": config.temperature,
@@ -141,6 +144,12 @@ class Builder:
             "p_bar_of": None if self.told is None else self.told.manifest["sha256"],
             "step": self.options.step,
         }
+
+    def _rendered(self) -> dict[str, str]:
+        """What the prompts are as ids, where that is not the tokenizer's matter alone but the day's too."""
+        if not prints_date(self.generator.tokenizer):
+            return {}
+        return {"rendered": rendered_digest([prompt.ids for prompt in self.prompts])}
 
     def build(self) -> None:
         """Every piece that is not there yet, then the whole. Collective."""

@@ -11,10 +11,10 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.bank import Bank, BankState, Valued
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
+from genac_megatron.recipe.schema import ModelConfig
 from genac_megatron.records import Judgement, Sample
 from genac_megatron.stages.judging import Judge
-from genac_megatron.stages.runtime import Run
-from genac_megatron.tasks.tokenizer import load_tokenizer
+from genac_megatron.stages.runtime import Run, role_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,17 +95,24 @@ class ScalarValues:
         return [Valued(min(max(value, 0.0), 1.0)) for value in found]
 
 
-def critic_of(run: Run, bank: Bank, actor_spec: str) -> ValueOf:
-    """The run's critic. `actor_spec`: the tokenizer that the bank's ids are of.
+def critic_of(run: Run, bank: Bank, actor: ModelConfig) -> ValueOf:
+    """The run's critic. `actor`: whose tokenizer the bank's ids are of.
 
     Raises InputError where it is not the one that the bank was built with.
     """
-    tokenizer = run.together(lambda: load_tokenizer(actor_spec))
+    tokenizer = run.together(lambda: role_tokenizer("actor", actor))
     scalar = run.critic.shape.value
-    read_by = run.tokenizers["critic"] if scalar else tokenizer
+    read_by = run.together(lambda: _as_read(run, actor)) if scalar else tokenizer
     if tokenizer_digest(read_by) != bank.manifest["plan"]["actor"]["tokenizer"]:
         who = "scalar critic, which reads the actor's token ids," if scalar else "recipe's actor"
         what = f"the {who} has another tokenizer than the actor that the bank is of"
         way_out = "use the recipe that the bank was built with, or a critic with its tokenizer"
         raise on_all_ranks(InputError(what, where=str(bank.folder), way_out=way_out))
     return ScalarValues(run) if scalar else GenerativeValues(run, bank, tokenizer)
+
+
+def _as_read(run: Run, actor: ModelConfig) -> PreTrainedTokenizerBase:
+    """A scalar critic's tokenizer with the actor's chat template variables: it renders no prompt itself."""
+    critic = run.recipe.roles["critic"].model
+    variables = {"chat_template_kwargs": actor.chat_template_kwargs}
+    return role_tokenizer("critic", critic.model_copy(update=variables))

@@ -23,7 +23,7 @@ from genac_megatron import __version__
 from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation import plots
-from genac_megatron.evaluation.bank import Bank, Valued, read_bank
+from genac_megatron.evaluation.bank import Bank, Valued, read_bank, rendered_digest
 from genac_megatron.evaluation.compare import SCORES, STATES
 from genac_megatron.evaluation.critics import ValueOf, critic_of
 from genac_megatron.evaluation.figures import Scored, critic_estimates, scored
@@ -35,11 +35,13 @@ from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.tasks.tokenizer import chat_ids, prints_date
 from genac_megatron.training.agreement import from_first
 from genac_megatron.training.layout import World
 
 FOLDER = "scores"
 FORMAT = 1
+ANY_MESSAGES = ({"role": "user", "content": "?"},)
 PLOTS = ("reliability.png", "values.png")
 FILLS = 4  # times that a chunk of prompts fills the engines: they idle at its end alone
 SHOWN = (
@@ -88,19 +90,20 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
     """
     if "actor" not in recipe.roles:
         raise InputError("the recipe has no role 'actor', whose tokens the bank holds", where="roles")
-    model = recipe.roles["actor"].model
-    actor_spec = model.tokenizer or model.hf or ""
+    actor = recipe.roles["actor"].model
     recipe = with_role(recipe, "critic", options.checkpoint)
     if options.icc is not None:
         judging = recipe.judging.model_copy(update={"icc": options.icc})
         recipe = recipe.model_copy(update={"judging": judging})
     with session(recipe, world, stop, "score") as run:
         banks = run.together(lambda: [read_bank(folder) for folder in options.banks])
-        critics = [critic_of(run, bank, actor_spec) for bank in banks]
+        critics = [critic_of(run, bank, actor) for bank in banks]
         scalar = run.critic.shape.value
         if not scalar:
             run.publish("critic")
         critic = identity(run, "critic")
+        if not scalar and prints_date(run.tokenizers["critic"]):
+            critic["chat"] = rendered_digest([chat_ids(run.tokenizers["critic"], ANY_MESSAGES)])
         name = options.name or score_name(recipe, options, scalar)
         made = {
             **made_from(recipe, "critic"),

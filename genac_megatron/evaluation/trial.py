@@ -466,9 +466,12 @@ def _report(path: Path) -> Row:
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
+    """Of what is asked and how it is graded, and of the ids, where prompts have been rendered here: a chat
+    template may print the date."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(f"{prompt.messages}{prompt.reference}".encode("utf-8", "surrogatepass"))
+        text = f"{prompt.messages}{prompt.reference}{prompt.ids or ''}"
+        digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

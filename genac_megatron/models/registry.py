@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError
+from genac_megatron.links import refuse_dangling
 from genac_megatron.models.families import llama, qwen2, qwen3, qwen3_moe
 from genac_megatron.models.families.base import Family, Rule, Shape
 from genac_megatron.models.families.reading import default_head_dim
@@ -22,6 +23,7 @@ from genac_megatron.recipe.schema import ModelConfig, ModelShape
 FAMILIES: dict[str, Family] = {
     f.name: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)
 }
+ADAPTER = "adapter_config.json"
 Where = Callable[[str], str]  # from a key of the model's block ("": itself) to its place in the user's files
 
 
@@ -69,7 +71,8 @@ def shape_of(model: ModelConfig, tokenizer_vocab: int | None, where: Where = _in
             where=where("tokenizer"),
             way_out=f"set vocab to at least {tokenizer_vocab}, or leave it out"
             if model.hf is None
-            else "use the model's own tokenizer",
+            else "use the model's own tokenizer; where this is it, give each id a row (transformers: "
+            "model.resize_token_embeddings, then save_pretrained)",
         )
     return shape
 
@@ -138,6 +141,8 @@ def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
     Raises InputError naming the file, or `where` (who names the folder) if it cannot be read.
     """
     path = Path(folder) / "config.json"
+    refuse_dangling(Path(folder))
+    _refuse_adapter(Path(folder))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -152,6 +157,17 @@ def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
     if not isinstance(config, dict):
         raise InputError("not a JSON object", where=str(path))
     return shape_from_hf(config, str(path))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """An adapter beside a whole model is loaded on top of it by transformers, and by nothing here."""
+    if (folder / ADAPTER).exists():
+        raise InputError(
+            f"is an adapter's folder ({ADAPTER}): its weights are a change to another model's",
+            where=str(folder),
+            way_out="merge it into that model (PEFT: merge_and_unload) and give the folder saved then; where "
+            f"that was done here, remove {ADAPTER}",
+        )
 
 
 def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Shape:

@@ -33,7 +33,7 @@ from genac_megatron.recipe.tasks import (
     StateTrackingTask,
     TaskConfig,
 )
-from genac_megatron.tasks.tokenizer import tokenizer_size
+from genac_megatron.tasks.tokenizer import check_rows, tokenizer_size
 
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
 SERVER_LIMITS = {
@@ -59,7 +59,12 @@ def read_shape(model: ModelConfig, where: Callable[[str], str] = lambda key: "")
     `where` says where in the user's files a key of the model's block stands. Raises InputError.
     """
     vocab = None if model.tokenizer is None else tokenizer_size(model.tokenizer, where("tokenizer"))
-    return shape_of(model, vocab, where)
+    shape = shape_of(model, vocab, where)
+    if model.tokenizer is None and model.hf is not None:
+        folder = Path(model.hf).expanduser()
+        if (folder / "tokenizer.json").exists():  # others are converted as they are loaded
+            check_rows(str(folder), shape.vocab, str(folder))
+    return shape
 
 
 def check(recipe: Recipe, where: Where = nowhere) -> None:

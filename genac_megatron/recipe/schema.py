@@ -5,7 +5,7 @@ One recipe names the world, the roles, the task, and a list of stages. Unknown k
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,7 @@ class ModelConfig(Block):
     family: str | None = None  # llama, qwen2, qwen3, ...: a row of models/registry.py
     shape: ModelShape | None = None
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
+    chat_template_kwargs: dict[str, Any] = {}  # of its chat template, such as {enable_thinking: false}
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
     head: Literal["lm", "value"] = "lm"  # value: a scalar critic; trained on the actor's tokens, never served
     init_seed: int = 0

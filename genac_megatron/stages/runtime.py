@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
+from genac_megatron.models.hf_headers import begins_with_weights, check_weights
 from genac_megatron.models.mapping import GetTensor, load_hf_into, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.metrics import MetricsLog
@@ -29,11 +30,14 @@ from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import make_task
-from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
+from genac_megatron.tasks.tokenizer import load_tokenizer, prints_date, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -56,8 +60,14 @@ class Run:
         self.profiler = Profiler(self.folder.path, recipe.observe.profile, world.rank)
         self.at = Progression()
         self.tokenizers = self.together(
-            lambda: {n: load_tokenizer(_tokenizer_spec(n, r)) for n, r in recipe.roles.items()}
+            lambda: {name: role_tokenizer(name, role.model) for name, role in recipe.roles.items()}
         )
+        for name, tokenizer in self.tokenizers.items():
+            if prints_date(tokenizer):
+                progress.note(
+                    f"{name}: its chat template prints today's date: prompts are others tomorrow. To keep "
+                    f"them, set what it reads (often date_string) in roles.{name}.model.chat_template_kwargs"
+                )
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
         self.task = self.together(lambda: make_task(recipe.task, self.tokenizers[speaker], recipe.seed))
         self.roles: dict[str, Role] = {}
@@ -74,7 +84,7 @@ class Run:
             raise
 
     def _build(self, resuming: bool) -> None:
-        shapes, fleets = self.together(self._start_fleets)
+        shapes, fleets = self.together(partial(self._start_fleets, resuming))
         served: dict[str, Served] = {}
         for name, config in self.recipe.roles.items():
             self._build_role(name, config, shapes[name], served, resuming)
@@ -85,9 +95,11 @@ class Run:
                 served[name] = OnServers(self.roles[name], fleets.get(name), self.folder)
         self.serving = Serving(self.roles, served, self.at, self.progress)
 
-    def _start_fleets(self) -> tuple[dict[str, Shape], dict[str, Fleet]]:
+    def _start_fleets(self, resuming: bool) -> tuple[dict[str, Shape], dict[str, Fleet]]:
         """The roles' shapes, and, on a node's first rank, its servers, which start up meanwhile."""
         roles = self.recipe.roles
+        for config in roles.values():
+            check_weights(config.model, resuming=resuming)
         shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
         served = {n: c.engine for n, c in roles.items() if c.served and c.engine.kind == "sglang"}
         started = {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
@@ -101,9 +113,7 @@ class Run:
 
         def build() -> None:
             role = Role(name, config, shape, layout, groups)
-            # A checkpoint brings all weights, but for a scalar head that a language model's lacks.
-            replaced = (resuming or config.model.checkpoint is not None) and not shape.value
-            if role.active and not replaced:
+            if role.active and begins_with_weights(config.model, resuming=resuming):
                 load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
             self.roles[name] = role
             if config.served and config.engine.kind == "embedded":
@@ -141,7 +151,7 @@ class Run:
 
     def stop_ids(self, role: str) -> tuple[int, ...]:
         """Token ids that end this role's generations."""
-        return stop_token_ids(self.tokenizers[role])
+        return stop_token_ids(self.tokenizers[role], self.recipe.roles[role].model.hf)
 
     def publish(self, *names: str, advance: bool = True, step: int | None = None) -> dict[str, float]:
         """As Serving.publish. The next row of figures says so, but for engines that get theirs again."""
@@ -266,15 +276,16 @@ def _same_body(source: Shape, target: Shape) -> bool:
     return source == target or (target.value and source.as_value == target)
 
 
-def _tokenizer_spec(name: str, config: RoleConfig) -> str:
-    spec = config.model.tokenizer or config.model.hf
+def role_tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a role. Raises InputError."""
+    spec = model.tokenizer or model.hf
     if spec is None:
         raise InputError(
             "a role without an hf folder needs a tokenizer",
             where=f"roles.{name}.model.tokenizer",
             way_out="name a tokenizer folder, or builtin:tiny",
         )
-    return spec
+    return load_tokenizer(spec, model.hf, model.chat_template_kwargs)
 
 
 def mean(values: Iterable[float]) -> float:

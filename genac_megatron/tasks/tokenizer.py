@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
+from genac_megatron.links import refuse_dangling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 BUILTIN, BUILTIN_PREFIX = "builtin:tiny", "builtin:"
 TINY_FOLDER = Path(__file__).parent / "tiny_tokenizer"
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+SHOWN_TOKENS = 4
+MARK = "GENACCONTENTMARK"
+# Variables and functions that transformers gives to a chat template: not a recipe's.
+RENDERED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"}
+TAIL = 64  # tokens of a prompt's end that are looked at
+# The end of a prompt that has opened a tag for the answer, and perhaps closed it again.
+OPENED = re.compile(r"<(?P<name>[A-Za-z_]\w*)>(?P<gap>\s*)(?P<closing></(?P=name)>)?(?P<after>\s*)\Z")
 
 
 def tokenizer_folder(spec: str, where: str = "") -> Path:
@@ -48,10 +59,36 @@ def tokenizer_size(spec: str, where: str = "") -> int:
         raise InputError("not a tokenizer in the format of `tokenizers`", where=str(path)) from None
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+def check_rows(spec: str, rows: int, where: str) -> None:
+    """Raise InputError, naming the tokens, where a tokenizer has ids for which a model of `rows` embeddings
+    has no row. As `tokenizer_size`."""
+    known = tokenizer_size(spec, where)
+    if known <= rows:
+        return
+    path = tokenizer_folder(spec, where) / "tokenizer.json"
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+    beyond = [(token["content"], token["id"]) for token in added if token["id"] >= rows]
+    named = ", ".join(f"'{content}' has id {number}" for content, number in beyond[:SHOWN_TOKENS])
+    raise InputError(
+        f"its tokenizer has ids up to {known - 1}: {named or 'its vocabulary is the larger one'}, and the "
+        f"model has {rows} embeddings",
+        where=where,
+        way_out=f"where this is the model's own tokenizer, give each id a row (transformers: "
+        f"model.resize_token_embeddings({known}), then save_pretrained), or take those tokens out of "
+        "tokenizer.json and tokenizer_config.json (the pad_token may be the eos_token); else give the "
+        "model's own",
+    )
+
+
+def load_tokenizer(
+    spec: str, model: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder, or `builtin:tiny`; it always has an end and a padding token.
 
-    Nothing is fetched. Raises InputError where the folder holds no tokenizer or no end token.
+    Its eos_token is the one that ends a turn (`set_ends`), whatever its folder says. model: the model's
+    folder, where it is another one. chat_template_kwargs: variables of its chat template, which then has them
+    set. Nothing is fetched. Raises InputError where the folder holds no tokenizer or no end token, or the
+    template does not read a variable.
     """
     from transformers import AutoTokenizer
 
@@ -62,6 +99,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             where=str(folder),
             way_out="give a folder with a tokenizer, or builtin:tiny",
         )
+    refuse_dangling(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -70,10 +108,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             where=str(folder),
             way_out="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer names no eos_token", where=str(folder), way_out="add it to tokenizer_config.json"
-        )
+    if chat_template_kwargs:
+        set_template_variables(tokenizer, chat_template_kwargs)
+    set_ends(tokenizer, model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -101,8 +138,217 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
     return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token id that ends a turn: the tokenizer's eos first, then known turn ends it has."""
+def encode_after(
+    tokenizer: PreTrainedTokenizerBase, before: str, text: str, **options: Any
+) -> tuple[int, ...]:
+    """Ids of `text` where it follows `before`, whose own ids are left out.
+
+    By itself it may get others: tokenizers of Llama 2's kind put a space before every text. Where the two
+    share a token, `text` is encoded by itself. options: of the tokenizer's call.
+    """
+    head, whole, alone = (
+        tuple(tokenizer(part, add_special_tokens=False, verbose=False, **options)["input_ids"])
+        if part
+        else ()
+        for part in (before, before + text, text)
+    )
+    return whole[len(head) :] if whole[: len(head)] == head else alone
+
+
+# --- what ends a turn ----------------------------------------------------------------------------
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> tuple[int, ...]:
+    """Every token id that ends a turn, the one that is taught first.
+
+    Then those of generation_config.json, the tokenizer's own eos, and known turn ends that it has. model: the
+    model's folder, where the tokenizer is of another one. Raises InputError.
+    """
     vocab = tokenizer.get_vocab()
-    known = (vocab[token] for token in TURN_ENDS if token in vocab)
-    return tuple(dict.fromkeys((tokenizer.eos_token_id, *known)))
+    own = str(tokenizer.init_kwargs.get("eos_token") or "")
+    known = (vocab[token] for token in (own, *TURN_ENDS) if token in vocab)
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *named_ends(tokenizer, model), *known)))
+
+
+def set_ends(tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> None:
+    """Make the token that ends a turn the tokenizer's eos_token, and all that do special ones.
+
+    The chat template's own end of an answer, where that is an end; else the eos_token, where
+    generation_config.json has no others; else the first that it has. So what is taught as an end is one at
+    which other engines stop. Raises InputError where there is none.
+    """
+    added = tokenizer.added_tokens_decoder
+    # A plain piece of the vocabulary is hardly an end: it is a default that somebody's tool wrote.
+    named = [end for end in named_ends(tokenizer, model) if end in added]
+    own = tokenizer.eos_token_id
+    if own is None and not named:
+        raise InputError(
+            "the tokenizer names no eos_token",
+            where=str(tokenizer.name_or_path),
+            way_out="add it to tokenizer_config.json",
+        )
+    vocab = tokenizer.get_vocab()
+    allowed = named or [own, *(vocab[token] for token in TURN_ENDS if token in vocab)]
+    template = _template_end(tokenizer)
+    end = template if template in allowed else own if own in allowed else allowed[0]
+    _make_special(tokenizer, [i for i in dict.fromkeys([end, *named]) if i in added and not added[i].special])
+    if end != own:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+
+
+def _make_special(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Special tokens are left out of decoded text."""
+    from transformers import AddedToken
+
+    tokens = [AddedToken(tokenizer.convert_ids_to_tokens(i), special=True, normalized=False) for i in ids]
+    if tokens:
+        tokenizer.add_tokens(tokens, special_tokens=True)
+
+
+def named_ends(tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> tuple[int, ...]:
+    """The end tokens that the model's folder and the tokenizer's name, in that order. Raises InputError.
+
+    As transformers reads them: of generation_config.json, else of config.json, there without plain pieces of
+    the vocabulary (llama's default is token 2). A model's folder with another tokenizer of its own means
+    others by its ids: it is left out.
+    """
+    own = Path(str(tokenizer.name_or_path))
+    folders = [own]
+    if model is not None and same_tokenizer(Path(model).expanduser(), own):
+        folders.insert(0, Path(model).expanduser())
+    found: list[int] = []
+    for folder in folders:
+        ends = read_ends(folder / GENERATION)
+        found += ends or [i for i in read_ends(folder / CONFIG) if i in tokenizer.added_tokens_decoder]
+    return tuple(dict.fromkeys(found))
+
+
+def same_tokenizer(model: Path, own: Path) -> bool:
+    """Whether a model's folder has no tokenizer but that of the folder `own`."""
+    theirs, ours = model / "tokenizer.json", own / "tokenizer.json"
+    if not theirs.exists() or model == own:
+        return True
+    return ours.exists() and theirs.read_bytes() == ours.read_bytes()
+
+
+def read_ends(path: Path) -> tuple[int, ...]:
+    """The eos_token_id of a generation_config.json or a config.json; () where it, or the file, is missing.
+
+    Raises InputError.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(path)) from error
+    found = config.get("eos_token_id") if isinstance(config, dict) else None
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
+        raise InputError(f"eos_token_id is {found!r}, not a token id or a list of them", where=str(path))
+    return tuple(ends)
+
+
+def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an assistant's message; None where it ends with none."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    text = _rendered(tokenizer, messages)
+    if text is None or MARK not in text:
+        return None
+    after = text[text.rindex(MARK) + len(MARK) :].lstrip()
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    found = [content for content in added if content and after.startswith(content)]
+    return added[max(found, key=len)] if found else None
+
+
+# --- chat templates ------------------------------------------------------------------------------
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **variables: Any) -> str | None:
+    """What the chat template makes of messages; None where there is none, or it refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def set_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
+    """Set variables at the head of the chat template, so that whoever renders it has them.
+
+    Raises InputError where the template reads no variable of that name.
+    """
+    template, where = tokenizer.chat_template, str(tokenizer.name_or_path)
+    if not isinstance(template, str):
+        raise InputError(
+            "chat_template_kwargs need one chat template",
+            where=where,
+            way_out="put a chat_template.jinja beside tokenizer.json",
+        )
+    read = _variables(template)
+    for name in variables:
+        if name not in read:
+            known = ", ".join(sorted(read)) or "none"
+            raise InputError(
+                f"chat_template_kwargs sets '{name}', which its chat template does not read",
+                where=where,
+                way_out=f"take it out, or correct its name: the template's variables are {known}",
+            )
+    # A literal of Python is one of Jinja.
+    head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in variables.items())
+    tokenizer.chat_template = head + template
+
+
+def _variables(template: str) -> set[str]:
+    """What a recipe may set of what a chat template reads. Raises InputError where it is no template."""
+    from jinja2 import Environment, TemplateError, meta
+
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag that transformers adds
+    try:
+        read = meta.find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"its chat template cannot be read: {error}", where="chat_template_kwargs"
+        ) from error
+    return {str(name) for name in read} - RENDERED
+
+
+def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows today's date, so that the same messages have other ids tomorrow."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return False
+    messages = [{"role": "user", "content": "?"}]
+    days = [
+        _rendered(tokenizer, messages, add_generation_prompt=True, strftime_now=lambda form, day=day: day)
+        for day in ("one day", "another day")
+    ]
+    return days[0] != days[1]
+
+
+def without_opened(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str, where: str = ""
+) -> str:
+    """A written completion without the tag that its prompt's end has opened already, such as `<think>`.
+
+    prompt_ids: ids of the prompt. Raises InputError, at `where` (the completion's place), if the prompt has
+    closed the tag too (thinking is off) and the completion opens it with something in it.
+    """
+    opened = OPENED.search(tokenizer.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False))
+    tag = "" if opened is None else f"<{opened['name']}>"
+    if opened is None or not text.lstrip().startswith(tag):
+        return text
+    rest = text.lstrip()[len(tag) :]
+    closing = opened["closing"]
+    if closing is None:
+        return rest.removeprefix(opened["gap"])
+    if not rest.lstrip().startswith(closing):
+        raise InputError(
+            f"an answer begins with {tag}, and the prompt's end has {tag} and {closing} already: "
+            f"{text.strip()[:60]!r}",
+            where=where or str(tokenizer.name_or_path),
+            way_out=f"take what is between {tag} and {closing} out of the answers, or have the chat template "
+            "leave the thinking to the model (chat_template_kwargs)",
+        )
+    return rest.lstrip()[len(closing) :].removeprefix(opened["after"])

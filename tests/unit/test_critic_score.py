@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
+import string
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import _chat_frame, build_prompt_ids, prompt_text
 from genac_megatron.critic.score import (
     answer_candidates,
     fill_used,
@@ -19,6 +28,7 @@ from genac_megatron.critic.score import (
     reward,
     soft_score,
 )
+from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -212,3 +222,84 @@ def test_failures_use_the_previous_value_else_p_bar(values: list[float | None], 
 def test_soft_scores_are_used_where_asked_for() -> None:
     assert fill_used(judgements([0.3, 0.8, None], [0.33, None, None]), 0.5, "soft") == [0.33, 0.8, 0.8]
     assert fill_used(judgements([0.3], [0.33]), 0.5) == [0.3]
+
+
+def spaced_tokenizer(path: Path, pieces: Sequence[str] = (), first: bool = False) -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space goes before every text (or before the first alone), and pieces merge."""
+    alphabet = sorted({*string.printable, "▁"} - set(" "))
+    vocab = {"</s>": 0, "<unk>": 1} | {c: n for n, c in enumerate(alphabet, 2)}
+    merges = []
+    for piece in pieces:
+        for n in range(2, len(piece) + 1):
+            if piece[:n] not in vocab:
+                vocab[piece[:n]] = len(vocab)
+                merges.append((piece[: n - 1], piece[n - 1]))
+    inner = Tokenizer(BPE(vocab, merges, unk_token="<unk>"))
+    if first:
+        inner.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+        inner.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        inner.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(path)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}</s>[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    return load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("pieces", [(), ("7</answer>", "1", "10</"), (">7",), ("</answer>\n", "▁so")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the score is <answer>7</answer>",
+        "<answer>7</answer>",
+        "so <answer> 10 </answer>\nx",
+        "<answer>\n07</answer>.",
+    ],
+)
+def test_candidates_are_the_ids_that_a_critic_wrote(
+    tmp_path: Path, pieces: tuple[str, ...], text: str, first: bool
+) -> None:
+    tokenizer = spaced_tokenizer(tmp_path, pieces, first)
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    found = answer_candidates(tokenizer, ids)
+    value = parse_score(text)
+    assert found is not None
+    assert value is not None
+    keep, candidates = found
+    given = candidates[round(value * 10)]
+    plain = "<answer>7</answer>" in text
+    assert not plain or ids[keep : keep + len(given)] == list(given)
+    written = tokenizer.decode(ids, skip_special_tokens=True)
+    for n, candidate in enumerate(candidates):
+        continued = tokenizer.decode([*ids[:keep], *candidate])
+        assert parse_score(continued) == n / 10
+        assert written.startswith(tokenizer.decode(ids[:keep]))
+        # What the tokenizer makes of the whole, as the critic would have written it.
+        whole = tokenizer.encode(re.sub(r"[0-9]+\s*(?=</answer>)", str(n), text), add_special_tokens=False)
+        assert whole[: keep + len(candidate)] == [*ids[:keep], *candidate] or not plain
+    assert len(set(candidates)) == 11
+
+
+def test_an_answer_spelt_otherwise_than_the_tokenizer_would_is_rated_as_written(tmp_path: Path) -> None:
+    tokenizer = spaced_tokenizer(tmp_path, ("7</answer>",))
+    spelt = tokenizer.convert_tokens_to_ids(["▁", *"<answer>7</answer>"])
+    keep, candidates = answer_candidates(tokenizer, spelt) or (0, [])
+    assert [*spelt[:keep], *candidates[7]] == spelt
+    assert tokenizer.decode([*spelt[:keep], *candidates[3]]) == "<answer>3</answer>"
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_critics_prompt_has_no_space_where_its_parts_meet(tmp_path: Path, first: bool) -> None:
+    tokenizer = spaced_tokenizer(tmp_path, (), first)
+    judging, prompt = JudgingConfig(), Prompt("p", (), "2+2?", "4")
+    icc = IccState(0.5)
+    for partial in ("x = 4", "\nx", " x", ""):
+        ids = build_prompt_ids(tokenizer, judging, icc, prompt, partial, 3, 9)
+        content = "".join(prompt_text(judging, icc, prompt, partial, 3, 9, _chat_frame(tokenizer).tokens))
+        assert tokenizer.decode(ids).endswith(f"[user]{content}")
+        assert list(ids) == tokenizer.encode(f"</s>[user]{content}", add_special_tokens=False)

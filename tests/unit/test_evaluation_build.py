@@ -18,6 +18,9 @@ from genac_megatron.evaluation.bank import Bank, BankPrompt, read_bank, texts_di
 from genac_megatron.evaluation.build import Builder, BuildOptions, check_options
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.tokenizer import load_tokenizer
+
+TINY = load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def builder(task: Problems, base: Bank | None = None, **options: Any) -> Builder
         recipe=recipe,
         world=SimpleNamespace(rank=0, size=1),
         engines={"actor": None},
-        tokenizers={"actor": None},
+        tokenizers={"actor": TINY},
         task=task,
         stop_ids=lambda _: (0,),
         actor=SimpleNamespace(shape=SimpleNamespace(max_positions=99)),
@@ -151,6 +154,26 @@ def test_the_digest_of_texts_is_of_what_is_asked_and_what_is_right(bank: Bank) -
     assert texts_digest(prompts[:-1]) != digest
     assert texts_digest([replace(prompt, ids=(9,)) for prompt in prompts]) == digest
     texts_digest([replace(prompts[0], problem="half a pair \ud83d")])
+
+
+def test_a_bank_whose_prompts_show_the_date_is_not_gone_on_with_on_another_day(
+    bank: Bank, tmp_path: Path
+) -> None:
+    dated = load_tokenizer("builtin:tiny")
+    dated.chat_template = "{{ strftime_now('%d %b') }}" + str(dated.chat_template)
+
+    def on(day: int, until: int | None = None) -> Stubbed:
+        made = stubbed(bank, tmp_path / "out", until=until)
+        made.generator.tokenizer = dated
+        made.prompts = [replace(prompt, ids=(day, *prompt.ids)) for prompt in made.prompts]
+        return made
+
+    with pytest.raises(KeyboardInterrupt):
+        on(1, until=2).build()
+    with pytest.raises(InputError, match="rendered"):
+        on(2).build()
+    on(1).build()
+    assert "rendered" not in stubbed(bank, tmp_path / "other").plan()
 
 
 def test_options_that_another_bank_decides_are_refused(tmp_path: Path) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.families.reading import LLAMA3_ROPE
-from genac_megatron.models.hf_folder import INDEX, SINGLE, HfFolder
 from genac_megatron.models.mapping import init_tensor, param_rules, random_weights, shard, unshard
 from genac_megatron.models.registry import FAMILIES, family, hf_config, rules, shape_from_hf
 from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vocab, parameters
@@ -299,54 +296,3 @@ def test_a_parameter_that_does_not_fit_is_named(name: str, value: Any, message: 
     chunk.put(name, value)
     with pytest.raises(InputError, match=message):
         param_rules(chunk, 0, TINY)
-
-
-# --- folders -------------------------------------------------------------------------------------
-
-
-def _folder(path: Path, shards: int) -> dict[str, torch.Tensor]:
-    """A folder of random weights for TINY, in `shards` files."""
-    tensors = {name: random_weights(TINY, 1)(name) for name in hf_names(TINY)}
-    if shards == 1:
-        save_file(tensors, path / SINGLE)
-        return tensors
-    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, path / file)
-    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return tensors
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_folder_gives_its_tensors(tmp_path: Path, shards: int) -> None:
-    tensors = _folder(tmp_path, shards)
-    folder = HfFolder(tmp_path)
-    folder.check(TINY)
-    assert sorted(folder.names) == sorted(tensors)
-    assert all(torch.equal(folder.get(name), tensor) for name, tensor in tensors.items())
-
-
-def test_a_folders_faults_are_named(tmp_path: Path) -> None:
-    _folder(tmp_path, 3)
-    folder = HfFolder(tmp_path)
-    with pytest.raises(InputError, match=r"model.extra is missing"):
-        folder.get("model.extra")
-    with pytest.raises(InputError, match=r"embed_tokens.weight has shape \(23, 12\), expected \(24, 12\)"):
-        folder.check(dataclasses.replace(TINY, vocab=24))
-    with pytest.raises(InputError, match=r"missing tensor model.layers.2.*and \d+ more"):
-        folder.check(dataclasses.replace(TINY, layers=3))
-    with pytest.raises(InputError, match=r"surplus tensor model.layers.0.self_attn.k_norm.weight"):
-        folder.check(dataclasses.replace(TINY, family="llama", qk_norm=False))
-    folder.check(dataclasses.replace(TINY, tie=True))  # an output layer beside a tied embedding is not read
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_file_cut_short_or_missing_is_named(tmp_path: Path, shards: int) -> None:
-    _folder(tmp_path, shards)
-    file = tmp_path / (SINGLE if shards == 1 else "model-1.safetensors")
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(InputError, match=file.name):
-        HfFolder(tmp_path).check(TINY)
-    file.unlink()
-    with pytest.raises(InputError, match=file.name):
-        HfFolder(tmp_path).check(TINY)

@@ -64,21 +64,36 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, float | None]:
-    """(theta, Llama 3 scaling factor or None), as transformers 4 and 5 write them."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """(theta, Llama 3 scaling factor or None), as transformers 4 and 5 write them.
+
+    transformers 5 takes rope_scaling, where there is one, in place of all of rope_parameters; other readers
+    do not. Raises InputError where the two say different things.
+    """
+    found = [_read_rope(config, key) for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    if len(found) == 2 and found[0] != found[1]:
+        raise InputError(
+            f"rope_scaling {config['rope_scaling']} stands beside rope_parameters "
+            f"{config['rope_parameters']}, which say different things: readers differ in which they take",
+            way_out="keep one of them, with its rope_theta",
+        )
+    return found[0] if found else _read_rope(config, "rope_parameters")
+
+
+def _read_rope(config: Mapping[str, Any], key: str) -> tuple[float, float | None]:
+    rope = config.get(key) or {}
     if not isinstance(rope, Mapping):
-        raise InputError(f"rope scaling is {rope!r}, not a JSON object")
+        raise InputError(f"rope scaling ({key}) is {rope!r}, not a JSON object")
     rope = {k: v for k, v in rope.items() if (k, v) != ("partial_rotary_factor", 1)}
     theta = number({**config, **rope}, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     unknown = {k: v for k, v in rope.items() if k not in ROPE_KEYS and v is not None}
-    if not unknown and kind == "default":
+    if not unknown and kind == "default" and rope.get("factor") in (None, 1):
         return theta, None
     if not unknown and kind == "llama3" and all(rope.get(k) == v for k, v in LLAMA3_ROPE.items()):
         return theta, number(rope, "factor")
     fixed = ", ".join(f"{key} {value:g}" for key, value in LLAMA3_ROPE.items())
     raise InputError(
-        f"rope scaling {dict(rope)} is not one that Megatron-core can build",
+        f"rope scaling ({key}) {dict(rope)} is not one that Megatron-core can build",
         way_out=f"it builds default, and llama3 with {fixed} and any factor",
     )
 

@@ -1,0 +1,208 @@
+"""What a Hugging Face model folder's safetensors hold, by their headers alone. Imports no torch.
+
+Recipes are checked with it before anything is started, and `hf_folder` reads tensors through it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from genac_megatron.errors import InputError
+from genac_megatron.links import refuse_dangling
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.registry import shape_from_folder
+from genac_megatron.models.sizes import hf_names, hf_size
+from genac_megatron.recipe.schema import ModelConfig
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOAT_NAMES = ("F32", "BF16", "F16")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+SHOWN_FAULTS = 8
+BLOCK = 1 << 24  # bytes that are compared at a time
+
+
+def begins_with_weights(model: ModelConfig, *, resuming: bool = False) -> bool:
+    """Whether a role is given its folder's weights, or random ones, before anything else.
+
+    A checkpoint brings them all, but for a scalar head that a language model's lacks.
+    """
+    return model.head == "value" or not (resuming or model.checkpoint is not None)
+
+
+def check_weights(model: ModelConfig, *, resuming: bool = False, planning: bool = False) -> None:
+    """Raise InputError where a role would read its folder's weights, and they are not those of the model that
+    its config.json describes.
+
+    planning: a folder without any weights will do.
+    """
+    if model.hf is None or not begins_with_weights(model, resuming=resuming):
+        return
+    folder = Path(model.hf).expanduser()
+    if not planning or any(folder.glob("*.safetensors*")):
+        HfHeaders(folder).check(shape_from_folder(folder))
+
+
+class HfHeaders:
+    """The headers of a folder with model.safetensors, or with shards and their index.
+
+    Where both are there the single file is read and the index is not, as transformers does. Every fault is an
+    InputError that names the file or the tensor.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self._open: dict[Path, Header] = {}
+        refuse_dangling(self.path)
+        self._file_of = self._find()
+
+    def _find(self) -> dict[str, Path]:
+        """Which file holds which tensor."""
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.is_file():
+            return dict.fromkeys(self._file(single).entries, single)
+        if not index.is_file():
+            raise InputError(f"has no {SINGLE} and no {INDEX}", where=str(self.path), way_out=self._instead())
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): self.path / file for name, file in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"is not an index of shards ({error!r})", where=str(index)) from error
+
+    def _instead(self) -> str:
+        """What to do with a folder that has neither weights in one file nor an index."""
+        if any(self.path.glob("*.safetensors")):
+            return "there are shards without their index: fetch the folder again, whole"
+        if any(self.path.glob("*.bin")) or any(self.path.glob("*.gguf")):
+            return "its weights are in another format: save them as safetensors"
+        return "give a Hugging Face folder with weights"
+
+    def _file(self, path: Path) -> Header:
+        if path not in self._open:
+            try:
+                with safe_open(str(path), framework="np"):
+                    pass  # the library has looked at the header, and whether the file is as long as it says
+                self._open[path] = Header.of(path)
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"cannot be read ({error})",
+                    where=str(path),
+                    way_out="the file is missing, cut short or not safetensors: fetch the folder again",
+                ) from error
+        return self._open[path]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all its tensors."""
+        return list(self._file_of)
+
+    def dtype(self, name: str) -> str:
+        """The dtype of tensor `name`, in safetensors' words (F32, BF16, ...)."""
+        return str(self.entry(name)[1]["dtype"])
+
+    def entry(self, name: str) -> tuple[Header, dict[str, Any]]:
+        """The header of a tensor's file, and what it says about it. Raises InputError where it is missing."""
+        if name not in self._file_of:
+            raise InputError(f"tensor {name} is missing", where=str(self.path))
+        header = self._file(self._file_of[name])
+        if name not in header.entries:
+            raise InputError(f"tensor {name} is not in it, where the index has it", where=str(header.path))
+        return header, header.entries[name]
+
+    def check(self, shape: Shape) -> None:
+        """Raise InputError naming the tensors of a model of `shape` that are missing, surplus, misshapen, or
+        not of plain floating-point numbers.
+
+        Of what is surplus two are let pass: rotary tables of old files, and the output layer of a tied model
+        where it is the embedding again.
+        """
+        wanted = hf_names(shape)
+        faults = [f"missing tensor {name}" for name in wanted.keys() - self._file_of.keys()]
+        surplus = []
+        for name in self._file_of:
+            if name in wanted:
+                size = tuple(self.entry(name)[1]["shape"])
+                if size != hf_size(name, shape):
+                    faults.append(f"{name} has shape {size}, expected {hf_size(name, shape)}")
+                if self.dtype(name) not in FLOAT_NAMES:
+                    faults.append(f"{name} is {self.dtype(name)}, not one of {', '.join(FLOAT_NAMES)}")
+            elif not name.endswith("rotary_emb.inv_freq") and not (shape.tie and name == OUTPUT):
+                surplus.append(name)
+        faults += [f"surplus tensor {name}" for name in surplus]
+        if faults:
+            faults.sort(key=lambda fault: (not fault.endswith(FUSED_EXPERTS), fault))
+            shown = "; ".join(faults[:SHOWN_FAULTS])
+            more = f" and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+            missing = wanted.keys() - self._file_of.keys()
+            raise InputError(shown + more, where=str(self.path), way_out=_way_out(missing, surplus))
+        if shape.tie and OUTPUT in self._file_of:
+            self._check_tie()
+
+    def _check_tie(self) -> None:
+        """Raise InputError where a tied model's output layer is not its embedding."""
+        if not self._same(EMBEDDING, OUTPUT):
+            raise InputError(
+                f"config.json says that the output layer is the embedding (tie_word_embeddings), and "
+                f"{OUTPUT} is not {EMBEDDING}: readers differ in which they take",
+                where=str(self.path),
+                way_out=f"set tie_word_embeddings to false in config.json to use {OUTPUT}, or save the "
+                "model without it",
+            )
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes; read block by block."""
+        (here, a), (there, b) = self.entry(one), self.entry(other)
+        if (a["dtype"], a["shape"]) != (b["dtype"], b["shape"]):
+            return False
+        left = a["data_offsets"][1] - a["data_offsets"][0]
+        with here.path.open("rb") as first, there.path.open("rb") as second:
+            first.seek(here.begin + a["data_offsets"][0])
+            second.seek(there.begin + b["data_offsets"][0])
+            while left > 0:
+                if first.read(min(BLOCK, left)) != second.read(min(BLOCK, left)):
+                    return False
+                left -= BLOCK
+        return True
+
+
+def _way_out(missing: set[str], surplus: list[str]) -> str:
+    """What helps where a folder's tensors are not its config.json's."""
+    if any(name.endswith(FUSED_EXPERTS) for name in surplus):
+        return (
+            "all experts of a layer are fused in one tensor: save the model by transformers with "
+            "save_pretrained(FOLDER, save_original_format=True), which writes each by itself"
+        )
+    if missing == {OUTPUT}:
+        return "where its output layer is the embedding, set tie_word_embeddings to true in config.json"
+    if surplus and not missing:
+        return (
+            "config.json does not describe them, so the model would be computed without: have config.json "
+            "name what it is, or save the model without them"
+        )
+    return "config.json and weights are not of one model: fetch the folder again, whole"
+
+
+class Header(NamedTuple):
+    """A safetensors file's header. Tensors are read by its byte ranges rather than through the library.
+
+    That maps the file: what was read stays resident as long as it is open, and a file that is larger than
+    memory cannot be mapped at all.
+    """
+
+    path: Path
+    begin: int  # of the tensors' bytes
+    entries: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, path: Path) -> Header:
+        """The header of a file that safetensors can open. Raises OSError."""
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return cls(path, 8 + length, entries)
