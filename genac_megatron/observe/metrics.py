@@ -7,13 +7,13 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.observe.runinfo import METRICS, Position, RunFolder
+from genac_megatron.observe.runinfo import METRICS, RunFolder
 from genac_megatron.recipe.schema import ObserveConfig
 
 logger = logging.getLogger(__name__)
@@ -26,25 +26,24 @@ _EXTRA = {
 class MetricsLog:
     """Writes a step's figures to every sink. One per run, on rank 0.
 
-    `resume_step` is the checkpoint's (stage, steps done): rows after it are dropped from
-    metrics.jsonl, evaluations.jsonl and rollouts.jsonl. Without it the run starts from nothing and logs
-    of an earlier one are set aside. TensorBoard and W&B plot over the row's number in the file, so that
-    stages follow one another on one axis.
-
-    The W&B run id is part of `state_dict`; `load` must come before the first row. W&B keeps rows that
-    were logged after the checkpoint: they lie under the resumed ones at the same `global_step`.
+    `resume` is the `state_dict` of a checkpoint: metrics.jsonl, evaluations.jsonl and rollouts.jsonl are cut
+    to the rows that they had. Without it the run starts from nothing and logs of an earlier one are set
+    aside. TensorBoard and W&B plot over the row's number in the file, so that stages follow one another on
+    one axis. W&B keeps rows that were logged after the checkpoint: they lie under the resumed ones at the
+    same `global_step`. guard: called before each row; raises where the folder is no longer this run's.
     """
 
     def __init__(
         self,
         run_dir: str | Path,
         config: ObserveConfig,
-        resume_step: Position | None = None,
+        resume: Mapping[str, Any] | None = None,
         *,
         name: str = "",
         recipe: Mapping[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises InputError where a sink is asked for whose package is missing."""
+        """Raises InputError where a sink's package is missing, or metrics.jsonl is not the checkpoint's."""
         self.folder = RunFolder(run_dir).create()
         self.config = config
         self.name = name or self.folder.path.name
@@ -57,9 +56,10 @@ class MetricsLog:
                     where=f"observe.{sink}",
                     way_out=f"pip install {package}, or {off}",
                 )
-        self.folder.rewind(resume_step)
-        self.rows = len(self.folder.rows(METRICS)[0])
-        self._wandb_id: str | None = secrets.token_hex(4) if config.wandb.mode != "off" else None
+        self._guard = guard
+        self.rows = self.folder.rewind(None if resume is None else rows_of(resume))  # by log
+        wandb_id = (resume or {}).get("wandb_id") or secrets.token_hex(4)
+        self._wandb_id: str | None = str(wandb_id) if config.wandb.mode != "off" else None
         self._wandb: Any = None
         self._tensorboard: Any = None
 
@@ -81,22 +81,29 @@ class MetricsLog:
             row.update(dict.fromkeys(broken), nonfinite=broken)
             told = ", ".join(f"{key} = {figures[key]}" for key in broken)
             logger.warning("%s step %d: not finite: %s", stage, step, told)
-        self.folder.append(METRICS, row)
-        self.rows += 1
+        self.append(METRICS, row)
         if self.config.tensorboard:
             self._to_tensorboard(finite)
         if self.config.wandb.mode != "off":
             self._to_wandb(stage, step, finite)
         return row
 
+    def append(self, log: str, row: Mapping[str, Any]) -> None:
+        """Append a row to one of LOGS."""
+        self._guard()
+        self.folder.append(log, row)
+        self.rows[log] += 1
+
     def _to_tensorboard(self, figures: Mapping[str, float]) -> None:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides what an interrupted run wrote beyond the checkpoint
-            self._tensorboard = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.rows)
+            self._tensorboard = SummaryWriter(
+                str(self.folder.path / "tensorboard"), purge_step=self.rows[METRICS]
+            )
         for key, value in figures.items():
-            self._tensorboard.add_scalar(key, value, self.rows)
+            self._tensorboard.add_scalar(key, value, self.rows[METRICS])
         self._tensorboard.flush()
 
     def _to_wandb(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
@@ -115,24 +122,11 @@ class MetricsLog:
                 settings=wandb.Settings(silent=True),
             )
             self._wandb.define_metric("*", step_metric="global_step")
-        self._wandb.log({**figures, "global_step": self.rows, "stage": stage, "stage_step": step})
+        self._wandb.log({**figures, "global_step": self.rows[METRICS], "stage": stage, "stage_step": step})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the number of rows and the W&B run id."""
-        return {"rows": self.rows, "wandb_id": self._wandb_id}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's logging. Raises InputError where metrics.jsonl is not the one it left."""
-        if self._wandb is not None:
-            raise RuntimeError("load the metrics log before its first row")
-        if self.rows != int(state["rows"]):
-            raise InputError(
-                f"the checkpoint counts {state['rows']} rows, the file holds {self.rows} up to that step",
-                where=str(self.folder.path / METRICS),
-                way_out="put the file back, or resume in a copy of the whole run folder",
-            )
-        if self.config.wandb.mode != "off" and state.get("wandb_id"):
-            self._wandb_id = str(state["wandb_id"])
+        """What a checkpoint keeps: each log's number of rows and the W&B run id."""
+        return {"rows": dict(self.rows), "wandb_id": self._wandb_id}
 
     def close(self, failed: bool = False) -> None:
         """Flush and close the sinks; `failed` marks the W&B run as such. Safe to call twice."""
@@ -150,3 +144,9 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+def rows_of(state: Mapping[str, Any]) -> dict[str, int]:
+    """The rows of each log that a checkpoint has counted. Earlier versions counted those of METRICS alone."""
+    rows = state["rows"]
+    return {METRICS: rows} if isinstance(rows, int) else dict(rows)
