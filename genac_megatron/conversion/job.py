@@ -147,7 +147,7 @@ def convert(
     if rank > 0 and job.dst.exists():
         return  # the first rank found everything done, or says what is wrong
     _begin(job, part)
-    lock = held(part, "the conversion", other="or name another folder", name=f".rank{rank}{LOCK}")
+    lock = held(part, "the conversion", other="name another folder", name=f".rank{rank}{LOCK}")
     with lock, _full_disk(part):
         missing = [s for s in job.shards[rank::ranks] if not _record(part, s).exists()]
         _check_space(job, part, missing)

@@ -71,8 +71,9 @@ class Parts:
 
     def _hold(self) -> None:
         if self._lock is None:
-            self._lock = FolderLock(self.folder, "the evaluation", other="or name a new folder")
-            self._lock.acquire()  # until `finish`, or this process ends
+            lock = FolderLock(self.folder, "the evaluation", other="name a new folder")
+            lock.acquire()  # until `finish`, or this process ends
+            self._lock = lock
 
     def whole(self, plan: Mapping[str, Any], keys: Iterable[Key]) -> list[Row]:
         """The rows of all planned keys, in their order, as they are on the disk: what `finish` is given.

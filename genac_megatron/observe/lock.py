@@ -89,13 +89,15 @@ class FolderLock:
     def check(self) -> None:
         """Raises GenacError where another process has taken the folder since: this one had stood still."""
         newest = self._newest()
-        if self._path is not None and (self._lost or (newest is not None and newest.name > self._path.name)):
-            raise GenacError(
-                f"another process has taken {self.what} over while this one stood still"
-                + (f": {_told(_read(newest))}" if newest is not None else ""),
-                where=str(self.folder),
-                way_out="let one of the two go on; --resume goes on from the newest checkpoint",
-            )
+        gone = self._lost or (newest is not None and self._path is not None and newest != self._path)
+        holder = {} if newest is None else _read(newest)
+        if self._path is None or not gone or _is_this_process(holder):
+            return
+        raise GenacError(
+            f"another process has taken {self.what} over while this one stood still: {_told(holder)} has it",
+            where=str(self.folder),
+            way_out="let one of the two go on; what is saved stands",
+        )
 
     def release(self) -> None:
         """Let the folder go. Safe to call twice."""
@@ -231,9 +233,14 @@ def _lives(holder: Holder) -> bool | None:
         return False  # Slurm has requeued the job: its attempt before has ended
     if not holder.get("machine") or holder["machine"] != me["machine"]:
         return None
-    if (holder["pid"], holder["began"]) == (me["pid"], me["began"]):
-        return False  # this process, which has come back
+    if _is_this_process(holder):
+        return False  # it has come back
     return _began(holder["pid"]) == holder["began"]
+
+
+def _is_this_process(holder: Holder) -> bool:
+    me = _this_process()
+    return all(holder.get(key) == me[key] for key in ("machine", "pid", "began"))
 
 
 def _leaves(holder: Holder) -> bool:
@@ -246,7 +253,7 @@ def _told(holder: Mapping[str, Any]) -> str:
     if "pid" not in holder:
         return "a process that its file does not name"
     job = f" (job {holder['job'].rpartition(':')[2]})" if holder.get("job") else ""
-    return f"process {holder['pid']} on {holder['node']}{job}, since {holder['since']},"
+    return f"process {holder['pid']} on {holder['node']}{job}, since {holder['since']}"
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -57,11 +57,16 @@ class MetricsLog:
                     way_out=f"pip install {package}, or {off}",
                 )
         self._guard = guard
-        self.rows = self.folder.rewind(None if resume is None else rows_of(resume))  # by log
+        self.counts = self.folder.rewind(None if resume is None else rows_of(resume))  # by log
         wandb_id = (resume or {}).get("wandb_id") or secrets.token_hex(4)
         self._wandb_id: str | None = str(wandb_id) if config.wandb.mode != "off" else None
         self._wandb: Any = None
         self._tensorboard: Any = None
+
+    @property
+    def rows(self) -> int:
+        """The rows of metrics.jsonl."""
+        return self.counts[METRICS]
 
     def log(self, stage: str, kind: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append a row and return it.
@@ -92,18 +97,16 @@ class MetricsLog:
         """Append a row to one of LOGS."""
         self._guard()
         self.folder.append(log, row)
-        self.rows[log] += 1
+        self.counts[log] += 1
 
     def _to_tensorboard(self, figures: Mapping[str, float]) -> None:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides what an interrupted run wrote beyond the checkpoint
-            self._tensorboard = SummaryWriter(
-                str(self.folder.path / "tensorboard"), purge_step=self.rows[METRICS]
-            )
+            self._tensorboard = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.rows)
         for key, value in figures.items():
-            self._tensorboard.add_scalar(key, value, self.rows[METRICS])
+            self._tensorboard.add_scalar(key, value, self.rows)
         self._tensorboard.flush()
 
     def _to_wandb(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
@@ -122,11 +125,11 @@ class MetricsLog:
                 settings=wandb.Settings(silent=True),
             )
             self._wandb.define_metric("*", step_metric="global_step")
-        self._wandb.log({**figures, "global_step": self.rows[METRICS], "stage": stage, "stage_step": step})
+        self._wandb.log({**figures, "global_step": self.rows, "stage": stage, "stage_step": step})
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: each log's number of rows and the W&B run id."""
-        return {"rows": dict(self.rows), "wandb_id": self._wandb_id}
+        return {"rows": dict(self.counts), "wandb_id": self._wandb_id}
 
     def close(self, failed: bool = False) -> None:
         """Flush and close the sinks; `failed` marks the W&B run as such. Safe to call twice."""

@@ -54,7 +54,7 @@ class Loop:
                 yield self.step
         self._mark = {
             "explained_variance": self.run.at.explained_variance,
-            "rows": self.run.gather([dict(self.run.log.rows) if self.run.log is not None else None])[0],
+            "rows": self.run.gather([dict(self.run.log.counts) if self.run.log is not None else None])[0],
         }
 
     def end_at(self, step: int) -> None:

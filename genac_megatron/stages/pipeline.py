@@ -17,7 +17,7 @@ from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
-from genac_megatron.observe.runinfo import METRICS, RunFolder, write_text_atomic
+from genac_megatron.observe.runinfo import RunFolder, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
     PolicyStage,
@@ -106,11 +106,11 @@ def _reported(log: MetricsLog | None, plots: bool) -> Iterator[None]:
     """Rank 0, which has the log, writes the run's report, also where the run ends with an error that all
     ranks have or its own, and has logged anything by then. Where it is written is said last.
     """
-    before = log.rows[METRICS] if log is not None else 0
+    before = log.rows if log is not None else 0
     try:
         yield
     except GenacError as error:
-        if log is not None and log.rows[METRICS] > before:
+        if log is not None and log.rows > before:
             try:
                 error.add(f"report: {_report(log.folder, plots)}")
             except Exception as failed:  # the run's own error is the one to tell

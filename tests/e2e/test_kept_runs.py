@@ -187,3 +187,30 @@ def test_the_schedule_ends_with_the_updates_that_there_are(tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr[-3000:]
         last[parts] = [row["actor/lr"] for row in rows(folder) if "actor/lr" in row][-1]
     assert last[8] == last[4] == pytest.approx(1e-3 * (4 + 3 + 2 + 1) / 4 / 8)
+
+
+def test_sft_that_has_finished_trains_more_epochs(tmp_path: Path) -> None:
+    """Up to the figures of a run that had them from the start; the samples are kept, not made again."""
+    short, long = tmp_path / "short", tmp_path / "long"
+    alone = f"stages=[{json.dumps(SMALL['stages'][0])}]"
+    for folder, epochs in ((short, 1), (long, 3)):
+        folder.mkdir()
+        done = genac("run", recipe(folder), alone, f"stages.sft.epochs={epochs}", cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+    done = genac("run", recipe(short), alone, "stages.sft.epochs=3", "--resume", cwd=short)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[row["actor/loss"] for row in rows(folder) if "actor/lr" in row] for folder in (short, long)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+    assert judged(short) == judged(long)
+
+
+def test_a_world_that_a_platform_has_preset(tmp_path: Path) -> None:
+    """Told at once, also by the process of a RANK other than 0 where it may be the only one."""
+    for rank, port in (("0", "29500"), ("1", "")):
+        world = {"RANK": rank, "WORLD_SIZE": "4", "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": port}
+        words = [sys.executable, "-m", "genac_megatron", "run", recipe(tmp_path)]
+        done = run_words(words, cwd=tmp_path, env=environment(**world))
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -187,8 +187,13 @@ def test_one_that_was_taken_over_notices(tmp_path: Path) -> None:
     mine = taken(tmp_path)
     says(tmp_path, machine=["another", "pid:[1]"], pid=1)
     thief = taken(tmp_path)
+    mine.check()  # this process itself
+    path = file_of(tmp_path)
+    ours = path.read_text()
+    says(tmp_path, pid=os.getppid())
     with pytest.raises(GenacError, match="another process has taken the run over"):
         mine.check()
+    path.write_text(ours)
     mine.release()
     thief.check()
     thief.release()

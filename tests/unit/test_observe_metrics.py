@@ -97,7 +97,7 @@ def test_a_checkpoint_of_an_earlier_version_counts_metrics_alone(
     for number in range(3):
         for name in (METRICS, EVALUATIONS):
             log.append(name, {"stage": "rl", "step": number})
-    assert MetricsLog(tmp_path, PLAIN, {"rows": 2, "wandb_id": None}).rows == {
+    assert MetricsLog(tmp_path, PLAIN, {"rows": 2, "wandb_id": None}).counts == {
         METRICS: 2,
         EVALUATIONS: 3,
         ROLLOUTS: 0,
@@ -111,7 +111,7 @@ def test_rows_that_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     log.append(METRICS, {"stage": "rl", "step": 1})
     log.append(ROLLOUTS, {"stage": "rl", "step": 1})
     (tmp_path / ROLLOUTS).unlink()
-    assert MetricsLog(tmp_path, PLAIN, log.state_dict()).rows[ROLLOUTS] == 0
+    assert MetricsLog(tmp_path, PLAIN, log.state_dict()).counts[ROLLOUTS] == 0
     assert "1 of 1 rows are gone" in caplog.text
 
 
