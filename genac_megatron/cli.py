@@ -24,9 +24,10 @@ from genac_megatron.errors import (
     InputError,
     PeerLost,
     StopRequested,
-    on_all_ranks,
 )
 from genac_megatron.evaluation import command as evaluation
+from genac_megatron.launch import Launcher, adopt_slurm, check_world, in_world, rank_command
+from genac_megatron.observe.lock import run_lock
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.studies import command as studies
 
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rank_name() -> str | None:
     """This process among the ranks of a world, or None where it is none or the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not in_world():
         return None
     return f"rank {os.environ.get('RANK', '0')}"
 
@@ -149,6 +150,8 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
         print(dump_recipe(recipe))
         print(describe(recipe))
         return EXIT_OK
+    if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
+        run_lock(Path(recipe.runs) / recipe.name).refuse()
     return _in_ranks(recipe, given, _run_job(options))
 
 
@@ -174,11 +177,11 @@ def _parity_job(options: argparse.Namespace) -> Job:
 def _in_ranks(recipe: Recipe, given: list[str], job: Job) -> int:
     """Do a job on every rank: those that this process starts, or the world that it belongs to."""
     from genac_megatron.cluster.network import rank_environment
-    from genac_megatron.launch import Launcher, adopt_slurm, in_world, rank_command
 
     if not in_world():
         return Launcher(rank_command(given), recipe.world.ranks, recipe.world.threads).run()
     os.environ.update(adopt_slurm())
+    check_world(recipe.world.ranks)
     os.environ.update(rank_environment(os.environ))
     return _rank(recipe, job)
 
@@ -227,9 +230,6 @@ def _joined(recipe: Recipe, job: Job, stop: StopFlag) -> int:
 
     with heartbeat(Path(recipe.runs) / recipe.name), _lost_peers():  # the last beat tells its exit code
         world = init_world(recipe.world.timeout_s, recipe.seed)
-        if world.size != recipe.world.ranks:
-            what = f"the recipe wants {recipe.world.ranks} ranks, {world.size} were started"
-            raise on_all_ranks(InputError(what, where="world.ranks"))
         try:
             job(recipe, world, stop)
         except StopRequested:

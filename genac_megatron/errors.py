@@ -62,6 +62,10 @@ class StopRequested(GenacError):
     agreed = True
 
 
+class NotFinite(GenacError):
+    """Training made NaN or infinity; nothing of it is saved (exit code 1)."""
+
+
 E = TypeVar("E", bound=GenacError)
 
 

@@ -27,6 +27,7 @@ from genac_megatron.errors import (
     EXIT_OK,
     EXIT_REQUEUE,
     InputError,
+    on_all_ranks,
 )
 
 GRACE_S = 20.0  # how long other ranks may go on after one has failed
@@ -38,6 +39,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: SLURM_MAX_NORMAL_STEP_ID
 FOLLOW_S = 0.5  # between looks at a parent
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CAUSES = (EXIT_INPUT, EXIT_GATE, EXIT_REQUEUE)  # exit codes that say why
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -73,6 +76,33 @@ def adopt_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         "WORLD_SIZE": environ["SLURM_NTASKS"],
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
     }
+
+
+def check_world(ranks: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise InputError, alike on every rank, where RANK and its kin do not make this process one of `ranks`.
+
+    Container platforms (Kubeflow, SageMaker) preset them for a torchrun of their own.
+    """
+    found = {name: environ.get(name, "") for name in RENDEZVOUS}
+    numbers = [found[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    whole = all(number.isascii() and number.isdecimal() for number in numbers) and found["MASTER_ADDR"]
+    if not whole:
+        told = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in found.items())
+        what = f"RANK is set in the environment, as by torchrun, but not all that goes with it: {told}"
+    elif int(found["WORLD_SIZE"]) != ranks:
+        what = f"the recipe wants {ranks} ranks, {int(found['WORLD_SIZE'])} were started (by WORLD_SIZE)"
+    elif int(found["RANK"]) >= ranks:
+        what = f"RANK is {found['RANK']}, of a WORLD_SIZE of {ranks}"
+    else:
+        return
+    error = InputError(
+        what,
+        where="world.ranks",
+        way_out=f"where a platform has set them for every process: unset {' '.join(WORLD_VARIABLES)}, and "
+        f"the command starts its own ranks; else start {ranks} (torchrun, srun), or set world.ranks to what "
+        "is started",
+    )
+    raise on_all_ranks(error) if whole else error
 
 
 def follow_launcher() -> None:

@@ -19,9 +19,11 @@ from genac_megatron.cluster.network import (
 )
 from genac_megatron.cluster.placement import Placement, misfits, placement, server_count
 from genac_megatron.errors import GenacError, InputError
+from genac_megatron.observe.lock import run_lock
 from genac_megatron.observe.manifest import read_manifest, survey
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.stages.resume import finished
 
 LATEST = "latest"
 FROM = "from"  # in an attempt's folder: the position that it began at
@@ -71,8 +73,9 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
     """
     place = check_allocation(recipe, environ)
     folder = RunFolder(Path(recipe.runs).absolute() / recipe.name)
+    run_lock(folder.path).refuse()
     manifest = newest_manifest(folder.checkpoints)
-    finished = manifest is not None and manifest["state"]["at"]["stage"] >= len(recipe.stages)
+    done = manifest is not None and finished(recipe, manifest["state"], str(folder.checkpoints))
     named = environ.get("GENAC_FABRIC", "").replace(",", " ").split()
     address = fabric_address(named, environ.get("GENAC_PEER", ""))
     number, servers = int(environ["SLURM_JOB_ID"]), server_count(recipe)
@@ -88,7 +91,7 @@ def plan(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, s
         "GENAC_RANKS_PER_NODE": str(place.ranks_per_node),
         "GENAC_RESUME": "--resume" if manifest is not None else "",
         "GENAC_POSITION": position(manifest),
-        "GENAC_FINISHED": "1" if finished else "",
+        "GENAC_FINISHED": "1" if done else "",
         "MASTER_ADDR": address,
         "MASTER_PORT": str(ports[RUN]),
         "GENAC_PREFLIGHT_PORT": str(ports[PREFLIGHT]),

@@ -8,7 +8,6 @@ its own shards, and the first waits for the others', adds what is small and give
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError, PeerLost, StopRequested
 from genac_megatron.launch import end_with
 from genac_megatron.models.families.base import Shape
+from genac_megatron.observe.lock import LOCK, held
 from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.stages.stopping import StopFlag
@@ -147,7 +147,8 @@ def convert(
     if rank > 0 and job.dst.exists():
         return  # the first rank found everything done, or says what is wrong
     _begin(job, part)
-    with _alone(part, rank), _full_disk(part):
+    lock = held(part, "the conversion", other="name another folder", name=f".rank{rank}{LOCK}")
+    with lock, _full_disk(part):
         missing = [s for s in job.shards[rank::ranks] if not _record(part, s).exists()]
         _check_space(job, part, missing)
         done = sum(s.numel for s in job.shards[rank::ranks]) - sum(s.numel for s in missing)
@@ -179,17 +180,6 @@ def _begin(job: Conversion, part: Path) -> None:
     if different:
         shown = ", ".join(f"{key}: {found.get(key)} then, {plan.get(key)} now" for key in different)
         raise InputError(f"another conversion was begun here ({shown})", where=str(part), way_out="remove it")
-
-
-@contextmanager
-def _alone(part: Path, rank: int) -> Iterator[None]:
-    """Hold this rank's lock, which ends with the process however it ends."""
-    with (part / f"rank{rank}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("another process is converting into it", where=str(part)) from None
-        yield
 
 
 @contextmanager
@@ -270,6 +260,9 @@ def _finish(job: Conversion, part: Path) -> None:
     records = [json.loads(_record(part, shard).read_text()) for shard in job.shards]
     job.finish(part, records)
     shutil.rmtree(part / "done")
-    for left in (part / "plan.json", *part.glob("rank*.lock")):
+    (part / "plan.json").unlink()
+    for lock in part.glob(f".rank*{LOCK}"):
+        shutil.rmtree(lock, ignore_errors=True)
+    for left in part.glob("rank*.lock"):  # of an earlier version
         left.unlink()
     os.replace(part, job.dst)

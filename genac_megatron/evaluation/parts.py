@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import GenacError, InputError
+from genac_megatron.observe.lock import LOCK, FolderLock
 from genac_megatron.observe.runinfo import jsonable, read_jsonl, write_json_atomic, write_text_atomic
 
 PLAN, MANIFEST, PARTS = "plan.json", "manifest.json", "parts"
@@ -32,12 +33,13 @@ Key = tuple[int, ...]
 class Parts:
     """The rows of one piece of work, by `keys`: the fields, all integers, that name a row.
 
-    `begin` and `finish` are for one process, `append` for each.
+    `begin` and `finish` are for one process, which holds the folder in between; `append` for each.
     """
 
     def __init__(self, folder: Path, name: str, keys: tuple[str, ...]) -> None:
         self.folder, self.name, self.keys = folder, name, keys
         self._file: Path | None = None
+        self._lock: FolderLock | None = None
 
     @property
     def rows_file(self) -> Path:
@@ -50,11 +52,13 @@ class Parts:
 
     def begin(self, plan: Mapping[str, Any]) -> dict[Key, Row]:
         """The rows that are there already, by key. Raises InputError where the folder holds other work, or
-        finished work that is damaged."""
+        finished work that is damaged, or another process works in it."""
+        if not self.complete:
+            self._hold()
         wanted = jsonable(plan)
         if (self.folder / PLAN).exists():
             self._compare(self._plan_there(), wanted)
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise InputError(
                 "the folder holds something else", where=str(self.folder), way_out="name a new folder"
             )
@@ -64,6 +68,12 @@ class Parts:
             return self._by_key(self.read()[1])
         files = sorted((self.folder / PARTS).glob("*.jsonl"))
         return self._by_key(row for file in files for row in read_jsonl(file)[0])
+
+    def _hold(self) -> None:
+        if self._lock is None:
+            lock = FolderLock(self.folder, "the evaluation", other="name a new folder")
+            lock.acquire()  # until `finish`, or this process ends
+            self._lock = lock
 
     def whole(self, plan: Mapping[str, Any], keys: Iterable[Key]) -> list[Row]:
         """The rows of all planned keys, in their order, as they are on the disk: what `finish` is given.
@@ -107,11 +117,20 @@ class Parts:
 
     def finish(self, rows: Iterable[Row], manifest: Mapping[str, Any]) -> None:
         """Write all rows (see `whole`), then the manifest; the parts go."""
+        if self._lock is not None:
+            self._lock.check()
         text = "".join(_line(row) for row in rows)
         write_text_atomic(self.rows_file, text)
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
         write_json_atomic(self.folder / MANIFEST, {**manifest, "sha256": digest})
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def read(self) -> tuple[Row, list[Row]]:
         """(manifest, rows) of finished work. Raises InputError where there is none, or it is damaged."""
@@ -136,6 +155,7 @@ class Parts:
 
     def clear(self) -> None:
         """Forget the work, the manifest first: a half-cleared folder is unfinished."""
+        self._hold()
         for name in (MANIFEST, self.name):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)

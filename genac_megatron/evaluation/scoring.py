@@ -31,6 +31,7 @@ from genac_megatron.evaluation.intervals import plain
 from genac_megatron.evaluation.parts import PLAN, Key, Parts, Row
 from genac_megatron.evaluation.session import identity, made_from, session, stop_if_asked, with_role
 from genac_megatron.evaluation.tables import table, with_interval
+from genac_megatron.observe.lock import Held
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.stages.runtime import Run
@@ -201,6 +202,8 @@ class Scoring:
     def _begin(self) -> dict[Key, Row]:
         try:
             return self.parts.begin(self.plan)
+        except Held:
+            raise
         except InputError as error:
             if not self.options.again:
                 raise self._others(error) from error

@@ -7,13 +7,13 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.observe.runinfo import METRICS, Position, RunFolder
+from genac_megatron.observe.runinfo import METRICS, RunFolder
 from genac_megatron.observe.sinks import Sink, TensorBoard, Wandb
 from genac_megatron.recipe.schema import ObserveConfig
 
@@ -27,46 +27,52 @@ _EXTRA = {
 class MetricsLog:
     """Writes a step's figures to every sink. One per run, on rank 0.
 
-    `resume_step` is the checkpoint's (stage, steps done): rows after it are dropped from
-    metrics.jsonl, evaluations.jsonl and rollouts.jsonl. Without it the run starts from nothing and logs
-    of an earlier one are set aside. TensorBoard and W&B plot over the row's number in the file, so that
-    stages follow one another on one axis.
-
-    The W&B run id is part of `state_dict`; `load` must come before the first row. W&B keeps rows that
-    were logged after the checkpoint: they lie under the resumed ones at the same `global_step`.
+    `resume` is the `state_dict` of a checkpoint: metrics.jsonl, evaluations.jsonl and rollouts.jsonl are cut
+    to the rows that they had. Without it the run starts from nothing and logs of an earlier one are set
+    aside. TensorBoard and W&B plot over the row's number in the file, so that stages follow one another on
+    one axis. W&B keeps rows that were logged after the checkpoint: they lie under the resumed ones at the
+    same `global_step`. guard: called before each row; raises where the folder is no longer this run's.
     """
 
     def __init__(
         self,
         run_dir: str | Path,
         config: ObserveConfig,
-        resume_step: Position | None = None,
+        resume: Mapping[str, Any] | None = None,
         *,
         name: str = "",
         recipe: Mapping[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises InputError where a sink is asked for whose package is missing."""
+        """Raises InputError where a sink's package is missing, or metrics.jsonl is not the checkpoint's."""
         self.folder = RunFolder(run_dir).create()
         self.config = config
         self.name = name or self.folder.path.name
         self.recipe = dict(recipe or {})
-        for sink, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb.mode != "off")):
-            if wanted and importlib.util.find_spec(sink) is None:
-                package, off = _EXTRA[sink]
+        for kind, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb.mode != "off")):
+            if wanted and importlib.util.find_spec(kind) is None:
+                package, off = _EXTRA[kind]
                 raise InputError(
                     f"the package {package} is not installed",
-                    where=f"observe.{sink}",
+                    where=f"observe.{kind}",
                     way_out=f"pip install {package}, or {off}",
                 )
-        self.folder.rewind(resume_step)
-        self.rows = len(self.folder.rows(METRICS)[0])
+        self._guard = guard
+        self.counts = self.folder.rewind(None if resume is None else rows_of(resume))  # by log
+        kept = resume or {}
         tensorboard = TensorBoard(self.folder) if config.tensorboard else None
         self._wandb: Wandb | None = None
         if config.wandb.mode != "off":
-            self._wandb = Wandb(self.folder, config.wandb, secrets.token_hex(4), self.name, self.recipe)
+            wandb_id = str(kept.get("wandb_id") or secrets.token_hex(4))
+            self._wandb = Wandb(self.folder, config.wandb, wandb_id, self.name, self.recipe)
         self._sinks: list[Sink] = [one for one in (tensorboard, self._wandb) if one is not None]
-        for one in self._sinks:
-            one.sent = self.rows
+        for sink in self._sinks:  # a checkpoint made before sinks were counted says nothing of them
+            sink.sent = min(int(kept.get("sent", {}).get(sink.name, self.rows)), self.rows)
+
+    @property
+    def rows(self) -> int:
+        """The rows of metrics.jsonl."""
+        return self.counts[METRICS]
 
     def log(self, stage: str, kind: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append a row and return it.
@@ -85,31 +91,25 @@ class MetricsLog:
             row.update(dict.fromkeys(broken), nonfinite=broken)
             told = ", ".join(f"{key} = {figures[key]}" for key in broken)
             logger.warning("%s step %d: not finite: %s", stage, step, told)
-        self.folder.append(METRICS, row)
-        self.rows += 1
+        self.append(METRICS, row)
         for sink in self._sinks:
             sink.offer(self.rows, row)
         return row
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the number of rows, how many each sink has, and the W&B run id."""
-        sent = {sink.name: sink.sent for sink in self._sinks}
-        return {"rows": self.rows, "sent": sent, "wandb_id": self._wandb.id if self._wandb else None}
+    def append(self, log: str, row: Mapping[str, Any]) -> None:
+        """Append a row to one of LOGS."""
+        self._guard()
+        self.folder.append(log, row)
+        self.counts[log] += 1
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's logging. Raises InputError where metrics.jsonl is not the one it left."""
-        if self._wandb is not None and self._wandb.opened:
-            raise RuntimeError("load the metrics log before its first row")
-        if self.rows != int(state["rows"]):
-            raise InputError(
-                f"the checkpoint counts {state['rows']} rows, the file holds {self.rows} up to that step",
-                where=str(self.folder.path / METRICS),
-                way_out="put the file back, or resume in a copy of the whole run folder",
-            )
-        if self._wandb is not None and state.get("wandb_id"):
-            self._wandb.id = str(state["wandb_id"])
-        for sink in self._sinks:  # a checkpoint made before sinks were counted says nothing of them
-            sink.sent = min(int(state.get("sent", {}).get(sink.name, self.rows)), self.rows)
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: each log's number of rows, how many each sink has, the W&B run id."""
+        sent = {sink.name: sink.sent for sink in self._sinks}
+        return {
+            "rows": dict(self.counts),
+            "sent": sent,
+            "wandb_id": self._wandb.id if self._wandb else None,
+        }
 
     def close(self, failed: bool = False) -> None:
         """Close the sinks, and name what they do not have; `failed` marks the W&B run as such.
@@ -127,3 +127,9 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+def rows_of(state: Mapping[str, Any]) -> dict[str, int]:
+    """The rows of each log that a checkpoint has counted. Earlier versions counted those of METRICS alone."""
+    rows = state["rows"]
+    return {METRICS: rows} if isinstance(rows, int) else dict(rows)

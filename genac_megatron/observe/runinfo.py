@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from genac_megatron.errors import GenacError
+from genac_megatron.errors import GenacError, InputError
 
-Position = tuple[str, int]  # (stage name, number of its steps that are done)
+logger = logging.getLogger(__name__)
+
 METRICS, EVALUATIONS, ROLLOUTS = "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"
 LOGS = (METRICS, EVALUATIONS, ROLLOUTS)
 
@@ -132,51 +134,44 @@ class RunFolder:
         stages = self.resolved_recipe().get("stages") or []
         return [str(s.get("name", s.get("kind", ""))) for s in stages if isinstance(s, dict)]
 
-    def rewind(self, position: Position | None) -> None:
-        """Make the logs end where training goes on, so that no step is logged twice.
+    def rewind(self, counts: Mapping[str, int] | None) -> dict[str, int]:
+        """Make the logs end where training goes on, so that no step is logged twice; the rows of each.
 
-        A position: rows after that stage and step are dropped (the steps will be run again), as is a
-        last line that a crash cut off. None (a run from the start): logs that hold anything are set
-        aside as `<log>.1`, `<log>.2` and so on.
+        counts: by log, the rows that are kept: later ones are of steps that will be run again. A last line
+        that a crash cut off goes. A log that is not counted is kept whole. None (a run from the start): logs
+        that hold anything are set aside as `<log>.1`, `<log>.2` and so on.
+
+        Raises InputError where METRICS has fewer rows.
         """
-        for log in LOGS:
-            path = self.path / log
-            if not path.exists():
-                continue
-            if position is None:
-                _set_aside(path)
-                continue
-            kept = _rows_until(read_jsonl(path)[0], position, self.stage_names())
-            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        if counts is None:
+            for log in LOGS:
+                _set_aside(self.path / log)
+            return dict.fromkeys(LOGS, 0)
+        return {log: self._cut(log, counts.get(log)) for log in LOGS}
+
+    def _cut(self, log: str, count: int | None) -> int:
+        path = self.path / log
+        rows, bad = read_jsonl(path)
+        if count is None and rows:
+            logger.warning("genac: warning: %s: an earlier version's checkpoint does not say its rows", path)
+        count = len(rows) if count is None else count
+        if len(rows) < count and log == METRICS:
+            raise InputError(
+                f"the checkpoint counts {count} rows, the file holds {len(rows)}",
+                where=str(path),
+                way_out="put the file back, or resume in a copy of the whole run folder",
+            )
+        if len(rows) < count:
+            logger.warning("genac: warning: %s: %d of %d rows are gone", path, count - len(rows), count)
+        if len(rows) > count or bad:
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows[:count]))
+        return min(len(rows), count)
 
 
 def _set_aside(path: Path) -> None:
-    if path.stat().st_size == 0:
+    if not path.exists() or path.stat().st_size == 0:
         return
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.replace(aside)
-
-
-def _rows_until(
-    rows: list[dict[str, Any]], position: Position, stages: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Rows up to a position. A stage that the recipe does not name is placed by order in the file."""
-    stage, step = position
-    order = {name: i for i, name in enumerate(stages)}
-    here = order.get(stage)
-    reached = False
-    kept = []
-    for row in rows:
-        name = row.get("stage")
-        reached = reached or name == stage
-        if name == stage:
-            after = int(row.get("step") or 0) > step
-        elif here is not None and name in order:
-            after = order[str(name)] > here
-        else:
-            after = reached
-        if not after:
-            kept.append(row)
-    return kept

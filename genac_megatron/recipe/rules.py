@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -290,6 +291,9 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             continue
         _check_heads(recipe, stage, place, where)
         check_algorithm(recipe, stage, place, where)
+        if "reference" in recipe.roles and _kl_coef(stage):
+            who = f"kl_coef of the stage '{stage.name}'"
+            _check_copy(recipe, "actor", "reference", who, ("roles", "reference", "model"), where)
         if isinstance(stage, PpoStage | PolicyStage):
             _check_overlap(recipe, stage, place, where)
     for index, stage in enumerate(recipe.stages):
@@ -330,6 +334,7 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
                 where=where((*place, "start_from")),
                 way_out="leave start_from out",
             )
+        _check_copy(recipe, stage.start_from, "critic", who, (*place, "start_from"), where)
     for role, head in needed.items():
         check_role(recipe, role, who, place, where)
         if recipe.roles[role].model.head != head:
@@ -339,6 +344,27 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
                 where=where(("roles", role, "model", "head")),
                 way_out=f"set roles.{role}.model.head: {head}, or choose another kind of stage",
             )
+
+
+def _kl_coef(stage: StageConfig) -> float:
+    if isinstance(stage, PpoStage):
+        return stage.actor_loss.kl_coef
+    return stage.algorithm.loss.kl_coef if isinstance(stage, PolicyStage) else 0.0
+
+
+def _check_copy(
+    recipe: Recipe, source: str, target: str, who: str, place: Sequence[str | int], where: Where
+) -> None:
+    """A role that starts as a copy of another has its shape."""
+    shapes = [read_shape(recipe.roles[name].model) for name in (source, target)]
+    if not shapes[1].may_start_from(shapes[0]):
+        was, is_ = (dataclasses.asdict(shape) for shape in shapes)
+        different = [f"{key} {was[key]} and {is_[key]}" for key in was if was[key] != is_[key]]
+        raise InputError(
+            f"{who} has '{target}' start from '{source}', and their shapes differ: {', '.join(different)}",
+            where=where(place),
+            way_out=f"give roles.{target}.model the shape of roles.{source}.model",
+        )
 
 
 def _check_overlap(
@@ -375,6 +401,7 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
                 where=where((*place, "start_from")),
                 way_out="leave start_from out",
             )
+        _check_copy(recipe, stage.start_from, stage.role, who, (*place, "start_from"), where)
     _check_heldout(stage, who, (*place, "heldout"), where)
     if stage.data == "jsonl":
         if stage.path is None:

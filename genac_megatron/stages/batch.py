@@ -31,7 +31,7 @@ from genac_megatron.stages.heldout import judge_for
 from genac_megatron.stages.judging import Budget
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
-from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.runtime import Run, largest, mean
 from genac_megatron.training.role import StepResult
 
 RolloutStage = ReinforceStage | PpoStage | ValueStage | PolicyStage  # the actor's responses are its data
@@ -316,7 +316,7 @@ def trained_figures(
     """
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
     stats = means(stats, sum(sum(sample.fields["weights"]) for sample in samples))
-    stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
+    stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
     tokens = stats.pop("tokens") * len(results)
     return {
         **prefixed(role, stats),

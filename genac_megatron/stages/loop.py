@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import GenacError, InputError, StopRequested, on_all_ranks
-from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
+from genac_megatron.errors import StopRequested
+from genac_megatron.recipe.schema import SftStage, StageConfig
+from genac_megatron.stages.resume import before_judging, check_steps, fingerprint, lengths
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
@@ -22,6 +22,8 @@ class Loop:
         self.run, self.stage, self.checkpoints = run, stage, checkpoints
         self._resumed = resumed  # the checkpoint that this stage goes on from, inside the stage
         self._total = 0
+        self.step = 0  # the one that is under way, or the last
+        self._mark: dict[str, Any] = {}  # of what judging the stage changes, as of its last step
         self._asked = False  # to stop, at a step where it could not
 
     @property
@@ -41,14 +43,19 @@ class Loop:
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps left, counted from 1, as many as `end_at` last said."""
+        check_steps(self.stage, self.run.at.step, total, f"stage {self.stage.name}")
         self._total = total
         first = self.run.at.step + 1
         self.run.progress.stage(self.stage.name, total, first - 1)
-        step = first
-        while step <= self._total:
-            with self.run.profiler.step(self.stage.name, step, step - first + 1):
-                yield step
-            step += 1
+        self.step = first - 1
+        while self.step < self._total:
+            self.step += 1
+            with self.run.profiler.step(self.stage.name, self.step, self.step - first + 1):
+                yield self.step
+        self._mark = {
+            "explained_variance": self.run.at.explained_variance,
+            "rows": self.run.gather([dict(self.run.log.counts) if self.run.log is not None else None])[0],
+        }
 
     def end_at(self, step: int) -> None:
         """The stage's last step is this one."""
@@ -61,7 +68,6 @@ class Loop:
     ) -> None:
         """Log a step; evaluate, save and stop where due."""
         run = self.run
-        _check_finite(self.stage.name, step, figures)
         if evaluate is not None:
             figures = {**figures, **evaluate()}
         run.at.step = step
@@ -113,20 +119,39 @@ class Loop:
         """A checkpoint inside the stage."""
         self._write(f"{self.stage.name}-{self.run.at.step:05d}", self.run.at.step)
 
+    def save_judged(self) -> None:
+        """The same after the stage's last step, once it is judged: a resume judges it again."""
+        step = self.run.at.step
+        self._write(f"{self.stage.name}-{step:05d}", step, judged=self.run.at.stage)
+
     def end(self, index: int) -> None:
-        """The stage is over: a checkpoint from which the next one begins."""
+        """The stage is over: a checkpoint from which the next one begins. The run's last one keeps what more
+        steps of it need.
+        """
         run = self.run
-        for role in run.roles.values():
-            role.end_stage()
+        last = index + 1 == len(run.recipe.stages)
+        if not last:
+            self._end_roles()
         run.at.stage, run.at.step = index + 1, 0
         run.log_step(self.stage.name, self.stage.kind, self._total, {}, step_done=False)
-        self._write(f"{self.stage.name}-end", self._total)
+        self._write(f"{self.stage.name}-end", self._total, inside=index if last else None)
+        if last:
+            self._end_roles()
         if run.stop_requested() and index + 1 < len(run.recipe.stages):
             self._stop(f"stage {self.stage.name}")
 
-    def _write(self, name: str, steps: int) -> None:
+    def _end_roles(self) -> None:
+        for role in self.run.roles.values():
+            role.end_stage()
+
+    def _write(self, name: str, steps: int, *, judged: int | None = None, inside: int | None = None) -> None:
+        """judged: the stage's index, where a resume judges it again. inside: the same, where it may go on."""
         with self.run.phase("checkpoint"):
             state = run_state(self.run, self.stage.name, steps)
+            if judged is not None:
+                state |= before_judging(state, self._mark, judged, steps)
+            if inside is not None:
+                state["inside"] = before_judging(state, self._mark, inside, steps)
             self.checkpoints.save(name, self.run.roles, state)
 
 
@@ -136,26 +161,13 @@ def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:
     at = dataclasses.asdict(run.at)
     at["icc"] = run.icc.state_dict() if run.icc is not None else None
     log = run.gather([run.log.state_dict() if run.log is not None else None])[0]
-    return {"at": at, "position": [stage, steps], "log": log, "recipe": fingerprint(run.recipe)}
-
-
-def fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe must stay as it was for a resumed run to be the same run."""
-    plain = recipe.model_dump(mode="json")
-    stages = [f"{stage.kind} {stage.name}" for stage in recipe.stages]
-    return {"seed": recipe.seed, "task": plain["task"], "judging": plain["judging"], "stages": stages}
-
-
-def check_resumable(recipe: Recipe, state: dict[str, Any], where: str) -> None:
-    """Raise InputError where a checkpoint's run is not the recipe's."""
-    wanted = fingerprint(recipe)
-    for key, saved in state["recipe"].items():
-        if saved != wanted[key]:
-            raise InputError(
-                f"the checkpoint was made with {key} {saved}, the recipe says {wanted[key]}",
-                where=where,
-                way_out="resume with the recipe that made it (recipe.yaml in the run folder)",
-            )
+    return {
+        "at": at,
+        "position": [stage, steps],
+        "log": log,
+        "recipe": fingerprint(run.recipe),
+        "lengths": lengths(run.recipe),
+    }
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
@@ -166,8 +178,6 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
     if run.at.icc is not None:
         run.icc = IccState(0.0)
         run.icc.load_state_dict(run.at.icc)
-    if run.log is not None:
-        run.log.load(state["log"])
 
 
 def _trailing(run: Run) -> dict[str, int]:
@@ -192,14 +202,3 @@ def restore_engines(run: Run) -> None:
                 f"{trailing[name]} updates later than they had"
             )
         run.publish(name, advance=name in trailing)
-
-
-def _check_finite(stage: str, step: int, figures: dict[str, float]) -> None:
-    for key in ("actor/loss", "actor/grad_norm", "critic/loss", "critic/grad_norm"):
-        if key in figures and not math.isfinite(figures[key]):
-            error = GenacError(
-                f"{key} is {figures[key]} at step {step}",
-                where=f"stage {stage}",
-                way_out="lower the learning rate; --resume goes on from the last checkpoint, which is intact",
-            )
-            raise on_all_ranks(error)

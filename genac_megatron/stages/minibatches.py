@@ -1,4 +1,4 @@
-"""A batch cut into the parts of several updates."""
+"""A batch cut into the parts of several updates, and how many those are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from genac_megatron.recipe.schema import PolicyStage, PpoStage, ValueStage
 from genac_megatron.records import Sample
 
 NORMALISED = ("weights", "nll_weights")  # fields whose sum over a batch is its norm
@@ -32,6 +33,12 @@ def minibatches(
                 share = {"weights": totals["weights"] * len(part) / len(samples)} if constant else {}
                 made.append(_rescaled(part, totals, _totals(part) | share))
     return made
+
+
+def updates(stage: PpoStage | PolicyStage | ValueStage) -> int:
+    """A step's updates: no more parts than a batch has responses."""
+    epochs = 1 if isinstance(stage, ValueStage) else stage.epochs
+    return epochs * min(stage.minibatches, stage.rollout.prompts * stage.rollout.samples)
 
 
 def _totals(samples: Sequence[Sample]) -> dict[str, float]:

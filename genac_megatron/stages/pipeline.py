@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -12,12 +11,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from genac_megatron.errors import GateFailed, GenacError, InputError
+from genac_megatron.errors import GateFailed, GenacError, InputError, NotFinite, on_all_ranks
+from genac_megatron.observe.lock import SILENT_S, FolderLock, run_lock
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
-from genac_megatron.observe.runinfo import METRICS, Position, RunFolder, read_jsonl, write_text_atomic
+from genac_megatron.observe.runinfo import RunFolder, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
     PolicyStage,
@@ -28,14 +28,16 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
-from genac_megatron.stages.loop import Loop, check_resumable, restore_engines, restore_state
+from genac_megatron.stages.loop import Loop, restore_engines, restore_state
 from genac_megatron.stages.policy import policy
 from genac_megatron.stages.ppo import joint_ppo
 from genac_megatron.stages.reinforce import reinforce
+from genac_megatron.stages.resume import check_resumable, to_train_on
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.stages.value import value
+from genac_megatron.stages.values import is_scalar, need_same_tokens
 from genac_megatron.training.agreement import agree, from_first
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import World
@@ -48,9 +50,21 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its manifest
 def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) -> None:
     """Run every stage that is left, and write the report. The same call on every rank of the world.
 
-    Raises GateFailed and StopRequested, from where --resume goes on, and any other GenacError of its stages.
+    Rank 0 holds the run folder meanwhile. Raises InputError where another run does, GateFailed and
+    StopRequested, from where --resume goes on, and any other GenacError of its stages.
     """
     folder = RunFolder(Path(recipe.runs) / recipe.name)
+    lock = run_lock(folder.path, min(SILENT_S, recipe.world.timeout_s / 2))
+    from_first(lock.acquire)
+    try:
+        _run(recipe, world, stop, folder, lock, resume=resume)
+    finally:
+        lock.release()
+
+
+def _run(
+    recipe: Recipe, world: World, stop: StopFlag, folder: RunFolder, lock: FolderLock, *, resume: bool
+) -> None:
     checkpoints = Checkpoints(
         folder.checkpoints,
         recipe.checkpoint.keep,
@@ -60,14 +74,31 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
     # By rank 0 for all: another rank's view of a shared file system may be older.
     begun = from_first(lambda: where_to_begin(recipe, checkpoints, resume))
     first = world.rank == 0
-    log = agree(lambda: begin_logs(recipe, folder, begun) if first else None)
+    if begun is not None and begun[1]["state"]["at"]["stage"] >= len(recipe.stages):
+        if first:
+            _tell_finished(recipe, folder, begun[0])
+        return
+    log = agree(lambda: begin_logs(recipe, folder, begun, lock) if first else None)
     names = [stage.name for stage in recipe.stages]
     with _reported(log, recipe.observe.plots), Progress(first, name=recipe.name, stages=names) as progress:
         run = Run(recipe, world, log, progress, stop, resuming=resume)
         try:
+            if is_scalar(run):
+                need_same_tokens(run)
             _stages(run, checkpoints, begun)
         finally:
             run.close()
+
+
+def _tell_finished(recipe: Recipe, folder: RunFolder, newest: Path) -> None:
+    last = recipe.stages[-1]
+    more = "epochs" if isinstance(last, SftStage) else "steps"
+    print(
+        f"the run {recipe.name} has finished ({newest.name}): nothing to do; "
+        f"--resume with more of stages.{last.name}.{more} trains those",
+        flush=True,
+    )
+    print(f"report: {_report(folder, recipe.observe.plots)}", flush=True)
 
 
 @contextmanager
@@ -81,7 +112,7 @@ def _reported(log: MetricsLog | None, plots: bool) -> Iterator[None]:
     except GenacError as error:
         if log is not None and log.rows > before:
             try:
-                error.add(f"report: {_report(log, plots)}")
+                error.add(f"report: {_report(log.folder, plots)}")
             except Exception as failed:  # the run's own error is the one to tell
                 why = (str(failed) or type(failed).__name__).splitlines()[0]
                 logger.warning("genac: warning: the report could not be written: %s", why)
@@ -90,13 +121,13 @@ def _reported(log: MetricsLog | None, plots: bool) -> Iterator[None]:
                 dist.barrier()
         raise
     if log is not None:
-        print(f"report: {_report(log, plots)}", flush=True)
+        print(f"report: {_report(log.folder, plots)}", flush=True)
 
 
-def _report(log: MetricsLog, plots: bool) -> Path:
+def _report(folder: RunFolder, plots: bool) -> Path:
     """Write the report; its page."""
-    write_report(log.folder.path, draw=plots)
-    return log.folder.report / "index.html"
+    write_report(folder.path, draw=plots)
+    return folder.report / "index.html"
 
 
 def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Found | None:
@@ -122,7 +153,9 @@ def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Fo
             way_out="remove what is damaged and run without --resume to begin at the beginning",
         )
     manifest = read_manifest(newest)
-    check_resumable(recipe, manifest["state"], str(newest))
+    state = manifest["state"]
+    check_resumable(recipe, state, str(newest))
+    manifest["state"] = to_train_on(recipe, state, str(newest)) or state
     for line in passed:
         logger.warning("genac: warning: checkpoint %s; going on from %s", line, newest.name)
     for path in found.unfinished:
@@ -130,27 +163,14 @@ def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Fo
     return newest, manifest
 
 
-def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None) -> MetricsLog:
-    """The run's logs, ending where training goes on."""
-    position = None
-    if begun is not None:
-        state = begun[1]["state"]
-        stage, steps = state["position"]
-        position = (stage, steps)
-        _drop_later_rows(folder.path / METRICS, position, state["log"]["rows"])
-    log = MetricsLog(folder.path, recipe.observe, position, name=recipe.name, recipe=recipe.model_dump())
+def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None, lock: FolderLock) -> MetricsLog:
+    """The run's logs, ending where training goes on; written to only while the folder is `lock`'s."""
+    resume = begun[1]["state"]["log"] if begun is not None else None
+    log = MetricsLog(
+        folder.path, recipe.observe, resume, name=recipe.name, recipe=recipe.model_dump(), guard=lock.check
+    )
     write_text_atomic(folder.recipe, dump_recipe(recipe))
     return log
-
-
-def _drop_later_rows(metrics: Path, position: Position, count: int) -> None:
-    """Drop what was logged of the checkpoint's last step after the checkpoint: a stage's end logs a second
-    row of that step, which its number does not tell from the first.
-    """
-    rows = read_jsonl(metrics)[0]
-    kept = rows[:count] + [row for row in rows[count:] if (row.get("stage"), row.get("step")) != position]
-    if len(kept) < len(rows):
-        write_text_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
@@ -163,14 +183,36 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
     for index in range(run.at.stage, len(run.recipe.stages)):
         stage = run.recipe.stages[index]
         loop = Loop(run, stage, checkpoints, resumed)
-        try:
-            _stage(run, stage, loop)
-        except GateFailed:
-            _save_for_resume(run, stage, loop)
-            raise
-        loop.end(index)
+        with _diverged(stage, loop):
+            try:
+                _stage(run, stage, loop)
+            except GateFailed:
+                _save_for_resume(run, stage, loop)
+                raise
+            loop.end(index)
         resumed = None
     checkpoints.wait()
+
+
+@contextmanager
+def _diverged(stage: StageConfig, loop: Loop) -> Iterator[None]:
+    """Say of NaN at which step it came, and what stands: nothing of it is in a checkpoint. Collective."""
+    try:
+        yield
+    except NotFinite as error:
+        with suppress(GenacError):
+            loop.checkpoints.wait()  # a save of before, still under way in the background
+        newest = from_first(loop.checkpoints.newest)
+        lower = "lower the learning rate"
+        raise on_all_ranks(
+            NotFinite(
+                f"{error.what} at step {loop.step}; nothing of that step is saved",
+                where=f"stage {stage.name}",
+                way_out=f"{lower}; no checkpoint was made yet, so run it again without --resume"
+                if newest is None
+                else f"{lower}; --resume goes on from the checkpoint {newest[0].name}",
+            )
+        ) from error
 
 
 def _save_for_resume(run: Run, stage: StageConfig, loop: Loop) -> None:
@@ -179,7 +221,7 @@ def _save_for_resume(run: Run, stage: StageConfig, loop: Loop) -> None:
     """
     run.progress.note(f"[{stage.name}] its gate is not reached; saving what is trained")
     run.log_step(stage.name, stage.kind, run.at.step, {}, step_done=False)  # what the judging took
-    loop.save()
+    loop.save_judged()
     loop.checkpoints.wait()
 
 

@@ -34,13 +34,13 @@ from genac_megatron.stages.batch import (
 )
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.minibatches import updates
 from genac_megatron.stages.ppo import begin_reference, update_actor
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.values import (
     advantages_and_targets,
-    need_same_tokens,
     response_values,
     train_values,
 )
@@ -49,14 +49,13 @@ from genac_megatron.stages.values import (
 def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
     """rollout -> verify -> (scalar critic ->) advantages -> actor (+ scalar critic) -> publish."""
     scalar = isinstance(stage.algorithm, WithScalarCritic)
-    updates = stage.steps * stage.epochs * stage.minibatches
+    total = stage.steps * updates(stage)
     begin_reference(run, stage.algorithm.loss, loop)
-    run.actor.begin_stage(stage.actor_optimizer, updates)
+    run.actor.begin_stage(stage.actor_optimizer, total)
     if scalar:
-        need_same_tokens(run)
         if loop.fresh and stage.start_from is not None:
             run.copy_weights(stage.start_from, "critic")
-        run.critic.begin_stage(stage.critic_optimizer, updates)
+        run.critic.begin_stage(stage.critic_optimizer, total)
     loop.restore_optimizers()
     judge = partial(evaluate, run, stage, critic=scalar)
     if loop.fresh:

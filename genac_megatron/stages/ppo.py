@@ -12,7 +12,7 @@ from genac_megatron.stages.ahead import Batches
 from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.minibatches import minibatches
+from genac_megatron.stages.minibatches import minibatches, updates
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 
@@ -21,9 +21,9 @@ REFERENCE = "reference"  # the frozen role that a KL term is to
 
 def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
     """rollout -> verify -> states -> critic -> advantages -> actor PPO + critic REINFORCE -> publish."""
-    updates = stage.steps * stage.epochs * stage.minibatches
+    total = stage.steps * updates(stage)
     begin_reference(run, stage.actor_loss, loop)
-    run.actor.begin_stage(stage.actor_optimizer, updates)
+    run.actor.begin_stage(stage.actor_optimizer, total)
     trained = ["actor", "critic"] if stage.train_critic else ["actor"]
     if stage.train_critic:
         run.critic.begin_stage(stage.critic_optimizer, stage.steps)
@@ -97,6 +97,8 @@ def update_actor(
             results = [
                 run.actor.train_step(part, loss, temperature=temperature, with_entropy=True) for part in parts
             ]
+            if len(parts) < (planned := updates(stage)):
+                run.actor.skip(planned - len(parts))
     return trained_figures("actor", results, batch, samples, before)
 
 

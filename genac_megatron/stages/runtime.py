@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -169,7 +170,7 @@ class Run:
 
         A scalar critic may start from a language model: its head is then the random one it began with.
         """
-        if not _same_body(self.roles[source].shape, self.roles[target].shape):
+        if not self.roles[target].shape.may_start_from(self.roles[source].shape):
             what = f"{target} cannot start from {source}: their shapes differ"
             raise on_all_ranks(InputError(what, where=f"roles.{target}.model"))
         Publisher(self.roles[source], [RoleSink(self.roles[target])]).publish(0)
@@ -240,7 +241,7 @@ class Run:
             self.progress.step(step, metrics)
         for role in self.roles:
             gap, (key, alarm) = metrics.get(f"parity/{role}_p99", 0.0), self.recipe.parity_alarm(role)
-            if gap > alarm:
+            if not gap <= alarm:  # NaN too
                 self.progress.note(
                     f"[{stage}] warning: trainer and engine of {role} differ: p99 |delta log-prob| {gap:.3g} "
                     f"(observe.{key} {alarm:g})"
@@ -248,7 +249,7 @@ class Run:
 
     def append(self, log: str, row: dict[str, Any]) -> None:
         """A row of one of the run folder's other logs, by rank 0. Collective."""
-        self.together(lambda: self.folder.append(log, row) if self.log is not None else None)
+        self.together(lambda: self.log.append(log, row) if self.log is not None else None)
 
     # --- stopping --------------------------------------------------------------------------------
 
@@ -272,10 +273,6 @@ def _first_weights(model: ModelConfig, shape: Shape) -> GetTensor:
     return with_head(folder.get, folder.names, shape, model.init_seed)
 
 
-def _same_body(source: Shape, target: Shape) -> bool:
-    return source == target or (target.value and source.as_value == target)
-
-
 def role_tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a role. Raises InputError."""
     spec = model.tokenizer or model.hf
@@ -292,3 +289,9 @@ def mean(values: Iterable[float]) -> float:
     """The mean, NaN of nothing."""
     got = list(values)
     return sum(got) / len(got) if got else float("nan")
+
+
+def largest(values: Iterable[float]) -> float:
+    """The maximum, NaN where there is one among them (which `max` loses) or there is none."""
+    got = list(values)
+    return max(got, default=math.nan) if not any(map(math.isnan, got)) else math.nan

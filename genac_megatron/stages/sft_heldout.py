@@ -37,6 +37,8 @@ class Seen:
     waited: int = 0  # looks since then
     cooling: int | None = None  # the step after which the learning rate falls
     total: int = 0  # steps of all epochs, when it began to
+    size: int | None = None  # heldout.size and heldout.metric, which a resume may not change
+    metric: str | None = None
     settled: int | None = None  # the last step, once the role has the weights that the stage ends with
 
 
@@ -85,6 +87,7 @@ class Watch:
         assert stage.heldout is not None
         self.run, self.stage, self.heldout, self.held, self.total = run, stage, stage.heldout, held, total
         self.seen = Seen(**(run.at.heldout or {}))
+        self.seen.size, self.seen.metric = self.heldout.size, self.heldout.metric
         if self.seen.cooling is not None and self.seen.total != total:
             self.seen.cooling, self.seen.waited = None, 0  # resumed with other epochs: it is not over yet
         folder = run.folder.path / "best"

@@ -9,10 +9,10 @@ from genac_megatron.stages.batch import next_batch
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.minibatches import updates
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.values import (
-    need_same_tokens,
     response_values,
     returns,
     train_values,
@@ -21,10 +21,9 @@ from genac_megatron.stages.values import (
 
 def value(run: Run, stage: ValueStage, loop: Loop) -> None:
     """Regression of the responses' outcomes on what the actor has written so far."""
-    need_same_tokens(run)
     if loop.fresh and stage.start_from is not None:
         run.copy_weights(stage.start_from, "critic")
-    run.critic.begin_stage(stage.optimizer, stage.steps * stage.minibatches)
+    run.critic.begin_stage(stage.optimizer, stage.steps * updates(stage))
     loop.restore_optimizers()
     if loop.fresh:
         run.publish("actor")

@@ -19,7 +19,7 @@ from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
 from genac_megatron.records import Completion, Judgement, Rollout, Sample
 from genac_megatron.stages.minibatches import minibatches
 from genac_megatron.stages.rollouts import Group
-from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.runtime import Run, largest, mean
 
 
 def is_scalar(run: Run) -> bool:
@@ -133,9 +133,12 @@ def train_values(
     samples = value_samples(rollouts, values, targets, _places(run, rollouts, config))
     loss = make_value_loss(config.clip)
     with run.phase("critic_train"):
-        results = [run.critic.train_step(part, loss) for part in minibatches(samples, parts, epochs, seed)]
+        made = minibatches(samples, parts, epochs, seed)
+        results = [run.critic.train_step(part, loss) for part in made]
+        if len(made) < (planned := epochs * min(parts, len(samples))):
+            run.critic.skip(planned - len(made))
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
-    stats["grad_norm"] = max(result.stats["grad_norm"] for result in results)
+    stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
     tokens = stats.pop("tokens") * len(results)
     trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
     explained = explained_variance(torch.cat(list(values))[trained], torch.cat(list(targets))[trained])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.observe.lock import held
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
 from genac_megatron.studies.schema import cells_of, read_study, swept
 
@@ -49,7 +50,8 @@ def run_command(options: argparse.Namespace) -> int:
         _list(places, seeds, cells, console, {} if options.again else kept_records(places))
         return EXIT_OK
     if not options.collect:
-        _run(places, seeds, cells, console, max(1, options.jobs), again=options.again)
+        with held(places.work, "the study", other="a study beside it needs another --work"):
+            _run(places, seeds, cells, console, max(1, options.jobs), again=options.again)
     _write(places, seeds, console)
     return EXIT_OK
 

@@ -7,6 +7,7 @@ Nothing here asks which role it serves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from genac_megatron import platform
+from genac_megatron.errors import NotFinite, on_all_ranks
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.routing import attach, check_experts
@@ -126,6 +128,11 @@ class Role:
             self.scheduler = build_cooldown(self.optimizer, self.optimizer_config, lr, after, steps)
             self.scheduler.step(increment=done)
 
+    def skip(self, steps: int) -> None:
+        """Let the schedule go on by updates that a batch was too small for."""
+        if self.active:
+            self.scheduler.step(increment=steps)
+
     def end_stage(self) -> None:
         """Let the optimizer's memory go."""
         self.optimizer = self.scheduler = None
@@ -149,7 +156,8 @@ class Role:
         """One optimizer step over `samples` (the whole batch, the same list on every rank).
 
         The loss is a sum over tokens whose `weights` are normalised over the batch, so the step is the
-        same in every layout.
+        same in every layout. Raises NotFinite on every rank where its loss or gradient is: the weights are
+        spoilt by then.
         """
         self.serial += 1
         result: tuple[dict[str, float], list[list[float]]] | None = None
@@ -169,6 +177,9 @@ class Role:
             stats["tokens"] = float(sum(len(s.tokens) - 1 for s in samples))
             result = stats, logprobs
         stats, logprobs = self._share(result)
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(stats[key]):
+                raise on_all_ranks(NotFinite(f"{self.name}/{key} is {stats[key]}"))
         return StepResult(stats, logprobs)
 
     @torch.no_grad()

@@ -21,6 +21,8 @@ from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.registry import FAMILIES
+from genac_megatron.observe.lock import _began as began
+from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import ModelShape
 from tests.conversion.tiny_folder import make_folder, tiny_shape
 
@@ -271,6 +273,23 @@ def test_ranks_share_the_work(source: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip() == str(tmp_path / "back")
     assert_same(source, tmp_path / "back")
+
+
+def test_a_second_process_into_the_same_place_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file says that this process's parent converts, which lives; then a process that has ended."""
+    part = tmp_path / "ck.part"
+    with held(part, "the conversion", name=".rank0.lock"):
+        (path,) = part.glob(".rank0.lock/*.json")
+        holder, parent = json.loads(path.read_text()), os.getppid()
+        path.write_text(json.dumps({**holder, "pid": parent, "began": began(parent)}))
+        assert convert("to-megatron", source, tmp_path / "ck") == 2
+        assert f"the conversion is under way: process {parent}" in capsys.readouterr().err
+        path.write_text(json.dumps({**holder, "pid": parent, "began": "1"}))
+        (part / "rank0.lock").write_text("")  # of an earlier version, killed
+        assert convert("to-megatron", source, tmp_path / "ck") == 0
+    assert not [path.name for path in (tmp_path / "ck").iterdir() if "lock" in path.name]
 
 
 def test_another_conversion_into_the_same_place_is_refused(

@@ -179,3 +179,79 @@ def test_old_and_partial_checkpoints(pool: Any, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "ppo-00004" / "manifest.json").read_text())
     assert manifest["trained"] == []
     assert set(manifest["roles"]) == {"actor"}
+
+
+def spoilt_case(rank: int, folder: str, asynchronous: bool) -> Any:
+    """A finite loss with a gradient that is none; then NaN on one rank, in a state of its optimizer alone."""
+    from genac_megatron.errors import NotFinite
+    from genac_megatron.training.checkpoint import Checkpoints
+    from tests.distributed.cases import make_samples
+
+    def loss(logp: torch.Tensor, entropy: Any, fields: Any) -> Any:
+        return ((logp - logp.detach()).abs().sqrt() * 0.0).sum(), {}
+
+    roles = roles_of(*TP2_PP2)
+    checkpoints = Checkpoints(Path(folder), keep=3, asynchronous=asynchronous)
+    step_all(roles, 1, 0)
+    checkpoints.save("ppo-00001", roles, STATE)
+    told = []
+    states = [one.optimizer.state for one in roles["actor"].optimizer.chained_optimizers]
+    moment = next(iter(states[0].values()))["exp_avg"]
+    kept = moment.clone()
+    if rank == 2:
+        moment[0] = float("inf")
+    try:
+        checkpoints.save("ppo-00002", roles, STATE)
+    except NotFinite as error:
+        told.append((str(error), error.agreed))
+    moment.copy_(kept)
+    checkpoints.save("ppo-00003", roles, STATE)
+    try:
+        roles["critic"].train_step(make_samples(5, 1), loss)
+    except NotFinite as error:
+        told.append((str(error), error.agreed))
+    try:
+        checkpoints.save("ppo-00004", roles, STATE)
+    except NotFinite as error:
+        told.append((str(error), error.agreed))
+    checkpoints.wait()
+    return told, sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_not_finite_is_never_saved(pool: Any, tmp_path: Path, asynchronous: bool) -> None:
+    for told, there in pool.run(spoilt_case, str(tmp_path), asynchronous):
+        state, gradient, weights = told
+        assert state[0].startswith("optimizer.")
+        assert "not finite" in state[0]
+        assert gradient[0] == "critic/grad_norm is nan"
+        assert weights[0].startswith("critic.")
+        assert all(agreed for _, agreed in told)
+        assert there == ["ppo-00001", "ppo-00003"]
+
+
+def test_a_checkpoint_that_holds_nan_is_refused(pool: Any, tmp_path: Path) -> None:
+    """Of an earlier version, which wrote such ones."""
+    for message in pool.run(load_spoilt_case, str(tmp_path)):
+        assert "its actor holds numbers that are not finite: " in message
+        assert "remove this checkpoint to use the one before" in message
+
+
+def load_spoilt_case(rank: int, folder: str) -> Any:
+    from genac_megatron.errors import InputError
+    from genac_megatron.training import checkpoint
+
+    roles = roles_of(*TP2_PP2)
+    for parameter in roles["actor"].models[0].parameters():
+        parameter.data.fill_(float("nan"))
+    checkpoint._need_finite, kept = lambda sharded: None, checkpoint._need_finite
+    try:
+        checkpoints = checkpoint.Checkpoints(Path(folder), keep=2, asynchronous=False)
+        checkpoints.save("ppo-00001", roles, STATE)
+    finally:
+        checkpoint._need_finite = kept
+    try:
+        checkpoint.load_checkpoint(Path(folder) / "ppo-00001", roles)
+    except InputError as error:
+        return str(error)
+    return "loaded"

@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite(reference: Path, tmp_path: Path) -> None:
     ended = harmed(tmp_path, reference, fault("train", "nan", 0, 3))
     assert ended.code == 1, ended.text[-3000:]
     assert "stage ppo: actor/loss is nan at step 3" in ended.text
-    assert "lower the learning rate; --resume goes on from the last checkpoint, which is intact" in ended.text
+    assert "lower the learning rate; --resume goes on from the checkpoint ppo-00002" in ended.text
     assert ended.text.count("genac: error") == 1, ended.text[-3000:]
     assert names(tmp_path) == ["ppo-00002"]
     resumed(tmp_path, reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from genac_megatron.cluster import job, script
 from genac_megatron.cluster.network import job_ports
 from genac_megatron.cluster.placement import duties, heaviest, misfits, placement
 from genac_megatron.errors import InputError
+from genac_megatron.observe.lock import _began as began
+from genac_megatron.observe.lock import held
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.stages.resume import lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -189,7 +193,7 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, stage: int, finished: s
     for serial, name in ((1, "ppo-00001"), (2, "ppo-00002"), (3, ".part-ppo-00003")):
         folder = tmp_path / "runs/big/checkpoints" / name
         folder.mkdir(parents=True)
-        state = {"at": {"stage": stage}, "position": ["ppo", serial]}
+        state = {"at": {"stage": stage}, "position": ["ppo", serial], "lengths": lengths(recipe(tmp_path))}
         manifest = {"format": 1, "serial": serial, "roles": {}, "trained": [], "state": state}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "runs/big/checkpoints/ppo-00009").mkdir()
@@ -197,6 +201,28 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, stage: int, finished: s
     found = job.plan(recipe(tmp_path), JOB)
     assert (found["GENAC_RESUME"], found["GENAC_POSITION"]) == ("--resume", "ppo 2")
     assert found["GENAC_FINISHED"] == finished
+
+
+def test_a_finished_run_with_more_steps_is_not_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/big/checkpoints/ppo-end"
+    folder.mkdir(parents=True)
+    made_with = lengths(recipe(tmp_path))
+    state = {"at": {"stage": 1}, "position": ["ppo", 9], "lengths": made_with, "inside": {}}
+    manifest = {"format": 1, "serial": 1, "roles": {}, "trained": ["actor"], "state": state}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert job.plan(recipe(tmp_path), JOB)["GENAC_FINISHED"] == "1"
+    more = recipe(tmp_path, f"stages.ppo.steps={made_with['ppo'] + 1}")
+    found = job.plan(more, JOB)
+    assert (found["GENAC_RESUME"], found["GENAC_FINISHED"]) == ("--resume", "")
+
+
+def test_a_run_that_lives_elsewhere_is_not_begun(tmp_path: Path) -> None:
+    with held(tmp_path / "runs/big", "the run"):
+        (path,) = (tmp_path / "runs/big/.lock").glob("*.json")
+        holder = json.loads(path.read_text())
+        path.write_text(json.dumps({**holder, "pid": os.getppid(), "began": began(os.getppid())}))
+        with pytest.raises(InputError, match="the run is under way"):
+            job.plan(recipe(tmp_path), JOB)
 
 
 @pytest.mark.parametrize("environ", [{"SLURM_JOB_NUM_NODES": "1"}, {"SLURM_GPUS_ON_NODE": "4"}])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.parts import Parts
+from genac_megatron.observe.lock import Held
 
 PLAN = {"kind": "bank", "seed": 1, "actor": {"weights": "ab"}}
 
@@ -133,3 +137,35 @@ def test_unfinished_and_damaged_work_is_not_read(tmp_path: Path) -> None:
     work.rows_file.write_text(json.dumps({"number": 1}) + "\n")
     with pytest.raises(InputError, match="not the file that its manifest names"):
         work.read()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from genac_megatron.evaluation.parts import Parts
+parts = Parts(Path(sys.argv[1]), "rows.jsonl", ("number",))
+parts.begin({"of": 1})
+parts.append([{"number": 0}], 0)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    """Also with --again, which clears: nothing of a living process goes. A killed one's work goes on."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        mine = Parts(tmp_path / "out", "rows.jsonl", ("number",))
+        for act in (lambda: mine.begin({"of": 1}), mine.clear):
+            with pytest.raises(Held, match=f"the evaluation is under way: process {process.pid}"):
+                act()
+        assert (tmp_path / "out" / "plan.json").exists()
+        process.kill()
+    assert mine.begin({"of": 1}) == {(0,): {"number": 0}}
+    mine.finish(mine.whole({"of": 1}, [(0,)]), {})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json", "plan.json", "rows.jsonl",
+    ]  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.errors import InputError
-from genac_megatron.launch import adopt_slurm, cause, in_world, rank_command
+from genac_megatron.launch import adopt_slurm, cause, check_world, in_world, rank_command
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 30.0  # for processes to start or end on a busy machine
@@ -406,3 +406,29 @@ def test_srun_without_a_meeting_place(missing: str) -> None:
 
 def test_a_ranks_command() -> None:
     assert rank_command(["run", "x.yaml"]) == [sys.executable, "-m", "genac_megatron", "run", "x.yaml"]
+
+
+WORLD = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "agreed"),
+    [
+        ({}, "the recipe wants 2 ranks, 1 were started", True),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, "the recipe wants 2 ranks, 4 were started", True),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, of a WORLD_SIZE of 2", True),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "no MASTER_ADDR", False),
+        ({"WORLD_SIZE": ""}, "RANK=0, no WORLD_SIZE", False),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "http"}, "MASTER_PORT=http", False),
+        ({"RANK": "first"}, "RANK=first", False),
+    ],
+)
+def test_a_world_that_a_platform_has_preset_is_told_with_a_way_out(
+    changes: dict[str, str], told: str, agreed: bool
+) -> None:
+    with pytest.raises(InputError) as raised:
+        check_world(2, {**WORLD, **changes})
+    assert told in str(raised.value)
+    assert "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT" in str(raised.value)
+    assert raised.value.agreed is agreed, "what only this rank may know, it tells"
+    check_world(2, {**WORLD, "WORLD_SIZE": "2", "RANK": "1"})

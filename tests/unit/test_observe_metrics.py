@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from genac_megatron.errors import InputError
+from genac_megatron.errors import GenacError, InputError
 from genac_megatron.observe import runinfo
 from genac_megatron.observe.metrics import MetricsLog
-from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
+from genac_megatron.observe.runinfo import EVALUATIONS, LOGS, METRICS, ROLLOUTS, RunFolder
 from genac_megatron.recipe.schema import ObserveConfig, WandbConfig
 
 PLAIN = ObserveConfig(tensorboard=False)
-RECIPE = "stages:\n- {kind: sft, name: sft}\n- {kind: reinforce, name: rl}\n- {kind: ppo}\n"
 
 
 def train(log: MetricsLog, stage: str, first: int, last: int, value: float = 0.0) -> None:
@@ -66,36 +65,64 @@ def test_a_resumed_run_has_the_rows_of_one_that_was_not(tmp_path: Path) -> None:
     train(broken, "rl", 3, 4, value=99.0)
     with (tmp_path / "broken" / METRICS).open("a") as file:
         file.write('{"stage": "rl", "step": 5, "cri')  # the crash
-    resumed = MetricsLog(tmp_path / "broken", PLAIN, resume_step=("rl", 2))
-    resumed.load(state)
+    resumed = MetricsLog(tmp_path / "broken", PLAIN, state)
     train(resumed, "rl", 3, 6)
     straight, taken_up = (RunFolder(tmp_path / name).rows(METRICS)[0] for name in ("whole", "broken"))
     assert len(straight) == 9
     assert [{**row, "time": 0} for row in taken_up] == [{**row, "time": 0} for row in straight]
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, None])
-def test_all_three_logs_are_cut_at_the_checkpoint(tmp_path: Path, recipe: str | None) -> None:
-    if recipe:
-        (tmp_path / "recipe.yaml").write_text(recipe)
-    folder = RunFolder(tmp_path).create()
-    for stage, steps in (("sft", (1, 2)), ("rl", (0, 1, 2, 3)), ("ppo", (0, 1))):
-        for step in steps:
-            for log in (METRICS, EVALUATIONS, ROLLOUTS):
-                folder.append(log, {"stage": stage, "step": step})
-    folder.rewind(("rl", 2))
-    for log in (METRICS, EVALUATIONS, ROLLOUTS):
-        assert kept(tmp_path, log) == [("sft", 1), ("sft", 2), ("rl", 0), ("rl", 1), ("rl", 2)]
+def test_all_three_logs_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    """A row of the checkpoint's own step that came after it goes too: its number does not tell it."""
+    log = MetricsLog(tmp_path, PLAIN)
+    for number in range(3):
+        for name in LOGS:
+            log.append(name, {"stage": "rl", "step": number})
+    log.append(EVALUATIONS, {"stage": "rl", "step": 2, "name": "end"})
+    state = json.loads(json.dumps(log.state_dict()))
+    for name in LOGS:
+        log.append(name, {"stage": "rl", "step": 2, "name": "end"})
+        log.append(name, {"stage": "ppo", "step": 0})
+    resumed = MetricsLog(tmp_path, PLAIN, state)
+    assert resumed.state_dict() == state
+    for name in LOGS:
+        own = [("rl", 2)] if name == EVALUATIONS else []
+        assert kept(tmp_path, name) == [("rl", 0), ("rl", 1), ("rl", 2), *own]
 
 
-def test_a_checkpoint_at_a_stage_begin_drops_later_stages(tmp_path: Path) -> None:
-    """No row of the checkpoint's own stage is in the log: the recipe's order decides."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    folder = RunFolder(tmp_path).create()
-    for stage in ("sft", "ppo"):
-        folder.append(ROLLOUTS, {"stage": stage, "step": 1})
-    folder.rewind(("rl", 0))
-    assert kept(tmp_path, ROLLOUTS) == [("sft", 1)]
+def test_a_checkpoint_of_an_earlier_version_counts_metrics_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(tmp_path, PLAIN)
+    for number in range(3):
+        for name in (METRICS, EVALUATIONS):
+            log.append(name, {"stage": "rl", "step": number})
+    assert MetricsLog(tmp_path, PLAIN, {"rows": 2, "wandb_id": None}).counts == {
+        METRICS: 2,
+        EVALUATIONS: 3,
+        ROLLOUTS: 0,
+    }
+    assert "evaluations.jsonl" in caplog.text
+    assert "does not say its rows" in caplog.text
+
+
+def test_rows_that_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsLog(tmp_path, PLAIN)
+    log.append(METRICS, {"stage": "rl", "step": 1})
+    log.append(ROLLOUTS, {"stage": "rl", "step": 1})
+    (tmp_path / ROLLOUTS).unlink()
+    assert MetricsLog(tmp_path, PLAIN, log.state_dict()).counts[ROLLOUTS] == 0
+    assert "1 of 1 rows are gone" in caplog.text
+
+
+def test_nothing_is_written_to_a_folder_that_another_has_taken(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise GenacError("taken over")
+
+    log = MetricsLog(tmp_path, PLAIN, guard=lost)
+    with pytest.raises(GenacError, match="taken over"):
+        train(log, "rl", 1, 1)
+    assert kept(tmp_path) == []
 
 
 def test_a_run_from_the_start_sets_old_logs_aside(tmp_path: Path) -> None:
@@ -112,15 +139,17 @@ def test_a_log_that_is_not_the_checkpoints_is_refused(tmp_path: Path) -> None:
     state = log.state_dict()
     (tmp_path / METRICS).unlink()
     with pytest.raises(InputError, match="counts 3 rows, the file holds 0"):
-        MetricsLog(tmp_path, PLAIN, resume_step=("sft", 3)).load(state)
+        MetricsLog(tmp_path, PLAIN, state)
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     first = MetricsLog(tmp_path, ObserveConfig())
-    train(first, "rl", 1, 5, value=100.0)
+    train(first, "rl", 1, 3, value=100.0)
+    state = first.state_dict()
+    train(first, "rl", 4, 5, value=100.0)
     first.close()
-    with MetricsLog(tmp_path, ObserveConfig(), resume_step=("rl", 3)) as second:
+    with MetricsLog(tmp_path, ObserveConfig(), state) as second:
         train(second, "rl", 4, 6)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -145,9 +174,7 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: 
     with MetricsLog(tmp_path, config, recipe={"seed": 1}) as log:
         train(log, "rl", 1, 2)
         state = log.state_dict()
-    resumed = MetricsLog(tmp_path, config, resume_step=("rl", 2))
-    assert resumed.state_dict() != state
-    resumed.load(state)
+    resumed = MetricsLog(tmp_path, config, state)
     assert resumed.state_dict() == state
     with resumed:
         train(resumed, "rl", 3, 3)

@@ -64,7 +64,9 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.layout.first_rank=4", "a world of 4"),
         ("roles.actor.layout={first_rank: 2, count: 4}", "ranks 2 to 5"),
         ("roles.actor.layout.tp=4", "kv_heads 2"),
-        ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}", None),
+        ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}",
+         "has 'critic' start from 'actor', and their shapes differ: hidden 60 and 64, heads 3 and 4"),
+        ("roles.critic.model.head=value", "shapes differ"),
         ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide"),
         ("roles.actor.layout.vpp=2", "without pipeline stages"),
         ("roles.critic.engine.routing_replay=true", "experts replayed, and its model has none"),
@@ -125,12 +127,7 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
          "{max_new_tokens: 100}}]", "lower algorithm.overlong.cache, for example to 25"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_where_it_stands(path: Path, override: str, said: str | None):
-    if said is None:  # three heads and tp 1 fit: the odd number is refused only where tp does not divide it
-        check(load_recipe(path, [override]))
-        with pytest.raises(InputError, match="heads 3"):
-            load_recipe(path, [override, "roles.actor.layout.tp=2"])
-        return
+def test_what_does_not_fit_is_refused_where_it_stands(path: Path, override: str, said: str):
     with pytest.raises(InputError) as caught:
         load_recipe(path, [override])
     assert said in str(caught.value)
@@ -230,3 +227,42 @@ def test_the_builtin_tokenizers_size_is_what_its_library_says():
     from genac_megatron.tasks.tokenizer import load_tokenizer
 
     assert tokenizer_size("builtin:tiny") == len(load_tokenizer("builtin:tiny"))
+
+
+def test_three_heads_fit_where_tp_divides_them(path: Path):
+    shape = "model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}"
+    both = [f"roles.{role}.{shape}" for role in ("actor", "critic")]
+    check(load_recipe(path, both))
+    with pytest.raises(InputError, match="heads 3"):
+        load_recipe(path, [*both, "roles.actor.layout.tp=2"])
+
+
+STARTED = """
+task: {kind: state_tracking}
+roles:
+  actor:
+    model:
+      family: llama
+      tokenizer: builtin:tiny
+      shape: &shape {layers: 2, hidden: 32, ffn: 64, heads: 2, kv_heads: 2}
+  critic: {model: {family: llama, head: value, tokenizer: builtin:tiny, shape: *shape}}
+  reference: {model: {family: llama, tokenizer: builtin:tiny, shape: *shape}, training: {frozen: true}}
+stages:
+  - {kind: value, start_from: actor}
+  - {kind: policy, algorithm: {kind: ppo, loss: {kl_coef: 0.1}}, start_from: actor}
+"""
+
+
+@pytest.mark.parametrize(
+    ("role", "told"),
+    [("critic", "the stage 'value' (value) has 'critic' start from"), ("reference", "kl_coef of the stage")],
+)
+def test_who_starts_as_a_copy_has_the_shape_of_it(tmp_path: Path, role: str, told: str):
+    """A scalar critic's head is its own. The reference of a KL term is a copy too."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(STARTED)
+    check(load_recipe(path, []))
+    with pytest.raises(InputError, match="layers 2 and 3") as raised:
+        load_recipe(path, [f"roles.{role}.model.shape.layers=3"])
+    assert told in str(raised.value)
+    assert "recipe.yaml:" in str(raised.value)

@@ -22,9 +22,12 @@ from genac_megatron.stages.batch import (
     judge_figures,
     rollout_figures,
     supervised,
+    trained_figures,
 )
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Group
+from genac_megatron.stages.runtime import largest
+from genac_megatron.training.role import StepResult
 
 # Loss weights and advantages are float32 (24 bits) computed from float64 or exact figures of about 1.
 FLOAT32 = 1e-5
@@ -279,3 +282,15 @@ def test_supervised_weights_are_the_token_mean(lengths: list[int]) -> None:
     flat = [w for s in samples for w in s.fields["weights"]]
     assert flat == pytest.approx([1 / sum(lengths)] * sum(lengths))
     assert [(s.tokens, s.start) for s in samples] == [([7] * (n + 2), 2) for n in lengths]
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+@pytest.mark.parametrize("key", ["grad_norm", "loss"])
+def test_nan_of_any_minibatch_is_told(key: str, spoilt: int) -> None:
+    """`max` keeps NaN only where it comes first."""
+    stats = [{"loss": 1.0, "grad_norm": float(i), "tokens": 3.0} for i in range(3)]
+    stats[spoilt][key] = math.nan
+    sample = Sample([1, 2], 1, {"weights": [1.0], "behaviour": [0.0]})
+    results = [StepResult(one, [[0.0]]) for one in stats]
+    assert math.isnan(trained_figures("actor", results, Batch([]), [sample], [[0.0]])[f"actor/{key}"])
+    assert math.isnan(largest(one["grad_norm"] for one in stats)) is (key == "grad_norm")

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genac_megatron.algorithms.losses import token_weights
+from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.minibatches import minibatches
+from genac_megatron.stages.minibatches import minibatches, updates
 
 
 def make_samples(count: int, seed: int, aggregate: str) -> list[Sample]:
@@ -94,3 +95,22 @@ def test_likelihood_weights_keep_their_sum_where_a_part_has_right_responses() ->
     for part in minibatches(samples, 3, 1, 1):
         total = sum(sum(s.fields["nll_weights"]) for s in part)
         assert total == pytest.approx(1.0) or total == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "parts", "epochs"), [(2, 2, 8, 1), (2, 2, 3, 2), (4, 4, 4, 3)]
+)
+def test_a_stage_counts_the_updates_that_its_batches_give(
+    prompts: int, samples: int, parts: int, epochs: int
+) -> None:
+    """What its learning-rate schedule ends after."""
+    stage = PpoStage.model_validate(
+        {
+            "kind": "ppo",
+            "minibatches": parts,
+            "epochs": epochs,
+            "rollout": {"prompts": prompts, "samples": samples},
+        }
+    )
+    made = minibatches(make_samples(prompts * samples, 0, "token"), parts, epochs, 0)
+    assert updates(stage) == len(made)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
 from genac_megatron.models.sizes import parameters
+from genac_megatron.observe.lock import _began as began
+from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import ModelConfig, ModelShape
 from genac_megatron.studies.collect import curve
 from genac_megatron.studies.cost import multiplied, spent
@@ -299,3 +303,18 @@ def test_figures_are_compared_and_drawn_cell_by_cell(tmp_path: Path) -> None:
     (path,) = draw_all(study, records, tmp_path)
     assert path.name == "figures.png"
     assert path.stat().st_size > 5000
+
+
+def test_a_study_that_is_under_way_is_not_begun_again(
+    tmp_path: Path, recipes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file says that this process's parent runs it, which lives."""
+    file, work = tmp_path / "study.yaml", tmp_path / "work"
+    file.write_text(yaml.safe_dump(STUDY))
+    with held(work / "scaling", "the study"):
+        (path,) = (work / "scaling/.lock").glob("*.json")
+        holder, parent = json.loads(path.read_text()), os.getppid()
+        path.write_text(json.dumps({**holder, "pid": parent, "began": began(parent)}))
+        assert main(["study", str(file), "--work", str(work), "--out", str(tmp_path / "out")]) == 2
+    assert f"the study is under way: process {parent}" in capsys.readouterr().err
+    assert not list(work.glob("scaling/*.made_from"))

@@ -70,6 +70,10 @@ class Shape:
         """The same model with a scalar head, which is nobody's embedding."""
         return replace(self, value=True, tie=False)
 
+    def may_start_from(self, other: Shape) -> bool:
+        """Whether `other`'s weights fit: all of them, or a language model's but for the scalar head."""
+        return self == other or (self.value and other.as_value == self)
+
     @property
     def q_size(self) -> int:
         """Rows of the query projection."""
