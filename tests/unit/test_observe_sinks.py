@@ -70,8 +70,7 @@ def test_what_never_came_is_named_at_the_end(tmp_path: Path, caplog: pytest.LogC
     assert "TensorBoard does not have row 1 on (FileExistsError" in caplog.messages[-1]
     assert METRICS in caplog.messages[-1]
     (tmp_path / "tensorboard").unlink()
-    with MetricsLog(tmp_path, TENSORBOARD, resume_step=("rl", 3)) as log:  # the resumed run catches up
-        log.load(state)
+    with MetricsLog(tmp_path, TENSORBOARD, resume=state) as log:  # the resumed run catches up
         train(log, 4, 4)
     assert [step for step, _ in shown(tmp_path)] == [1, 2, 3, 4]
 
@@ -99,8 +98,7 @@ def test_no_space_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 def test_a_checkpoint_of_before_says_nothing_of_sinks(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, TENSORBOARD) as log:
         train(log, 1, 2)
-    with MetricsLog(tmp_path, TENSORBOARD, resume_step=("rl", 2)) as log:
-        log.load({"rows": 2, "wandb_id": None})
+    with MetricsLog(tmp_path, TENSORBOARD, resume={"rows": {METRICS: 2}, "wandb_id": None}) as log:
         train(log, 3, 3)
     assert [step for step, _ in shown(tmp_path)] == [1, 2, 3]
 
@@ -251,8 +249,7 @@ def test_a_mock_of_wandb_that_failed_the_run_before_gets_its_rows_after_a_resume
         train(log, 1, 3)
         state = log.state_dict()
     monkeypatch.setattr(mock, "fails", lambda what, number: False)
-    with MetricsLog(tmp_path, ONLINE, resume_step=("rl", 3)) as log:
-        log.load(state)
+    with MetricsLog(tmp_path, ONLINE, resume=state) as log:
         train(log, 4, 4)
     assert mock.rows == [1, 2, 3, 4]
     assert mock.ids == {state["wandb_id"]}
