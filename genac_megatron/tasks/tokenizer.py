@@ -70,8 +70,8 @@ def check_rows(spec: str, rows: int, where: str) -> None:
     beyond = [(token["content"], token["id"]) for token in added if token["id"] >= rows]
     named = ", ".join(f"'{content}' has id {number}" for content, number in beyond[:SHOWN_TOKENS])
     raise InputError(
-        f"its tokenizer has ids up to {known - 1}: {named or 'its vocabulary is the larger one'}, and the "
-        f"model has {rows} embeddings",
+        f"its tokenizer has ids up to {known - 1}, the model only {rows} embeddings"
+        + (f": {named}" if named else ""),
         where=where,
         way_out=f"where this is the model's own tokenizer, give each id a row (transformers: "
         f"model.resize_token_embeddings({known}), then save_pretrained), or take those tokens out of "

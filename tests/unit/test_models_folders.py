@@ -195,7 +195,7 @@ REFUSED = {
     "no_tokenizer": (_link("tokenizer.json"), r"tokenizer\.json is a link to"),
     "no_template": (_link("chat_template.jinja"), r"chat_template\.jinja is a link to"),
     "no_generation": (_link("generation_config.json"), r"generation_config\.json is a link to"),
-    "pad": (pad_beyond, r"'\[PAD\]' has id (\d+), and the model has \1 emb(.|\n)*resize_token_embeddings"),
+    "pad": (pad_beyond, r"ids up to (\d+), the model only \1 emb.*: '\[PAD\]' has id \1(.|\n)*resize_token"),
 }  # fmt: skip
 
 
