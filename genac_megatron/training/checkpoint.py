@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, forc
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from genac_megatron.errors import GenacError, InputError, NotFinite, on_all_ranks
+from genac_megatron.errors import GenacError, InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import (
@@ -51,6 +51,7 @@ from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import remember
 from genac_megatron.platform.megatron import keep_write_errors, own_results_queue, save_options
 from genac_megatron.training.agreement import agree, gathered, lost_peer
+from genac_megatron.training.finite import need_finite, need_sound
 from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Checkpoints:
         trained = sorted(n for n, role in roles.items() if optimizers and role.optimizer is not None)
         trained = sorted(set().union(*gathered(trained)))
         sharded, common = self._split(roles, trained)
-        agree(lambda: _need_finite(sharded))
+        agree(lambda: need_finite(sharded))
         self._local(own_results_queue, part)
         self._local(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)
         keep_write_errors()
@@ -331,20 +332,7 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         elif not optimizers:
             role.serial += 1  # as refresh_master does on the role's ranks
     if not optimizers:
-        agree(lambda: _need_sound(path, chosen))
-
-
-def _need_sound(path: Path, roles: Mapping[str, Role]) -> None:
-    """Raises InputError where a loaded weight is not finite."""
-    for role in roles.values():
-        for model in role.models if role.active else ():
-            for name, parameter in model.named_parameters():
-                if not bool(parameter.detach().isfinite().all()):
-                    raise InputError(
-                        f"its {role.name} holds numbers that are not finite: {name}",
-                        where=str(path),
-                        way_out="remove this checkpoint to use the one before",
-                    )
+        agree(lambda: need_sound(path, chosen))
 
 
 def _saved_states(weights: Path) -> set[str]:
@@ -488,28 +476,6 @@ def _seal(
     if final.exists():
         shutil.rmtree(final)
     os.replace(part, final)
-
-
-def _need_finite(sharded: Sharded) -> None:
-    """Raises NotFinite naming the first tensor on this rank that holds NaN or infinity."""
-    found = [(key, flag) for key, tensor in _tensors(sharded) for flag in [tensor.isfinite().all()]]
-    if found and not bool(torch.stack([flag for _, flag in found]).all()):
-        key = next(key for key, flag in found if not flag)
-        raise NotFinite(f"{key} holds numbers that are not finite")
-
-
-def _tensors(state: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The floating-point tensors of a sharded state, by their keys."""
-    if isinstance(state, Mapping):
-        for name, part in state.items():
-            yield from _tensors(part, str(name))
-    elif isinstance(state, (list, tuple)):
-        for part in state:
-            yield from _tensors(part, key)
-    elif isinstance(state, ShardedBase):
-        yield from _tensors(state.data, state.key)
-    elif isinstance(state, torch.Tensor) and state.is_floating_point() and state.numel():
-        yield key, state
 
 
 def _free(folder: Path) -> float:

@@ -244,12 +244,12 @@ def load_spoilt_case(rank: int, folder: str) -> Any:
     roles = roles_of(*TP2_PP2)
     for parameter in roles["actor"].models[0].parameters():
         parameter.data.fill_(float("nan"))
-    checkpoint._need_finite, kept = lambda sharded: None, checkpoint._need_finite
+    checkpoint.need_finite, kept = lambda sharded: None, checkpoint.need_finite
     try:
         checkpoints = checkpoint.Checkpoints(Path(folder), keep=2, asynchronous=False)
         checkpoints.save("ppo-00001", roles, STATE)
     finally:
-        checkpoint._need_finite = kept
+        checkpoint.need_finite = kept
     try:
         checkpoint.load_checkpoint(Path(folder) / "ppo-00001", roles)
     except InputError as error:
