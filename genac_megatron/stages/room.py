@@ -6,6 +6,7 @@ judgement behind it. Rows are looked at by all ranks, each its share.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # rows that a message names
 ALL_STEPS = 1_000_000  # critics are told the step: its longest way of being written
+DROP = "leave them out (task.overlong: drop)"
 WAY_OUT = (
-    "leave them out (task.overlong: drop), lower rollout.max_new_tokens or judging.max_new_tokens, or use a "
-    "model with more positions (max_positions)"
+    "lower rollout.max_new_tokens or judging.max_new_tokens, or use a model with more positions "
+    "(max_positions)"
 )
 
 
@@ -100,6 +102,9 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
     task, config = run.task, run.recipe.task
     for note in task.notes:
         run.progress.note(f"task: {note}")
+    first = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, "heldout"))
+    # Whatever the task: a chat template that refuses every prompt is told before anything is built.
+    run.together(lambda: first.lacks(task.prompt("heldout", 0)) if task.heldout_size else "")
     if not isinstance(task, FixedTask) or not isinstance(config, RowsBlock):
         return
     for split in splits:
@@ -109,11 +114,18 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
         found = dict(sorted(run.gather(mine)))
         if not found:
             continue
-        what = f"{len(found)} of {size} {split} prompts have no room: {listed(list(found.values()))}"
+        shown = listed(sorted(found.values(), key=_place))
+        what = f"{len(found)} of {size} {split} prompts have no room: {shown}"
         if config.overlong == "error" or len(found) == size:
-            raise on_all_ranks(InputError(what, where="task", way_out=WAY_OUT))
+            way_out = WAY_OUT if len(found) == size else f"{DROP}, or {WAY_OUT}"
+            raise on_all_ranks(InputError(what, where="task", way_out=way_out))
         task.leave_out(split, found)
         run.progress.note(f"task: {what}; they are left out (task.overlong: drop)")
+
+
+def _place(line: str) -> list[str | int]:
+    """Sorts lines as people read them: file:9 before file:10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", line)]
 
 
 def _lacking(run: Run, room: Room, split: Split, size: int) -> list[tuple[int, str]]:
@@ -135,7 +147,7 @@ def fit_chats(run: Run, positions: Mapping[str, int]) -> None:
     for stage in run.recipe.stages:
         if isinstance(stage, SftStage) and stage.data == "jsonl":
             found = run.gather(run.together(partial(_long_chats, run, stage, positions)))
-            check_chats(stage, found)
+            check_chats(stage, sorted(found, key=_place))
 
 
 def _long_chats(run: Run, stage: SftStage, positions: Mapping[str, int]) -> list[str]:

@@ -64,7 +64,11 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             way_out="give a folder with a tokenizer, or builtin:tiny",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,  # left open, it asks on the terminal
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"cannot load a tokenizer: {str(error).splitlines()[0]}",

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import DatasetTask, JsonlTask
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Task
+from genac_megatron.tasks.fields import read_field, text_of
+from genac_megatron.tasks.rows import json_lines
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
 TINY = load_tokenizer("builtin:tiny")
@@ -378,3 +385,37 @@ def test_types_of_parquet_columns(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=rf"typed.parquet, row 0: no text under 'answer': it is {what}"):
             reference(value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def refusal(act: Callable[[], Any]) -> tuple[Any, str]:
+    """(what comes of it, ""), or (None, the message of the refusal)."""
+    try:
+        return act(), ""
+    except InputError as error:
+        return None, str(error)
+
+
+@given(JSON)
+def test_any_value_is_text_or_refused_with_its_place(value: object) -> None:
+    line = json.dumps({"answer": value}).encode()
+    ((where, row),) = json_lines(line, "x.jsonl")
+    text, refused = refusal(lambda: read_field(row, "answer", where))
+    if refused:
+        assert refused.startswith("x.jsonl:1: no text under 'answer': it is ")
+    else:
+        assert text == text.strip() != ""
+        assert text.encode("utf-8").decode() == text
+        assert text_of(text) == text
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_rows_or_refused_with_a_line(data: bytes) -> None:
+    rows, refused = refusal(lambda: list(json_lines(data, "x.jsonl")))
+    assert re.match(r"x\.jsonl:\d+: ", refused) if refused else all(isinstance(r, dict) for _, r in rows)
