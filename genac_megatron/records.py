@@ -19,11 +19,13 @@ class Prompt:
     """One problem of a task: the chat messages to show, their ids, and what the verifier needs."""
 
     id: str  # stable over runs: "<split>/<index>"
-    messages: tuple[dict[str, str], ...]  # chat messages, ends with the user's turn
+    messages: tuple[dict[str, Any], ...]  # chat messages, ends with the user's turn
     problem: str  # the plain problem text, as the critic is shown it
     reference: Any  # what the verifier compares with; never shown to a critic
     ids: tuple[int, ...] = ()  # the chat template applied, generation prompt included
     success: str = ""  # what counts as success, as the critic is told; "": being judged correct
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of functions, which the chat template shows
+    where: str = field(default="", compare=False)  # in the user's data: file:line
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Judgement:
     value: float | None
     soft: float | None = None  # sum_n p(n) n/10 over the eleven answers, where asked for
     used: float = 0.0  # what advantages use: value or soft, or the fallback where neither parses
-    skipped: bool = False  # never asked: the budget of critic tokens was spent
+    skipped: bool = False  # never asked: the budget of critic tokens was spent, or no room (`too_long`)
+    too_long: bool = False  # never asked: the prompt around the response left no room in the critic's model
     weight: float = 0.0  # REINFORCE weight: R_v minus its leave-one-out baseline
 
 

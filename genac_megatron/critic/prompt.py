@@ -21,7 +21,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.tokenizer import encode_after
+from genac_megatron.tasks.tokenizer import chat_text, encode_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,8 +221,8 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
             "the critic's tokenizer has no chat template", where=where, way_out="add one to its folder"
         )
     messages = [{"role": "user", "content": _CONTENT_MARK}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if not isinstance(text, str) or text.count(_CONTENT_MARK) != 1:
+    text = chat_text(tokenizer, messages)
+    if text.count(_CONTENT_MARK) != 1:
         raise InputError(
             "the chat template does not show the user's message exactly once",
             where=where,

@@ -12,7 +12,7 @@ from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.bank import Bank, BankState, Valued
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.recipe.schema import ModelConfig
-from genac_megatron.records import Judgement, Sample
+from genac_megatron.records import Judgement, Sample, State
 from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.runtime import Run, role_tokenizer
 
@@ -60,11 +60,25 @@ class GenerativeValues:
         """A response's states nest: its longest is read ahead of the others (stages/judging.py)."""
         for which in sorted({state.response for state in states if state.response is not None}):
             longest = [state.state for state in states if state.response == which][-1]
-            await self.judge.engine.warm(self.judge.prompt_ids(longest), longest.rollout.key)
+            ids = self.judge.prompt_ids(longest)
+            if not self.judge.has_room(ids):
+                raise self._no_room(longest, len(ids))
+            await self.judge.engine.warm(ids, longest.rollout.key)
         judgements = await asyncio.gather(*(self.judge.judge(state.state) for state in states))
         return [self._valued(judgement) for judgement in judgements]
 
+    def _no_room(self, state: State, read: int) -> InputError:
+        """Here a state without a judgement would pass for one whose score does not parse."""
+        return InputError(
+            f"the critic's prompt has {read} tokens, and with {self.judge.config.max_new_tokens} new ones it "
+            f"does not fit into its model's {self.judge.positions} positions",
+            where=f"state {state.rollout.key}@{state.index}",
+            way_out="lower judging.max_new_tokens, or use a critic with more positions (max_positions)",
+        )
+
     def _valued(self, judgement: Judgement) -> Valued:
+        if judgement.too_long:
+            raise self._no_room(judgement.state, len(self.judge.prompt_ids(judgement.state)))
         value = judgement.value
         if self.judge.config.score == "soft" and judgement.soft is not None:
             value = judgement.soft

@@ -36,7 +36,7 @@ def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
 def session(recipe: Recipe, world: World, stop: StopFlag, name: str) -> Iterator[Run]:
     """A run that trains nothing. Collective."""
     with Progress(world.rank == 0, name=recipe.name, stages=[name]) as progress:
-        run = Run(recipe, world, None, progress, stop)
+        run = Run(recipe, world, None, progress, stop, trains=False)
         try:
             yield run
         finally:

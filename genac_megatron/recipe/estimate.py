@@ -268,7 +268,7 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         text = f"{stage.batch} sequences a step, {most}{stage.epochs} epochs"
         if stage.data == "jsonl":
             return text
-        text += f" over {stage.size:,} {stage.data}"
+        text += f" over {stage.made:,} {stage.data}"
         if stage.data == "traces":
             text += f" of at most {judging.max_new_tokens:,} tokens"
         return text

@@ -408,6 +408,7 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
             raise InputError(f"{who} reads jsonl and has no path", where=where(place), way_out="add path:")
         _check_file(stage.path, (*place, "path"), where)
         return
+    _check_no_chats(stage, who, place, where)
     if stage.path is not None:
         raise InputError(
             f"{who} makes its {stage.data} and reads no path",
@@ -423,6 +424,16 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
         )
     if stage.data == "traces":
         _check_traces(recipe, stage, exact, place, where)
+
+
+def _check_no_chats(stage: SftStage, who: str, place: tuple[str | int, ...], where: Where) -> None:
+    for key in ("turns", "system", "overlong"):
+        if getattr(stage, key) != SftStage.model_fields[key].default:
+            raise InputError(
+                f"{who} makes its {stage.data}, and {key} is about conversations that are read",
+                where=where((*place, key)),
+                way_out=f"take {key} out, or set data: jsonl",
+            )
 
 
 def _check_heldout(stage: SftStage, who: str, place: tuple[str | int, ...], where: Where) -> None:

@@ -244,8 +244,13 @@ class SftStage(Block):
     role: str
     start_from: str | None = None  # begin from a copy of this role's current weights
     data: Literal["demonstrations", "traces", "jsonl"]
-    path: str | None = None  # jsonl: lines of {"messages": [...]}
-    size: Positive = 2000  # demonstrations or traces to make
+    path: str | None = None  # jsonl: lines of {"messages": [...], "tools": [...]}
+    size: Positive | None = (
+        None  # None: 2000 demonstrations or traces to make; all of a jsonl's conversations
+    )
+    turns: Literal["last", "all"] = "last"  # jsonl: which of the assistant's turns are learnt
+    system: str = ""  # jsonl: a system message before conversations that have none
+    overlong: Literal["error", "drop"] = "error"  # jsonl: conversations that have no room in the model
     epochs: Positive = 2  # at most, where `heldout` ends the stage
     batch: Positive = 64  # sequences per step
     teacher: TeacherConfig = TeacherConfig()
@@ -253,6 +258,11 @@ class SftStage(Block):
     optimizer: OptimizerConfig | None = None  # None: the role's
     heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
     gate: SftGate = SftGate()
+
+    @property
+    def made(self) -> int:
+        """How many demonstrations or traces are made."""
+        return 2000 if self.size is None else self.size
 
 
 class ReinforceStage(Block):

@@ -15,6 +15,26 @@ class TaskBlock(Block):
     success: str = ""  # what counts as success, in a sentence that the critic is shown; "": judged correct
 
 
+BOXED = "Think step by step. Put the final answer in \\boxed{}."
+
+
+class RowsBlock(TaskBlock):
+    """What tasks over a fixed set of rows have."""
+
+    # Rows whose prompt, with the longest response, has no room in the actor's or the critic's model; all are
+    # looked at when a run begins. drop: they are left out, counted and told.
+    overlong: Literal["error", "drop"] = "error"
+
+
+class QuestionsBlock(RowsBlock):
+    """What tasks over questions and reference answers have."""
+
+    system: str = ""  # a system message before each question, unless its row has one
+    tools_key: str | None = "tools"  # JSON schemas of functions, or JSON text of them: the chat template's
+    split_key: str | None = "split"  # a row's own split, where one set of rows holds both
+    conflicting: Literal["error", "drop"] = "error"  # questions that stand there with different answers
+
+
 class StateTrackingTask(TaskBlock):
     """Follow swaps of k objects; the answer is the whole final arrangement."""
 
@@ -39,20 +59,20 @@ class ChainedArithmeticTask(TaskBlock):
     slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
 
 
-class JsonlTask(TaskBlock):
+class JsonlTask(QuestionsBlock):
     """One object per line: a question, a reference answer, optionally a split."""
 
     kind: Literal["jsonl"]
     path: str
     heldout_path: str | None = None  # None: a seeded share of path
     heldout_size: Positive = 256
-    question_key: str = "question"
-    answer_key: str = "answer"
+    question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
+    answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     verifier: Literal["math", "exact"] | None = None
-    instruction: str = "Think step by step. Put the final answer in \\boxed{}."
+    instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
 
 
-class DatasetTask(TaskBlock):
+class DatasetTask(QuestionsBlock):
     """A Hugging Face dataset by name or local folder."""
 
     kind: Literal["datasets"]
@@ -61,11 +81,11 @@ class DatasetTask(TaskBlock):
     split: str = "train"
     heldout_split: str | None = None  # None: a seeded share of split
     heldout_size: Positive = 256
-    question_key: str = "question"
-    answer_key: str = "answer"
+    question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
+    answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
     verifier: Literal["math", "exact"] | None = None
-    instruction: str = "Think step by step. Put the final answer in \\boxed{}."
+    instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
 
 
 class ReasoningGymTask(TaskBlock):
@@ -104,7 +124,7 @@ class JudgeConfig(Block):
     give_up: Positive = 32  # failures in a row, on a rank, that end the run
 
 
-class RubricTask(TaskBlock):
+class RubricTask(RowsBlock):
     """Open-ended prompts; a judge scores each response against a rubric. The outcome is score / scale."""
 
     kind: Literal["rubric"]

@@ -27,7 +27,7 @@ from genac_megatron.recipe.schema import (
     ValueStage,
 )
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
-from genac_megatron.stages.heldout import judge_for
+from genac_megatron.stages.heldout import judge_for, tell_too_long
 from genac_megatron.stages.judging import Budget
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
@@ -164,6 +164,7 @@ def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[st
 def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
     """What the actor and, where it judged, the critic did in this batch."""
     judged = judge_figures(batch) if any(batch.judgements) else {}
+    tell_too_long(run, (judgement for judgements in batch.judgements for judgement in judgements))
     return {**rollout_figures(batch, run.at.versions), **judged, **run.serving.figures()}
 
 
@@ -188,6 +189,7 @@ def judge_figures(batch: Batch) -> dict[str, float]:
     unique = [judgement for judgement in every if not judgement.skipped]
     return {
         "judge/skipped": mean(judgement.skipped for judgement in every),
+        "judge/too_long": mean(judgement.too_long for judgement in every),
         "judge/parse_rate": mean(j.value is not None for j in unique),
         "judge/brier": mean((j.used - outcome) ** 2 for j, outcome in pairs),
         "judge/brier_constant": mean((base - outcome) ** 2 for _, outcome in pairs),

@@ -7,12 +7,14 @@ differences between critics are paired.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
+from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation import metrics
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
@@ -162,6 +164,30 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
     )
 
 
+def tell_too_long(run: Run, judgements: Iterable[Judgement]) -> None:
+    """Say once in a run that states have no judgement as their prompt has no room in the critic's model.
+
+    The judgements are those of all ranks; every batch's figures have the share of such states. Raises
+    InputError where all of them are such: then there is no critic.
+    """
+    unique = {id(judgement): judgement for judgement in judgements}.values()
+    long = [judgement for judgement in unique if judgement.too_long]
+    if not long or ("too_long" in run.told and len(long) < len(unique)):
+        return
+    first = long[0].state
+    what = (
+        f"{len(long)} of {len(unique)} states, {first.rollout.key}@{first.index} for example, leave no room "
+        f"for a judgement in the {run.critic.shape.max_positions} positions of the critic's model"
+    )
+    way_out = "lower judging.max_new_tokens or rollout.max_new_tokens, or use a model with more positions"
+    if len(long) == len(unique):
+        raise on_all_ranks(InputError(what, where="roles.critic.model", way_out=f"{way_out} (max_positions)"))
+    run.told.add("too_long")
+    run.progress.note(
+        f"warning: {what}: they take the value before them, and judge/too_long counts them ({way_out})"
+    )
+
+
 def _evaluate_critic(
     run: Run, stage: StageConfig, held: HeldOut, step: int, monte_carlo: bool
 ) -> dict[str, Any]:
@@ -176,6 +202,7 @@ def _evaluate_critic(
     mine = held.draws if monte_carlo and held.draws is not None else {}
     known = {k: v for part in run.gather([mine]) for k, v in part.items()}
     row = critic_row(groups, known)
+    tell_too_long(run, (j for group in groups for js in group.judgements for j in js))
     for group in groups[: run.recipe.observe.shown_rollouts]:
         run.append(ROLLOUTS, shown_rollout(run, stage.name, step, group.rollouts[0], group.judgements[0]))
     return row
@@ -232,11 +259,13 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         parsed=[j.value for j, _ in pairs],
     )
     figures["brier_used"] = figures["brier"]
-    errors = [1.0 - reward(j.value, r.outcome) for j, r in pairs]  # no score: the worst error
+    # No score: the worst error, unless the critic was not asked.
+    errors = [(j.used - r.outcome) ** 2 if j.skipped else 1.0 - reward(j.value, r.outcome) for j, r in pairs]
     figures["brier"] = mean(errors)
     unique = {id(j): j for j, _ in pairs}.values()
-    figures["parse_rate"] = mean(j.value is not None for j in unique)
-    figures["tokens_per_state"] = mean(len(j.completion.ids) for j in unique)
+    asked = [judgement for judgement in unique if not judgement.skipped]
+    figures["parse_rate"] = mean(j.value is not None for j in asked) if asked else 0.0
+    figures["tokens_per_state"] = mean(len(j.completion.ids) for j in asked) if asked else 0.0
     with_value = {_key(j.state): j.used for j, _ in pairs if _key(j.state) in known}
     if with_value:
         keys = sorted(with_value)

@@ -19,18 +19,17 @@ from genac_megatron.stages.seeds import seed_for
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LIMITS = {"actor": "the stage's rollout.max_new_tokens", "critic": "judging.max_new_tokens"}
 
-
-def need_room(role: str, key: str, prompt: int, new: int, positions: int | None) -> None:
-    """Raise InputError where a prompt and as many new tokens do not fit into the role's model."""
-    if positions is not None and prompt + new > positions:
+def need_room(prompt: Prompt, new: int, positions: int | None) -> None:
+    """Raise InputError where an actor's prompt and as many new tokens do not fit into its model."""
+    if positions is not None and len(prompt.ids) + new > positions:
+        source = f" ({prompt.where})" if prompt.where else ""
         raise InputError(
-            f"the {role}'s prompt has {prompt} tokens, and with {new} new ones it does not fit into its "
-            f"model's {positions} positions",
-            where=f"prompt {key}",
-            way_out=f"lower {LIMITS[role]}, leave such prompts out of the task, or use a model with more "
-            "positions (max_positions)",
+            f"the actor's prompt has {len(prompt.ids)} tokens, and with {new} new ones it does not fit into "
+            f"its model's {positions} positions",
+            where=f"prompt {prompt.id}{source}",
+            way_out="lower the stage's rollout.max_new_tokens, leave such prompts out of the task, or use a "
+            "model with more positions (max_positions)",
         )
 
 
@@ -87,13 +86,18 @@ class Judge:
     budget: Budget | None = None
 
     async def judge(self, state: State) -> Judgement:
-        """One critic completion for one state, parsed; none where the budget is spent."""
-        longest = self.config.max_new_tokens
+        """One critic completion for one state, parsed; none where the budget is spent, or where the prompt
+        leaves no room for one: then the state takes the fallback value.
+        """
+        longest, prompt_ids = self.config.max_new_tokens, self.prompt_ids(state)
+        if not self.has_room(prompt_ids):
+            nothing = Completion((), (), "abort")
+            return Judgement(state, (), nothing, "", None, skipped=True, too_long=True)
         if self.budget is not None and not await self.budget.take(longest):
             return Judgement(state, (), Completion((), (), "abort"), "", None, skipped=True)
         written = 0
         try:
-            prompt_ids, completion = await self._ask(state)
+            completion = await self._ask(state, prompt_ids)
             written = len(completion.ids)
         finally:  # after a failure too: others wait for room
             if self.budget is not None:
@@ -104,14 +108,15 @@ class Judge:
             judgement.soft = await self._soft(judgement)
         return judgement
 
-    async def _ask(self, state: State) -> tuple[tuple[int, ...], Completion]:
-        """The prompt's ids and what the critic says to it."""
-        prompt_ids, key = self.prompt_ids(state), _key(state)
-        need_room("critic", key, len(prompt_ids), self.config.max_new_tokens, self.positions)
+    async def _ask(self, state: State, prompt_ids: tuple[int, ...]) -> Completion:
+        """What the critic says to a prompt."""
+        key = _key(state)
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
-        return prompt_ids, await self.engine.complete(
-            Request(prompt_ids, params, seed_for(*self.seed, key), key)
-        )
+        return await self.engine.complete(Request(prompt_ids, params, seed_for(*self.seed, key), key))
+
+    def has_room(self, prompt_ids: tuple[int, ...]) -> bool:
+        """Whether a judgement behind this prompt fits into the critic's model."""
+        return self.positions is None or len(prompt_ids) + self.config.max_new_tokens <= self.positions
 
     def prompt_ids(self, state: State) -> tuple[int, ...]:
         """The critic's prompt for a state."""
@@ -130,8 +135,8 @@ class Judge:
         The states nest, and requests in flight together share no prefix: the longest is read ahead of them.
         """
         states = cut_states(rollout, self.actor_tokenizer, self.config.states)
-        if len(states) > 2:
-            await self.engine.warm(self.prompt_ids(states[-1]), _key(states[-1]))
+        if len(states) > 2 and self.has_room(ids := self.prompt_ids(states[-1])):
+            await self.engine.warm(ids, _key(states[-1]))
         later = await asyncio.gather(*(self.judge(state) for state in states[1:]))
         return [await shared, *later]
 

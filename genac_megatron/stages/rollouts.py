@@ -50,7 +50,7 @@ class Generator:
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""
-        need_room("actor", prompt.id, len(prompt.ids), self.config.max_new_tokens, self.positions)
+        need_room(prompt, self.config.max_new_tokens, self.positions)
         group = Group(prompt)
         shared = None
         if self.judge is not None:

@@ -27,6 +27,7 @@ from genac_megatron.records import Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
+from genac_megatron.stages.room import fit_chats, fit_task
 from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
@@ -55,6 +56,7 @@ class Run:
         stop: StopFlag,
         *,
         resuming: bool = False,
+        trains: bool = True,
     ) -> None:
         self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
         self.folder = RunFolder(Path(recipe.runs) / recipe.name)
@@ -71,10 +73,12 @@ class Run:
                 )
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
         self.task = self.together(lambda: make_task(recipe.task, self.tokenizers[speaker], recipe.seed))
+        self._fit_data(resuming, trains)
         self.roles: dict[str, Role] = {}
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
         self._spent: dict[str, float] = {}  # on this rank, for the next row: a sum over ranks
+        self.told: set[str] = set()  # warnings that are said once
         self._noted: dict[str, float] = {}  # for the next row, the same on every rank
         self._stop = stop
         self._fleets = Fleets(self.folder)
@@ -83,6 +87,16 @@ class Run:
         except BaseException:
             self._fleets.close()
             raise
+
+    def _fit_data(self, resuming: bool, trains: bool) -> None:
+        """Hold the data to the models' positions, before time is spent. A resumed run has its SFT data."""
+        roles = self.recipe.roles
+        positions = self.together(
+            lambda: {n: shape_of(c.model, len(self.tokenizers[n])).max_positions for n, c in roles.items()}
+        )
+        fit_task(self, positions, ("train", "heldout") if trains else ("heldout",))
+        if trains and not resuming:
+            fit_chats(self, positions)
 
     def _build(self, resuming: bool) -> None:
         shapes, fleets = self.together(partial(self._start_fleets, resuming))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.critic import traces
@@ -24,15 +22,12 @@ from genac_megatron.stages.heldout import actor_generator, evaluate, judge_for
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.parity import measure_judgements
 from genac_megatron.stages.rollouts import continue_states
+from genac_megatron.stages.room import check_chats, listed
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.stages.sft_heldout import Watch, hold_out
-from genac_megatron.tasks.conversations import read_conversations
-from genac_megatron.tasks.tokenizer import chat_ids
 from genac_megatron.training.agreement import from_first
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
 
@@ -50,6 +45,8 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
             evaluate(run, stage, "start", 0, critic=False)  # seeds p_bar
     with run.phase("data"):
         samples = kept_data(run, stage, fresh=loop.fresh)
+    if stage.data == "traces":
+        samples = with_room(run, stage, samples, role.shape.max_positions)
     check_room(stage, samples, role.shape.max_positions)
     total, learnt = _train(run, stage, loop, samples)
     run.publish(stage.role)
@@ -117,6 +114,18 @@ def check_room(stage: SftStage, samples: Sequence[Sample], positions: int) -> No
         raise on_all_ranks(error)
 
 
+def with_room(run: Run, stage: SftStage, samples: list[Sample], positions: int) -> list[Sample]:
+    """Traces that fit into the critic's model, told where not all do; all of them where none does."""
+    kept = [sample for sample in samples if len(sample.tokens) <= positions]
+    if not kept or len(kept) == len(samples):
+        return samples
+    run.progress.note(
+        f"[{stage.name}] warning: {len(samples) - len(kept)} of {len(samples)} traces do not fit into the "
+        f"{positions} positions of {stage.role}'s model and are left out"
+    )
+    return kept
+
+
 def _read_samples(path: Path) -> list[Sample] | None:
     if not path.exists():
         return None
@@ -149,7 +158,7 @@ def demonstrations(run: Run, stage: SftStage) -> list[Sample]:
             way_out="give data: jsonl with a path, or start from a model that can already do the task",
         )
     samples = []
-    for index in range(stage.size):
+    for index in range(stage.made):
         prompt = run.task.prompt("train", run.task.train_index(run.recipe.seed, index))
         rng = random.Random(seed_for(run.recipe.seed, stage.name, "demonstration", index))
         text = teacher.demonstrate(prompt, rng)
@@ -161,10 +170,10 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
     """Traces over states of the current actor, balanced by outcome and position."""
     assert run.icc is not None
     per_prompt = stage.rollout.samples * (run.recipe.judging.states.max_states - 1) + 1
-    wanted = math.ceil(SPARE * stage.size / per_prompt)
+    wanted = math.ceil(SPARE * stage.made / per_prompt)
     prompts = train_prompts(run, 0, wanted)
     batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, "states"), judged=False)
-    states = run.together(lambda: traces.balance(batch_states(run, batch), stage.size, run.recipe.seed))
+    states = run.together(lambda: traces.balance(batch_states(run, batch), stage.made, run.recipe.seed))
     context = traces.TraceContext(
         tokenizer=run.tokenizers[stage.role],
         actor_tokenizer=run.tokenizers["actor"],
@@ -228,17 +237,22 @@ def own_traces(run: Run, stage: SftStage, states: list[State]) -> list[Sample]:
 
 
 def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
-    """Conversations, one {"messages": [...]} a line; loss on the last (assistant) message."""
-    tokenizer = run.tokenizers[stage.role]
-    if stage.path is None:
-        raise InputError("data: jsonl needs a path", where=f"stage {stage.name}")
-    conversations = read_conversations(Path(stage.path))
-    used = conversations[: stage.size]
-    run.progress.note(f"[{stage.name}] {len(used)} of {len(conversations)} conversations")
-    return [_conversation_sample(tokenizer, messages) for messages in used]
-
-
-def _conversation_sample(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Sample:
-    *before, last = messages
-    source = hashlib.sha256(json.dumps(before).encode()).hexdigest()[:16]
-    return traces.to_sample(tokenizer, chat_ids(tokenizer, before), last["content"], source)
+    """Conversations, one {"messages": [...]} a line; loss on the assistant's turns that the stage learns."""
+    tokenizer, most = run.tokenizers[stage.role], run.roles[stage.role].shape.max_positions
+    used, count = used_conversations(stage)
+    samples: list[Sample] = []
+    long: list[str] = []
+    for chat in used:
+        made = chat_samples(tokenizer, chat, stage)
+        length = max((len(sample.tokens) for sample in made), default=0)
+        if length > most:
+            long.append(f"{chat.where}: {length} tokens, in {most} positions")
+        else:
+            samples += made
+    check_chats(stage, long)
+    turns = "" if stage.turns == "last" else f", {len(samples)} turns of the assistant's"
+    left_out = f"; {len(long)} are too long and left out: {listed(long)}" if long else ""
+    run.progress.note(f"[{stage.name}] {len(used)} of {count} conversations{turns}{left_out}")
+    if not samples:
+        raise InputError("no conversation is left to train on", where=f"stage {stage.name}")
+    return samples

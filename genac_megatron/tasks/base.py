@@ -6,11 +6,12 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from genac_megatron.errors import InputError
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.fields import with_system
 from genac_megatron.tasks.tokenizer import chat_ids
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ class Problem:
     text: str
     reference: Any
     instruction: str = ""  # shown to the actor after the text, never to the critic
-    messages: tuple[dict[str, str], ...] = ()  # a conversation: shown to the actor as it is
+    messages: tuple[dict[str, Any], ...] = ()  # a conversation: shown to the actor as it is
+    system: str = ""  # the system message before the text, never shown to the critic
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of functions, for the chat template
+    where: str = field(default="", compare=False)  # in the user's data: file:line
 
     @property
     def key(self) -> str:
@@ -66,6 +70,7 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.train_size = train_size
         self.heldout_size = heldout_size
+        self.notes: list[str] = []  # what people should know about its data, told when a run begins
         self._order: tuple[tuple[int, int], list[int]] | None = None
 
     @abstractmethod
@@ -100,14 +105,19 @@ class Task(ABC):
             raise IndexError(f"{split} has {size} prompts, no index {index}")
         problem = self._problem(split, index)
         content = f"{problem.text}\n\n{problem.instruction}" if problem.instruction else problem.text
-        messages = problem.messages or ({"role": "user", "content": content},)
+        messages = problem.messages or with_system(({"role": "user", "content": content},), problem.system)
+        ids: tuple[int, ...] = ()
+        if self.tokenizer is not None:
+            ids = chat_ids(self.tokenizer, messages, problem.tools, where=problem.where)
         return Prompt(
             id=f"{split}/{index}",
             messages=messages,
             problem=problem.text,
             reference=problem.reference,
-            ids=() if self.tokenizer is None else chat_ids(self.tokenizer, messages),
+            ids=ids,
             success=self.success,
+            tools=problem.tools,
+            where=problem.where,
         )
 
     def train_index(self, seed: int, cursor: int) -> int:
@@ -118,6 +128,28 @@ class Task(ABC):
             random.Random(f"order/{seed}/{epoch}").shuffle(order)
             self._order = ((seed, epoch), order)
         return self._order[1][offset]
+
+
+class FixedTask(Task):
+    """A task whose problems are all known: subclasses give `verify`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        train: Sequence[Problem],
+        heldout: Sequence[Problem],
+    ) -> None:
+        super().__init__(tokenizer, len(train), len(heldout))
+        self._problems: dict[str, list[Problem]] = {"train": list(train), "heldout": list(heldout)}
+
+    def _problem(self, split: Split, index: int) -> Problem:
+        return self._problems[split][index]
+
+    def leave_out(self, split: Split, indices: Iterable[int]) -> None:
+        """Drop the problems at `indices`; those behind them move up."""
+        out = frozenset(indices)
+        self._problems[split] = [p for index, p in enumerate(self._problems[split]) if index not in out]
+        self.train_size, self.heldout_size = len(self._problems["train"]), len(self._problems["heldout"])
 
 
 class GeneratedProblems:

@@ -8,18 +8,20 @@ names and columns were read in public evaluation code; none could be downloaded 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import DatasetTask, ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import Problem, Split, Task
-from genac_megatron.tasks.hf_datasets import compiled, load_rows
-from genac_megatron.tasks.questions import QuestionTask, read_field
+from genac_megatron.tasks.fields import MISSING, look_up, read_field
+from genac_megatron.tasks.hf_datasets import load_rows
+from genac_megatron.tasks.questions import QuestionTask, compiled
 from genac_megatron.tasks.reasoning_gym import ReasoningGym
+from genac_megatron.tasks.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,7 +173,7 @@ def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Proble
         split=benchmark.split,
     )
     try:
-        rows: Iterable[Any] = list(load_rows(config, benchmark.split))
+        rows = load_rows(config, benchmark.split)
     except InputError as error:
         if path is not None:
             raise
@@ -184,22 +186,25 @@ def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Proble
         ) from error
     pattern = None if benchmark.answer_pattern is None else compiled(benchmark.answer_pattern)
     problems = []
-    for number, row in enumerate(rows):
-        where = f"{config.name}, row {number}"
+    for where, row in rows:
         answer = _field(row, benchmark.answer_keys, where)
         if pattern is not None and (match := pattern.search(answer)) is not None:
             answer = match.group(1).strip()  # a local file may hold the bare answer
         text = _field(row, benchmark.question_keys, where)
-        problems.append(Problem(text, answer, benchmark.instruction))
+        problems.append(Problem(text, answer, benchmark.instruction, where=where))
     if not problems:
         raise InputError("no problem in it", where=str(Path(config.name)))
     return problems
 
 
-def _field(row: Any, keys: Sequence[str], where: str) -> str:
-    """The text under the first key that the row has; the parts of a list are joined by commas."""
-    key = next((key for key in keys if isinstance(row, dict) and row.get(key) is not None), keys[0])
-    value = row.get(key) if isinstance(row, dict) else None
+def _field(row: Row, keys: Sequence[str], where: str) -> str:
+    """The text under the first key that the row has, in whatever case; the parts of a list are joined by
+    commas.
+    """
+    names = {name.lower(): name for name in reversed(row)}
+    known = [names.get(key, key) for key in keys]
+    key = next((key for key in known if look_up(row, key) not in (MISSING, None)), known[0])
+    value = look_up(row, key)
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         row = {**row, key: ", ".join(value)}
-    return read_field(row, key, where)
+    return read_field(row, key, where, f"its keys are {' or '.join(keys)}")

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.tasks import DatasetTask, JsonlTask
+from genac_megatron.recipe.tasks import BOXED, DatasetTask, JsonlTask
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.base import Problem, Split, Task
+from genac_megatron.tasks.base import FixedTask, Problem, split_problems
+from genac_megatron.tasks.fields import (
+    MISSING,
+    Messages,
+    is_heldout,
+    look_up,
+    read_field,
+    read_messages,
+    read_tools,
+    shown_text,
+    with_system,
+)
 from genac_megatron.tasks.grading import make_grader
+from genac_megatron.tasks.rows import Located, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Of a recipe that leaves the names at their defaults, the first that a row has: the second ones are verl's.
+QUESTION_KEYS = ("question", "prompt")
+ANSWER_KEYS = ("answer", "reward_model.ground_truth")
+SHOWN_CONFLICTS = 3
 
-class QuestionTask(Task):
+
+class QuestionTask(FixedTask):
     """Fixed questions; a grader compares a response's final answer with the reference."""
 
     def __init__(
@@ -25,12 +43,8 @@ class QuestionTask(Task):
         verifier: str,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        super().__init__(tokenizer, len(train), len(heldout))
-        self._problems = {"train": train, "heldout": heldout}
+        super().__init__(tokenizer, train, heldout)
         self._grader = make_grader(verifier)
-
-    def _problem(self, split: Split, index: int) -> Problem:
-        return self._problems[split][index]
 
     @property
     def late(self) -> int:
@@ -54,16 +68,149 @@ def need_verifier(config: JsonlTask | DatasetTask) -> str:
     return config.verifier
 
 
-def read_field(row: object, key: str, where: str) -> str:
-    """The text under `key` of a row; a number counts as text. Raises InputError naming `where`."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+def read_problems(
+    rows: Iterable[Located], config: JsonlTask | DatasetTask, *, by_split: bool
+) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems of rows. `by_split`: rows may name their split under `config.split_key`.
+
+    Raises InputError naming the row's place.
+    """
+    pattern = None
+    if isinstance(config, DatasetTask) and config.answer_pattern is not None:
+        pattern = compiled(config.answer_pattern)
+    train: list[Problem] = []
+    heldout: list[Problem] = []
+    for where, row in rows:
+        problem = read_problem(row, config, pattern, where)
+        held = by_split and is_heldout(row, config.split_key, where)
+        (heldout if held else train).append(problem)
+    return train, heldout
+
+
+def read_problem(
+    row: Row, config: JsonlTask | DatasetTask, pattern: re.Pattern[str] | None, where: str
+) -> Problem:
+    """A row's problem: a question that is text or chat messages, and a reference answer."""
+    question = _chosen(row, config.question_key, QUESTION_KEYS)
+    reference = read_field(row, _chosen(row, config.answer_key, ANSWER_KEYS), where)
+    if pattern is not None:
+        reference = _matched(pattern, reference, where)
+    tools = () if config.tools_key is None else read_tools(row, config.tools_key, where)
+    value = look_up(row, question)
+    if isinstance(value, list):
+        messages = with_system(_chat(value, question, where), config.system)
+        text = shown_text(_chat(value, question, where))
+        if config.instruction:
+            messages = (*messages[:-1], _instructed(messages[-1], config.instruction))
+        return Problem(text, reference, messages=messages, tools=tools, where=where)
+    return Problem(
+        text=read_field(row, question, where),
+        reference=reference,
+        instruction=BOXED if config.instruction is None else config.instruction,
+        system=config.system,
+        tools=tools,
+        where=where,
+    )
+
+
+def _chosen(row: Row, key: str, known: Sequence[str]) -> str:
+    """The key to read: the recipe's; where that is left at its default, the first known one that is there."""
+    if key != known[0]:
+        return key
+    return next((name for name in known if look_up(row, name) not in (MISSING, None)), key)
+
+
+def _chat(value: list[object], key: str, where: str) -> Messages:
+    form = f'{key} is text, or [{{"role": "user", "content": "..."}}, ...] that ends with the user\'s'
+    messages = read_messages(value, where, form)
+    if messages[-1]["role"] not in ("user", "tool") or not messages[-1]["content"].strip():
         raise InputError(
-            f"no text under {key!r} (there is: {have})",
+            f"the messages under {key!r} end with the {messages[-1]['role']}'s, so there is nothing to answer"
+            if messages[-1]["content"].strip()
+            else f"the last message under {key!r} is empty",
             where=where,
-            way_out="set task.question_key and task.answer_key to the data's own names",
+            way_out=form,
         )
-    return value.strip()
+    return messages
+
+
+def _instructed(message: dict[str, object], instruction: str) -> dict[str, object]:
+    return {**message, "content": f"{message['content']}\n\n{instruction}"}
+
+
+def compiled(text: str) -> re.Pattern[str]:
+    """A pattern whose group 1 is the reference. Raises InputError."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise InputError(f"not a regular expression: {error}", where="task.answer_pattern") from error
+    if pattern.groups < 1:
+        raise InputError(
+            "the pattern has no group", where="task.answer_pattern", way_out="put the answer in a (group)"
+        )
+    return pattern
+
+
+def _matched(pattern: re.Pattern[str], answer: str, where: str) -> str:
+    match = pattern.search(answer)
+    found = None if match is None else match.group(1)
+    if not found or not found.strip():
+        raise InputError(
+            f"answer_pattern {pattern.pattern!r} finds nothing in {answer[-60:]!r}",
+            where=where,
+            way_out="correct task.answer_pattern, or leave it out where the field is the bare answer",
+        )
+    return found.strip()
+
+
+def without_conflicts(
+    problems: Sequence[Problem], config: JsonlTask | DatasetTask
+) -> tuple[list[Problem], str]:
+    """The problems, and what to tell, after the recipe's rule for questions that stand there with several
+    answers: nobody knows which is right.
+
+    Raises InputError naming their places, where the rule is `error`.
+    """
+    by_key: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_key.setdefault(problem.key, []).append(problem)
+    torn = {k: same for k, same in by_key.items() if len({" ".join(p.reference.split()) for p in same}) > 1}
+    if not torn:
+        return list(problems), ""
+    shown = "; ".join(_places(same) for same in list(torn.values())[:SHOWN_CONFLICTS])
+    more = f"; and {len(torn) - SHOWN_CONFLICTS} more" if len(torn) > SHOWN_CONFLICTS else ""
+    what = f"{len(torn)} questions stand there with different answers: {shown}{more}"
+    if config.conflicting == "error":
+        raise InputError(
+            what,
+            where="task",
+            way_out="keep one answer of each, or leave these questions out by task.conflicting: drop",
+        )
+    kept = [problem for problem in problems if problem.key not in torn]
+    return kept, f"{what}; they are left out (task.conflicting: drop)"
+
+
+def _places(same: Sequence[Problem]) -> str:
+    first = same[0]
+    other = next(p for p in same if p.reference.split() != first.reference.split())
+    return f"{first.where} ({first.reference[:40]!r}) and {other.where} ({other.reference[:40]!r})"
+
+
+def make_question_task(
+    config: JsonlTask | DatasetTask,
+    train: Sequence[Problem],
+    heldout: Sequence[Problem] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    where: str,
+) -> QuestionTask:
+    """The task of problems that were read; `heldout` None: a seeded share of them. Raises InputError."""
+    train, told = without_conflicts(train, config)
+    notes = [told]
+    if heldout is not None:
+        heldout, told = without_conflicts(heldout, config)
+        notes.append(told)
+    splits = split_problems(train, heldout, config.heldout_size, seed, where)
+    task = QuestionTask(*splits, need_verifier(config), tokenizer)
+    task.notes = [note for note in notes if note]
+    return task

@@ -12,13 +12,11 @@ for rewards that nobody gave would teach the actor something.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.critic.prompt import escape
@@ -26,7 +24,9 @@ from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.records import Prompt
 from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal
-from genac_megatron.tasks.base import Problem, Split, Task, split_problems
+from genac_megatron.tasks.base import FixedTask, Problem, split_problems
+from genac_megatron.tasks.fields import Messages, look_up, read_messages, shown_text
+from genac_megatron.tasks.rows import Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ def parse_judgement(text: str, scale: int) -> float | None:
     return int(found[-1]) / scale
 
 
-class RubricJudged(Task):
+class RubricJudged(FixedTask):
     """The task of this module; `reference` is the item's rubric."""
 
     def __init__(
@@ -86,9 +86,8 @@ class RubricJudged(Task):
         heldout: Sequence[Problem],
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        super().__init__(tokenizer, len(train), len(heldout))
+        super().__init__(tokenizer, train, heldout)
         self._config = config
-        self._problems = {"train": train, "heldout": heldout}
         self.success = SUCCESS.format(scale=config.scale)
         judge = config.judge
         self._endpoint = ChatEndpoint(
@@ -110,9 +109,6 @@ class RubricJudged(Task):
     @property
     def late(self) -> int:
         return self.failed
-
-    def _problem(self, split: Split, index: int) -> Problem:
-        return self._problems[split][index]
 
     def verify(self, prompt: Prompt, text: str) -> float:
         """The judge's score in [0, 1].
@@ -171,23 +167,13 @@ class RubricJudged(Task):
 
 
 def _read(config: RubricTask, path: str) -> list[Problem]:
-    try:
-        lines = Path(path).expanduser().read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=path, way_out=FORM) from error
-    found = [_item(config, line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    found = [_item(config, row, where) for where, row in read_rows(path, FORM)]
     if not found:
         raise InputError("no prompt in it", where=path, way_out=FORM)
     return found
 
 
-def _item(config: RubricTask, line: bytes, where: str) -> Problem:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"not JSON in UTF-8: {error}", where=where, way_out=FORM) from error
-    if not isinstance(row, dict):
-        raise InputError(f"a {type(row).__name__}, not an object", where=where, way_out=FORM)
+def _item(config: RubricTask, row: Row, where: str) -> Problem:
     rubric = row.get(config.rubric_key, config.rubric)
     if not isinstance(rubric, str) or not rubric.strip():
         raise InputError(
@@ -195,25 +181,24 @@ def _item(config: RubricTask, line: bytes, where: str) -> Problem:
             where=where,
             way_out="add it to the line, or set task.rubric",
         )
-    messages = _messages(row.get(config.prompt_key), config.prompt_key, where)
+    messages = _messages(look_up(row, config.prompt_key), config.prompt_key, where)
     if len(messages) == 1:
-        return Problem(messages[0]["content"], rubric, config.instruction)
-    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return Problem(messages[0]["content"], rubric, config.instruction, where=where)
+    text = shown_text(messages)
     if config.instruction:
         last = f"{messages[-1]['content']}\n\n{config.instruction}"
         messages = (*messages[:-1], {**messages[-1], "content": last})
-    return Problem(text, rubric, messages=messages)
+    return Problem(text, rubric, messages=messages, where=where)
 
 
-def _messages(prompt: Any, key: str, where: str) -> tuple[dict[str, str], ...]:
+def _messages(prompt: Any, key: str, where: str) -> Messages:
     """The prompt as chat messages, the user's last."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    right = isinstance(messages, list) and all(
-        isinstance(m, dict) and all(isinstance(m.get(part), str) for part in ("role", "content"))
-        for m in messages
-    )
-    if not right or not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise InputError(
-            f"no text and no chat messages that end with the user's under {key!r}", where=where, way_out=FORM
-        )
-    return tuple({"role": m["role"], "content": m["content"].strip()} for m in messages)
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    what = f"no text and no chat messages that end with the user's under {key!r}"
+    try:
+        messages = read_messages(given, where, FORM)
+    except InputError as error:
+        raise InputError(f"{what}: {error.what}", where=where, way_out=FORM) from error
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise InputError(what, where=where, way_out=FORM)
+    return tuple({**m, "content": m["content"].strip()} for m in messages)

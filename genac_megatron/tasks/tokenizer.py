@@ -101,7 +101,11 @@ def load_tokenizer(
         )
     refuse_dangling(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,  # left open, it asks on the terminal
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"cannot load a tokenizer: {str(error).splitlines()[0]}",
@@ -116,21 +120,72 @@ def load_tokenizer(
     return tokenizer
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any) -> tuple[int, ...]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Sequence[Any] = (), where: str = ""
+) -> tuple[int, ...]:
     """Token ids of chat `messages` with the generation prompt after them.
 
-    Raises InputError where the tokenizer has no chat template.
+    `tools`: JSON schemas of functions that the template shows. Raises InputError, at `where` (the messages'
+    place), where the tokenizer has no chat template, where it refuses the messages or shows no tools.
     """
+    text = chat_text(tokenizer, messages, tools, where=where)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Any,
+    tools: Sequence[Any] = (),
+    *,
+    where: str = "",
+    generation: bool = True,
+) -> str:
+    """What the chat template makes of `messages`; `generation`: with the generation prompt. As `chat_ids`."""
+    from jinja2 import TemplateError
+
+    folder = str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template",
-            where=str(tokenizer.name_or_path),
+            where=folder,
             way_out="put a chat_template.jinja beside tokenizer.json",
         )
-    ids = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return tuple(ids)
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, add_generation_prompt=generation, tokenize=False
+        )
+        text.encode("utf-8")
+    # A template is a program of somebody else's, which may fail in any of these ways.
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"the chat template of {folder} refuses these messages: {why}",
+            where=where or folder,
+            way_out="give messages in the form that the template asks for, or another chat_template.jinja",
+        ) from error
+    unseen = _unseen(messages, tools, text)
+    if unseen:
+        raise InputError(
+            f"the chat template of {folder} leaves out what is to be shown: {', '.join(unseen)}",
+            where=where or folder,
+            way_out="use a tokenizer whose template shows it, or take it out of the data or the recipe "
+            "(task.system, task.tools_key: null)",
+        )
+    return str(text)
+
+
+def _unseen(messages: Any, tools: Sequence[Any], text: str) -> list[str]:
+    """The system message, tools and tool calls that a template has dropped without a word."""
+    named = [("tool", tool) for tool in tools]
+    named += [("call of", call) for message in messages for call in message.get("tool_calls") or ()]
+    system = [m["content"].strip() for m in messages if m["role"] == "system"]
+    return ["the system message" for content in system if content not in text] + [
+        f"the {what} {name}" for what, each in named if (name := _function(each)) not in text
+    ]
+
+
+def _function(tool: Any) -> str:
+    return str(tool.get("function", tool).get("name", ""))
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

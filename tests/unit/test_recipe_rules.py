@@ -73,6 +73,7 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("stages.1.rollout.max_new_tokens=5000", "no room for a prompt in the 4096 positions of actor's"),
         ("judging.max_new_tokens=4096", "no room for a prompt in the 4096 positions of critic's"),
         ("roles.actor.layout.ep=2", "no experts"),
+        ("stages.0.turns=all", "turns is about conversations that are read"),
         ("roles.actor.layout.sequence_parallel=true", "sequence_parallel with tp 1"),
         ("roles.actor.training={fp8: delayed, specs: torch}", "fp8 with torch's layers"),
         ("roles.actor.training={fp8: delayed, dtype: fp32}", "fp8 in fp32"),

@@ -60,6 +60,12 @@ def test_a_row_of_each_dataset_is_read_and_graded(tmp_path: Path, name: str) -> 
     assert task.verify_many([(prompt, text) for text in responses]) == [1.0, 0.0]
 
 
+def test_names_of_columns_may_be_capital_and_answers_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "set.jsonl", [{"ID": 3, "Problem": "P", "Answer": 204.0, "Solution": "long"}])
+    prompt = make_benchmark("aime24", path, None).prompt("heldout", 0)
+    assert (prompt.problem, prompt.reference, prompt.where) == ("P", "204", f"{path}:1")
+
+
 def test_the_table_covers_what_users_expect() -> None:
     assert set(ROWS) == {name for name, row in BENCHMARKS.items() if row.dataset}
     assert benchmark_names("maths, gsm8k,aime24") == [*MATHS, "gsm8k"]

@@ -22,7 +22,7 @@ def test_conversations_are_read_in_order(tmp_path: Path) -> None:
     system = {"role": "system", "content": "be brief"}
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([line(TURNS), "", line([system, *TURNS], source="x"), ""]), encoding="utf-8")
-    assert read_conversations(path) == [tuple(TURNS), (system, *TURNS)]
+    assert [chat.messages for chat in read_conversations(path)] == [tuple(TURNS), (system, *TURNS)]
 
 
 @pytest.mark.parametrize("content", ["Grüße\u2028zweite Zeile", "a\u0085b", "tab\\t ok", "\x1c"])
@@ -31,20 +31,29 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path, content: str) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": content}]
     path = tmp_path / "data.jsonl"
     path.write_text(line(TURNS) + "\n" + line(turns) + "\r\n", encoding="utf-8")
-    assert read_conversations(path) == [tuple(TURNS), tuple(turns)]
+    assert [chat.messages for chat in read_conversations(path)] == [tuple(TURNS), tuple(turns)]
 
 
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
         ('{"messages": [', "not JSON"),
-        ("[]", "no list of at least two messages"),
+        ("[]", "a list, not an object"),
         ('{"prompt": "x"}', "no list of at least two messages"),
         (line(TURNS[1:]), "no list of at least two messages"),
         (line("hello"), "no list of at least two messages"),
         (line([TURNS[0], {"role": "assistant"}]), "a message lacks its role or content"),
         (line([TURNS[0], {"role": "assistant", "content": 7}]), "a message lacks its role or content"),
         (line(["hi", TURNS[1]]), "a message lacks its role or content"),
+        (line([TURNS[0], {"role": "assistant", "content": None}]), "message 2: a message lacks"),
+        (line([{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]), "text alone is read"),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant"}]}',
+            "message 1: no Uni",
+        ),
+        (line(TURNS, tools=[{"name": ""}]), "'tools' is no list of functions"),
+        (line(TURNS, tools="[{"), "'tools' is text, and no JSON"),
+        ("[" * 100_000, "nested too deeply"),
         (line([*TURNS, TURNS[0]]), "the last message is not the assistant's"),
     ],
 )
@@ -55,7 +64,8 @@ def test_a_fault_names_file_and_line(tmp_path: Path, bad: str, words: str) -> No
         read_conversations(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert words in str(caught.value)
-    assert '{"messages":' in str(caught.value), "the way out shows the form"
+    shown = '"function": {"name"' if "'tools'" in words else '{"messages":'
+    assert shown in str(caught.value), "the way out shows the form"
     assert caught.value.exit_code == EXIT_INPUT == 2
 
 
@@ -64,8 +74,30 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_conversations(tmp_path / "nowhere.jsonl")
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"binary\.jsonl: cannot be read"):
+    with pytest.raises(InputError, match=r"binary\.jsonl: cannot be read: it is in UTF-16"):
         read_conversations(binary)
+
+
+def test_tools_calls_and_parts_are_kept_for_the_template(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "x"},
+        {"role": "assistant", "content": "2", "tool_calls": []},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\ufeff" + line(messages, tools=[tool]) + "\n" + line(messages, tools=json.dumps([tool])))
+    first, second = read_conversations(path)
+    assert first.tools == second.tools == (tool,)
+    assert second.where == f"{path}:2"
+    assert first.messages == (
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "x"},
+        {"role": "assistant", "content": "2"},
+    )
 
 
 def test_an_empty_file_is_no_data(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Whether every row of the data has room in the models, looked at before anything is built or generated.
+
+A prompt needs room for the longest response too; a critic's prompt holds a response and needs room for a
+judgement behind it. Rows are looked at by all ranks, each its share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import build_prompt_ids
+from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
+from genac_megatron.recipe.tasks import RowsBlock
+from genac_megatron.records import Prompt
+from genac_megatron.stages.sft_chats import chat_samples, used_conversations
+from genac_megatron.tasks.base import FixedTask, Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from genac_megatron.stages.runtime import Run
+
+SHOWN = 3  # rows that a message names
+ALL_STEPS = 1_000_000  # critics are told the step: its longest way of being written
+DROP = "leave them out (task.overlong: drop)"
+WAY_OUT = (
+    "lower rollout.max_new_tokens or judging.max_new_tokens, or use a model with more positions "
+    "(max_positions)"
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What prompts of one split must leave room for, in the models that read them."""
+
+    recipe: Recipe
+    positions: Mapping[str, int]  # of each role's model
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    played: int  # tokens of the longest response
+    judged: int  # of the longest that the critic reads
+
+    def lacks(self, prompt: Prompt) -> str:
+        """What has no room of this prompt; "" where everything has."""
+        needs = {"actor": (len(prompt.ids), self.played)} if self.played else {}
+        if self.judged and "critic" in self.positions:
+            needs["critic"] = self._critic(prompt)
+        for role, (read, new) in needs.items():
+            most = self.positions.get(role)
+            if most is not None and read + new > most:
+                return f"the {role} reads {read} tokens and may write {new}, in {most} positions"
+        return ""
+
+    def _critic(self, prompt: Prompt) -> tuple[int, int]:
+        """(tokens that the critic reads at most, tokens that it may write)."""
+        if self.recipe.roles["critic"].model.head == "value":
+            return len(prompt.ids) + self.judged, 0
+        judging = self.recipe.judging
+        ids = build_prompt_ids(
+            self.tokenizers["critic"],
+            judging,
+            IccState(1.0, step=ALL_STEPS),
+            prompt,
+            "",
+            self.judged,
+            self.judged,
+        )
+        # The last state lies a segment before the end. Another tokenizer may cut the response otherwise.
+        response = max(self.judged - judging.states.min_segment, 0) if judging.states.max_states > 1 else 0
+        return len(ids) + response, judging.max_new_tokens
+
+
+def longest(recipe: Recipe, split: Split) -> tuple[int, int]:
+    """(tokens of the longest response to prompts of a split, of the longest that the critic reads)."""
+    played = [s.rollout.max_new_tokens for s in recipe.stages if _plays(s, split)]
+    judged = [s.rollout.max_new_tokens for s in recipe.stages if _judges(s, split)]
+    return max(played, default=0), max(judged, default=0)
+
+
+def _plays(stage: StageConfig, split: Split) -> bool:
+    if isinstance(stage, SftStage):
+        return stage.data == "traces" or (split == "heldout" and stage.role in ("actor", "critic"))
+    return True
+
+
+def _judges(stage: StageConfig, split: Split) -> bool:
+    if isinstance(stage, SftStage):
+        return stage.data == "traces" or (split == "heldout" and stage.role == "critic")
+    return True
+
+
+def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) -> None:
+    """Hold every row of a task with fixed rows to what it must fit into, by `task.overlong`. Collective.
+
+    Raises InputError that names rows, and where a row's messages are refused by the chat template.
+    """
+    task, config = run.task, run.recipe.task
+    for note in task.notes:
+        run.progress.note(f"task: {note}")
+    first = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, "heldout"))
+    # Whatever the task: a chat template that refuses every prompt is told before anything is built.
+    run.together(lambda: first.lacks(task.prompt("heldout", 0)) if task.heldout_size else "")
+    if not isinstance(task, FixedTask) or not isinstance(config, RowsBlock):
+        return
+    for split in splits:
+        room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
+        size = task.train_size if split == "train" else task.heldout_size
+        mine = run.together(partial(_lacking, run, room, split, size))
+        found = dict(sorted(run.gather(mine)))
+        if not found:
+            continue
+        shown = listed(sorted(found.values(), key=_place))
+        what = f"{len(found)} of {size} {split} prompts have no room: {shown}"
+        if config.overlong == "error" or len(found) == size:
+            way_out = WAY_OUT if len(found) == size else f"{DROP}, or {WAY_OUT}"
+            raise on_all_ranks(InputError(what, where="task", way_out=way_out))
+        task.leave_out(split, found)
+        run.progress.note(f"task: {what}; they are left out (task.overlong: drop)")
+
+
+def _place(line: str) -> list[str | int]:
+    """Sorts lines as people read them: file:9 before file:10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", line)]
+
+
+def _lacking(run: Run, room: Room, split: Split, size: int) -> list[tuple[int, str]]:
+    """(index, what it lacks) of this rank's share of a split's rows."""
+    found = []
+    for index in range(run.world.rank, size, run.world.size):
+        prompt = run.task.prompt(split, index)
+        if what := room.lacks(prompt):
+            found.append((index, f"{prompt.where or prompt.id}: {what}"))
+    return found
+
+
+def fit_chats(run: Run, positions: Mapping[str, int]) -> None:
+    """Read the files of all SFT stages, and hold their conversations to their model. Collective.
+
+    Raises InputError that names the file and line of what the chat template refuses, and, where the stage's
+    `overlong` is error, of what is too long.
+    """
+    for stage in run.recipe.stages:
+        if isinstance(stage, SftStage) and stage.data == "jsonl":
+            found = run.gather(run.together(partial(_long_chats, run, stage, positions)))
+            check_chats(stage, sorted(found, key=_place))
+
+
+def _long_chats(run: Run, stage: SftStage, positions: Mapping[str, int]) -> list[str]:
+    tokenizer, most = run.tokenizers[stage.role], positions[stage.role]
+    found = []
+    for chat in run.share(used_conversations(stage)[0]):
+        length = max((len(sample.tokens) for sample in chat_samples(tokenizer, chat, stage)), default=0)
+        if length > most:
+            found.append(f"{chat.where}: {length} tokens, in {most} positions")
+    return found
+
+
+def check_chats(stage: SftStage, long: Sequence[str]) -> None:
+    """Raise InputError for conversations that are too long, where the stage's rule says so."""
+    if long and stage.overlong == "error":
+        error = InputError(
+            f"{len(long)} conversations have no room in {stage.role}'s model: {listed(long)}",
+            where=f"stage {stage.name}",
+            way_out="leave them out (the stage's overlong: drop), shorten them, or use a model with more "
+            "positions (max_positions)",
+        )
+        raise on_all_ranks(error)
+
+
+def listed(lines: Sequence[str]) -> str:
+    """The first lines, and how many more there are."""
+    more = len(lines) - SHOWN
+    return "".join(f"\n  {line}" for line in lines[:SHOWN]) + (f"\n  and {more} more" if more > 0 else "")

@@ -1,0 +1,162 @@
+"""Rows of data files as plain dicts, each with its place: JSON lines, JSON, CSV, Parquet, also gzipped.
+
+Read here and not by `datasets` where a file is at hand: its builders guess types (an ISO date becomes a time,
+"007" becomes 7) and do not say which line is broken.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.errors import InputError
+
+Row = dict[str, Any]
+Located = tuple[str, Row]  # (file:line, or file and row where there are no lines; the row)
+
+JSON_LINES = "each line is one JSON object, in UTF-8"
+BOM = b"\xef\xbb\xbf"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+LONGEST_NUMBER = 4000  # digits; Python reads no integer beyond 4,300, so a longer one stays text
+LONGEST_CELL = 1 << 30  # characters of a CSV cell
+
+
+def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
+    """Every row of a file, by its ending (.jsonl, .json, .csv, .parquet, with or without .gz).
+
+    A name with another ending is read as JSON lines. `way_out`: of what is no JSON object. Raises InputError
+    that names the file, and the line.
+    """
+    file = Path(path).expanduser()
+    name = file.name.lower().removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return list(_parquet(file))
+    if name.endswith((".arrow", ".zip", ".zst", ".bz2", ".xz", ".xlsx", ".pkl")):
+        raise InputError(
+            f"a {file.suffix} file is not read", where=str(path), way_out=f"give one of {', '.join(READERS)}"
+        )
+    data = _bytes(file, str(path))
+    if name.endswith(".csv"):
+        return list(_csv(data, str(path)))
+    if name.endswith(".json") and data.lstrip()[:1] == b"[":
+        return list(_json_array(data, str(path)))
+    return list(json_lines(data, str(path), way_out))
+
+
+READERS = (".jsonl", ".json", ".csv", ".parquet")  # endings that `read_rows` knows
+
+
+def json_lines(data: bytes, path: str, way_out: str = JSON_LINES) -> Iterator[Located]:
+    """The objects of JSON lines; blank lines are left out. Raises InputError naming `path` and the line."""
+    # Not splitlines(), which also cuts at U+2028 and others that a JSON string may hold.
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _object(_parsed(line, where, way_out), where, way_out)
+
+
+def as_row(row: Any) -> Any:
+    """A row of Arrow data as it was meant: a field of a nested struct that is null was not there."""
+    if isinstance(row, dict):
+        return {key: _present(value) for key, value in row.items()}
+    return row
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_present(part) for part in value]
+    return value
+
+
+def _bytes(file: Path, path: str) -> bytes:
+    try:
+        data = file.read_bytes()
+        if file.suffix.lower() == ".gz":
+            data = gzip.decompress(data)
+    except EOFError as error:
+        raise InputError(f"cannot be read: {error}", where=path) from error
+    except OSError as error:  # gzip's BadGzipFile is one
+        raise InputError(f"cannot be read: {error.strerror or error}", where=path) from error
+    if data.startswith(UTF16):
+        raise InputError("cannot be read: it is in UTF-16", where=path, way_out="save it as UTF-8")
+    return data.removeprefix(BOM)
+
+
+def _integer(text: str) -> int | str:
+    return int(text) if len(text) <= LONGEST_NUMBER else text
+
+
+def _parsed(text: bytes, where: str, way_out: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"), parse_int=_integer)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error.reason}", where=where, way_out=way_out) from error
+    except json.JSONDecodeError as error:
+        what = f"not JSON: {error.msg} at column {error.colno}"
+        raise InputError(what, where=where, way_out=way_out) from error
+    except RecursionError as error:
+        raise InputError("not read: nested too deeply", where=where, way_out=way_out) from error
+
+
+def _object(row: Any, where: str, way_out: str) -> Row:
+    if not isinstance(row, dict):
+        raise InputError(f"a {type(row).__name__}, not an object", where=where, way_out=way_out)
+    return row
+
+
+def _json_array(data: bytes, path: str) -> Iterator[Located]:
+    way_out = "the file is one JSON array of objects, or one object a line"
+    for number, row in enumerate(_parsed(data, path, way_out), 1):
+        where = f"{path}, item {number}"
+        yield where, _object(row, where, way_out)
+
+
+def _csv(data: bytes, path: str) -> Iterator[Located]:
+    """Every cell is text, as it stands. The line is the row's first."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"not UTF-8: {error.reason}", where=f"{path}:{line}", way_out="save it as UTF-8"
+        ) from error
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    begins = _guarded(lambda: (reader.fieldnames, reader.line_num)[1], path, reader) + 1
+    while (row := _guarded(lambda: next(reader, None), path, reader)) is not None:
+        where = f"{path}:{begins}"
+        if None in row:
+            raise InputError(
+                f"{len(row[None])} cells more than the header has columns",  # type: ignore[call-overload]
+                where=where,
+                way_out="put text with commas or line ends in double quotes",
+            )
+        yield where, {str(key): cell for key, cell in row.items()}
+        begins = reader.line_num + 1
+
+
+def _guarded(act: Callable[[], Any], path: str, reader: Any) -> Any:
+    try:
+        return act()
+    except csv.Error as error:
+        where = f"{path}:{reader.line_num}"
+        raise InputError(f"not CSV: {error}", where=where, way_out="see its quotes") from error
+
+
+def _parquet(file: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot be read: {str(error).splitlines()[0]}", where=str(file)) from error
+    for number, row in enumerate(rows):
+        yield f"{file}, row {number}", as_row(row)
