@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +22,12 @@ class Prompt:
     id: str  # stable over runs: "<split>/<index>"
     messages: tuple[dict[str, str], ...]  # chat messages, ends with the user's turn
     problem: str  # the plain problem text, as the critic is shown it
-    reference: Any  # what the verifier compares with; never shown to a critic
+    reference: Any  # what the verifier compares with
     ids: tuple[int, ...] = ()  # the chat template applied, generation prompt included
     success: str = ""  # what counts as success, as the critic is told; "": being judged correct
+    source: str = ""  # of a mixture: the name of the part that it is of
+    # What a privileged critic is shown, by template placeholder: reference, rubric. Never the actor.
+    privileged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Rollout:
     completion: Completion
     text: str  # the response decoded, special tokens left out
     outcome: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the outcome, where its task names some
 
     @property
     def key(self) -> str:

@@ -135,6 +135,7 @@ def to_row(number: int, found: BankPrompt) -> Row:
             "ids": list(prompt.ids),
             "reference": prompt.reference,
             "success": prompt.success,
+            **({"privileged": dict(prompt.privileged)} if prompt.privileged else {}),
         },
         "outcomes": list(found.outcomes),
         "skipped": found.skipped,
@@ -172,6 +173,7 @@ def from_row(row: Row) -> BankPrompt:
         given["reference"],
         tuple(given["ids"]),
         given["success"],
+        privileged=given.get("privileged", {}),
     )
     responses = tuple(_response(prompt, one) for one in row["responses"])
     whole = no_response(prompt)

@@ -241,6 +241,7 @@ class Builder:
         row = to_row(number, self.base.prompts[number])
         prompt = self.prompts[number]
         row["prompt"] |= {"reference": prompt.reference, "ids": list(prompt.ids)}
+        row["prompt"]["privileged"] = dict(prompt.privileged)
         row["outcomes"] = [rollout.outcome for rollout in rollouts]
         return from_row(row)
 

@@ -168,6 +168,7 @@ class JudgingConfig(Block):
     """What the critic is shown and how its answer is read (method §2)."""
 
     template: str = "standard"  # standard, brief, or a path to a template file
+    privileged: bool = False  # the critic is shown the reference, or the rubric, which the actor never is
     actor_name: str = "actor"
     icc: Literal["on", "off", "shuffled"] = "on"
     icc_momentum: Fraction = 0.9

@@ -30,6 +30,7 @@ from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.heldout import judge_for
 from genac_megatron.stages.judging import Budget
 from genac_megatron.stages.parity import parity_figures
+from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.training.role import StepResult
@@ -170,6 +171,7 @@ def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
     """What the actor did in this batch. `versions`: the newest published of each role."""
     rollouts = batch.rollouts
+    found = earned(rollouts)
     mixed = [len({r.outcome for r in group.rollouts}) > 1 for group in batch.groups]
     return {
         "rollout/outcome_mean": mean(batch.outcomes),
@@ -177,6 +179,9 @@ def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, floa
         "rollout/truncated": mean(r.truncated for r in rollouts),
         "rollout/mixed_groups": mean(mixed),
         "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
+        **prefixed("reward", part_figures(found)),
+        **prefixed("source_outcome", source_figures(found)),
+        **prefixed("source_share", source_shares(found)),
     }
 
 

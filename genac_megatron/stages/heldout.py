@@ -20,6 +20,7 @@ from genac_megatron.recipe.schema import Recipe, RolloutConfig, SftStage, StageC
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
+from genac_megatron.stages.reward_figures import earned, part_figures, source_figures
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
@@ -55,14 +56,18 @@ def evaluate(
         run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))
         outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
         flat = [x for values in outcomes.values() for x in values]
-        cut_off = [rollout.truncated for group in held.groups for rollout in group.rollouts]
-        truncated = [flag for part in run.gather([cut_off]) for flag in part]
+        mine = [rollout for group in held.groups for rollout in group.rollouts]
+        truncated = [flag for part in run.gather([[r.truncated for r in mine]]) for flag in part]
+        found = [one for part in run.gather([earned(mine)]) for one in part]
+        parts, sources = part_figures(found), source_figures(found)
         row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "name": name, "step": step}
         row["actor"] = {
             "accuracy": metrics.avg_at_k(outcomes),
             "truncated": mean(truncated),
             "outcomes": outcomes,
             "version": held.key[0],
+            "parts": parts,
+            "sources": sources,
         }
         row["critic"] = None
         if run.icc is None:
@@ -72,6 +77,8 @@ def evaluate(
             row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
     run.append(EVALUATIONS, row)
     figures = {"eval/accuracy": row["actor"]["accuracy"]}
+    figures |= {f"eval/accuracy_{name}": value for name, value in sources.items()}
+    figures |= {f"eval/reward_{name}": value for name, value in parts.items()}
     if row["critic"] is not None:
         scalars = {k: v for k, v in row["critic"].items() if isinstance(v, float)}
         figures |= {f"eval/critic_{key}": value for key, value in scalars.items()}

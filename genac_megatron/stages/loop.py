@@ -136,7 +136,8 @@ def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:
     at = dataclasses.asdict(run.at)
     at["icc"] = run.icc.state_dict() if run.icc is not None else None
     log = run.gather([run.log.state_dict() if run.log is not None else None])[0]
-    return {"at": at, "position": [stage, steps], "log": log, "recipe": fingerprint(run.recipe)}
+    plain = {"at": at, "position": [stage, steps], "log": log, "recipe": fingerprint(run.recipe)}
+    return {**plain, "prompts": run.task.digest}
 
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
@@ -159,7 +160,13 @@ def check_resumable(recipe: Recipe, state: dict[str, Any], where: str) -> None:
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
-    """Take over `run_state`."""
+    """Take over `run_state`. Raises InputError where the user's function gives other prompts now."""
+    if state.get("prompts", run.task.digest) != run.task.digest:
+        raise InputError(
+            "the user's function gives other prompts than when the checkpoint was made",
+            where="task",
+            way_out="restore the file and data that it was made with, or begin a new run (name=...)",
+        )
     run.at.load(state["at"])
     for name, serial in run.at.serials.items():
         run.roles[name].serial = serial

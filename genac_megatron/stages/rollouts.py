@@ -87,7 +87,8 @@ class Generator:
         if rollout.truncated and self.config.truncated_outcome == "zero":
             rollout.outcome = 0.0
         else:
-            rollout.outcome = await self.task.verify_beside(rollout.prompt, rollout.text)
+            scored = await self.task.score_beside(rollout.prompt, rollout.text)
+            rollout.outcome, rollout.parts = scored.outcome, scored.parts
 
 
 async def _end(task: asyncio.Future[Any] | None) -> None:

@@ -114,6 +114,9 @@ class RubricJudged(Task):
     def _problem(self, split: Split, index: int) -> Problem:
         return self._problems[split][index]
 
+    def reveal(self, problem: Problem) -> dict[str, str]:
+        return {"rubric": str(problem.reference)}
+
     def verify(self, prompt: Prompt, text: str) -> float:
         """The judge's score in [0, 1].
 
