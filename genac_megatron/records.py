@@ -76,11 +76,17 @@ class Rollout:
     text: str  # the response decoded, special tokens left out
     outcome: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)  # of the outcome, where its task names some
+    critic_outcome: float | None = None  # of a cut-off response, where critics have another rule
 
     @property
     def key(self) -> str:
         """Unique in a batch."""
         return f"{self.prompt.id}#{self.sample}"
+
+    @property
+    def target(self) -> float:
+        """What critics are to predict."""
+        return self.outcome if self.critic_outcome is None else self.critic_outcome
 
     @property
     def truncated(self) -> bool:

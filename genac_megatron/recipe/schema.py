@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
-from genac_megatron.recipe.algorithms import Algorithm, CriticLossConfig, RegressionConfig
+from genac_megatron.recipe.algorithms import Algorithm, CriticLossConfig, OverlongConfig, RegressionConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
 from genac_megatron.recipe.tasks import TaskConfig
@@ -190,6 +190,8 @@ class RolloutConfig(Block):
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
     truncated_outcome: Literal["verify", "zero"] = "verify"  # what a cut-off response earns
+    # ... and what critics are to predict of it. The actor's accuracy and its advantages go by the one above.
+    truncated_critic: Literal["same", "verify", "zero"] = "same"
 
 
 class SftGate(Block):
@@ -284,6 +286,7 @@ class PpoStage(Block):
     overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
     minibatches: Positive = 1
     epochs: Positive = 1
+    overlong: OverlongConfig | None = None  # half of it is added to the actor's outcome, none to the critic's
     advantage: AdvantageConfig = AdvantageConfig()
     actor_loss: LossConfig = LossConfig()
     critic_loss: CriticLossConfig = CriticLossConfig()

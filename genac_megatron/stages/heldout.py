@@ -55,8 +55,8 @@ def evaluate(
         held = held_out(run, stage)
         run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))
         outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
-        flat = [x for values in outcomes.values() for x in values]
         mine = [rollout for group in held.groups for rollout in group.rollouts]
+        targets = [target for part in run.gather([[r.target for r in mine]]) for target in part]
         truncated = [flag for part in run.gather([[r.truncated for r in mine]]) for flag in part]
         found = [one for part in run.gather([earned(mine)]) for one in part]
         parts, sources = part_figures(found), source_figures(found)
@@ -72,7 +72,7 @@ def evaluate(
         row["critic"] = None
         if run.icc is None:
             judging, seed = run.recipe.judging, run.recipe.seed
-            run.icc = IccState.from_evaluation(flat, judging.icc_momentum, seed, _steps_before(run))
+            run.icc = IccState.from_evaluation(targets, judging.icc_momentum, seed, _steps_before(run))
         if critic:
             row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
     run.append(EVALUATIONS, row)
@@ -230,7 +230,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         for judgement in judgements
     ]
     used = [j.used for j, _ in pairs]
-    outcomes = [r.outcome for _, r in pairs]
+    outcomes = [r.target for _, r in pairs]
     figures: dict[str, Any] = metrics.critic_figures(
         used,
         outcomes,
@@ -239,7 +239,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         parsed=[j.value for j, _ in pairs],
     )
     figures["brier_used"] = figures["brier"]
-    errors = [1.0 - reward(j.value, r.outcome) for j, r in pairs]  # no score: the worst error
+    errors = [1.0 - reward(j.value, r.target) for j, r in pairs]  # no score: the worst error
     figures["brier"] = mean(errors)
     unique = {id(j): j for j, _ in pairs}.values()
     figures["parse_rate"] = mean(j.value is not None for j in unique)

@@ -51,7 +51,7 @@ MIXTURE = {
 
 def recipe(folder: Path, task: dict[str, Any], **changes: Any) -> str:
     (folder / "own.py").write_text(OWN)
-    rollout = {"prompts": 8, "samples": 2, "max_new_tokens": 12}
+    rollout = {"prompts": 8, "samples": 2, "max_new_tokens": 12, "truncated_critic": "zero"}
     whole = {
         "name": "run",
         "seed": 5,
@@ -60,7 +60,9 @@ def recipe(folder: Path, task: dict[str, Any], **changes: Any) -> str:
         "roles": {"actor": ROLE, "critic": ROLE},
         "judging": {"template": "brief", "privileged": True, "max_new_tokens": 16,
                     "states": {"max_states": 2, "min_segment": 4}},
-        "stages": [{"kind": "ppo", "steps": 3, "rollout": rollout, "eval_every": 0}],
+        "stages": [
+            {"kind": "ppo", "steps": 3, "rollout": rollout, "eval_every": 0, "overlong": {"cache": 6}}
+        ],
         "evaluation": {"prompts": 6, "samples": 2},
         "checkpoint": {"every": 1},
         "observe": {"plots": False, "tensorboard": False},
@@ -80,7 +82,7 @@ def logged(folder: Path, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def told(folder: Path) -> list[dict[str, float]]:
     """By step, what was drawn and what it earned."""
     rows = [row for row in logged(folder) if "actor/loss" in row]
-    groups = ("rollout/outcome", "rollout/length", "reward/", "source_", "judge/brier")
+    groups = ("rollout/", "reward/", "source_", "judge/brier", "actor/overlong")
     return [{key: value for key, value in row.items() if key.startswith(groups)} for row in rows]
 
 
@@ -96,6 +98,9 @@ def test_a_mixture_with_a_reward_of_ones_own_resumes_with_the_same_prompts(tmp_p
         assert 0 < step["source_share/counts"] <= 1
         outcome = (step["reward/counts.even"] + 2 * step["reward/counts.short"]) / 3
         assert abs(outcome - step["source_outcome/counts"]) < 1e-9
+        assert step["rollout/truncated"] > 0
+        assert step["rollout/target_mean"] < step["rollout/outcome_mean"]
+        assert -0.5 <= step["actor/overlong"] < 0
     assert abs(sum(8 * step["source_share/counts"] for step in steps) - 18) <= 2
     [start, end] = [row["actor"] for row in logged(whole, "evaluations.jsonl")]
     assert end["sources"].keys() == {"counts", "swaps"}

@@ -21,6 +21,7 @@ TINY = load_tokenizer("builtin:tiny")
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks-own.part.md").read_text(encoding="utf-8")
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
 ROLE = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": SHAPE}}
+BLOCKS = ("task", "stage", "judging")  # of a recipe; other blocks are files
 SECTIONS = {
     section.partition("\n")[0]: section for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
 }
@@ -32,7 +33,7 @@ def examples(title: str) -> list[dict[str, str]]:
     for text in re.findall(r"^```\w+\n(.*?)^```$", SECTIONS[title], flags=re.MULTILINE | re.DOTALL):
         name, _, rest = text.partition("\n")
         name = name.removeprefix("# ")
-        if name in ("task", "judging"):
+        if name in BLOCKS:
             found.append({})
         found[-1][name] = rest
     return found
@@ -43,14 +44,15 @@ def begun(folder: Path, example: dict[str, str]) -> tuple[Task, Any]:
     (folder / "sums.jsonl").write_text(
         "".join(f'{{"question": "{n} + 1?", "answer": "{n + 1}"}}\n' for n in range(9))
     )
-    blocks = {"task": {"kind": "state_tracking", "heldout_size": 4}}
+    blocks = {"task": {"kind": "state_tracking", "heldout_size": 4}, "stage": {"kind": "ppo"}}
     for name, text in example.items():
-        if name in ("task", "judging"):
+        if name in BLOCKS:
             blocks[name] = yaml.safe_load(text)
         else:
             (folder / name).write_text(text)
     path = folder / "recipe.yaml"
-    whole = {"name": "own", **blocks, "roles": {"actor": ROLE, "critic": ROLE}, "stages": [{"kind": "ppo"}]}
+    stages = [blocks.pop("stage")]
+    whole = {"name": "own", **blocks, "roles": {"actor": ROLE, "critic": ROLE}, "stages": stages}
     path.write_text(yaml.safe_dump(whole))
     recipe = load_recipe(path)
     return begun_task(recipe, TINY), recipe
@@ -60,6 +62,7 @@ def test_every_example_is_tried_here() -> None:
     assert [(title, len(examples(title))) for title in SECTIONS] == [
         ("A reward of your own", 2),
         ("Prompts of your own", 1),
+        ("Cut-off responses, by role", 1),
         ("Several sources", 1),
         ("A critic that sees the reference", 1),
     ]
@@ -91,6 +94,13 @@ def test_prompts(tmp_path: Path) -> None:
     assert task.verify_many([(prompt, str(high)), (prompt, "")]) == [0.0, 0.0]
     assert high - low < 2 or task.verify(prompt, f"perhaps {low + 1}") == 1.0
     task.close()
+
+
+def test_cut_off_responses(tmp_path: Path) -> None:
+    _, recipe = begun(tmp_path, examples("Cut-off responses, by role")[0])
+    [stage] = recipe.stages
+    assert stage.overlong.cache == 128
+    assert (stage.rollout.truncated_outcome, stage.rollout.truncated_critic) == ("zero", "verify")
 
 
 def test_a_mixture(tmp_path: Path) -> None:
