@@ -148,8 +148,10 @@ class PythonReward:
         for pool in self._pools:
             pool.end_now()
         self._threads.shutdown(cancel_futures=True)
-        for pool in self._pools:
+        for _ in self._pools:
+            pool = self._free.get()  # once nobody is at it
             pool.close()
+            self._free.put(pool)
 
     def _ask(self, sample: tuple[Prompt, str]) -> Result:
         prompt, text = sample
