@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from genac_megatron.errors import InputError
+from genac_megatron.evaluation.bank import BankPrompt, from_row, to_row
+from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.records import Completion, Rollout
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
@@ -23,6 +27,7 @@ from genac_megatron.tasks.mixture import BLOCK, block_counts, draw_block
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
 TINY = load_tokenizer("builtin:tiny")
+OWN = {"python": "./no.py:f"}
 SWAPS: dict[str, Any] = {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 3,
                          "train_size": 50, "heldout_size": 8}  # fmt: skip
 CHAIN: dict[str, Any] = {"kind": "chained_arithmetic", "train_size": 40, "heldout_size": 4}
@@ -94,6 +99,46 @@ def test_each_part_verifies_its_own_and_teaches_its_own() -> None:
     assert [asyncio.run(task.score_beside(*pair)).outcome for pair in pairs] == [1.0] * 6
     assert task.verify_many([(prompt, "no") for prompt in prompts]) == [0.0] * 6
     assert all(prompt.success == "" for prompt in prompts)
+
+
+def test_a_banks_prompts_are_verified_by_their_own_part() -> None:
+    """A bank of another's states goes on from them with prompts that were written down."""
+    task = two()
+    for index in range(4):
+        prompt = task.prompt("heldout", index)
+        kept = from_row(json.loads(json.dumps(to_row(0, BankPrompt(prompt, (1.0,), "right"))))).prompt
+        assert kept == prompt
+        assert task.teacher is not None
+        assert task.verify(kept, task.teacher.demonstrate(kept, random.Random(0))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ([{"name": "a", "task": SWAPS}, {"name": "a", "task": CHAIN}],
+         r"recipe.yaml:\d+: 2 parts of the mixture are called 'a'"),
+        ([{"name": "a", "task": {"kind": "jsonl", "path": "./data.jsonl"}}],
+         r"recipe.yaml:\d+: the task 'jsonl' has no verifier"),
+        ([{"name": "a", "task": {"kind": "jsonl", "path": "./none.jsonl", "verifier": "exact"}}],
+         r"recipe.yaml:\d+: there is no file \S*none.jsonl"),
+        ([{"name": "a", "task": {"kind": "jsonl", "path": "./data.jsonl", "verifier": OWN}}],
+         r"recipe.yaml:\d+: \S*no.py cannot be read"),
+        ([{"name": "a", "task": {**SWAPS, "min_swap": 1}}],
+         r"recipe.yaml:\d+: unknown key 'task.parts.0.task.min_swap'\n.*did you mean 'min_swaps'"),
+        ([{"name": "a", "task": {**SWAPS, "min_swaps": 9}}], "min_swaps 9 is above max_swaps 3"),
+        ([{"name": "a", "weigth": 2, "task": SWAPS}], "did you mean 'weight'"),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_told_where(tmp_path: Path, parts: list[Any], why: str) -> None:
+    (tmp_path / "data.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+    shape = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
+    role = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": shape}}
+    whole = {"name": "x", "task": {"kind": "mixture", "parts": parts}, "roles": {"actor": role},
+             "stages": [{"kind": "policy", "algorithm": {"kind": "grpo"}}]}  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(whole))
+    with pytest.raises(InputError, match=f"(?s){why}"):
+        load_recipe(path)
 
 
 def write(path: Path, *questions: str) -> dict[str, Any]:
