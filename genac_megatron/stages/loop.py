@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import GenacError, InputError, StopRequested, on_all_ranks
-from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
+from genac_megatron.recipe.schema import JudgingConfig, Recipe, SftStage, StageConfig
+from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
@@ -151,12 +154,23 @@ def check_resumable(recipe: Recipe, state: dict[str, Any], where: str) -> None:
     """Raise InputError where a checkpoint's run is not the recipe's."""
     wanted = fingerprint(recipe)
     for key, saved in state["recipe"].items():
-        if saved != wanted[key]:
+        if _with_defaults(key, saved) != wanted[key]:
             raise InputError(
                 f"the checkpoint was made with {key} {saved}, the recipe says {wanted[key]}",
                 where=where,
                 way_out="resume with the recipe that made it (recipe.yaml in the run folder)",
             )
+
+
+def _with_defaults(key: str, saved: Any) -> Any:
+    """What a checkpoint of before says of a block, with the defaults of keys that are new since."""
+    blocks: dict[str, Any] = {"task": TypeAdapter(TaskConfig), "judging": TypeAdapter(JudgingConfig)}
+    if key not in blocks:
+        return saved
+    try:
+        return blocks[key].dump_python(blocks[key].validate_python(saved), mode="json")
+    except ValidationError:
+        return saved  # it has a key that is no more
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
