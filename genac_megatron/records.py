@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,11 +22,14 @@ class Prompt:
     id: str  # stable over runs: "<split>/<index>"
     messages: tuple[dict[str, Any], ...]  # chat messages, ends with the user's turn
     problem: str  # the plain problem text, as the critic is shown it
-    reference: Any  # what the verifier compares with; never shown to a critic
+    reference: Any  # what the verifier compares with
     ids: tuple[int, ...] = ()  # the chat template applied, generation prompt included
     success: str = ""  # what counts as success, as the critic is told; "": being judged correct
     tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of functions, which the chat template shows
     where: str = field(default="", compare=False)  # in the user's data: file:line
+    source: str = ""  # of a mixture: the name of the part that it is of
+    # What a privileged critic is shown, by template placeholder: reference, rubric. Never the actor.
+    privileged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,18 @@ class Rollout:
     completion: Completion
     text: str  # the response decoded, special tokens left out
     outcome: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the outcome, where its task names some
+    critic_outcome: float | None = None  # of a cut-off response, where critics have another rule
 
     @property
     def key(self) -> str:
         """Unique in a batch."""
         return f"{self.prompt.id}#{self.sample}"
+
+    @property
+    def target(self) -> float:
+        """What critics are to predict."""
+        return self.outcome if self.critic_outcome is None else self.critic_outcome
 
     @property
     def truncated(self) -> bool:

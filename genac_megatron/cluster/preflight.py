@@ -24,7 +24,7 @@ from genac_megatron.cluster.placement import server_count, server_gpus
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.recipe.tasks import DatasetTask
+from genac_megatron.recipe.tasks import DatasetTask, single_tasks
 from genac_megatron.serving.sglang.gpus import visible_gpus
 from genac_megatron.serving.sglang.server import serving_python
 
@@ -169,9 +169,9 @@ def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
             found += [f"{name}: {file} cannot be read" for file in weights if not os.access(file, os.R_OK)]
         if role.model.checkpoint is not None and not Path(role.model.checkpoint).expanduser().is_dir():
             found.append(f"{name}: no checkpoint {role.model.checkpoint}")
-    task = recipe.task
-    if isinstance(task, DatasetTask) and not _has_dataset(task.name):
-        found.append(f"data set {task.name} is neither a folder nor in the Hugging Face cache (HF_HOME)")
+    for task in single_tasks(recipe.task):
+        if isinstance(task, DatasetTask) and not _has_dataset(task.name):
+            found.append(f"data set {task.name} is neither a folder nor in the Hugging Face cache (HF_HOME)")
     return found
 
 

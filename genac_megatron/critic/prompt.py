@@ -3,9 +3,12 @@
 Order: what nested states share comes first, what differs comes last, so that an engine's prefix
 cache serves it. The tokens used differ from state to state, so they follow the partial response.
 
-Problem and partial response are data. Tags and special tokens in them are broken by `escape`, and
-their ids are made with special tokens switched off, so a response that holds `<answer>10</answer>`
-or `<|im_end|>` gains nothing by it.
+A privileged critic (`judging.privileged`) also reads the reference, or the rubric, after the problem. The
+actor's prompt is made elsewhere (tasks/base.py) and never holds them.
+
+Problem, partial response and what is privileged are data. Tags and special tokens in them are broken by
+`escape`, and their ids are made with special tokens switched off, so a response that holds
+`<answer>10</answer>` or `<|im_end|>` gains nothing by it.
 """
 
 from __future__ import annotations
@@ -67,8 +70,16 @@ verdict:
 """
 
 TEMPLATES = {"standard": STANDARD, "brief": BRIEF}
+PRIVILEGED = {  # template: what stands before a privileged critic's further lines, and these
+    "standard": (
+        "</problem>\n",
+        "The reference answer, which the actor is not shown: {reference}\n"
+        "The rubric that the response will be scored by, which the actor is not shown: {rubric}\n",
+    ),
+    "brief": ("{problem}\n", "reference {reference}\nrubric {rubric}\n"),
+}
 REQUIRED = ("actor", "p_bar", "problem", "partial", "used", "limit")
-_PLACEHOLDER = re.compile(r"\{(success|actor|p_bar|step|problem|partial|used|limit)\}")
+_PLACEHOLDER = re.compile(r"\{(success|actor|p_bar|step|problem|reference|rubric|partial|used|limit)\}")
 _TAG_OPENING = re.compile(r"<(?=[A-Za-z_/!?|\uff5c])")
 _CONTENT_MARK = "GENACCONTENTMARK"
 
@@ -79,6 +90,11 @@ class Template:
 
     before: str
     after: str
+
+    @property
+    def privileged(self) -> frozenset[str]:
+        """Which of {reference} and {rubric} it shows."""
+        return frozenset(_PLACEHOLDER.findall(self.before)) & {"reference", "rubric"}
 
     def fill(self, figures: Mapping[str, str]) -> tuple[str, str]:
         """(text before the partial response, text after it), placeholders replaced in a single pass.
@@ -91,9 +107,10 @@ class Template:
 def parse_template(text: str, where: str) -> Template:
     """Split a template at {partial} and check its placeholders.
 
-    Needed: {actor} {p_bar} {problem} {partial} {used} {limit}; {step} and {success} are optional. {used}
-    and {limit} come after {partial}, as they differ between states that share a prefix, {problem} and
-    {success} before, the actor's figures on either side: small critics read better what stands near.
+    Needed: {actor} {p_bar} {problem} {partial} {used} {limit}; {step}, {success} and, for a privileged
+    critic, {reference} and {rubric} are optional. {used} and {limit} come after {partial}, as they differ
+    between states that share a prefix, what a group shares before, the actor's figures on either side: small
+    critics read better what stands near.
     Raises InputError, naming `where`.
     """
     names = _PLACEHOLDER.findall(text)
@@ -107,23 +124,31 @@ def parse_template(text: str, where: str) -> Template:
         )
     at = names.index("partial")
     misplaced = [n for n in names[:at] if n in ("used", "limit")] + [
-        n for n in names[at:] if n in ("problem", "success")
+        n for n in names[at:] if n in ("problem", "success", "reference", "rubric")
     ]
     if misplaced:
         raise InputError(
             f"{{{misplaced[0]}}} stands on the wrong side of {{partial}} in the critic template",
             where=where,
-            way_out="put {used} and {limit} after {partial}, {problem} and {success} before it",
+            way_out="put {used} and {limit} after {partial}, {problem}, {success}, {reference} and {rubric} "
+            "before it",
         )
     before, after = text.strip().split("{partial}")
     return Template(before, after)
 
 
 @lru_cache(maxsize=8)
-def load_template(name: str) -> Template:
-    """The template `standard` or `brief`, or the one in the file at that path. Raises InputError."""
+def load_template(name: str, privileged: bool = False) -> Template:
+    """The template `standard` or `brief`, or the one in the file at that path. Raises InputError.
+
+    `privileged` adds what a privileged critic is shown to the first two; a file has it where it wants it.
+    """
     if name in TEMPLATES:
-        return parse_template(TEMPLATES[name], name)
+        text = TEMPLATES[name]
+        if privileged:
+            place, lines = PRIVILEGED[name]
+            text = text.replace(place, f"{place}{lines}", 1)
+        return parse_template(text, name)
     path = Path(name).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
@@ -165,16 +190,34 @@ def prompt_text(
 ) -> tuple[str, str, str]:
     """The user turn in three parts: up to the partial response, the partial response, what follows.
 
-    Holds neither the reference nor an outcome. `used` and `limit` count response tokens; `tokens` are
-    the special tokens to break in the data.
+    Holds no outcome, and the reference for a privileged critic alone. `used` and `limit` count response
+    tokens; `tokens` are the special tokens to break in the data. Raises InputError where a privileged critic
+    would be shown nothing more than another.
     """
     tokens = tuple(tokens)
+    template = load_template(judging.template, judging.privileged)
     figures = icc.block(judging, prompt.id, used, limit).figures()
     figures["problem"] = escape(prompt.problem, tokens)
     if prompt.success:
         figures["success"] = escape(" ".join(prompt.success.split()), tokens)
-    before, after = load_template(judging.template).fill(figures)
+    if judging.privileged:
+        need_privileged(template, prompt)
+        figures |= {name: escape(text, tokens) for name, text in prompt.privileged.items()}
+    before, after = template.fill(figures)
     return before, escape(partial_text, tokens), after
+
+
+def need_privileged(template: Template, prompt: Prompt) -> None:
+    """Raise InputError where the prompt has nothing of what the template shows a privileged critic."""
+    if not template.privileged & prompt.privileged.keys():
+        wanted = " nor ".join(sorted(template.privileged))
+        has = f"; it has a {' and a '.join(sorted(prompt.privileged))}" if prompt.privileged else ""
+        raise InputError(
+            f"the critic is privileged, and this prompt has no {wanted}{has}",
+            where=f"prompt {prompt.id}",
+            way_out="take judging.privileged out, or give the template what the task has; a bank must have "
+            "been built with judging.privileged: true",
+        )
 
 
 def build_prompt_ids(

@@ -140,6 +140,8 @@ def to_row(number: int, found: BankPrompt) -> Row:
             "ids": list(prompt.ids),
             "reference": prompt.reference,
             "success": prompt.success,
+            **({"source": prompt.source} if prompt.source else {}),
+            **({"privileged": dict(prompt.privileged)} if prompt.privileged else {}),
         },
         "outcomes": list(found.outcomes),
         "skipped": found.skipped,
@@ -177,6 +179,8 @@ def from_row(row: Row) -> BankPrompt:
         given["reference"],
         tuple(given["ids"]),
         given["success"],
+        source=given.get("source", ""),
+        privileged=given.get("privileged", {}),
     )
     responses = tuple(_response(prompt, one) for one in row["responses"])
     whole = no_response(prompt)

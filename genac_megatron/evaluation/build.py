@@ -35,7 +35,7 @@ from genac_megatron.evaluation.session import (
     stop_if_asked,
     with_role,
 )
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.records import Prompt, Rollout, State
 from genac_megatron.stages.heldout import told_step
 from genac_megatron.stages.rollouts import Generator, continue_states
@@ -99,6 +99,12 @@ def check_options(options: BuildOptions) -> None:
         raise on_all_ranks(InputError(what, where=str(options.states_from), way_out=way_out))
 
 
+def for_critics(config: RolloutConfig) -> RolloutConfig:
+    """With the outcomes that critics are to predict: a bank is for them."""
+    rule = config.truncated_outcome if config.truncated_critic == "same" else config.truncated_critic
+    return config.model_copy(update={"truncated_outcome": rule, "truncated_critic": "same"})
+
+
 class Builder:
     """One rank's part in building a bank."""
 
@@ -107,7 +113,7 @@ class Builder:
         self.limit = LIMIT if options.limit is None else options.limit
         self.parts = bank_parts(options.out)
         recipe = run.recipe
-        rollout = rollout_config(recipe, options.max_new_tokens if base is None else base.limit)
+        rollout = for_critics(rollout_config(recipe, options.max_new_tokens if base is None else base.limit))
         self.generator = Generator(
             engine=run.engines["actor"],
             tokenizer=run.tokenizers["actor"],
@@ -250,6 +256,7 @@ class Builder:
         row = to_row(number, self.base.prompts[number])
         prompt = self.prompts[number]
         row["prompt"] |= {"reference": prompt.reference, "ids": list(prompt.ids)}
+        row["prompt"]["privileged"] = dict(prompt.privileged)
         row["outcomes"] = [rollout.outcome for rollout in rollouts]
         return from_row(row)
 

@@ -9,6 +9,7 @@ from genac_megatron.recipe.algorithms import (
     Dapo,
     DrGrpo,
     Grpo,
+    OverlongConfig,
     RegressionConfig,
     ReinforcePlusPlus,
     Rloo,
@@ -24,6 +25,8 @@ def check_algorithm(recipe: Recipe, stage: StageConfig, place: tuple[str | int, 
     _check_reference(recipe, stage, place, where)
     if isinstance(stage, ValueStage):
         _check_places(stage.value, (*place, "value"), where)
+    if isinstance(stage, PpoStage):
+        _check_overlong(stage.overlong, stage.rollout.max_new_tokens, (*place, "overlong"), where)
     if isinstance(stage, PolicyStage):
         _check_policy(stage, place, where)
         if isinstance(stage.algorithm, WithScalarCritic):
@@ -38,6 +41,18 @@ def check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int], 
             f"{who} needs a role '{role}'",
             where=where(place),
             way_out=f"the roles are: {', '.join(recipe.roles)}",
+        )
+
+
+def _check_overlong(
+    overlong: OverlongConfig | None, limit: int, place: tuple[str | int, ...], where: Where
+) -> None:
+    if overlong is not None and overlong.cache > limit:
+        key = ".".join(part for part in (*place[2:], "cache") if isinstance(part, str))
+        raise InputError(
+            f"an overlong cache of {overlong.cache} tokens is more than rollout.max_new_tokens {limit}",
+            where=where((*place, "cache")),
+            way_out=f"lower {key}, for example to {max(1, limit // 4)}",
         )
 
 
@@ -100,17 +115,8 @@ def _check_policy(stage: PolicyStage, place: tuple[str | int, ...], where: Where
             where=where((*place, "overlap")),
             way_out="take overlap out",
         )
-    if (
-        isinstance(algorithm, Dapo)
-        and algorithm.overlong is not None
-        and algorithm.overlong.cache > rollout.max_new_tokens
-    ):
-        raise InputError(
-            f"an overlong cache of {algorithm.overlong.cache} tokens is more than rollout.max_new_tokens "
-            f"{rollout.max_new_tokens}",
-            where=where((*place, "algorithm", "overlong", "cache")),
-            way_out=f"lower algorithm.overlong.cache, for example to {max(1, rollout.max_new_tokens // 4)}",
-        )
+    if isinstance(algorithm, Dapo):
+        _check_overlong(algorithm.overlong, rollout.max_new_tokens, (*place, "algorithm", "overlong"), where)
     if not isinstance(algorithm, WithScalarCritic) and stage.critic_optimizer is not None:
         raise InputError(
             f"{algorithm.kind} has no critic that a critic_optimizer could train",

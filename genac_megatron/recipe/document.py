@@ -100,11 +100,16 @@ def _entry(loader: _Loader, node: yaml.Node, source: str, folder: Path, where: s
                 way_out=f"keep one; the first is at {children[key].where}",
             )
         child = _entry(loader, value_node, source, folder, where)
-        if key in PATH_KEYS and isinstance(child.value, str) and child.value.startswith(("./", "../")):
+        if _holds_path(key, child.value) and child.value.startswith(("./", "../")):
             child.value = str((folder / child.value).resolve())
         # An error about a block names the line of its key, not of its first child.
         children[key] = Entry(child.value, place_of_key)
     return Entry(children, place)
+
+
+def _holds_path(key: str, value: Any) -> bool:
+    """Whether a value may be a path: `python` may be file.py:function, or an interpreter in a PATH."""
+    return isinstance(value, str) and (key in PATH_KEYS or (key == "python" and ".py:" in value))
 
 
 def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
@@ -180,7 +185,7 @@ def override(document: Entry, text: str) -> None:
             target = _block(target, parts[: done - 1], where).setdefault(part, Entry(None, where))
     entry = parse(value, where, Path.cwd(), where)
     last = parts[-1]
-    if last in PATH_KEYS and isinstance(entry.value, str) and entry.value.startswith(("./", "../")):
+    if _holds_path(last, entry.value) and entry.value.startswith(("./", "../")):
         entry.value = str((Path.cwd() / entry.value).resolve())
     if isinstance(target.value, list):
         target.value[_position(target.value, last, parts, where)] = entry

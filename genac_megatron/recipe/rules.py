@@ -12,6 +12,7 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
+from genac_megatron.recipe.own_rules import check_own, check_privileged
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
 from genac_megatron.recipe.schema import (
     EngineConfig,
@@ -29,6 +30,8 @@ from genac_megatron.recipe.tasks import (
     ChainedArithmeticTask,
     DatasetTask,
     JsonlTask,
+    MixtureTask,
+    PythonTask,
     ReasoningGymTask,
     RubricTask,
     StateTrackingTask,
@@ -81,7 +84,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)
         _check_nodes(name, role.engine, where)
-    _check_task(recipe, where)
+    _check_task(recipe.task, ("task",), where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
 
@@ -233,25 +236,40 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
         )
 
 
-def _check_task(recipe: Recipe, where: Where) -> None:
-    task = recipe.task
+def _check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> None:
+    if isinstance(task, MixtureTask):
+        _check_mixture(task, place, where)
+        return
     for what in ("swaps", "steps"):
         least, most = (getattr(task, f"{end}_{what}", 0) for end in ("min", "max"))
         if least > most:
             raise InputError(
-                f"min_{what} {least} is above max_{what} {most}", where=where(("task", f"min_{what}"))
+                f"min_{what} {least} is above max_{what} {most}", where=where((*place, f"min_{what}"))
             )
-    if isinstance(task, JsonlTask | DatasetTask) and task.verifier is None:
+    if isinstance(task, JsonlTask | DatasetTask | PythonTask) and task.verifier is None:
         known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
         raise InputError(
             f"the task '{task.kind}' has no verifier, so no answer can be graded",
-            where=where(("task",)),
-            way_out=f"add verifier: one of {known}",
+            where=where(place),
+            way_out=f"add verifier: one of {known}; or {{python: path/to/file.py:function}}",
         )
+    check_own(task, place, where)
     if isinstance(task, JsonlTask | RubricTask):
-        _check_file(task.path, ("task", "path"), where)
+        _check_file(task.path, (*place, "path"), where)
         if task.heldout_path is not None:
-            _check_file(task.heldout_path, ("task", "heldout_path"), where)
+            _check_file(task.heldout_path, (*place, "heldout_path"), where)
+
+
+def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where) -> None:
+    for name, times in Counter(part.name for part in task.parts).items():
+        if times > 1:
+            raise InputError(
+                f"{times} parts of the mixture are called '{name}'",
+                where=where((*place, "parts")),
+                way_out="give each a name of its own",
+            )
+    for index, part in enumerate(task.parts):
+        _check_task(part.task, (*place, "parts", index, "task"), where)
 
 
 def _check_file(path: str, location: Sequence[str | int], where: Where) -> None:
@@ -274,6 +292,7 @@ def _check_judging(recipe: Recipe, where: Where) -> None:
         )
     if recipe.judging.template not in TEMPLATES:
         _check_file(recipe.judging.template, ("judging", "template"), where)
+        check_privileged(recipe.judging, where)
 
 
 def _check_stages(recipe: Recipe, where: Where) -> None:
@@ -456,6 +475,8 @@ def _check_heldout(stage: SftStage, who: str, place: tuple[str | int, ...], wher
 
 def _has_teacher(task: TaskConfig) -> bool:
     """Whether the task has an exact teacher: those made here, and one of reasoning-gym's (tasks/hanoi.py)."""
+    if isinstance(task, MixtureTask):
+        return all(_has_teacher(part.task) for part in task.parts)
     if isinstance(task, ReasoningGymTask):
         return task.name == "tower_of_hanoi"
     return isinstance(task, StateTrackingTask | ChainedArithmeticTask)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
-from genac_megatron.recipe.algorithms import Algorithm, CriticLossConfig, RegressionConfig
+from genac_megatron.recipe.algorithms import Algorithm, CriticLossConfig, OverlongConfig, RegressionConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
 from genac_megatron.recipe.tasks import TaskConfig
@@ -170,6 +170,7 @@ class JudgingConfig(Block):
     """What the critic is shown and how its answer is read (method §2)."""
 
     template: str = "standard"  # standard, brief, or a path to a template file
+    privileged: bool = False  # the critic is shown the reference, or the rubric, which the actor never is
     actor_name: str = "actor"
     icc: Literal["on", "off", "shuffled"] = "on"
     icc_momentum: Fraction = 0.9
@@ -191,6 +192,8 @@ class RolloutConfig(Block):
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
     truncated_outcome: Literal["verify", "zero"] = "verify"  # what a cut-off response earns
+    # ... and what critics are to predict of it. The actor's accuracy and its advantages go by the one above.
+    truncated_critic: Literal["same", "verify", "zero"] = "same"
 
 
 class SftGate(Block):
@@ -295,6 +298,7 @@ class PpoStage(Block):
     overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
     minibatches: Positive = 1
     epochs: Positive = 1
+    overlong: OverlongConfig | None = None  # half of it is added to the actor's outcome, none to the critic's
     advantage: AdvantageConfig = AdvantageConfig()
     actor_loss: LossConfig = LossConfig()
     critic_loss: CriticLossConfig = CriticLossConfig()

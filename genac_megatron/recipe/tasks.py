@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 
@@ -13,6 +13,28 @@ class TaskBlock(Block):
     """What every task has."""
 
     success: str = ""  # what counts as success, in a sentence that the critic is shown; "": judged correct
+
+
+class OwnReward(Block):
+    """A reward of the user's own: a Python function, in processes of its own (docs/tasks.md)."""
+
+    python: str  # path/to/file.py:function, or package.module:function
+    # The weights of named parts, whose weighted mean the outcome is. {}: it returns a number.
+    parts: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Annotated[float, Field(ge=0)]] = {}
+    timeout_s: PositiveFloat = 10.0  # for one response; then its process is ended
+    workers: Positive = 1  # processes per rank
+    failed_outcome: Fraction = 0.0  # of a response that it failed on; they are counted (verify/late)
+    give_up: Positive = 32  # failures in a row, on a rank, that end the run
+
+
+def _verifier_kind(given: Any) -> str:
+    return "own" if isinstance(given, dict | OwnReward) else "named"
+
+
+Verifier = Annotated[
+    Annotated[Literal["math", "exact"], Tag("named")] | Annotated[OwnReward, Tag("own")],
+    Discriminator(_verifier_kind),
+]
 
 
 BOXED = "Think step by step. Put the final answer in \\boxed{}."
@@ -68,7 +90,7 @@ class JsonlTask(QuestionsBlock):
     heldout_size: Positive = 256
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
-    verifier: Literal["math", "exact"] | None = None
+    verifier: Verifier | None = None
     instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
 
 
@@ -84,7 +106,7 @@ class DatasetTask(QuestionsBlock):
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
-    verifier: Literal["math", "exact"] | None = None
+    verifier: Verifier | None = None
     instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
 
 
@@ -139,6 +161,45 @@ class RubricTask(RowsBlock):
     judge: JudgeConfig
 
 
+class PythonTask(TaskBlock):
+    """Prompts from a function of the user's own (docs/tasks.md)."""
+
+    kind: Literal["python"]
+    path: str  # a Python file, or the name of a module
+    prompts: str  # its function
+    heldout_size: Positive = 256  # a seeded share, where no prompt says that it is held out
+    instruction: str = ""
+    verifier: Verifier | None = None
+    timeout_s: PositiveFloat = 600.0  # for the function to give all prompts
+
+
+PartTask = Annotated[
+    StateTrackingTask
+    | ChainedArithmeticTask
+    | JsonlTask
+    | DatasetTask
+    | ReasoningGymTask
+    | RubricTask
+    | PythonTask,
+    Field(discriminator="kind"),
+]
+
+
+class MixturePart(Block):
+    """A task of a mixture, with its own verifier."""
+
+    name: Annotated[str, Field(pattern=r"^[\w-]+$")]  # in figures and in prompts' ids
+    weight: PositiveFloat = 1.0  # of all training prompts, weight / the sum of weights are its
+    task: PartTask
+
+
+class MixtureTask(TaskBlock):
+    """Several tasks in one run, drawn by weight."""
+
+    kind: Literal["mixture"]
+    parts: Annotated[list[MixturePart], Field(min_length=1)]
+
+
 TaskConfig = Annotated[
     StateTrackingTask
     | ChainedArithmeticTask
@@ -146,6 +207,13 @@ TaskConfig = Annotated[
     | DatasetTask
     | ReasoningGymTask
     | BenchmarkTask
-    | RubricTask,
+    | RubricTask
+    | PythonTask
+    | MixtureTask,
     Field(discriminator="kind"),
 ]
+
+
+def single_tasks(task: TaskConfig) -> list[TaskConfig]:
+    """The task, or those that a mixture is of."""
+    return [part.task for part in task.parts] if isinstance(task, MixtureTask) else [task]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
+from genac_megatron.algorithms.baselines.dapo import overlong_penalty
 from genac_megatron.algorithms.baselines.vapo import positive_weights
 from genac_megatron.algorithms.losses import means, token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
@@ -30,6 +31,7 @@ from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.heldout import judge_for, tell_too_long
 from genac_megatron.stages.judging import Budget
 from genac_megatron.stages.parity import parity_figures
+from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, largest, mean
 from genac_megatron.training.role import StepResult
@@ -51,6 +53,11 @@ class Batch:
     @property
     def outcomes(self) -> list[float]:
         return [rollout.outcome for rollout in self.rollouts]
+
+    @property
+    def targets(self) -> list[float]:
+        """The outcomes that critics are to predict."""
+        return [rollout.target for rollout in self.rollouts]
 
     @property
     def judgements(self) -> list[list[Judgement]]:
@@ -171,6 +178,7 @@ def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
 def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
     """What the actor did in this batch. `versions`: the newest published of each role."""
     rollouts = batch.rollouts
+    found = earned(rollouts)
     mixed = [len({r.outcome for r in group.rollouts}) > 1 for group in batch.groups]
     return {
         "rollout/outcome_mean": mean(batch.outcomes),
@@ -178,12 +186,16 @@ def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, floa
         "rollout/truncated": mean(r.truncated for r in rollouts),
         "rollout/mixed_groups": mean(mixed),
         "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
+        **({} if batch.targets == batch.outcomes else {"rollout/target_mean": mean(batch.targets)}),
+        **prefixed("reward", part_figures(found)),
+        **prefixed("source_outcome", source_figures(found)),
+        **prefixed("source_share", source_shares(found)),
     }
 
 
 def judge_figures(batch: Batch) -> dict[str, float]:
     """How well the critic judged this batch, over all (state, outcome) pairs."""
-    pairs = [(j, r.outcome) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
+    pairs = [(j, r.target) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
     base = mean(outcome for _, outcome in pairs)
     every = {id(j): j for j, _ in pairs}.values()
     unique = [judgement for judgement in every if not judgement.skipped]
@@ -200,13 +212,34 @@ def judge_figures(batch: Batch) -> dict[str, float]:
     }
 
 
+def actor_rewards(batch: Batch, limit: int, cache: int | None) -> Tensor:
+    """The actor's reward per response: its outcome and, with a `cache`, DAPO's overlong penalty.
+
+    The penalty is meant for rewards of -1 and 1 (algorithms/baselines/dapo.py), so half of it is added to
+    outcomes of 0 and 1. Critics predict the outcome alone.
+    """
+    outcomes = torch.tensor(batch.outcomes)
+    if cache is None:
+        return outcomes
+    lengths = torch.tensor([[len(rollout.completion.ids) for rollout in batch.rollouts]])
+    return outcomes + 0.5 * overlong_penalty(lengths, limit, cache)[0]
+
+
 def actor_samples(
-    batch: Batch, config: AdvantageConfig, lam: float, loss: LossConfig, limit: int
+    batch: Batch,
+    config: AdvantageConfig,
+    lam: float,
+    loss: LossConfig,
+    limit: int,
+    cache: int | None = None,
 ) -> list[Sample]:
-    """PPO samples: every token of a segment gets its segment's advantage (method §3)."""
+    """PPO samples: every token of a segment gets its segment's advantage (method §3).
+
+    limit: the most tokens of a response. cache: the overlong penalty's; None: there is none.
+    """
     lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
     values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
-    per_segment = segment_gae(values, torch.tensor(batch.outcomes), config.gamma, lam)
+    per_segment = segment_gae(values, actor_rewards(batch, limit, cache), config.gamma, lam)
     advantages = [
         to_tokens(advantage, _segment_lengths(judgements, length))
         for advantage, judgements, length in zip(per_segment, batch.judgements, lengths, strict=True)
@@ -263,7 +296,7 @@ def critic_samples(
         rollout, judgements = batch.rollouts[chosen_response], batch.judgements[chosen_response]
         for index in trained_indices(len(judgements), most):
             if not judgements[index].skipped:
-                entries.append((judgements[index], rollout.outcome))
+                entries.append((judgements[index], rollout.target))
     rewards = [reward(judgement.value, outcome) for judgement, outcome in entries]
     outcomes = [outcome for _, outcome in entries]
     weights = reinforce_weights(rewards, outcomes, [id(j) for j, _ in entries], baseline)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from genac_megatron.recipe.schema import Recipe, RolloutConfig, SftStage, StageC
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
+from genac_megatron.stages.reward_figures import earned, part_figures, source_figures
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
@@ -56,24 +57,30 @@ def evaluate(
         held = held_out(run, stage)
         run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))
         outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
-        flat = [x for values in outcomes.values() for x in values]
-        cut_off = [rollout.truncated for group in held.groups for rollout in group.rollouts]
-        truncated = [flag for part in run.gather([cut_off]) for flag in part]
+        mine = [rollout for group in held.groups for rollout in group.rollouts]
+        targets = [target for part in run.gather([[r.target for r in mine]]) for target in part]
+        truncated = [flag for part in run.gather([[r.truncated for r in mine]]) for flag in part]
+        found = [one for part in run.gather([earned(mine)]) for one in part]
+        parts, sources = part_figures(found), source_figures(found)
         row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "name": name, "step": step}
         row["actor"] = {
             "accuracy": metrics.avg_at_k(outcomes),
             "truncated": mean(truncated),
             "outcomes": outcomes,
             "version": held.key[0],
+            "parts": parts,
+            "sources": sources,
         }
         row["critic"] = None
         if run.icc is None:
             judging, seed = run.recipe.judging, run.recipe.seed
-            run.icc = IccState.from_evaluation(flat, judging.icc_momentum, seed, _steps_before(run))
+            run.icc = IccState.from_evaluation(targets, judging.icc_momentum, seed, _steps_before(run))
         if critic:
             row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
     run.append(EVALUATIONS, row)
     figures = {"eval/accuracy": row["actor"]["accuracy"]}
+    figures |= {f"eval/accuracy_{name}": value for name, value in sources.items()}
+    figures |= {f"eval/reward_{name}": value for name, value in parts.items()}
     if row["critic"] is not None:
         scalars = {k: v for k, v in row["critic"].items() if isinstance(v, float)}
         figures |= {f"eval/critic_{key}": value for key, value in scalars.items()}
@@ -250,7 +257,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         for judgement in judgements
     ]
     used = [j.used for j, _ in pairs]
-    outcomes = [r.outcome for _, r in pairs]
+    outcomes = [r.target for _, r in pairs]
     figures: dict[str, Any] = metrics.critic_figures(
         used,
         outcomes,
@@ -260,7 +267,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
     )
     figures["brier_used"] = figures["brier"]
     # No score: the worst error, unless the critic was not asked.
-    errors = [(j.used - r.outcome) ** 2 if j.skipped else 1.0 - reward(j.value, r.outcome) for j, r in pairs]
+    errors = [(j.used - r.target) ** 2 if j.skipped else 1.0 - reward(j.value, r.target) for j, r in pairs]
     figures["brier"] = mean(errors)
     unique = {id(j): j for j, _ in pairs}.values()
     asked = [judgement for judgement in unique if not judgement.skipped]

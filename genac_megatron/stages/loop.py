@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import StopRequested
+from genac_megatron.errors import InputError, StopRequested
 from genac_megatron.recipe.schema import SftStage, StageConfig
 from genac_megatron.stages.resume import before_judging, check_steps, fingerprint, lengths
 from genac_megatron.stages.runtime import Run
@@ -167,11 +167,18 @@ def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:
         "log": log,
         "recipe": fingerprint(run.recipe),
         "lengths": lengths(run.recipe),
+        "prompts": run.task.digest,
     }
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
-    """Take over `run_state`."""
+    """Take over `run_state`. Raises InputError where the user's function gives other prompts now."""
+    if state.get("prompts", run.task.digest) != run.task.digest:
+        raise InputError(
+            "the user's function gives other prompts than when the checkpoint was made",
+            where="task",
+            way_out="restore the file and data that it was made with, or begin a new run (name=...)",
+        )
     run.at.load(state["at"])
     for name, serial in run.at.serials.items():
         run.roles[name].serial = serial

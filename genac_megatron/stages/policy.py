@@ -66,7 +66,7 @@ def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
             batch, figures = draw(run, stage, batches, step)
             figures |= train(run, stage, batch, step)
             if run.icc is not None:  # for a critic that is trained later: over all that was sampled
-                run.icc.update([figures["rollout/outcome_mean"]])
+                run.icc.update([figures.get("rollout/target_mean", figures["rollout/outcome_mean"])])
             figures |= run.publish("actor", step=None if loop.whole(step) else step)
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
             loop.done(step, figures, partial(judge, f"step {step}", step) if due else None)
@@ -114,6 +114,8 @@ def train(run: Run, stage: PolicyStage, batch: Batch, step: int) -> dict[str, fl
         with run.phase("values"):
             values = response_values(run, batch.rollouts)
         advantages, targets = advantages_and_targets(values, batch.outcomes, config)
+        if batch.targets != batch.outcomes:  # cut-off responses have a rule for the critic
+            targets = advantages_and_targets(values, batch.targets, config)[1]
         samples = response_samples(
             batch, whitened(advantages) if config.whiten else advantages, algorithm.loss, limit
         )

@@ -9,11 +9,11 @@ from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
 from genac_megatron.recipe.schema import LossConfig, PolicyStage, PpoStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.ahead import Batches
-from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, trained_figures
+from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, critic_samples, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import minibatches, updates
-from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 
 REFERENCE = "reference"  # the frozen role that a KL term is to
@@ -55,14 +55,18 @@ def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float
     if stage.train_critic:
         figures |= train_critic(run, stage, batch)
     if run.icc is not None:
-        run.icc.update(batch.outcomes)
+        run.icc.update(batch.targets)
     return figures
 
 
 def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> dict[str, float]:
     """PPO over the batch's responses, with the generative critic's values."""
-    samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss, stage.rollout.max_new_tokens)
-    return update_actor(run, stage, stage.actor_loss, batch, samples, step)
+    limit, cache = stage.rollout.max_new_tokens, stage.overlong.cache if stage.overlong else None
+    samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss, limit, cache)
+    figures = update_actor(run, stage, stage.actor_loss, batch, samples, step)
+    if cache is not None:
+        figures["actor/overlong"] = mean(actor_rewards(batch, limit, cache).tolist()) - mean(batch.outcomes)
+    return figures
 
 
 def update_actor(

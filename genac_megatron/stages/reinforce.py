@@ -30,7 +30,7 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
             )
         figures |= trained_figures("critic", [result], batch, samples, result.logprobs)
         if run.icc is not None:
-            run.icc.update(batch.outcomes, advance=False)
+            run.icc.update(batch.targets, advance=False)
         figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)

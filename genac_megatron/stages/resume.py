@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from genac_megatron.errors import InputError
 from genac_megatron.observe.runinfo import METRICS
-from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
+from genac_megatron.recipe.schema import JudgingConfig, Recipe, SftStage, StageConfig
+from genac_megatron.recipe.tasks import TaskConfig
 
 State = Mapping[str, Any]  # a run's small state, as a checkpoint's manifest has it
 
@@ -34,7 +37,7 @@ def check_resumable(recipe: Recipe, state: State, where: str) -> None:
     """Raise InputError where a checkpoint's run is not the recipe's."""
     wanted = fingerprint(recipe)
     for key, saved in state["recipe"].items():
-        if saved != wanted[key]:
+        if _with_defaults(key, saved) != wanted[key]:
             raise InputError(
                 f"the checkpoint was made with {key} {saved}, the recipe says {wanted[key]}",
                 where=where,
@@ -45,6 +48,17 @@ def check_resumable(recipe: Recipe, state: State, where: str) -> None:
     _check_lengths(recipe, state, index, step, where)
     if index < len(recipe.stages) and step:
         _check_heldout(recipe.stages[index], at.get("heldout"), where)
+
+
+def _with_defaults(key: str, saved: Any) -> Any:
+    """What a checkpoint of before says of a block, with the defaults of keys that are new since."""
+    blocks: dict[str, Any] = {"task": TypeAdapter(TaskConfig), "judging": TypeAdapter(JudgingConfig)}
+    if key not in blocks:
+        return saved
+    try:
+        return blocks[key].dump_python(blocks[key].validate_python(saved), mode="json")
+    except ValidationError:
+        return saved  # it has a key that is no more
 
 
 def _check_lengths(recipe: Recipe, state: State, index: int, step: int, where: str) -> None:

@@ -83,11 +83,16 @@ class Generator:
             await _end(judging)
 
     async def verify(self, rollout: Rollout) -> None:
-        """Set the rollout's outcome, by the recipe's rule for cut-off responses."""
-        if rollout.truncated and self.config.truncated_outcome == "zero":
-            rollout.outcome = 0.0
-        else:
-            rollout.outcome = await self.task.verify_beside(rollout.prompt, rollout.text)
+        """Set the rollout's outcome, and the critic's, by the recipe's rules for cut-off responses."""
+        rules = self.config.truncated_outcome, self.config.truncated_critic
+        actor, critic = rules if rollout.truncated else ("verify", "same")
+        outcome = 0.0
+        if "verify" in (actor, critic):
+            scored = await self.task.score_beside(rollout.prompt, rollout.text)
+            outcome, rollout.parts = scored.outcome, scored.parts
+        rollout.outcome = outcome if actor == "verify" else 0.0
+        if critic != "same":
+            rollout.critic_outcome = outcome if critic == "verify" else 0.0
 
 
 async def _end(task: asyncio.Future[Any] | None) -> None:
@@ -148,7 +153,7 @@ def judge_groups(judge: Judge, groups: Sequence[Group]) -> list[Group]:
 
 
 def continue_states(generator: Generator, states: Sequence[State], count: int) -> list[list[float]]:
-    """Outcomes of `count` fresh continuations of the actor from each state, within its token limit."""
+    """Targets of `count` fresh continuations of the actor from each state, within its token limit."""
 
     async def one(state: State, sample: int) -> float:
         rollout, limit = state.rollout, generator.config.max_new_tokens
@@ -161,7 +166,7 @@ def continue_states(generator: Generator, states: Sequence[State], count: int) -
         text = generator.tokenizer.decode(ids, skip_special_tokens=True)
         whole = Rollout(rollout.prompt, sample, Completion(ids, (), completion.finish), text)
         await generator.verify(whole)
-        return whole.outcome
+        return whole.target
 
     async def run() -> list[list[float]]:
         flat = await asyncio.gather(*(one(state, k) for state in states for k in range(count)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron import platform
 from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import Template, load_template, need_privileged
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
@@ -23,7 +24,7 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
-from genac_megatron.records import Sample
+from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
@@ -31,7 +32,7 @@ from genac_megatron.stages.room import fit_chats, fit_task
 from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
-from genac_megatron.tasks import make_task
+from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, prints_date, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+PRIVILEGED_LOOK = 256  # held-out prompts among which each part of a mixture has one
 
 
 class Run:
@@ -72,7 +74,8 @@ class Run:
                     f"them, set what it reads (often date_string) in roles.{name}.model.chat_template_kwargs"
                 )
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
-        self.task = self.together(lambda: make_task(recipe.task, self.tokenizers[speaker], recipe.seed))
+        self.task = self.together(lambda: begun_task(recipe, self.tokenizers[speaker]))
+        self._need_same_prompts()
         self._fit_data(resuming, trains)
         self.roles: dict[str, Role] = {}
         self.icc: IccState | None = None
@@ -86,7 +89,15 @@ class Run:
             self._build(resuming)
         except BaseException:
             self._fleets.close()
+            self.task.close()
             raise
+
+    def _need_same_prompts(self) -> None:
+        """Raise InputError where the user's code makes other prompts on another rank. Collective."""
+        if len(set(gathered(self.task.digest))) > 1:
+            what = "the user's function gives other prompts on other ranks"
+            way_out = "see that all nodes have the same files, and that it reads nothing that changes"
+            raise on_all_ranks(InputError(what, where="task", way_out=way_out))
 
     def _fit_data(self, resuming: bool, trains: bool) -> None:
         """Hold the data to the models' positions, before time is spent. A resumed run has its SFT data."""
@@ -275,8 +286,32 @@ class Run:
         """Release engines and logs."""
         self.serving.close()
         self._fleets.close()
+        self.task.close()
         if self.log is not None:
             self.log.close()
+
+
+def begun_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The recipe's task. Raises InputError where it is wrong, or lacks what a privileged critic needs."""
+    judging = recipe.judging
+    task = make_task(recipe.task, tokenizer, recipe.seed, privileged=judging.privileged)
+    if judging.privileged:
+        try:
+            _need_privileged(load_template(judging.template, True), task)
+        except BaseException:
+            task.close()
+            raise
+    return task
+
+
+def _need_privileged(template: Template, task: Task) -> None:
+    """A held-out prompt stands for all, one of each part of a mixture; others are checked as they come."""
+    first: dict[str, Prompt] = {}
+    for index in range(min(task.heldout_size, PRIVILEGED_LOOK)):
+        prompt = task.prompt("heldout", index)
+        first.setdefault(prompt.source, prompt)
+    for prompt in first.values():
+        need_privileged(template, prompt)
 
 
 def _first_weights(model: ModelConfig, shape: Shape) -> GetTensor:

@@ -32,7 +32,7 @@ def value(run: Run, stage: ValueStage, loop: Loop) -> None:
         batch, figures = next_batch(run, stage, step)
         with run.phase("values"):
             values = response_values(run, batch.rollouts)
-        targets = returns(values, batch.outcomes, stage.value)
+        targets = returns(values, batch.targets, stage.value)
         seed = seed_for(run.recipe.seed, stage.name, step, "critic")
         figures |= train_values(
             run, batch.rollouts, values, targets, stage.value, parts=stage.minibatches, epochs=1, seed=seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from genac_megatron.recipe.tasks import (
@@ -9,6 +10,10 @@ from genac_megatron.recipe.tasks import (
     ChainedArithmeticTask,
     DatasetTask,
     JsonlTask,
+    MixtureTask,
+    OwnReward,
+    PartTask,
+    PythonTask,
     RubricTask,
     StateTrackingTask,
     TaskConfig,
@@ -21,17 +26,36 @@ if TYPE_CHECKING:
 __all__ = ["Problem", "Task", "Teacher", "make_task"]
 
 
-def make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
+def make_task(
+    config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, privileged: bool = False
+) -> Task:
     """The task that a recipe's `task` block describes; `seed` fixes its problems and its split.
 
-    Raises InputError where its data is missing or wrong, or where it has no verifier.
+    `privileged`: its prompts carry what a privileged critic is shown.
+
+    Raises InputError where its data is missing or wrong, where it has no verifier, or where a reward of the
+    user's own fails on its first samples.
     """
-    task = _make_task(config, tokenizer, seed)
-    task.success = config.success or task.success
-    return task
+    if isinstance(config, MixtureTask):
+        from genac_megatron.tasks.mixture import make_mixture
+
+        return make_mixture(config, partial(make_task, tokenizer=tokenizer, seed=seed, privileged=privileged))
+    own = getattr(config, "verifier", None)
+    if not isinstance(own, OwnReward):
+        task = _make_task(config, tokenizer, seed)
+        task.success, task.reveals = config.success or task.success, privileged
+        return task
+    from genac_megatron.tasks.own_reward import OwnRewarded
+
+    if not isinstance(config, PythonTask):  # whose references may be other than text
+        # The task's own verifier is never asked: the one that needs nothing stands in.
+        config = config.model_copy(update={"verifier": "exact"})
+    inner = _make_task(config, tokenizer, seed)
+    inner.success, inner.reveals = config.success or inner.success, privileged
+    return OwnRewarded(inner, own)
 
 
-def _make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
+def _make_task(config: PartTask | BenchmarkTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
     # Imported here: each brings a library of its own that the other tasks do not need.
     if isinstance(config, StateTrackingTask):
         from genac_megatron.tasks.state_tracking import StateTracking
@@ -49,6 +73,10 @@ def _make_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         from genac_megatron.tasks.hf_datasets import make_dataset_task
 
         return make_dataset_task(config, tokenizer, seed)
+    if isinstance(config, PythonTask):
+        from genac_megatron.tasks.own_prompts import make_python_task
+
+        return make_python_task(config, tokenizer, seed)
     if isinstance(config, BenchmarkTask):
         from genac_megatron.tasks.benchmarks import make_benchmark
 

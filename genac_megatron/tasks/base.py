@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +41,14 @@ class Problem:
         return " ".join(self.text.split())
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The outcome of a response in [0, 1], and by name what it is made of, where the task says."""
+
+    outcome: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
 class Teacher(ABC):
     """Writes what models are fine-tuned on, from exact knowledge of the task; never sees an outcome."""
 
@@ -65,6 +74,8 @@ class Task(ABC):
 
     teacher: Teacher | None = None
     success: str = ""  # what counts as success, as the critic is told
+    reveals = False  # whether prompts carry what a privileged critic is shown
+    digest = ""  # of prompts that another's code makes: ranks and resumed runs must have the same ones
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, train_size: int, heldout_size: int) -> None:
         self.tokenizer = tokenizer
@@ -85,6 +96,10 @@ class Task(ABC):
         """`verify` without holding the event loop up, where verifying is waiting for somebody else."""
         return self.verify(prompt, text)
 
+    async def score_beside(self, prompt: Prompt, text: str) -> Scored:
+        """`verify_beside`, with the outcome's parts."""
+        return Scored(await self.verify_beside(prompt, text))
+
     def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         """`verify` for each (prompt, response text), in order."""
         return [self.verify(prompt, text) for prompt, text in pairs]
@@ -94,6 +109,9 @@ class Task(ABC):
         """Responses that could not be verified so far (its time limit, a judge's failure); each counted as 0,
         or as the task says."""
         return 0
+
+    def close(self) -> None:  # noqa: B027  most tasks hold nothing
+        """End what the task has started: processes, threads, connections."""
 
     def prompt(self, split: Split, index: int) -> Prompt:
         """The prompt at `index` of `split`, its ids by the tokenizer's chat template.
@@ -118,7 +136,16 @@ class Task(ABC):
             success=self.success,
             tools=problem.tools,
             where=problem.where,
+            privileged=self.reveal(problem) if self.reveals else {},
         )
+
+    def reveal(self, problem: Problem) -> dict[str, str]:
+        """What a privileged critic is shown of a problem: `reference` or `rubric`; {} where there is none."""
+        reference = problem.reference
+        if isinstance(reference, dict | list):
+            reference = json.dumps(reference, ensure_ascii=False)
+        shown = "" if reference is None else str(reference).strip()
+        return {"reference": shown} if shown else {}
 
     def train_index(self, seed: int, cursor: int) -> int:
         """The index of the `cursor`-th training prompt of a run: a seeded permutation per epoch."""

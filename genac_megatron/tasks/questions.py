@@ -59,7 +59,7 @@ class QuestionTask(FixedTask):
 
 def need_verifier(config: JsonlTask | DatasetTask) -> str:
     """The recipe's verifier. Raises InputError where it names none: then nothing could be rewarded."""
-    if config.verifier is None:
+    if not isinstance(config.verifier, str):
         raise InputError(
             "the task has no verifier, so no response could be rewarded",
             where="task.verifier",

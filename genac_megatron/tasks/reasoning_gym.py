@@ -44,6 +44,11 @@ class ReasoningGym(GeneratedTask):
         entry = self._pool[number % self._pool_size]
         return Problem(str(entry["question"]).strip(), reference=entry, instruction=self._config.instruction)
 
+    def reveal(self, problem: Problem) -> dict[str, str]:
+        """The entry's answer; some tasks, where many answers are right, have none."""
+        answer = problem.reference.get("answer")
+        return {} if answer is None else {"reference": str(answer)}
+
     @property
     def late(self) -> int:
         return self._scorer.late

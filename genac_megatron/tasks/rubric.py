@@ -110,6 +110,9 @@ class RubricJudged(FixedTask):
     def late(self) -> int:
         return self.failed
 
+    def reveal(self, problem: Problem) -> dict[str, str]:
+        return {"rubric": str(problem.reference)}
+
     def verify(self, prompt: Prompt, text: str) -> float:
         """The judge's score in [0, 1].
 

@@ -1,8 +1,8 @@
 """Functions that may run for ever, called in processes that can be ended.
 
 Verifiers read what models write: sympy can run for minutes on a hostile answer, a scorer's regular
-expression can backtrack without end. A thread cannot be stopped, so a late process is ended and its
-answer counts as wrong.
+expression can backtrack without end. A thread cannot be stopped, so a late process is ended, with what it has
+started itself, and its job is given up.
 
 Ctrl-C and a scheduler's signals reach a whole group of processes: these leave them to their parent, which may
 still have answers to be scored, and end with it.
@@ -10,6 +10,7 @@ still have answers to be scored, and end with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -21,22 +22,24 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+import psutil
 
 from genac_megatron.launch import end_with
 
 TIME_LIMIT_S = 5.0
 START_LIMIT_S = 120.0  # a fresh process imports its libraries first, on a machine that may be busy
 OVERTIME_S = 5.0  # beyond its limit, after which a late process whose parent is gone ends itself
-TRIES = 2  # processes that a job may lose before it counts as 0
+TRIES = 2  # processes that a job may lose before it is given up
 SHOWN_JOB = 200  # characters of a late job that the log shows
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-Score = Callable[[Any], float]
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def _serve(pipe: Connection, make: Callable[[], Score], parent: int, alarm_s: float) -> None:
+def _serve(pipe: Connection, make: Callable[[], Callable[[Any], Any]], parent: int, alarm_s: float) -> None:
     """A worker's process: makes its function, says it is ready, then answers jobs until its pipe closes.
 
     A job above `alarm_s` ends it: its parent would have, were it there.
@@ -45,37 +48,46 @@ def _serve(pipe: Connection, make: Callable[[], Score], parent: int, alarm_s: fl
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     end_with(parent)
-    score = make()
+    work = make()
     try:
-        pipe.send(True)
+        pipe.send(None)  # ready
         while True:
             job = pipe.recv()
             # The kernel's own alarm: a regular expression without end lets no thread of ours run.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, alarm_s)
-            result = _scored(score, job)
+            done = _done(work, job)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            pipe.send(result)
+            pipe.send(done)
     except (EOFError, OSError):
         return  # the parent is gone
 
 
-def _scored(score: Score, job: Any) -> float:
+def _done(work: Callable[[Any], Any], job: Any) -> tuple[bool, Any]:
+    """(True, the result), or (False, what was raised)."""
     try:
-        return float(score(job))
-    except Exception:  # whatever hostile text makes a library raise, it is not a right answer
-        return 0.0
+        return True, work(job)
+    except Exception as error:  # whatever hostile text makes a library raise
+        return False, f"raised {type(error).__name__}: {error}"
 
 
 def _kill(process: BaseProcess) -> None:
-    if process.pid is not None:
-        process.kill()
+    """End a process and what it has started: a compiler, a program under test."""
+    if process.pid is None:
+        return
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 class _Worker:
     """One process, what it works on, and until when it may."""
 
-    def __init__(self, make: Callable[[], Score], alarm_s: float) -> None:
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], alarm_s: float) -> None:
         context = multiprocessing.get_context("spawn")  # fork would copy the caller's threads' locks
         self.pipe, far = context.Pipe()
         given = (far, make, os.getpid(), alarm_s)
@@ -99,45 +111,60 @@ class _Worker:
         self.pipe.send(what)
 
     def end(self) -> None:
-        self.process.kill()
+        _kill(self.process)
         self.process.join()
         self.pipe.close()
 
 
-class Workers:
-    """Scores jobs in `count` processes, started at first use and kept; they end with this process.
+class Pool(Generic[T]):
+    """Works on jobs in `count` processes, started at first use and kept; they end with this process.
 
-    `make` is called once in each process and returns its function from a job to a score; both cross
-    to the process by pickle. A job that raises or takes longer than `limit_s` scores 0; one whose process
-    is lost is given to another, and scores 0 where that is lost too. `late` counts those that were ended.
+    `make` is called once in each process and returns its function from a job to a result; both cross
+    to the process by pickle. A job that raises or takes longer than `limit_s` has the result `failed(why)`;
+    one whose process is lost is given to another, and fails where that is lost too. `late` counts those whose
+    process was ended. One thread at a time may call `run`.
     """
 
     def __init__(
-        self, make: Callable[[], Score], count: int = 1, limit_s: float = TIME_LIMIT_S, name: str = "scoring"
+        self,
+        make: Callable[[], Callable[[Any], T]],
+        failed: Callable[[str], T],
+        count: int = 1,
+        limit_s: float = TIME_LIMIT_S,
+        name: str = "scoring",
     ) -> None:
-        self.make, self.limit_s, self.name = make, limit_s, name
+        self.make, self.failed, self.limit_s, self.name = make, failed, limit_s, name
         self.late = 0
         self._count = count
         self._workers: list[_Worker] = []
+        self._ended = False
 
-    def run(self, jobs: Sequence[Any]) -> list[float]:
-        """Scores in order. Raises RuntimeError where a process does not start."""
-        results = [0.0] * len(jobs)
+    def run(self, jobs: Sequence[Any]) -> list[T]:
+        """Results in order. Raises RuntimeError where a process does not start, and after `end_now`."""
+        found: dict[int, T] = {}
         waiting = deque(range(len(jobs)))
         lost = Counter[int]()  # processes, by the job they were lost at
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
+                if self._ended:
+                    raise RuntimeError(f"{self.name} was ended")
                 while waiting and len(self._workers) < min(self._count, len(jobs)):
                     self._workers.append(_Worker(self.make, self.limit_s + OVERTIME_S))
                 for worker in self._give(jobs, waiting):
-                    self._again(worker, jobs, waiting, lost)
-                for worker in self._collect(jobs, results):
-                    self._again(worker, jobs, waiting, lost)
+                    self._again(worker, jobs, waiting, lost, found)
+                for worker in self._collect(jobs, found):
+                    self._again(worker, jobs, waiting, lost, found)
         except BaseException:
             for worker in [worker for worker in self._workers if worker.job is not None]:
                 self._drop(worker)  # its answer would be taken for a later job's
             raise
-        return results
+        return [found[number] for number in range(len(jobs))]
+
+    def end_now(self) -> None:
+        """From another thread than the one that runs: end what runs."""
+        self._ended = True
+        for worker in list(self._workers):
+            _kill(worker.process)
 
     def close(self) -> None:
         """End the processes."""
@@ -156,7 +183,7 @@ class Workers:
                     lost.append(worker)
         return lost
 
-    def _collect(self, jobs: Sequence[Any], results: list[float]) -> list[_Worker]:
+    def _collect(self, jobs: Sequence[Any], found: dict[int, T]) -> list[_Worker]:
         """Wait for an answer or the next deadline; take answers in, end what is late; the lost workers."""
         busy = [worker for worker in self._workers if worker.job is not None or not worker.ready]
         if not busy:
@@ -167,35 +194,46 @@ class Workers:
         for worker in busy:
             try:
                 if worker.pipe.poll():
-                    result = worker.pipe.recv()
+                    done = worker.pipe.recv()
                     if worker.job is not None:
-                        results[worker.job] = result
+                        whole, result = done
+                        found[worker.job] = result if whole else self.failed(result)
                     worker.ready, worker.job = True, None
                     continue
             except (EOFError, OSError):
                 lost.append(worker)
                 continue
             if time.monotonic() >= worker.deadline:
-                self._late(worker, jobs)
+                self._late(worker, jobs, found)
         return lost
 
-    def _again(self, worker: _Worker, jobs: Sequence[Any], waiting: deque[int], lost: Counter[int]) -> None:
-        """The worker is lost: its job waits again, or counts as 0."""
+    def _again(
+        self,
+        worker: _Worker,
+        jobs: Sequence[Any],
+        waiting: deque[int],
+        lost: Counter[int],
+        found: dict[int, T],
+    ) -> None:
+        """The worker is lost: its job waits again, or fails."""
         job = self._drop(worker)
         lost[job] += 1
         if lost[job] < TRIES:
             waiting.appendleft(job)
             return
-        self.late += 1
-        logger.warning(
-            "%s lost %d processes at it and counts it as 0: %s", self.name, TRIES, _shown(jobs[job])
-        )
+        self._give_up(job, jobs, f"lost {TRIES} processes at it", found)
 
-    def _late(self, worker: _Worker, jobs: Sequence[Any]) -> None:
+    def _late(self, worker: _Worker, jobs: Sequence[Any], found: dict[int, T]) -> None:
         job = self._drop(worker)
+        self._give_up(job, jobs, f"took longer than {self.limit_s:g} s", found)
+
+    def _give_up(self, job: int, jobs: Sequence[Any], why: str, found: dict[int, T]) -> None:
         self.late += 1
-        shown = _shown(jobs[job])
-        logger.warning("%s took longer than %g s and counts as 0: %s", self.name, self.limit_s, shown)
+        found[job] = self.failed(why)
+        self._tell(why, jobs[job])
+
+    def _tell(self, why: str, job: Any) -> None:
+        """Whoever makes something of `failed` tells of it there."""
 
     def _drop(self, worker: _Worker) -> int:
         """End a worker; its job. Raises RuntimeError where it had not even started."""
@@ -205,6 +243,26 @@ class Workers:
             self.close()
             raise RuntimeError(f"a process for {self.name} did not start: is what it imports installed?")
         return worker.job
+
+
+def _nothing(why: str) -> float:
+    return 0.0
+
+
+class Workers(Pool[float]):
+    """Scores jobs: one that fails scores 0, and the log says so where its process was ended."""
+
+    def __init__(
+        self,
+        make: Callable[[], Callable[[Any], float]],
+        count: int = 1,
+        limit_s: float = TIME_LIMIT_S,
+        name: str = "scoring",
+    ) -> None:
+        super().__init__(make, _nothing, count, limit_s, name)
+
+    def _tell(self, why: str, job: Any) -> None:
+        logger.warning("%s %s and counts as 0: %s", self.name, why, _shown(job))
 
 
 def _shown(job: Any) -> str:
