@@ -33,8 +33,10 @@ from genac_megatron.recipe.tasks import (
     StateTrackingTask,
     TaskConfig,
 )
+from genac_megatron.tasks.answers import EXACT, MARKED
 from genac_megatron.tasks.tokenizer import tokenizer_size
 
+ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
 SERVER_LIMITS = {
     "engine": ("request_timeout_s", "start_timeout_s"),
@@ -242,10 +244,25 @@ def _check_task(recipe: Recipe, where: Where) -> None:
             where=where(("task",)),
             way_out=f"add verifier: one of {known}",
         )
+    if isinstance(task, JsonlTask | DatasetTask):
+        _check_forms(task, where)
     if isinstance(task, JsonlTask | RubricTask):
         _check_file(task.path, ("task", "path"), where)
         if task.heldout_path is not None:
             _check_file(task.heldout_path, ("task", "heldout_path"), where)
+
+
+def _check_forms(task: JsonlTask | DatasetTask, where: Where) -> None:
+    """An answer in the form that the instruction asks for must count."""
+    forms = task.answer_forms or (EXACT if task.verifier == "exact" else MARKED)
+    for form, sign in ASKED_FOR.items():
+        if sign in task.instruction and form not in forms:
+            raise InputError(
+                f"the instruction asks for '{sign}', and answer_forms ({', '.join(forms)}) do not read it: "
+                "no response that obeys would be rewarded",
+                where=where(("task", "answer_forms" if task.answer_forms else "instruction")),
+                way_out=f"add {form} to task.answer_forms, or change task.instruction",
+            )
 
 
 def _check_file(path: str, location: Sequence[str | int], where: Where) -> None:

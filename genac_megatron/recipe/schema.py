@@ -188,7 +188,8 @@ class RolloutConfig(Block):
     samples: Positive = 8  # responses per prompt
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
-    truncated_outcome: Literal["verify", "zero"] = "verify"  # what a cut-off response earns
+    # What a cut-off response earns. verify: what an answer that is closed in it earns (docs/tasks.md).
+    truncated_outcome: Literal["verify", "zero"] = "verify"
 
 
 class SftGate(Block):

@@ -8,6 +8,10 @@ from pydantic import Field
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 
+# Where a response's final answer may stand (tasks/answers.py, docs/tasks.md): \boxed{}; <answer> tags; a line
+# "Answer: ..."; "#### ..."; a last sentence "The answer is ..."; the last line; the last number, whatever of.
+AnswerForm = Literal["boxed", "tag", "line", "hashes", "sentence", "last_line", "number"]
+
 
 class TaskBlock(Block):
     """What every task has."""
@@ -49,6 +53,8 @@ class JsonlTask(TaskBlock):
     question_key: str = "question"
     answer_key: str = "answer"
     verifier: Literal["math", "exact"] | None = None
+    # None: boxed, tag, line, sentence; with `exact` the last line too
+    answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
     instruction: str = "Think step by step. Put the final answer in \\boxed{}."
 
 
@@ -65,6 +71,8 @@ class DatasetTask(TaskBlock):
     answer_key: str = "answer"
     answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
     verifier: Literal["math", "exact"] | None = None
+    # None: boxed, tag, line, sentence; with `exact` the last line too
+    answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
     instruction: str = "Think step by step. Put the final answer in \\boxed{}."
 
 

@@ -87,7 +87,7 @@ class Generator:
         if rollout.truncated and self.config.truncated_outcome == "zero":
             rollout.outcome = 0.0
         else:
-            rollout.outcome = await self.task.verify_beside(rollout.prompt, rollout.text)
+            rollout.outcome = await self.task.verify_beside(rollout.prompt, rollout.text, rollout.truncated)
 
 
 async def _end(task: asyncio.Future[Any] | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,12 +76,15 @@ class Task(ABC):
     def verify(self, prompt: Prompt, text: str) -> float:
         """The outcome in [0, 1] of the response `text`. Any text is legal."""
 
-    async def verify_beside(self, prompt: Prompt, text: str) -> float:
+    async def verify_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> float:
         """`verify` without holding the event loop up, where verifying is waiting for somebody else."""
-        return self.verify(prompt, text)
+        return self.verify_many([(prompt, text)], (0,) if cut_off else ())[0]
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """`verify` for each (prompt, response text), in order."""
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
+        """`verify` for each (prompt, response text), in order.
+
+        `cut_off`: the places of those that ended at their token limit, for tasks where it matters.
+        """
         return [self.verify(prompt, text) for prompt, text in pairs]
 
     @property

@@ -27,7 +27,7 @@ def make_dataset_task(config: DatasetTask, tokenizer: PreTrainedTokenizerBase, s
     train = _problems(config, config.split, pattern)
     heldout = None if config.heldout_split is None else _problems(config, config.heldout_split, pattern)
     splits = split_problems(train, heldout, config.heldout_size, seed, config.name)
-    return QuestionTask(*splits, verifier, tokenizer)
+    return QuestionTask(*splits, verifier, tokenizer, config.answer_forms)
 
 
 def _pattern(config: DatasetTask) -> re.Pattern[str] | None:

@@ -31,7 +31,7 @@ def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase, seed:
         heldout = first + second
     given = heldout if heldout or config.heldout_path is not None else None
     splits = split_problems(train, given, config.heldout_size, seed, config.path)
-    return QuestionTask(*splits, verifier, tokenizer)
+    return QuestionTask(*splits, verifier, tokenizer, config.answer_forms)
 
 
 def read_problems(path: str, config: JsonlTask) -> tuple[list[Problem], list[Problem]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.tasks import DatasetTask, JsonlTask
+from genac_megatron.recipe.tasks import AnswerForm, DatasetTask, JsonlTask
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.answers import final_answer, opens_reasoning
 from genac_megatron.tasks.base import Problem, Split, Task
 from genac_megatron.tasks.grading import make_grader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROMPT_END = 16  # tokens of a prompt's end in which a template may open the reasoning
 
 
 class QuestionTask(Task):
@@ -24,10 +27,12 @@ class QuestionTask(Task):
         heldout: Sequence[Problem],
         verifier: str,
         tokenizer: PreTrainedTokenizerBase | None,
+        answer_forms: Sequence[AnswerForm] | None = None,
     ) -> None:
+        """`answer_forms`: where a final answer may stand; None: the verifier's own (tasks/answers.py)."""
         super().__init__(tokenizer, len(train), len(heldout))
         self._problems = {"train": train, "heldout": heldout}
-        self._grader = make_grader(verifier)
+        self._grader = make_grader(verifier, answer_forms)
 
     def _problem(self, split: Split, index: int) -> Problem:
         return self._problems[split][index]
@@ -39,8 +44,20 @@ class QuestionTask(Task):
     def verify(self, prompt: Prompt, text: str) -> float:
         return self.verify_many([(prompt, text)])[0]
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        return self._grader.grade([(prompt.reference, text) for prompt, text in pairs])
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
+        """Outcomes in order. Of responses that were cut off only what is closed counts (final_answer)."""
+        answers = [
+            final_answer(text, self._grader.forms, place not in cut_off, self._opened(prompt))
+            for place, (prompt, text) in enumerate(pairs)
+        ]
+        references = [prompt.reference for prompt, _ in pairs]
+        return self._grader.grade_answers(list(zip(references, answers, strict=True)))
+
+    def _opened(self, prompt: Prompt) -> bool:
+        """Whether the chat template has opened the reasoning that a response then only closes."""
+        if self.tokenizer is None or not prompt.ids:
+            return False
+        return opens_reasoning(str(self.tokenizer.decode(prompt.ids[-PROMPT_END:])))
 
 
 def need_verifier(config: JsonlTask | DatasetTask) -> str:
