@@ -29,13 +29,13 @@ _REASONING = re.compile(
 _BRACES = re.compile(
     r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s?(?P<bare>[-+]?\d[\d.,/]*)|\\\\(?!boxed|fbox)|\\[{}]|[{}]"
 )
-_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_TAG = re.compile(r"<\s?(/?)\s?(?:final_)?answer\s?>", re.IGNORECASE)
 _WORDS = r"(?:(?:so|thus|hence|therefore|finally|and|then|in conclusion|consequently)\b[,\s]*){0,3}"
 _MARKUP = r"[ \t>*_#`-]{0,12}"
 # "Answer: X", "**Final Answer:** X", "The answer is: X", "Answer (in cm): X", where a line or sentence begins
 _LINE = re.compile(
     rf"(?:^{_MARKUP}|(?<=[.!?]) {{1,3}}){_WORDS}(?:(?:the|my|our)[ ])?(?:final[ ]|correct[ ])?answer"
-    r"(?:[ ]\([^()\n]{1,40}\)|[ ]to[ ][^:\n]{1,60})?(?:[ ]is)?[*_` \t]{0,6}[:：](?P<said>[^\n]*)"
+    r"(?:[ ]\([^()\n]{1,40}\)|[ ]to[ ][^:\n]{1,60})?(?:[ ]is)?[*_` \t]{0,6}[:：=](?P<said>[^\n]*)"
     r"|(?:最终|最后)?答案(?:[是为]\s?[:：]?|\s?[:：])(?P<chinese>[^\n]*)"
     r"|^[ \t]*(?:#{1,6}[ ]|\*\*)[*_ \t]{0,4}(?:final[ ])?answer[*_ \t]{0,4}$(?P<heading>)",
     re.IGNORECASE | re.MULTILINE,
@@ -45,7 +45,7 @@ _NEXT_BLOCK = re.compile(r"\s*(\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|[^\n]+)", r
 _SENTENCE = re.compile(
     rf"(?:^|[.!?:]\s|\n|[,;]?\s(?=(?:so|thus|hence|therefore)\b)){_MARKUP}{_WORDS}"
     r"(?:we (?:get|find|conclude|see)(?: that)?[,\s]+)?"
-    r"(?:the|our|my)\s(?:final\s|correct\s|required\s)?answer\s(?:to [^.\n]{1,80}\s)?"
+    r"(?:(?:the|our|my)\s)?(?:final\s|correct\s|required\s)?(?:answer|option|choice)\s(?:to [^.\n]{1,80}\s)?"
     r"(?:is|equals|=|must be|should be|will be)(?:\sthen)?\b\s*:?"
     r"(?P<said>\s*(?:\$\$.*\$\$|\\\[.*\\\]|[^\n]*)\s*)$",
     re.IGNORECASE | re.DOTALL,
@@ -56,14 +56,15 @@ _NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w)")
 _SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.。；;](?=\s|$)|,?\s(?:because|since|as)\s")
 
 # Between two boxes of one answer: a comma, "and", "or", and perhaps what the second one is called.
-_SPACING = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\(?:q?quad|[,;:! ]|\\)|\\[()\[\]]|[$&*~]")
+_SPACING = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\(?:[,;:! ]|\\)|\\[()\[\]]|[$*~]")
 _CALLED = (
     r"(?:(?:[A-Za-z](?:_?\{?\w{1,3}\}?|')?|[A-Za-z]\([\w,]{1,5}\)|\\[a-z]{2,8})\s*(?:=|\\approx|\\in|is|:)"
     r"|(?:the|its)\s(?:other\s)?(?!total|answer|result|sum|final)[a-z]+(?:\s[a-z]+)?\s(?:is|are|equals|=))"
 )
+_SEPARATOR = r"[,;&、，和或]|\\q?quad\b|(?:and|or)\b"
 _PART = r"\((?:[a-h]|[ivx]{1,4})\)"  # (b), (ii)
 _JOINT = re.compile(
-    rf"\)?\s*(?:(?:,|;|、|，|和|或|,?\s*(?:and|or)\b)\s*(?:{_PART})?|[.,;]?\s*{_PART})\s*"
+    rf"\)?\s*(?:(?:(?:{_SEPARATOR})\s*)+(?:{_PART})?|[.,;]?\s*{_PART})\s*"
     rf"\(?\s*(?:{_CALLED})?\s*\(?\s*",
     re.IGNORECASE,
 )

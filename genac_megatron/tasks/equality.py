@@ -22,7 +22,10 @@ _DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)")
 _LETTER = re.compile(r"(?:(?:option|choice)\s+)?\(?\s*([A-J])\s*\)?\s*[.:)]?", re.IGNORECASE)
 _LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[.:)])(?:\\q?quad|\s)*(\S.*)", re.DOTALL)
-_SAID = re.compile(r"(?P<before>.*)(?<![A-Za-z])(?:is|are|equals|be)\b\s*:?\s*(?P<said>\S.*)", re.DOTALL)
+_NEXT_TO = re.compile(r"(?:([A-J])\s*[-=]|([A-J])\s(?=[\d\\]))\s*\S.*", re.DOTALL)  # B - 42, B 42
+_SAID = re.compile(
+    r"(?P<before>.*)(?:(?<![A-Za-z])(?:is|are|equals|be)\b\s*:?|(?<=[A-Za-z]):)\s*(?P<said>\S.*)", re.DOTALL
+)
 _NEGATED = re.compile(r"\b(?:not|never|no|whether|if|unless|might|may|could|cannot)\b|n't\b", re.IGNORECASE)
 _SAYS_A_NUMBER = re.compile(
     rf"{NUMERAL}(?:\s*(?:\\%|%))?(?:\s*[A-Za-z/]+(?:\s[a-z]+)?)?|\$.*\$|\\.*", re.DOTALL
@@ -76,7 +79,7 @@ def _is_letter(text: str) -> bool:
 def _option(text: str) -> str | None:
     r"""The letter of the option that is named: B, b, (B), \textbf{(B)}, option B, B. 42."""
     short = plain(text)[:_PROSE]
-    found = _LETTER.fullmatch(short) or _LABELLED.fullmatch(short)
+    found = _LETTER.fullmatch(short) or _LABELLED.fullmatch(short) or _NEXT_TO.fullmatch(short)
     return None if found is None else str(found[1] or found[2]).upper()
 
 
@@ -85,7 +88,9 @@ def _without_words(answer: str) -> Iterator[str]:
     yield answer
     if len(answer) > _PROSE:
         return
-    text = plain(answer)
+    text = plain(answer).rstrip(".")
+    if text != answer:
+        yield tidy(text)
     if (label := _LABELLED.fullmatch(text)) is not None:
         yield tidy(label[3])
     said = _SAID.fullmatch(text)
@@ -118,22 +123,22 @@ def _equal(reference: str, answer: str) -> bool:
     gold, given = _parsed(reference), _parsed(answer)
     if not gold or not given:
         return False
-    if _OR.search(answer) and (region := _region(given[0])) is not None:
-        given = (region,)
+    gold, given = _as_region(gold, reference), _as_region(given, answer)
     alike = verify(list(gold), list(given), timeout_seconds=None, allow_set_relation_comp=True)
     return bool(alike) and not _apart(gold[0], given[0])
 
 
-def _region(value: Any) -> Any | None:
-    """The numbers of which one of several relations holds, which math-verify reads as a set of relations."""
+def _as_region(parsed: tuple[Any, ...], text: str) -> tuple[Any, ...]:
+    """Of "x < 2 or x > 5" the numbers for which it holds: math-verify reads a set of two relations."""
     from sympy import FiniteSet, Union
     from sympy.core.relational import Relational
 
-    if not isinstance(value, FiniteSet) or len(value.free_symbols) != 1:
-        return None
+    value = parsed[0]
+    if not _OR.search(text) or not isinstance(value, FiniteSet) or len(value.free_symbols) != 1:
+        return parsed
     if not all(isinstance(part, Relational) for part in value.args):
-        return None
-    return Union(*(part.as_set() for part in value.args))
+        return parsed
+    return (Union(*(part.as_set() for part in value.args)),)
 
 
 def _prose(text: str) -> bool:

@@ -24,7 +24,10 @@ _WRAPPED = re.compile(
     r"(?:\$\$?|\\\(|\\\[|\*\*|__|`|\")\s*(.*?)\s*(?:\$\$?|\\\)|\\\]|\*\*|__|`|\")", re.DOTALL
 )
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
-_ABOUT = re.compile(r"\s*\\(?:approx|sim)\b\s*")
+_ABOUT = re.compile(
+    r"\s*(?:\\(?:approx|sim)\b|(?:approximately|about|roughly|around|exactly|only)\s)\s*", re.IGNORECASE
+)
+_PER_CENT = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?(?:percent|per cent|pct)\b\s*\}?", re.IGNORECASE)
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
 _GAP = r"(?:\\[,;:! ]|\{,\}|~|[ ])"  # what parts thousands; a bare comma is math-verify's to read
 _THOUSANDS = re.compile(
@@ -32,8 +35,9 @@ _THOUSANDS = re.compile(
 )
 _SPACE = re.compile(r"(?<!\\)\\[,;: ]|~")
 _MIXED = re.compile(
-    r"(?:^|(?<=[\s,;=(\[{-]))(?P<sign>-?)(?P<whole>\d+)(?:\s+|\s*\\?(?:and|&)\s+)"
-    r"(?:(?P<a>\d+)\s?/\s?(?P<b>\d+)|\\[dt]?frac\{(?P<c>\d+)\}\{(?P<d>\d+)\})(?![\d/])"
+    r"(?:^|(?<=[\s,;=(\[{-]))(?P<sign>-?)(?P<whole>\d+)(?:"
+    r"(?:\s+|\s*\\?(?:and|&)\s+)(?P<a>\d+)\s?/\s?(?P<b>\d+)"
+    r"|\s*(?:and\s+)?\\[dt]?frac\s?(?:\{(?P<c>\d+)\}\s?\{(?P<d>\d+)\}|(?P<e>\d)(?P<f>\d)))(?![\d/])"
 )
 _POWER = re.compile(r"\^(-?\d{2,}|-\d)")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)")
@@ -60,6 +64,7 @@ def tidy(text: str) -> str:
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1].strip('(){}')}}}", text)
     text = _THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     text = _MIXED.sub(_improper, _SPACE.sub(" ", text))
+    text = _PER_CENT.sub(r"\\%", text)
     text = _LARGE_NUMBER.sub(lambda word: rf" \times 10^{{{_LARGE[word[1].lower()]}}}", text)
     text = _IN_DEGREES.sub(r"\1\\frac{\2\\pi}{180}", text)
     text = _POWER.sub(r"^{\1}", _TIMES_TEN.sub(r" \\times ", text))
@@ -68,7 +73,7 @@ def tidy(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     while True:
-        text = text.strip().removesuffix(".").strip()
+        text = text.strip().rstrip(".,;。，\\ ")
         whole = _WRAPPED.fullmatch(text)
         if whole is None or not whole[1] or "$" in whole[1] or "**" in whole[1]:
             return text
@@ -76,7 +81,9 @@ def _unwrapped(text: str) -> str:
 
 
 def _improper(mixed: re.Match[str]) -> str:
-    top, bottom = int(mixed["a"] or mixed["c"]), int(mixed["b"] or mixed["d"])
+    top, bottom = (int(mixed[a] or mixed[b] or mixed[c]) for a, b, c in ("ace", "bdf"))
+    if top >= bottom:
+        return mixed[0]  # a product
     return rf"{mixed['sign']}\frac{{{int(mixed['whole']) * bottom + top}}}{{{bottom}}}"
 
 

@@ -38,13 +38,21 @@ def test_the_table_is_large_and_has_both_verdicts() -> None:
     assert 0.3 < right / len(pairs) < 0.75
 
 
-@pytest.mark.parametrize("kind", TABLE, ids=lambda kind: kind["kind"])
+@pytest.mark.parametrize("kind", [k for k in TABLE if not k.get("missed")], ids=lambda kind: kind["kind"])
 def test_each_pair_gets_its_verdict(kind: dict[str, Any], grader: MathGrader) -> None:
     grader.forms = kind.get("forms", MARKED)
     pairs = [(reference, text) for reference, text, _ in kind["pairs"]]
     verdicts = grader.grade(pairs)
     wrong = [row for row, verdict in zip(kind["pairs"], verdicts, strict=True) if verdict != float(row[2])]
     assert not wrong
+
+
+def test_what_is_known_to_be_missed_still_is(grader: MathGrader) -> None:
+    """Where this fails, a pair has become right: move it to its kind."""
+    [missed] = [kind for kind in TABLE if kind.get("missed")]
+    grader.forms = MARKED
+    verdicts = grader.grade([(reference, text) for reference, text, _ in missed["pairs"]])
+    assert verdicts == [float(not right) for _, _, right in missed["pairs"]]
 
 
 def test_the_documented_examples_are_true(grader: MathGrader) -> None:
