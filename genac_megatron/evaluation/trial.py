@@ -361,7 +361,8 @@ class _Replies:
         """Grade and write what was answered."""
         answered = self.answered
         pairs = [(self.trial.prompts[item[0]], answer.text or "") for item, answer in answered]
-        outcomes = self.trial.task.verify_many(pairs)
+        cut_off = {place for place, (_, answer) in enumerate(answered) if answer.finish == "length"}
+        outcomes = self.trial.task.verify_many(pairs, cut_off)
         rows = [
             _row(item, outcome, answer.finish, answer.tokens, answer.text or "")
             for (item, answer), outcome in zip(answered, outcomes, strict=True)

@@ -27,6 +27,7 @@ from genac_megatron.recipe.schema import (
     ValueStage,
 )
 from genac_megatron.recipe.tasks import (
+    BOXED,
     ChainedArithmeticTask,
     DatasetTask,
     JsonlTask,
@@ -37,8 +38,10 @@ from genac_megatron.recipe.tasks import (
     StateTrackingTask,
     TaskConfig,
 )
+from genac_megatron.tasks.answers import EXACT, MARKED
 from genac_megatron.tasks.tokenizer import check_rows, tokenizer_size
 
+ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
 SERVER_LIMITS = {
     "engine": ("request_timeout_s", "start_timeout_s"),
@@ -254,6 +257,8 @@ def _check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) ->
             way_out=f"add verifier: one of {known}; or {{python: path/to/file.py:function}}",
         )
     check_own(task, place, where)
+    if isinstance(task, JsonlTask | DatasetTask) and isinstance(task.verifier, str):
+        _check_forms(task, place, where)
     if isinstance(task, JsonlTask | RubricTask):
         _check_file(task.path, (*place, "path"), where)
         if task.heldout_path is not None:
@@ -270,6 +275,20 @@ def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where
             )
     for index, part in enumerate(task.parts):
         _check_task(part.task, (*place, "parts", index, "task"), where)
+
+
+def _check_forms(task: JsonlTask | DatasetTask, place: tuple[str | int, ...], where: Where) -> None:
+    """An answer in the form that the instruction asks for must count."""
+    instruction = BOXED if task.instruction is None else task.instruction
+    forms = task.answer_forms or (EXACT if task.verifier == "exact" else MARKED)
+    for form, sign in ASKED_FOR.items():
+        if sign in instruction and form not in forms:
+            raise InputError(
+                f"the instruction asks for '{sign}', and answer_forms ({', '.join(forms)}) do not read it: "
+                "no response that obeys would be rewarded",
+                where=where((*place, "answer_forms" if task.answer_forms else "instruction")),
+                way_out=f"add {form} to task.answer_forms, or change task.instruction",
+            )
 
 
 def _check_file(path: str, location: Sequence[str | int], where: Where) -> None:

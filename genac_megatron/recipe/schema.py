@@ -191,7 +191,8 @@ class RolloutConfig(Block):
     samples: Positive = 8  # responses per prompt
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
-    truncated_outcome: Literal["verify", "zero"] = "verify"  # what a cut-off response earns
+    # What a cut-off response earns. verify: what an answer that is closed in it earns (docs/tasks.md).
+    truncated_outcome: Literal["verify", "zero"] = "verify"
     # ... and what critics are to predict of it. The actor's accuracy and its advantages go by the one above.
     truncated_critic: Literal["same", "verify", "zero"] = "same"
 

@@ -8,6 +8,10 @@ from pydantic import Discriminator, Field, Tag
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 
+# Where a response's final answer may stand (tasks/answers.py, docs/tasks.md): \boxed{}; <answer> tags; a line
+# "Answer: ..."; "#### ..."; a last sentence "The answer is ..."; the last line; the last number, whatever of.
+AnswerForm = Literal["boxed", "tag", "line", "hashes", "sentence", "last_line", "number"]
+
 
 class TaskBlock(Block):
     """What every task has."""
@@ -91,6 +95,8 @@ class JsonlTask(QuestionsBlock):
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     verifier: Verifier | None = None
+    # None: boxed, tag, line, sentence; with `exact` the last line too
+    answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
     instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
 
 
@@ -107,6 +113,8 @@ class DatasetTask(QuestionsBlock):
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
     verifier: Verifier | None = None
+    # None: boxed, tag, line, sentence; with `exact` the last line too
+    answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
     instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
 
 
@@ -161,7 +169,7 @@ class RubricTask(RowsBlock):
     judge: JudgeConfig
 
 
-class PythonTask(TaskBlock):
+class PythonTask(RowsBlock):
     """Prompts from a function of the user's own (docs/tasks.md)."""
 
     kind: Literal["python"]

@@ -88,7 +88,7 @@ class Generator:
         actor, critic = rules if rollout.truncated else ("verify", "same")
         outcome = 0.0
         if "verify" in (actor, critic):
-            scored = await self.task.score_beside(rollout.prompt, rollout.text)
+            scored = await self.task.score_beside(rollout.prompt, rollout.text, rollout.truncated)
             outcome, rollout.parts = scored.outcome, scored.parts
         rollout.outcome = outcome if actor == "verify" else 0.0
         if critic != "same":

@@ -16,7 +16,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
-from genac_megatron.recipe.tasks import RowsBlock
+from genac_megatron.recipe.tasks import RowsBlock, single_tasks
 from genac_megatron.records import Prompt
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.tasks.base import FixedTask, Split
@@ -99,28 +99,32 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
 
     Raises InputError that names rows, and where a row's messages are refused by the chat template.
     """
-    task, config = run.task, run.recipe.task
-    for note in task.notes:
-        run.progress.note(f"task: {note}")
     first = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, "heldout"))
     # Whatever the task: a chat template that refuses every prompt is told before anything is built.
-    run.together(lambda: first.lacks(task.prompt("heldout", 0)) if task.heldout_size else "")
-    if not isinstance(task, FixedTask) or not isinstance(config, RowsBlock):
+    run.together(lambda: first.lacks(run.task.prompt("heldout", 0)) if run.task.heldout_size else "")
+    for part, config in zip(run.task.parts, single_tasks(run.recipe.task), strict=True):
+        fixed = part.fixed
+        for note in fixed.notes if fixed is not None else ():
+            run.progress.note(f"task: {note}")
+        if fixed is not None and isinstance(config, RowsBlock):
+            for split in splits:
+                room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
+                _fit_rows(run, fixed, config, room, split)
+    run.task.resized()
+
+
+def _fit_rows(run: Run, task: FixedTask, config: RowsBlock, room: Room, split: Split) -> None:
+    size = task.train_size if split == "train" else task.heldout_size
+    found = dict(sorted(run.gather(run.together(partial(_lacking, run, task, room, split, size)))))
+    if not found:
         return
-    for split in splits:
-        room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
-        size = task.train_size if split == "train" else task.heldout_size
-        mine = run.together(partial(_lacking, run, room, split, size))
-        found = dict(sorted(run.gather(mine)))
-        if not found:
-            continue
-        shown = listed(sorted(found.values(), key=_place))
-        what = f"{len(found)} of {size} {split} prompts have no room: {shown}"
-        if config.overlong == "error" or len(found) == size:
-            way_out = WAY_OUT if len(found) == size else f"{DROP}, or {WAY_OUT}"
-            raise on_all_ranks(InputError(what, where="task", way_out=way_out))
-        task.leave_out(split, found)
-        run.progress.note(f"task: {what}; they are left out (task.overlong: drop)")
+    shown = listed(sorted(found.values(), key=_place))
+    what = f"{len(found)} of {size} {split} prompts have no room: {shown}"
+    if config.overlong == "error" or len(found) == size:
+        way_out = WAY_OUT if len(found) == size else f"{DROP}, or {WAY_OUT}"
+        raise on_all_ranks(InputError(what, where="task", way_out=way_out))
+    task.leave_out(split, found)
+    run.progress.note(f"task: {what}; they are left out (task.overlong: drop)")
 
 
 def _place(line: str) -> list[str | int]:
@@ -128,11 +132,11 @@ def _place(line: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", line)]
 
 
-def _lacking(run: Run, room: Room, split: Split, size: int) -> list[tuple[int, str]]:
+def _lacking(run: Run, task: FixedTask, room: Room, split: Split, size: int) -> list[tuple[int, str]]:
     """(index, what it lacks) of this rank's share of a split's rows."""
     found = []
     for index in range(run.world.rank, size, run.world.size):
-        prompt = run.task.prompt(split, index)
+        prompt = task.prompt(split, index)
         if what := room.lacks(prompt):
             found.append((index, f"{prompt.where or prompt.id}: {what}"))
     return found

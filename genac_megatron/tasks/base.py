@@ -6,7 +6,7 @@ import json
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,16 +92,19 @@ class Task(ABC):
     def verify(self, prompt: Prompt, text: str) -> float:
         """The outcome in [0, 1] of the response `text`. Any text is legal."""
 
-    async def verify_beside(self, prompt: Prompt, text: str) -> float:
+    async def verify_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> float:
         """`verify` without holding the event loop up, where verifying is waiting for somebody else."""
-        return self.verify(prompt, text)
+        return self.verify_many([(prompt, text)], (0,) if cut_off else ())[0]
 
-    async def score_beside(self, prompt: Prompt, text: str) -> Scored:
+    async def score_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> Scored:
         """`verify_beside`, with the outcome's parts."""
-        return Scored(await self.verify_beside(prompt, text))
+        return Scored(await self.verify_beside(prompt, text, cut_off))
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """`verify` for each (prompt, response text), in order."""
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
+        """`verify` for each (prompt, response text), in order.
+
+        `cut_off`: the places of those that ended at their token limit, for tasks where it matters.
+        """
         return [self.verify(prompt, text) for prompt, text in pairs]
 
     @property
@@ -109,6 +112,19 @@ class Task(ABC):
         """Responses that could not be verified so far (its time limit, a judge's failure); each counted as 0,
         or as the task says."""
         return 0
+
+    @property
+    def parts(self) -> Sequence[Task]:
+        """The tasks that it is of: a mixture's parts, else itself."""
+        return (self,)
+
+    @property
+    def fixed(self) -> FixedTask | None:
+        """The task with the rows that it is over, where all are known."""
+        return None
+
+    def resized(self) -> None:  # noqa: B027  most wrap none
+        """Take over the sizes of the tasks that it wraps: some of their problems were left out."""
 
     def close(self) -> None:  # noqa: B027  most tasks hold nothing
         """End what the task has started: processes, threads, connections."""
@@ -171,6 +187,10 @@ class FixedTask(Task):
 
     def _problem(self, split: Split, index: int) -> Problem:
         return self._problems[split][index]
+
+    @property
+    def fixed(self) -> FixedTask | None:
+        return self
 
     def leave_out(self, split: Split, indices: Iterable[int]) -> None:
         """Drop the problems at `indices`; those behind them move up."""

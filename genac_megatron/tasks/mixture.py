@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
 from genac_megatron.errors import InputError
@@ -45,26 +45,36 @@ class Mixture(Task):
     """Prompts of several tasks; `Prompt.source` names the one that it is of."""
 
     def __init__(self, names: Sequence[str], tasks: Sequence[Task], weights: Sequence[float]) -> None:
-        sizes = [task.train_size for task in tasks]
-        super().__init__(tasks[0].tokenizer, sum(sizes), sum(task.heldout_size for task in tasks))
+        super().__init__(tasks[0].tokenizer, 0, 0)
         self._names, self._tasks = list(names), dict(zip(names, tasks, strict=True))
-        self._ends = list(accumulate(sizes))
-        self._counts = block_counts(weights)
+        self._weights, self._counts = list(weights), block_counts(weights)
         self._drawn: tuple[tuple[int, int], list[tuple[int, int]]] | None = None
-        self._heldout = sorted(
-            ((n + 0.5) / weight, part, n)
-            for part, (task, weight) in enumerate(zip(tasks, weights, strict=True))
-            for n in range(task.heldout_size)
-        )
-        self._heldout_keys = {
-            task._problem("heldout", n).key for task in tasks for n in range(task.heldout_size)
-        }
+        self.resized()
         digests = [task.digest for task in tasks]
         self.digest = hashlib.sha256("\n".join(digests).encode()).hexdigest() if any(digests) else ""
         if all(task.teacher is not None for task in tasks):
             self.teacher = _Teachers(
                 {name: task.teacher for name, task in self._tasks.items() if task.teacher}
             )
+
+    @property
+    def parts(self) -> Sequence[Task]:
+        return list(self._tasks.values())
+
+    def resized(self) -> None:
+        tasks = self.parts
+        for task in tasks:
+            task.resized()
+        self._ends = list(accumulate(task.train_size for task in tasks))
+        self.train_size, self.heldout_size = self._ends[-1], sum(task.heldout_size for task in tasks)
+        self._heldout = sorted(
+            ((n + 0.5) / weight, part, n)
+            for part, (task, weight) in enumerate(zip(tasks, self._weights, strict=True))
+            for n in range(task.heldout_size)
+        )
+        self._heldout_keys = {
+            task._problem("heldout", n).key for task in tasks for n in range(task.heldout_size)
+        }
 
     def train_index(self, seed: int, cursor: int) -> int:
         """The index of the `cursor`-th training prompt, by weight; within a part by its own order."""
@@ -118,17 +128,18 @@ class Mixture(Task):
     def verify(self, prompt: Prompt, text: str) -> float:
         return self._tasks[prompt.source].verify(prompt, text)
 
-    async def verify_beside(self, prompt: Prompt, text: str) -> float:
-        return await self._tasks[prompt.source].verify_beside(prompt, text)
+    async def verify_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> float:
+        return await self._tasks[prompt.source].verify_beside(prompt, text, cut_off)
 
-    async def score_beside(self, prompt: Prompt, text: str) -> Scored:
-        return await self._tasks[prompt.source].score_beside(prompt, text)
+    async def score_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> Scored:
+        return await self._tasks[prompt.source].score_beside(prompt, text, cut_off)
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
         found: dict[int, float] = {}
         for name, task in self._tasks.items():
             mine = [at for at, (prompt, _) in enumerate(pairs) if prompt.source == name]
-            found |= zip(mine, task.verify_many([pairs[at] for at in mine]), strict=True)
+            cut = {place for place, at in enumerate(mine) if at in cut_off}
+            found |= zip(mine, task.verify_many([pairs[at] for at in mine], cut), strict=True)
         return [found[at] for at in range(len(pairs))]
 
     def close(self) -> None:

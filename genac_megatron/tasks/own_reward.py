@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.own_code import parse_named
 from genac_megatron.recipe.tasks import OwnReward
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.base import Problem, Scored, Split, Task
+from genac_megatron.tasks.base import FixedTask, Problem, Scored, Split, Task
 from genac_megatron.tasks.own_code import Called, OwnCodeError, run_jobs
 from genac_megatron.tasks.workers import Pool
 
@@ -82,6 +82,13 @@ class OwnRewarded(Task):
         return self.inner.train_index(seed, cursor)
 
     @property
+    def fixed(self) -> FixedTask | None:
+        return self.inner.fixed
+
+    def resized(self) -> None:
+        self.train_size, self.heldout_size = self.inner.train_size, self.inner.heldout_size
+
+    @property
     def late(self) -> int:
         return self._reward.failed
 
@@ -89,13 +96,13 @@ class OwnRewarded(Task):
         """The outcome in [0, 1]. Raises InputError after `give_up` failures in a row."""
         return self._reward.score(prompt, text).outcome
 
-    async def score_beside(self, prompt: Prompt, text: str) -> Scored:
+    async def score_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> Scored:
         return await self._reward.score_beside(prompt, text)
 
-    async def verify_beside(self, prompt: Prompt, text: str) -> float:
+    async def verify_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> float:
         return (await self._reward.score_beside(prompt, text)).outcome
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
         return [scored.outcome for scored in self._reward.score_many(pairs)]
 
     def close(self) -> None:

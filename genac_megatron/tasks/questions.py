@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.tasks import BOXED, DatasetTask, JsonlTask
+from genac_megatron.recipe.tasks import BOXED, AnswerForm, DatasetTask, JsonlTask
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.answers import final_answer, opens_reasoning
 from genac_megatron.tasks.base import FixedTask, Problem, split_problems
 from genac_megatron.tasks.fields import (
     MISSING,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 QUESTION_KEYS = ("question", "prompt")
 ANSWER_KEYS = ("answer", "reward_model.ground_truth")
 SHOWN_CONFLICTS = 3
+PROMPT_END = 16  # tokens of a prompt's end in which a template may open the reasoning
 
 
 class QuestionTask(FixedTask):
@@ -42,9 +44,11 @@ class QuestionTask(FixedTask):
         heldout: Sequence[Problem],
         verifier: str,
         tokenizer: PreTrainedTokenizerBase | None,
+        answer_forms: Sequence[AnswerForm] | None = None,
     ) -> None:
+        """`answer_forms`: where a final answer may stand; None: the verifier's own (tasks/answers.py)."""
         super().__init__(tokenizer, train, heldout)
-        self._grader = make_grader(verifier)
+        self._grader = make_grader(verifier, answer_forms)
 
     @property
     def late(self) -> int:
@@ -53,8 +57,20 @@ class QuestionTask(FixedTask):
     def verify(self, prompt: Prompt, text: str) -> float:
         return self.verify_many([(prompt, text)])[0]
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        return self._grader.grade([(prompt.reference, text) for prompt, text in pairs])
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
+        """Outcomes in order. Of responses that were cut off only what is closed counts (final_answer)."""
+        answers = [
+            final_answer(text, self._grader.forms, place not in cut_off, self._opened(prompt))
+            for place, (prompt, text) in enumerate(pairs)
+        ]
+        references = [prompt.reference for prompt, _ in pairs]
+        return self._grader.grade_answers(list(zip(references, answers, strict=True)))
+
+    def _opened(self, prompt: Prompt) -> bool:
+        """Whether the chat template has opened the reasoning that a response then only closes."""
+        if self.tokenizer is None or not prompt.ids:
+            return False
+        return opens_reasoning(str(self.tokenizer.decode(prompt.ids[-PROMPT_END:])))
 
 
 def need_verifier(config: JsonlTask | DatasetTask) -> str:
@@ -211,6 +227,6 @@ def make_question_task(
         heldout, told = without_conflicts(heldout, config)
         notes.append(told)
     splits = split_problems(train, heldout, config.heldout_size, seed, where)
-    task = QuestionTask(*splits, need_verifier(config), tokenizer)
+    task = QuestionTask(*splits, need_verifier(config), tokenizer, config.answer_forms)
     task.notes = [note for note in notes if note]
     return task

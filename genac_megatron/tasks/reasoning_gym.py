@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import ReasoningGymTask
 from genac_megatron.records import Prompt
+from genac_megatron.tasks.answers import last_tagged
 from genac_megatron.tasks.base import GeneratedTask, Problem
-from genac_megatron.tasks.grading import last_tagged
 from genac_megatron.tasks.hanoi import HanoiTeacher
 from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
 

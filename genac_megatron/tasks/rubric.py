@@ -15,7 +15,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +124,10 @@ class RubricJudged(FixedTask):
         score = parse_judgement(answer.text or "", self._config.scale) if isinstance(answer, Answer) else None
         return self._counted(score, prompt.id, answer)
 
-    async def verify_beside(self, prompt: Prompt, text: str) -> float:
+    async def verify_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> float:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.verify, prompt, text)
 
-    def verify_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+    def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
         return list(self._pool.map(lambda pair: self.verify(*pair), pairs))
 
     def judge_prompt(self, prompt: Prompt, text: str) -> str:

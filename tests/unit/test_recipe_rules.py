@@ -91,6 +91,10 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("task={kind: jsonl, path: x.jsonl}", "math"),
         ("task={kind: datasets, name: gsm8k}", "exact"),
         ("task={kind: jsonl, path: x.jsonl, verifier: math}", "no file x.jsonl"),
+        ("task={kind: datasets, name: x, verifier: math, answer_forms: [tag]}", "add boxed to task.answer"),
+        ("task={kind: datasets, name: x, verifier: math, instruction: 'End with #### N.'}", "add hashes to"),
+        ("task={kind: datasets, name: x, verifier: math, instruction: '<answer>N</answer>', "
+         "answer_forms: [boxed]}", "asks for '<answer>'"),
         ("judging.template=mine.txt", "no file mine.txt"),
         ("stages=[{kind: ppo}, {kind: ppo}]", "2 stages are called 'ppo'"),
         ("roles={actor: {model: {family: llama, tokenizer: 'builtin:tiny', shape: "

@@ -7,10 +7,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from genac_megatron.tasks.grading import ExactGrader, MathGrader, final_answer, last_boxed
+from genac_megatron.tasks.grading import ExactGrader, MathGrader, make_grader
 
 RIGHT = [
     ("72", "Natalia sold 48 + 24 = 72 clips. The answer is \\boxed{72}."),
@@ -98,23 +96,14 @@ def test_exact_match_is_about_the_final_answer() -> None:
     assert ExactGrader().grade(pairs) == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def test_the_last_complete_box_counts() -> None:
-    assert last_boxed("\\boxed{1} and \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert last_boxed("\\boxed{1} and \\boxed{2") == "1"
-    assert last_boxed("none") is None
+def test_no_process_is_asked_about_a_response_without_an_answer() -> None:
+    grader = MathGrader(workers=1)
+    far_too_long = f"\\boxed{{{'1' * 30_000}}}"
+    assert grader.grade([("12", "4 + 8 = 12 and then"), ("12", ""), ("1", far_too_long)]) == [0.0, 0.0, 0.0]
+    assert grader.workers._workers == []
 
 
-@given(st.text(alphabet="\\boxed{}<answer>/ \n1", max_size=80))
-def test_extraction_takes_any_text(text: str) -> None:
-    assert isinstance(final_answer(text), str)
-
-
-@given(st.text(alphabet="ab{} ", max_size=20), st.text(max_size=20))
-def test_a_balanced_box_is_found_whatever_precedes_it(inner: str, before: str) -> None:
-    depth = 0
-    for character in inner:
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth < 0:
-            return
-    if depth == 0:
-        assert last_boxed(f"{before}\\boxed{{{inner}}} so") == inner
+def test_a_recipe_says_which_forms_count() -> None:
+    text = "so it is\n#### 12"
+    assert make_grader("exact").grade([("12", text)]) == [0.0]
+    assert make_grader("exact", ["hashes"]).grade([("12", text), ("12", "\\boxed{12}")]) == [1.0, 0.0]

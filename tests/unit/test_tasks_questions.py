@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import gzip
 import json
 import re
@@ -51,6 +53,31 @@ def test_jsonl_with_a_seeded_share_held_out(tmp_path: Path) -> None:
     assert TINY.decode(prompt.ids).endswith("<|im_start|>assistant\n")
     assert task.verify(prompt, f"\\boxed{{{prompt.reference}}}") == 1.0
     assert task.verify(prompt, "\\boxed{-1}") == 0.0
+
+
+def test_a_cut_off_response_earns_by_what_is_closed_in_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", sums(3))
+    task = make_task(JsonlTask(kind="jsonl", path=path, heldout_size=1, verifier="exact"), TINY, 1)
+    prompt = task.prompt("heldout", 0)
+    right = prompt.reference
+    texts = [f"so \\boxed{{{right}}} and", f"so\n{right}", f"Answer: {right}", f"Answer: {right}\nFor"]
+    pairs = [(prompt, text) for text in texts]
+    assert task.verify_many(pairs) == [1.0, 1.0, 1.0, 1.0]
+    assert task.verify_many(pairs, {0, 1, 2, 3}) == [1.0, 0.0, 0.0, 1.0]
+    for text, wanted in zip(texts, [1.0, 0.0, 0.0, 1.0], strict=True):
+        assert asyncio.run(task.verify_beside(prompt, text, cut_off=True)) == wanted
+
+
+def test_reasoning_that_the_template_opens_is_no_answer(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", sums(3))
+    tokenizer = copy.deepcopy(TINY)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}<think>\n"
+    task = make_task(JsonlTask(kind="jsonl", path=path, heldout_size=1, verifier="exact"), tokenizer, 1)
+    prompt = task.prompt("heldout", 0)
+    assert tokenizer.decode(prompt.ids).endswith("<think>")
+    right = f"\\boxed{{{prompt.reference}}}"
+    assert task.verify(prompt, f"perhaps {right}") == 0.0
+    assert task.verify(prompt, f"perhaps \\boxed{{-1}}</think>{right}") == 1.0
 
 
 def test_jsonl_split_by_a_second_file_or_by_a_key(tmp_path: Path) -> None:

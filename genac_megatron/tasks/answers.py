@@ -1,0 +1,223 @@
+r"""What a response's final answer is. Whether it is right is another question: equality.py, tasks/grading.py.
+
+The rule, whose forms a recipe names (`task.answer_forms`; docs/tasks.md):
+
+1. Only what stands after the reasoning counts. Reasoning that is not closed leaves no answer.
+2. The last mark counts: a box, a tag, an "Answer:" line, a #### line. Boxes of one answer are joined. A mark
+   that was begun and not finished, and none after it, leaves no answer: what stood before was given up.
+3. Where there is no mark: a last sentence "The answer is X.", the last line, the last number, if the recipe
+   allows them.
+
+All scans are linear in the text's length: models write anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from genac_megatron.recipe.tasks import AnswerForm
+
+MARKED: tuple[AnswerForm, ...] = ("boxed", "tag", "line", "sentence")  # where a recipe names no forms
+EXACT: tuple[AnswerForm, ...] = (*MARKED, "last_line")  # the same for the verifier `exact`
+
+_REASONING = re.compile(
+    r"<(?P<a>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<b>/?)THINK\]|◁(?P<c>/?)think▷"
+    r"|<\|(?P<d>begin|end)_of_thought\|>"
+)
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s?(?P<bare>[-+]?\d[\d.,/]*)|\\\\(?!boxed|fbox)|\\[{}]|[{}]"
+)
+_TAG = re.compile(r"<\s?(/?)\s?(?:final_)?answer\s?>", re.IGNORECASE)
+_WORDS = r"(?:(?:so|thus|hence|therefore|finally|and|then|in conclusion|consequently)\b[,\s]*){0,3}"
+_MARKUP = r"[ \t>*_#`-]{0,12}"
+# "Answer: X", "**Final Answer:** X", "The answer is: X", "Answer (in cm): X", where a line or sentence begins
+_LINE = re.compile(
+    rf"(?:^{_MARKUP}|(?<=[.!?]) {{1,3}}){_WORDS}(?:(?:the|my|our)[ ])?(?:final[ ]|correct[ ])?answer"
+    r"(?:[ ]\([^()\n]{1,40}\)|[ ]to[ ][^:\n]{1,60})?(?:[ ]is)?[*_` \t]{0,6}[:：=](?P<said>[^\n]*)"
+    r"|(?:最终|最后)?答案(?:[是为]\s?[:：]?|\s?[:：])(?P<chinese>[^\n]*)"
+    r"|^[ \t]*(?:#{1,6}[ ]|\*\*)[*_ \t]{0,4}(?:final[ ])?answer[*_ \t]{0,4}$(?P<heading>)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(?P<said>[^\n]*)", re.MULTILINE)
+_NEXT_BLOCK = re.compile(r"\s*(\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|[^\n]+)", re.DOTALL)
+_SENTENCE = re.compile(
+    rf"(?:^|[.!?:]\s|\n|[,;]?\s(?=(?:so|thus|hence|therefore)\b)){_MARKUP}{_WORDS}"
+    r"(?:we (?:get|find|conclude|see)(?: that)?[,\s]+)?"
+    r"(?:(?:the|our|my)\s)?(?:final\s|correct\s|required\s)?(?:answer|option|choice)\s(?:to [^.\n]{1,80}\s)?"
+    r"(?:is|equals|=|must be|should be|will be)(?:\sthen)?\b\s*:?"
+    r"(?P<said>\s*(?:\$\$.*\$\$|\\\[.*\\\]|[^\n]*)\s*)$",
+    re.IGNORECASE | re.DOTALL,
+)
+_HOPE = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
+_TAIL = 600  # characters in which a last sentence lies
+_NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w)")
+_SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.。；;](?=\s|$)|,?\s(?:because|since|as)\s")
+
+# Between two boxes of one answer: a comma, "and", "or", and perhaps what the second one is called.
+_SPACING = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\(?:[,;:! ]|\\)|\\[()\[\]]|[$*~]")
+_CALLED = (
+    r"(?:(?:[A-Za-z](?:_?\{?\w{1,3}\}?|')?|[A-Za-z]\([\w,]{1,5}\)|\\[a-z]{2,8})\s*(?:=|\\approx|\\in|is|:)"
+    r"|(?:the|its)\s(?:other\s)?(?!total|answer|result|sum|final)[a-z]+(?:\s[a-z]+)?\s(?:is|are|equals|=))"
+)
+_SEPARATOR = r"[,;&、，和或]|\\q?quad\b|(?:and|or)\b"
+_PART = r"\((?:[a-h]|[ivx]{1,4})\)"  # (b), (ii)
+_JOINT = re.compile(
+    rf"\)?\s*(?:(?:(?:{_SEPARATOR})\s*)+(?:{_PART})?|[.,;]?\s*{_PART})\s*"
+    rf"\(?\s*(?:{_CALLED})?\s*\(?\s*",
+    re.IGNORECASE,
+)
+_JOINT_LIMIT = 80  # characters
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Something in a text that says: here is the answer. `said` is None where it was not finished."""
+
+    start: int
+    end: int
+    said: str | None
+
+
+def final_answer(
+    text: str, forms: Sequence[AnswerForm] = MARKED, ended: bool = True, opened: bool = False
+) -> str | None:
+    """The final answer of a response; None where it gives none.
+
+    `ended`: whether the response ended by itself. In one that was cut off only what is closed counts: boxes,
+    tags, and lines that something follows. `opened`: the prompt had opened the reasoning already.
+    """
+    answer = after_reasoning(text, opened)
+    if answer is None:
+        return None
+    boxes = list(_boxes(answer))
+    marks = [*(boxes if "boxed" in forms else ())]
+    if "tag" in forms:
+        marks += _tags(answer)
+    if "line" in forms:
+        marks += _lines(_LINE, answer, ended)
+    if "hashes" in forms:
+        marks += _lines(_HASHES, answer, ended)
+    if marks:
+        last = max(marks, key=lambda mark: mark.start)
+        if last.said is None:
+            return None
+        # A box inside a tag or a line is what these say.
+        inside = [box for box in boxes if box.said is not None and last.start <= box.start < last.end]
+        return _joined(answer, boxes, inside[-1]) if inside else last.said.strip() or None
+    return _unmarked(answer, forms) if ended else None
+
+
+def after_reasoning(text: str, opened: bool = False) -> str | None:
+    """What stands after the last closed reasoning; None where reasoning is not closed.
+
+    `opened`: the prompt's last words opened it, as some chat templates do.
+    """
+    last: re.Match[str] | None = None
+    for found in _REASONING.finditer(text):
+        last = found
+    if last is None:
+        return None if opened else text
+    closing = any(last[group] in ("/", "end") for group in "abcd")
+    return text[last.end() :] if closing else None
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Whether a prompt's text ends with reasoning that it has opened."""
+    return after_reasoning(prompt[-200:]) is None
+
+
+def last_tagged(text: str) -> str | None:
+    """What the last <answer>...</answer> after the reasoning holds, as it is; None where there is none."""
+    answer = after_reasoning(text)
+    marks = [] if answer is None else list(_tags(answer))
+    return marks[-1].said if marks else None
+
+
+def _boxes(text: str) -> Iterator[_Mark]:
+    r"""\boxed{...} and \fbox{...}, the outermost, in order; braces balanced, empty ones left out."""
+    open_braces: list[re.Match[str] | None] = []  # None: a plain brace
+    found: list[_Mark] = []
+    for token in _BRACES.finditer(text):
+        if token["bare"] is not None:
+            found.append(_Mark(token.start(), token.end(), token["bare"].rstrip(".,/")))
+        elif token[0] == "{":
+            open_braces.append(None)
+        elif token[0] == "}":
+            box = open_braces.pop() if open_braces else None
+            if box is not None:
+                while found and found[-1].start > box.start():
+                    found.pop()  # inside this one
+                found.append(_Mark(box.start(), token.end(), text[box.end() : token.start()]))
+        elif token[0].endswith("{") and token[0] != "\\{":
+            open_braces.append(token)
+    found = [mark for mark in found if mark.said and mark.said.strip()]
+    unfinished = [_Mark(box.start(), len(text), None) for box in open_braces if box is not None]
+    yield from sorted([*found, *unfinished], key=lambda mark: mark.start)
+
+
+def _tags(text: str) -> Iterator[_Mark]:
+    """<answer>...</answer>, each from the opening next to its end; one without an end is unfinished."""
+    opening: re.Match[str] | None = None
+    for token in _TAG.finditer(text):
+        if not token[1]:
+            opening = token
+        elif opening is not None:
+            said = text[opening.end() : token.start()]
+            if said.strip():
+                yield _Mark(opening.start(), token.end(), said)
+            opening = None
+    if opening is not None:
+        yield _Mark(opening.start(), len(text), None)
+
+
+def _lines(pattern: re.Pattern[str], text: str, ended: bool) -> Iterator[_Mark]:
+    """Lines that say the answer, or whose next line does."""
+    for match in pattern.finditer(text):
+        said = next((match[group] for group in ("said", "chinese") if match.groupdict().get(group)), "")
+        end = match.end()
+        if not said.strip(" \t*_`") and (block := _NEXT_BLOCK.match(text, match.end())) is not None:
+            said, end = block[1], block.end()
+        if not ended and end >= len(text.rstrip(" \t")):
+            yield _Mark(match.start(), len(text), None)
+        elif said.strip(" \t*_`"):
+            yield _Mark(match.start(), end, _first_sentence(said))
+
+
+def _first_sentence(said: str) -> str:
+    said = _HOPE.sub("", said.strip())
+    inner = _SENTENCE.search(said) if len(said) <= _TAIL else None
+    said = (inner["said"] if inner is not None else said).strip()
+    end = _SENTENCE_END.search(said)
+    return said[: end.start()].strip() if end is not None and end.start() else said
+
+
+def _joined(text: str, boxes: Sequence[_Mark], last: _Mark) -> str:
+    """What the box `last` holds, with the boxes before it that are parts of the same answer."""
+    parts = [str(last.said).strip()]
+    at = boxes.index(last)
+    while at > 0 and boxes[at - 1].said is not None:
+        between = text[boxes[at - 1].end : boxes[at].start]
+        if len(between) > _JOINT_LIMIT or not _JOINT.fullmatch(_SPACING.sub(r" \1 ", between).strip()):
+            break
+        at -= 1
+        parts.append(str(boxes[at].said).strip())
+    return ", ".join(dict.fromkeys(reversed(parts)))
+
+
+def _unmarked(text: str, forms: Sequence[AnswerForm]) -> str | None:
+    """The answer of a text without a mark, where `forms` allow one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return None
+    if "sentence" in forms and (match := _SENTENCE.search(_HOPE.sub("", text[-_TAIL:].rstrip()))) is not None:
+        said = match["said"].strip().rstrip(".。")
+        if said and not _SENTENCE_END.search(said):
+            return said
+    if "last_line" in forms:
+        return lines[-1]
+    if "number" in forms:
+        numbers = _NUMBER.findall(text)
+        return str(numbers[-1]).rstrip(",") if numbers else None
+    return None
