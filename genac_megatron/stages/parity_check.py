@@ -38,7 +38,7 @@ def check_parity(
         raise on_all_ranks(InputError(what, where="parity", way_out=f"one of: {', '.join(recipe.roles)}"))
     recipe = recipe.model_copy(update={"roles": {role: recipe.roles[role]}})
     with Progress(world.rank == 0, name=recipe.name, stages=["parity"]) as progress:
-        run = Run(recipe, world, None, progress, stop)
+        run = Run(recipe, world, None, progress, stop, trains=False)
         try:
             run.publish(role)
             pairs = run.gather(_sampled(run, role, prompts, max_new_tokens))

@@ -50,7 +50,7 @@ def chat_samples(tokenizer: PreTrainedTokenizerBase, chat: Conversation, stage: 
         if messages[place].get("tool_calls"):
             samples.append(_calling(tokenizer, chat, messages, place, before, source))
         else:
-            samples.append(to_sample(tokenizer, before, messages[place]["content"], source))
+            samples.append(to_sample(tokenizer, before, messages[place]["content"], source, chat.where))
     return samples
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from genac_megatron.errors import InputError
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
-from genac_megatron.stages.heldout import critic_row
+from genac_megatron.stages.heldout import critic_row, tell_too_long
 from genac_megatron.stages.rollouts import Group
 
 
@@ -97,3 +100,32 @@ def test_values_of_states_that_are_not_there_are_passed_over(groups: list[Group]
     """Another rank's rollouts may have been cut elsewhere by now."""
     row = critic_row(groups, {("heldout/9#0", 0): [0.5, 0.5]})
     assert row["mse"] != row["mse"]
+
+
+def test_states_that_had_no_room_do_not_count_against_the_critics_form(groups: list[Group]) -> None:
+    unasked = groups[1].judgements[0][1]
+    unasked.skipped = unasked.too_long = True
+    row = critic_row(groups, {})
+    assert row["parse_rate"] == 1.0
+    assert row["errors"][6] == pytest.approx(0.3**2), "the value that stands in for it"
+
+
+def test_states_that_had_no_room_are_told_once_and_end_a_run_where_all_are_such(groups: list[Group]) -> None:
+    every = [j for group in groups for judgements in group.judgements for j in judgements]
+    notes: list[str] = []
+    run: Any = SimpleNamespace(  # no more of a run is used
+        told=set(),
+        critic=SimpleNamespace(shape=SimpleNamespace(max_positions=120)),
+        progress=SimpleNamespace(note=notes.append),
+    )
+    tell_too_long(run, every)
+    assert notes == []
+    every[1].too_long = True
+    tell_too_long(run, every)
+    tell_too_long(run, every)
+    assert len(notes) == 1
+    assert "1 of 7 states, heldout/0#0@1 for example" in notes[0]
+    for judgement in every:
+        judgement.too_long = True
+    with pytest.raises(InputError, match="7 of 7 states"):
+        tell_too_long(run, every)
