@@ -349,8 +349,8 @@ def set_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Mappin
                 where=where,
                 way_out=f"take it out, or correct its name: the template's variables are {known}",
             )
-    # A literal of Python is one of Jinja.
-    head = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in variables.items())
+    # A literal of Python is one of Jinja. transformers' Jinja takes the line's end away with the block.
+    head = "".join(f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
     tokenizer.chat_template = head + template
 
 

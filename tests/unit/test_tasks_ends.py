@@ -245,6 +245,16 @@ def test_a_variable_keeps_its_value(tmp_path: Path, value: Any) -> None:
     assert json.loads(tokenizer.apply_chat_template(ASK, tokenize=False)) == value
 
 
+@pytest.mark.parametrize(
+    "template", ["\n {{ a }}", "  {% if a %}\n x{% endif %}\n", "{{ a }}", "\n\n{%- set b = a %}{{ b }}"]
+)
+def test_a_variable_changes_nothing_else_of_a_template(tmp_path: Path, template: str) -> None:
+    tokenizer = load_tokenizer(str(folder(tmp_path / "f", template=template)))
+    wanted = tokenizer.apply_chat_template(ASK, tokenize=False, a="yes")
+    held = load_tokenizer(str(tmp_path / "f"), None, {"a": "yes"})
+    assert held.apply_chat_template(ASK, tokenize=False) == wanted
+
+
 @pytest.mark.parametrize("name", ["enable_thinkng", "messages", "add_generation_prompt", "is", "a b"])
 def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path / "f", template=SWITCH)
