@@ -9,7 +9,7 @@ import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.stages.loop import check_resumable, fingerprint
+from genac_megatron.stages.resume import check_resumable, fingerprint
 
 
 def recipe(**changes: Any) -> Recipe:
