@@ -18,7 +18,7 @@ from genac_megatron.tasks import Task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
 TINY = load_tokenizer("builtin:tiny")
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks-own.part.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
 ROLE = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": SHAPE}}
 BLOCKS = ("task", "stage", "judging")  # of a recipe; other blocks are files

@@ -17,8 +17,7 @@ from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
-DOCS = sorted((Path(__file__).parents[2] / "docs").glob("tasks*.md"))
-TEXT = "".join(path.read_text(encoding="utf-8") for path in DOCS)
+TEXT = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"### ([^\n]*)\n```jsonl\n(.*?)```\n```yaml\n(.*?)```", TEXT, re.DOTALL)
 CHATS = re.findall(r"## Conversations for SFT\n```jsonl\n(.*?)```\n```yaml\n(.*?)```", TEXT, re.DOTALL)
 TINY = load_tokenizer("builtin:tiny")
