@@ -59,7 +59,8 @@ def begun(folder: Path, example: dict[str, str]) -> tuple[Task, Any]:
 
 
 def test_every_example_is_tried_here() -> None:
-    assert [(title, len(examples(title))) for title in SECTIONS] == [
+    elsewhere = ("Data forms", "Conversations for SFT", "What the final answer is")
+    assert [(title, len(examples(title))) for title in SECTIONS if title not in elsewhere] == [
         ("A reward of your own", 2),
         ("Prompts of your own", 1),
         ("Cut-off responses, by role", 1),
