@@ -12,7 +12,7 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
-from genac_megatron.recipe.own_rules import check_own, check_privileged
+from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
 from genac_megatron.recipe.schema import (
     EngineConfig,
@@ -26,23 +26,16 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.recipe.task_rules import check_file, check_task
 from genac_megatron.recipe.tasks import (
-    BOXED,
     ChainedArithmeticTask,
-    DatasetTask,
-    JsonlTask,
     MixtureTask,
-    PythonTask,
     ReasoningGymTask,
-    RubricTask,
     StateTrackingTask,
     TaskConfig,
 )
-from genac_megatron.tasks.answers import EXACT, MARKED
 from genac_megatron.tasks.tokenizer import check_rows, tokenizer_size
 
-ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
-VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
 SERVER_LIMITS = {
     "engine": ("request_timeout_s", "start_timeout_s"),
     "publication": ("drain_s", "control_s", "send_s", "verify_s"),
@@ -87,7 +80,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)
         _check_nodes(name, role.engine, where)
-    _check_task(recipe.task, ("task",), where)
+    check_task(recipe.task, ("task",), where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
 
@@ -239,67 +232,6 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
         )
 
 
-def _check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> None:
-    if isinstance(task, MixtureTask):
-        _check_mixture(task, place, where)
-        return
-    for what in ("swaps", "steps"):
-        least, most = (getattr(task, f"{end}_{what}", 0) for end in ("min", "max"))
-        if least > most:
-            raise InputError(
-                f"min_{what} {least} is above max_{what} {most}", where=where((*place, f"min_{what}"))
-            )
-    if isinstance(task, JsonlTask | DatasetTask | PythonTask) and task.verifier is None:
-        known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
-        raise InputError(
-            f"the task '{task.kind}' has no verifier, so no answer can be graded",
-            where=where(place),
-            way_out=f"add verifier: one of {known}; or {{python: path/to/file.py:function}}",
-        )
-    check_own(task, place, where)
-    if isinstance(task, JsonlTask | DatasetTask) and isinstance(task.verifier, str):
-        _check_forms(task, place, where)
-    if isinstance(task, JsonlTask | RubricTask):
-        _check_file(task.path, (*place, "path"), where)
-        if task.heldout_path is not None:
-            _check_file(task.heldout_path, (*place, "heldout_path"), where)
-
-
-def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where) -> None:
-    for name, times in Counter(part.name for part in task.parts).items():
-        if times > 1:
-            raise InputError(
-                f"{times} parts of the mixture are called '{name}'",
-                where=where((*place, "parts")),
-                way_out="give each a name of its own",
-            )
-    for index, part in enumerate(task.parts):
-        _check_task(part.task, (*place, "parts", index, "task"), where)
-
-
-def _check_forms(task: JsonlTask | DatasetTask, place: tuple[str | int, ...], where: Where) -> None:
-    """An answer in the form that the instruction asks for must count."""
-    instruction = BOXED if task.instruction is None else task.instruction
-    forms = task.answer_forms or (EXACT if task.verifier == "exact" else MARKED)
-    for form, sign in ASKED_FOR.items():
-        if sign in instruction and form not in forms:
-            raise InputError(
-                f"the instruction asks for '{sign}', and answer_forms ({', '.join(forms)}) do not read it: "
-                "no response that obeys would be rewarded",
-                where=where((*place, "answer_forms" if task.answer_forms else "instruction")),
-                way_out=f"add {form} to task.answer_forms, or change task.instruction",
-            )
-
-
-def _check_file(path: str, location: Sequence[str | int], where: Where) -> None:
-    if not Path(path).expanduser().is_file():
-        raise InputError(
-            f"there is no file {path}",
-            where=where(location),
-            way_out="a path that begins with ./ is relative to the recipe, others to the current directory",
-        )
-
-
 def _check_judging(recipe: Recipe, where: Where) -> None:
     budget, longest = recipe.judging.budget, recipe.judging.max_new_tokens
     if budget is not None and budget // recipe.world.ranks < longest:
@@ -310,7 +242,7 @@ def _check_judging(recipe: Recipe, where: Where) -> None:
             way_out=f"give it at least {longest * recipe.world.ranks}, or leave it out",
         )
     if recipe.judging.template not in TEMPLATES:
-        _check_file(recipe.judging.template, ("judging", "template"), where)
+        check_file(recipe.judging.template, ("judging", "template"), where)
         check_privileged(recipe.judging, where)
 
 
@@ -444,7 +376,7 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
     if stage.data == "jsonl":
         if stage.path is None:
             raise InputError(f"{who} reads jsonl and has no path", where=where(place), way_out="add path:")
-        _check_file(stage.path, (*place, "path"), where)
+        check_file(stage.path, (*place, "path"), where)
         return
     _check_no_chats(stage, who, place, where)
     if stage.path is not None:

@@ -1,0 +1,87 @@
+"""Rules of the task block: bounds, verifiers, forms of answers, files, the parts of a mixture. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.own_rules import check_own
+from genac_megatron.recipe.precision import Where
+from genac_megatron.recipe.tasks import (
+    BOXED,
+    DatasetTask,
+    JsonlTask,
+    MixtureTask,
+    PythonTask,
+    RubricTask,
+    TaskConfig,
+)
+from genac_megatron.tasks.answers import EXACT, MARKED
+
+ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
+VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
+
+
+def check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> None:
+    """What a task's keys must keep together. Raises InputError."""
+    if isinstance(task, MixtureTask):
+        _check_mixture(task, place, where)
+        return
+    for what in ("swaps", "steps"):
+        least, most = (getattr(task, f"{end}_{what}", 0) for end in ("min", "max"))
+        if least > most:
+            raise InputError(
+                f"min_{what} {least} is above max_{what} {most}", where=where((*place, f"min_{what}"))
+            )
+    if isinstance(task, JsonlTask | DatasetTask | PythonTask) and task.verifier is None:
+        known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
+        raise InputError(
+            f"the task '{task.kind}' has no verifier, so no answer can be graded",
+            where=where(place),
+            way_out=f"add verifier: one of {known}; or {{python: path/to/file.py:function}}",
+        )
+    check_own(task, place, where)
+    if isinstance(task, JsonlTask | DatasetTask) and isinstance(task.verifier, str):
+        _check_forms(task, place, where)
+    if isinstance(task, JsonlTask | RubricTask):
+        check_file(task.path, (*place, "path"), where)
+        if task.heldout_path is not None:
+            check_file(task.heldout_path, (*place, "heldout_path"), where)
+
+
+def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where) -> None:
+    for name, times in Counter(part.name for part in task.parts).items():
+        if times > 1:
+            raise InputError(
+                f"{times} parts of the mixture are called '{name}'",
+                where=where((*place, "parts")),
+                way_out="give each a name of its own",
+            )
+    for index, part in enumerate(task.parts):
+        check_task(part.task, (*place, "parts", index, "task"), where)
+
+
+def _check_forms(task: JsonlTask | DatasetTask, place: tuple[str | int, ...], where: Where) -> None:
+    """An answer in the form that the instruction asks for must count."""
+    instruction = BOXED if task.instruction is None else task.instruction
+    forms = task.answer_forms or (EXACT if task.verifier == "exact" else MARKED)
+    for form, sign in ASKED_FOR.items():
+        if sign in instruction and form not in forms:
+            raise InputError(
+                f"the instruction asks for '{sign}', and answer_forms ({', '.join(forms)}) do not read it: "
+                "no response that obeys would be rewarded",
+                where=where((*place, "answer_forms" if task.answer_forms else "instruction")),
+                way_out=f"add {form} to task.answer_forms, or change task.instruction",
+            )
+
+
+def check_file(path: str, location: Sequence[str | int], where: Where) -> None:
+    """Raise InputError where there is no such file."""
+    if not Path(path).expanduser().is_file():
+        raise InputError(
+            f"there is no file {path}",
+            where=where(location),
+            way_out="a path that begins with ./ is relative to the recipe, others to the current directory",
+        )
