@@ -223,8 +223,7 @@ def test_tokens_of_evaluations_are_a_phase_of_their_own(tmp_path: Path) -> None:
     summary = summarise(data)
     assert (summary["tokens/evaluate"], summary["tokens/evaluate_prompt"]) == (700, 300)
     assert summary["tokens/total"] == before + 1000
-    plots, absent = draw_all(data)
-    shown = page(data, summary, plots, absent, what_is_missing(data))
+    shown = page(data, summary, None, [], what_is_missing(data))
     assert re.search(r"evaluate</td>.*?<td[^>]*>700</td>", shown), "the table of phases has it"
 
 
@@ -297,15 +296,15 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from genac_megatron.stages import pipeline
 
     def end(error: Exception | None, rows: int, written: Path | Exception) -> None:
-        def report(log: object) -> Path:
+        def report(log: object, plots: bool) -> Path:
             if isinstance(written, Exception):
                 raise written
             return written
 
         monkeypatch.setattr(pipeline, "_report", report)
         monkeypatch.setattr(pipeline.dist, "get_world_size", lambda: 1)
-        log = SimpleNamespace(rows=7)
-        with pipeline._reported(cast(Any, log)):
+        log = SimpleNamespace(rows=7, folder=None)
+        with pipeline._reported(cast(Any, log), True):
             log.rows += rows
             if error is not None:
                 raise error
@@ -353,7 +352,8 @@ def test_a_run_that_ends_well_says_where_its_report_is(
 
 def test_only_a_recipe(tmp_path: Path) -> None:
     run = part(tmp_path / "run", steps=0, evaluations=0, rollouts=0)
-    assert write_report(run)["run/steps"] == 0
+    assert write_report(run, draw=False)["run/steps"] == 0
+    assert "The recipe wants no plots" in (run / "report" / "index.html").read_text()
 
 
 def test_rows_with_gaps_and_broken_lines(tmp_path: Path) -> None:
