@@ -57,6 +57,7 @@ class FolderLock:
         self._path: Path | None = None  # of the file that says that we hold it
         self._ended = threading.Event()
         self._lost = False
+        self._made = False  # the folder: one that stays empty goes with the lock
 
     def acquire(self) -> None:
         """Take the folder, or a dead holder's. Waits `silent_s` to see whether one on another node lives.
@@ -64,6 +65,7 @@ class FolderLock:
         Raises Held where somebody else works in it, GenacError where it cannot be written.
         """
         me = _this_process()
+        self._made = not self.folder.exists()
         while self._path is None:
             held = self._newest()
             if held is not None and self._lives(held):
@@ -108,6 +110,8 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 self.place.rmdir()
+                if self._made:
+                    self.folder.rmdir()
 
     # --- taking ----------------------------------------------------------------------------------
 
@@ -119,7 +123,11 @@ class FolderLock:
     def _take(self, path: Path, me: Holder) -> None:
         """Create `path`, unless another process has, or has gone beyond it."""
         self.place.mkdir(parents=True, exist_ok=True)
-        if not _create(path, me):
+        try:
+            made = _create(path, me)
+        except FileNotFoundError:  # who held it has let go, and taken its empty folder with it
+            return
+        if not made:
             return
         if self._newest() != path:  # what we saw of the folder was old
             path.unlink(missing_ok=True)

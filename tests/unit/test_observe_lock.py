@@ -250,3 +250,13 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GenacError, match="cannot be written"):
         taken(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_folder_that_it_made_and_that_stays_empty_goes_with_it(tmp_path: Path, kept: bool) -> None:
+    lock = FolderLock(tmp_path / "made", "the study")
+    lock.acquire()
+    if kept:
+        (tmp_path / "made" / "run").mkdir()
+    lock.release()
+    assert (tmp_path / "made").exists() == kept
