@@ -132,7 +132,8 @@ def test_a_server_that_was_started_again_elsewhere_goes_on(
     second = fake_chat(lambda body: (200, right(body)))
     assert second.url != first.url
     text = try_server(ServerOptions(second.url, "m"), options(tmp_path / "out", questions))
-    assert len(second.bodies) == 4
+    # Of q0's two answers one may not be kept yet when a busy machine gives the first server up.
+    assert len(second.bodies) in (4, 5)
     folder = tmp_path / "out" / "amc23"
     for name in ("results.json", "manifest.json"):
         assert json.loads((folder / name).read_text())["made_from"] == {"model": "m", "url": second.url}
