@@ -216,10 +216,6 @@ class Wandb(Sink):
         self.config, self.id, self.run_name, self.recipe = config, run_id, name, recipe
         self._run: Any = None
 
-    @property
-    def opened(self) -> bool:
-        return self._run is not None
-
     def show(self, number: int, row: Row) -> None:
         if self._run is None:
             self._run = self._init(online=self.config.mode == "online")

@@ -63,9 +63,7 @@ class Coords(NamedTuple):
 
 
 _timeout = timedelta(seconds=600)
-_devices: list[
-    Any
-] = []  # gloo's, once there is one: its loop's thread looks at its sockets 100 times a second
+_devices: list[Any] = []  # gloo's, once there is one
 _groups: dict[tuple[str | int, ...], ProcessGroupCollection | None] = {}
 
 

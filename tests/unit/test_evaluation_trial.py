@@ -128,12 +128,12 @@ def test_a_server_that_was_started_again_elsewhere_goes_on(
 ) -> None:
     first = fake_chat(lambda body: (200 if question(body)[:2] != "q1" else 503, right(body)))
     with pytest.raises(PeerLost):
-        try_server(ServerOptions(first.url, "m", attempts=1), options(tmp_path / "out", questions))
+        # Not 1: a connection that a busy machine breaks would cost an answer that is to be kept.
+        try_server(ServerOptions(first.url, "m", attempts=2), options(tmp_path / "out", questions))
     second = fake_chat(lambda body: (200, right(body)))
     assert second.url != first.url
     text = try_server(ServerOptions(second.url, "m"), options(tmp_path / "out", questions))
-    # Of q0's two answers one may not be kept yet when a busy machine gives the first server up.
-    assert len(second.bodies) in (4, 5)
+    assert len(second.bodies) == 4
     folder = tmp_path / "out" / "amc23"
     for name in ("results.json", "manifest.json"):
         assert json.loads((folder / name).read_text())["made_from"] == {"model": "m", "url": second.url}
