@@ -201,13 +201,16 @@ def encode_after(
     By itself it may get others: tokenizers of Llama 2's kind put a space before every text. Where the two
     share a token, `text` is encoded by itself. options: of the tokenizer's call.
     """
-    head, whole, alone = (
-        tuple(tokenizer(part, add_special_tokens=False, verbose=False, **options)["input_ids"])
-        if part
-        else ()
-        for part in (before, before + text, text)
-    )
-    return whole[len(head) :] if whole[: len(head)] == head else alone
+
+    def ids(part: str) -> tuple[int, ...]:
+        if not part:
+            return ()
+        return tuple(tokenizer(part, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+    if not before:  # as for every state that a critic is shown: no reason to encode twice
+        return ids(text)
+    head, whole = ids(before), ids(before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else ids(text)
 
 
 # --- what ends a turn ----------------------------------------------------------------------------
