@@ -21,7 +21,7 @@ def write_report(run_dir: str | Path, *, draw: bool = True) -> dict[str, Any]:
     run = read_run(run_dir)
     summary: dict[str, Any] = jsonable(summarise(run))
     folder = RunFolder(run_dir).report
-    missing = what_is_missing(run)
+    plots, absent = None, list[str]()
     if draw:
         from genac_megatron.observe.report_plots import draw_all  # matplotlib takes a second to import
 
@@ -30,9 +30,6 @@ def write_report(run_dir: str | Path, *, draw: bool = True) -> dict[str, Any]:
         images.mkdir(parents=True, exist_ok=True)
         for plot in plots:
             (images / f"{plot.id}.png").write_bytes(plot.light)
-        text = page(run, summary, plots, absent, missing)
-    else:
-        text = page(run, summary, None, [], missing)
-    write_text_atomic(folder / "index.html", text)
+    write_text_atomic(folder / "index.html", page(run, summary, plots, absent, what_is_missing(run)))
     write_json_atomic(folder / "summary.json", summary)
     return summary
