@@ -93,7 +93,7 @@ def ours(config: RoleConfig, samples: list[Sample]) -> Step:
     layout = Layout.from_config("actor", config.layout, 1)
     shape = shape_of(config.model, config.model.shape.vocab)  # type: ignore[union-attr]
     role = Role("actor", config, shape, layout, layout.groups())
-    load_hf_into(role.models, layout, shape, random_weights(shape, 0))
+    load_hf_into(role.models, layout, shape, random_weights(shape, 0, platform.device()))
     role.begin_stage(None, 1000)
     loss = make_sft_loss()
     return lambda: role.train_step(samples, loss).stats["loss"]
@@ -107,7 +107,7 @@ def bare(config: RoleConfig, samples: list[Sample], *, our_logprobs: bool = Fals
     shape = shape_of(config.model, config.model.shape.vocab)  # type: ignore[union-attr]
     if our_logprobs:
         (model,) = build_model(shape, layout, groups, training)
-        load_hf_into([model], layout, shape, random_weights(shape, 0))
+        load_hf_into([model], layout, shape, random_weights(shape, 0, platform.device()))
     else:
         model = _stock_model(config, shape, layout, groups)
     inner = model.config
@@ -146,7 +146,7 @@ def _stock_model(config: RoleConfig, shape: Any, layout: Layout, groups: Any) ->
     if kind == "te" and config.training.fuse_weight_gradients:
         fuse_weight_gradients(model)
     model.to(platform.device())
-    load_hf_into([model], layout, shape, random_weights(shape, 0))
+    load_hf_into([model], layout, shape, random_weights(shape, 0, platform.device()))
     return model
 
 

@@ -27,13 +27,20 @@ from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = ("smollm2", "1.2B random")
-LIMIT_S = 3600.0
-RANDOM = {
-    "family": "qwen2",
-    "tokenizer": "builtin:tiny",
-    # Two roles' weights, gradients and optimizers take 42 GiB; of an 80 GiB GPU 24 are the servers'.
-    "shape": {"layers": 20, "hidden": 1536, "ffn": 8960, "heads": 12, "kv_heads": 2, "rope_theta": 1e6,
-              "vocab": 151_936},
+RANDOM: dict[str, dict[str, Any]] = {
+    "1.2B random": {
+        "family": "qwen2",
+        "tokenizer": "builtin:tiny",
+        # Two roles' weights, gradients and optimizers take 42 GiB; of an 80 GiB GPU 24 are the servers'.
+        "shape": {"layers": 20, "hidden": 1536, "ffn": 8960, "heads": 12, "kv_heads": 2, "rope_theta": 1e6,
+                  "vocab": 151_936},
+    },
+    "135M random": {  # SmolLM2's shape, where there is no package index to take the real one from
+        "family": "llama",
+        "tokenizer": "builtin:tiny",
+        "shape": {"layers": 30, "hidden": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64,
+                  "rope_theta": 1e5, "vocab": 49_152, "init_std": 0.04},
+    },
 }  # fmt: skip
 TINY = {
     "family": "qwen3",
@@ -57,7 +64,7 @@ def recipe(pair: str, options: argparse.Namespace) -> dict[str, Any]:
     task: dict[str, Any] = {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2,
                             "heldout_size": 8}  # fmt: skip
     if not options.tiny:
-        model = smollm2() if pair == "smollm2" else RANDOM
+        model = smollm2() if pair == "smollm2" else RANDOM[pair]
         engine = {"kind": "sglang", "dtype": "bf16", "gpus": [0], "mem_fraction": options.mem_fraction,
                   "args": list(SERVER_ARGS)}  # fmt: skip
         training = {"dtype": "bf16", "fp8": options.fp8, "tokens_per_microbatch": 8192}
@@ -86,7 +93,9 @@ def steps_of(pair: str, options: argparse.Namespace, folder: Path) -> list[dict[
     path.write_text(yaml.safe_dump(recipe(pair, options)))
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", "-m", "genac_megatron", "run", str(path)]
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=options.limit_s
+    )
     if done.returncode:
         raise SystemExit(f"{pair}: the run ended with code {done.returncode}:\n{done.stderr[-3000:]}")
     lines = (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
@@ -127,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     grammar.add_argument("--new-tokens", type=int, default=128)
     grammar.add_argument("--mem-fraction", type=float, default=0.15, help="of the GPU, for each server")
     grammar.add_argument("--fp8", default="off", help="the trainer's recipe")
+    grammar.add_argument("--limit-s", type=float, default=3600.0, help="for each pair's run")
     options = grammar.parse_args(arguments)
     need_gpu(options.tiny)
     if not options.tiny and PYTHON_VARIABLE not in os.environ:

@@ -66,7 +66,7 @@ def make_role(shape: dict[str, Any], bucket_mib: int, tiny: bool) -> Role:
     layout = Layout.from_config("actor", config.layout, 1)
     sizes = shape_of(config.model, shape["vocab"])
     role = Role("actor", config, sizes, layout, layout.groups())
-    load_hf_into(role.models, layout, sizes, random_weights(sizes, 0))
+    load_hf_into(role.models, layout, sizes, random_weights(sizes, 0, platform.device()))
     return role
 
 
@@ -173,7 +173,7 @@ def by_server(role: Role, folder: Path, times: int) -> float:
 def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     role = make_role(TINY if options.tiny else SHAPE, options.bucket_mib, options.tiny)
     dtype = role.config.training.dtype
-    engine = EmbeddedEngine(hf_config(role.shape), EngineConfig(dtype=dtype))
+    engine = EmbeddedEngine(hf_config(role.shape), EngineConfig(dtype=dtype), platform.device())
     publisher = Publisher(role, [engine], options.bucket_mib << 20)
     nbytes = int(sum(bucket.numel for bucket in publisher.plan) * publisher.dtype.itemsize)
     times = options.repeats

@@ -217,27 +217,29 @@ def _checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:
 # --- random weights ------------------------------------------------------------------------------
 
 
-def init_tensor(name: str, size: Sequence[int], shape: Shape, seed: int) -> Tensor:
+def init_tensor(
+    name: str, size: Sequence[int], shape: Shape, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """A Hugging Face tensor's random initial value, fp32; it depends on name and seed alone, never on layout.
 
     Weights are normal(0, init_std), the two projections that write to the residual stream scaled by
-    1 / sqrt(2 layers) (GPT-2); norms are 1, biases 0.
+    1 / sqrt(2 layers) (GPT-2); norms are 1, biases 0. Drawn on a GPU, numbers are others than a CPU's.
     """
     if name.endswith("norm.weight"):
-        return torch.ones(*size)
+        return torch.ones(*size, device=device)
     if name.endswith(".bias"):
-        return torch.zeros(*size)
+        return torch.zeros(*size, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = shape.init_std / math.sqrt(2 * shape.layers) if residual else shape.init_std
-    return torch.randn(*size, generator=generator).mul_(std)
+    return torch.randn(*size, generator=generator, device=device).mul_(std)
 
 
-def random_weights(shape: Shape, seed: int) -> GetTensor:
-    """`get_tensor` of a randomly initialised model."""
+def random_weights(shape: Shape, seed: int, device: torch.device | str = "cpu") -> GetTensor:
+    """`get_tensor` of a randomly initialised model; drawn on `device`, as a core takes 15 s for a billion."""
     sizes = hf_names(shape)
-    return lambda name: init_tensor(name, sizes[name], shape, seed)
+    return lambda name: init_tensor(name, sizes[name], shape, seed, device)
 
 
 def with_head(get_tensor: GetTensor, names: Collection[str], shape: Shape, seed: int) -> GetTensor:
