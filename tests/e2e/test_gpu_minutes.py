@@ -27,20 +27,15 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_steps_leave_a_line_of_json_per_figure_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
+def test_a_step_leaves_a_line_of_json_per_figure_and_goes_on_after_one_that_fails(tmp_path: Path) -> None:
     """The servers' interpreter is no Python here: that case fails, and says so, and the rest goes on."""
-    done = call("--tiny", "--out", str(tmp_path), "--scale", "9", "--limit", "900", "facts", "memory",
+    done = call("--tiny", "--out", str(tmp_path), "--scale", "9", "--limit", "900", "facts",
                 GENAC_SERVE_PYTHON="/bin/false")  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     rows = rows_of(tmp_path)
-    ends = {row["step"]: row["rc"] for row in rows if row["what"] == "step"}
-    assert ends == {"facts": 1, "memory": 0}
-    cases = {row["what"]: row["ok"] for row in rows if row["what"] != "step"}
-    assert cases.pop("sglang") is False
-    assert set(cases) >= {"packages", "machine", "doctor"}
-    assert all(cases.values())
-    (peak,) = [row for row in rows if row["step"] == "memory" and row["what"] != "step"]
-    assert peak["peak"] > 0
+    assert (rows[-1]["step"], rows[-1]["rc"]) == ("facts", 1)
+    cases = {row["what"]: row["ok"] for row in rows[:-1]}
+    assert cases == {"packages": True, "machine": True, "sglang": False, "doctor": True}
     assert "FAIL facts: sglang" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.jsonl", "summary.txt", "log.txt", "extra.tar.gz"
