@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.gpu.common import versions
 from benchmarks.gpu.minutes.rows import Figures, Step
-from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 
+SERVE_PYTHON = "GENAC_SERVE_PYTHON"  # serving.sglang.server's, which imports more than facts may need
 LIMIT_S = 90.0
 SIDE = 8192  # of the square matrices that are multiplied
 COPIED = 2 << 30  # bytes
@@ -116,7 +116,7 @@ def te() -> Figures:
 
 def sglang(tiny: bool) -> Figures:
     """The servers' environment: its imports, and one of its kernels against torch's."""
-    command = [os.environ[PYTHON_VARIABLE], "-W", "ignore", "-c", ON_A_CPU if tiny else ON_A_GPU]
+    command = [os.environ[SERVE_PYTHON], "-W", "ignore", "-c", ON_A_CPU if tiny else ON_A_GPU]
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environ)
     if done.returncode:

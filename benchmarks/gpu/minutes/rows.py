@@ -81,10 +81,10 @@ def _context_lost() -> bool:
 
 def _let_go() -> None:
     """Leave the next case a world and a GPU as the first one found them."""
-    from genac_megatron.training.layout import close_world
-
+    layout = sys.modules.get("genac_megatron.training.layout")
     with contextlib.suppress(Exception):
-        close_world()
+        if layout is not None:
+            layout.close_world()
     gc.collect()
     with contextlib.suppress(Exception):
         torch.cuda.empty_cache()

@@ -191,3 +191,8 @@ def run(step: Step, quantization: str = "off") -> bool:
                     print("\n".join(found.log.read_text(errors="replace").splitlines()[-80:]))
                 return False
     return True
+
+
+def run_fp8(step: Step) -> bool:
+    """The same with weights in blocks of FP8 (`engine.quantization`)."""
+    return run(step, "fp8")
