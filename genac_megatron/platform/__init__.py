@@ -58,6 +58,13 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
+def gpu_bytes() -> float:
+    """All memory of this rank's GPU. Not run on a GPU."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(device()).total_memory)
+
+
 @functools.cache
 def megatron_version() -> tuple[int, int]:
     """(major, minor) of the installed megatron-core. Raises PackageNotFoundError where it is missing."""

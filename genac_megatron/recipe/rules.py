@@ -358,6 +358,14 @@ def _check_overlap(
                 where=where(("roles", role, "engine", "release")),
                 way_out="set release: off, or take overlap out",
             )
+    for role, config in recipe.roles.items():
+        if config.training.offload:
+            raise InputError(
+                f"'{role}' rests in host memory while engines generate, and the stage '{stage.name}' has it "
+                "train then",
+                where=where(("roles", role, "training", "offload")),
+                way_out="take offload out, or overlap",
+            )
 
 
 def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], where: Where) -> None:

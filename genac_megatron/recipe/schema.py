@@ -84,7 +84,8 @@ class EngineConfig(Block):
     tp: Positive = 1  # tensor-parallel ranks of each
     # Of the job's on each node, counted in CUDA_VISIBLE_DEVICES, tp per server in order; none: from the first
     gpus: list[Annotated[int, Field(ge=0)]] = []
-    mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # of a GPU's memory, for weights and KV cache
+    # Of a GPU's whole memory, for weights and KV cache; None: what the others on it leave (recipe/memory.py)
+    mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     host: str = (
         "127.0.0.1"  # the address they bind to; in a world of several nodes: each node's on the fabric
     )

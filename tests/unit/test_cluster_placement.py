@@ -69,7 +69,8 @@ def test_a_recipe_that_fits(tmp_path: Path) -> None:
             ["roles.actor.training.fp8=mxfp8"],
             "'actor' trains with fp8: mxfp8, which a h100-80g does not have",
         ),
-        (["cluster.gpu=a100-40g"], "GiB of a a100-40g are free for it"),
+        (["cluster.gpu=a100-40g"], "GiB in phase 'train' (actor engine 16.4, critic engine 16.4, "),
+        (["cluster.gpu=a100-40g"], "and a a100-40g has 40.0: a larger tp, pp or number of ranks"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.engines=9"], "take GPUs up to 8"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.mem_fraction=0.1"], "its weights take 15.3"),
         (
@@ -97,21 +98,24 @@ def test_an_unknown_gpu_is_told(tmp_path: Path) -> None:
 
 def test_servers_take_memory_on_their_gpus_alone(tmp_path: Path) -> None:
     both = [
-        f"roles.{role}.engine.{key}" for role in ("actor", "critic") for key in ("kind=sglang", "engines=2")
+        f"roles.{role}.engine.{key}"
+        for role in ("actor", "critic")
+        for key in ("kind=sglang", "engines=2", "mem_fraction=0.3", "max_batch_tokens=1000000")
     ]
     rank, need, parts = heaviest(recipe(tmp_path, *both, "roles.critic.engine.gpus=[4,5]"))
     assert rank == 0
-    assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
-    assert parts["critic engine"] == 0.0
+    assert parts["actor server's weights"] + parts["actor server's KV cache"] == pytest.approx(0.3 * 79.6)
+    assert "critic server's weights" not in parts
     assert need == pytest.approx(sum(parts.values()))
 
 
 def test_servers_on_other_nodes_take_memory_there(tmp_path: Path) -> None:
     """Two nodes of eight ranks; the trainer's ranks are on both, servers on the second alone."""
-    given = "roles.actor.engine={kind: sglang, engines: 2, tp: 2, nodes: [1]}"
+    given = "roles.actor.engine={kind: sglang, engines: 2, tp: 2, nodes: [1], mem_fraction: 0.3, "
+    given += "max_batch_tokens: 1000000}"
     rank, _, parts = heaviest(recipe(tmp_path, given))
     assert rank == 8
-    assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
+    assert parts["actor server's weights"] + parts["actor server's KV cache"] == pytest.approx(0.3 * 79.6)
     spread = recipe(tmp_path, "roles.actor.engine={kind: sglang, engines: 16, nodes: [0, 1]}")
     assert misfits(spread) == []
     assert [spread.roles["actor"].engine.node_of(index) for index in (0, 7, 8, 15)] == [0, 0, 1, 1]

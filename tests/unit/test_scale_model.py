@@ -100,9 +100,11 @@ def test_few_requests_meet_few_experts() -> None:
 
 def test_servers_share_requests() -> None:
     role, one = load_recipe(PPO_8B).roles["actor"], shape(PPO_8B)
-    times = [serve_s(one, role, n, 4096.0, 1024.0, 1e6, ASSUMED) for n in (1, 2, 8, 64)]
+    cache = 65_536.0
+    times = [serve_s(one, role, cache, n, 4096.0, 1024.0, 1e6, ASSUMED) for n in (1, 2, 8, 64)]
     assert times == sorted(times, reverse=True)
-    alone = serve_s(one, role, 1e9, 1.0, 1024.0, 0.0, ASSUMED)
+    assert serve_s(one, role, 2 * cache, 8, 4096.0, 1024.0, 1e6, ASSUMED) < times[2], "more at a time"
+    alone = serve_s(one, role, cache, 1e9, 1.0, 1024.0, 0.0, ASSUMED)
     latency = 1024 * decode_s(one, 1, 1, ASSUMED.prompt + 1024, ASSUMED)
     assert alone == pytest.approx(latency, rel=1e-6), "one request is never faster than its tokens"
 

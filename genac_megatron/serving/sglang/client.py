@@ -277,6 +277,13 @@ class ServerClient:
         except httpx.HTTPError:
             return False
 
+    def present(self, limit_s: float = CONTROL_S) -> bool:
+        """Whether its scheduler tells its state: for a server that has given memory back."""
+        try:
+            return self._control.get("/server_info", timeout=limit_s).status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def close(self) -> None:
         self._control.close()
 
