@@ -164,7 +164,6 @@ def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[st
     """Play the stage's next prompts, judged where it has a generative critic; the batch and its figures."""
     prompts = next_prompts(run, stage.rollout.prompts)
     batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step), judged=is_judged(stage))
-    run.serving.rest()
     return batch, batch_figures(run, batch)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,21 +13,22 @@ import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.cluster.network import fabric_address
-from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.errors import InputError
 from genac_megatron.models.registry import hf_config
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.publisher import Publisher
+from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
-from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import MORE_FILES, SglangEngine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
 from genac_megatron.serving.sglang.gpus import identity, ranks_on, visible_gpus
 from genac_megatron.serving.sglang.server import Zygote, serving_python
-from genac_megatron.training.agreement import agree, from_first, gathered
+from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
+from genac_megatron.training.agreement import gathered
 from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,26 @@ class Served(Protocol):
         """Servers replaced so far."""
         ...
 
-    def sleep(self) -> None:
-        """Give GPU memory back, as the recipe says. Collective."""
+    @property
+    def bare(self) -> bool:
+        """Whether weights were given up with their memory, and have to be brought again."""
         ...
 
-    def wake(self) -> bool:
-        """Take the memory again; whether the weights were given up with it. Collective."""
+    def filled(self) -> None:
+        """All of it has the weights again."""
+        ...
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether the recipe has it give memory back while roles compute."""
+        ...
+
+    def sleep(self, *, weights: bool) -> None:
+        """Give GPU memory back, as the recipe says: KV cache and, if asked for, weights. Collective."""
+        ...
+
+    def wake(self, *, cache: bool) -> None:
+        """Take the weights' memory again, for a publication, and with `cache` the rest. Collective."""
         ...
 
     def close(self) -> None: ...
@@ -60,6 +75,8 @@ class Served(Protocol):
 
 class InRanks:
     """An embedded engine in every rank."""
+
+    bare = sleeps = False
 
     def __init__(self, role: Role) -> None:
         self.engine: Engine = EmbeddedEngine(hf_config(role.shape), role.config.engine, platform.device())
@@ -72,80 +89,58 @@ class InRanks:
     def restarts(self) -> int:
         return 0
 
-    def sleep(self) -> None:
+    def filled(self) -> None:
         pass
 
-    def wake(self) -> bool:
-        return False
+    def sleep(self, *, weights: bool) -> None:
+        pass
+
+    def wake(self, *, cache: bool) -> None:
+        pass
 
     def close(self) -> None:
         self.engine.close()
 
 
 class OnServers:
-    """SGLang servers. fleet: those of this rank's node, on its first rank; None elsewhere."""
+    """SGLang servers."""
 
-    def __init__(self, role: Role, fleet: Fleet | None, folder: RunFolder) -> None:
-        self._fleet, self._budget = fleet, role.config.engine.restarts
-        self._restarts = 0
-        endpoints = _of_all(agree(lambda: fleet.ready() if fleet is not None else []))
-        self._release = role.config.engine.release
-        self._asleep = False
-        self._clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
-        engine = SglangEngine(self._clients, role.config.engine, role.shape)
+    def __init__(self, role: Role, servers: Servers, folder: RunFolder) -> None:
+        self._servers = servers
+        engine = SglangEngine(servers.clients, role.config.engine, role.shape)
         self.engine: Engine = engine
         _tell_of_files(role.name, engine)
-        self._doubted: list[str] = []  # servers that could not be put to sleep or woken
-        gpus = shared_gpus(endpoints, role.config.engine)
+        gpus = shared_gpus(servers.endpoints, role.config.engine)
         scratch = folder.path / "serving" / role.name / "weights"
-        self.publisher = fleet_publisher(role, endpoints, scratch, gpus, run_name=folder.path.name)
+        self.publisher = fleet_publisher(role, servers.endpoints, scratch, gpus, run_name=folder.path.name)
+
+    @property
+    def bare(self) -> bool:
+        return self._servers.bare
 
     def restart_lost(self) -> list[str]:
-        assert isinstance(self.publisher.transport, FleetTransport)
-        doubted, self._doubted = [*self.publisher.transport.lost, *self._doubted], []
-
-        fleet = self._fleet
-        found = gathered(agree(lambda: fleet.lost() if fleet is not None else []))
-        lost = sorted({*doubted, *(name for part in found for name in part)})
-        allowed = lost[: self._budget - self._restarts]
-
-        def replace() -> list[Endpoint]:
-            if fleet is None:
-                return []
-            fleet.restart(lost, allowed)
-            return fleet.endpoints()
-
-        endpoints = _of_all(agree(replace))
-        self._restarts += len(lost)
+        transport = self.publisher.transport
+        assert isinstance(transport, FleetTransport)
+        lost = self._servers.replace_lost(transport.lost)
         if lost:
-            self.publisher.transport.set_endpoints(endpoints)  # to the engine's clients nothing changed
+            transport.set_endpoints(self._servers.endpoints)  # to the engine's clients nothing changed
         return lost
 
     def restarts(self) -> int:
-        return self._restarts
+        return self._servers.restarts
 
-    def sleep(self) -> None:
-        if self._release != "off" and not self._asleep:
-            self._asleep = True
-            self._doubted += from_first(lambda: self._each(ServerClient.release_memory))
+    @property
+    def sleeps(self) -> bool:
+        return self._servers.sleeps
 
-    def wake(self) -> bool:
-        was, self._asleep = self._asleep, False
-        if was:
-            self._doubted += from_first(lambda: self._each(ServerClient.resume_memory))
-        return was and self._release == "all"
+    def sleep(self, *, weights: bool) -> None:
+        self._servers.release(CACHE, *((WEIGHTS,) if weights else ()))
 
-    def _each(self, call: Callable[[ServerClient, Sequence[str]], None]) -> list[str]:
-        """The names of those that failed: they are replaced before anything is asked of them."""
-        tags = ("kv_cache",) if self._release == "kv_cache" else ("kv_cache", "weights")
-        failed = []
-        for client in self._clients:
-            try:
-                call(client, tags)
-            except PeerLost as error:
-                logger.warning("%s", error)
-                failed.append(client.name)
-        return failed
+    def wake(self, *, cache: bool) -> None:
+        self._servers.take(WEIGHTS, *((CACHE,) if cache else ()))
+
+    def filled(self) -> None:
+        self._servers.bare = False
 
     def close(self) -> None:
         self.publisher.close()
@@ -168,10 +163,13 @@ class Fleets:
         self._zygote: Zygote | None = None
         self._started: list[Fleet] = []
 
-    def start(self, role: str, config: EngineConfig, model: Mapping[str, object]) -> Fleet | None:
+    def start(
+        self, role: str, config: EngineConfig, model: Mapping[str, object], share: Share | None = None
+    ) -> Fleet | None:
         """Begin to start this node's share of a role's servers; None on a rank that owns none.
 
-        Raises InputError where the world lacks a node that the recipe names.
+        share: what a server gets of its GPUs; None on a CPU. Raises InputError where the world lacks a node
+        that the recipe names.
         """
         if max(config.nodes) >= self._nodes:
             raise InputError(
@@ -184,6 +182,7 @@ class Fleets:
         device: Literal["cpu", "cuda"] = "cuda" if platform.device().type == "cuda" else "cpu"
         scratch, host = self._folder.path / "serving" / role, self._host(config)
         fleet = Fleet(role, config, model, scratch, self._logs, device, node=self._node, host=host)
+        fleet.share, fleet.neighbours = share, tuple(self._started)
         self._started.append(fleet)
         if not config.urls:
             python = serving_python(config.python)
@@ -245,8 +244,3 @@ def nodes_of_ranks() -> list[int]:
     said = [os.environ.get(name) for name in ("SLURM_NODEID", "GROUP_RANK")]
     places = gathered((machine, *said))
     return [list(dict.fromkeys(places)).index(place) for place in places]
-
-
-def _of_all(mine: list[Endpoint]) -> list[Endpoint]:
-    """The endpoints of every node, in order. Collective."""
-    return sorted((e for part in gathered(mine) for e in part), key=lambda endpoint: endpoint.index)
