@@ -121,12 +121,13 @@ def describe_memory(recipe: Recipe) -> str:
 
 
 def heaviest(recipe: Recipe) -> tuple[int, float, dict[str, float]]:
-    """The rank on whose GPU most is held in some phase, its GiB, and the GiB of the parties in that phase.
+    """The rank whose GPU needs most in some phase, its GiB, and the GiB of the parties in that phase.
 
-    Of GPUs without a rank it says nothing. The recipe names its GPU.
+    Of a KV cache that takes what is left it counts one response. Of GPUs without a rank it says nothing. The
+    recipe names its GPU.
     """
     total = gpu(recipe.cluster.gpu or "").memory_gib * GIB
-    found = memory.timelines(recipe, tenants(recipe), total)
+    found = memory.timelines(recipe, tenants(recipe), total, least=True)
     lines = [line for line in found if line.tenants.rank is not None]
     line = max(lines, key=lambda line: line.used(line.peak))
     parties = line.phases[line.peak]
@@ -222,5 +223,5 @@ def describe(recipe: Recipe) -> str:
     what = f"{place.gpus_per_node} x {recipe.cluster.gpu}" if recipe.cluster.gpu else "no GPU"
     text = f"{place.nodes} node(s) of {place.ranks_per_node} rank(s), {what}"
     if recipe.cluster.gpu:
-        text += f", at most {heaviest(recipe)[1]:.1f} GiB per GPU estimated"
+        text += f", {heaviest(recipe)[1]:.1f} GiB of each GPU needed, as estimated"
     return text

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from genac_megatron.errors import InputError
@@ -141,10 +141,18 @@ def colocated(tenants: Sequence[Tenants]) -> bool:
     return any(one.servers and any(one.places.values()) for one in tenants)
 
 
-def timelines(recipe: Recipe, tenants: Sequence[Tenants], total: float) -> list[Timeline]:
-    """One for each of `tenants`, on GPUs of `total` bytes. Raises InputError where a model cannot be read."""
+def timelines(
+    recipe: Recipe, tenants: Sequence[Tenants], total: float, *, least: bool = False
+) -> list[Timeline]:
+    """One for each of `tenants`, on GPUs of `total` bytes. Raises InputError where a model cannot be read.
+
+    least: servers without `mem_fraction` have a KV cache of one response, not of all that is left.
+    """
     parts = _Parts(recipe)
     given = _shares(parts, tenants, total)
+    if least:
+        bounded = {n for n, role in recipe.roles.items() if role.engine.mem_fraction is not None}
+        given = {n: s if n in bounded else replace(s, cache=s.least) for n, s in given.items()}
     found = []
     for one in tenants:
         phases = {

@@ -153,7 +153,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
     def released(client: ServerClient, tags: Any, **_: Any) -> None:
         for tag in tags:
-            assert f"{client.name.split('/')[0]} {tag}" in held.held, "SGLang fails where it is released twice"
+            assert f"{client.name.split('/')[0]} {tag}" in held.held, "it fails where it is released twice"
             held.give(f"{client.name.split('/')[0]} {tag}")
 
     def resumed(client: ServerClient, tags: Any, **_: Any) -> None:
@@ -239,9 +239,7 @@ def test_weights_that_were_given_up_are_brought_before_the_next_request(gpu: Gpu
 
 
 @pytest.mark.parametrize("release", ["kv_cache", "all"])
-def test_a_server_that_is_lost_while_it_generates_comes_back_where_roles_rest(
-    gpu: Gpu, release: str
-) -> None:
+def test_a_server_that_is_lost_while_it_generates_comes_back_where_roles_rest(gpu: Gpu, release: str) -> None:
     run = Begun(gpu, release)
     run.serving.publish("actor", "critic")
     run.fleets["critic"].dead.add("critic/0")
