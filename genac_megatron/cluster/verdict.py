@@ -124,10 +124,8 @@ def _gpus(found: Any, wanted: int, gpu_gib: float) -> list[str]:
             faults.append(f"GPU {row['index']}: {errors} uncorrected ECC error(s)")
         total = row.get("memory.total", "")
         if wanted and total.isdecimal() and int(total) / 1024 < SAME * gpu_gib:
-            faults.append(
-                f"GPU {row['index']}: {int(total) / 1024:.1f} GiB, the recipe is worked out for {gpu_gib:.1f} "
-                "(cluster.gpu)"
-            )
+            has = f"GPU {row['index']}: {int(total) / 1024:.1f} GiB"
+            faults.append(f"{has}, the recipe is worked out for {gpu_gib:.1f} (cluster.gpu)")
         used = row.get("memory.used", "")
         if wanted and used.isdecimal() and int(used) > BUSY_MIB:
             faults.append(f"GPU {row['index']}: {used} MiB in use by somebody else")
