@@ -49,7 +49,7 @@ from typing import Any
 from benchmarks.machine import RESULTS, save, table
 from benchmarks.published_models import write_place
 from genac_megatron.cluster.gpus import gpu
-from genac_megatron.cluster.placement import heaviest, server_gpus
+from genac_megatron.cluster.placement import heaviest
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters, stage_parameters
 from genac_megatron.recipe.estimate import expert_parameters
@@ -78,6 +78,7 @@ class Assumed:
     kv_share: float = 0.5  # of a server's memory, left for the cache
     fill: float = 0.5  # mean length over its limit
     prompt: float = 256.0  # tokens
+    running: float = 2048.0  # requests that a server decodes together, where the recipe does not say
     skew: float = 0.02  # sigma of a rank's step, of its mean
 
 
@@ -175,7 +176,9 @@ def serve_s(
     tp, share = role.engine.tp, requests / servers
     room = assumed.kv_share * role.engine.mem_fraction * 80e9 * tp
     fits = room / ((assumed.prompt + new) * 2 * shape.layers * shape.kv_size * BF16)
-    together = max(1.0, min(share, fits))
+    # What the server is started with (None: its own), and the most that SGLang decodes by itself.
+    fits = min(fits, (role.engine.max_batch_tokens or math.inf) / (assumed.prompt + new))
+    together = max(1.0, min(share, fits, role.engine.max_batch or assumed.running))
     steps = max(1.0, share / together) * new
     prefill = 2 * active_parameters(shape) * read / (servers * tp * assumed.peak * assumed.mfu)
     return steps * decode_s(shape, tp, together, assumed.prompt + new, assumed) + prefill
@@ -292,7 +295,7 @@ def resized(path: Path, gpus: int, serving: str) -> tuple[Recipe, float] | None:
     named = load_recipe(path)
     first = min(role.layout.first_rank for role in named.roles.values())
     times = 1
-    if serving == "scaled" and any(server_gpus(role.engine) for role in named.roles.values()):
+    if serving == "scaled" and any(role.starts_servers for role in named.roles.values()):
         times = max(1, round(gpus / (named.world.ranks if first else NODE)))
     unit = math.lcm(*(_unit(role) for role in named.roles.values()))
     count = (gpus - first * times) // unit * unit

@@ -9,7 +9,8 @@ from genac_megatron.cluster.gpus import gpu
 from genac_megatron.models.families.base import Shape
 from genac_megatron.recipe.estimate import memory_of, place_of, served_bytes
 from genac_megatron.recipe.rules import ranks_of, read_shape
-from genac_megatron.recipe.schema import EngineConfig, Recipe
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.servers import role_gpus, started_engines, too_few
 
 GIB = 2.0**30
 
@@ -82,7 +83,7 @@ def _absent_nodes(recipe: Recipe, place: Placement) -> list[str]:
         f"{place.nodes - 1}: change roles.{name}.engine.nodes, or world.ranks (each node has ranks, also one "
         "that only serves: layout.first_rank leaves them out of training)"
         for name, role in recipe.roles.items()
-        if server_gpus(role.engine) and max(role.engine.nodes) >= place.nodes
+        if role.starts_servers and max(role.engine.nodes) >= place.nodes
     ]
 
 
@@ -93,7 +94,7 @@ def _fp8(recipe: Recipe) -> list[str]:
         f"'{role}' is served with quantization: fp8, which a {name} does not have: change "
         f"roles.{role}.engine.quantization"
         for role, config in recipe.roles.items()
-        if server_gpus(config.engine) and config.engine.quantization == "fp8" and not known
+        if config.starts_servers and config.engine.quantization == "fp8" and not known
     ]
     return served + [
         f"'{role}' trains with fp8: {config.training.fp8}, which a {name} does not have "
@@ -126,7 +127,7 @@ def heaviest(recipe: Recipe) -> tuple[int, float, dict[str, float]]:
     for rank in range(recipe.world.ranks):
         places = tuple(place_of(role.layout, rank, recipe.world.ranks) for role in recipe.roles.values())
         # Data-parallel ranks are alike: only the pipeline stage and servers change a rank's memory.
-        served = tuple(_shares_gpu(role.engine, rank, place) for role in recipe.roles.values())
+        served = tuple(_shares_gpu(recipe, name, rank, place) for name in recipe.roles)
         kind = (tuple(None if place is None else place.pp for place in places), served)
         if kind in seen:
             continue
@@ -146,45 +147,32 @@ def _parts(recipe: Recipe, shapes: Mapping[str, Shape], rank: int) -> dict[str, 
         for part in ("weights", "gradients", "optimizer", "activations"):
             parts[f"{name} {part}"] = getattr(memory, part) / GIB
         embedded = role.engine.kind == "embedded"
-        parts[f"{name} engine"] = memory.engine / GIB if embedded else _server_gib(recipe, role.engine, rank)
+        parts[f"{name} engine"] = memory.engine / GIB if embedded else _server_gib(recipe, name, rank)
     return parts
-
-
-def server_gpus(engine: EngineConfig) -> list[int]:
-    """The GPUs that a role's servers take on each of engine.nodes; none where somebody else runs them."""
-    if engine.kind == "embedded" or engine.urls:
-        return []
-    return list(engine.gpus) or list(range(engine.engines_per_node * engine.tp))
 
 
 def server_count(recipe: Recipe) -> int:
     """Servers that the run starts, of all roles and on all nodes."""
-    return sum(role.engine.engines for role in recipe.roles.values() if server_gpus(role.engine))
+    return sum(engine.engines for engine in started_engines(recipe).values())
 
 
-def _shares_gpu(engine: EngineConfig, rank: int, place: Placement) -> bool:
-    """Whether a server runs on a rank's GPU."""
-    return place.node_of(rank) in engine.nodes and rank % place.ranks_per_node in server_gpus(engine)
+def _shares_gpu(recipe: Recipe, role: str, rank: int, place: Placement) -> bool:
+    """Whether a server of a role runs on a rank's GPU."""
+    return rank % place.ranks_per_node in role_gpus(recipe, role, place.node_of(rank))
 
 
-def _server_gib(recipe: Recipe, engine: EngineConfig, rank: int) -> float:
-    """What SGLang's servers hold on a rank's GPU."""
-    if not _shares_gpu(engine, rank, placement(recipe)):
+def _server_gib(recipe: Recipe, role: str, rank: int) -> float:
+    """What a role's SGLang servers hold on a rank's GPU."""
+    if not _shares_gpu(recipe, role, rank, placement(recipe)):
         return 0.0
-    return engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
+    return recipe.roles[role].engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
 
 
 def _servers(recipe: Recipe, place: Placement) -> list[str]:
     """GPUs that servers name and their node lacks, and models too large for a server."""
-    found = []
+    found = too_few(started_engines(recipe), place.gpus_per_node)
     for name, role in recipe.roles.items():
-        used = server_gpus(role.engine)
-        if used and max(used) >= place.gpus_per_node:
-            found.append(
-                f"the servers of '{name}' take GPUs up to {max(used)}, a node has {place.gpus_per_node}: "
-                f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
-            )
-        elif used:
+        if role.starts_servers:
             weights = served_bytes(role, read_shape(role.model)) / GIB
             share = role.engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
             if weights > share:
@@ -215,9 +203,9 @@ def _duty(recipe: Recipe, place: Placement, node: int) -> str:
         first = role.layout.first_rank
         if set(ranks) & set(range(first, first + ranks_of(role.layout, recipe.world.ranks))):
             trains.append(name)
-        if server_gpus(role.engine) and node in role.engine.nodes:
-            engine = role.engine
-            gpus = f", GPUs {', '.join(map(str, server_gpus(engine)))}" if place.gpus_per_node else ""
+        if role.starts_servers and node in role.engine.nodes:
+            engine, used = role.engine, role_gpus(recipe, name, node)
+            gpus = f", GPUs {', '.join(map(str, used))}" if place.gpus_per_node else ""
             parts.append(f"{engine.engines_per_node} server(s) of {name} (tp {engine.tp}{gpus})")
     if trains:
         parts.insert(0, f"train {' and '.join(trains)}")

@@ -24,6 +24,7 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
+from genac_megatron.recipe.servers import started_engines
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
@@ -84,7 +85,7 @@ class Run:
         self.told: set[str] = set()  # warnings that are said once
         self._noted: dict[str, float] = {}  # for the next row, the same on every rank
         self._stop = stop
-        self._fleets = Fleets(self.folder)
+        self._fleets = Fleets(self.folder, started_engines(recipe))
         try:
             self._build(resuming)
         except BaseException:
