@@ -40,6 +40,16 @@ def started_engines(recipe: Recipe) -> dict[str, EngineConfig]:
     return {name: role.engine for name, role in recipe.roles.items() if role.starts_servers}
 
 
+def node_servers(engines: Mapping[str, EngineConfig], node: int, *, gpu: bool) -> dict[str, list[int]]:
+    """The servers of a node by name, "actor/0", and the GPU of each rank; on a CPU the ranks' own numbers."""
+    return {
+        f"{name}/{index}": places if gpu else list(range(len(places)))
+        for name, servers in plan_gpus(engines).items()
+        for index, places in enumerate(servers)
+        if engines[name].node_of(index) == node
+    }
+
+
 def role_gpus(recipe: Recipe, role: str, node: int) -> list[int]:
     """The GPUs that a role's servers take on a node, in order; none where the run starts no server there."""
     engines = started_engines(recipe)

@@ -207,6 +207,12 @@ class Run:
         """This rank's share of `items`: every world.size-th."""
         return list(items[self.world.rank :: self.world.size])
 
+    def places(self, count: int) -> range:
+        """Where this rank's share of `count` items stands if ranks' shares follow one another."""
+        whole, more = divmod(count, self.world.size)
+        rank = self.world.rank
+        return range(rank * whole + min(rank, more), (rank + 1) * whole + min(rank + 1, more))
+
     def gather(self, mine: Sequence[T]) -> list[T]:
         """The inverse of `share`, on every rank."""
         parts = gathered(list(mine))

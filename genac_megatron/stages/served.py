@@ -20,7 +20,7 @@ from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.recipe.schema import EngineConfig
-from genac_megatron.recipe.servers import plan_gpus
+from genac_megatron.recipe.servers import node_servers, plan_gpus
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.client import ServerClient
@@ -100,7 +100,7 @@ class OnServers:
         self._release = role.config.engine.release
         self._asleep = False
         self._clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
-        engine = SglangEngine(self._clients, role.config.engine, role.shape)
+        engine = SglangEngine(self._clients, role.config.engine, role.shape, first=dist.get_rank())
         self.engine: Engine = engine
         _tell_of_files(role.name, engine)
         self._doubted: list[str] = []  # servers that could not be put to sleep or woken
@@ -214,12 +214,7 @@ class Fleets:
 
     def _deal_cores(self, device: Literal["cpu", "cuda"]) -> dict[str, list[int]]:
         """The hardware threads of each of this node's servers, those of all roles together."""
-        servers = {
-            f"{role}/{index}": places if device == "cuda" else range(engine.tp)
-            for role, engine in self._engines.items()
-            for index, places in enumerate(self._places[role])
-            if engine.node_of(index) == self._node
-        }
+        servers = node_servers(self._engines, self._node, gpu=device == "cuda")
         threads = job_threads(self._masks, allowed_threads(), os.environ)
         topology = read_topology(threads, pci_addresses() if device == "cuda" else {})
         if len(servers) > len(threads):
