@@ -13,7 +13,8 @@ where the recipe puts them, on the first node (--serving first-node), or on more
            6 w (dp - 1)/dp / bandwidth + 2 log2(dp) latency, w weights of a rank; NVLink where the group lies
            in one node, else the fabric.
   experts  there and back of k h tokens 2 bytes, L layers, in every pass, over ep ranks.
-  rollout  max over roles of R l / b t(b) on a server with R requests of mean length l, b of them at a time:
+  rollout  max over roles of R l / b t(b) on a server with R requests of mean length l, b of them at a time,
+           as many as its cache holds, engine.max_batch and max_batch_tokens allow (2,048 where none says):
            t(b) = max((W(b) + b c) / (tp hbm), 2 P b / (tp peak mfu)) + overhead; W(b) bytes of the weights
            that b tokens meet, c bytes of one request's KV cache. Plus prefill, 2 P per unique prompt token
            (nested states share theirs: measured ratio). Actor and critic overlap.

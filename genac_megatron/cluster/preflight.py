@@ -24,9 +24,9 @@ from genac_megatron.cluster.placement import server_count
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.recipe.servers import plan_gpus, started_engines
+from genac_megatron.recipe.servers import started_engines
 from genac_megatron.recipe.tasks import DatasetTask, single_tasks
-from genac_megatron.serving.sglang.gpus import server_gpus, visible_gpus
+from genac_megatron.serving.sglang.gpus import refusals, visible_gpus
 from genac_megatron.serving.sglang.server import serving_python
 
 JOIN_S = 60.0  # for all ranks to meet, and for each collective
@@ -181,16 +181,7 @@ def missing_gpus(recipe: Recipe, node: int, visible: tuple[str, ...] | None) -> 
     """Servers whose GPUs are not among those that this process sees; visible: as `visible_gpus` says."""
     if recipe.cluster.gpu is None:
         return []
-    engines = started_engines(recipe)
-    found = []
-    for name, servers in plan_gpus(engines).items():
-        for index, places in enumerate(servers):
-            if engines[name].node_of(index) == node:
-                try:
-                    server_gpus(name, index, places, visible)
-                except InputError as error:
-                    found.append(f"{error.what}: {error.way_out}")
-    return found
+    return [f"{error.what}: {error.way_out}" for error in refusals(started_engines(recipe), node, visible)]
 
 
 def _has_dataset(name: str) -> bool:

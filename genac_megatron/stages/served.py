@@ -33,7 +33,7 @@ from genac_megatron.serving.sglang.cores import (
 )
 from genac_megatron.serving.sglang.engine import MORE_FILES, SglangEngine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
-from genac_megatron.serving.sglang.gpus import identity, ranks_on, visible_gpus
+from genac_megatron.serving.sglang.gpus import identity, ranks_on, refusals, visible_gpus
 from genac_megatron.serving.sglang.server import Zygote, serving_python
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.role import Role
@@ -196,6 +196,8 @@ class Fleets:
         device: Literal["cpu", "cuda"] = "cuda" if platform.device().type == "cuda" else "cpu"
         scratch, host = self._folder.path / "serving" / role, self._host(config)
         if self._cores is None:
+            if device == "cuda":
+                self._check_gpus()
             self._cores = self._deal_cores(device)
         fleet = Fleet(
             *(role, config, model, scratch, self._logs, device),
@@ -211,6 +213,12 @@ class Fleets:
                 self._zygote = Zygote(python, self._logs / f"zygote{fleet.suffix}.log")
             fleet.start(python, self._zygote)
         return fleet
+
+    def _check_gpus(self) -> None:
+        """Raise InputError where this node has not the GPUs of all roles' servers: before any is started."""
+        visible = visible_gpus(os.environ, torch.cuda.device_count())
+        for refusal in refusals(self._engines, self._node, visible):
+            raise refusal
 
     def _deal_cores(self, device: Literal["cpu", "cuda"]) -> dict[str, list[int]]:
         """The hardware threads of each of this node's servers, those of all roles together."""

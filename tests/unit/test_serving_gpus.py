@@ -13,7 +13,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.recipe.servers import plan_gpus, too_few
 from genac_megatron.serving.sglang.fleet import Fleet
-from genac_megatron.serving.sglang.gpus import identity, ranks_on, server_gpus, visible_gpus
+from genac_megatron.serving.sglang.gpus import identity, ranks_on, refusals, server_gpus, visible_gpus
 from genac_megatron.serving.sglang.server import ServerSpec
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -201,6 +201,15 @@ def test_two_roles_without_gpus_start_on_gpus_of_their_own(
         fleet = Fleet(role, engines[role], {"model_type": "llama"}, tmp_path, tmp_path, "cuda", places=places)
         seen += [fleet._spec(n, 1).environment()[VARIABLE] for n in range(engines[role].engines)]
     assert seen == ["4", "5", "6,7"]
+
+
+def test_all_roles_are_looked_at_before_a_server_is_started() -> None:
+    engines = {"actor": engine(engines=2, nodes=[0, 1]), "critic": engine(tp=2), "judge": engine(nodes=[1])}
+    assert refusals(engines, 0, ("4", "5", "6")) == refusals(engines, 1, ("0", "1")) == []
+    (error,) = refusals(engines, 0, ("4", "5"))
+    assert "server critic/0 takes GPU 2 of the job" in error.what
+    assert error.where == "roles.critic.engine.gpus"
+    assert len(refusals(engines, 1, ())) == 2
 
 
 # --- limits --------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import plan_gpus
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 MIG = "MIG-"
@@ -66,6 +68,21 @@ def server_gpus(role: str, index: int, places: Sequence[int], visible: tuple[str
             way_out="engine.tp: 1, or whole GPUs",
         )
     return named
+
+
+def refusals(
+    engines: Mapping[str, EngineConfig], node: int, visible: tuple[str, ...] | None
+) -> list[InputError]:
+    """Why servers of these roles cannot have the GPUs of the plan on a node; none where they can."""
+    found = []
+    for role, servers in plan_gpus(engines).items():
+        for index, places in enumerate(servers):
+            if engines[role].node_of(index) == node:
+                try:
+                    server_gpus(role, index, places, visible)
+                except InputError as error:
+                    found.append(error)
+    return found
 
 
 def arguments_on(gpus: list[str]) -> tuple[str, ...]:
