@@ -13,7 +13,8 @@ where the recipe puts them, on the first node (--serving first-node), or on more
            6 w (dp - 1)/dp / bandwidth + 2 log2(dp) latency, w weights of a rank; NVLink where the group lies
            in one node, else the fabric.
   experts  there and back of k h tokens 2 bytes, L layers, in every pass, over ep ranks.
-  rollout  max over roles of R l / b t(b) on a server with R requests of mean length l, b of them at a time:
+  rollout  max over roles of R l / b t(b) on a server with R requests of mean length l, b of them at a time,
+           as many as its cache holds, engine.max_batch and max_batch_tokens allow (2,048 where none says):
            t(b) = max((W(b) + b c) / (tp hbm), 2 P b / (tp peak mfu)) + overhead; W(b) bytes of the weights
            that b tokens meet, c bytes of one request's KV cache. Plus prefill, 2 P per unique prompt token
            (nested states share theirs: measured ratio). Actor and critic overlap.
@@ -49,7 +50,7 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, save, table
 from benchmarks.published_models import write_place
-from genac_megatron.cluster.placement import fit_faults, heaviest, server_gpus, server_shares
+from genac_megatron.cluster.placement import fit_faults, heaviest, server_shares
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters, stage_parameters
 from genac_megatron.recipe.estimate import expert_parameters
@@ -77,6 +78,7 @@ class Assumed:
     step_overhead: float = 2e-3  # of a decoding step: launches, sampling, tensor-parallel latency
     fill: float = 0.5  # mean length over its limit
     prompt: float = 256.0  # tokens
+    running: float = 2048.0  # requests that a server decodes together, where the recipe does not say
     skew: float = 0.02  # sigma of a rank's step, of its mean
 
 
@@ -182,7 +184,8 @@ def serve_s(
     cache: tokens that a server's KV cache holds.
     """
     tp, share = role.engine.tp, requests / servers
-    fits = cache / (assumed.prompt + new)
+    # What the server is started with (None: its own), and the most that SGLang decodes by itself.
+    fits = min(cache / (assumed.prompt + new), role.engine.max_batch or assumed.running)
     together = max(1.0, min(share, fits))
     steps = max(1.0, share / together) * new
     prefill = 2 * active_parameters(shape) * read / (servers * tp * assumed.peak * assumed.mfu)
@@ -303,7 +306,7 @@ def resized(path: Path, gpus: int, serving: str) -> tuple[Recipe, float] | None:
     named = load_recipe(path)
     first = min(role.layout.first_rank for role in named.roles.values())
     times = 1
-    if serving == "scaled" and any(server_gpus(role.engine) for role in named.roles.values()):
+    if serving == "scaled" and any(role.starts_servers for role in named.roles.values()):
         times = max(1, round(gpus / (named.world.ranks if first else NODE)))
     unit = math.lcm(*(_unit(role) for role in named.roles.values()))
     count = (gpus - first * times) // unit * unit

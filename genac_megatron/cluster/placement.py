@@ -9,7 +9,8 @@ from genac_megatron.recipe import memory
 from genac_megatron.recipe.estimate import place_of
 from genac_megatron.recipe.memory import GIB, Share, Tenants
 from genac_megatron.recipe.rules import ranks_of
-from genac_megatron.recipe.schema import EngineConfig, Recipe
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.servers import role_gpus, started_engines, too_few
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _absent_nodes(recipe: Recipe, place: Placement) -> list[str]:
         f"{place.nodes - 1}: change roles.{name}.engine.nodes, or world.ranks (each node has ranks, also one "
         "that only serves: layout.first_rank leaves them out of training)"
         for name, role in recipe.roles.items()
-        if server_gpus(role.engine) and max(role.engine.nodes) >= place.nodes
+        if role.starts_servers and max(role.engine.nodes) >= place.nodes
     ]
 
 
@@ -92,7 +93,7 @@ def _fp8(recipe: Recipe) -> list[str]:
         f"'{role}' is served with quantization: fp8, which a {name} does not have: change "
         f"roles.{role}.engine.quantization"
         for role, config in recipe.roles.items()
-        if server_gpus(config.engine) and config.engine.quantization == "fp8" and not known
+        if config.starts_servers and config.engine.quantization == "fp8" and not known
     ]
     return served + [
         f"'{role}' trains with fp8: {config.training.fp8}, which a {name} does not have "
@@ -140,20 +141,15 @@ def tenants(recipe: Recipe) -> list[Tenants]:
     Data-parallel ranks are alike: a rank's pipeline stages and the servers on its GPU make its kind.
     """
     place, roles = placement(recipe), recipe.roles
-    servers = {name: server_gpus(role.engine) for name, role in roles.items() if role.served}
-    each = max([place.ranks_per_node, *(1 + max(gpus) for gpus in servers.values() if gpus)])
     kinds: dict[object, Tenants] = {}
     for node in range(place.nodes):
+        servers = {name: role_gpus(recipe, name, node) for name in roles}
+        each = max([place.ranks_per_node, *(1 + max(gpus) for gpus in servers.values() if gpus)])
         for index in range(each):
             rank = node * place.ranks_per_node + index if index < place.ranks_per_node else None
             at = {name: place_of(role.layout, rank, recipe.world.ranks) if rank is not None else None
                   for name, role in roles.items()}  # fmt: skip
-            there = tuple(
-                name
-                for name, gpus in servers.items()
-                if node in roles[name].engine.nodes
-                for _ in range(gpus.count(index))
-            )
+            there = tuple(name for name, gpus in servers.items() if index in gpus)
             kind = (rank is None, there, tuple(None if found is None else found.pp for found in at.values()))
             known = kinds.get(kind)
             if known is None:
@@ -163,29 +159,14 @@ def tenants(recipe: Recipe) -> list[Tenants]:
     return list(kinds.values())
 
 
-def server_gpus(engine: EngineConfig) -> list[int]:
-    """The GPUs that a role's servers take on each of engine.nodes; none where somebody else runs them."""
-    if engine.kind == "embedded" or engine.urls:
-        return []
-    return list(engine.gpus) or list(range(engine.engines_per_node * engine.tp))
-
-
 def server_count(recipe: Recipe) -> int:
     """Servers that the run starts, of all roles and on all nodes."""
-    return sum(role.engine.engines for role in recipe.roles.values() if server_gpus(role.engine))
+    return sum(engine.engines for engine in started_engines(recipe).values())
 
 
 def _servers(recipe: Recipe, place: Placement) -> list[str]:
     """GPUs that servers name and their node lacks."""
-    found = []
-    for name, role in recipe.roles.items():
-        used = server_gpus(role.engine)
-        if used and max(used) >= place.gpus_per_node:
-            found.append(
-                f"the servers of '{name}' take GPUs up to {max(used)}, a node has {place.gpus_per_node}: "
-                f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
-            )
-    return found
+    return too_few(started_engines(recipe), place.gpus_per_node)
 
 
 def duties(recipe: Recipe) -> list[str]:
@@ -208,9 +189,9 @@ def _duty(recipe: Recipe, place: Placement, node: int) -> str:
         first = role.layout.first_rank
         if set(ranks) & set(range(first, first + ranks_of(role.layout, recipe.world.ranks))):
             trains.append(name)
-        if server_gpus(role.engine) and node in role.engine.nodes:
-            engine = role.engine
-            gpus = f", GPUs {', '.join(map(str, server_gpus(engine)))}" if place.gpus_per_node else ""
+        if role.starts_servers and node in role.engine.nodes:
+            engine, used = role.engine, role_gpus(recipe, name, node)
+            gpus = f", GPUs {', '.join(map(str, used))}" if place.gpus_per_node else ""
             parts.append(f"{engine.engines_per_node} server(s) of {name} (tp {engine.tp}{gpus})")
     if trains:
         parts.insert(0, f"train {' and '.join(trains)}")

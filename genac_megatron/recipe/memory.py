@@ -62,7 +62,7 @@ class Tenants:
     gpus: tuple[tuple[int, int], ...]
     rank: int | None  # the first one's
     places: Mapping[str, Place | None] = field(default_factory=dict)  # of the rank, in each role's layout
-    servers: tuple[str, ...] = ()  # their roles; a role that has two servers there is named twice
+    servers: tuple[str, ...] = ()  # roles that have one there
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,6 @@ class Timeline:
     def peak(self) -> Phase:
         """The phase in which most is held; the first of those alike."""
         return max(self.phases, key=self.used)
-
-
-def starts_servers(role: RoleConfig) -> bool:
-    """Whether the run starts servers of the role."""
-    return role.served and role.engine.kind == "sglang" and not role.engine.urls
 
 
 def colocated(tenants: Sequence[Tenants]) -> bool:
@@ -206,14 +201,16 @@ class _Parts:
         self, tenants: Tenants, phase: Phase, given: Mapping[str, Share]
     ) -> Iterator[tuple[str, float]]:
         """What the servers hold."""
-        for name in dict.fromkeys(tenants.servers):
-            count, engine, share = tenants.servers.count(name), self.recipe.roles[name].engine, given[name]
-            yield f"{name} server's weights", count * share.weights * _weights_there(engine, phase)
-            yield f"{name} server's KV cache", count * max(0.0, share.cache) * _cache_there(engine, phase)
-            resting = not _cache_there(engine, phase)
-            yield f"{name} server's libraries", count * (SERVER_GIB * GIB if resting else share.runtime)
-            if phase == Phase.PUBLISH and self.recipe.roles[name].publication.transport in ("group", "disk"):
-                yield f"{name} server's bucket", count * _bucket(self.recipe.roles[name], self.shapes[name])
+        for name in tenants.servers:
+            role, share = self.recipe.roles[name], given[name]
+            resting = not _cache_there(role.engine, phase)
+            if _weights_there(role.engine, phase):
+                yield f"{name} server's weights", share.weights
+            if not resting:
+                yield f"{name} server's KV cache", max(0.0, share.cache)
+            yield f"{name} server's libraries", SERVER_GIB * GIB if resting else share.runtime
+            if phase == Phase.PUBLISH and role.publication.transport in ("group", "disk"):
+                yield f"{name} server's bucket", _bucket(role, self.shapes[name])
 
     def share(self, name: str, cache: float) -> Share:
         """A role's share with a KV cache of so many bytes."""
@@ -221,9 +218,8 @@ class _Parts:
         engine = role.engine
         heads = max(1.0, engine.tp / shape.kv_heads)  # more ranks than heads hold copies
         token = 2 * shape.layers * shape.kv_size * heads / engine.tp * BYTES[engine.dtype]
-        limit: int | None = engine.max_batch_tokens
-        if limit is not None:
-            cache = min(cache, limit * token)
+        if engine.max_batch_tokens is not None:
+            cache = min(cache, engine.max_batch_tokens * token)
         least = token * longest(self.recipe, name)
         return Share(name, served_bytes(role, shape), cache, least, token, _runtime(engine, shape))
 
@@ -248,7 +244,7 @@ def _weights_there(engine: EngineConfig, phase: Phase) -> bool:
 def _shares(parts: _Parts, tenants: Sequence[Tenants], total: float) -> dict[str, Share]:
     roles = parts.recipe.roles
     caches: dict[str, float] = {}
-    nothing = {name: parts.share(name, 0.0) for name, role in roles.items() if starts_servers(role)}
+    nothing = {name: parts.share(name, 0.0) for name, role in roles.items() if role.starts_servers}
     fixed: dict[str, float] = {}
     for name, share in nothing.items():
         fraction = roles[name].engine.mem_fraction
@@ -281,8 +277,7 @@ def _runtime(engine: EngineConfig, shape: Shape) -> float:
     stream = 4 * shape.hidden
     split = 2 * (shape.q_size + shape.kv_size) + 3 * shape.ffn
     prefill = PREFILL * (stream + split / engine.tp) * BYTES[engine.dtype]
-    rows: int | None = engine.max_batch
-    return SERVER_GIB * GIB + prefill + 3 * 4 * (rows or DECODED) * shape.vocab
+    return SERVER_GIB * GIB + prefill + 3 * 4 * (engine.max_batch or DECODED) * shape.vocab
 
 
 def _bucket(role: RoleConfig, shape: Shape) -> float:
@@ -355,7 +350,7 @@ def _small(recipe: Recipe, share: Share, lines: Sequence[Timeline]) -> str:
 def _help(recipe: Recipe, line: Timeline, phase: Phase) -> str:
     """The keys that would make room."""
     ways = []
-    for name in dict.fromkeys(line.tenants.servers):
+    for name in line.tenants.servers:
         engine = recipe.roles[name].engine
         if engine.mem_fraction is not None:
             ways.append(f"a smaller roles.{name}.engine.mem_fraction, or none")

@@ -230,6 +230,12 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
             where=where((*place, "gpus")),
             way_out="name engines / len(nodes) * tp of them",
         )
+    if len(set(engine.gpus)) < len(engine.gpus):
+        raise InputError(
+            f"'{name}' names a GPU twice for its servers of a node: {engine.gpus}",
+            where=where((*place, "gpus")),
+            way_out="name different ones, tp for each server in order; other roles may share them",
+        )
 
 
 def _check_judging(recipe: Recipe, where: Where) -> None:

@@ -113,9 +113,9 @@ def play(
     generator = generator_for(run, config, seed, judged=judged)
     began, late = time.perf_counter(), run.task.late
     turns = repeats(prompts)
-    share, mine_turns = run.share(prompts), run.share(turns)
+    share, mine_turns, places = run.share(prompts), run.share(turns), run.places(len(prompts))
     with run.progress.shown("rollout"):  # engines measure themselves
-        mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns))
+        mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns, places))
     _credit(run, time.perf_counter() - began, run.task.late - late)
     return gathered_batch(run, mine)
 

@@ -25,8 +25,9 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
-from genac_megatron.recipe.memory import Share, colocated, starts_servers
+from genac_megatron.recipe.memory import Share, colocated
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
+from genac_megatron.recipe.servers import started_engines
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
@@ -88,7 +89,7 @@ class Run:
         self.told: set[str] = set()  # warnings that are said once
         self._noted: dict[str, float] = {}  # for the next row, the same on every rank
         self._stop = stop
-        self._fleets = Fleets(self.folder)
+        self._fleets = Fleets(self.folder, started_engines(recipe))
         try:
             self._build(resuming)
         except BaseException:
@@ -139,7 +140,7 @@ class Run:
 
         Raises InputError where the recipe does not fit these GPUs.
         """
-        if platform.device().type != "cuda" or not any(map(starts_servers, self.recipe.roles.values())):
+        if platform.device().type != "cuda" or not started_engines(self.recipe):
             return {}
         total, who = min(gathered(platform.gpu_bytes())), tenants(self.recipe)
         if reasons := memory.faults(self.recipe, who, total, "GPU here"):
@@ -235,6 +236,12 @@ class Run:
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's share of `items`: every world.size-th."""
         return list(items[self.world.rank :: self.world.size])
+
+    def places(self, count: int) -> range:
+        """Where this rank's share of `count` items stands if ranks' shares follow one another."""
+        whole, more = divmod(count, self.world.size)
+        rank = self.world.rank
+        return range(rank * whole + min(rank, more), (rank + 1) * whole + min(rank + 1, more))
 
     def gather(self, mine: Sequence[T]) -> list[T]:
         """The inverse of `share`, on every rank."""

@@ -21,11 +21,19 @@ from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import node_servers, plan_gpus
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
+from genac_megatron.serving.sglang.cores import (
+    allowed_threads,
+    as_list,
+    deal_cores,
+    job_threads,
+    read_topology,
+)
 from genac_megatron.serving.sglang.engine import MORE_FILES, SglangEngine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
-from genac_megatron.serving.sglang.gpus import identity, ranks_on, visible_gpus
+from genac_megatron.serving.sglang.gpus import identity, ranks_on, refusals, visible_gpus
 from genac_megatron.serving.sglang.server import Zygote, serving_python
 from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.training.agreement import gathered
@@ -107,7 +115,7 @@ class OnServers:
 
     def __init__(self, role: Role, servers: Servers, folder: RunFolder) -> None:
         self._servers = servers
-        engine = SglangEngine(servers.clients, role.config.engine, role.shape)
+        engine = SglangEngine(servers.clients, role.config.engine, role.shape, first=dist.get_rank())
         self.engine: Engine = engine
         _tell_of_files(role.name, engine)
         gpus = shared_gpus(servers.endpoints, role.config.engine)
@@ -150,11 +158,11 @@ class OnServers:
 class Fleets:
     """The servers of a run on this node, on its first rank; they start while the trainer builds its models.
 
-    Made by every rank. Collective.
+    engines: of all roles whose servers the run starts. Made by every rank. Collective.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, engines: Mapping[str, EngineConfig]) -> None:
+        self._folder, self._engines = folder, engines
         # The batch script has a folder for each of a job's attempts.
         self._logs = Path(os.environ.get("GENAC_LOGS") or folder.logs)
         nodes = nodes_of_ranks()
@@ -162,6 +170,10 @@ class Fleets:
         self._first = nodes.index(self._node) == dist.get_rank()
         self._zygote: Zygote | None = None
         self._started: list[Fleet] = []
+        self._places = plan_gpus(engines)
+        self._cores: dict[str, list[int]] | None = None  # by server of this node, once they are dealt
+        masks = zip(nodes, gathered(os.sched_getaffinity(0)), strict=True)
+        self._masks = [mask for node, mask in masks if node == self._node]
 
     def start(
         self, role: str, config: EngineConfig, model: Mapping[str, object], share: Share | None = None
@@ -181,7 +193,17 @@ class Fleets:
             return None
         device: Literal["cpu", "cuda"] = "cuda" if platform.device().type == "cuda" else "cpu"
         scratch, host = self._folder.path / "serving" / role, self._host(config)
-        fleet = Fleet(role, config, model, scratch, self._logs, device, node=self._node, host=host)
+        if self._cores is None:
+            if device == "cuda":
+                self._check_gpus()
+            self._cores = self._deal_cores(device)
+        fleet = Fleet(
+            *(role, config, model, scratch, self._logs, device),
+            node=self._node,
+            host=host,
+            places=self._places.get(role),
+            cores=self._cores,
+        )
         fleet.share, fleet.neighbours = share, tuple(self._started)
         self._started.append(fleet)
         if not config.urls:
@@ -190,6 +212,27 @@ class Fleets:
                 self._zygote = Zygote(python, self._logs / f"zygote{fleet.suffix}.log")
             fleet.start(python, self._zygote)
         return fleet
+
+    def _check_gpus(self) -> None:
+        """Raise InputError where this node has not the GPUs of all roles' servers: before any is started."""
+        visible = visible_gpus(os.environ, torch.cuda.device_count())
+        for refusal in refusals(self._engines, self._node, visible):
+            raise refusal
+
+    def _deal_cores(self, device: Literal["cpu", "cuda"]) -> dict[str, list[int]]:
+        """The hardware threads of each of this node's servers, those of all roles together."""
+        servers = node_servers(self._engines, self._node, gpu=device == "cuda")
+        threads = job_threads(self._masks, allowed_threads(), os.environ)
+        topology = read_topology(threads, pci_addresses() if device == "cuda" else {})
+        if len(servers) > len(threads):
+            logger.warning(
+                "genac: warning: %d servers share the %d cores that this job has on node %d (%s)",
+                *(len(servers), len(threads), self._node, as_list(sorted(threads))),
+            )
+        dealt = deal_cores(servers, topology)
+        told = "; ".join(f"{name}: {as_list(cores)}" for name, cores in dealt.items())
+        logger.info("cores of the servers on node %d: %s", self._node, told)
+        return dealt
 
     def _host(self, config: EngineConfig) -> str:
         """Where servers listen: in a world of several nodes, other nodes do not reach loopback."""
@@ -233,6 +276,18 @@ def _own_gpu() -> str:
     visible = visible_gpus(os.environ, count) or ()
     name = visible[index] if index < len(visible) else str(index)
     return identity(name, str(getattr(torch.cuda.get_device_properties(index), "uuid", "")))
+
+
+def pci_addresses() -> dict[int, str]:
+    """By number among the job's GPUs, the PCI address of each whose address torch tells. Not run on a GPU."""
+    found = {}
+    for number in range(torch.cuda.device_count()):
+        told = torch.cuda.get_device_properties(number)
+        parts = [getattr(told, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+        if None not in parts:
+            domain, bus, device = map(int, parts)  # type: ignore[arg-type]
+            found[number] = f"{domain:04x}:{bus:02x}:{device:02x}.0"
+    return found
 
 
 def nodes_of_ranks() -> list[int]:

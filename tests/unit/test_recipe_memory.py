@@ -79,8 +79,13 @@ def test_who_shares_a_gpu(tmp_path: Path) -> None:
     assert memory.colocated(kinds)
     apart = recipe(tmp_path, "world.ranks=24", *both("layout.first_rank=8"))
     assert not memory.colocated(tenants(apart))
-    twice = recipe(tmp_path, "roles.critic.engine.gpus=[0,0,1,1]")
-    assert [kind.servers for kind in tenants(twice)] == [("actor", "critic", "critic"), ("actor",), ()]
+    both_there = recipe(tmp_path, "roles.critic.engine.gpus=[2,3,4,5]")
+    assert [kind.servers for kind in tenants(both_there)] == [
+        ("actor",),
+        ("actor", "critic"),
+        ("critic",),
+        (),
+    ]
 
 
 def test_phases_by_hand(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_phases_by_hand(tmp_path: Path) -> None:
         "actor server's libraries": phases[Phase.START]["actor server's libraries"],
     }
     layer = 4 * 4096 + 2 * (4096 + 1024) + 3 * 12_288
-    logits = 3 * 4 * 64 * 151_936
+    logits = 3 * 4 * 256 * 151_936
     assert phases[Phase.START]["actor server's libraries"] == SERVER_GIB * GIB + PREFILL * layer * 2 + logits
     trained = 2 * (own.weights + own.gradients + own.optimizer)  # two roles alike
     for phase in (Phase.GENERATE, Phase.RESTART):

@@ -22,7 +22,9 @@ from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import plan_gpus
 from genac_megatron.serving.sglang.client import ServerClient
+from genac_megatron.serving.sglang.cores import as_list
 from genac_megatron.serving.sglang.free_memory import free_bytes
 from genac_megatron.serving.sglang.gpus import VARIABLE, arguments_on, identity, server_gpus, visible_gpus
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
@@ -57,7 +59,9 @@ class Fleet:
     """The servers of one role that run on one node.
 
     name: the role's, for messages. model: a folder of the fleet's own, where config.json is written.
-    node: counted from 0; host: the address that its servers bind to.
+    node: counted from 0; host: the address that its servers bind to. places: of every server of the role, its
+    GPUs (recipe/servers.py); None: as if there were no other role. cores: by a server's name, the hardware
+    threads that it runs on; None: this process's.
     """
 
     def __init__(
@@ -71,12 +75,15 @@ class Fleet:
         *,
         node: int = 0,
         host: str = "127.0.0.1",
+        places: Sequence[Sequence[int]] | None = None,
+        cores: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.name, self.config, self.device = name, config, device
         self.node, self.host = node, host
         self._model, self._logs = model, logs
         self._servers: list[Server] = []
         self._instances: list[int] = []
+        self._cores = cores or {}
         self._gpus: dict[int, list[str]] = {}  # by server, as CUDA_VISIBLE_DEVICES names them
         self._uuids: dict[str, str] = {}  # of those names
         self._starting: list[Server] = []  # not known to be healthy yet
@@ -85,7 +92,7 @@ class Fleet:
         self.neighbours: Sequence[Fleet] = ()
         if not config.urls:
             if device == "cuda":
-                self._choose_gpus()
+                self._choose_gpus(plan_gpus({name: config})[name] if places is None else places)
             if config.quantization == "fp8":
                 self._check_fp8()
             model.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,7 @@ class Fleet:
         """
         if self.share is not None:
             gpus = self._gpus[int(server.spec.name.rpartition("/")[2])]
-            for fleet in (*self.neighbours, self):
+            for fleet in self.neighbours:
                 fleet._settle(gpus)
             fraction = self.share.fraction(self._free(gpus, self.share))
             server.spec = replace(server.spec, mem_fraction=fraction)
@@ -226,7 +233,14 @@ class Fleet:
     def _note(self) -> None:
         """Leave word beside the model of where the servers are, for people: no keys."""
         rows = [
-            {"name": server.spec.name, "url": server.spec.url, "pid": server.pid, "log": str(server.log)}
+            {
+                "name": server.spec.name,
+                "url": server.spec.url,
+                "pid": server.pid,
+                "log": str(server.log),
+                "gpus": server.spec.env.get(VARIABLE, ""),
+                "cores": as_list(server.spec.cores),
+            }
             for server in self._servers
         ]
         write_json_atomic(self._model / f"servers{self.suffix}.json", rows)
@@ -242,10 +256,10 @@ class Fleet:
             server.stop()
 
     def _spec(self, index: int, port: int) -> ServerSpec:
-        config, tp = self.config, self.config.tp
+        config, tp, gpu = self.config, self.config.tp, self.device == "cuda"
         gpus = self._gpus.get(index, [])
         env = {VARIABLE: ",".join(gpus)} if gpus else {}
-        memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
+        memory_saver = ("--enable-memory-saver",) if config.release != "off" and gpu else ()
         replay = ("--enable-return-routed-experts",) if config.routing_replay else ()
         fp8 = fp8_arguments(self._capability()) if config.quantization == "fp8" else ()
         return ServerSpec(
@@ -257,23 +271,24 @@ class Fleet:
             device=self.device,
             host=self.host,
             mem_fraction=config.mem_fraction or CPU_FRACTION,
-            max_running=config.max_batch,
-            max_tokens=config.max_batch_tokens,
+            max_running=config.max_batch if gpu else config.batch,
+            max_tokens=config.max_batch_tokens if gpu else config.batch_tokens,
             args=(*memory_saver, *replay, *fp8, *arguments_on(gpus), *config.args),
             env=env,
+            cores=tuple(self._cores.get(f"{self.name}/{index}", ())),
         )
 
     def _here(self) -> list[int]:
         """The servers of this node."""
         return [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
 
-    def _choose_gpus(self) -> None:
+    def _choose_gpus(self, places: Sequence[Sequence[int]]) -> None:
         """Give each server of this node its GPUs. Raises InputError where the job has too few."""
         import torch
 
         count = torch.cuda.device_count()
         visible = visible_gpus(os.environ, count)
-        self._gpus = {n: server_gpus(self.name, self.config, n, visible) for n in self._here()}
+        self._gpus = {n: server_gpus(self.name, n, places[n], visible) for n in self._here()}
         uuids = (str(getattr(torch.cuda.get_device_properties(n), "uuid", "")) for n in range(count))
         self._uuids = dict(zip(visible or (), uuids, strict=False))
 
