@@ -1,15 +1,21 @@
-"""The memory estimate of --dry-run against the peaks of real ranks, on a CPU.
+"""Who holds a GPU's memory in which phase, for every cluster recipe; and the estimate against real ranks.
 
+First, without running anything, the timeline of recipe/memory.py: per recipe the most that any GPU holds
+when servers start, while they generate, in training, in publications and when a lost server starts again,
+beside the GPU's memory, and the KV cache of each role's servers (--timeline: that alone). None may be above.
+
+Then the memory estimate of --dry-run against the peaks of real ranks, on a CPU.
 Joint PPO of two steps with models large enough to stand out against the interpreter: each rank's peak RSS
 after the last step, less that of the same run with tiny models (libraries, tokenizers, torch's own), summed
 over ranks, beside the estimate of recipe/estimate.py less the tiny models'. Activations are small beside
 weights here, so this compares weights, gradients, optimizer states and engines; a GPU's allocator and CUDA's
-context (cluster/gpus.py: 6 GiB, assumed) are not in it.
-Run: python -m benchmarks.memory_estimate
+context (recipe/memory.py: 6 GiB, assumed) are not in it.
+Run: python -m benchmarks.memory_estimate [--timeline]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -21,10 +27,15 @@ from typing import Any
 import yaml
 
 from benchmarks.machine import save, table
+from benchmarks.published_models import write_place
+from genac_megatron.cluster.gpus import gpu
+from genac_megatron.cluster.placement import misfits, server_shares, tenants
 from genac_megatron.recipe.estimate import memory_of, place_of
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.memory import GIB, Phase, timelines
 from genac_megatron.recipe.rules import read_shape
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "cluster"
 LARGE = {"layers": 8, "hidden": 512, "ffn": 2048, "heads": 8, "kv_heads": 8}
 TINY = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -33,6 +44,32 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "tp 2": (2, {"tp": 2}),
     "pp 2": (2, {"pp": 2}),
 }
+
+
+def timeline(path: Path) -> dict[str, Any]:
+    """The most GiB that a GPU of the recipe holds in each phase, and what its servers' KV caches hold."""
+    read = load_recipe(path)
+    has = gpu(read.cluster.gpu or "").memory_gib
+    lines = timelines(read, tenants(read), has * GIB)
+    row: dict[str, Any] = {"recipe": path.stem}
+    row |= {phase.value: round(max(line.used(phase) for line in lines) / GIB, 1) for phase in Phase}
+    row["gpu"] = has
+    for name, share in server_shares(read).items():
+        row[f"{name} KV GiB"] = round(share.cache / GIB, 1)
+    row["fits"] = "no" if misfits(read) else "yes"
+    return row
+
+
+def timelines_of_all() -> list[dict[str, Any]]:
+    """A row for every cluster recipe, with stand-ins for the models' folders."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        write_place(Path(folder))
+        os.chdir(folder)
+        try:
+            return [timeline(path) for path in sorted(RECIPES.glob("*-*.yaml"))]
+        finally:
+            os.chdir(before)
 
 
 def recipe(shape: dict[str, int], ranks: int, layout: dict[str, int]) -> dict[str, Any]:
@@ -81,6 +118,19 @@ def measured(folder: Path) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory by phase, and the estimate against real ranks.")
+    parser.add_argument("--timeline", action="store_true", help="the cluster recipes' phases alone")
+    options = parser.parse_args()
+    rows = timelines_of_all()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    print(table([{key: row.get(key, "-") for key in columns} for row in rows]))
+    print(save("memory_timeline", {"phases": [phase.value for phase in Phase]}, rows))
+    if not options.timeline:
+        compare()
+
+
+def compare() -> None:
+    """The estimate beside real ranks' peaks, by layout."""
     rows = []
     for name, (ranks, layout) in LAYOUTS.items():
         figures = []

@@ -13,7 +13,8 @@ where the recipe puts them, on the first node (--serving first-node), or on more
            6 w (dp - 1)/dp / bandwidth + 2 log2(dp) latency, w weights of a rank; NVLink where the group lies
            in one node, else the fabric.
   experts  there and back of k h tokens 2 bytes, L layers, in every pass, over ep ranks.
-  rollout  max over roles of R l / b t(b) on a server with R requests of mean length l, b of them at a time:
+  rollout  max over roles of R l / b t(b) on a server with R requests of mean length l, b of them at a time,
+           as many as its cache holds, engine.max_batch and max_batch_tokens allow (2,048 where none says):
            t(b) = max((W(b) + b c) / (tp hbm), 2 P b / (tp peak mfu)) + overhead; W(b) bytes of the weights
            that b tokens meet, c bytes of one request's KV cache. Plus prefill, 2 P per unique prompt token
            (nested states share theirs: measured ratio). Actor and critic overlap.
@@ -26,7 +27,8 @@ where the recipe puts them, on the first node (--serving first-node), or on more
 
 REINFORCE trains the critic alone; SFT neither rolls out nor gathers. A pipeline is its last stage. The loss
 from the fewest GPUs to the most is 1 - (tokens per GPU and second there) / (here); its cause is the part that
-grew most per trained token. Memory is recipe/estimate.py's heaviest rank.
+grew most per trained token. Memory is the most that a rank's GPU holds in any phase (recipe/memory.py), which
+also says what KV cache a server has; recipes that do not fit are left out.
 
 Assumed (class Assumed): mfu 0.40 with tensor parallelism's own traffic in it, FP8 1.25 times that, 80 % of
 NVLink's, 70 % of the fabric's and 75 % of HBM's bandwidth, lengths half of their limit, 256 prompt tokens.
@@ -48,8 +50,7 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, save, table
 from benchmarks.published_models import write_place
-from genac_megatron.cluster.gpus import gpu
-from genac_megatron.cluster.placement import heaviest, server_gpus
+from genac_megatron.cluster.placement import fit_faults, heaviest, server_shares
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import parameters, stage_parameters
 from genac_megatron.recipe.estimate import expert_parameters
@@ -75,9 +76,9 @@ class Assumed:
     fabric: float = 0.70 * 50e9
     latency: float = 20e-6  # of a collective's hop
     step_overhead: float = 2e-3  # of a decoding step: launches, sampling, tensor-parallel latency
-    kv_share: float = 0.5  # of a server's memory, left for the cache
     fill: float = 0.5  # mean length over its limit
     prompt: float = 256.0  # tokens
+    running: float = 2048.0  # requests that a server decodes together, where the recipe does not say
     skew: float = 0.02  # sigma of a rank's step, of its mean
 
 
@@ -169,12 +170,22 @@ def decode_s(shape: Shape, tp: int, together: float, length: float, assumed: Ass
 
 
 def serve_s(
-    shape: Shape, role: RoleConfig, servers: float, requests: float, new: float, read: float, assumed: Assumed
+    shape: Shape,
+    role: RoleConfig,
+    cache: float,
+    servers: float,
+    requests: float,
+    new: float,
+    read: float,
+    assumed: Assumed,
 ) -> float:
-    """Seconds in which `servers` answer `requests` of `new` tokens each after `read` prompt tokens in all."""
+    """Seconds in which `servers` answer `requests` of `new` tokens each after `read` prompt tokens in all.
+
+    cache: tokens that a server's KV cache holds.
+    """
     tp, share = role.engine.tp, requests / servers
-    room = assumed.kv_share * role.engine.mem_fraction * 80e9 * tp
-    fits = room / ((assumed.prompt + new) * 2 * shape.layers * shape.kv_size * BF16)
+    # What the server is started with (None: its own), and the most that SGLang decodes by itself.
+    fits = min(cache / (assumed.prompt + new), role.engine.max_batch or assumed.running)
     together = max(1.0, min(share, fits))
     steps = max(1.0, share / together) * new
     prefill = 2 * active_parameters(shape) * read / (servers * tp * assumed.peak * assumed.mfu)
@@ -254,8 +265,11 @@ def rollout_parts(
         "critic": work.responses * (assumed.prompt + work.response) * measured.unique,
     }
     asked = {"actor": (work.responses, work.response), "critic": (work.judged, work.judgement)}
+    held = {name: share.cache / share.token for name, share in server_shares(recipe).items()}
     acting, judging = (
-        serve_s(shapes[name], role, servers * role.engine.engines, *asked[name], read[name], assumed)
+        serve_s(
+            shapes[name], role, held[name], servers * role.engine.engines, *asked[name], read[name], assumed
+        )
         for name, role in (("actor", actor), ("critic", critic))
     )
     both = max(acting, judging)
@@ -292,7 +306,7 @@ def resized(path: Path, gpus: int, serving: str) -> tuple[Recipe, float] | None:
     named = load_recipe(path)
     first = min(role.layout.first_rank for role in named.roles.values())
     times = 1
-    if serving == "scaled" and any(server_gpus(role.engine) for role in named.roles.values()):
+    if serving == "scaled" and any(role.starts_servers for role in named.roles.values()):
         times = max(1, round(gpus / (named.world.ranks if first else NODE)))
     unit = math.lcm(*(_unit(role) for role in named.roles.values()))
     count = (gpus - first * times) // unit * unit
@@ -321,12 +335,12 @@ def rows_of(
         if fitted is None:
             continue
         recipe, servers = fitted
+        if fit_faults(recipe):
+            continue  # too few ranks for the optimizer's states
+        need = heaviest(recipe)[1]
         share = gpus / named.world.ranks
         parts, work = step_parts(recipe, share if batch == "grows" else 1.0, servers, assumed, measured)
         total = sum(parts.values())
-        need = heaviest(recipe)[1]
-        if need > gpu(recipe.cluster.gpu or "").usable_gib:
-            continue  # too few ranks for the optimizer's states
         rows.append(
             {"gpus": gpus, "step_s": total, **parts, "tokens/s/gpu": work.tokens / total / gpus, "gib": need}
         )

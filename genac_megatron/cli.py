@@ -141,6 +141,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
     profile = ["observe.profile.on=true"] if options.profile else []
     recipe = load_recipe(options.recipe, [*profile, *options.overrides])
     if options.dry_run:
+        from genac_megatron.cluster.placement import describe_memory
         from genac_megatron.models.hf_headers import check_weights
         from genac_megatron.recipe.estimate import describe
         from genac_megatron.recipe.loader import dump_recipe
@@ -149,6 +150,8 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
             check_weights(role.model, resuming=options.resume, planning=True)
         print(dump_recipe(recipe))
         print(describe(recipe))
+        if recipe.cluster.gpu is not None:
+            print(f"{describe_memory(recipe)}\n")
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
         run_lock(Path(recipe.runs) / recipe.name).refuse()

@@ -1,13 +1,10 @@
-"""GPUs that recipes may name, and how much of their memory a run can have."""
+"""GPUs that recipes may name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from genac_megatron.errors import InputError
-
-# CUDA's context, NCCL's and cuBLAS's buffers and the allocator's waste: assumed, not measured.
-RESERVED_GIB = 6.0
 
 
 @dataclass(frozen=True)
@@ -16,11 +13,6 @@ class Gpu:
 
     memory_gib: float
     fp8: tuple[str, ...] = ()
-
-    @property
-    def usable_gib(self) -> float:
-        """What is left for weights, optimizer, activations and engines."""
-        return self.memory_gib - RESERVED_GIB
 
 
 HOPPER = ("delayed", "tensorwise", "blockwise")

@@ -104,7 +104,7 @@ def added_overrides(recipe: Recipe, ports: range) -> list[str]:
     """What only the job knows of a recipe's servers: its ports. (Their address is each node's own.)"""
     found, port = [], ports[ENGINES]
     for name, role in recipe.roles.items():
-        if role.engine.kind == "embedded" or role.engine.urls:
+        if not role.starts_servers:
             continue
         if role.engine.port is None:
             found.append(f"roles.{name}.engine.port={port}")

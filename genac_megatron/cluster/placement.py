@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from genac_megatron.cluster.gpus import gpu
-from genac_megatron.models.families.base import Shape
-from genac_megatron.recipe.estimate import memory_of, place_of, served_bytes
-from genac_megatron.recipe.rules import ranks_of, read_shape
-from genac_megatron.recipe.schema import EngineConfig, Recipe
-
-GIB = 2.0**30
+from genac_megatron.recipe import memory
+from genac_megatron.recipe.estimate import place_of
+from genac_megatron.recipe.memory import GIB, Share, Tenants
+from genac_megatron.recipe.rules import ranks_of
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.servers import role_gpus, started_engines, too_few
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ def misfits(recipe: Recipe) -> list[str]:
         return found
     found += _torn_groups(recipe, place) + _absent_nodes(recipe, place)
     if recipe.cluster.gpu is not None:
-        found += _fp8(recipe) + _servers(recipe, place) + _memory(recipe)
+        found += _fp8(recipe) + _servers(recipe, place)
+        found += [] if found else fit_faults(recipe)
     return found
 
 
@@ -82,7 +82,7 @@ def _absent_nodes(recipe: Recipe, place: Placement) -> list[str]:
         f"{place.nodes - 1}: change roles.{name}.engine.nodes, or world.ranks (each node has ranks, also one "
         "that only serves: layout.first_rank leaves them out of training)"
         for name, role in recipe.roles.items()
-        if server_gpus(role.engine) and max(role.engine.nodes) >= place.nodes
+        if role.starts_servers and max(role.engine.nodes) >= place.nodes
     ]
 
 
@@ -93,7 +93,7 @@ def _fp8(recipe: Recipe) -> list[str]:
         f"'{role}' is served with quantization: fp8, which a {name} does not have: change "
         f"roles.{role}.engine.quantization"
         for role, config in recipe.roles.items()
-        if server_gpus(config.engine) and config.engine.quantization == "fp8" and not known
+        if config.starts_servers and config.engine.quantization == "fp8" and not known
     ]
     return served + [
         f"'{role}' trains with fp8: {config.training.fp8}, which a {name} does not have "
@@ -103,96 +103,70 @@ def _fp8(recipe: Recipe) -> list[str]:
     ]
 
 
-def _memory(recipe: Recipe) -> list[str]:
+def fit_faults(recipe: Recipe) -> list[str]:
+    """What does not fit the memory of the GPU that the recipe names; nothing where all does."""
     name = recipe.cluster.gpu or ""
-    rank, need, parts = heaviest(recipe)
-    usable = gpu(name).usable_gib
-    if need <= usable:
-        return []
-    text = ", ".join(f"{part} {size:.1f}" for part, size in parts.items() if size >= 0.05)
-    return [
-        f"rank {rank} needs about {need:.1f} GiB ({text}), and {usable:.1f} GiB of a {name} are free for it: "
-        "raise tp, pp or the number of ranks, set recompute: full, or lower tokens_per_microbatch or "
-        "engine.max_batch_tokens"
-    ]
+    return memory.faults(recipe, tenants(recipe), gpu(name).memory_gib * GIB, name)
+
+
+def server_shares(recipe: Recipe) -> dict[str, Share]:
+    """What the servers of each role get of each of their GPUs. The recipe names its GPU."""
+    return memory.shares(recipe, tenants(recipe), gpu(recipe.cluster.gpu or "").memory_gib * GIB)
+
+
+def describe_memory(recipe: Recipe) -> str:
+    """Who holds what on each kind of GPU in each phase, and what does not fit. The recipe names its GPU."""
+    name = recipe.cluster.gpu or ""
+    text = memory.describe(recipe, tenants(recipe), gpu(name).memory_gib * GIB, name)
+    return "\n".join([text, *(f"  does not fit: {reason}" for reason in misfits(recipe))])
 
 
 def heaviest(recipe: Recipe) -> tuple[int, float, dict[str, float]]:
-    """The rank with the highest estimate, its GiB, and the GiB of its parts ("actor weights": ...)."""
-    shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
-    place = placement(recipe)
-    best: tuple[int, float, dict[str, float]] = (0, -1.0, {})
-    seen = set()
-    for rank in range(recipe.world.ranks):
-        places = tuple(place_of(role.layout, rank, recipe.world.ranks) for role in recipe.roles.values())
-        # Data-parallel ranks are alike: only the pipeline stage and servers change a rank's memory.
-        served = tuple(_shares_gpu(role.engine, rank, place) for role in recipe.roles.values())
-        kind = (tuple(None if place is None else place.pp for place in places), served)
-        if kind in seen:
-            continue
-        seen.add(kind)
-        parts = _parts(recipe, shapes, rank)
-        total = sum(parts.values())
-        if total > best[1]:
-            best = (rank, total, parts)
-    return best
+    """The rank whose GPU needs most in some phase, its GiB, and the GiB of the parties in that phase.
+
+    Of a KV cache that takes what is left it counts one response. Of GPUs without a rank it says nothing. The
+    recipe names its GPU.
+    """
+    total = gpu(recipe.cluster.gpu or "").memory_gib * GIB
+    found = memory.timelines(recipe, tenants(recipe), total, least=True)
+    lines = [line for line in found if line.tenants.rank is not None]
+    line = max(lines, key=lambda line: line.used(line.peak))
+    parties = line.phases[line.peak]
+    return line.tenants.rank or 0, line.used(line.peak) / GIB, {k: v / GIB for k, v in parties.items()}
 
 
-def _parts(recipe: Recipe, shapes: Mapping[str, Shape], rank: int) -> dict[str, float]:
-    parts = {}
-    for name, role in recipe.roles.items():
-        place = place_of(role.layout, rank, recipe.world.ranks)
-        memory = memory_of(role, shapes[name], place, recipe.world.ranks)
-        for part in ("weights", "gradients", "optimizer", "activations"):
-            parts[f"{name} {part}"] = getattr(memory, part) / GIB
-        embedded = role.engine.kind == "embedded"
-        parts[f"{name} engine"] = memory.engine / GIB if embedded else _server_gib(recipe, role.engine, rank)
-    return parts
+def tenants(recipe: Recipe) -> list[Tenants]:
+    """Who shares a GPU with whom, each kind of GPU once.
 
-
-def server_gpus(engine: EngineConfig) -> list[int]:
-    """The GPUs that a role's servers take on each of engine.nodes; none where somebody else runs them."""
-    if engine.kind == "embedded" or engine.urls:
-        return []
-    return list(engine.gpus) or list(range(engine.engines_per_node * engine.tp))
+    Data-parallel ranks are alike: a rank's pipeline stages and the servers on its GPU make its kind.
+    """
+    place, roles = placement(recipe), recipe.roles
+    kinds: dict[object, Tenants] = {}
+    for node in range(place.nodes):
+        servers = {name: role_gpus(recipe, name, node) for name in roles}
+        each = max([place.ranks_per_node, *(1 + max(gpus) for gpus in servers.values() if gpus)])
+        for index in range(each):
+            rank = node * place.ranks_per_node + index if index < place.ranks_per_node else None
+            at = {name: place_of(role.layout, rank, recipe.world.ranks) if rank is not None else None
+                  for name, role in roles.items()}  # fmt: skip
+            there = tuple(name for name, gpus in servers.items() if index in gpus)
+            kind = (rank is None, there, tuple(None if found is None else found.pp for found in at.values()))
+            known = kinds.get(kind)
+            if known is None:
+                kinds[kind] = Tenants(((node, index),), rank, at, there)
+            else:
+                kinds[kind] = replace(known, gpus=(*known.gpus, (node, index)))
+    return list(kinds.values())
 
 
 def server_count(recipe: Recipe) -> int:
     """Servers that the run starts, of all roles and on all nodes."""
-    return sum(role.engine.engines for role in recipe.roles.values() if server_gpus(role.engine))
-
-
-def _shares_gpu(engine: EngineConfig, rank: int, place: Placement) -> bool:
-    """Whether a server runs on a rank's GPU."""
-    return place.node_of(rank) in engine.nodes and rank % place.ranks_per_node in server_gpus(engine)
-
-
-def _server_gib(recipe: Recipe, engine: EngineConfig, rank: int) -> float:
-    """What SGLang's servers hold on a rank's GPU."""
-    if not _shares_gpu(engine, rank, placement(recipe)):
-        return 0.0
-    return engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
+    return sum(engine.engines for engine in started_engines(recipe).values())
 
 
 def _servers(recipe: Recipe, place: Placement) -> list[str]:
-    """GPUs that servers name and their node lacks, and models too large for a server."""
-    found = []
-    for name, role in recipe.roles.items():
-        used = server_gpus(role.engine)
-        if used and max(used) >= place.gpus_per_node:
-            found.append(
-                f"the servers of '{name}' take GPUs up to {max(used)}, a node has {place.gpus_per_node}: "
-                f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
-            )
-        elif used:
-            weights = served_bytes(role, read_shape(role.model)) / GIB
-            share = role.engine.mem_fraction * gpu(recipe.cluster.gpu or "").memory_gib
-            if weights > share:
-                found.append(
-                    f"a server of '{name}' has {share:.1f} GiB per GPU, its weights take {weights:.1f}: "
-                    f"raise roles.{name}.engine.tp or mem_fraction"
-                )
-    return found
+    """GPUs that servers name and their node lacks."""
+    return too_few(started_engines(recipe), place.gpus_per_node)
 
 
 def duties(recipe: Recipe) -> list[str]:
@@ -215,9 +189,9 @@ def _duty(recipe: Recipe, place: Placement, node: int) -> str:
         first = role.layout.first_rank
         if set(ranks) & set(range(first, first + ranks_of(role.layout, recipe.world.ranks))):
             trains.append(name)
-        if server_gpus(role.engine) and node in role.engine.nodes:
-            engine = role.engine
-            gpus = f", GPUs {', '.join(map(str, server_gpus(engine)))}" if place.gpus_per_node else ""
+        if role.starts_servers and node in role.engine.nodes:
+            engine, used = role.engine, role_gpus(recipe, name, node)
+            gpus = f", GPUs {', '.join(map(str, used))}" if place.gpus_per_node else ""
             parts.append(f"{engine.engines_per_node} server(s) of {name} (tp {engine.tp}{gpus})")
     if trains:
         parts.insert(0, f"train {' and '.join(trains)}")
@@ -230,5 +204,5 @@ def describe(recipe: Recipe) -> str:
     what = f"{place.gpus_per_node} x {recipe.cluster.gpu}" if recipe.cluster.gpu else "no GPU"
     text = f"{place.nodes} node(s) of {place.ranks_per_node} rank(s), {what}"
     if recipe.cluster.gpu:
-        text += f", at most {heaviest(recipe)[1]:.1f} GiB per GPU estimated"
+        text += f", {heaviest(recipe)[1]:.1f} GiB of each GPU needed, as estimated"
     return text

@@ -20,12 +20,13 @@ from typing import Any
 
 from genac_megatron.cluster.heartbeat import node_name, write
 from genac_megatron.cluster.network import ENGINES, interface_towards, is_free, job_ports
-from genac_megatron.cluster.placement import server_count, server_gpus
+from genac_megatron.cluster.placement import server_count
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.servers import started_engines
 from genac_megatron.recipe.tasks import DatasetTask, single_tasks
-from genac_megatron.serving.sglang.gpus import visible_gpus
+from genac_megatron.serving.sglang.gpus import refusals, visible_gpus
 from genac_megatron.serving.sglang.server import serving_python
 
 JOIN_S = 60.0  # for all ranks to meet, and for each collective
@@ -73,6 +74,7 @@ def _guarded(act: Callable[[], Report]) -> Report:
 def look(recipe: Recipe) -> Report:
     """What this node shows: GPUs, versions, disk, ports, model and data."""
     ports = job_ports(int(os.environ.get("SLURM_JOB_ID", "0")), servers=server_count(recipe))
+    node = int(os.environ.get("SLURM_NODEID", "0"))
     return {
         "host": socket.gethostname(),
         "interface": interface_towards(os.environ.get("MASTER_ADDR", "")),
@@ -80,7 +82,7 @@ def look(recipe: Recipe) -> Report:
         "versions": _guarded(versions),
         "free_gib": {name: _free_gib(path) for name, path in _folders(recipe).items()},
         "busy_ports": [port for port in ports[ENGINES:] if not is_free(port)],
-        "missing": missing_inputs(recipe, int(os.environ.get("SLURM_NODEID", "0"))),
+        "missing": [*missing_inputs(recipe, node), *missing_gpus(recipe, node, visible_gpus(os.environ))],
     }
 
 
@@ -156,7 +158,7 @@ def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
     """
     found = []
     for name, role in recipe.roles.items():
-        if server_gpus(role.engine) and node in role.engine.nodes:
+        if role.starts_servers and node in role.engine.nodes:
             try:
                 serving_python(role.engine.python)
             except InputError as error:
@@ -173,6 +175,13 @@ def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
         if isinstance(task, DatasetTask) and not _has_dataset(task.name):
             found.append(f"data set {task.name} is neither a folder nor in the Hugging Face cache (HF_HOME)")
     return found
+
+
+def missing_gpus(recipe: Recipe, node: int, visible: tuple[str, ...] | None) -> list[str]:
+    """Servers whose GPUs are not among those that this process sees; visible: as `visible_gpus` says."""
+    if recipe.cluster.gpu is None:
+        return []
+    return [f"{error.what}: {error.way_out}" for error in refusals(started_engines(recipe), node, visible)]
 
 
 def _has_dataset(name: str) -> bool:

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genac_megatron.cluster.gpus import gpu
 from genac_megatron.cluster.placement import Placement, placement
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.recipe.schema import Recipe
 
 SKEW_S = 2.0
 TMP_GIB, SHM_GIB = 1.0, 0.06  # what libraries need at least: temporary files, shared memory of loaders
+SAME = 0.99  # of a GPU's memory: drivers keep some, not always as much
 BUSY_MIB = 2048  # GPU memory in use before the run: somebody else's process
 Report = Mapping[str, Any]
 
@@ -26,7 +28,8 @@ def judge_folder(recipe: Recipe, folder: Path) -> int:
     place = placement(recipe)
     least = float(os.environ.get("GENAC_MIN_FREE_GIB", "50"))
     bandwidth = float(os.environ.get("GENAC_MIN_BUSBW", "0"))
-    faults = judge(place, nodes, ranks, least_gib=least, least_gbs=bandwidth)
+    named = gpu(recipe.cluster.gpu).memory_gib if recipe.cluster.gpu is not None else 0.0
+    faults = judge(place, nodes, ranks, least_gib=least, least_gbs=bandwidth, gpu_gib=named)
     if faults:
         raise InputError(
             "\n  ".join(["not every node is fit:", *faults]),
@@ -43,12 +46,22 @@ def _read(folder: Path, pattern: str) -> list[Report]:
 
 
 def judge(
-    place: Placement, nodes: Sequence[Report], ranks: Sequence[Report], *, least_gib: float, least_gbs: float
+    place: Placement,
+    nodes: Sequence[Report],
+    ranks: Sequence[Report],
+    *,
+    least_gib: float,
+    least_gbs: float,
+    gpu_gib: float = 0.0,
 ) -> list[str]:
-    """Every fault, each beginning with its node. least_gib: free for the run; least_gbs: bus bandwidth."""
+    """Every fault, each beginning with its node.
+
+    least_gib: free for the run; least_gbs: bus bandwidth; gpu_gib: of each GPU, as the recipe's memory was
+    worked out for.
+    """
     faults = _absent(place, nodes, ranks)
     for node in nodes:
-        faults += [f"{node['node']}: {text}" for text in _node(node, place, least_gib)]
+        faults += [f"{node['node']}: {text}" for text in _node(node, place, least_gib, gpu_gib)]
     faults += _versions(nodes) + _drivers(nodes) + _clocks(ranks) + _canaries(ranks)
     for rank in ranks:
         if "error" in rank:
@@ -84,8 +97,8 @@ def _absent(place: Placement, nodes: Sequence[Report], ranks: Sequence[Report]) 
     return faults
 
 
-def _node(node: Report, place: Placement, least_gib: float) -> list[str]:
-    faults = _gpus(node["gpus"], place.gpus_per_node)
+def _node(node: Report, place: Placement, least_gib: float, gpu_gib: float) -> list[str]:
+    faults = _gpus(node["gpus"], place.gpus_per_node, gpu_gib)
     if "error" in node["versions"]:
         faults.append(f"versions: {node['versions']['error']}")
     for name, least in (("runs", least_gib), ("tmp", TMP_GIB), ("shm", SHM_GIB)):
@@ -97,7 +110,7 @@ def _node(node: Report, place: Placement, least_gib: float) -> list[str]:
     return faults + list(node["missing"])
 
 
-def _gpus(found: Any, wanted: int) -> list[str]:
+def _gpus(found: Any, wanted: int, gpu_gib: float) -> list[str]:
     if found is None:
         return ["no nvidia-smi"] if wanted else []
     if isinstance(found, str):
@@ -109,6 +122,10 @@ def _gpus(found: Any, wanted: int) -> list[str]:
         errors = row.get("ecc.errors.uncorrected.volatile.total", "")
         if errors.isdecimal() and int(errors):
             faults.append(f"GPU {row['index']}: {errors} uncorrected ECC error(s)")
+        total = row.get("memory.total", "")
+        if wanted and total.isdecimal() and int(total) / 1024 < SAME * gpu_gib:
+            has = f"GPU {row['index']}: {int(total) / 1024:.1f} GiB"
+            faults.append(f"{has}, the recipe is worked out for {gpu_gib:.1f} (cluster.gpu)")
         used = row.get("memory.used", "")
         if wanted and used.isdecimal() and int(used) > BUSY_MIB:
             faults.append(f"GPU {row['index']}: {used} MiB in use by somebody else")

@@ -241,7 +241,10 @@ def at_once(run: Run, bank: Bank) -> int:
     if run.critic.shape.value:
         return judged
     engine, ranks = run.recipe.roles["critic"].engine, run.world.size
-    room = engine.max_batch * (ranks if engine.kind == "embedded" else engine.engines)
+    if engine.kind == "embedded":
+        room = engine.batch * ranks
+    else:  # of a server that limits itself, what ranks ask of it at a time
+        room = (engine.max_batch or engine.max_in_flight) * engine.engines
     prompts = FILLS * room * judged / len(bank.states)
     return max(1, round(prompts / ranks)) * ranks  # the same share for every rank
 

@@ -39,6 +39,32 @@ def backend() -> str:
     return "nccl" if device().type == "cuda" else "gloo"
 
 
+def synchronize() -> None:
+    """Wait for what this process's GPU is doing, where there is one."""
+    import torch
+
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    """Give the GPU the memory back that torch keeps for later, so that other processes can have it.
+
+    After a training pass, before a server on the same GPU takes its own again.
+    """
+    import torch
+
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def gpu_bytes() -> float:
+    """All memory of this rank's GPU. Not run on a GPU."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(device()).total_memory)
+
+
 @functools.cache
 def megatron_version() -> tuple[int, int]:
     """(major, minor) of the installed megatron-core. Raises PackageNotFoundError where it is missing."""

@@ -93,6 +93,16 @@ def plain(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def data_tensors(value: Any) -> list[Tensor]:
+    """The tensors that hold a tensor's bytes: itself or, of one in FP8, its data and scales."""
+    from megatron.core import fp8_utils
+    from torch import Tensor
+
+    if isinstance(value, Tensor) and not fp8_utils.is_float8tensor(value):
+        return [value]
+    return [held for name, held in vars(value).items() if name.startswith("_") and isinstance(held, Tensor)]
+
+
 def remember(parameter: Any, value: Tensor) -> None:
     """Have the master weight of a parameter kept in FP8 begin at `value`, what it was set to."""
     if hasattr(parameter, "get_high_precision_init_val"):

@@ -35,6 +35,7 @@ class Disk(FleetTransport):
     """folder: where the folders of versions are made, one at a time."""
 
     session = False
+    on_device = False
 
     def __init__(
         self, role: Role, endpoints: Sequence[Endpoint], config: PublicationConfig, folder: Path

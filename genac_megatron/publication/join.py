@@ -61,6 +61,7 @@ class Joiner:
         FP8 bucket: uint8 [bucket.nbytes], what is not in FP8 being in `dtype`. Collective over the ranks that
         take part.
         """
+        self.role.wake()
         bytes_ = None if flat is None else flat.view(torch.uint8)
         places = bucket.places(dtype or (self._dtype if flat is None else flat.dtype))
         for item in bucket.items:

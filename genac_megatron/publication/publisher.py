@@ -7,17 +7,27 @@ Bucket by bucket along the plan: the owning pipeline stage joins its shards on i
 while a worker thread still sends the bucket before. At most two buckets are alive, and a bucket is sent only
 once every rank knows that the one before has arrived: so stages never send at once, and an error anywhere is
 raised everywhere.
+
+The order of device collectives. Two threads that launch kernels of two NCCL communicators may do so in one
+order here and in another there: where kernels share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron's
+tensor-parallel overlap wants) each then waits for the other. So on a GPU a bucket is joined only when the one
+before has arrived, unless it is sent without the device (`Transport.on_device`), and `publish` returns when
+its worker has ended: of a rank, one thread at a time launches collectives, in the same order as on every
+other. `OneThread` checks it. Not run on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import GenacError
 from genac_megatron.models.mapping import load_hf_into, with_head
@@ -50,7 +60,9 @@ class Publisher:
         self.dtype = dtype or DTYPES[role.config.training.dtype]
         self.plan = make_plan(role.shape, role.layout, self.dtype.itemsize, bucket_bytes, fp8=fp8)
         self.transport = transport or InProcess(sinks, self.dtype)
-        self.overlap = True  # False: a bucket is joined once the one before has arrived, for measurements
+        # False: a bucket is joined once the one before has arrived; measurements switch it off, too.
+        self.overlap = may_overlap(self.transport, platform.device())
+        self._one_thread = OneThread()
         self._joiner = Joiner(role)
 
     def publish(self, version: int, only: Iterable[str] | None = None) -> dict[str, float]:
@@ -112,14 +124,20 @@ class Publisher:
             flat = flat if bucket.fp8 else flat.view(self.dtype)
         if self._joiner.takes_part(bucket):
             figure = "gather_s" if flat is not None else "gather_others_s"
-            with self.transport.timed(figure):
+            with self.transport.timed(figure), self._launching():
                 self._joiner.join(bucket, flat, self.dtype)
         return Parcel(version, index, len(self.plan), bucket, source, flat)
 
     @torch.no_grad()
     def _deliver(self, parcel: Parcel) -> None:
-        with self.transport.timed("send_s" if parcel.mine else "receive_s"):
+        figure = "send_s" if parcel.mine else "receive_s"
+        with self.transport.timed(figure), self._launching():
             self.transport.send(parcel)
+
+    def _launching(self) -> contextlib.AbstractContextManager[None]:
+        """Around what launches device collectives."""
+        both = platform.device().type == "cuda" and self.transport.on_device
+        return self._one_thread.launching() if both else contextlib.nullcontext()
 
     def _shared_figures(self, memory: PeakMemory) -> dict[str, float]:
         """Phases summed over the ranks that did them, the rest at its largest."""
@@ -139,6 +157,32 @@ class Publisher:
         figures["buckets"] = float(len(self.plan))
         figures["bytes"] = float(sum(bucket.nbytes(self.dtype.itemsize) for bucket in self.plan))
         return figures
+
+
+def may_overlap(transport: Transport, device: torch.device) -> bool:
+    """Whether the next bucket may be joined while one is sent: not where both launch device collectives."""
+    return device.type != "cuda" or not transport.on_device
+
+
+class OneThread:
+    """Stops a second thread that would launch device collectives beside a first one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Raises GenacError at once where another thread is inside."""
+        if not self._lock.acquire(blocking=False):
+            raise GenacError(
+                "two threads would launch device collectives at the same time, which can deadlock",
+                where="publication",
+                way_out="leave Publisher.overlap as it is",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 class RoleSink:

@@ -56,6 +56,8 @@ class Parcel:
 class Transport(ABC):
     """Brings buckets to their receivers; `figures` are this rank's seconds and bytes of one publication."""
 
+    on_device = True  # whether `send` runs collectives on device memory where there is a GPU
+
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
         self.only: frozenset[str] | None = None  # of a fleet: the servers that are meant

@@ -153,7 +153,7 @@ def engine_bytes(role: RoleConfig, shape: Shape) -> float:
     """
     if not role.served or role.engine.kind == "sglang":
         return 0.0
-    cache = role.engine.max_batch_tokens * 2 * shape.layers * shape.kv_size
+    cache = role.engine.batch_tokens * 2 * shape.layers * shape.kv_size
     return float((parameters(shape) + cache) * BYTES[role.engine.dtype])
 
 
@@ -212,13 +212,27 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
             f"cp {at.cp}, dp {dp}; {role.training.dtype}, fp8 {role.training.fp8}, "
             f"recompute {role.training.recompute}"
         )
-        if role.served and role.engine.kind == "sglang" and not role.engine.urls:
+        if role.starts_servers:
             lines.append(
                 f"    {role.engine.engines} SGLang server{'s' if role.engine.engines > 1 else ''} of "
                 f"{role.engine.tp} rank{'s' if role.engine.tp > 1 else ''}, quantization "
-                f"{role.engine.quantization}: weights {_size(served_bytes(role, shape))} on each"
+                f"{role.engine.quantization}: weights {_size(served_bytes(role, shape))} on each, "
+                f"{_limits(recipe, role)}"
             )
     return lines
+
+
+def _limits(recipe: Recipe, role: RoleConfig) -> str:
+    """What a server decodes at a time, by the keys that it is started with."""
+    engine, gpu = role.engine, recipe.cluster.gpu is not None
+    together = engine.max_batch if gpu else engine.batch
+    tokens = engine.max_batch_tokens if gpu else engine.batch_tokens
+    if together is None and tokens is None:
+        return "requests as its memory holds"
+    parts = [f"{together} requests"] if together is not None else []
+    return (
+        f"at most {' of '.join([*parts, *([f'{tokens:,} tokens'] if tokens is not None else [])])} at a time"
+    )
 
 
 def _describe_ranks(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:

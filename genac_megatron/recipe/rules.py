@@ -230,6 +230,12 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
             where=where((*place, "gpus")),
             way_out="name engines / len(nodes) * tp of them",
         )
+    if len(set(engine.gpus)) < len(engine.gpus):
+        raise InputError(
+            f"'{name}' names a GPU twice for its servers of a node: {engine.gpus}",
+            where=where((*place, "gpus")),
+            way_out="name different ones, tp for each server in order; other roles may share them",
+        )
 
 
 def _check_judging(recipe: Recipe, where: Where) -> None:
@@ -357,6 +363,14 @@ def _check_overlap(
                 f"'{stage.name}' has it generate then",
                 where=where(("roles", role, "engine", "release")),
                 way_out="set release: off, or take overlap out",
+            )
+    for role, config in recipe.roles.items():
+        if config.training.offload:
+            raise InputError(
+                f"'{role}' rests in host memory while engines generate, and the stage '{stage.name}' has it "
+                "train then",
+                where=where(("roles", role, "training", "offload")),
+                way_out="take offload out, or overlap",
             )
 
 

@@ -74,17 +74,21 @@ class EngineConfig(Block):
     kind: Literal["embedded", "sglang"] = "embedded"
     dtype: Literal["fp32", "bf16"] = "bf16"  # of activations, and of the weights that are not quantized
     quantization: Literal["off", "fp8"] = "off"  # of the served weights: fp8 in blocks (models/blockwise.py)
-    max_batch: Positive = 64  # requests decoded together, per engine
-    max_batch_tokens: Positive = 65_536  # their prompt + new tokens together: an SGLang server's KV cache
+    # Requests decoded together, per engine, and their prompt + new tokens together: an SGLang server's KV
+    # cache. None: 64 and 65,536; of a server on a GPU its own, as much as its memory holds.
+    max_batch: Positive | None = None
+    max_batch_tokens: Positive | None = None
     routing_replay: bool = False  # of experts: the trainer sends tokens to those that this engine chose
 
     # What follows is for sglang. Servers are started here, unless `urls` names some.
     engines: Positive = 1  # servers
     nodes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]  # as many servers on each
     tp: Positive = 1  # tensor-parallel ranks of each
-    # Of the job's on each node, counted in CUDA_VISIBLE_DEVICES, tp per server in order; none: from the first
+    # Of the job's on each node, counted in CUDA_VISIBLE_DEVICES, tp per server in order; none: the first that
+    # no other server has (recipe/servers.py)
     gpus: list[Annotated[int, Field(ge=0)]] = []
-    mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3  # of a GPU's memory, for weights and KV cache
+    # Of a GPU's whole memory, for weights and KV cache; None: what the others on it leave (recipe/memory.py)
+    mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     host: str = (
         "127.0.0.1"  # the address they bind to; in a world of several nodes: each node's on the fabric
     )
@@ -94,7 +98,8 @@ class EngineConfig(Block):
     urls: list[str] = []  # servers that somebody else runs
     api_key_env: str | None = None  # the variable that holds the key which `urls` ask for
     max_in_flight: Positive = 128  # requests at a time, per server and rank
-    request_timeout_s: PositiveFloat = 900.0  # of one request; then it is tried elsewhere
+    # Without a sign that a request's server works, its queue not counted; then it is tried elsewhere
+    request_timeout_s: PositiveFloat = 900.0
     start_timeout_s: PositiveFloat = 600.0  # this and the one above: below world.timeout_s
     attempts: Positive = 3  # for one request
     restarts: Annotated[int, Field(ge=0)] = 3  # of lost servers, in a run
@@ -113,6 +118,16 @@ class EngineConfig(Block):
         """Of `gpus`, those of server `index`, on its node."""
         first = index % self.engines_per_node * self.tp
         return self.gpus[first : first + self.tp]
+
+    @property
+    def batch(self) -> int:
+        """`max_batch` of an embedded engine, or of a server on a CPU, which cannot tell."""
+        return self.max_batch or 64
+
+    @property
+    def batch_tokens(self) -> int:
+        """`max_batch_tokens`, likewise."""
+        return self.max_batch_tokens or 65_536
 
 
 class PublicationConfig(Block):
@@ -151,6 +166,11 @@ class RoleConfig(Block):
     def served(self) -> bool:
         """Whether engines generate with it."""
         return self.model.head == "lm" and not self.training.frozen
+
+    @property
+    def starts_servers(self) -> bool:
+        """Whether a run starts SGLang servers for it."""
+        return self.served and self.engine.kind == "sglang" and not self.engine.urls
 
 
 # --- the critic's game ---------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class TrainingConfig(Block):
     overlap_grad_reduce: bool = False
     fuse_weight_gradients: bool = True  # add them up inside the matrix product, where Transformer Engine can
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
+    offload: bool = False  # rest in host memory while engines generate: weights, gradients, optimizer states
     frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
     moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss

@@ -220,7 +220,7 @@ class EmbeddedEngine(Engine):
     def _fits(self, batch: list[Waiting]) -> bool:
         longest = len(batch[-1].request.ids)  # sorted
         tokens = longest + max(waiting.request.params.max_new_tokens for waiting in batch)
-        return len(batch) <= self.config.max_batch and len(batch) * tokens <= self.config.max_batch_tokens
+        return len(batch) <= self.config.batch and len(batch) * tokens <= self.config.batch_tokens
 
     def _run(self, batch: list[Waiting]) -> None:
         assert self._model is not None

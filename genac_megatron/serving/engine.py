@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
@@ -40,6 +40,14 @@ class Engine(ABC):
 
     async def warm(self, ids: Sequence[int], key: str = "") -> None:
         """Read ids ahead of requests that begin with them, where the engine has a cache for that."""
+        return
+
+    def deal(self, numbers: Mapping[str, int]) -> None:
+        """What requests to come share: each group's number among those of all ranks, from 0 and without gaps.
+
+        An engine of several servers gives each as many groups. A group is what a request's key says before
+        its last "@", else before its "#" (serving/sglang/routing.py).
+        """
         return
 
     @abstractmethod

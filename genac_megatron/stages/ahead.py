@@ -91,7 +91,8 @@ class Batches:
                     if run.serving.restarts() == begun.restarts:
                         raise  # otherwise a publication or an evaluation has replaced the server since
             turns = run.share(repeats(begun.prompts))
-            return generate(begun.generator, run.share(begun.prompts), stage.rollout.samples, turns)
+            share, places = run.share(begun.prompts), run.places(len(begun.prompts))
+            return generate(begun.generator, share, stage.rollout.samples, turns, places)
 
         with run.phase("wait"):
             mine = run.generating(result)
@@ -112,8 +113,8 @@ class Batches:
         generator = generator_for(run, stage.rollout, seed, judged=is_judged(stage))
         if generator.judge is not None:
             generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
-        share, turns = run.share(prompts), run.share(repeats(prompts))
-        future = self._pool.submit(self._work, generator, share, turns)
+        share, turns, places = run.share(prompts), run.share(repeats(prompts)), run.places(len(prompts))
+        future = self._pool.submit(self._work, generator, share, turns, places)
 
         def settle() -> None:
             wait([future])
@@ -122,10 +123,12 @@ class Batches:
         run.serving.settle = settle
         return Begun(step, generator, prompts, future, run.serving.restarts(), run.task.late)
 
-    def _work(self, generator: Generator, prompts: Sequence[Prompt], turns: Sequence[int]) -> list[Group]:
+    def _work(
+        self, generator: Generator, prompts: Sequence[Prompt], turns: Sequence[int], places: Sequence[int]
+    ) -> list[Group]:
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
-            return runner.run(groups_of(generator, prompts, self.stage.rollout.samples, turns))
+            return runner.run(groups_of(generator, prompts, self.stage.rollout.samples, turns, places))
 
 
 def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:

@@ -113,9 +113,9 @@ def play(
     generator = generator_for(run, config, seed, judged=judged)
     began, late = time.perf_counter(), run.task.late
     turns = repeats(prompts)
-    share, mine_turns = run.share(prompts), run.share(turns)
+    share, mine_turns, places = run.share(prompts), run.share(turns), run.places(len(prompts))
     with run.progress.shown("rollout"):  # engines measure themselves
-        mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns))
+        mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns, places))
     _credit(run, time.perf_counter() - began, run.task.late - late)
     return gathered_batch(run, mine)
 
@@ -164,7 +164,6 @@ def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[st
     """Play the stage's next prompts, judged where it has a generative critic; the batch and its figures."""
     prompts = next_prompts(run, stage.rollout.prompts)
     batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step), judged=is_judged(stage))
-    run.serving.rest()
     return batch, batch_figures(run, batch)
 
 

@@ -121,16 +121,25 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
     key = (run.at.versions["actor"], _rollout_config(run, stage).model_dump_json())
     cached: HeldOut | None = run.heldout_cache.get("actor")
     if cached is None or cached.key != key:
-        config = run.recipe.evaluation
-        count = min(config.prompts, run.task.heldout_size)
+        config, count = run.recipe.evaluation, _held_prompts(run)
         prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
         groups = run.generating(
-            lambda: generate(_held_generator(run, stage), run.share(prompts), config.samples)
+            lambda: generate(
+                _held_generator(run, stage),
+                run.share(prompts),
+                config.samples,
+                places=run.places(count),
+            )
         )
         cached = HeldOut(key, groups)
         run.heldout_cache["actor"] = cached
         run.spend("evaluate", "actor")
     return cached
+
+
+def _held_prompts(run: Run) -> int:
+    """Prompts of an evaluation, of all ranks."""
+    return min(run.recipe.evaluation.prompts, run.task.heldout_size)
 
 
 def _rollout_config(run: Run, stage: StageConfig) -> RolloutConfig:
@@ -221,7 +230,8 @@ def _judged(run: Run, stage: StageConfig, groups: list[Group]) -> list[Group]:
         return judged_by_values(run, groups)
     assert run.icc is not None
     judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
-    judged = run.generating(lambda: judge_groups(judge, groups))
+    places = run.places(_held_prompts(run))
+    judged = run.generating(lambda: judge_groups(judge, groups, places))
     run.spend("evaluate", "critic")
     run.note(measure_judgements(run, (j for group in judged for js in group.judgements for j in js)))
     for group in judged:

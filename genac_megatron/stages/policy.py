@@ -98,7 +98,6 @@ def mixed_batch(run: Run, stage: PolicyStage, rounds: int, step: int) -> tuple[B
         kept += [group for group, teaches in zip(played.groups, teaching, strict=True) if teaches]
         if len(kept) >= wanted:
             break
-    run.serving.rest()
     batch = Batch(kept[:wanted] or played.groups, fresh)
     figures = batch_figures(run, Batch(everything))
     figures |= {"rollout/rounds": float(turn + 1), "rollout/groups": float(len(kept[:wanted]))}

@@ -113,23 +113,39 @@ def repeats(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def generate(
-    generator: Generator, prompts: Sequence[Prompt], samples: int, turns: Sequence[int] | None = None
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    samples: int,
+    turns: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Group]:
     """Roll out `prompts` on this rank, `samples` responses each.
 
     A prompt that a batch repeats goes on numbering its samples, so that they are drawn apart. `turns`:
-    `repeats` of the whole batch, of these prompts; None where they are the whole batch.
+    `repeats` of the whole batch, of these prompts; None where they are the whole batch. `places`: where the
+    prompts stand among those of all ranks (`Run.places`), by which servers share them; None: from 0 on.
     """
-    return asyncio.run(groups_of(generator, prompts, samples, repeats(prompts) if turns is None else turns))
+    turns = repeats(prompts) if turns is None else turns
+    return asyncio.run(groups_of(generator, prompts, samples, turns, places))
 
 
 async def groups_of(
-    generator: Generator, prompts: Sequence[Prompt], samples: int, turns: Sequence[int]
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    samples: int,
+    turns: Sequence[int],
+    places: Sequence[int] | None = None,
 ) -> list[Group]:
     """`generate` for an event loop of one's own."""
-    if generator.judge is not None and generator.judge.budget is not None:
-        generator.judge.budget.reset()
+    judge, places = generator.judge, range(len(prompts)) if places is None else places
+    if judge is not None and judge.budget is not None:
+        judge.budget.reset()
     numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
+    generator.engine.deal({prompt.id: place for prompt, place in zip(prompts, places, strict=True)})
+    if judge is not None:
+        responses = [f"{p.id}#{sample}" for p, own in zip(prompts, numbers, strict=True) for sample in own]
+        firsts = (place * samples + n for place in places for n in range(samples))
+        judge.engine.deal(dict(zip(responses, firsts, strict=True)))
     made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
     return list(await asyncio.gather(*made))
 
@@ -143,8 +159,17 @@ async def _judged(judge: Judge, group: Group) -> Group:
     return Group(group.prompt, group.rollouts, list(judgements))
 
 
-def judge_groups(judge: Judge, groups: Sequence[Group]) -> list[Group]:
-    """The same responses with fresh judgements of all their states."""
+def judge_groups(judge: Judge, groups: Sequence[Group], places: Sequence[int] | None = None) -> list[Group]:
+    """The same responses with fresh judgements of all their states. `places`: as for `generate`."""
+    firsts = range(len(groups)) if places is None else places
+    each = max((len(group.rollouts) for group in groups), default=0)
+    judge.engine.deal(
+        {
+            r.key: first * each + n
+            for g, first in zip(groups, firsts, strict=True)
+            for n, r in enumerate(g.rollouts)
+        }
+    )
 
     async def run() -> list[Group]:
         return list(await asyncio.gather(*(_judged(judge, group) for group in groups)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron import platform
+from genac_megatron.cluster.placement import tenants
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import Template, load_template, need_privileged
 from genac_megatron.errors import InputError, on_all_ranks
@@ -23,13 +24,17 @@ from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.publisher import Publisher, RoleSink
+from genac_megatron.recipe import memory
+from genac_megatron.recipe.memory import Share, colocated
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
+from genac_megatron.recipe.servers import started_engines
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.room import fit_chats, fit_task
 from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served
+from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import Task, make_task
@@ -84,7 +89,7 @@ class Run:
         self.told: set[str] = set()  # warnings that are said once
         self._noted: dict[str, float] = {}  # for the next row, the same on every rank
         self._stop = stop
-        self._fleets = Fleets(self.folder)
+        self._fleets = Fleets(self.folder, started_engines(recipe))
         try:
             self._build(resuming)
         except BaseException:
@@ -110,7 +115,14 @@ class Run:
             fit_chats(self, positions)
 
     def _build(self, resuming: bool) -> None:
-        shapes, fleets = self.together(partial(self._start_fleets, resuming))
+        shares = self._shares()
+        shapes, fleets = self.together(partial(self._start_fleets, resuming, shares))
+        servers: dict[str, Servers] = {}
+        if shares and colocated(tenants(self.recipe)):
+            # What a role takes before a server is healthy is lost to the server's KV cache.
+            servers = {name: Servers(self.recipe.roles[name].engine, fleets.get(name)) for name in shares}
+            for made in servers.values():
+                made.release(CACHE, WEIGHTS)
         served: dict[str, Served] = {}
         for name, config in self.recipe.roles.items():
             self._build_role(name, config, shapes[name], served, resuming)
@@ -118,17 +130,36 @@ class Run:
             self._start_from_checkpoints()
         for name, config in self.recipe.roles.items():
             if config.served and config.engine.kind == "sglang":
-                served[name] = OnServers(self.roles[name], fleets.get(name), self.folder)
+                if name not in servers:
+                    servers[name] = Servers(config.engine, fleets.get(name))
+                served[name] = OnServers(self.roles[name], servers[name], self.folder)
         self.serving = Serving(self.roles, served, self.at, self.progress)
 
-    def _start_fleets(self, resuming: bool) -> tuple[dict[str, Shape], dict[str, Fleet]]:
+    def _shares(self) -> dict[str, Share]:
+        """What servers get of their GPUs; nothing on a CPU. Collective.
+
+        Raises InputError where the recipe does not fit these GPUs.
+        """
+        if platform.device().type != "cuda" or not started_engines(self.recipe):
+            return {}
+        total, who = min(gathered(platform.gpu_bytes())), tenants(self.recipe)
+        if reasons := memory.faults(self.recipe, who, total, "GPU here"):
+            what, way_out = "\n  ".join(reasons), "--dry-run shows who holds what (cluster.gpu names the GPU)"
+            raise on_all_ranks(InputError(what, where=f"recipe {self.recipe.name}", way_out=way_out))
+        return memory.shares(self.recipe, who, total)
+
+    def _start_fleets(
+        self, resuming: bool, shares: Mapping[str, Share]
+    ) -> tuple[dict[str, Shape], dict[str, Fleet]]:
         """The roles' shapes, and, on a node's first rank, its servers, which start up meanwhile."""
         roles = self.recipe.roles
         for config in roles.values():
             check_weights(config.model, resuming=resuming)
         shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
         served = {n: c.engine for n, c in roles.items() if c.served and c.engine.kind == "sglang"}
-        started = {n: self._fleets.start(n, c, hf_config(shapes[n])) for n, c in served.items()}
+        started = {
+            n: self._fleets.start(n, c, hf_config(shapes[n]), shares.get(n)) for n, c in served.items()
+        }
         return shapes, {name: fleet for name, fleet in started.items() if fleet is not None}
 
     def _build_role(
@@ -205,6 +236,12 @@ class Run:
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's share of `items`: every world.size-th."""
         return list(items[self.world.rank :: self.world.size])
+
+    def places(self, count: int) -> range:
+        """Where this rank's share of `count` items stands if ranks' shares follow one another."""
+        whole, more = divmod(count, self.world.size)
+        rank = self.world.rank
+        return range(rank * whole + min(rank, more), (rank + 1) * whole + min(rank + 1, more))
 
     def gather(self, mine: Sequence[T]) -> list[T]:
         """The inverse of `share`, on every rank."""

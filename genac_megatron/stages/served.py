@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,21 +13,30 @@ import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.cluster.network import fabric_address
-from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.errors import InputError
 from genac_megatron.models.registry import hf_config
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.publisher import Publisher
+from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import node_servers, plan_gpus
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
-from genac_megatron.serving.sglang.client import ServerClient
+from genac_megatron.serving.sglang.cores import (
+    allowed_threads,
+    as_list,
+    deal_cores,
+    job_threads,
+    read_topology,
+)
 from genac_megatron.serving.sglang.engine import MORE_FILES, SglangEngine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
-from genac_megatron.serving.sglang.gpus import identity, ranks_on, visible_gpus
+from genac_megatron.serving.sglang.gpus import identity, ranks_on, refusals, visible_gpus
 from genac_megatron.serving.sglang.server import Zygote, serving_python
-from genac_megatron.training.agreement import agree, from_first, gathered
+from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
+from genac_megatron.training.agreement import gathered
 from genac_megatron.training.role import Role
 
 logger = logging.getLogger(__name__)
@@ -47,12 +56,26 @@ class Served(Protocol):
         """Servers replaced so far."""
         ...
 
-    def sleep(self) -> None:
-        """Give GPU memory back, as the recipe says. Collective."""
+    @property
+    def bare(self) -> bool:
+        """Whether weights were given up with their memory, and have to be brought again."""
         ...
 
-    def wake(self) -> bool:
-        """Take the memory again; whether the weights were given up with it. Collective."""
+    def filled(self) -> None:
+        """All of it has the weights again."""
+        ...
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether the recipe has it give memory back while roles compute."""
+        ...
+
+    def sleep(self, *, weights: bool) -> None:
+        """Give GPU memory back, as the recipe says: KV cache and, if asked for, weights. Collective."""
+        ...
+
+    def wake(self, *, cache: bool) -> None:
+        """Take the weights' memory again, for a publication, and with `cache` the rest. Collective."""
         ...
 
     def close(self) -> None: ...
@@ -60,6 +83,8 @@ class Served(Protocol):
 
 class InRanks:
     """An embedded engine in every rank."""
+
+    bare = sleeps = False
 
     def __init__(self, role: Role) -> None:
         self.engine: Engine = EmbeddedEngine(hf_config(role.shape), role.config.engine, platform.device())
@@ -72,80 +97,58 @@ class InRanks:
     def restarts(self) -> int:
         return 0
 
-    def sleep(self) -> None:
+    def filled(self) -> None:
         pass
 
-    def wake(self) -> bool:
-        return False
+    def sleep(self, *, weights: bool) -> None:
+        pass
+
+    def wake(self, *, cache: bool) -> None:
+        pass
 
     def close(self) -> None:
         self.engine.close()
 
 
 class OnServers:
-    """SGLang servers. fleet: those of this rank's node, on its first rank; None elsewhere."""
+    """SGLang servers."""
 
-    def __init__(self, role: Role, fleet: Fleet | None, folder: RunFolder) -> None:
-        self._fleet, self._budget = fleet, role.config.engine.restarts
-        self._restarts = 0
-        endpoints = _of_all(agree(lambda: fleet.ready() if fleet is not None else []))
-        self._release = role.config.engine.release
-        self._asleep = False
-        self._clients = [ServerClient(e.url, e.key, name=e.name) for e in endpoints]
-        engine = SglangEngine(self._clients, role.config.engine, role.shape)
+    def __init__(self, role: Role, servers: Servers, folder: RunFolder) -> None:
+        self._servers = servers
+        engine = SglangEngine(servers.clients, role.config.engine, role.shape, first=dist.get_rank())
         self.engine: Engine = engine
         _tell_of_files(role.name, engine)
-        self._doubted: list[str] = []  # servers that could not be put to sleep or woken
-        gpus = shared_gpus(endpoints, role.config.engine)
+        gpus = shared_gpus(servers.endpoints, role.config.engine)
         scratch = folder.path / "serving" / role.name / "weights"
-        self.publisher = fleet_publisher(role, endpoints, scratch, gpus, run_name=folder.path.name)
+        self.publisher = fleet_publisher(role, servers.endpoints, scratch, gpus, run_name=folder.path.name)
+
+    @property
+    def bare(self) -> bool:
+        return self._servers.bare
 
     def restart_lost(self) -> list[str]:
-        assert isinstance(self.publisher.transport, FleetTransport)
-        doubted, self._doubted = [*self.publisher.transport.lost, *self._doubted], []
-
-        fleet = self._fleet
-        found = gathered(agree(lambda: fleet.lost() if fleet is not None else []))
-        lost = sorted({*doubted, *(name for part in found for name in part)})
-        allowed = lost[: self._budget - self._restarts]
-
-        def replace() -> list[Endpoint]:
-            if fleet is None:
-                return []
-            fleet.restart(lost, allowed)
-            return fleet.endpoints()
-
-        endpoints = _of_all(agree(replace))
-        self._restarts += len(lost)
+        transport = self.publisher.transport
+        assert isinstance(transport, FleetTransport)
+        lost = self._servers.replace_lost(transport.lost)
         if lost:
-            self.publisher.transport.set_endpoints(endpoints)  # to the engine's clients nothing changed
+            transport.set_endpoints(self._servers.endpoints)  # to the engine's clients nothing changed
         return lost
 
     def restarts(self) -> int:
-        return self._restarts
+        return self._servers.restarts
 
-    def sleep(self) -> None:
-        if self._release != "off" and not self._asleep:
-            self._asleep = True
-            self._doubted += from_first(lambda: self._each(ServerClient.release_memory))
+    @property
+    def sleeps(self) -> bool:
+        return self._servers.sleeps
 
-    def wake(self) -> bool:
-        was, self._asleep = self._asleep, False
-        if was:
-            self._doubted += from_first(lambda: self._each(ServerClient.resume_memory))
-        return was and self._release == "all"
+    def sleep(self, *, weights: bool) -> None:
+        self._servers.release(CACHE, *((WEIGHTS,) if weights else ()))
 
-    def _each(self, call: Callable[[ServerClient, Sequence[str]], None]) -> list[str]:
-        """The names of those that failed: they are replaced before anything is asked of them."""
-        tags = ("kv_cache",) if self._release == "kv_cache" else ("kv_cache", "weights")
-        failed = []
-        for client in self._clients:
-            try:
-                call(client, tags)
-            except PeerLost as error:
-                logger.warning("%s", error)
-                failed.append(client.name)
-        return failed
+    def wake(self, *, cache: bool) -> None:
+        self._servers.take(WEIGHTS, *((CACHE,) if cache else ()))
+
+    def filled(self) -> None:
+        self._servers.bare = False
 
     def close(self) -> None:
         self.publisher.close()
@@ -155,11 +158,11 @@ class OnServers:
 class Fleets:
     """The servers of a run on this node, on its first rank; they start while the trainer builds its models.
 
-    Made by every rank. Collective.
+    engines: of all roles whose servers the run starts. Made by every rank. Collective.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, engines: Mapping[str, EngineConfig]) -> None:
+        self._folder, self._engines = folder, engines
         # The batch script has a folder for each of a job's attempts.
         self._logs = Path(os.environ.get("GENAC_LOGS") or folder.logs)
         nodes = nodes_of_ranks()
@@ -167,11 +170,18 @@ class Fleets:
         self._first = nodes.index(self._node) == dist.get_rank()
         self._zygote: Zygote | None = None
         self._started: list[Fleet] = []
+        self._places = plan_gpus(engines)
+        self._cores: dict[str, list[int]] | None = None  # by server of this node, once they are dealt
+        masks = zip(nodes, gathered(os.sched_getaffinity(0)), strict=True)
+        self._masks = [mask for node, mask in masks if node == self._node]
 
-    def start(self, role: str, config: EngineConfig, model: Mapping[str, object]) -> Fleet | None:
+    def start(
+        self, role: str, config: EngineConfig, model: Mapping[str, object], share: Share | None = None
+    ) -> Fleet | None:
         """Begin to start this node's share of a role's servers; None on a rank that owns none.
 
-        Raises InputError where the world lacks a node that the recipe names.
+        share: what a server gets of its GPUs; None on a CPU. Raises InputError where the world lacks a node
+        that the recipe names.
         """
         if max(config.nodes) >= self._nodes:
             raise InputError(
@@ -183,7 +193,18 @@ class Fleets:
             return None
         device: Literal["cpu", "cuda"] = "cuda" if platform.device().type == "cuda" else "cpu"
         scratch, host = self._folder.path / "serving" / role, self._host(config)
-        fleet = Fleet(role, config, model, scratch, self._logs, device, node=self._node, host=host)
+        if self._cores is None:
+            if device == "cuda":
+                self._check_gpus()
+            self._cores = self._deal_cores(device)
+        fleet = Fleet(
+            *(role, config, model, scratch, self._logs, device),
+            node=self._node,
+            host=host,
+            places=self._places.get(role),
+            cores=self._cores,
+        )
+        fleet.share, fleet.neighbours = share, tuple(self._started)
         self._started.append(fleet)
         if not config.urls:
             python = serving_python(config.python)
@@ -191,6 +212,27 @@ class Fleets:
                 self._zygote = Zygote(python, self._logs / f"zygote{fleet.suffix}.log")
             fleet.start(python, self._zygote)
         return fleet
+
+    def _check_gpus(self) -> None:
+        """Raise InputError where this node has not the GPUs of all roles' servers: before any is started."""
+        visible = visible_gpus(os.environ, torch.cuda.device_count())
+        for refusal in refusals(self._engines, self._node, visible):
+            raise refusal
+
+    def _deal_cores(self, device: Literal["cpu", "cuda"]) -> dict[str, list[int]]:
+        """The hardware threads of each of this node's servers, those of all roles together."""
+        servers = node_servers(self._engines, self._node, gpu=device == "cuda")
+        threads = job_threads(self._masks, allowed_threads(), os.environ)
+        topology = read_topology(threads, pci_addresses() if device == "cuda" else {})
+        if len(servers) > len(threads):
+            logger.warning(
+                "genac: warning: %d servers share the %d cores that this job has on node %d (%s)",
+                *(len(servers), len(threads), self._node, as_list(sorted(threads))),
+            )
+        dealt = deal_cores(servers, topology)
+        told = "; ".join(f"{name}: {as_list(cores)}" for name, cores in dealt.items())
+        logger.info("cores of the servers on node %d: %s", self._node, told)
+        return dealt
 
     def _host(self, config: EngineConfig) -> str:
         """Where servers listen: in a world of several nodes, other nodes do not reach loopback."""
@@ -236,6 +278,18 @@ def _own_gpu() -> str:
     return identity(name, str(getattr(torch.cuda.get_device_properties(index), "uuid", "")))
 
 
+def pci_addresses() -> dict[int, str]:
+    """By number among the job's GPUs, the PCI address of each whose address torch tells. Not run on a GPU."""
+    found = {}
+    for number in range(torch.cuda.device_count()):
+        told = torch.cuda.get_device_properties(number)
+        parts = [getattr(told, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+        if None not in parts:
+            domain, bus, device = map(int, parts)  # type: ignore[arg-type]
+            found[number] = f"{domain:04x}:{bus:02x}:{device:02x}.0"
+    return found
+
+
 def nodes_of_ranks() -> list[int]:
     """The node that each rank is on, counted from 0 in order of rank. Collective.
 
@@ -245,8 +299,3 @@ def nodes_of_ranks() -> list[int]:
     said = [os.environ.get(name) for name in ("SLURM_NODEID", "GROUP_RANK")]
     places = gathered((machine, *said))
     return [list(dict.fromkeys(places)).index(place) for place in places]
-
-
-def _of_all(mine: list[Endpoint]) -> list[Endpoint]:
-    """The endpoints of every node, in order. Collective."""
-    return sorted((e for part in gathered(mine) for e in part), key=lambda endpoint: endpoint.index)

@@ -10,6 +10,7 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.serving.engine import Engine
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.served import Served
+from genac_megatron.stages.turns import Turns
 from genac_megatron.training.agreement import agree
 from genac_megatron.training.role import Role
 
@@ -26,6 +27,7 @@ class Serving:
         self, roles: Mapping[str, Role], served: Mapping[str, Served], at: Progression, progress: Progress
     ) -> None:
         self.roles, self.served, self.at, self.progress = roles, served, at, progress
+        self.turns = Turns([role for role in roles.values() if role.config.training.offload], served)
         self.settle: Callable[[], object] | None = None
 
     @property
@@ -73,27 +75,27 @@ class Serving:
     def generating(self, act: Callable[[], T]) -> T:
         """`agree` for what asks engines: where servers were lost, it begins again with others.
 
-        Raises PeerLost where the budget of restarts is spent, or nothing was lost.
+        Roles rest meanwhile, and engines do afterwards, as the recipe says. Raises PeerLost where the budget
+        of restarts is spent, or nothing was lost.
         """
-        self._wake()
         while True:
+            self._give_missing()
+            self.turns.generate()
             try:
-                return agree(act)
+                found = agree(act)
             except PeerLost as error:
                 if not self._heal():
                     raise
                 self.progress.note(f"warning: lost servers were replaced: {error.what.splitlines()[0]}")
+                continue
+            self.turns.train()
+            return found
 
     def wait_settled(self) -> None:
         """Wait for what is generated beside the trainer."""
         if self.settle is not None:
             with self.progress.phase("settle"):
                 self.settle()
-
-    def rest(self) -> None:
-        """Nothing is generated until the next publication: engines may give memory back."""
-        for served in self.served.values():
-            served.sleep()
 
     def close(self) -> None:
         """End requests and engines."""
@@ -105,37 +107,43 @@ class Serving:
         return sum(served.restarts() for served in self.served.values())
 
     def _bring(self, name: str, version: int, only: list[str] | None = None) -> dict[str, float]:
-        """Publish to the whole fleet, or to servers named; those that are lost on the way are replaced."""
+        """The role's weights to its engines, or to `only` the servers named. Collective."""
         served = self.served[name]
         if self.roles[name].config.publication.mode == "drain":
             self.wait_settled()
-        served.wake()
         while True:
+            self.turns.publish(name)
+            only = None if served.bare else only
             try:
                 stats = served.publisher.publish(version, only=only)
             except PeerLost as error:
-                if not error.agreed or not served.restart_lost():
+                if not error.agreed or not self._restart_lost(name):
                     raise
                 only = None
                 continue
             served.engine.version = version
+            if only is None:
+                served.filled()
             return stats
 
-    def _wake(self) -> None:
+    def _restart_lost(self, name: str) -> list[str]:
+        """A server comes up where roles rest, as in generation: then its GPU has room for all of it."""
+        self.turns.restart()
+        return self.served[name].restart_lost()
+
+    def _give_missing(self) -> None:
+        """Weights for the engines that gave them up with their memory."""
         for name, served in self.served.items():
-            if served.wake():
+            if served.bare:
                 self._give_again(name, None)
 
     def _heal(self) -> bool:
         """Replace lost servers and give them the weights that the others have; whether any was lost."""
-        healed = False
         with self.progress.phase("heal"):
-            for name, served in self.served.items():
-                lost = served.restart_lost()
-                if lost:
-                    healed = True
-                    self._give_again(name, lost)
-        return healed
+            lost = {name: found for name in self.served if (found := self._restart_lost(name))}
+            for name, servers in lost.items():
+                self._give_again(name, servers)
+        return bool(lost)
 
     def _give_again(self, name: str, servers: list[str] | None) -> None:
         """Weights for servers (None: all) that have none: those of the others, unless they have moved on."""

@@ -7,6 +7,7 @@ Nothing here asks which role it serves.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from genac_megatron import platform
-from genac_megatron.errors import NotFinite, on_all_ranks
+from genac_megatron.errors import GenacError, NotFinite, on_all_ranks
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.routing import attach, check_experts
@@ -35,6 +36,7 @@ from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
+from genac_megatron.training.offload import HostCopy, forget_masters, states_of, storages_of, weights_of
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
 
@@ -56,15 +58,19 @@ class Role:
         self.name, self.config, self.shape, self.layout, self.groups = name, config, shape, layout, groups
         self.active = groups is not None
         self.chunks: list[Any] = []
+        self._models: list[Any] = []
+        self._weights, self._states = HostCopy(), HostCopy()
+        self.resting = False
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.optimizer_config: OptimizerConfig = config.optimizer
         self.serial = 0  # changes whenever the weights do, on every rank of the world
         if self.active:
-            self.models = build_model(shape, layout, groups, config.training)
-            self.model_config = self.models[0].config
-            self.chunks = [self._wrap(model, index) for index, model in enumerate(self.models)]
+            self._models = build_model(shape, layout, groups, config.training)
+            self.model_config = self._models[0].config
+            self.chunks = [self._wrap(model, index) for index, model in enumerate(self._models)]
             self._connect()
+            self._drop_gradients()
         self.multiple = multiple_for(
             tp=layout.tp if layout.sequence_parallel else 1,
             cp=layout.cp,
@@ -111,6 +117,8 @@ class Role:
 
     def begin_stage(self, optimizer: OptimizerConfig | None, total_steps: int) -> None:
         """A fresh optimizer and schedule over the current weights. Collective over the world."""
+        self.wake()
+        self._have_gradients()
         self.optimizer_config = optimizer or self.config.optimizer
         self.optimizer = build_optimizer(
             self.chunks, self.groups, self.optimizer_config, self.config.training
@@ -134,14 +142,83 @@ class Role:
             self.scheduler.step(increment=steps)
 
     def end_stage(self) -> None:
-        """Let the optimizer's memory go."""
+        """Let the memory of optimizer and gradients go: the next stage's begin from the weights."""
         self.optimizer = self.scheduler = None
+        self._states.drop()
+        if self.active:
+            self.model_config.grad_scale_func = None  # the optimizer's own
+            forget_masters(self._models)
+            self._drop_gradients()
+            gc.collect()  # Megatron's optimizer is in cycles
+            platform.empty_cache()
 
     def refresh_master(self) -> None:
         """After the weights were written from outside: copy them to the fp32 master weights."""
+        self.wake()
         self.serial += 1
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
+
+    # --- memory --------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> list[Any]:
+        """The bare models of this rank's chunks, none outside the block. Asked for, a resting role wakes."""
+        self.wake()
+        return self._models
+
+    def rest(self) -> None:
+        """Give the device's memory back until `wake`, but for what passes need besides (NCCL, FP8 histories).
+
+        Weights, fp32 masters and moments go to host memory, pinned where there is a GPU; gradients, which no
+        step leaves to the next, are dropped. At rest it does nothing. Not collective. Raises GenacError where
+        there is no host memory for it: nothing has moved then.
+
+        Whatever needs the weights wakes the role: passes, stages, `models`. So order is for memory's sake.
+        """
+        if not self.active or self.resting:
+            return
+        gradients = [buffer.grad_data for buffer in self._buffers()]
+        weights = [*weights_of(self._models, self._buffers())]
+        states = [*states_of(self.optimizer)] if self.optimizer is not None else []
+        apart = storages_of(states, [*weights, *gradients])  # fp32 weights are their own masters
+        self._weights.take(storages_of(weights, gradients))
+        try:
+            self._states.take(apart)
+        except GenacError:
+            self._weights.give_back()
+            raise
+        self._drop_gradients()
+        self.resting = True
+        platform.empty_cache()
+
+    def wake(self) -> None:
+        """Take the device's memory again, everything as it was and where it was. Awake it does nothing.
+
+        Not collective. Where the device has no room torch's error is raised; it may be asked again.
+        """
+        if self.resting:
+            self._weights.give_back()
+            self._states.give_back()
+            if self.optimizer is not None:
+                self._have_gradients()
+            self.resting = False
+
+    def _buffers(self) -> list[Any]:
+        """DDP's flat buffers of weights and gradients on this rank."""
+        ddp = [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
+        return [buffer for chunk in ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+    def _drop_gradients(self) -> None:
+        for buffer in self._buffers():
+            buffer.grad_data.untyped_storage().resize_(0)
+
+    def _have_gradients(self) -> None:
+        """All zero, where they were dropped."""
+        for gradients in (buffer.grad_data for buffer in self._buffers()):
+            if not gradients.untyped_storage().nbytes():
+                gradients.untyped_storage().resize_(gradients.nbytes)
+                gradients.zero_()
 
     # --- passes --------------------------------------------------------------------------------
 
@@ -162,6 +239,7 @@ class Role:
         self.serial += 1
         result: tuple[dict[str, float], list[list[float]]] | None = None
         if self.active:
+            self.wake()
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
@@ -187,6 +265,7 @@ class Role:
         """Per sample, the log-probs of its trained tokens under the current weights."""
         result = None
         if self.active:
+            self.wake()
             for chunk in self.chunks:
                 chunk.eval()
             with mark(f"{self.name} forward"):
@@ -244,7 +323,7 @@ class Role:
             )
             return output, partial(_apply_loss, loss, pack, scale)
 
-        for model in self.models:
+        for model in self._models:
             model.scoring.temperature, model.scoring.with_entropy = temperature, with_entropy
         iterators: Any = [iter(packs) for _ in self.chunks]
         arguments: dict[str, Any] = {

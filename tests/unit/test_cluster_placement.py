@@ -11,12 +11,13 @@ import pytest
 
 from genac_megatron.cluster import job, script
 from genac_megatron.cluster.network import job_ports
-from genac_megatron.cluster.placement import duties, heaviest, misfits, placement
+from genac_megatron.cluster.placement import duties, heaviest, misfits, placement, server_count
+from genac_megatron.cluster.preflight import missing_gpus
 from genac_megatron.errors import InputError
 from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import Recipe, TrainingConfig
 from genac_megatron.stages.resume import lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +70,8 @@ def test_a_recipe_that_fits(tmp_path: Path) -> None:
             ["roles.actor.training.fp8=mxfp8"],
             "'actor' trains with fp8: mxfp8, which a h100-80g does not have",
         ),
-        (["cluster.gpu=a100-40g"], "GiB of a a100-40g are free for it"),
+        (["cluster.gpu=a100-40g"], "GiB in phase 'train' (actor engine 16.4, critic engine 16.4, "),
+        (["cluster.gpu=a100-40g"], "and a a100-40g has 40.0: a larger tp, pp or number of ranks"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.engines=9"], "take GPUs up to 8"),
         (["roles.actor.engine.kind=sglang", "roles.actor.engine.mem_fraction=0.1"], "its weights take 15.3"),
         (
@@ -90,6 +92,43 @@ def test_why_a_recipe_does_not_fit(tmp_path: Path, overrides: list[str], said: s
     assert any(said in reason for reason in misfits(recipe(tmp_path, *overrides)))
 
 
+def test_roles_without_gpus_take_turns_and_are_told_where_that_is_too_many(tmp_path: Path) -> None:
+    both = [
+        "roles.actor.engine={kind: sglang, engines: 2, tp: 2}",
+        "roles.critic.engine={kind: sglang, tp: 4}",
+    ]
+    fits = recipe(tmp_path, *both)
+    assert misfits(fits) == []
+    assert duties(fits)[0] == (
+        "node 0: train actor and critic; 2 server(s) of actor (tp 2, GPUs 0, 1, 2, 3); "
+        "1 server(s) of critic (tp 4, GPUs 4, 5, 6, 7)"
+    )
+    assert missing_gpus(fits, 0, tuple("01234567")) == missing_gpus(fits, 1, ()) == []
+    (fault,) = missing_gpus(fits, 0, tuple("0123456"))
+    assert "server critic/0 takes GPU 7 of the job" in fault
+    (reason,) = misfits(recipe(tmp_path, *both, "roles.actor.engine.engines=3"))
+    assert "the servers of 'critic' take GPUs up to 9, a node has 8 ('actor' has servers there too)" in reason
+    shared = recipe(
+        tmp_path, *both, "roles.actor.engine.gpus=[0,1,2,3]", "roles.critic.engine.gpus=[0,1,2,3]"
+    )
+    assert duties(shared)[0].count("GPUs 0, 1, 2, 3") == 2, "named, roles may share"
+
+
+def test_a_role_that_is_not_served_takes_no_gpu(tmp_path: Path) -> None:
+    given = [f"roles.{role}.engine={{kind: sglang, tp: 2}}" for role in ("actor", "critic")]
+    both = recipe(tmp_path, *given)
+    reference = both.roles["actor"].model_copy(update={"training": TrainingConfig(frozen=True)})
+    one = both.model_copy(update={"roles": {"reference": reference, "critic": both.roles["critic"]}})
+    assert duties(one)[0] == "node 0: train reference and critic; 1 server(s) of critic (tp 2, GPUs 0, 1)"
+    assert (server_count(both), server_count(one)) == (2, 1)
+
+
+def test_a_gpu_that_is_named_twice_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'actor' names a GPU twice .*\[0, 0\]") as raised:
+        recipe(tmp_path, "roles.actor.engine={kind: sglang, engines: 2, gpus: [0, 0]}")
+    assert "roles.actor.engine" in raised.value.where
+
+
 def test_an_unknown_gpu_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no GPU called 'h1000'.*(?s:.*)h100-80g"):
         misfits(recipe(tmp_path, "cluster.gpu=h1000"))
@@ -97,21 +136,24 @@ def test_an_unknown_gpu_is_told(tmp_path: Path) -> None:
 
 def test_servers_take_memory_on_their_gpus_alone(tmp_path: Path) -> None:
     both = [
-        f"roles.{role}.engine.{key}" for role in ("actor", "critic") for key in ("kind=sglang", "engines=2")
+        f"roles.{role}.engine.{key}"
+        for role in ("actor", "critic")
+        for key in ("kind=sglang", "engines=2", "mem_fraction=0.3", "max_batch_tokens=1000000")
     ]
     rank, need, parts = heaviest(recipe(tmp_path, *both, "roles.critic.engine.gpus=[4,5]"))
     assert rank == 0
-    assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
-    assert parts["critic engine"] == 0.0
+    assert parts["actor server's weights"] + parts["actor server's KV cache"] == pytest.approx(0.3 * 79.6)
+    assert "critic server's weights" not in parts
     assert need == pytest.approx(sum(parts.values()))
 
 
 def test_servers_on_other_nodes_take_memory_there(tmp_path: Path) -> None:
     """Two nodes of eight ranks; the trainer's ranks are on both, servers on the second alone."""
-    given = "roles.actor.engine={kind: sglang, engines: 2, tp: 2, nodes: [1]}"
+    given = "roles.actor.engine={kind: sglang, engines: 2, tp: 2, nodes: [1], mem_fraction: 0.3, "
+    given += "max_batch_tokens: 1000000}"
     rank, _, parts = heaviest(recipe(tmp_path, given))
     assert rank == 8
-    assert parts["actor engine"] == pytest.approx(0.3 * 79.6)
+    assert parts["actor server's weights"] + parts["actor server's KV cache"] == pytest.approx(0.3 * 79.6)
     spread = recipe(tmp_path, "roles.actor.engine={kind: sglang, engines: 16, nodes: [0, 1]}")
     assert misfits(spread) == []
     assert [spread.roles["actor"].engine.node_of(index) for index in (0, 7, 8, 15)] == [0, 0, 1, 1]
@@ -177,8 +219,8 @@ def test_the_jobs_plan(tmp_path: Path) -> None:
     assert "roles.actor.engine.port=" in found["GENAC_ADDED"], "of the job's window"
     assert "host" not in found["GENAC_ADDED"], "each node has an address of its own"
     assert "critic" not in found["GENAC_ADDED"]
-    many = ["roles.actor.engine={kind: sglang, engines: 16, nodes: [0, 1], mem_fraction: 0.2}",
-            "roles.critic.engine={kind: sglang, engines: 16, nodes: [0, 1], mem_fraction: 0.2}"]  # fmt: skip
+    each = "{kind: sglang, engines: 16, nodes: [0, 1], gpus: [0, 1, 2, 3, 4, 5, 6, 7], mem_fraction: 0.2}"
+    many = [f"roles.{role}.engine={each}" for role in ("actor", "critic")]
     window = job_ports(77, servers=32)
     first = {"actor": window[8], "critic": window[24]}
     added = job.plan(recipe(tmp_path, *many), JOB)["GENAC_ADDED"].split()

@@ -47,7 +47,7 @@ def reports() -> Reports:
 def judged(change: Callable[[Reports], object], least_gbs: float = 0.0) -> list[str]:
     found = copy.deepcopy(reports())
     change(found)
-    return verdict.judge(PLACE, *found, least_gib=50.0, least_gbs=least_gbs)
+    return verdict.judge(PLACE, *found, least_gib=50.0, least_gbs=least_gbs, gpu_gib=79.6)
 
 
 def test_good_nodes() -> None:
@@ -69,6 +69,8 @@ def key(part: int, index: int, name: str, value: Any) -> Callable[[Reports], obj
          "n2: GPU 1: 2 uncorrected ECC error(s)"),
         (key(0, 0, "gpus", [GPU, GPU | {"memory.used": "70000"}]),
          "n0: GPU 0: 70000 MiB in use by somebody else"),
+        (key(0, 2, "gpus", [GPU, GPU | {"index": "1", "memory.total": "40960"}]),
+         "n2: GPU 1: 40.0 GiB, the recipe is worked out for 79.6 (cluster.gpu)"),
         (key(0, 1, "gpus", [GPU | {"driver_version": "550.1"}] * 2), "n1: driver 550.1, elsewhere 580.95"),
         (key(0, 1, "versions", {"torch": "2.12.0", "nccl": "2.28.3"}), "n1: torch 2.12.0, elsewhere 2.13.0"),
         (key(0, 1, "versions", {"error": "ImportError: libcudart"}), "n1: versions: ImportError: libcudart"),

@@ -10,8 +10,10 @@ import pytest
 from benchmarks.published_models import MODELS, write_place
 from genac_megatron.cluster import script
 from genac_megatron.cluster.gpus import gpu
-from genac_megatron.cluster.placement import heaviest, misfits, placement
+from genac_megatron.cluster.placement import heaviest, misfits, placement, server_shares, tenants
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.memory import GIB, Phase, kv_pool, timelines
+from genac_megatron.recipe.schema import Recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))
@@ -54,10 +56,32 @@ def test_recipe(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert [role.layout.tp, role.layout.pp, role.layout.ep] == [int(size or 1) for size in (tp, pp, ep)]
         assert layout != "dp1"
         assert role.training.fp8 == ("blockwise" if fp8 else "off")
-    need = heaviest(recipe)[1]
-    assert 0.2 * gpu("h100-80g").usable_gib < need <= gpu("h100-80g").usable_gib, "it fits, and is no waste"
+    need, has = heaviest(recipe)[1], gpu("h100-80g").memory_gib
+    assert 0.2 * has < need <= has * (1 + 1e-9), "it fits, and is no waste"
+    _check_memory(recipe)
     text = script.render(recipe, FOLDER / f"{name}.yaml", [], {})
     assert f"#SBATCH --nodes={nodes}\n" in text
+
+
+def _check_memory(recipe: Recipe) -> None:
+    """No phase needs more than a GPU has, and every server gets its KV cache, when it starts first and when
+    it comes back amid a run: by SGLang's own formula, with what others hold then.
+    """
+    total = gpu("h100-80g").memory_gib * GIB
+    lines, shares = timelines(recipe, tenants(recipe), total), server_shares(recipe)
+    for line in lines:
+        for phase in Phase:
+            assert line.used(phase) <= total * (1 + 1e-9), (line.tenants, phase)
+        for name in line.tenants.servers:
+            share = shares[name]
+            assert share.cache > 4 * share.least, "four responses of the largest size at a time"
+            own = share.static + share.runtime
+            for phase in (Phase.START, Phase.RESTART):
+                free = total - (line.used(phase) - own)
+                for contexts in (0.5, 1.0, 1.5):  # GiB, of `runtime`
+                    at_start = free - contexts * GIB
+                    pool = kv_pool(at_start, at_start - share.weights, share.fraction(free))
+                    assert abs(pool - share.cache) < 0.5 * GIB, (name, phase)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)

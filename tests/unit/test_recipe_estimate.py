@@ -284,5 +284,13 @@ def test_the_dry_run_says_what_servers_hold(tmp_path: Path):
     said = [describe(load_recipe(path, [engine % word])) for word in ("off", "fp8")]
     plain, fp8 = (next(line for line in text.splitlines() if "SGLang servers" in line) for text in said)
     assert "2 SGLang servers of 1 rank, quantization off" in plain
+    assert plain.endswith("at most 64 requests of 65,536 tokens at a time"), "of a CPU's server"
+    for given, limits in (
+        ([], "requests as its memory holds"),
+        (["roles.actor.engine.max_batch=7"], "at most 7 requests at a time"),
+        (["roles.actor.engine.max_batch_tokens=4096"], "at most 4,096 tokens at a time"),
+    ):
+        text = describe(load_recipe(path, [engine % "off", "cluster.gpu=h100-80g", *given]))
+        assert next(line for line in text.splitlines() if "SGLang servers" in line).endswith(limits)
     megabytes = [float(line.split("weights ")[1].split(" MiB")[0]) for line in (plain, fp8)]
     assert megabytes[1] < 0.52 * megabytes[0]

@@ -100,11 +100,31 @@ def test_few_requests_meet_few_experts() -> None:
 
 def test_servers_share_requests() -> None:
     role, one = load_recipe(PPO_8B).roles["actor"], shape(PPO_8B)
-    times = [serve_s(one, role, n, 4096.0, 1024.0, 1e6, ASSUMED) for n in (1, 2, 8, 64)]
+    cache = 65_536.0
+    times = [serve_s(one, role, cache, n, 4096.0, 1024.0, 1e6, ASSUMED) for n in (1, 2, 8, 64)]
     assert times == sorted(times, reverse=True)
-    alone = serve_s(one, role, 1e9, 1.0, 1024.0, 0.0, ASSUMED)
+    assert serve_s(one, role, 2 * cache, 8, 4096.0, 1024.0, 1e6, ASSUMED) < times[2], "more at a time"
+    alone = serve_s(one, role, cache, 1e9, 1.0, 1024.0, 0.0, ASSUMED)
     latency = 1024 * decode_s(one, 1, 1, ASSUMED.prompt + 1024, ASSUMED)
     assert alone == pytest.approx(latency, rel=1e-6), "one request is never faster than its tokens"
+
+
+def test_a_servers_limits_are_the_recipes_keys() -> None:
+    """Without them a server takes what its cache holds; the CPU's defaults do not bind one on a GPU."""
+    role, one = load_recipe(PPO_8B).roles["actor"], shape(PPO_8B)
+    assert (role.engine.max_batch, role.engine.max_batch_tokens) == (None, None)
+
+    def seconds(**limits: int) -> float:
+        engine = role.engine.model_copy(update=limits)
+        limited = role.model_copy(update={"engine": engine})
+        return serve_s(one, limited, 1.0, 4096.0, 1024.0, 0.0, ASSUMED)
+
+    free, few = seconds(), seconds(max_batch=8)
+    alone = 4096 / 8 * 1024 * decode_s(one, 1, 8, ASSUMED.prompt + 1024, ASSUMED)
+    assert few == pytest.approx(alone)
+    assert free < seconds(max_batch=64) < few
+    assert seconds(max_batch_tokens=8 * (256 + 1024)) == pytest.approx(few)
+    assert seconds(max_batch=10**6, max_batch_tokens=10**9) == pytest.approx(free), "memory binds"
 
 
 def test_the_work_of_a_step_by_hand() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from hypothesis import given as for_all
+from hypothesis import strategies as st
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import plan_gpus, too_few
 from genac_megatron.serving.sglang.fleet import Fleet
-from genac_megatron.serving.sglang.gpus import identity, ranks_on, server_gpus, visible_gpus
+from genac_megatron.serving.sglang.gpus import identity, ranks_on, refusals, server_gpus, visible_gpus
+from genac_megatron.serving.sglang.server import ServerSpec
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 A, B = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-0f3c55a1-1111-2222-3333-444455556666"
@@ -128,4 +132,114 @@ def test_ranks_are_found_by_node_and_gpu() -> None:
 
 
 def test_where_nothing_is_known_numbers_are_the_nodes_own() -> None:
-    assert server_gpus("actor", engine(engines=2, tp=2), 1, None) == ["2", "3"]
+    assert server_gpus("actor", 1, [2, 3], None) == ["2", "3"]
+
+
+# --- the plan over all roles ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engines", "wanted"),
+    [
+        ({"a": {"engines": 2, "tp": 2}}, {"a": [[0, 1], [2, 3]]}),
+        ({"a": {"engines": 2}, "b": {"engines": 2}}, {"a": [[0], [1]], "b": [[2], [3]]}),
+        ({"a": {"engines": 2}, "b": {"gpus": [0]}}, {"a": [[1], [2]], "b": [[0]]}),
+        ({"a": {"gpus": [0]}, "b": {"gpus": [0]}}, {"a": [[0]], "b": [[0]]}),
+        ({"a": {"tp": 2}, "b": {"engines": 2, "gpus": [1, 3]}}, {"a": [[0, 2]], "b": [[1], [3]]}),
+        (
+            {"a": {"engines": 2}, "b": {"engines": 4, "nodes": [0, 1]}},
+            {"a": [[0], [1]], "b": [[2], [3], [0], [1]]},
+        ),
+        ({"a": {"nodes": [1]}, "b": {"nodes": [0]}}, {"a": [[0]], "b": [[0]]}),
+    ],
+)
+def test_every_server_has_gpus_of_its_own(
+    engines: dict[str, Any], wanted: dict[str, list[list[int]]]
+) -> None:
+    assert plan_gpus({name: engine(**given) for name, given in engines.items()}) == wanted
+
+
+sizes = st.fixed_dictionaries(
+    {"each": st.integers(1, 3), "tp": st.integers(1, 4), "nodes": st.sets(st.integers(0, 2), min_size=1)}
+)
+
+
+@for_all(st.lists(sizes, min_size=1, max_size=3))
+def test_no_gpu_has_two_servers_and_none_is_left_out(roles: list[dict[str, Any]]) -> None:
+    engines = {
+        f"r{n}": engine(engines=one["each"] * len(one["nodes"]), tp=one["tp"], nodes=sorted(one["nodes"]))
+        for n, one in enumerate(roles)
+    }
+    seen: dict[int, list[int]] = {}
+    for name, servers in plan_gpus(engines).items():
+        for index, places in enumerate(servers):
+            assert len(places) == engines[name].tp
+            seen.setdefault(engines[name].node_of(index), []).extend(places)
+    assert all(sorted(places) == list(range(len(places))) for places in seen.values())
+    most = max(map(len, seen.values()))
+    assert too_few(engines, most) == []
+    assert too_few(engines, most - 1)
+
+
+def test_too_few_gpus_are_told_by_key() -> None:
+    both = {"actor": engine(engines=4, tp=2), "critic": engine()}
+    (text,) = too_few(both, 8)
+    assert "the servers of 'critic' take GPUs up to 8, a node has 8 ('actor' has servers there too)" in text
+    assert "name them: roles.critic.engine.gpus and roles.actor.engine.gpus" in text
+    (alone,) = too_few({"actor": engine(engines=9)}, 8)
+    assert "roles.actor.engine.engines" in alone
+    assert "name them" not in alone
+
+
+def test_two_roles_without_gpus_start_on_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, "4,5,6,7")
+    engines = {"actor": engine(engines=2), "critic": engine(tp=2)}
+    seen = []
+    for role, places in plan_gpus(engines).items():
+        fleet = Fleet(role, engines[role], {"model_type": "llama"}, tmp_path, tmp_path, "cuda", places=places)
+        seen += [fleet._spec(n, 1).environment()[VARIABLE] for n in range(engines[role].engines)]
+    assert seen == ["4", "5", "6,7"]
+
+
+def test_all_roles_are_looked_at_before_a_server_is_started() -> None:
+    engines = {"actor": engine(engines=2, nodes=[0, 1]), "critic": engine(tp=2), "judge": engine(nodes=[1])}
+    assert refusals(engines, 0, ("4", "5", "6")) == refusals(engines, 1, ("0", "1")) == []
+    (error,) = refusals(engines, 0, ("4", "5"))
+    assert "server critic/0 takes GPU 2 of the job" in error.what
+    assert error.where == "roles.critic.engine.gpus"
+    assert len(refusals(engines, 1, ())) == 2
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def options(spec: ServerSpec) -> dict[str, str]:
+    return dict(zip(spec.arguments(), spec.arguments()[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "requests", "tokens"),
+    [
+        ("cuda", {}, None, None),
+        ("cuda", {"max_batch": 7}, "7", None),
+        ("cuda", {"max_batch_tokens": 4096}, None, "4096"),
+        ("cpu", {}, "64", "65536"),
+        ("cpu", {"max_batch": 7, "max_batch_tokens": 4096}, "7", "4096"),
+    ],
+)
+def test_limits_are_the_servers_own_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    device: Literal["cpu", "cuda"],
+    given: dict[str, int],
+    requests: str | None,
+    tokens: str | None,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "0")
+    found = options(
+        Fleet("a", engine(**given), {"model_type": "llama"}, tmp_path, tmp_path, device)._spec(0, 1)
+    )
+    assert found.get("--max-running-requests") == requests
+    assert found.get("--max-total-tokens") == tokens

@@ -7,7 +7,8 @@ PARENT is the process id of the launcher, -1 for none: when it is gone, the serv
 It is polled: PR_SET_PDEATHSIG fires when the launcher's *thread* ends, and a pipe stays open in whatever the
 launcher forked. A zygote's line is a JSON object with `args`, `log` (a path) and `env` (more variables); the
 answer is a line with the server's process id, which is also its process group. The key that clients must
-show comes in the variable GENAC_SERVER_KEY, as command lines are public.
+show comes in the variable GENAC_SERVER_KEY, as command lines are public; the hardware threads that it runs
+on come in GENAC_SERVER_CORES, "0,1,2".
 
 Without a GPU (`--device cpu`) PyPI's SGLang runs on its own torch-native layers, once `fill_gaps` has filled
 what it imports and a CPU machine lacks. Nothing of its behaviour is replaced; torch keeps mapped what weights
@@ -44,6 +45,7 @@ IMPORTED_ONCE = (  # what a server's processes import, the table of all models i
     "models.registry",
 )
 KEY = "GENAC_SERVER_KEY"
+CORES = "GENAC_SERVER_CORES"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",  # take the CPU layers though there is no CUDA to be absent
     "TORCHDYNAMO_DISABLE": "1",  # else tensor parallelism compiles for 20 s, and hangs after a fork
@@ -254,6 +256,19 @@ def follow(parent: int) -> None:
         threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
+def take_cores() -> None:
+    """Run on the hardware threads that the launcher named, as all that this process starts from now on."""
+    named = os.environ.pop(CORES, "")
+    if not named:
+        return
+    try:
+        os.sched_setaffinity(0, map(int, named.split(",")))
+    except OSError as error:  # a cgroup that has changed: better slow than not at all
+        print(f"boot: warning: no cores {named}: {error}", file=sys.stderr, flush=True)
+    held = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    print(f"boot: this server runs on cores {held}", file=sys.stderr, flush=True)
+
+
 def serve(arguments: Sequence[str]) -> None:
     """Run one server until it ends. Its own processes end with it."""
     from sglang.launch_server import run_server
@@ -310,6 +325,7 @@ def _become_server(asked: dict[str, Any], parent: int) -> None:
         for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
             os.dup2(target, stream)
         os.environ.update(asked["env"])
+        take_cores()
         tempfile.tempdir = None  # it was asked for before TMPDIR came
         follow(parent)
         serve(asked["args"])
@@ -330,6 +346,7 @@ def main(arguments: Sequence[str]) -> int:
     if mode == "zygote":
         zygote(int(parent))
         os._exit(0)  # at once: its servers end when it is gone
+    take_cores()
     follow(int(parent))
     if "cpu" in (after for option, after in itertools.pairwise(rest) if option == "--device"):
         prepare_cpu()

@@ -17,12 +17,14 @@ from typing import Any, Literal
 import httpx
 
 from genac_megatron.errors import PeerLost
+from genac_megatron.serving.sglang.pulse import Pulse
 
 PauseMode = Literal["abort", "retract", "in_place"]
 CONNECT_S = 10.0
 CONTROL_S = 120.0  # of a control call; waits for one decoding step at most
 WEIGHTS_S = 600.0  # of a call that moves weights
 RETRIED = (408, 409, 425, 429)  # and 5xx
+LOADS = "/v1/loads?include=core"
 SHOWN = 500  # characters of a reply in an error
 
 
@@ -71,7 +73,7 @@ class ServerClient:
             "verify": _tls() if url.startswith("https") else False,
         }
         self._control = httpx.Client(**self._options)
-        self._async: httpx.AsyncClient | None = None
+        self._here: tuple[httpx.AsyncClient, Pulse] | None = None  # of the event loop below
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- generation -------------------------------------------------------------------------------
@@ -91,15 +93,16 @@ class ServerClient:
         ids: [tokens] or [prompts][tokens]. candidates: token ids, per prompt where there are several, whose
         log-probs at each new position are wanted. rid: to abort it by; SGLang aborts every request whose id
         *starts* with the one given. experts: those that tokens were sent to are wanted (a server that was
-        not started for it returns none). Raises ServerError where anything at all goes wrong, the limit
-        included.
+        not started for it returns none). limit_s: without a sign that the server works (pulse.py): what
+        it does for others in between does not count. Raises ServerError where anything at all goes wrong, the
+        limit included.
         """
         body: dict[str, Any] = {"input_ids": _lists(ids), "sampling_params": dict(sampling)}
         body |= {"return_logprob": True} | ({"rid": rid} if rid is not None else {})
         body |= {"return_routed_experts": True} if experts else {}
         if candidates is not None:
             body["token_ids_logprob"] = _lists(candidates)
-        reply = await self._ask("/generate", body, limit_s)
+        reply = await self._ask("/generate", body, limit_s, patient=True)
         try:
             return [_generated(one) for one in (reply if isinstance(reply, list) else [reply])]
         except (LookupError, TypeError, ValueError) as error:
@@ -109,21 +112,41 @@ class ServerClient:
         """End the requests whose id starts with `rid`; they return what they have."""
         await self._ask("/abort_request", {"rid": rid}, limit_s)
 
-    async def _ask(self, path: str, body: Mapping[str, Any], limit_s: float) -> Any:
-        client = self._in_loop()
-        timeout = httpx.Timeout(limit_s, connect=min(CONNECT_S, limit_s))
+    async def _ask(self, path: str, body: Mapping[str, Any], limit_s: float, *, patient: bool = False) -> Any:
+        """The answer within `limit_s`; `patient`: for as long as the server is seen to work."""
+        client, pulse = self._in_loop()
+        timeout = httpx.Timeout(None if patient else limit_s, connect=min(CONNECT_S, limit_s))
+        asked = asyncio.ensure_future(client.post(path, json=body, timeout=timeout))
         try:
+            if patient:
+                await pulse.wait(asked, limit_s)
             async with asyncio.timeout(limit_s):
-                reply = await client.post(path, json=body, timeout=timeout)
+                reply = await asked
         except (TimeoutError, httpx.HTTPError) as error:
             raise self._not_answered(path, error, limit_s) from error
+        finally:
+            asked.cancel()
+            asked.add_done_callback(_let_go)
+        if patient and reply.status_code == 200:  # what others answer comes from before its scheduler
+            pulse.seen()
         return self._read(path, reply)
 
-    def _in_loop(self) -> httpx.AsyncClient:
+    async def _works(self, limit_s: float) -> bool:
+        """Whether its scheduler goes round and has requests: one that has none has lost those asked of it."""
+        client, _ = self._in_loop()
+        try:
+            if (await client.get("/health_generate", timeout=limit_s)).status_code != 200:
+                return False
+            loads = await client.get(LOADS, timeout=limit_s)
+            return loads.status_code != 200 or _requests(loads.json()) > 0
+        except (httpx.HTTPError, LookupError, TypeError, ValueError):
+            return False
+
+    def _in_loop(self) -> tuple[httpx.AsyncClient, Pulse]:
         loop = asyncio.get_running_loop()
-        if self._async is None or self._loop is not loop:  # the old one has no connection left open
-            self._async, self._loop = httpx.AsyncClient(**self._options), loop
-        return self._async
+        if self._here is None or self._loop is not loop:  # the old one has no connection left open
+            self._here, self._loop = (httpx.AsyncClient(**self._options), Pulse(self._works)), loop
+        return self._here
 
     # --- control ----------------------------------------------------------------------------------
 
@@ -239,8 +262,7 @@ class ServerClient:
 
     def running(self, *, limit_s: float = CONTROL_S) -> int:
         """Requests that run or wait in its scheduler; those that a pause keeps outside are not counted."""
-        loads = self._object("/v1/loads?include=core", limit_s).get("loads", [])
-        return sum(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in loads)
+        return _requests(self._object(LOADS, limit_s))
 
     def checksums(self, *, limit_s: float = WEIGHTS_S) -> list[dict[str, str]]:
         """Of each tensor-parallel rank, parameter -> checksum. Versions before 0.5.23 need CUDA for it."""
@@ -274,6 +296,13 @@ class ServerClient:
         """Whether its scheduler answers (in a second or more): that of a hung or paused server does not."""
         try:
             return self._control.get("/health_generate", timeout=limit_s).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def present(self, limit_s: float = CONTROL_S) -> bool:
+        """Whether its scheduler tells its state: for a server that has given memory back."""
+        try:
+            return self._control.get("/server_info", timeout=limit_s).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -377,6 +406,18 @@ def _tls() -> ssl.SSLContext:
 
 def _lists(values: Sequence[Any]) -> list[Any]:
     return [list(value) if isinstance(value, list | tuple) else value for value in values]
+
+
+def _let_go(work: asyncio.Future[Any]) -> None:
+    """Take note of an error that nobody waits for any more."""
+    if not work.cancelled():
+        work.exception()
+
+
+def _requests(loads: Any) -> int:
+    """Requests of all schedulers, by /v1/loads. Raises LookupError, TypeError or ValueError."""
+    each = loads.get("loads", [])
+    return sum(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in each)
 
 
 def _generated(reply: Any) -> Generated:

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -60,19 +60,22 @@ class SglangEngine(Engine):
     A request's tokens depend on its seed only on servers with --enable-deterministic-inference, which a CPU
     cannot run: elsewhere the seed is sent and ignored. Requests are spread as routing.py says, at most
     `max_in_flight` per server (fewer where few files may be open); those beyond wait. One that fails, or
-    takes longer than `request_timeout_s`, is sent again, `attempts` times in all: a completion is always
-    that of one attempt, and the server ends an attempt whose connection is closed. What a server refuses is
-    an InputError, what none could do a PeerLost.
+    whose server does not work for `request_timeout_s`, is sent again, `attempts` times in all: a completion
+    is always that of one attempt, and the server ends an attempt whose connection is closed. What a server
+    refuses is an InputError, what none could do a PeerLost.
 
     Completions carry the version of every token, so weights may change while requests run. `load_weights`
     sends them by value in requests; a publication with a transport of its own sets `version` instead.
     """
 
-    def __init__(self, clients: Sequence[ServerClient], config: EngineConfig, shape: Shape) -> None:
+    def __init__(
+        self, clients: Sequence[ServerClient], config: EngineConfig, shape: Shape, *, first: int = 0
+    ) -> None:
+        """first: the server that takes the first group of requests that was not dealt."""
         self.clients, self.config, self.shape, self.vocab = list(clients), config, shape, shape.vocab
         self.version = -1
         self.in_flight = min(config.max_in_flight, connections_each(len(self.clients)))
-        self._router = Router(self.clients, self.in_flight)
+        self._router = Router(self.clients, self.in_flight, first)
         self._loader = Loader(self.clients, hf_names(shape), fp8=config.quantization == "fp8")
         self._live: set[Live] = set()
         self._enders: set[asyncio.Task[None]] = set()
@@ -146,6 +149,9 @@ class SglangEngine(Engine):
             return sample
 
         self._count(await self._attempts(attempt, group_of(key), f"reading ahead for {key!r}"))
+
+    def deal(self, numbers: Mapping[str, int]) -> None:
+        self._router.deal(numbers)
 
     def abort(self, key: str | None = None) -> None:
         for live in list(self._live):

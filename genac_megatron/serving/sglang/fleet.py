@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,18 @@ from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
+from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import plan_gpus
 from genac_megatron.serving.sglang.client import ServerClient
+from genac_megatron.serving.sglang.cores import as_list
+from genac_megatron.serving.sglang.free_memory import free_bytes
 from genac_megatron.serving.sglang.gpus import VARIABLE, arguments_on, identity, server_gpus, visible_gpus
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
 
 ASK_S = 60.0  # for one token; a server that takes longer is lost
+FREE_S = 30.0  # for the memory of a process that was killed to be given back
+CPU_FRACTION = 0.3  # of the host's memory, which max_batch_tokens bounds first
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ class Fleet:
     """The servers of one role that run on one node.
 
     name: the role's, for messages. model: a folder of the fleet's own, where config.json is written.
-    node: counted from 0; host: the address that its servers bind to.
+    node: counted from 0; host: the address that its servers bind to. places: of every server of the role, its
+    GPUs (recipe/servers.py); None: as if there were no other role. cores: by a server's name, the hardware
+    threads that it runs on; None: this process's.
     """
 
     def __init__(
@@ -66,17 +75,24 @@ class Fleet:
         *,
         node: int = 0,
         host: str = "127.0.0.1",
+        places: Sequence[Sequence[int]] | None = None,
+        cores: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.name, self.config, self.device = name, config, device
         self.node, self.host = node, host
         self._model, self._logs = model, logs
         self._servers: list[Server] = []
         self._instances: list[int] = []
+        self._cores = cores or {}
         self._gpus: dict[int, list[str]] = {}  # by server, as CUDA_VISIBLE_DEVICES names them
         self._uuids: dict[str, str] = {}  # of those names
+        self._starting: list[Server] = []  # not known to be healthy yet
+        # Set before `start`: what a server gets of each GPU, None on a CPU; fleets that started before here.
+        self.share: Share | None = None
+        self.neighbours: Sequence[Fleet] = ()
         if not config.urls:
             if device == "cuda":
-                self._choose_gpus()
+                self._choose_gpus(plan_gpus({name: config})[name] if places is None else places)
             if config.quantization == "fp8":
                 self._check_fp8()
             model.mkdir(parents=True, exist_ok=True)
@@ -97,11 +113,40 @@ class Fleet:
             self._instances.append(0)
         try:
             for server in self._servers:
-                server.start()
+                self._begin(server)
         except BaseException:
             self.close()
             raise
         self._note()
+
+    def _begin(self, server: Server) -> None:
+        """Start a server, on a GPU with the fraction of what is free there that is its share.
+
+        What anybody takes until it is healthy is lost to its KV cache (recipe/memory.py: `kv_pool`), so
+        servers of one GPU start one after another.
+        """
+        if self.share is not None:
+            gpus = self._gpus[int(server.spec.name.rpartition("/")[2])]
+            for fleet in self.neighbours:
+                fleet._settle(gpus)
+            fraction = self.share.fraction(self._free(gpus, self.share))
+            server.spec = replace(server.spec, mem_fraction=fraction)
+        server.start()
+        self._starting.append(server)
+
+    def _settle(self, gpus: Sequence[str]) -> None:
+        """Wait for those that are starting on one of these GPUs."""
+        mine = {f"{self.name}/{index}" for index, names in self._gpus.items() if set(names) & set(gpus)}
+        self._wait([server for server in self._starting if server.spec.name in mine])
+
+    def _free(self, gpus: Sequence[str], share: Share) -> float:
+        """Bytes free on the fullest of these GPUs, once they are enough or FREE_S seconds have passed."""
+        until = time.monotonic() + FREE_S
+        while True:
+            free = min(free_bytes(gpus, self._uuids))
+            if free >= share.static + share.runtime or time.monotonic() > until:
+                return free
+            time.sleep(1.0)
 
     def ready(self) -> list[Endpoint]:
         """The endpoints, once all servers are healthy. Raises PeerLost where one does not come up in time."""
@@ -119,6 +164,7 @@ class Fleet:
         until = time.monotonic() + self.config.start_timeout_s
         for server in servers:
             server.wait_healthy(max(1.0, until - time.monotonic()))
+        self._starting = [server for server in self._starting if server not in servers]
 
     def endpoints(self) -> list[Endpoint]:
         """Where the servers are, in order."""
@@ -140,11 +186,14 @@ class Fleet:
         gpus = self._gpus.get(bare.index, ())
         return replace(bare, gpus=tuple(identity(name, self._uuids.get(name, "")) for name in gpus))
 
-    def lost(self) -> list[str]:
-        """Names of the servers that have died, or that do not answer within ASK_S seconds."""
+    def lost(self, *, resting: bool = False) -> list[str]:
+        """Names of the servers that have died, or that do not answer within ASK_S seconds.
+
+        resting: they have given memory back, and are asked for no token.
+        """
         endpoints = self.endpoints()
         with ThreadPoolExecutor(len(endpoints), thread_name_prefix="ask") as pool:
-            answered = list(pool.map(answers, endpoints))
+            answered = list(pool.map(partial(answers, resting=resting), endpoints))
         return [
             endpoint.name
             for index, endpoint in enumerate(endpoints)
@@ -175,7 +224,7 @@ class Fleet:
                     way_out=f"read {server.log}; --resume goes on from the newest checkpoint",
                 )
             server.stop()
-            server.start()
+            self._begin(server)
             begun.append(server)
             self._instances[index] += 1
         self._note()
@@ -184,7 +233,14 @@ class Fleet:
     def _note(self) -> None:
         """Leave word beside the model of where the servers are, for people: no keys."""
         rows = [
-            {"name": server.spec.name, "url": server.spec.url, "pid": server.pid, "log": str(server.log)}
+            {
+                "name": server.spec.name,
+                "url": server.spec.url,
+                "pid": server.pid,
+                "log": str(server.log),
+                "gpus": server.spec.env.get(VARIABLE, ""),
+                "cores": as_list(server.spec.cores),
+            }
             for server in self._servers
         ]
         write_json_atomic(self._model / f"servers{self.suffix}.json", rows)
@@ -200,10 +256,10 @@ class Fleet:
             server.stop()
 
     def _spec(self, index: int, port: int) -> ServerSpec:
-        config, tp = self.config, self.config.tp
+        config, tp, gpu = self.config, self.config.tp, self.device == "cuda"
         gpus = self._gpus.get(index, [])
         env = {VARIABLE: ",".join(gpus)} if gpus else {}
-        memory_saver = ("--enable-memory-saver",) if config.release != "off" and self.device == "cuda" else ()
+        memory_saver = ("--enable-memory-saver",) if config.release != "off" and gpu else ()
         replay = ("--enable-return-routed-experts",) if config.routing_replay else ()
         fp8 = fp8_arguments(self._capability()) if config.quantization == "fp8" else ()
         return ServerSpec(
@@ -214,24 +270,25 @@ class Fleet:
             tp=tp,
             device=self.device,
             host=self.host,
-            mem_fraction=config.mem_fraction,
-            max_running=config.max_batch,
-            max_tokens=config.max_batch_tokens,
+            mem_fraction=config.mem_fraction or CPU_FRACTION,
+            max_running=config.max_batch if gpu else config.batch,
+            max_tokens=config.max_batch_tokens if gpu else config.batch_tokens,
             args=(*memory_saver, *replay, *fp8, *arguments_on(gpus), *config.args),
             env=env,
+            cores=tuple(self._cores.get(f"{self.name}/{index}", ())),
         )
 
     def _here(self) -> list[int]:
         """The servers of this node."""
         return [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
 
-    def _choose_gpus(self) -> None:
+    def _choose_gpus(self, places: Sequence[Sequence[int]]) -> None:
         """Give each server of this node its GPUs. Raises InputError where the job has too few."""
         import torch
 
         count = torch.cuda.device_count()
         visible = visible_gpus(os.environ, count)
-        self._gpus = {n: server_gpus(self.name, self.config, n, visible) for n in self._here()}
+        self._gpus = {n: server_gpus(self.name, n, places[n], visible) for n in self._here()}
         uuids = (str(getattr(torch.cuda.get_device_properties(n), "uuid", "")) for n in range(count))
         self._uuids = dict(zip(visible or (), uuids, strict=False))
 
@@ -272,10 +329,13 @@ class Fleet:
             )
 
 
-def answers(endpoint: Endpoint) -> bool:
-    """Whether a server's scheduler answers within ASK_S seconds."""
+def answers(endpoint: Endpoint, *, resting: bool = False) -> bool:
+    """Whether a server's scheduler answers within ASK_S seconds.
+
+    A token of one that is resting would be computed in memory that is not there, and end it.
+    """
     client = ServerClient(endpoint.url, endpoint.key, name=endpoint.name)
     try:
-        return client.healthy(ASK_S)
+        return client.present(ASK_S) if resting else client.healthy(ASK_S)
     finally:
         client.close()

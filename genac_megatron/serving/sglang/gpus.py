@@ -6,10 +6,11 @@ have been given GPUs 4 to 7, in any order, by number, by UUID or as MIG instance
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.servers import plan_gpus
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 MIG = "MIG-"
@@ -34,27 +35,16 @@ def visible_gpus(environ: Mapping[str, str], count: int = 0) -> tuple[str, ...] 
     return tuple(found[:count] if known else found)
 
 
-def places_of(config: EngineConfig, index: int) -> list[int]:
-    """Server `index`'s GPUs as numbers among the job's on its node: those that the recipe names, else the
-    servers of a role follow one another from the first.
-    """
-    if config.gpus:
-        return config.gpus_of(index)
-    first = index % config.engines_per_node * config.tp
-    return list(range(first, first + config.tp))
-
-
-def server_gpus(role: str, config: EngineConfig, index: int, visible: tuple[str, ...] | None) -> list[str]:
+def server_gpus(role: str, index: int, places: Sequence[int], visible: tuple[str, ...] | None) -> list[str]:
     """What CUDA_VISIBLE_DEVICES of server `index` names, in the order of its ranks.
 
-    Raises InputError where the job has not got so many, one is named twice for a server, or that would need
-    two MIG instances.
+    places: its GPUs as numbers among the job's on its node (recipe/servers.py). Raises InputError where the
+    job has not got so many, one is named twice for a server, or that would need two MIG instances.
     """
-    places = places_of(config, index)
     where = f"roles.{role}.engine.gpus"
     if len(set(places)) < len(places):
         raise InputError(
-            f"server {role}/{index} would have GPUs {places}, one of them twice",
+            f"server {role}/{index} would have GPUs {list(places)}, one of them twice",
             where=where,
             way_out="name tp different ones for each server, in order",
         )
@@ -66,8 +56,9 @@ def server_gpus(role: str, config: EngineConfig, index: int, visible: tuple[str,
             f"server {role}/{index} takes GPU {max(places)} of the job, counted from 0, and this process "
             f"sees {has}",
             where=where,
-            way_out="name GPUs among those, lower engine.engines or engine.tp, or ask for more; a rank that "
-            "is bound to one GPU (srun --gpu-bind, --gpus-per-task) cannot start servers on others",
+            way_out="name GPUs among those (roles may share one), lower engine.engines or engine.tp, or ask "
+            "for more; a rank bound to one GPU (srun --gpu-bind, --gpus-per-task) cannot start servers on "
+            "others",
         )
     named = [visible[place] for place in places]
     if len(named) > 1 and any(name.startswith(MIG) for name in named):
@@ -77,6 +68,21 @@ def server_gpus(role: str, config: EngineConfig, index: int, visible: tuple[str,
             way_out="engine.tp: 1, or whole GPUs",
         )
     return named
+
+
+def refusals(
+    engines: Mapping[str, EngineConfig], node: int, visible: tuple[str, ...] | None
+) -> list[InputError]:
+    """Why servers of these roles cannot have the GPUs of the plan on a node; none where they can."""
+    found = []
+    for role, servers in plan_gpus(engines).items():
+        for index, places in enumerate(servers):
+            if engines[role].node_of(index) == node:
+                try:
+                    server_gpus(role, index, places, visible)
+                except InputError as error:
+                    found.append(error)
+    return found
 
 
 def arguments_on(gpus: list[str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ import httpx
 from genac_megatron.cluster.network import family
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.platform import socket_folder
-from genac_megatron.serving.sglang.boot import KEY, group_members, shared_files
+from genac_megatron.serving.sglang.boot import CORES, KEY, group_members, shared_files
 
 BOOT = Path(__file__).with_name("boot.py")
 PYTHON_VARIABLE = "GENAC_SERVE_PYTHON"
@@ -62,10 +62,11 @@ class ServerSpec:
     key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     load_format: str = "dummy"  # random weights until the first publication; "auto" reads the folder's
     mem_fraction: float = 0.3  # of the memory, for weights and KV cache
-    max_running: int = 64  # requests decoded together
+    max_running: int | None = 64  # requests decoded together; None: SGLang's own, 2,048 and more on a GPU
     max_tokens: int | None = None  # in the KV cache; None: as many as fit, which a CPU server cannot tell
     args: tuple[str, ...] = ()  # more of SGLang's; they come last, so they win
     env: Mapping[str, str] = field(default_factory=dict)  # more variables, for example CUDA_VISIBLE_DEVICES
+    cores: tuple[int, ...] = ()  # hardware threads that it runs on; none: those of this process
 
     @property
     def url(self) -> str:
@@ -81,26 +82,26 @@ class ServerSpec:
             "--host": self.host,
             "--port": self.port,
             "--mem-fraction-static": self.mem_fraction,
-            "--max-running-requests": self.max_running,
             "--log-level-http": "warning",
             # A request names its stop tokens. A model's own would stop it too; llama's default is token 2.
             "--json-model-override-args": '{"eos_token_id": null}',
         }
-        if self.max_tokens is not None:
-            given["--max-total-tokens"] = self.max_tokens
+        limits = {"--max-running-requests": self.max_running, "--max-total-tokens": self.max_tokens}
+        given |= {name: limit for name, limit in limits.items() if limit is not None}
         pairs = [str(part) for pair in given.items() for part in pair]
         cpu = CPU_ARGS if self.device == "cpu" else ()
         return [*pairs, "--skip-tokenizer-init", *cpu, *self.args]
 
     def environment(self) -> dict[str, str]:
         """Variables on top of this process's own."""
-        bind = {"SGLANG_CPU_OMP_THREADS_BIND": cpu_groups(self.tp)}
-        return {KEY: self.key} | (bind if self.device == "cpu" and self.tp > 1 else {}) | dict(self.env)
+        cores = self.cores or sorted(os.sched_getaffinity(0))
+        bind = {"SGLANG_CPU_OMP_THREADS_BIND": cpu_groups(self.tp, cores)}
+        own = {KEY: self.key} | ({CORES: ",".join(map(str, self.cores))} if self.cores else {})
+        return own | (bind if self.device == "cpu" and self.tp > 1 else {}) | dict(self.env)
 
 
-def cpu_groups(ranks: int) -> str:
+def cpu_groups(ranks: int, cores: Sequence[int]) -> str:
     """SGLang's binding of tensor-parallel ranks to cores, "0-1|2-3": it has no default beyond NUMA nodes."""
-    cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
     groups = [[cores[(rank * each + n) % len(cores)] for n in range(each)] for rank in range(ranks)]
     return "|".join(",".join(map(str, sorted(group))) for group in groups)

@@ -1,0 +1,80 @@
+"""Which GPUs a run's servers take: one plan for `genac slurm`, preflight, estimate and fleet. No torch.
+
+GPUs are numbers among the job's on a node, as CUDA_VISIBLE_DEVICES lists them there
+(serving/sglang/gpus.py makes names of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from genac_megatron.recipe.schema import EngineConfig, Recipe
+
+Plan = dict[str, list[list[int]]]  # role -> server -> the GPUs of its ranks, in order, on its node
+
+
+def plan_gpus(engines: Mapping[str, EngineConfig]) -> Plan:
+    """The GPUs of every server of these roles, each role's servers in order.
+
+    `engine.gpus` is taken at its word: only so do two roles share a GPU. Every other server takes the first
+    GPUs of its node that nobody has, roles in their order.
+    """
+    plan: Plan = {
+        name: [engine.gpus_of(n) for n in range(engine.engines)] for name, engine in engines.items()
+    }
+    taken: dict[int, set[int]] = {}  # by node
+    for name, engine in engines.items():
+        for index, places in enumerate(plan[name]):
+            taken.setdefault(engine.node_of(index), set()).update(places)
+    for name, engine in engines.items():
+        for index in range(engine.engines) if not engine.gpus else ():
+            here = taken.setdefault(engine.node_of(index), set())
+            free = (place for place in range(len(here) + engine.tp) if place not in here)
+            plan[name][index] = [next(free) for _ in range(engine.tp)]
+            here.update(plan[name][index])
+    return plan
+
+
+def started_engines(recipe: Recipe) -> dict[str, EngineConfig]:
+    """The engines whose servers the run starts, by role."""
+    return {name: role.engine for name, role in recipe.roles.items() if role.starts_servers}
+
+
+def node_servers(engines: Mapping[str, EngineConfig], node: int, *, gpu: bool) -> dict[str, list[int]]:
+    """The servers of a node by name, "actor/0", and the GPU of each rank; on a CPU the ranks' own numbers."""
+    return {
+        f"{name}/{index}": places if gpu else list(range(len(places)))
+        for name, servers in plan_gpus(engines).items()
+        for index, places in enumerate(servers)
+        if engines[name].node_of(index) == node
+    }
+
+
+def role_gpus(recipe: Recipe, role: str, node: int) -> list[int]:
+    """The GPUs that a role's servers take on a node, in order; none where the run starts no server there."""
+    engines = started_engines(recipe)
+    if role not in engines:
+        return []
+    plan, engine = plan_gpus(engines)[role], engines[role]
+    return [place for n, places in enumerate(plan) if engine.node_of(n) == node for place in places]
+
+
+def too_few(engines: Mapping[str, EngineConfig], gpus: int) -> list[str]:
+    """What servers take more GPUs than the `gpus` of their node, and the way out; nothing where all fit."""
+    found = []
+    plan = plan_gpus(engines)
+    for name, engine in engines.items():
+        over = [n for n, places in enumerate(plan[name]) if max(places) >= gpus]
+        if not over:
+            continue
+        most = max(max(plan[name][n]) for n in over)
+        text = f"the servers of '{name}' take GPUs up to {most}, a node has {gpus}"
+        nodes = {engine.node_of(n) for n in over}
+        beside = [other for other, e in engines.items() if other != name and nodes & set(e.nodes)]
+        way = f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
+        if beside and not engine.gpus:
+            text += f" ({', '.join(map(repr, beside))} has servers there too)"
+            keys = " and ".join(f"roles.{one}.engine.gpus" for one in (name, *beside))
+            way += f"; to have roles share GPUs, name them: {keys}"
+        found.append(f"{text}: {way}")
+    return found

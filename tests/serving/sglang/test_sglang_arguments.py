@@ -1,0 +1,69 @@
+"""SGLang's own parser takes the command line of every server of every cluster recipe. None is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.published_models import write_place
+from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.serving.sglang.server import BOOT, ServerSpec
+from tests.server_specs import RECIPES, specs_of
+
+# Its environment's interpreter is told where boot.py is; what is on no CPU is filled in as for a real server.
+PARSE = """
+import argparse, json, sys
+sys.path.insert(0, sys.argv[1])
+import boot
+boot.fill_gaps()
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser(exit_on_error=False)
+ServerArgs.add_cli_args(parser)
+names = ["tp_size", "port", "host", "mem_fraction_static", "max_running_requests", "max_total_tokens"]
+names.append("device")
+found = []
+for line in json.load(sys.stdin):
+    parsed, unknown = parser.parse_known_args(line)
+    found.append({name: getattr(parsed, name) for name in names} | {"unknown": unknown})
+print(json.dumps(found))
+"""
+
+
+def parsed(python: Path, lines: list[list[str]]) -> list[dict[str, object]]:
+    command = [str(python), "-W", "ignore", "-c", PARSE, str(BOOT.parent)]
+    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_every_servers_command_line(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    specs = [spec for path in RECIPES for _, spec in specs_of(load_recipe(path), tmp_path)]
+    # And what no cluster recipe has: limits, and a server of a CPU.
+    specs.append(ServerSpec("a/0", tmp_path, 21_000, max_running=7, max_tokens=4096))
+    assert len(specs) > 100
+    lines = [spec.arguments() for spec in specs]
+    for spec, got in zip(specs, parsed(python, lines), strict=True):
+        assert got == {
+            "tp_size": spec.tp,
+            "port": spec.port,
+            "host": spec.host,
+            "mem_fraction_static": spec.mem_fraction,
+            "max_running_requests": spec.max_running,
+            "max_total_tokens": spec.max_tokens,
+            "device": "cpu" if spec.device == "cpu" else None,
+            "unknown": [],
+        }
+        assert (spec.max_running is None) == (spec.max_tokens is None) == (spec.device == "cuda")
+
+
+def test_an_argument_that_sglang_has_not_is_found_out(python: Path, tmp_path: Path) -> None:
+    wrong = ServerSpec("a/0", tmp_path, 21_000, args=("--max-running-request-count", "3"))
+    (got,) = parsed(python, [wrong.arguments()])
+    assert got["unknown"] == ["--max-running-request-count", "3"]
