@@ -33,8 +33,9 @@ from genac_megatron.recipe.schema import (
     StatesConfig,
 )
 from genac_megatron.recipe.tasks import StateTrackingTask
-from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
+from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, State
 from genac_megatron.serving.embedded import EmbeddedEngine
+from genac_megatron.serving.sglang.routing import group_of
 from genac_megatron.stages.judging import Budget, Judge
 from genac_megatron.stages.rollouts import (
     Generator,
@@ -278,6 +279,34 @@ def test_a_batch_split_over_two_ranks_is_the_same_batch(max_batch: int) -> None:
             assert [j.completion.ids for j in mine_js] == [j.completion.ids for j in their_js]
             for j, k in zip(mine_js, their_js, strict=True):
                 assert j.completion.logprobs == pytest.approx(k.completion.logprobs, abs=FP32)
+
+
+def test_groups_of_all_ranks_are_dealt_without_gaps_and_every_request_is_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An actor's by prompt, a critic's by response, all states of it together (serving/sglang/routing.py)."""
+    dealt: dict[str, dict[str, int]] = {"actor": {}, "critic": {}}
+    asked: dict[str, set[str]] = {"actor": set(), "critic": set()}
+    for rank, places in enumerate((range(3), range(3, 5))):
+        actor, critic = random_engine(1), random_engine(2)
+        for name, engine in (("actor", actor), ("critic", critic)):
+            real = engine.complete
+
+            async def complete(request: Request, name: str = name, real: Any = real) -> Completion:
+                asked[name].add(group_of(request.key))
+                completion: Completion = await real(request)
+                return completion
+
+            monkeypatch.setattr(engine, "complete", complete)
+            monkeypatch.setattr(engine, "deal", dealt[name].update)
+        groups = generate(generator(actor, judge(critic)), prompts(5)[rank::2], 3, places=places)
+        again = dict(dealt["critic"])
+        judge_groups(judge(critic), groups, places)
+        assert dealt["critic"] == again
+    assert sorted(dealt["actor"].values()) == list(range(5))
+    assert sorted(dealt["critic"].values()) == list(range(15))
+    assert asked["actor"] == dealt["actor"].keys()
+    assert asked["critic"] <= dealt["critic"].keys()
 
 
 def repeated() -> list[Prompt]:
