@@ -35,14 +35,15 @@ from genac_megatron.stages.batch import (
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import updates
-from genac_megatron.stages.ppo import begin_reference, update_actor
+from genac_megatron.stages.ppo import begin_reference, launch_policy
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.under_way import Update, collected
 from genac_megatron.stages.values import (
     advantages_and_targets,
+    launch_values,
     response_values,
-    train_values,
 )
 
 
@@ -105,8 +106,8 @@ def mixed_batch(run: Run, stage: PolicyStage, rounds: int, step: int) -> tuple[B
 
 
 def train(run: Run, stage: PolicyStage, batch: Batch, step: int) -> dict[str, float]:
-    """The updates of one batch; their figures. Collective."""
-    algorithm, figures = stage.algorithm, dict[str, float]()
+    """The updates of one batch, at once where roles are on disjoint ranks; their figures. Collective."""
+    algorithm, under_way = stage.algorithm, list[Update]()
     limit = stage.rollout.max_new_tokens
     if isinstance(algorithm, WithScalarCritic):
         config = algorithm.value
@@ -119,7 +120,7 @@ def train(run: Run, stage: PolicyStage, batch: Batch, step: int) -> dict[str, fl
             batch, whitened(advantages) if config.whiten else advantages, algorithm.loss, limit
         )
         seed = seed_for(run.recipe.seed, stage.name, step, "critic")
-        figures = train_values(
+        update = launch_values(
             run,
             batch.rollouts,
             values,
@@ -129,12 +130,14 @@ def train(run: Run, stage: PolicyStage, batch: Batch, step: int) -> dict[str, fl
             epochs=stage.epochs,
             seed=seed,
         )
+        under_way.append(update)
     else:
         rewards, lengths = table(batch)
         per_response = group_advantages(algorithm, rewards, lengths, limit)
         flat = zip(per_response.flatten().tolist(), lengths.flatten().tolist(), strict=True)
         samples = response_samples(batch, [torch.full((n,), a) for a, n in flat], algorithm.loss, limit)
-    return figures | update_actor(run, stage, algorithm.loss, batch, samples, step)
+    under_way.append(launch_policy(run, stage, algorithm.loss, batch, samples, step))
+    return collected(run, under_way)
 
 
 def table(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import minibatches, updates
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.under_way import Update, collected
+from genac_megatron.training.launched import Launched
 
 REFERENCE = "reference"  # the frozen role that a KL term is to
 
@@ -48,72 +50,91 @@ def begin_reference(run: Run, config: LossConfig, loop: Loop) -> None:
 
 
 def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float]:
-    """One update of the actor and, unless it is frozen, of the critic; then p_bar moves on."""
+    """One update of the actor and, unless it is frozen, of the critic; then p_bar moves on.
+
+    Both at once where they are on disjoint ranks.
+    """
     lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
     figures = {"actor/lam": lam, "critic/p_bar": run.icc.p_bar if run.icc else float("nan")}
-    figures |= train_actor(run, stage, batch, lam, step)
+    under_way = [launch_actor(run, stage, batch, lam, step)]
     if stage.train_critic:
-        figures |= train_critic(run, stage, batch)
+        under_way.append(launch_critic(run, stage, batch))
+    figures |= collected(run, under_way)
     if run.icc is not None:
         run.icc.update(batch.targets)
     return figures
 
 
-def train_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> dict[str, float]:
+def launch_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> Update:
     """PPO over the batch's responses, with the generative critic's values."""
     limit, cache = stage.rollout.max_new_tokens, stage.overlong.cache if stage.overlong else None
     samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss, limit, cache)
-    figures = update_actor(run, stage, stage.actor_loss, batch, samples, step)
-    if cache is not None:
-        figures["actor/overlong"] = mean(actor_rewards(batch, limit, cache).tolist()) - mean(batch.outcomes)
-    return figures
+    update = launch_policy(run, stage, stage.actor_loss, batch, samples, step)
+    if cache is None:
+        return update
+    overlong = mean(actor_rewards(batch, limit, cache).tolist()) - mean(batch.outcomes)
+    return Update(update.passes, lambda: update.figures() | {"actor/overlong": overlong})
 
 
-def update_actor(
+def launch_policy(
     run: Run,
     stage: PpoStage | PolicyStage,
     config: LossConfig,
     batch: Batch,
     samples: list[Sample],
     step: int,
-) -> dict[str, float]:
-    """The actor's updates on one batch, `minibatches` an epoch; their figures. Collective."""
+) -> Update:
+    """The actor's updates on one batch, `minibatches` an epoch; for `collected`. Collective."""
     temperature = stage.rollout.temperature
     loss = make_ppo_loss(config)
     if config.kl_coef:
         run.count_sequences("reference", samples)
         with run.phase("reference"):
-            known = run.roles[REFERENCE].logprobs(samples, temperature=temperature)
-        for sample, logprobs in zip(samples, known, strict=True):
-            sample.fields["reference"] = logprobs
+            reference = run.roles[REFERENCE].launch_logprobs(samples, temperature=temperature)
+            add_field(samples, "reference", reference.for_ranks_of(run.actor.layout))
+    before: Launched[list[list[float]]] | None = None
     with run.phase("actor_train"):
-        if stage.epochs * stage.minibatches == 1:
-            result = run.actor.train_step(samples, loss, temperature=temperature, with_entropy=True)
-            results, before = [result], result.logprobs
-        else:
+        parts = [samples]
+        if stage.epochs * stage.minibatches > 1:
             run.count_sequences("actor_old", samples)
-            before = run.actor.logprobs(samples, temperature=temperature)
-            for sample, old in zip(samples, before, strict=True):
-                sample.fields["old"] = old
+            before = run.actor.launch_logprobs(samples, temperature=temperature)
+            add_field(samples, "old", before.for_ranks_of(run.actor.layout))
             seed = seed_for(run.recipe.seed, stage.name, step)
             constant = config.aggregate == "constant"
             parts = minibatches(samples, stage.minibatches, stage.epochs, seed, constant=constant)
-            results = [
-                run.actor.train_step(part, loss, temperature=temperature, with_entropy=True) for part in parts
-            ]
-            if len(parts) < (planned := updates(stage)):
-                run.actor.skip(planned - len(parts))
-    return trained_figures("actor", results, batch, samples, before)
+        launched = [
+            run.actor.launch_step(part, loss, temperature=temperature, with_entropy=True) for part in parts
+        ]
+        if len(parts) < (planned := updates(stage)):
+            run.actor.skip(planned - len(parts))
+
+    def figures() -> dict[str, float]:
+        results = [one.result() for one in launched]
+        known = results[0].logprobs if before is None else before.result()
+        return trained_figures("actor", results, batch, samples, known)
+
+    return Update([*([] if before is None else [before]), *launched], figures)
 
 
-def train_critic(run: Run, stage: PpoStage, batch: Batch) -> dict[str, float]:
+def add_field(samples: list[Sample], name: str, logprobs: list[list[float]] | None) -> None:
+    """Give samples a field; on ranks that do not train on them (None) they go without."""
+    for sample, values in zip(samples, logprobs or (), strict=logprobs is not None):
+        sample.fields[name] = values
+
+
+def launch_critic(run: Run, stage: PpoStage, batch: Batch) -> Update:
     """REINFORCE over the same batch's judgements."""
     samples = critic_samples(batch, stage.train_states, stage.baseline, stage.critic_loss, stage.train_share)
     with run.phase("critic_train"):
-        result = run.critic.train_step(
+        launched = run.critic.launch_step(
             samples,
             make_reinforce_loss(stage.critic_loss),
             temperature=run.recipe.judging.temperature,
             with_entropy=True,
         )
-    return trained_figures("critic", [result], batch, samples, result.logprobs)
+
+    def figures() -> dict[str, float]:
+        result = launched.result()
+        return trained_figures("critic", [result], batch, samples, result.logprobs)
+
+    return Update([launched], figures)

@@ -12,10 +12,11 @@ from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import updates
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.under_way import collected
 from genac_megatron.stages.values import (
+    launch_values,
     response_values,
     returns,
-    train_values,
 )
 
 
@@ -34,9 +35,10 @@ def value(run: Run, stage: ValueStage, loop: Loop) -> None:
             values = response_values(run, batch.rollouts)
         targets = returns(values, batch.targets, stage.value)
         seed = seed_for(run.recipe.seed, stage.name, step, "critic")
-        figures |= train_values(
+        update = launch_values(
             run, batch.rollouts, values, targets, stage.value, parts=stage.minibatches, epochs=1, seed=seed
         )
+        figures |= collected(run, [update])
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)

@@ -20,6 +20,7 @@ from genac_megatron.records import Completion, Judgement, Rollout, Sample
 from genac_megatron.stages.minibatches import minibatches
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
+from genac_megatron.stages.under_way import Update
 
 
 def is_scalar(run: Run) -> bool:
@@ -118,7 +119,7 @@ def _places(run: Run, rollouts: Sequence[Rollout], config: RegressionConfig) -> 
     ]
 
 
-def train_values(
+def launch_values(
     run: Run,
     rollouts: Sequence[Rollout],
     values: Sequence[Tensor],
@@ -128,25 +129,30 @@ def train_values(
     parts: int,
     epochs: int,
     seed: int,
-) -> dict[str, float]:
-    """Regression on one batch, in `parts` updates an epoch; its figures. Collective."""
+) -> Update:
+    """Regression on one batch, in `parts` updates an epoch, for `collected`. Collective."""
     samples = value_samples(rollouts, values, targets, _places(run, rollouts, config))
     loss = make_value_loss(config.clip)
     with run.phase("critic_train"):
         made = minibatches(samples, parts, epochs, seed)
-        results = [run.critic.train_step(part, loss) for part in made]
+        launched = [run.critic.launch_step(part, loss) for part in made]
         if len(made) < (planned := epochs * min(parts, len(samples))):
             run.critic.skip(planned - len(made))
-    stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
-    stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
-    tokens = stats.pop("tokens") * len(results)
-    trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
-    explained = explained_variance(torch.cat(list(values))[trained], torch.cat(list(targets))[trained])
-    return {
-        **{f"critic/{key}": value for key, value in stats.items()},
-        "critic/explained_variance": float(explained),
-        "tokens/critic_train": tokens,
-    }
+
+    def figures() -> dict[str, float]:
+        results = [one.result() for one in launched]
+        stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
+        stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
+        tokens = stats.pop("tokens") * len(results)
+        trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
+        explained = explained_variance(torch.cat(list(values))[trained], torch.cat(list(targets))[trained])
+        return {
+            **{f"critic/{key}": value for key, value in stats.items()},
+            "critic/explained_variance": float(explained),
+            "tokens/critic_train": tokens,
+        }
+
+    return Update(launched, figures)
 
 
 def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:

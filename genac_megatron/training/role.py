@@ -1,7 +1,8 @@
 """Role: a language model with a job, trained by Megatron-core in a layout of its own.
 
 All ranks of the world hold a `Role` object and call the same methods; the work happens on the role's
-block of ranks and results are shared with everyone, so that stage code reads the same on every rank.
+block of ranks and results are shared with everyone, so that stage code reads the same on every rank. What is
+launched is shared when it is collected (training/launched.py): until then roles on other ranks work too.
 Nothing here asks which role it serves.
 """
 
@@ -35,12 +36,14 @@ from genac_megatron.observe.profile import mark
 from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
+from genac_megatron.training.launched import Launched
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.offload import HostCopy, forget_masters, states_of, storages_of, weights_of
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-probs per sample
 
 
 @dataclass
@@ -222,22 +225,22 @@ class Role:
 
     # --- passes --------------------------------------------------------------------------------
 
-    def train_step(
+    def launch_step(
         self,
         samples: Sequence[Sample],
         loss: Loss,
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
-    ) -> StepResult:
-        """One optimizer step over `samples` (the whole batch, the same list on every rank).
+    ) -> Launched[StepResult]:
+        """One optimizer step over `samples` (the whole batch, the same list on every rank of the role).
 
         The loss is a sum over tokens whose `weights` are normalised over the batch, so the step is the
-        same in every layout. Raises NotFinite on every rank where its loss or gradient is: the weights are
-        spoilt by then.
+        same in every layout. Its result raises NotFinite on every rank where its loss or gradient is: the
+        weights are spoilt by then.
         """
         self.serial += 1
-        result: tuple[dict[str, float], list[list[float]]] | None = None
+        mine: Passed | None = None
         if self.active:
             self.wake()
             for chunk in self.chunks:
@@ -253,25 +256,45 @@ class Role:
             stats, logprobs = self._collect(outputs, packs, len(samples))
             stats |= {"grad_norm": float(grad_norm or 0.0), "lr": float(lr), "updated": float(bool(ok))}
             stats["tokens"] = float(sum(len(s.tokens) - 1 for s in samples))
-            result = stats, logprobs
-        stats, logprobs = self._share(result)
+            mine = stats, logprobs
+        return Launched(self.layout, self.groups, mine, self._finite)
+
+    def train_step(
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> StepResult:
+        """`launch_step` and its result. Collective over the world."""
+        return self.launch_step(samples, loss, temperature=temperature, with_entropy=with_entropy).result()
+
+    def _finite(self, passed: Passed) -> StepResult:
+        stats, logprobs = passed
         for key in ("loss", "grad_norm"):
             if not math.isfinite(stats[key]):
                 raise on_all_ranks(NotFinite(f"{self.name}/{key} is {stats[key]}"))
         return StepResult(stats, logprobs)
 
     @torch.no_grad()
-    def logprobs(self, samples: Sequence[Sample], *, temperature: float = 1.0) -> list[list[float]]:
+    def launch_logprobs(
+        self, samples: Sequence[Sample], *, temperature: float = 1.0
+    ) -> Launched[list[list[float]]]:
         """Per sample, the log-probs of its trained tokens under the current weights."""
-        result = None
+        mine: Passed | None = None
         if self.active:
             self.wake()
             for chunk in self.chunks:
                 chunk.eval()
             with mark(f"{self.name} forward"):
                 outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
-            result = self._collect(outputs, packs, len(samples))
-        return self._share(result)[1]
+            mine = self._collect(outputs, packs, len(samples))
+        return Launched(self.layout, self.groups, mine, lambda passed: passed[1])
+
+    def logprobs(self, samples: Sequence[Sample], *, temperature: float = 1.0) -> list[list[float]]:
+        """`launch_logprobs` and its result. Collective over the world."""
+        return self.launch_logprobs(samples, temperature=temperature).result()
 
     def values(self, samples: Sequence[Sample]) -> list[list[float]]:
         """Per sample, a scalar critic's value of the prefix strictly before each of its trained tokens."""
@@ -351,9 +374,7 @@ class Role:
 
     # --- results -------------------------------------------------------------------------------
 
-    def _collect(
-        self, outputs: list[dict[str, Any]], packs: list[Pack], count: int
-    ) -> tuple[dict[str, float], list[list[float]]]:
+    def _collect(self, outputs: list[dict[str, Any]], packs: list[Pack], count: int) -> Passed:
         """Sums of stats and per-sample log-probs over the data-parallel group, on the last stage."""
         if not self.layout.is_last_stage(self.groups):
             return {}, []
@@ -374,14 +395,6 @@ class Role:
             for index, values in part_logprobs.items():
                 logprobs[index] = values
         return totals, logprobs
-
-    def _share(self, result: Any) -> Any:
-        """From the last stage's first rank to the whole world."""
-        if dist.get_world_size() == 1:
-            return result
-        box = [result]
-        dist.broadcast_object_list(box, src=self.layout.output_rank)
-        return box[0]
 
 
 def _packed(pack: Pack) -> PackedSeqParams:

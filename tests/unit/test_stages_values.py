@@ -24,11 +24,12 @@ from genac_megatron.stages import policy as policy_stage
 from genac_megatron.stages.batch import Batch, response_samples
 from genac_megatron.stages.policy import group_advantages, mixed_batch, table
 from genac_megatron.stages.rollouts import Group
+from genac_megatron.stages.under_way import collected
 from genac_megatron.stages.values import (
     advantages_and_targets,
+    launch_values,
     response_values,
     returns,
-    train_values,
     value_samples,
 )
 from genac_megatron.tasks.tokenizer import load_tokenizer
@@ -52,7 +53,7 @@ class FakeRun:
         self.tokenizers = {"actor": TINY}
         states = StatesConfig(cutter="lines", max_states=8, min_segment=1)
         self.recipe = SimpleNamespace(judging=SimpleNamespace(states=states), seed=1)
-        self.critic = SimpleNamespace(values=self.values, train_step=self.train_step)
+        self.critic = SimpleNamespace(values=self.values, launch_step=self.launch_step)
         self.roles = {"actor": None, "critic": None}
         self.serving = SimpleNamespace(rest=lambda: None)
 
@@ -62,9 +63,10 @@ class FakeRun:
     def values(self, samples: list[Sample]) -> list[list[float]]:
         return [[0.1 * t for t in range(sample.trained)] for sample in samples]
 
-    def train_step(self, samples: list[Sample], loss: Any) -> Any:
+    def launch_step(self, samples: list[Sample], loss: Any) -> Any:
         self.trained.append(samples)
-        return SimpleNamespace(stats={"error": 0.5, "grad_norm": float(len(self.trained)), "tokens": 7.0})
+        stats = {"error": 0.5, "grad_norm": float(len(self.trained)), "tokens": 7.0}
+        return SimpleNamespace(result=lambda: SimpleNamespace(stats=stats))
 
     def phase(self, name: str) -> Any:
         return torch.no_grad()
@@ -143,7 +145,8 @@ def test_sp3o_trains_its_places_and_is_measured_there(run: Any, at_cuts: bool) -
     values = [value.clone() for value in VALUES]
     values[0][[t for t in range(long) if t not in wanted]] = 50.0
     targets = [torch.full_like(value, r.outcome) for value, r in zip(VALUES, ROLLOUTS, strict=True)]
-    figures = train_values(run, ROLLOUTS, values, targets, config, parts=1, epochs=1, seed=0)
+    update = launch_values(run, ROLLOUTS, values, targets, config, parts=1, epochs=1, seed=0)
+    figures = collected(run, [update])
     ((first, _),) = run.trained
     assert [t for t, weight in enumerate(first.fields["weights"]) if weight] == sorted(set(wanted))
     assert abs(figures["critic/explained_variance"]) < 5
