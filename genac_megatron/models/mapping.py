@@ -195,15 +195,26 @@ def load_hf_into(
     and pp > 1 the last stage loads its copy of the embedding too. Raises InputError by name on a tensor whose
     size is not the shape's, and as `param_rules` does.
     """
+    for item in role_rules(chunks, layout, shape):
+        set_parameter(item, [get_tensor(name) for name in item.hf_names], chunks, layout, shape)
+
+
+def role_rules(chunks: Sequence[nn.Module], layout: ChunkLayout, shape: Shape) -> Iterator[ParamRule]:
+    """The rules of this rank's parameters. chunks: its model chunks, in order. Raises as `param_rules`."""
     for index, chunk in enumerate(chunks):
-        model = unwrap(chunk)
-        pp_rank, tp_rank = model.pg_collection.pp.rank(), model.pg_collection.tp.rank()
-        offset = layout.chunk_layers(shape.layers, pp_rank, index).start
-        for item in param_rules(model, offset, shape):
-            tensors = [_checked(get_tensor(name), name, shape) for name in item.hf_names]
-            value = shard(item.rule, tensors, shape, tp_rank, layout.tp)
-            item.parameter.copy_(value)
-            remember(item.parameter, value)
+        pp_rank = unwrap(chunk).pg_collection.pp.rank()
+        yield from param_rules(chunk, layout.chunk_layers(shape.layers, pp_rank, index).start, shape)
+
+
+@torch.no_grad()
+def set_parameter(
+    item: ParamRule, hf: Sequence[Tensor], chunks: Sequence[nn.Module], layout: ChunkLayout, shape: Shape
+) -> None:
+    """Set one of this rank's parameters from whole Hugging Face tensors, `item.hf_names`."""
+    tensors = [_checked(tensor, name, shape) for name, tensor in zip(item.hf_names, hf, strict=True)]
+    value = shard(item.rule, tensors, shape, unwrap(chunks[0]).pg_collection.tp.rank(), layout.tp)
+    item.parameter.copy_(value)
+    remember(item.parameter, value)
 
 
 def _checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:

@@ -83,11 +83,18 @@ def available(capability: tuple[int, int], cuda: str) -> list[str]:
     return [recipe for recipe in RECIPES if not refusal(recipe, capability, cuda)]
 
 
+def kept_in_fp8(parameter: Tensor) -> bool:
+    """Whether a parameter's values lie in FP8."""
+    from megatron.core import fp8_utils
+
+    return bool(fp8_utils.is_float8tensor(parameter))
+
+
 def plain(parameter: Tensor) -> Tensor:
     """A parameter's values in its high precision: dequantized where it is kept in FP8."""
     from megatron.core import fp8_utils
 
-    if fp8_utils.is_float8tensor(parameter):
+    if kept_in_fp8(parameter):
         dequantized: Tensor = fp8_utils.dequantize_fp8_tensor(parameter)
         return dequantized
     return parameter

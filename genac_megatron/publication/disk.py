@@ -36,6 +36,7 @@ class Disk(FleetTransport):
 
     session = False
     on_device = False
+    in_turn = False  # each source writes files of its own
 
     def __init__(
         self, role: Role, endpoints: Sequence[Endpoint], config: PublicationConfig, folder: Path
@@ -44,12 +45,13 @@ class Disk(FleetTransport):
         self.folder = folder
         self._files: dict[str, str] = {}
 
-    def open(self, version: int) -> None:
+    def join_servers(self, sources: Sequence[int]) -> None:
         self._files = {}
-        super().open(version)
 
-    def connect(self) -> None:
-        agree(lambda: _empty(self.folder) if dist.get_rank() == self.leader else None)
+    def begin(self, version: int) -> None:
+        if dist.get_rank() == self.leader:
+            _empty(self.folder)
+        super().begin(version)
 
     def deliver(self, parcel: Parcel) -> None:
         assert parcel.flat is not None

@@ -31,6 +31,7 @@ class FleetTransport(Transport):
     """
 
     session = True  # whether buckets come between /begin_weight_update and /end_weight_update
+    in_turn = True  # two stages that send at once would wait for one another in a server
 
     def __init__(self, role: Role, endpoints: Sequence[Endpoint], config: PublicationConfig) -> None:
         super().__init__()
@@ -42,7 +43,8 @@ class FleetTransport(Transport):
         self.steps = Steps(config, role.name, self.session)
         self.servers: list[Control] = []  # that this publication goes to
         self.fleet: list[Control] = []
-        self._verified: set[Endpoint] = set()  # tensor by tensor
+        self.verifying = False  # whether this publication is checked tensor by tensor
+        self._since: dict[Endpoint, int] = {}  # publications since a server's weights were checked so
         self._sums: dict[tuple[str, int], list[RankSums]] = {}
         self._touched = False
         self.set_endpoints(endpoints)
@@ -62,46 +64,49 @@ class FleetTransport(Transport):
 
     # --- the publication -------------------------------------------------------------------------
 
-    def open(self, version: int) -> None:
+    def connect(self, version: int, sources: Sequence[int]) -> None:
         self.servers = [s for s in self.fleet if self.only is None or s.name in self.only]
         self.steps.servers, self.steps.figures = self.servers, self.figures
         self.steps.version = version
+        self.verifying = self._due()
         self._sums, self._touched = {}, False
         with self.timed("connect_s"):
-            self.connect()
-        agree(lambda: self.steps.open(version) if dist.get_rank() == self.leader else None)
+            self.join_servers(sources)
 
-    def connect(self) -> None:
+    def join_servers(self, sources: Sequence[int]) -> None:
         """Make what must be there before the servers pause. Collective."""
 
+    def begin(self, version: int) -> None:
+        if dist.get_rank() == self.leader:
+            self.steps.open(version)
+
     def send(self, parcel: Parcel) -> None:
-        if not parcel.mine or not parcel.bucket.items:
-            return
+        if parcel.mine:
+            self.attempt(lambda: self.delivered(parcel))
+            self.attempt(lambda: self.add_sums(parcel))
+
+    def delivered(self, parcel: Parcel) -> None:
+        """Bring the bucket to servers. Raises PeerLost naming bucket, rank and servers."""
         self._touched = True
         try:
             self.deliver(parcel)
         except CallsFailed as error:
-            raise self.failed(parcel, error.what) from error
-        if self.verifying:
-            with self.timed("verify_s"):
-                self._add_sums(parcel)
+            bucket = f"{parcel.index + 1} of {parcel.count}"
+            where = place(self.role.name, parcel.version, "send", bucket)
+            raise PeerLost(error.what, where=where, way_out=WAY_OUT) from error
 
     @abstractmethod
     def deliver(self, parcel: Parcel) -> None:
         """Bring the bucket to every server, on its source. Raises CallsFailed."""
-
-    def failed(self, parcel: Parcel, what: str) -> PeerLost:
-        """The error of a bucket that did not arrive."""
-        bucket = f"{parcel.index + 1} of {parcel.count}"
-        return PeerLost(what, where=place(self.role.name, parcel.version, "send", bucket), way_out=WAY_OUT)
 
     def close(self, version: int) -> None:
         expected = self._expected() if self.verifying else None
         agree(lambda: self.steps.close(expected) if dist.get_rank() == self.leader else None)
         self.lost = []
         self.usable |= {server.name for server in self.servers}
-        if expected is not None:
-            self._verified |= {server.endpoint for server in self.servers}
+        for server in self.servers:
+            known = expected is None
+            self._since[server.endpoint] = self._since.get(server.endpoint, 0) + 1 if known else 0
         self.release()
 
     def abandon(self) -> None:
@@ -120,22 +125,29 @@ class FleetTransport(Transport):
 
     # --- verification ----------------------------------------------------------------------------
 
-    @property
-    def verifying(self) -> bool:
-        """Whether this publication is checked tensor by tensor: the first to some server."""
-        new = any(server.endpoint not in self._verified for server in self.servers)
-        return self.config.verify == "tensors" and new
+    def _due(self) -> bool:
+        """Whether some server has never been checked tensor by tensor, or `verify_every` publications ago."""
+        every = self.config.verify_every
+        since = [self._since.get(server.endpoint) for server in self.servers]
+        due = any(count is None or (every is not None and count + 1 >= every) for count in since)
+        return self.config.verify == "tensors" and due
 
-    def _add_sums(self, parcel: Parcel) -> None:
-        """What SGLang hashes of a weight in FP8 is the product with its scales, in bf16."""
+    def add_sums(self, parcel: Parcel) -> None:
+        """Of a source's bucket, where servers are to be checked.
+
+        What SGLang hashes of a weight in FP8 is the product with its scales, in bf16.
+        """
+        if not self.verifying:
+            return
         assert parcel.flat is not None
-        flat = elements(parcel.bucket, parcel.flat, self.wire).to(self.dtype)
-        for device, tp in {(s.endpoint.device, s.endpoint.tp) for s in self.servers}:
-            if (device, tp) not in self._sums:
-                made = [RankSums(self.role.shape, tp, rank, device) for rank in range(tp)]
-                self._sums[device, tp] = made
-            for sums in self._sums[device, tp]:
-                sums.add(parcel.bucket, flat)
+        with self.timed("verify_s"):
+            flat = elements(parcel.bucket, parcel.flat, self.wire).to(self.dtype)
+            for device, tp in {(s.endpoint.device, s.endpoint.tp) for s in self.servers}:
+                if (device, tp) not in self._sums:
+                    made = [RankSums(self.role.shape, tp, rank, device) for rank in range(tp)]
+                    self._sums[device, tp] = made
+                for sums in self._sums[device, tp]:
+                    sums.add(parcel.bucket, flat)
 
     def _expected(self) -> dict[str, list[Sums]]:
         """Per server and rank what it must hold, from the sources of all stages. Collective."""

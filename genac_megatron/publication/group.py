@@ -32,7 +32,6 @@ from genac_megatron.publication.transport import Parcel
 from genac_megatron.recipe.schema import PublicationConfig
 from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.agreement import agree
-from genac_megatron.training.layout import Coords
 from genac_megatron.training.role import Role
 
 GOODBYE_S = 5.0  # for a server to leave a group; a lost one does not answer
@@ -55,12 +54,16 @@ class Group(FleetTransport):
     def __init__(self, role: Role, endpoints: Sequence[Endpoint], config: PublicationConfig) -> None:
         super().__init__(role, endpoints, config)
         self._joined: Joined | None = None  # this rank's, where it is a source
+        self._members: list[Endpoint] | None = None  # of all sources' groups, known on every rank
 
-    def connect(self) -> None:
-        for stage in range(self.role.layout.pp):
-            # Stage by stage: a server that waits in one group cannot join another.
-            source = self.role.layout.rank_of(Coords(0, 0, 0, stage))
+    def join_servers(self, sources: Sequence[int]) -> None:
+        members = [server.endpoint for server in self.servers]
+        if members == self._members:
+            return
+        self._members = None
+        for source in sources:  # one by one: a server that waits in one group cannot join another
             agree(self._join if dist.get_rank() == source else _nothing)
+        self._members = members
 
     def deliver(self, parcel: Parcel) -> None:
         joined, flat = self._joined, parcel.flat
@@ -98,7 +101,7 @@ class Group(FleetTransport):
         super().shut()
 
     def abandon(self) -> None:
-        joined, self._joined = self._joined, None
+        joined, self._joined, self._members = self._joined, None, None
         if joined is not None:
             _destroy(joined)
         super().abandon()

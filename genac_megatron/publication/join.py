@@ -7,6 +7,10 @@ other ranks come from the source's expert-parallel group, which may reach into o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,8 +19,9 @@ from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.mapping import param_rules, unshard
-from genac_megatron.platform.fp8 import plain
-from genac_megatron.publication.plan import Bucket, Item
+from genac_megatron.models.sizes import Size
+from genac_megatron.platform.fp8 import kept_in_fp8, plain
+from genac_megatron.publication.plan import Bucket, Item, Place
 from genac_megatron.publication.quantize import quantize
 from genac_megatron.publication.transport import view_of
 from genac_megatron.training.layout import Coords, Layout
@@ -28,11 +33,21 @@ def source_of(bucket: Bucket, layout: Layout) -> int:
     return layout.rank_of(Coords(0, 0, 0, bucket.stage))
 
 
-class Joiner:
-    """This rank's part in joining a role's buckets."""
+def _at_once(act: Callable[[], Any]) -> Any:
+    return act()
 
-    def __init__(self, role: Role) -> None:
-        self.role = role
+
+class Joiner:
+    """This rank's part in joining a role's buckets.
+
+    attempt: runs what is local; where it keeps an error and gives None, the rank still takes part in what is
+    collective, so that its peers do not wait for it.
+    """
+
+    def __init__(self, role: Role, attempt: Callable[[Callable[[], Any]], Any] = _at_once) -> None:
+        self.role, self.attempt = role, attempt
+        self._gathering: Tensor | None = None  # uint8: the shards that come from other ranks
+        self._sending: Tensor | None = None  # uint8: what goes out for a shard that could not be made
         self._parameters: dict[tuple[int, str, int | None], Tensor] = {}
         for index, model in enumerate(role.models if role.active else []):
             offset = role.layout.chunk_layers(role.shape.layers, role.groups.pp.rank(), index).start
@@ -67,40 +82,95 @@ class Joiner:
         for item in bucket.items:
             expert = item.rule.expert is not None and self.role.layout.ep > 1
             shards = self._expert(item, bucket) if expert else self._gathered(item)
-            if bytes_ is None:
-                continue
-            whole = unshard(item.rule, shards, self.role.shape, item.layer)
-            for name, _ in item.hf:
-                tensor, mine = whole.pop(name), view_of(bytes_, places[name])
-                if bucket.fp8 and item.in_blocks:
-                    quantize(tensor, mine, view_of(bytes_, places[scale_name(name)]))
-                else:
-                    mine.copy_(tensor)
+            if bytes_ is not None:
+                self.attempt(partial(self._write, item, shards, bytes_, places, bucket.fp8))
+
+    def _write(
+        self, item: Item, shards: Sequence[Tensor], bytes_: Tensor, places: Mapping[str, Place], fp8: bool
+    ) -> None:
+        """Join an item's shards into its places in the bucket, uint8 [bucket.nbytes]."""
+        whole = unshard(item.rule, shards, self.role.shape, item.layer)
+        for name, _ in item.hf:
+            tensor, mine = whole.pop(name), view_of(bytes_, places[name])
+            if fp8 and item.in_blocks:
+                quantize(tensor, mine, view_of(bytes_, places[scale_name(name)]))
+            else:
+                mine.copy_(tensor)
+
+    # --- shards of other ranks -------------------------------------------------------------------
+
+    def reserve(self, plan: Sequence[Bucket]) -> None:
+        """Have the memory that collectives of these buckets need here, for their largest item."""
+        gathering = sending = 0
+        for bucket in plan:
+            for item in bucket.items if self.takes_part(bucket) else ():
+                first = dist.get_rank() == source_of(bucket, self.role.layout)
+                mine = self._parameters.get((item.chunk, item.rule.name, item.layer))
+                nbytes = item.shard_numel * (self._dtype if mine is None else mine.dtype).itemsize
+                if first and mine is None:
+                    gathering = max(gathering, nbytes)
+                elif first and self._from_others(item):
+                    gathering = max(gathering, nbytes * self.role.layout.tp)
+                if mine is not None and (kept_in_fp8(mine) or not mine.is_contiguous()):
+                    sending = max(sending, nbytes)
+        self._gathering, self._sending = self._bytes(gathering), self._bytes(sending)
+
+    def release(self) -> None:
+        """Let that memory go."""
+        self._gathering = self._sending = None
+
+    @staticmethod
+    def _bytes(count: int) -> Tensor | None:
+        return torch.empty(count, dtype=torch.uint8, device=platform.device()) if count else None
+
+    def _room(self, count: int, size: Size, dtype: torch.dtype) -> list[Tensor]:
+        """`count` shards to receive in."""
+        each = torch.Size(size).numel() * dtype.itemsize
+        if self._gathering is None or self._gathering.numel() < count * each:
+            self._gathering = self._bytes(count * each)  # `reserve` was not called
+        assert self._gathering is not None
+        return [self._gathering[i * each : (i + 1) * each].view(dtype).view(size) for i in range(count)]
+
+    def _from_others(self, item: Item) -> bool:
+        """Whether tensor parallelism cuts an item that is no expert of another rank."""
+        expert = item.rule.expert is not None and self.role.layout.ep > 1
+        return not expert and self.role.layout.tp > 1 and item.rule.tp_axis is not None
+
+    def _mine(self, item: Item) -> Tensor | None:
+        """This rank's shard as it travels, contiguous; None where it holds none."""
+        held = self._parameters.get((item.chunk, item.rule.name, item.layer))
+        if held is None:
+            return None
+        if not kept_in_fp8(held) and held.is_contiguous():
+            return held.detach()
+        made: Tensor | None = self.attempt(lambda: plain(held).detach().contiguous())
+        if made is not None or self._sending is None:
+            return held.detach() if made is None else made
+        return self._sending[: held.numel() * held.dtype.itemsize].view(held.dtype).view(held.shape)
 
     def _gathered(self, item: Item) -> list[Tensor]:
         """The shards of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""
-        mine = plain(self._parameters[item.chunk, item.rule.name, item.layer]).detach()
+        mine = self._mine(item)
+        assert mine is not None
         at = self.role.layout.coords(dist.get_rank())
-        if self.role.layout.tp == 1 or item.rule.tp_axis is None or at.dp > 0 or at.cp > 0:
+        if not self._from_others(item) or at.dp > 0 or at.cp > 0:
             return [mine]
         group = self.role.groups.tp
-        first = group.rank() == 0
-        shards = [torch.empty_like(mine) for _ in range(group.size())] if first else None
-        dist.gather(mine.contiguous(), shards, group=group, group_dst=0)
+        shards = self._room(group.size(), tuple(mine.shape), mine.dtype) if group.rank() == 0 else None
+        dist.gather(mine, shards, group=group, group_dst=0)
         return shards or []
 
     def _expert(self, item: Item, bucket: Bucket) -> list[Tensor]:
         """An expert's parameter, on the source; it is sent there by the rank of its group that holds it."""
-        mine = self._parameters.get((item.chunk, item.rule.name, item.layer))
-        mine = None if mine is None else plain(mine).detach()
         if not self._with_source(bucket):
             return []
+        mine = self._mine(item)
         first = dist.get_rank() == source_of(bucket, self.role.layout)
         if first and mine is None:
             each = (self.role.shape.experts or 0) // self.role.layout.ep
-            held = torch.empty(item.shard_size, dtype=self._dtype, device=platform.device())
+            (held,) = self._room(1, item.shard_size, self._dtype)
             dist.recv(held, group=self.role.groups.ep, group_src=(item.rule.expert or 0) // each)
             return [held]
         if not first and mine is not None:
-            dist.send(mine.contiguous(), group=self.role.groups.ep, group_dst=0)
+            dist.send(mine, group=self.role.groups.ep, group_dst=0)
         return [] if mine is None else [mine]

@@ -4,9 +4,10 @@
     fleet_publisher(role, servers).publish(version)          to servers (publication/fleet.py)
 
 Bucket by bucket along the plan: the owning pipeline stage joins its shards on its first rank, the source,
-while a worker thread still sends the bucket before. At most two buckets are alive, and a bucket is sent only
-once every rank knows that the one before has arrived: so stages never send at once, and an error anywhere is
-raised everywhere.
+while a worker thread still sends the bucket before; at most two buckets are alive. Only sources and readers
+take part in a bucket. All ranks agree a few times per publication, however many buckets it has: before
+anything is touched, after the last bucket, at the end. A rank that fails by itself in between goes on with
+its part of what is collective (transport.py), so nobody waits for it and its error is raised everywhere.
 
 The order of device collectives. Two threads that launch kernels of two NCCL communicators may do so in one
 order here and in another there: where kernels share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron's
@@ -29,13 +30,15 @@ from torch import Tensor
 
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
-from genac_megatron.errors import GenacError
-from genac_megatron.models.mapping import load_hf_into, with_head
+from genac_megatron.errors import GenacError, InputError
+from genac_megatron.models.mapping import ParamRule, role_rules, set_parameter, with_head
 from genac_megatron.publication.join import Joiner, source_of
 from genac_megatron.publication.memory import PeakMemory
 from genac_megatron.publication.plan import make_plan
+from genac_megatron.publication.progress import Progress
 from genac_megatron.publication.transport import InProcess, Named, Parcel, Sink, Transport
 from genac_megatron.training.agreement import agree, gathered
+from genac_megatron.training.layout import Coords, collective_limit_s
 from genac_megatron.training.role import Role
 
 
@@ -63,7 +66,9 @@ class Publisher:
         # False: a bucket is joined once the one before has arrived; measurements switch it off, too.
         self.overlap = may_overlap(self.transport, platform.device())
         self._one_thread = OneThread()
-        self._joiner = Joiner(role)
+        self._joiner = Joiner(role, self.transport.attempt)
+        layout = role.layout
+        self._sources = [layout.rank_of(Coords(0, 0, 0, stage)) for stage in range(layout.pp)]
 
     def publish(self, version: int, only: Iterable[str] | None = None) -> dict[str, float]:
         """Load the current weights into every receiver as `version`; of a fleet, `only` into servers named.
@@ -74,45 +79,70 @@ class Publisher:
         rank raises the same error, which names phase, rank, server and bucket.
         """
         transport = self.transport
-        transport.figures, transport.only = {}, None if only is None else frozenset(only)
+        transport.start(only)
         with PeakMemory() as memory:
             try:
                 with transport.timed("seconds"):
-                    transport.open(version)
+                    transport.connect(version, self._sources)
+                    agree(lambda: self._begin(version))
                     self._send(version)
                     transport.close(version)
             except GenacError as error:
                 if error.agreed:
                     transport.abandon()
                 raise
+            finally:
+                self._joiner.release()
         return self._shared_figures(memory)
 
     def close(self) -> None:
         """Let go of servers, groups and shared memory. Needed by no publication to sinks."""
         self.transport.shut()
 
+    def _begin(self, version: int) -> None:
+        """Have this rank's memory, before anybody waits for its buckets, and make the receivers ready."""
+        sizes: dict[int, int] = {}
+        for index, bucket in enumerate(self.plan):
+            if self.transport.takes_part(self._sources[bucket.stage]):
+                sizes[index % 2] = max(sizes.get(index % 2, 0), bucket.nbytes(self.dtype.itemsize))
+        self.transport.reserve(sizes)
+        self._joiner.reserve(self.plan)
+        self.transport.begin(version)
+
     def _send(self, version: int) -> None:
-        agree(self._stage)
+        """All buckets; then the first error of any rank, on all of them."""
+        name = f"publication of {self.role.name} {version}, phase send"
+        progress = Progress(self._sources, collective_limit_s(), name)
+        rank = dist.get_rank()
+        mine = self._sources.index(rank) if rank in self._sources else None
+        try:
+            self._send_buckets(version, progress)
+        finally:  # whatever ended it here, the others must not wait for it
+            if mine is not None:
+                progress.end(mine, ok=False)
+        progress.wait_for_all()
+        agree(self._outcome)
+        if mine is not None:
+            progress.forget(mine)
+
+    def _send_buckets(self, version: int, progress: Progress) -> None:
         arriving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="publish") as worker:
             for index in range(len(self.plan)):
                 parcel = self._joined(version, index)
                 if arriving is not None:
-                    agree(arriving.result)
-                arriving = worker.submit(self._deliver, parcel)
-                if not self.overlap:
-                    agree(arriving.result)
+                    arriving.result()
+                    arriving = None
+                if self.transport.takes_part(parcel.source):
+                    arriving = worker.submit(self._deliver, parcel, progress)
+                if arriving is not None and not self.overlap:
+                    arriving.result()
             if arriving is not None:
-                agree(arriving.result)
+                arriving.result()
 
-    def _stage(self) -> None:
-        """Have the memory for this rank's largest buckets, before anybody waits for them."""
-        sizes: dict[int, int] = {}
-        for index, bucket in enumerate(self.plan):
-            if source_of(bucket, self.role.layout) == dist.get_rank():
-                sizes[index % 2] = max(sizes.get(index % 2, 0), bucket.nbytes(self.dtype.itemsize))
-        for slot, nbytes in sizes.items():
-            self.transport.staging(slot, nbytes)
+    def _outcome(self) -> None:
+        if self.transport.failure is not None:
+            raise self.transport.failure
 
     def _joined(self, version: int, index: int) -> Parcel:
         """The next bucket, joined on its source."""
@@ -129,10 +159,17 @@ class Publisher:
         return Parcel(version, index, len(self.plan), bucket, source, flat)
 
     @torch.no_grad()
-    def _deliver(self, parcel: Parcel) -> None:
-        figure = "send_s" if parcel.mine else "receive_s"
-        with self.transport.timed(figure), self._launching():
-            self.transport.send(parcel)
+    def _deliver(self, parcel: Parcel, progress: Progress) -> None:
+        transport, stage, index = self.transport, parcel.bucket.stage, parcel.index
+        first = index == 0 or self.plan[index - 1].stage != stage
+        if transport.in_turn and first and not progress.turn(stage):
+            transport.stopped = True
+        with transport.timed("send_s" if parcel.mine else "receive_s"), self._launching():
+            transport.send(parcel)
+        if parcel.mine and index + 1 < len(self.plan) and self.plan[index + 1].stage == stage:
+            progress.tell(stage, index)
+        elif parcel.mine:
+            progress.end(stage, ok=transport.failure is None and not transport.stopped)
 
     def _launching(self) -> contextlib.AbstractContextManager[None]:
         """Around what launches device collectives."""
@@ -186,21 +223,63 @@ class OneThread:
 
 
 class RoleSink:
-    """Loads published tensors into another role of the same shape, a scalar head apart."""
+    """Loads published tensors into another role of the same shape, a scalar head apart.
+
+    Each parameter is cut and set as its bucket comes: nothing is held between buckets. A publication that
+    fails leaves the role with some of each.
+    """
 
     def __init__(self, role: Role) -> None:
         self.role = role
-        self._held: dict[str, Tensor] = {}
+        self._waiting: dict[str, list[ParamRule]] | None = None  # by each of the tensors that it is made of
+        self._held: dict[str, Tensor] = {}  # of parameters that lack another: none, as a plan goes
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank is one of the role's."""
+        return self.role.active
 
     def load_weights(self, version: int, tensors: Iterable[Named], *, final: bool = True) -> None:
-        """Hold the tensors until the set is whole, then cut this rank's slices from them."""
-        if not self.role.active:
-            self.role.serial += int(final)
+        """Set what the tensors make of this rank. Raises InputError where the last is in and some lacks."""
+        role = self.role
+        if not role.active:
+            role.serial += int(final)
             return
-        self._held |= {name: tensor.clone() for name, tensor in tensors}
+        if self._waiting is None:
+            self._waiting = {}
+            for item in role_rules(role.models, role.layout, role.shape):
+                for name in item.hf_names:
+                    self._waiting.setdefault(name, []).append(item)
+        for name, tensor in tensors:
+            if name in self._waiting:
+                self._take(name, tensor, self._waiting)
+        self._held = {name: tensor.clone() for name, tensor in self._held.items()}
         if final:
-            role, seed = self.role, self.role.config.model.init_seed
-            weights = with_head(self._held.__getitem__, self._held, role.shape, seed)
-            load_hf_into(role.models, role.layout, role.shape, weights)
+            self._finish(self._waiting)
+            self._waiting, self._held = None, {}
             role.refresh_master()
-            self._held = {}
+
+    def _take(self, name: str, tensor: Tensor, waiting: dict[str, list[ParamRule]]) -> None:
+        """Set the parameters that have all their tensors now."""
+        role, held = self.role, self._held
+        held[name] = tensor
+        for item in list(waiting[name]):
+            if all(part in held for part in item.hf_names):
+                parts = [held[part] for part in item.hf_names]
+                set_parameter(item, parts, role.models, role.layout, role.shape)
+                for part in item.hf_names:
+                    waiting[part].remove(item)
+                    if not waiting[part]:
+                        del waiting[part], held[part]
+
+    def _finish(self, waiting: dict[str, list[ParamRule]]) -> None:
+        """A scalar head that a language model lacks begins as it would without one."""
+        role = self.role
+
+        def absent(name: str) -> Tensor:
+            raise InputError(f"{name} was not published", where=f"weights of {role.name}")
+
+        get = with_head(absent, (), role.shape, role.config.model.init_seed)
+        for name in list(waiting):
+            if name in waiting:
+                self._take(name, get(name), waiting)

@@ -1,18 +1,22 @@
 """How buckets travel: the interface that a publication drives, and the way within this process.
 
-Every rank of the world calls `open`, `close` and `abandon` in the same order, from its main thread; they may
-communicate. `send` runs in a worker thread while the main thread joins the next bucket over other process
-groups, so it must leave the default group alone: `side_group` is for it.
+Every rank of the world calls `connect`, `close` and `abandon` in the same order, from its main thread; they
+may communicate. `send` runs in a worker thread while the main thread joins the next bucket over other process
+groups, so it must leave the default group alone: `groups.group_of` is for it.
+
+Between `connect` and the last bucket a rank that fails by itself must not leave others waiting in a
+collective. So memory is there before the first one (`reserve`), and what is local goes through `attempt`: its
+error is kept until the end, while the rank goes on with its part of what is collective.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,15 +24,19 @@ from torch import Tensor
 
 from genac_megatron import platform
 from genac_megatron.models.blockwise import scale_name
+from genac_megatron.publication.groups import group_of
 from genac_megatron.publication.plan import Bucket, Place
 from genac_megatron.publication.quantize import dequantize
+from genac_megatron.training.agreement import gathered
 
 Named = tuple[str, Tensor]
-_side: tuple[object, object] | None = None  # the world it was made for, and the group
 
 
 class Sink(Protocol):
-    """Whatever takes a full set of Hugging Face tensors under a version: an engine, another role."""
+    """Whatever takes a full set of Hugging Face tensors under a version: an engine, another role.
+
+    One with an attribute `reads` that is False needs none on this rank: it is told of the version alone.
+    """
 
     def load_weights(self, version: int, tensors: Iterable[Named], *, final: bool = True) -> None: ...
 
@@ -57,19 +65,38 @@ class Transport(ABC):
     """Brings buckets to their receivers; `figures` are this rank's seconds and bytes of one publication."""
 
     on_device = True  # whether `send` runs collectives on device memory where there is a GPU
+    in_turn = False  # whether a pipeline stage sends once the stages before it have sent everything
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
         self.only: frozenset[str] | None = None  # of a fleet: the servers that are meant
+        self.failure: Exception | None = None  # the first that this rank had by itself
+        self.stopped = False  # another rank has failed: nothing more is delivered
         self._slots: dict[int, Tensor] = {}
 
+    def start(self, only: Iterable[str] | None) -> None:
+        """Another publication begins."""
+        self.figures, self.only = {}, None if only is None else frozenset(only)
+        self.failure, self.stopped = None, False
+
     @abstractmethod
-    def open(self, version: int) -> None:
-        """Make the receivers ready. Collective."""
+    def connect(self, version: int, sources: Sequence[int]) -> None:
+        """Make the groups that the way needs. sources: global ranks, per pipeline stage. Collective."""
+
+    @abstractmethod
+    def begin(self, version: int) -> None:
+        """Make the receivers ready: this rank's part, none of it collective."""
+
+    def takes_part(self, source: int) -> bool:
+        """Whether this rank sends or receives the buckets of a source."""
+        return dist.get_rank() == source
 
     @abstractmethod
     def send(self, parcel: Parcel) -> None:
-        """Deliver a bucket. When it returns, nobody reads `parcel.flat` any more."""
+        """This rank's part in delivering a bucket. When it returns, nobody reads `parcel.flat` any more.
+
+        Raises only what a collective raises: other errors go to `failure`.
+        """
 
     @abstractmethod
     def close(self, version: int) -> None:
@@ -87,13 +114,28 @@ class Transport(ABC):
         """There will be no further publication."""
         self._slots = {}
 
+    def attempt(self, act: Callable[[], Any]) -> Any:
+        """What a local act returns; None where it fails, or something has failed in this publication."""
+        if self.failure is not None or self.stopped:
+            return None
+        try:
+            return act()
+        except Exception as error:
+            self.failure = error
+            return None
+
+    def reserve(self, sizes: Mapping[int, int]) -> None:
+        """Have the memory of the slots 0 and 1 that this rank uses. sizes: their bytes."""
+        for slot, nbytes in sizes.items():
+            held = self._slots.get(slot)
+            if held is None or held.numel() < nbytes:
+                self._slots.pop(slot, None)  # before its successor is allocated
+                del held
+                self._slots[slot] = self.allocate(nbytes)
+
     def staging(self, slot: int, nbytes: int) -> Tensor:
         """uint8 [nbytes] that a bucket is joined or received in; `slot` alternates between 0 and 1."""
-        held = self._slots.get(slot)
-        if held is None or held.numel() < nbytes:
-            self._slots.pop(slot, None)  # before its successor is allocated
-            held = self._slots[slot] = self.allocate(nbytes)
-        return held[:nbytes]
+        return self._slots[slot][:nbytes]
 
     def allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=platform.device())
@@ -109,30 +151,44 @@ class Transport(ABC):
 
 
 class InProcess(Transport):
-    """Broadcasts every bucket to the world, where each rank's sinks load it."""
+    """Broadcasts every bucket from its source to the ranks with a sink that reads, which loads it there."""
 
     def __init__(self, sinks: Sequence[Sink], dtype: torch.dtype) -> None:
         super().__init__()
         self.sinks, self.dtype = list(sinks), dtype
+        self._reading = [sink for sink in self.sinks if getattr(sink, "reads", True)]
+        self._readers: list[int] | None = None
+        self._groups: dict[int, dist.ProcessGroup | None] = {}
 
-    def open(self, version: int) -> None:
-        if dist.get_world_size() > 1:
-            side_group()  # made by all ranks together, before any worker wants it
+    def connect(self, version: int, sources: Sequence[int]) -> None:
+        if self._readers is None:
+            self._readers = [rank for rank, reads in enumerate(gathered(bool(self._reading))) if reads]
+        self._groups = {source: group_of([source, *self._readers]) for source in sources}
+
+    def begin(self, version: int) -> None:
+        """Sinks are ready."""
+
+    def takes_part(self, source: int) -> bool:
+        return bool(self._reading) or super().takes_part(source)
 
     def send(self, parcel: Parcel) -> None:
-        flat = parcel.flat
-        if dist.get_world_size() > 1:
-            if flat is None:
-                nbytes = parcel.bucket.nbytes(self.dtype.itemsize)
-                flat = self.staging(parcel.index % 2, nbytes)
+        flat, group = parcel.flat, self._groups[parcel.source]
+        if flat is None:
+            flat = self.staging(parcel.index % 2, parcel.bucket.nbytes(self.dtype.itemsize))
+        if group is not None:
             flat = flat.view(torch.uint8)  # gloo broadcasts these alone of what a bucket in FP8 may be
-            dist.broadcast(flat, src=parcel.source, group=side_group())
-        assert flat is not None
+            dist.broadcast(flat, src=parcel.source, group=group)
+        self.attempt(lambda: self._load(parcel, flat))
+
+    def _load(self, parcel: Parcel, flat: Tensor) -> None:
         final = parcel.index == parcel.count - 1
-        for sink in self.sinks:
+        for sink in self._reading:
             sink.load_weights(parcel.version, named(parcel.bucket, flat, self.dtype), final=final)
 
     def close(self, version: int) -> None:
+        for sink in self.sinks:
+            if not getattr(sink, "reads", True):
+                sink.load_weights(version, (), final=True)
         self.release()
 
 
@@ -161,12 +217,3 @@ def view_of(buffer: Tensor, place: Place) -> Tensor:
     """A tensor in a bucket's buffer, uint8 [bucket.nbytes]."""
     count = torch.Size(place.size).numel() * place.dtype.itemsize
     return buffer[place.start : place.start + count].view(place.dtype).view(place.size)
-
-
-def side_group() -> dist.ProcessGroup:
-    """A second group of the whole world, for worker threads. The first call in a world is collective."""
-    global _side
-    world = dist.group.WORLD
-    if _side is None or _side[0] is not world:
-        _side = world, dist.new_group()
-    return _side[1]  # type: ignore[return-value]

@@ -139,6 +139,7 @@ class PublicationConfig(Block):
     pause: Literal["retract", "in_place"] = "retract"  # in_flight: recompute their KV cache, or keep the old
     bucket_mib: Positive | None = None  # None: 512, or the largest tensor where that is more
     verify: Literal["tensors", "version"] = "tensors"  # a run's first publication; later ones: version
+    verify_every: Positive | None = 50  # and tensors again after so many publications; None: never
     folder: str | None = None  # disk: one that trainer and servers share
     address: str | None = None  # group: this machine's, as servers reach it; None: found by asking the kernel
     drain_s: PositiveFloat = 300.0  # for running requests to end

@@ -153,6 +153,17 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed + 1, force_reset_rng=True)
 
 
+@one_gloo_device()
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """A further group of these global ranks, with the limit of all others. Collective over the world."""
+    return dist.new_group(list(ranks), timeout=_timeout)  # type: ignore[no-any-return,unused-ignore]
+
+
+def collective_limit_s() -> float:
+    """Seconds after which a collective of any group fails."""
+    return _timeout.total_seconds()
+
+
 def close_world() -> None:
     """Destroy every process group. The process may call `init_world` again."""
     _groups.clear()

@@ -37,13 +37,15 @@ def test_another_process_reads_what_a_device_bucket_holds() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("quantization", ["off", "fp8"])
 def test_a_server_on_this_gpu_holds_what_was_published(tmp_path: Path, quantization: str) -> None:
-    """The first publication is verified tensor by tensor, by the engine's own checksums."""
+    """Each is verified tensor by tensor, by the engine's own checksums; none leaves memory behind."""
     if PYTHON_VARIABLE not in os.environ:
         pytest.skip(f"{PYTHON_VARIABLE} is not set: tools/gpu_setup.sh prints it")
     if quantization == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8: compute capability 8.9 and later have")
     engine = {"kind": "sglang", "quantization": quantization}
     role = make_role("qwen2", dtype="bf16", specs="auto", engine=engine)
+    checked = role.config.publication.model_copy(update={"verify_every": 1})
+    role.config = role.config.model_copy(update={"publication": checked})
     (tmp_path / "config.json").write_text(json.dumps(served_config(hf_config(role.shape), quantization)))
     spec = ServerSpec("actor/0", tmp_path, spare_ports(1)[0], device="cuda", mem_fraction=0.1,
                       max_running=4, max_tokens=2048, args=SERVER_ARGS)  # fmt: skip
@@ -55,8 +57,14 @@ def test_a_server_on_this_gpu_holds_what_was_published(tmp_path: Path, quantizat
         publisher = fleet_publisher(role, [endpoint], tmp_path / "weights", {spec.name: [0]})
         assert isinstance(publisher.transport, DeviceTensors)
         try:
-            for version in (1, 2):
+            allocated = []
+            for version in range(1, 21):
                 publisher.publish(version)  # raises where a tensor is another
+                torch.cuda.synchronize()
+                allocated.append(torch.cuda.memory_allocated())
+            transport = publisher.transport
+            assert transport.handles_made == transport.handles_read == 20 * len(publisher.plan)
+            assert len(set(allocated[1:])) == 1, allocated
         finally:
             publisher.close()
     finally:

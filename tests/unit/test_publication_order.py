@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 
 from genac_megatron import platform
 from genac_megatron.errors import GenacError
-from genac_megatron.publication import memory, publisher
+from genac_megatron.publication import memory
 from genac_megatron.publication.disk import Disk
 from genac_megatron.publication.group import Group
 from genac_megatron.publication.memory import PeakMemory
@@ -27,7 +28,12 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 class StubTransport(Transport):
-    def open(self, version: int) -> None: ...
+    def connect(self, version: int, sources: Sequence[int]) -> None: ...
+
+    def begin(self, version: int) -> None: ...
+
+    def takes_part(self, source: int) -> bool:
+        return True
 
     def send(self, parcel: Parcel) -> None: ...
 
@@ -44,15 +50,13 @@ class Recorded(Publisher):
         self.seen: list[str] = []
         self.threads: set[int] = set()
 
-    def _stage(self) -> None: ...
-
     def _joined(self, version: int, index: int) -> Parcel:
         with self._launching():
             self.seen.append(f"join {index}")
             time.sleep(0.02)
-        return cast(Parcel, SimpleNamespace(index=index))
+        return cast(Parcel, SimpleNamespace(index=index, source=0))
 
-    def _deliver(self, parcel: Parcel) -> None:
+    def _deliver(self, parcel: Parcel, progress: Any) -> None:
         with self._launching():
             self.threads.add(threading.get_ident())
             time.sleep(0.05)
@@ -63,10 +67,9 @@ class Recorded(Publisher):
 def send(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(device: torch.device, transport: Transport, overlap: bool | None = None) -> Recorded:
         monkeypatch.setattr(platform, "device", lambda: device)
-        monkeypatch.setattr(publisher, "agree", lambda act: act())
         made = Recorded(transport)
         made.overlap = made.overlap if overlap is None else overlap
-        made._send(1)
+        made._send_buckets(1, cast(Any, None))
         return made
 
     return run
