@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, ValueStage
 from genac_megatron.records import Sample
+
+if TYPE_CHECKING:
+    from genac_megatron.training.role import Loss, Role, StepResult
 
 NORMALISED = ("weights", "nll_weights")  # fields whose sum over a batch is its norm
 
@@ -33,6 +37,18 @@ def minibatches(
                 share = {"weights": totals["weights"] * len(part) / len(samples)} if constant else {}
                 made.append(_rescaled(part, totals, _totals(part) | share))
     return made
+
+
+def train_parts(
+    role: Role, parts: Sequence[Sequence[Sample]], loss: Loss, planned: int, **options: Any
+) -> list[StepResult]:
+    """An update of `role` with each part, with `options` of `Role.train_step`. Its schedule goes on by the
+    updates that were `planned`, also where a batch was too small for as many. Collective.
+    """
+    results = [role.train_step(part, loss, **options) for part in parts]
+    if len(parts) < planned:
+        role.skip(planned - len(parts))
+    return results
 
 
 def updates(stage: PpoStage | PolicyStage | ValueStage) -> int:

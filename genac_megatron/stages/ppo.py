@@ -12,7 +12,7 @@ from genac_megatron.stages.ahead import Batches
 from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, critic_samples, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.minibatches import minibatches, updates
+from genac_megatron.stages.minibatches import minibatches, train_parts, updates
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 
@@ -98,11 +98,8 @@ def update_actor(
             seed = seed_for(run.recipe.seed, stage.name, step)
             constant = config.aggregate == "constant"
             parts = minibatches(samples, stage.minibatches, stage.epochs, seed, constant=constant)
-            results = [
-                run.actor.train_step(part, loss, temperature=temperature, with_entropy=True) for part in parts
-            ]
-            if len(parts) < (planned := updates(stage)):
-                run.actor.skip(planned - len(parts))
+            options = {"temperature": temperature, "with_entropy": True}
+            results = train_parts(run.actor, parts, loss, updates(stage), **options)
     return trained_figures("actor", results, batch, samples, before)
 
 

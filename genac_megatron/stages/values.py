@@ -17,7 +17,7 @@ from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
 from genac_megatron.records import Completion, Judgement, Rollout, Sample
-from genac_megatron.stages.minibatches import minibatches
+from genac_megatron.stages.minibatches import minibatches, train_parts
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
 
@@ -134,9 +134,7 @@ def train_values(
     loss = make_value_loss(config.clip)
     with run.phase("critic_train"):
         made = minibatches(samples, parts, epochs, seed)
-        results = [run.critic.train_step(part, loss) for part in made]
-        if len(made) < (planned := epochs * min(parts, len(samples))):
-            run.critic.skip(planned - len(made))
+        results = train_parts(run.critic, made, loss, epochs * min(parts, len(samples)))
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
     stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
     tokens = stats.pop("tokens") * len(results)
