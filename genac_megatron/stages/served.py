@@ -98,7 +98,7 @@ class OnServers:
         self._doubted: list[str] = []  # servers that could not be put to sleep or woken
         gpus = shared_gpus(endpoints, role.config.engine)
         scratch = folder.path / "serving" / role.name / "weights"
-        self.publisher = fleet_publisher(role, endpoints, scratch, gpus, run_name=folder.path.name)
+        self.publisher = fleet_publisher(role, endpoints, scratch, gpus, run_name=folder.unique_name)
 
     def restart_lost(self) -> list[str]:
         assert isinstance(self.publisher.transport, FleetTransport)
