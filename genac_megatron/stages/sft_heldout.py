@@ -194,11 +194,11 @@ class Watch:
             figure = seen.best  # resumed: they are what it was resumed with
         elif self.heldout.keep == "best" and seen.best_step != step:
             path = self._best.folder / self._name(seen.best_step)
-            if from_first(path.exists):
+            if from_first(lambda: path in self._best.survey().whole):
                 load_checkpoint(path, {self.stage.role: self.run.roles[self.stage.role]})
                 text, figure = f"{text}, whose weights are kept", seen.best
             else:
-                text += f"; its weights are gone ({path}), the last step's are kept"
+                text += f"; its weights are gone or damaged ({path}), the last step's are kept"
         self.run.progress.note(text)
         seen.settled = step
         self.run.at.heldout = asdict(seen)
