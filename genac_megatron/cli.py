@@ -28,6 +28,7 @@ from genac_megatron.errors import (
 from genac_megatron.evaluation import command as evaluation
 from genac_megatron.launch import Launcher, adopt_slurm, check_world, in_world, rank_command
 from genac_megatron.observe.lock import run_lock
+from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.studies import command as studies
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "run":
                 return _run(options, given)
             case "parity":
-                return _in_ranks(load_recipe(options.recipe, options.overrides), given, _parity_job(options))
+                return _parity(options, given)
             case "evaluate":
                 return evaluation.run_command(options, given, _in_ranks)
             case "convert":
@@ -154,8 +155,8 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
             print(f"{describe_memory(recipe)}\n")
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
-        run_lock(Path(recipe.runs) / recipe.name).refuse()
-    return _in_ranks(recipe, given, _run_job(options))
+        run_lock(run_path(recipe)).refuse()
+    return _in_ranks(recipe, given, _run_job(options), run_path(recipe))
 
 
 def _run_job(options: argparse.Namespace) -> Job:
@@ -167,18 +168,24 @@ def _run_job(options: argparse.Namespace) -> Job:
     return job
 
 
-def _parity_job(options: argparse.Namespace) -> Job:
+def _parity(options: argparse.Namespace, given: list[str]) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    folder = RunFolder(run_path(recipe)).beside("parity", given)
+
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.stages.parity_check import check_parity
 
-        tokens = options.max_new_tokens
-        check_parity(recipe, world, stop, role=options.role, prompts=options.prompts, max_new_tokens=tokens)
+        asked = {"prompts": options.prompts, "max_new_tokens": options.max_new_tokens}
+        check_parity(recipe, world, stop, role=options.role, folder=folder, **asked)
 
-    return job
+    return _in_ranks(recipe, given, job, folder)
 
 
-def _in_ranks(recipe: Recipe, given: list[str], job: Job) -> int:
-    """Do a job on every rank: those that this process starts, or the world that it belongs to."""
+def _in_ranks(recipe: Recipe, given: list[str], job: Job, folder: Path) -> int:
+    """Do a job on every rank: those that this process starts, or the world that it belongs to.
+
+    folder: for their heartbeats.
+    """
     from genac_megatron.cluster.network import rank_environment
 
     if not in_world():
@@ -186,10 +193,10 @@ def _in_ranks(recipe: Recipe, given: list[str], job: Job) -> int:
     os.environ.update(adopt_slurm())
     check_world(recipe.world.ranks)
     os.environ.update(rank_environment(os.environ))
-    return _rank(recipe, job)
+    return _rank(recipe, job, folder)
 
 
-def _rank(recipe: Recipe, job: Job) -> int:
+def _rank(recipe: Recipe, job: Job, folder: Path) -> int:
     """This process's part of a job."""
     import torch
 
@@ -206,7 +213,7 @@ def _rank(recipe: Recipe, job: Job) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from genac_megatron.stages.stopping import StopFlag
 
-    return _joined(recipe, job, StopFlag().install())
+    return _joined(recipe, job, StopFlag().install(), folder)
 
 
 @contextmanager
@@ -225,13 +232,13 @@ def _lost_peers() -> Iterator[None]:
         ) from error
 
 
-def _joined(recipe: Recipe, job: Job, stop: StopFlag) -> int:
+def _joined(recipe: Recipe, job: Job, stop: StopFlag, folder: Path) -> int:
     import torch.distributed as dist
 
     from genac_megatron.cluster.heartbeat import heartbeat
     from genac_megatron.training.layout import close_world, init_world
 
-    with heartbeat(Path(recipe.runs) / recipe.name), _lost_peers():  # the last beat tells its exit code
+    with heartbeat(folder), _lost_peers():  # the last beat tells its exit code
         world = init_world(recipe.world.timeout_s, recipe.seed)
         try:
             job(recipe, world, stop)

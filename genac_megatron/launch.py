@@ -69,7 +69,8 @@ def adopt_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         raise InputError(
             "MASTER_ADDR and MASTER_PORT are not set",
             where="srun",
-            way_out="export them in the batch script: the first node's address and a free port",
+            way_out="export them in the batch script: the first node's address and a free port; in a shell "
+            "or notebook that srun has started: unset SLURM_STEP_ID, and the command starts its own ranks",
         )
     return {
         "RANK": environ["SLURM_PROCID"],

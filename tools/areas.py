@@ -18,16 +18,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.processes import (  # noqa: E402
+    GIVE_UP_S,
+    LOOK_S,
+    PATIENCE_S,
+    adopt_orphans,
+    descendants,
+    end_all,
+    reap,
+)
 
 POLL_S = 0.5
 CLEAR = "\r\x1b[K"  # of a terminal's line
@@ -35,13 +47,9 @@ TOLD_S = {True: 2.0, False: 60.0}  # between two lines of progress: on a termina
 GRACE_S = 30.0  # from the asking to the ending
 ORPHAN_GRACE_S = 5.0  # the same, when nobody waits for it
 LINGER_S = 10.0  # for processes that see by themselves that their area has ended
-PATIENCE_S = 3.0  # between SIGTERM and SIGKILL
-GIVE_UP_S = 30.0  # on what SIGKILL does not end, such as a process amid a read of a dead disk
-LOOK_S = 0.1  # between a supervisor's looks at its area
+
 WATCH = "--watch"
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-PROC = Path("/proc")
-SHOWN_LEFT, SHOWN_WORDS = 20, 200  # processes left behind, characters of each: fewer bytes than SHOWN
+SHOWN_LEFT = 20  # processes left behind: with SHOWN_WORDS of each fewer bytes than SHOWN
 PERCENT = re.compile(r"\[ *(\d+)%\]")
 COUNTED = r"\d+ (?:passed|failed|errors?|skipped|deselected)\b.*? in [\d.]+s.*?"
 SUMMARY = re.compile(rf"^=* ?({COUNTED}) ?=*$")
@@ -216,7 +224,7 @@ def _stop(running: Sequence[Area], grace_s: float, asked: Asked) -> None:
 def watch(parent: int, grace_s: float, name: str) -> int:
     """Run an area and end with all that it started, some seconds after `parent` has gone at the latest."""
     asked = Asked(parent)
-    _adopt_orphans()
+    adopt_orphans()
     make = subprocess.Popen(
         [os.environ.get("MAKE", "make"), "--no-print-directory", f"test-{name}"],
         stdout=sys.stderr,
@@ -228,7 +236,7 @@ def watch(parent: int, grace_s: float, name: str) -> int:
     )
     try:
         while make.poll() is None and not asked:
-            _reap({make.pid})
+            reap({make.pid})
             time.sleep(LOOK_S)
         until = time.monotonic() + min(LINGER_S, grace_s)
         while not asked and descendants() and time.monotonic() < until:
@@ -236,7 +244,7 @@ def watch(parent: int, grace_s: float, name: str) -> int:
         if asked:
             _interrupt(make, grace_s, asked)
     finally:
-        _tell_areas(end_all(make=make))
+        _tell_areas(end_all(leader=make))
     if asked:
         return asked.code
     return make.returncode if make.returncode >= 0 else 128 - make.returncode
@@ -260,97 +268,8 @@ def _interrupt(make: subprocess.Popen[bytes], grace_s: float, asked: Asked) -> N
                 return
             time.sleep(LOOK_S)
             make.poll()
-            _reap({make.pid})
+            reap({make.pid})
             os.killpg(make.pid, 0)
-
-
-def _adopt_orphans() -> None:
-    """From now on (Linux) a descendant whose parent ends becomes our child, and not init's."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        print(f"cannot adopt orphans: {os.strerror(ctypes.get_errno())}", file=sys.stderr, flush=True)
-
-
-def _reap(spared: Collection[int]) -> None:
-    """Let adopted children that have ended go, but for `spared`, for whom a Popen waits."""
-    with contextlib.suppress(ChildProcessError):
-        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if found.si_pid in spared:
-                return
-            os.waitpid(found.si_pid, 0)
-
-
-def descendants(spared: Collection[int] = ()) -> list[int]:
-    """Living processes that descend from this one, but not from `spared`; ended children are let go."""
-    # One that forks and ends while we look escapes a look, but not two.
-    return _look(spared) or _look(spared)
-
-
-def _look(spared: Collection[int]) -> list[int]:
-    me, parents, living = os.getpid(), dict[int, int](), list[int]()
-    for folder in PROC.glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:2]
-            pid = int(folder.name)
-            parents[pid] = int(parent)
-            if state not in (b"Z", b"X"):
-                living.append(pid)
-            elif parents[pid] == me and pid not in spared:
-                os.waitpid(pid, os.WNOHANG)
-
-    def ours(pid: int) -> bool:
-        while pid not in spared and (pid := parents.get(pid, 0)):
-            if pid == me:
-                return True
-        return False
-
-    return [pid for pid in living if ours(pid)]
-
-
-def end_all(spared: Collection[int] = (), make: subprocess.Popen[bytes] | None = None) -> list[str]:
-    """End every descendant but `spared` and theirs; in words what they were.
-
-    Again and again, as they may start others, or end and leave orphans. make: a leader of a group, which is
-    killed where descendants cannot be found.
-    """
-    if make is not None and sys.platform != "linux":
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(make.pid, signal.SIGKILL)
-        make.wait()
-        return []
-    met: dict[int, str] = {}
-    began = time.monotonic()
-    while found := descendants(spared):
-        spent = time.monotonic() - began
-        if spent > GIVE_UP_S:
-            return [*met.values(), *(f"NOT ENDED, even by SIGKILL: {met.get(pid, pid)}" for pid in found)]
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if pid not in met:
-                    met[pid] = _words(pid)
-                    os.kill(pid, signal.SIGTERM)
-                if spent > PATIENCE_S:
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(LOOK_S)
-    return list(met.values())
-
-
-def _words(pid: int) -> str:
-    """Its id, its command and, where it was started by a test, which."""
-
-    def parts(name: str) -> list[str]:
-        try:
-            return (PROC / str(pid) / name).read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it ends just now
-            return []
-
-    command = " ".join(parts("cmdline")).strip() or "".join(parts("comm")).strip()
-    test = [part.partition("=")[2] for part in parts("environ") if part.startswith("PYTEST_CURRENT_TEST=")]
-    return f"{pid} {' '.join(command.split())[:SHOWN_WORDS]}" + (
-        f", of {test[0][:SHOWN_WORDS]}" if test else ""
-    )
 
 
 # --- the command --------------------------------------------------------------------------------------
@@ -372,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     asked = Asked(os.getppid())
-    _adopt_orphans()  # those of a supervisor that is killed
+    adopt_orphans()  # those of a supervisor that is killed
     began = time.monotonic()
     ended = run(options.areas, options.jobs, options.logs, options.grace, asked)
     if asked:

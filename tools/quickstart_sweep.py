@@ -37,6 +37,7 @@ from genac_megatron.errors import InputError  # noqa: E402
 from genac_megatron.observe.runinfo import write_text_atomic  # noqa: E402
 from genac_megatron.recipe import document  # noqa: E402
 from genac_megatron.recipe.loader import load_recipe  # noqa: E402
+from tools.processes import adopt_orphans, end_all  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_sweep.json"
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -273,6 +274,7 @@ def run_all(sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int, asked: S
             time.sleep(POLL_S)
             for one in [one for one in active if one.process.poll() is not None]:
                 active.remove(one)
+                end_all({other.process.pid for other in active})  # what it left, where it was killed
                 record = sweep.finish(one)
                 times.append(record["seconds"])
                 wrong = "; ".join(wrong_with(record)) or "holds"
@@ -287,15 +289,19 @@ def run_all(sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int, asked: S
 
 
 def _stop(active: Sequence[Active], asked: Sequence[int]) -> None:
-    """Ask runs to save and end; after a while, or a second signal, end them."""
+    """Ask runs to save and end; after a while, or a second signal, end them and all that they started."""
     for one in active:
         one.process.send_signal(signal.SIGINT)
     until = time.monotonic() + GRACE_S
     while any(one.process.poll() is None for one in active):
         if time.monotonic() > until or len(asked) > 1:
-            for one in active:
-                one.process.kill()  # its ranks end with it
+            break
         time.sleep(POLL_S)
+    for words in end_all():
+        print(f"[sweep] ended: {words}", flush=True)
+    for one in active:
+        if one.process.poll() is None:  # where descendants cannot be found; its ranks end with it
+            one.process.kill()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -327,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"[sweep] {error}", file=sys.stderr)
         return error.exit_code
+    adopt_orphans()  # ranks whose launcher is killed
     asked: list[int] = []
 
     def stop(number: int, _frame: object) -> None:

@@ -48,11 +48,15 @@ def logs_folder(run: Path, environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ["GENAC_LOGS"]) if "GENAC_LOGS" in environ else run / "logs" / "local"
 
 
+def world_size() -> int:
+    """How many ranks there are, by the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def heartbeat(run: Path) -> Iterator[None]:
     """While the block runs, this rank's heart beats. A file that cannot be written stops nothing."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    pace = min(SLOW_BEAT_S, max(BEAT_S, world / WRITES_PER_S))
+    pace = min(SLOW_BEAT_S, max(BEAT_S, world_size() / WRITES_PER_S))
     beat = Heartbeat(logs_folder(run), int(os.environ.get("RANK", "0")), beat_s=pace)
     beat.start()
     try:
@@ -79,7 +83,7 @@ class Heartbeat(threading.Thread):
         self._asked = "GENAC_LOGS" not in os.environ  # without a batch script nobody asks by a file
         self._ticks, self._since = -1, time.monotonic()
         self._stalled_at: float | None = None
-        self._told = False
+        self._told = self._begun = False
         self._main = threading.main_thread().ident
 
     def stop(self, state: str, code: int = EXIT_OK) -> None:
@@ -118,6 +122,7 @@ class Heartbeat(threading.Thread):
             self._ticks, self._since, self._stalled_at = ticks, now, None
         seen |= {
             "rank": self.rank,
+            "world": world_size(),
             "node": node_name(),
             "pid": os.getpid(),
             "time": time.time(),
@@ -131,7 +136,9 @@ class Heartbeat(threading.Thread):
         seen["in_collective"] = any("torch/distributed" in file for file, _, _ in frames[:12])
         self._watch(seen, now)
         seen["stalled"] = self._stalled_at is not None
-        write(self.folder / BEATS / f"rank-{self.rank:05d}.json", seen)
+        # A run folder that is removed under its run is not made again.
+        write(self.folder / BEATS / f"rank-{self.rank:05d}.json", seen, make=not self._begun)
+        self._begun = True
 
     def _frames(self) -> list[tuple[str, int, str]]:
         """File, line and function of the main thread's innermost frames."""
@@ -177,21 +184,29 @@ def place_of(frames: list[tuple[str, int, str]]) -> str:
     return ", for ".join(dict.fromkeys(told + stages[:1]))
 
 
-def write(path: Path, value: Any) -> None:
-    """JSON that a reader sees whole or not at all; not synced, as a heartbeat is soon replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write(path: Path, value: Any, *, make: bool = True) -> None:
+    """JSON that a reader sees whole or not at all; not synced, as a heartbeat is soon replaced.
+
+    make: the folder, where it is missing.
+    """
+    if make:
+        path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value), encoding="utf-8")
     part.replace(path)
 
 
 def read_beats(folder: Path) -> list[dict[str, Any]]:
-    """The heartbeats of an attempt by rank; one that cannot be read is left out."""
+    """The heartbeats of an attempt by rank; one that cannot be read is left out.
+
+    So are those that a larger world has left: runs outside a batch script share a folder of logs.
+    """
     found = []
     for path in sorted((folder / BEATS).glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError):
             found.append(json.loads(path.read_text(encoding="utf-8")))
-    return found
+    world = found[0].get("world") if found and found[0]["rank"] == 0 else None
+    return [beat for beat in found if world is None or beat["rank"] < world]
 
 
 def silent(beat: Mapping[str, Any], now: float | None = None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from genac_megatron.errors import PeerLost
 from genac_megatron.recipe.schema import TeacherConfig
-from genac_megatron.serving.chat import Answer, ChatEndpoint, Messages, Names, Refusal
+from genac_megatron.serving.chat import Answer, ChatEndpoint, Messages, Names, Refusal, Unanswered
 
 
 def ask_endpoint(
@@ -35,9 +35,10 @@ def ask_endpoint(
     if answers and len(refused) == len(answers):
         raise endpoint.refused_all(len(refused), refused[-1])
     if answers and not any(isinstance(answer, Answer) for answer in answers):
+        causes = [str(answer) for answer in answers if isinstance(answer, Unanswered)]
         also = f"; it refused {len(refused)} of them, the last with {refused[-1]}" if refused else ""
         raise PeerLost(
-            f"the teacher answered none of {len(answers)} requests{also}",
+            f"the teacher answered none of {len(answers)} requests, the last: {causes[-1]}{also}",
             where=endpoint.url,
             way_out="see that the endpoint is up; raise teacher.timeout_s or lower teacher.concurrency",
         )

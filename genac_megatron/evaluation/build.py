@@ -31,7 +31,6 @@ from genac_megatron.evaluation.session import (
     identity,
     made_from,
     rollout_config,
-    session,
     stop_if_asked,
     with_role,
 )
@@ -40,6 +39,7 @@ from genac_megatron.records import Prompt, Rollout, State
 from genac_megatron.stages.heldout import told_step
 from genac_megatron.stages.rollouts import Generator, continue_states
 from genac_megatron.stages.runtime import Run, mean
+from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks.tokenizer import prints_date
 from genac_megatron.training.agreement import from_first
@@ -65,7 +65,7 @@ class BuildOptions:
     chunk: int = 16  # prompts that a rank works on at a time, and loses where it is killed
 
 
-def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptions) -> None:
+def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptions, folder: Path) -> None:
     """Build the bank, or go on with one that is unfinished. Collective.
 
     Raises InputError where the folder holds another bank, or options contradict each other; StopRequested
@@ -73,7 +73,7 @@ def build_bank(recipe: Recipe, world: World, stop: StopFlag, options: BuildOptio
     """
     check_options(options)
     recipe = with_role(recipe, "actor", options.checkpoint)
-    with session(recipe, world, stop, "bank") as run:
+    with session(recipe, world, stop, "bank", folder) as run:
         run.publish("actor")
         base = None
         if options.states_from is not None:

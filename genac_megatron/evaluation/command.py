@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.loader import load_recipe
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from genac_megatron.training.layout import World
 
     Job = Callable[[Recipe, World, StopFlag], None]
-    InRanks = Callable[[Recipe, list[str], Job], int]
+    InRanks = Callable[[Recipe, list[str], Job, Path], int]
 
 LARGEST_SEED = 2**31
 
@@ -108,23 +109,22 @@ def _add_task(kinds: Any) -> None:
 
 
 def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
-    """Run `genac evaluate ...`; the exit code. `in_ranks` does a job on every rank."""
+    """Run `genac evaluate ...`; the exit code. `in_ranks` does a job on every rank, in a folder."""
     if options.evaluate == "task":
         return _task(options, given, in_ranks)
-    match options.step:
-        case "build":
-            return in_ranks(_recipe(options), given, _build_job(options))
-        case "score":
-            return in_ranks(_recipe(options), given, _score_job(options))
-        case _:
-            return _compare(options)
+    if options.step == "compare":
+        return _compare(options)
+    recipe = _recipe(options)
+    folder = RunFolder(run_path(recipe)).beside(f"bank-{options.step}", given)
+    job = _build_job(options, folder) if options.step == "build" else _score_job(options, folder)
+    return in_ranks(recipe, given, job, folder)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     return load_recipe(options.recipe, [*options.overrides, *options.override])
 
 
-def _build_job(options: argparse.Namespace) -> Job:
+def _build_job(options: argparse.Namespace, folder: Path) -> Job:
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.evaluation.build import BuildOptions, build_bank
 
@@ -141,18 +141,18 @@ def _build_job(options: argparse.Namespace) -> Job:
             step=options.told_step,
             chunk=options.chunk,
         )
-        build_bank(recipe, world, stop, wanted)
+        build_bank(recipe, world, stop, wanted, folder)
 
     return job
 
 
-def _score_job(options: argparse.Namespace) -> Job:
+def _score_job(options: argparse.Namespace, folder: Path) -> Job:
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.evaluation.scoring import ScoreOptions, score_bank
 
         banks = tuple(Path(bank) for bank in (options.bank, *options.also))
         wanted = ScoreOptions(banks, options.checkpoint, options.icc, options.name, again=options.again)
-        score_bank(recipe, world, stop, wanted)
+        score_bank(recipe, world, stop, wanted, folder)
 
     return job
 
@@ -188,10 +188,13 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
         print(try_server(server, wanted))
         return EXIT_OK
 
-    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
-        try_actor(recipe, world, stop, wanted)
+    recipe = _recipe(options)
+    folder = RunFolder(run_path(recipe)).beside("task", given)
 
-    return in_ranks(_recipe(options), given, job)
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        try_actor(recipe, world, stop, wanted, folder)
+
+    return in_ranks(recipe, given, job, folder)
 
 
 def _check_task(options: argparse.Namespace) -> None:

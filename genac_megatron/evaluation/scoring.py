@@ -29,12 +29,13 @@ from genac_megatron.evaluation.critics import ValueOf, critic_of
 from genac_megatron.evaluation.figures import Scored, critic_estimates, scored
 from genac_megatron.evaluation.intervals import plain
 from genac_megatron.evaluation.parts import PLAN, Key, Parts, Row
-from genac_megatron.evaluation.session import identity, made_from, session, stop_if_asked, with_role
+from genac_megatron.evaluation.session import identity, made_from, stop_if_asked, with_role
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.lock import Held
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks.tokenizer import chat_ids, prints_date
 from genac_megatron.training.agreement import from_first
@@ -83,7 +84,7 @@ class ScoreOptions:
     draws: int = 500  # bootstrap
 
 
-def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions) -> None:
+def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions, folder: Path) -> None:
     """Have the recipe's critic value every state of each bank; write and show the figures. Collective.
 
     Raises InputError where a bank or the critic does not fit, or the scores are another critic's, before any
@@ -96,7 +97,7 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
     if options.icc is not None:
         judging = recipe.judging.model_copy(update={"icc": options.icc})
         recipe = recipe.model_copy(update={"judging": judging})
-    with session(recipe, world, stop, "score") as run:
+    with session(recipe, world, stop, "score", folder) as run:
         banks = run.together(lambda: [read_bank(folder) for folder in options.banks])
         critics = [critic_of(run, bank, actor) for bank in banks]
         scalar = run.critic.shape.value

@@ -1,19 +1,14 @@
-"""What the evaluating commands share: a run with the roles they need, and what says which they were."""
+"""What the evaluating commands share: the roles they need, and what says which they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest, weights_digest
-from genac_megatron.observe.progress import Progress
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.stages.runtime import Run
-from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.training.agreement import from_first
-from genac_megatron.training.layout import World
 
 
 def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
@@ -30,17 +25,6 @@ def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
             update={"model": config.model.model_copy(update={"checkpoint": checkpoint})}
         )
     return recipe.model_copy(update={"roles": {role: config}})
-
-
-@contextmanager
-def session(recipe: Recipe, world: World, stop: StopFlag, name: str) -> Iterator[Run]:
-    """A run that trains nothing. Collective."""
-    with Progress(world.rank == 0, name=recipe.name, stages=[name]) as progress:
-        run = Run(recipe, world, None, progress, stop, trains=False)
-        try:
-            yield run
-        finally:
-            run.close()
 
 
 def rollout_config(recipe: Recipe, max_new_tokens: int | None) -> RolloutConfig:

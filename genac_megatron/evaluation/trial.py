@@ -31,7 +31,7 @@ from genac_megatron.evaluation.parts import MANIFEST, PARTS, Parts, Row
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
 from genac_megatron.records import Prompt
-from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal
+from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply, Unanswered
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
 from genac_megatron.tasks.benchmarks import GymSuite, find_benchmark, make_benchmark
@@ -46,7 +46,6 @@ RESULTS, SAMPLES, SUMMARY = "results.json", "samples.jsonl", "results.md"
 NAMES = Names("genac evaluate task", "--url", "--model", "--api-key-env")
 KEPT_TOGETHER = 16  # answers of a server that are written at a time, and lost where we are killed
 Item = tuple[int, int]  # (problem, sample)
-Reply = Answer | Refusal | None
 
 
 @dataclass(frozen=True)
@@ -192,13 +191,14 @@ def _number(value: Any) -> bool:
 # --- a recipe's actor ----------------------------------------------------------------------------
 
 
-def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOptions) -> None:
+def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOptions, folder: Path) -> None:
     """Every benchmark by the recipe's actor and its engine, shared over the ranks. Collective.
 
     Raises InputError where a benchmark's data is missing, StopRequested where it was asked to stop.
     """
-    from genac_megatron.evaluation.session import identity, made_from, rollout_config, session, with_role
+    from genac_megatron.evaluation.session import identity, made_from, rollout_config, with_role
     from genac_megatron.recipe.tasks import BenchmarkTask
+    from genac_megatron.stages.session import session
 
     recipe = with_role(recipe, "actor", options.checkpoint)
     first = BenchmarkTask(kind="benchmark", name=options.names[0], path=options.paths.get(options.names[0]))
@@ -207,7 +207,7 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     if options.temperature is not None:
         config = config.model_copy(update={"temperature": options.temperature})
     sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    with session(recipe, world, stop, "benchmarks") as run:
+    with session(recipe, world, stop, "benchmarks", folder) as run:
         run.publish("actor")
         model, source = identity(run, "actor"), made_from(recipe, "actor")
         for name in options.names:
@@ -331,14 +331,14 @@ class _Replies:
         self.taken: set[Future[tuple[Item, Reply]]] = set()
         self.answered: list[tuple[Item, Answer]] = []
         self.refused: list[tuple[Item, Refusal]] = []
-        self.failed = 0
+        self.failed, self.cause = 0, ""  # of the last
 
     def take(self, future: Future[tuple[Item, Reply]]) -> None:
         """Count a reply in. Raises what the request has raised."""
         self.taken.add(future)
         item, reply = future.result()
-        if reply is None:
-            self.failed += 1
+        if isinstance(reply, Unanswered):
+            self.failed, self.cause = self.failed + 1, reply.cause
         elif isinstance(reply, Refusal):
             self.refused.append((item, reply))
         else:
@@ -377,7 +377,10 @@ class _Replies:
             raise endpoint.refused_all(asked, self.refused[-1][1])
         told, way_out = [], "give the same command again"
         if self.failed:
-            told.append(f"{self.failed} of {asked} requests failed, each {endpoint.attempts} times")
+            told.append(
+                f"{self.failed} of {asked} requests failed, each {endpoint.attempts} times, the last: "
+                f"{self.cause}"
+            )
             way_out = f"see that the server is up, lower --concurrency, and {way_out}"
         if self.refused:
             problems = sorted({item[0] for item, _ in self.refused})

@@ -55,8 +55,8 @@ class FolderLock:
         self.folder, self.what, self.other, self.silent_s = folder, what, other, silent_s
         self.place = folder / name
         self._path: Path | None = None  # of the file that says that we hold it
+        self._id = ""  # in it
         self._ended = threading.Event()
-        self._lost = False
         self._made = False  # the folder: one that stays empty goes with the lock
 
     def acquire(self) -> None:
@@ -64,8 +64,8 @@ class FolderLock:
 
         Raises Held where somebody else works in it, GenacError where it cannot be written.
         """
-        me = _this_process()
-        self._made = not self.folder.exists()
+        me = _this_process() | {"place": os.path.realpath(self.place)}
+        self._id, self._made = me["id"], not self.folder.exists()
         while self._path is None:
             held = self._newest()
             if held is not None and self._lives(held):
@@ -85,33 +85,52 @@ class FolderLock:
     def refuse(self) -> None:
         """Raises Held where somebody is known at once to work in the folder; takes nothing."""
         held = self._newest()
-        if held is not None and (holder := _read(held)) and _lives(holder) and not _leaves(holder):
+        if held is None or not (holder := _read(held)) or _is_copy(held, holder):
+            return
+        if _lives(holder) and not _leaves(holder):
             raise self._refused(holder)
 
     def check(self) -> None:
-        """Raises GenacError where another process has taken the folder since: this one had stood still."""
-        newest = self._newest()
-        gone = self._lost or (newest is not None and self._path is not None and newest != self._path)
-        holder = {} if newest is None else _read(newest)
-        if self._path is None or not gone or _is_this_process(holder):
+        """Raises GenacError where the folder is no longer this process's: another has taken it while this one
+        stood still, or it is gone. One small file is read.
+        """
+        if self._path is None or self._mine():
             return
+        newest = self._newest()
+        holder = {} if newest is None else _read(newest)
+        if _is_this_process(holder):
+            return
+        if newest is not None:
+            raise GenacError(
+                f"another process has taken {self.what} over while this one stood still: "
+                f"{_told(holder)} has it",
+                where=str(self.folder),
+                way_out="let one of the two go on; what is saved stands",
+            )
         raise GenacError(
-            f"another process has taken {self.what} over while this one stood still: {_told(holder)} has it",
+            f"{self._path} is gone: the folder, or its {self.place.name}, was removed or moved while "
+            f"{self.what} was under way",
             where=str(self.folder),
-            way_out="let one of the two go on; what is saved stands",
+            way_out="nothing more is written there; what is left of it stands, and the same command goes on "
+            "from that once the folder is back in its place",
         )
 
     def release(self) -> None:
         """Let the folder go. Safe to call twice."""
-        path, self._path = self._path, None
+        mine, path, self._path = self._path is not None and self._mine(), self._path, None
         self._ended.set()
         atexit.unregister(self.release)
         if path is not None:
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                if mine:
+                    path.unlink()
                 self.place.rmdir()
                 if self._made:
                     self.folder.rmdir()
+
+    def _mine(self) -> bool:
+        """Whether our file is there, and still ours: a person may have removed it, and another made one."""
+        return self._path is not None and _read(self._path).get("id") == self._id
 
     # --- taking ----------------------------------------------------------------------------------
 
@@ -140,10 +159,11 @@ class FolderLock:
     def _lives(self, path: Path) -> bool:
         """Whether the holder that `path` names lives. Waits where only its touches can tell."""
         holder = _read(path)
-        lives = _lives(holder)
+        lives = not _is_copy(path, holder) and _lives(holder)
         if lives and _leaves(holder):
-            self._note(holder, f"it is about to end; waiting for it, {LEAVE_S:g} s at most")
-            until = time.monotonic() + LEAVE_S
+            wait_s = min(LEAVE_S, self.silent_s)
+            self._note(holder, f"it is about to end; waiting for it, {wait_s:g} s at most")
+            until = time.monotonic() + wait_s
             while _lives(holder) and time.monotonic() < until:
                 time.sleep(LOOK_S)
             return bool(_lives(holder))
@@ -171,13 +191,8 @@ class FolderLock:
 
     def _beat(self, path: Path) -> None:
         while not self._ended.wait(BEAT_S):
-            try:
+            with contextlib.suppress(OSError):  # the file system's: it may come back
                 os.utime(path)
-            except FileNotFoundError:
-                self._lost = self._path is not None
-                return
-            except OSError:  # the file system's: it may come back
-                continue
 
 
 @contextmanager
@@ -251,6 +266,25 @@ def _is_this_process(holder: Holder) -> bool:
     return all(holder.get(key) == me[key] for key in ("machine", "pid", "began"))
 
 
+def _is_copy(path: Path, holder: Holder) -> bool:
+    """Whether `path` came here with a copy of its folder, while its holder works in the original."""
+    place, with_id = holder.get("place"), holder.get("id")
+    if place is None:
+        return False
+    original = Path(place) / path.name
+    with contextlib.suppress(OSError):
+        if original.samefile(path) or _read(original).get("id") != with_id:
+            return False
+        # One folder that is mounted twice has two device numbers: what is made here appears there.
+        mark = path.with_name(f".{secrets.token_hex(8)}.part")
+        mark.touch()
+        try:
+            return not original.with_name(mark.name).exists()
+        finally:
+            mark.unlink()
+    return False
+
+
 def _leaves(holder: Holder) -> bool:
     """Whether a living holder of this machine has lost its launcher, and so saves and ends."""
     launcher = holder.get("launcher")
@@ -279,8 +313,11 @@ def _read(path: Path) -> Holder:
 def _touched(path: Path) -> int | None:
     """When a file was touched last; None where it is gone. Opened: a network file system then asks anew."""
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
+        try:
+            with path.open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except PermissionError:  # another user's
+            return path.stat().st_mtime_ns
     except OSError:
         return None
 

@@ -31,7 +31,9 @@ class MetricsLog:
     to the rows that they had. Without it the run starts from nothing and logs of an earlier one are set
     aside. TensorBoard and W&B plot over the row's number in the file, so that stages follow one another on
     one axis. W&B keeps rows that were logged after the checkpoint: they lie under the resumed ones at the
-    same `global_step`. guard: called before each row; raises where the folder is no longer this run's.
+    same `global_step`. A copy of a run, of another name, gets a W&B run of its own, with all rows.
+
+    guard: called before each row; raises where the folder is no longer this run's.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class MetricsLog:
         kept = resume or {}
         tensorboard = TensorBoard(self.folder) if config.tensorboard else None
         self._wandb: Wandb | None = None
+        copied = kept.get("name", self.name) != self.name  # its W&B run is the original's
         if config.wandb.mode != "off":
-            wandb_id = str(kept.get("wandb_id") or secrets.token_hex(4))
+            wandb_id = str((not copied and kept.get("wandb_id")) or secrets.token_hex(4))
             self._wandb = Wandb(self.folder, config.wandb, wandb_id, self.name, self.recipe)
         self._sinks: list[Sink] = [one for one in (tensorboard, self._wandb) if one is not None]
         for sink in self._sinks:  # a checkpoint made before sinks were counted says nothing of them
-            sink.sent = min(int(kept.get("sent", {}).get(sink.name, self.rows)), self.rows)
+            sent = 0 if copied and sink is self._wandb else kept.get("sent", {}).get(sink.name, self.rows)
+            sink.sent = min(int(sent), self.rows)
 
     @property
     def rows(self) -> int:
@@ -109,6 +113,7 @@ class MetricsLog:
             "rows": dict(self.counts),
             "sent": sent,
             "wandb_id": self._wandb.id if self._wandb else None,
+            "name": self.name,
         }
 
     def close(self, failed: bool = False) -> None:

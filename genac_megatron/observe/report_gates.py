@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from genac_megatron.recipe.schema import ReinforceStage, SftStage, StageConfig, ValueStage
+from genac_megatron.recipe.schema import ReinforceStage, SftHeldout, SftStage, StageConfig, ValueStage
 
 JudgedStage = SftStage | ReinforceStage | ValueStage
 Figures = Mapping[str, float]
@@ -59,6 +59,13 @@ def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
     return [*ways, (f"stages.{stage.name}.gate.action=warn", "goes on with the next stage as it is")]
 
 
+def reached(heldout: SftHeldout, figure: float) -> bool:
+    """Whether a held-out figure is as good as the target; False where there is no target, and of NaN."""
+    if heldout.target is None:
+        return False
+    return figure <= heldout.target if heldout.metric == "loss" else figure >= heldout.target
+
+
 # --- criteria ------------------------------------------------------------------------------------
 
 
@@ -68,7 +75,7 @@ def _target(stage: SftStage, figures: Figures) -> Missed | None:
         return None
     figure, target, at = figures[f"heldout/{heldout.metric}"], heldout.target, f"stages.{stage.name}"
     loss = heldout.metric == "loss"
-    if figure <= target if loss else figure >= target:
+    if reached(heldout, figure):
         return None
     means = "nats a token on samples it is not trained on" if loss else (
         "how often it would write a sample it is not trained on word for word"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from genac_megatron.errors import GenacError, InputError
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,19 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def unique_name(self) -> str:
+        """The folder's name, with what sets it apart from others of that name elsewhere."""
+        digest = hashlib.sha256(os.fsencode(self.path.absolute())).hexdigest()
+        return f"{self.path.name[:64]}-{digest[:8]}"
+
+    def beside(self, kind: str, words: Sequence[str]) -> Path:
+        """The folder of a command that works beside the run, for its heartbeats, logs and servers' files: a
+        run that trains meanwhile has its own. words: the command's; another command has another folder.
+        """
+        digest = hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+        return self.path / "evaluate" / f"{kind}-{digest[:8]}"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 
@@ -166,6 +183,11 @@ class RunFolder:
         if len(rows) > count or bad:
             write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows[:count]))
         return min(len(rows), count)
+
+
+def run_path(recipe: Recipe) -> Path:
+    """The recipe's run folder."""
+    return Path(recipe.runs) / recipe.name
 
 
 def _set_aside(path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ SPARED = 20.0  # times as long as a failed attempt took, no other is made: they 
 CHEAP_S = 10.0  # an attempt that took less is made once more at the run's end, whenever the last one was
 INIT_S = 30.0  # for W&B to answer; it retries by itself meanwhile
 FINISH_S = 120.0  # for W&B to send what it still holds
+HANGS_S = 90.0  # a call that takes longer hangs
 Row = Mapping[str, Any]
 
 
@@ -41,6 +43,8 @@ class Sink(ABC):
         self._cause = ""  # of the failure that stands
         self._told: set[str] = set()
         self._retry_at, self._took = 0.0, 0.0
+        self._hung = False
+        self._opened = 0  # rows sent when it was opened: one that hangs may have taken more, and lost them
 
     def offer(self, number: int, row: Row) -> None:
         """Show row `number`, and before it those that are owed. Raises nothing."""
@@ -52,7 +56,8 @@ class Sink(ABC):
         if self.sent < rows and (self._took < CHEAP_S or time.monotonic() >= self._retry_at):
             self._try(rows)
         try:
-            way_out = self.finish(rows, failed)
+            with self._watched(FINISH_S + HANGS_S):
+                way_out = self.finish(rows, failed)
         except Exception as error:
             self._fail(error, 0.0)
             way_out = self.kept()
@@ -73,6 +78,26 @@ class Sink(ABC):
     def finish(self, rows: int, failed: bool) -> str:
         """Close; how to get at what is not shown, "" where all is."""
 
+    def unblock(self) -> None:
+        """Make a call that hangs fail, where that can be. From another thread."""
+        return
+
+    @contextmanager
+    def _watched(self, limit_s: float) -> Iterator[None]:
+        """Unblock the call inside where it takes longer."""
+
+        def hangs() -> None:
+            self._hung = True
+            self.unblock()
+
+        timer = threading.Timer(limit_s, hangs)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def kept(self) -> str:
         """Where the figures are in any case."""
         return f"all figures are in {self.folder.path / METRICS}"
@@ -83,10 +108,11 @@ class Sink(ABC):
             importlib.import_module(self.library)
             began = time.monotonic()  # an import takes long once
             for one in [row] if row and self.sent == number - 1 else self.owed(number):
-                self.show(self.sent + 1, one)
+                with self._watched(HANGS_S):
+                    self.show(self.sent + 1, one)
                 self.sent += 1
         except Exception as error:  # whatever a sink's library raises
-            with suppress(Exception):
+            with suppress(Exception), self._watched(HANGS_S):
                 self.drop()
             self._fail(error, time.monotonic() - began)
             return
@@ -99,7 +125,9 @@ class Sink(ABC):
         return self.folder.rows(METRICS)[0][self.sent : number]
 
     def _fail(self, error: Exception, took: float) -> None:
-        self._cause = _in_a_line(error)
+        self._cause = f"its process did not answer in time ({error!r})" if self._hung else _in_a_line(error)
+        if self._hung:
+            self.sent, self._hung = self._opened, False
         self._took, self._retry_at = took, time.monotonic() + SPARED * took
         self._once(
             "failed",
@@ -219,6 +247,7 @@ class Wandb(Sink):
     def show(self, number: int, row: Row) -> None:
         if self._run is None:
             self._run = self._init(online=self.config.mode == "online")
+            self._opened = self.sent
         figures = figures_of(row)
         self._run.log({**figures, "global_step": number, "stage": row["stage"], "stage_step": row["step"]})
 
@@ -254,11 +283,21 @@ class Wandb(Sink):
                 run.finish(exit_code=1)
         wandb.teardown()  # its helper process may be what is gone; and it reads WANDB_ variables anew
 
+    def unblock(self) -> None:
+        """Its helper process is what hangs: calls wait for it without a limit, and so does Python's end."""
+        import psutil
+
+        with suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if child.name().startswith("wandb"):
+                        child.kill()
+
     def finish(self, rows: int, failed: bool) -> str:
         if self.sent == rows:
             return self._end(failed) if self._run is not None else ""
         owed = self.owed(rows)  # W&B refused them: they wait in a run on the disk
-        self._run = self._init(online=False)
+        self._run, self._opened = self._init(online=False), self.sent
         for number, row in enumerate(owed, self.sent + 1):
             self.show(number, row)
         folder = Path(self._run.dir).parent

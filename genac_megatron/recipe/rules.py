@@ -12,6 +12,7 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
+from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
 from genac_megatron.recipe.schema import (
@@ -72,6 +73,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
 
     `where` says where in the user's files a key stands, for the message.
     """
+    check_names(recipe, where)
     if not recipe.roles:
         raise InputError("there are no roles", where=where(["roles"]), way_out="name at least one")
     for name, role in recipe.roles.items():

@@ -5,9 +5,10 @@ One recipe names the world, the roles, the task, and a list of stages. Unknown k
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import Algorithm, CriticLossConfig, OverlongConfig, RegressionConfig
@@ -420,7 +421,7 @@ class Recipe(Block):
     """Everything a run needs. `genac run RECIPE --dry-run` prints it resolved."""
 
     name: str
-    runs: str = "runs"  # the run folder is <runs>/<name>
+    runs: Annotated[str, AfterValidator(os.path.expanduser)] = "runs"  # the run folder is <runs>/<name>
     seed: int = 0
     world: WorldConfig = WorldConfig()
     cluster: ClusterConfig = ClusterConfig()

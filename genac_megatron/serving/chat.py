@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from genac_megatron.errors import InputError
+from genac_megatron.serving.transport import no_reply
 
 Messages = Sequence[dict[str, str]]
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -28,6 +29,8 @@ _NO_MODEL = re.compile(
 )
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+CONNECT_S = 30.0
+SHOWN = 200  # characters of what an endpoint says
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """Why the last of a request's attempts had no answer; another time it may have one."""
+
+    cause: str
+
+    def __str__(self) -> str:
+        return self.cause
+
+
+@dataclass(frozen=True)
 class Names:
     """What the user calls an endpoint and its settings."""
 
@@ -63,6 +76,9 @@ class Names:
     def of(cls, block: str) -> Names:
         """Those of a recipe's block, for example task.judge."""
         return cls(block, f"{block}.url", f"{block}.model", f"{block}.api_key_env")
+
+
+Reply = Answer | Refusal | Unanswered
 
 
 class ChatEndpoint:
@@ -88,13 +104,22 @@ class ChatEndpoint:
         self.who, self.names = who, names or Names.of(who)
         self.url, headers = self._address(url, model, api_key_env)
         self.model, self.concurrency, self.attempts = model, concurrency, attempts
-        limits = httpx.Limits(max_connections=concurrency)
-        self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
+        self.timeout_s, self.connect_s = timeout_s, min(CONNECT_S, timeout_s)
+        try:
+            self._client = httpx.Client(
+                headers=headers,
+                timeout=httpx.Timeout(timeout_s, connect=self.connect_s),
+                limits=httpx.Limits(max_connections=concurrency),
+            )
+        except (ImportError, ValueError) as error:  # of a proxy that it cannot use
+            raise InputError(
+                f"the environment's proxy cannot be used: {error}",
+                where="HTTP_PROXY, HTTPS_PROXY, ALL_PROXY",
+                way_out="unset it, or name the endpoint's host in NO_PROXY",
+            ) from error
 
-    def ask(
-        self, messages: Messages, max_tokens: int, temperature: float = 1.0, **more: object
-    ) -> Answer | Refusal | None:
-        """The answer to one chat; None after `attempts` failures. `more`: further fields of the request.
+    def ask(self, messages: Messages, max_tokens: int, temperature: float = 1.0, **more: object) -> Reply:
+        """The answer to one chat; Unanswered after `attempts` failures. more: other fields of the request.
 
         Refusal: the endpoint will not answer this chat (4xx), others it may. Raises InputError where the
         address, the model or the key is refused.
@@ -106,28 +131,30 @@ class ChatEndpoint:
             "temperature": temperature,
             **more,
         }
-        wait = FIRST_WAIT_S
+        wait, failed = FIRST_WAIT_S, Unanswered("it was not asked")
         for attempt in range(self.attempts):
             response = self._post(body)
-            if response is not None and response.is_success:
+            if isinstance(response, Unanswered):
+                failed = response
+            elif response.is_success:
                 return self._answer(response)
-            if response is not None and response.status_code not in RETRIED:
+            elif response.status_code not in RETRIED:
                 return self._refusal(response)
+            else:
+                failed = Unanswered(f"status {response.status_code}: {response.text[:SHOWN]}")
             if attempt + 1 < self.attempts:
                 pause = wait * (1 + random.random())  # jitter: refused ones come back apart
                 time.sleep(min(_retry_after(response) or pause, LONGEST_WAIT_S))
                 wait *= 2
-        return None
+        return failed
 
-    def ask_all(
-        self, batch: Sequence[Messages], max_tokens: int, temperature: float = 1.0
-    ) -> list[Answer | Refusal | None]:
+    def ask_all(self, batch: Sequence[Messages], max_tokens: int, temperature: float = 1.0) -> list[Reply]:
         """`ask` for each chat, in order, at most `concurrency` open at once; an InputError ends them all."""
         ended = threading.Event()
 
-        def one(messages: Messages) -> Answer | Refusal | None:
+        def one(messages: Messages) -> Reply:
             if ended.is_set():
-                return None
+                return Unanswered("it was not asked")
             try:
                 return self.ask(messages, max_tokens, temperature)
             except InputError:
@@ -162,26 +189,32 @@ class ChatEndpoint:
         _check_address(url, names.url)
         headers = {}
         if api_key_env is not None:
-            key = os.environ.get(api_key_env)
+            key = os.environ.get(api_key_env, "").strip()
             if not key:
                 raise InputError(
                     f"the environment variable {api_key_env} is not set",
                     where=names.api_key_env,
                     way_out=f"export it, or leave {names.api_key_env} out",
                 )
+            if not (key.isascii() and key.isprintable()):
+                raise InputError(
+                    f"the environment variable {api_key_env} holds characters that no HTTP header can",
+                    where=names.api_key_env,
+                    way_out="export the key alone, in one line",
+                )
             headers["Authorization"] = f"Bearer {key}"
         return f"{url.rstrip('/')}/chat/completions", headers
 
-    def _post(self, body: dict[str, Any]) -> httpx.Response | None:
-        """The response; None where none came."""
+    def _post(self, body: dict[str, Any]) -> httpx.Response | Unanswered:
+        """The response, or why none came."""
         try:
             return self._client.post(self.url, json=body)
-        except httpx.TransportError:
-            return None
+        except httpx.RequestError as error:
+            return Unanswered(no_reply(error, self.timeout_s, self.connect_s))
 
     def _refusal(self, response: httpx.Response) -> Refusal:
         """That this request is refused. Raises InputError where others would be too."""
-        refusal = Refusal(response.status_code, response.text[:200])
+        refusal = Refusal(response.status_code, response.text[:SHOWN])
         if response.is_client_error and refusal.status not in ENDING and not _NO_MODEL.search(refusal.said):
             return refusal
         raise InputError(
@@ -223,9 +256,11 @@ def _check_address(url: str, name: str) -> None:
         )
 
 
-def _retry_after(response: httpx.Response | None) -> float | None:
+def _retry_after(response: httpx.Response | Unanswered) -> float | None:
     """Seconds that a Retry-After header asks for; None where it is absent or a date."""
+    if isinstance(response, Unanswered):
+        return None
     try:
-        return max(0.0, float(response.headers["retry-after"])) if response is not None else None
+        return max(0.0, float(response.headers["retry-after"]))
     except (KeyError, ValueError):
         return None

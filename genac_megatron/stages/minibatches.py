@@ -5,9 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, ValueStage
 from genac_megatron.records import Sample
+
+if TYPE_CHECKING:
+    from genac_megatron.training.launched import Launched
+    from genac_megatron.training.role import Loss, Role, StepResult
 
 NORMALISED = ("weights", "nll_weights")  # fields whose sum over a batch is its norm
 
@@ -33,6 +38,18 @@ def minibatches(
                 share = {"weights": totals["weights"] * len(part) / len(samples)} if constant else {}
                 made.append(_rescaled(part, totals, _totals(part) | share))
     return made
+
+
+def launch_parts(
+    role: Role, parts: Sequence[Sequence[Sample]], loss: Loss, planned: int, **options: Any
+) -> list[Launched[StepResult]]:
+    """An update of `role` with each part, with `options` of `Role.launch_step`. Its schedule goes on by the
+    updates that were `planned`, also where a batch was too small for as many. Collective over its block.
+    """
+    launched = [role.launch_step(part, loss, **options) for part in parts]
+    if len(parts) < planned:
+        role.skip(planned - len(parts))
+    return launched
 
 
 def updates(stage: PpoStage | PolicyStage | ValueStage) -> int:

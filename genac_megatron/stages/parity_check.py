@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from genac_megatron.errors import GateFailed, InputError, on_all_ranks
-from genac_megatron.observe.progress import Progress
-from genac_megatron.observe.runinfo import RunFolder, write_json_atomic
+from genac_megatron.observe.runinfo import run_path, write_json_atomic
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.records import Completion, Request, Sample, SamplingParams
 from genac_megatron.stages.parity import engine_sample, parity_figures
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.training.layout import World
 
@@ -25,11 +25,19 @@ Pair = tuple[Request, Completion]
 
 
 def check_parity(
-    recipe: Recipe, world: World, stop: StopFlag, *, role: str, prompts: int, max_new_tokens: int
+    recipe: Recipe,
+    world: World,
+    stop: StopFlag,
+    *,
+    role: str,
+    prompts: int,
+    max_new_tokens: int,
+    folder: Path,
 ) -> None:
     """Publish the role, sample `prompts` held-out prompts of the task, and compare. Collective.
 
-    Figures, their course over positions, and the worst sequences go to <run>/parity/<role>.json.
+    Figures, their course over positions, and the worst sequences go to <run>/parity/<role>.json. folder: for
+    all else, held meanwhile: a run of the recipe may be under way.
     Raises GateFailed where p99 |delta log-prob| is above observe.parity_alarm (or parity_alarm_fp8),
     InputError where there is no such role.
     """
@@ -37,15 +45,11 @@ def check_parity(
         what = f"the recipe has no role '{role}'"
         raise on_all_ranks(InputError(what, where="parity", way_out=f"one of: {', '.join(recipe.roles)}"))
     recipe = recipe.model_copy(update={"roles": {role: recipe.roles[role]}})
-    with Progress(world.rank == 0, name=recipe.name, stages=["parity"]) as progress:
-        run = Run(recipe, world, None, progress, stop, trains=False)
-        try:
-            run.publish(role)
-            pairs = run.gather(_sampled(run, role, prompts, max_new_tokens))
-            samples = [engine_sample(request.ids, completion) for request, completion in pairs]
-            logprobs = run.roles[role].logprobs(samples)
-        finally:
-            run.close()
+    with session(recipe, world, stop, "parity", folder) as run:
+        run.publish(role)
+        pairs = run.gather(_sampled(run, role, prompts, max_new_tokens))
+        samples = [engine_sample(request.ids, completion) for request, completion in pairs]
+        logprobs = run.roles[role].logprobs(samples)
     figures = parity_figures(role, samples, logprobs)
     report = {
         **figures,
@@ -54,7 +58,7 @@ def check_parity(
         "worst": _worst(run, role, pairs, samples, logprobs),
     }
     if world.rank == 0:
-        path = RunFolder(Path(recipe.runs) / recipe.name).path / "parity" / f"{role}.json"
+        path = run_path(recipe) / "parity" / f"{role}.json"
         write_json_atomic(path, report)
         print(shown(role, report, path), flush=True)
     p99, (key, alarm) = figures[f"parity/{role}_p99"], recipe.parity_alarm(role)

@@ -17,7 +17,7 @@ from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
-from genac_megatron.observe.runinfo import RunFolder, write_text_atomic
+from genac_megatron.observe.runinfo import RunFolder, run_path, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
     PolicyStage,
@@ -53,7 +53,7 @@ def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) ->
     Rank 0 holds the run folder meanwhile. Raises InputError where another run does, GateFailed and
     StopRequested, from where --resume goes on, and any other GenacError of its stages.
     """
-    folder = RunFolder(Path(recipe.runs) / recipe.name)
+    folder = RunFolder(run_path(recipe))
     lock = run_lock(folder.path, min(SILENT_S, recipe.world.timeout_s / 2))
     from_first(lock.acquire)
     try:

@@ -12,7 +12,7 @@ from genac_megatron.stages.ahead import Batches
 from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, critic_samples, trained_figures
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.minibatches import minibatches, updates
+from genac_megatron.stages.minibatches import launch_parts, minibatches, updates
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.under_way import Update, collected
@@ -102,11 +102,8 @@ def launch_policy(
             seed = seed_for(run.recipe.seed, stage.name, step)
             constant = config.aggregate == "constant"
             parts = minibatches(samples, stage.minibatches, stage.epochs, seed, constant=constant)
-        launched = [
-            run.actor.launch_step(part, loss, temperature=temperature, with_entropy=True) for part in parts
-        ]
-        if len(parts) < (planned := updates(stage)):
-            run.actor.skip(planned - len(parts))
+        options = {"temperature": temperature, "with_entropy": True}
+        launched = launch_parts(run.actor, parts, loss, updates(stage), **options)
 
     def figures() -> dict[str, float]:
         results = [one.result() for one in launched]

@@ -22,7 +22,7 @@ from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
-from genac_megatron.observe.runinfo import RunFolder
+from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
 from genac_megatron.recipe.memory import Share, colocated
@@ -41,6 +41,7 @@ from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, prints_date, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
+from genac_megatron.training.finite import need_sound
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+NOT_FINITE = "fetch the folder again; where it was trained, take a checkpoint from before it diverged"
 PRIVILEGED_LOOK = 256  # held-out prompts among which each part of a mixture has one
 
 
@@ -64,9 +66,11 @@ class Run:
         *,
         resuming: bool = False,
         trains: bool = True,
+        folder: Path | None = None,
     ) -> None:
+        """folder: for what it writes; None: the recipe's run folder."""
         self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
-        self.folder = RunFolder(Path(recipe.runs) / recipe.name)
+        self.folder = RunFolder(folder or run_path(recipe))
         self.profiler = Profiler(self.folder.path, recipe.observe.profile, world.rank)
         self.at = Progression()
         self.tokenizers = self.together(
@@ -172,6 +176,8 @@ class Run:
             role = Role(name, config, shape, layout, groups)
             if role.active and begins_with_weights(config.model, resuming=resuming):
                 load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
+                if config.model.hf is not None:
+                    need_sound(Path(config.model.hf), {name: role}, NOT_FINITE)
             self.roles[name] = role
             if config.served and config.engine.kind == "embedded":
                 served[name] = InRanks(role)

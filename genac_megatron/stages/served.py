@@ -120,7 +120,7 @@ class OnServers:
         _tell_of_files(role.name, engine)
         gpus = shared_gpus(servers.endpoints, role.config.engine)
         scratch = folder.path / "serving" / role.name / "weights"
-        self.publisher = fleet_publisher(role, servers.endpoints, scratch, gpus, run_name=folder.path.name)
+        self.publisher = fleet_publisher(role, servers.endpoints, scratch, gpus, run_name=folder.unique_name)
 
     @property
     def bare(self) -> bool:

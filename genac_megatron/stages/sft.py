@@ -93,8 +93,10 @@ def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
     A teacher asked again would answer otherwise, a critic that is trained by now judge otherwise.
     """
     path = run.folder.path / "data" / f"{stage.name}.jsonl"
-    if not fresh and (kept := from_first(lambda: _read_samples(path))) is not None:
-        return kept
+    if not fresh:
+        if (kept := from_first(lambda: _read_samples(path))) is not None:
+            return kept
+        run.progress.note(f"[{stage.name}] warning: {path} is gone: its samples are made again")
     samples = make_data(run, stage)
     run.together(lambda: _write_samples(path, samples) if run.world.rank == 0 else None)
     return samples
@@ -127,16 +129,29 @@ def with_room(run: Run, stage: SftStage, samples: list[Sample], positions: int) 
 
 
 def _read_samples(path: Path) -> list[Sample] | None:
+    """Raises InputError where the file is not whole: a copy that was cut short."""
     if not path.exists():
         return None
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [Sample(row["tokens"], row["start"], source=row.get("source", "")) for row in rows]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        rows = [json.loads(line) for line in lines]
+        samples = [Sample(row["tokens"], row["start"], source=row.get("source", "")) for row in rows]
+        count = rows[0].get("of", len(rows))  # earlier versions did not say
+    except (ValueError, LookupError, TypeError):
+        samples, count = [], 1
+    if len(samples) != count:
+        raise InputError(
+            "it does not hold the samples that the stage was begun with, or not all of them",
+            where=str(path),
+            way_out="copy the whole run folder again, or begin a new run (name=...)",
+        )
+    return samples
 
 
 def _write_samples(path: Path, samples: list[Sample]) -> None:
-    rows = ({"tokens": sample.tokens, "start": sample.start, "source": sample.source} for sample in samples)
-    lines = map(json.dumps, rows)
-    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+    rows = [{"tokens": sample.tokens, "start": sample.start, "source": sample.source} for sample in samples]
+    rows[0]["of"] = len(rows)
+    write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def make_data(run: Run, stage: SftStage) -> list[Sample]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.observe.report_gates import reached
 from genac_megatron.recipe.schema import SftHeldout, SftStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.loop import Loop, run_state
@@ -39,6 +40,7 @@ class Seen:
     total: int = 0  # steps of all epochs, when it began to
     size: int | None = None  # heldout.size and heldout.metric, which a resume may not change
     metric: str | None = None
+    looks: int = 0
     settled: int | None = None  # the last step, once the role has the weights that the stage ends with
 
 
@@ -137,7 +139,7 @@ class Watch:
 
     def _judge(self, step: int, figure: float, loop: Loop) -> None:
         seen, heldout = self.seen, self.heldout
-        seen.latest = figure
+        seen.latest, seen.looks = figure, seen.looks + 1
         if not math.isfinite(figure):
             return  # the next step tells
         if seen.best is None or self._better(figure, seen.best):
@@ -150,20 +152,13 @@ class Watch:
             seen.waited += 1
         if seen.cooling is not None or step < self.warmup:
             return
-        if self.reached(figure):
+        if reached(self.heldout, figure):
             self._cool(step, f"held-out {heldout.metric} {figure:.3f} reached {heldout.target:g}")
         elif heldout.patience is not None and seen.waited >= heldout.patience:
             self._cool(step, f"held-out {heldout.metric} did not get better in {seen.waited} looks")
 
     def _better(self, figure: float, than: float, by: float = 0.0) -> bool:
         return figure < than - by if self.heldout.metric == "loss" else figure > than + by
-
-    def reached(self, figure: float) -> bool:
-        """Whether a figure is as good as the target; False where there is none."""
-        target = self.heldout.target
-        if target is None:
-            return False
-        return figure <= target if self.heldout.metric == "loss" else figure >= target
 
     def _cool(self, step: int, why: str) -> None:
         self.seen.cooling, self.seen.total = step, self.total
@@ -187,20 +182,23 @@ class Watch:
         of the weights it ends with, by its metric's name.
         """
         seen, metric = self.seen, self.heldout.metric
-        if seen.best is None or seen.latest is None:
-            return {}
-        figure = seen.latest
+        if seen.best is None:
+            if not seen.looks:
+                return {}
+            self.run.progress.note(f"[{self.stage.name}] warning: held-out {metric} was never finite")
+            return {f"heldout/{metric}": math.nan}  # which reaches no target
+        figure = math.nan if seen.latest is None else seen.latest  # a manifest has null for NaN
         found = f"held-out {metric} {seen.best:.4f}, the best, at step {seen.best_step} of {step}"
         text = f"[{self.stage.name}] {found}"
         if self.heldout.keep == "best" and seen.settled == step:
             figure = seen.best  # resumed: they are what it was resumed with
         elif self.heldout.keep == "best" and seen.best_step != step:
             path = self._best.folder / self._name(seen.best_step)
-            if from_first(path.exists):
+            if from_first(lambda: path in self._best.survey().whole):
                 load_checkpoint(path, {self.stage.role: self.run.roles[self.stage.role]})
                 text, figure = f"{text}, whose weights are kept", seen.best
             else:
-                text += f"; its weights are gone ({path}), the last step's are kept"
+                text += f"; its weights are gone or damaged ({path}), the last step's are kept"
         self.run.progress.note(text)
         seen.settled = step
         self.run.at.heldout = asdict(seen)

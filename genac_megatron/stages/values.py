@@ -17,7 +17,7 @@ from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
 from genac_megatron.records import Completion, Judgement, Rollout, Sample
-from genac_megatron.stages.minibatches import minibatches
+from genac_megatron.stages.minibatches import launch_parts, minibatches
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
 from genac_megatron.stages.under_way import Update
@@ -135,9 +135,7 @@ def launch_values(
     loss = make_value_loss(config.clip)
     with run.phase("critic_train"):
         made = minibatches(samples, parts, epochs, seed)
-        launched = [run.critic.launch_step(part, loss) for part in made]
-        if len(made) < (planned := epochs * min(parts, len(samples))):
-            run.critic.skip(planned - len(made))
+        launched = launch_parts(run.critic, made, loss, epochs * min(parts, len(samples)))
 
     def figures() -> dict[str, float]:
         results = [one.result() for one in launched]

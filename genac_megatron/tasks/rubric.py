@@ -23,7 +23,7 @@ from genac_megatron.critic.prompt import escape
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.records import Prompt
-from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal
+from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply
 from genac_megatron.tasks.base import FixedTask, Problem, split_problems
 from genac_megatron.tasks.fields import Messages, look_up, read_messages, shown_text
 from genac_megatron.tasks.rows import Row, read_rows
@@ -144,7 +144,7 @@ class RubricJudged(FixedTask):
         self._pool.shutdown()
         self._endpoint.close()
 
-    def _counted(self, score: float | None, where: str, answer: Answer | Refusal | None) -> float:
+    def _counted(self, score: float | None, where: str, answer: Reply) -> float:
         judge = self._config.judge
         refused = isinstance(answer, Refusal)
         with self._lock:
@@ -154,7 +154,7 @@ class RubricJudged(FixedTask):
             row, refusals = self._in_a_row, self._refused_in_a_row
         if score is not None:
             return score
-        why = "no answer" if answer is None else "no score in its answer"
+        why = "no score in its answer" if isinstance(answer, Answer) else f"no answer, {answer}"
         why = f"refused with {answer}" if refused else why
         logger.warning("the judge failed on %s (%s): it counts as %g", where, why, judge.failed_outcome)
         if row < judge.give_up:

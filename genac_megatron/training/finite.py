@@ -35,7 +35,9 @@ def _tensors(state: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         yield key, state
 
 
-def need_sound(path: Path, roles: Mapping[str, Role]) -> None:
+def need_sound(
+    path: Path, roles: Mapping[str, Role], way_out: str = "remove this checkpoint to use the one before"
+) -> None:
     """Raises InputError where a weight that was loaded from `path` is not finite."""
     for role in roles.values():
         for model in role.models if role.active else ():
@@ -44,5 +46,5 @@ def need_sound(path: Path, roles: Mapping[str, Role]) -> None:
                     raise InputError(
                         f"its {role.name} holds numbers that are not finite: {name}",
                         where=str(path),
-                        way_out="remove this checkpoint to use the one before",
+                        way_out=way_out,
                     )

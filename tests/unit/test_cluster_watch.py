@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def beat(rank: int, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def folder_of(run: Path, beats: list[dict[str, Any]]) -> None:
+    for one in beats:
+        write(run / "logs" / "7-r0" / BEATS / f"rank-{one['rank']:05d}.json", one)
+    (run / "logs" / "latest").symlink_to("7-r0")
+
+
 def until(done: Callable[[], bool]) -> None:
     give_up = time.monotonic() + LIMIT_S
     while not done():
@@ -61,6 +68,30 @@ def test_a_heart_beats_and_tells_where_the_rank_is(tmp_path: Path) -> None:
     heart.stop("done")
     assert read_beats(tmp_path)[0]["state"] == "done"
     assert read_beats(tmp_path)[0]["stage"] == "ppo", "where it ended"
+
+
+def test_a_folder_that_is_removed_is_not_made_again(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path / "run" / "logs", 0, beat_s=0.02, stall_s=60.0)
+    heart.start()
+    until(lambda: bool(read_beats(tmp_path / "run" / "logs")))
+    until(lambda: not shutil.rmtree(tmp_path / "run", ignore_errors=True) and not (tmp_path / "run").exists())
+    time.sleep(0.3)
+    assert not (tmp_path / "run").exists()
+    heart.stop("done")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_larger_world_has_left_is_none_of_the_runs_ranks(tmp_path: Path) -> None:
+    """A run of four that was killed, resumed with two: they share logs/local."""
+    old = [beat(rank, world=4, time=time.time() - SILENT_S - 900) for rank in range(4)]
+    folder_of(tmp_path, old)
+    folder = tmp_path / "logs" / "7-r0"
+    for one in (beat(0, world=2), beat(1, world=2)):
+        write(folder / BEATS / f"rank-{one['rank']:05d}.json", one)
+    assert [one["rank"] for one in read_beats(folder)] == [0, 1]
+    text, code = status.status(tmp_path)
+    assert code == 0
+    assert "SILENT" not in text
 
 
 def test_without_progress_the_stack_is_dumped_and_told(
@@ -127,12 +158,6 @@ def test_a_stall_names_phase_rank_and_node(tmp_path: Path) -> None:
     assert "last heard" not in text
     assert "the others wait for rank 2 on n2: stage ppo, step 3 of 5, phase rollout > judge" in text
     assert str(tmp_path / "stacks") in text
-
-
-def folder_of(run: Path, beats: list[dict[str, Any]]) -> None:
-    for one in beats:
-        write(run / "logs" / "7-r0" / BEATS / f"rank-{one['rank']:05d}.json", one)
-    (run / "logs" / "latest").symlink_to("7-r0")
 
 
 def test_status(tmp_path: Path) -> None:

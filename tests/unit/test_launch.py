@@ -400,8 +400,12 @@ def test_srun_gives_ranks_their_place() -> None:
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
 def test_srun_without_a_meeting_place(missing: str) -> None:
     environ = {k: v for k, v in (SRUN | MASTER).items() if k != missing}
-    with pytest.raises(InputError, match="export them in the batch script"):
+    with pytest.raises(InputError, match="export them in the batch script") as raised:
         adopt_slurm(environ)
+    assert "unset SLURM_STEP_ID" in str(raised.value)  # a notebook that is a task of srun
+    environ.pop("SLURM_STEP_ID")
+    assert adopt_slurm(environ) == {}
+    assert not in_world(environ)
 
 
 def test_a_ranks_command() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,64 @@ def test_one_that_was_taken_over_notices(tmp_path: Path) -> None:
     thief.release()
 
 
+def test_one_whose_file_a_person_has_removed_notices_who_came(tmp_path: Path) -> None:
+    """As a refusal tells to where the holder is surely gone: the next one's file has the same number."""
+    mine = taken(tmp_path)
+    shutil.rmtree(tmp_path / lock.LOCK)
+    second = holder(tmp_path)
+    assert said(second) == "held"
+    assert file_of(tmp_path).name == "00000001.json"
+    with pytest.raises(GenacError, match=f"another process has taken .*: process {second.pid} on "):
+        mine.check()
+    mine.release()
+    assert json.loads(file_of(tmp_path).read_text())["pid"] == second.pid  # not ours to remove
+    second.kill()
+    second.communicate()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_that_is_removed_or_moved_under_it(tmp_path: Path, moved: bool) -> None:
+    run = tmp_path / "run"
+    mine = taken(run)
+    run.rename(tmp_path / "elsewhere") if moved else shutil.rmtree(run)
+    with pytest.raises(GenacError) as raised:
+        mine.check()
+    assert "is gone: the folder, or its .lock, was removed or moved while the run was under way" in str(
+        raised.value
+    )
+    assert "another process" not in str(raised.value)
+    mine.release()
+    assert not run.exists()
+
+
+def test_a_copy_of_a_folder_that_is_held_is_free(tmp_path: Path) -> None:
+    first = holder(tmp_path / "run")
+    assert said(first) == "held"
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    FolderLock(tmp_path / "copy", "the run").refuse()
+    mine = taken(tmp_path / "copy", silent_s=60)
+    mine.check()
+    with pytest.raises(InputError, match="under way"):
+        FolderLock(tmp_path / "run", "the run").refuse()
+    mine.release()
+    first.kill()
+    first.communicate()
+
+
+def test_a_stand_in_for_a_folder_that_is_mounted_twice_is_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files then have two device numbers, and are the same all the same."""
+    first = holder(tmp_path)
+    assert said(first) == "held"
+    monkeypatch.setattr(Path, "samefile", lambda *_: False)
+    with pytest.raises(InputError, match="under way"):
+        taken(tmp_path, silent_s=60)
+    assert [path.name for path in (tmp_path / lock.LOCK).iterdir()] == ["00000001.json"]
+    first.kill()
+    first.communicate()
+
+
 def test_its_thread_touches_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_S", 0.05)
     mine = taken(tmp_path)
@@ -232,6 +291,20 @@ def test_one_whose_launcher_is_gone_is_waited_for(tmp_path: Path) -> None:
     FolderLock(tmp_path, "the run").refuse()
     threading.Timer(0.5, rank.kill).start()
     taken(tmp_path).release()
+    rank.communicate()
+
+
+def test_one_that_is_about_to_end_is_not_waited_for_longer_than_peers_wait(tmp_path: Path) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    rank = holder(tmp_path, GENAC_LAUNCHER_PID=str(launcher.pid))
+    assert said(rank) == "held"
+    launcher.kill()
+    launcher.wait()
+    began = time.monotonic()
+    with pytest.raises(InputError, match="under way"):
+        taken(tmp_path, silent_s=1.0)
+    assert time.monotonic() - began < 20
+    rank.kill()
     rank.communicate()
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -43,8 +44,13 @@ def synced(told: str) -> list[int]:
     """The rows in the offline run that a message says to sync."""
     folder = Path(told.rpartition("wandb sync ")[2].splitlines()[0].strip("'"))
     (file,) = folder.glob("*.wandb")
+    return steps_in(file.read_bytes())
+
+
+def steps_in(data: bytes) -> list[int]:
+    """The rows that a W&B run's file holds."""
     # Of each record the key, its field's tag and length, and the value as JSON: in history and in summary.
-    return sorted({int(number) for number in re.findall(rb"global_step\x82\x01.(\d+)", file.read_bytes())})
+    return sorted({int(number) for number in re.findall(rb"global_step\x82\x01.(\d+)", data)})
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------
@@ -139,6 +145,38 @@ def test_wandb_itself_without_a_key_or_a_server(tmp_path: Path, more: dict[str, 
     assert OWED in done.stderr
     assert synced(done.stderr) == [1, 2, 3]
     assert len(RunFolder(tmp_path / "my run").rows(METRICS)[0]) == 3
+
+
+HANGS = """
+import signal, sys, psutil
+from genac_megatron.observe import sinks
+from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.recipe.schema import ObserveConfig, WandbConfig
+sinks.HANGS_S, sinks.SPARED = 20.0, 0.0
+with MetricsLog(sys.argv[1], ObserveConfig(tensorboard=False, wandb=WandbConfig(mode="offline"))) as log:
+    for step in range(1, 601):
+        log.log("rl", "reinforce", step, {f"a/{n}": step + n / 3 for n in range(60)})
+        if step == 3:
+            for process in psutil.Process().children(recursive=True):
+                process.send_signal(signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+def test_wandb_itself_whose_process_hangs_holds_no_run_up_and_loses_no_row(tmp_path: Path) -> None:
+    """Without a limit the run waits for ever once the pipe to it is full."""
+    pytest.importorskip("wandb")
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path / "run")],
+        env=plain | {"HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B failed (its process did not answer in time") == 1
+    assert "does not have" not in done.stderr
+    kept = b"".join(file.read_bytes() for file in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert not set(range(1, 601)).difference(steps_in(kept))
 
 
 class MockWandb(types.ModuleType):
@@ -238,6 +276,24 @@ def test_a_mock_of_wandb_that_cannot_send_in_time_at_the_end_is_told(
         train(log, 1, 2)
     assert "W&B does not have its last rows (TimeoutError: finish)" in caplog.text
     assert f"wandb sync {tmp_path / 'wandb' / 'run-1'}" in caplog.text
+
+
+def test_a_mock_of_wandb_gets_a_copied_run_as_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is resumed under another name must not write into the original's W&B run."""
+    mock = MockWandb(lambda what, number: False)
+    monkeypatch.setitem(sys.modules, "wandb", mock)
+    with MetricsLog(tmp_path / "run", ONLINE) as log:
+        train(log, 1, 3)
+        state = log.state_dict()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with MetricsLog(tmp_path / "copy", ONLINE, resume=state) as log:
+        train(log, 4, 4)
+        assert log.state_dict()["wandb_id"] != state["wandb_id"]
+    assert mock.rows == [1, 2, 3, 1, 2, 3, 4]
+    with MetricsLog(tmp_path / "run", ONLINE, resume={**state, "name": "run"}) as log:
+        assert log.state_dict()["wandb_id"] == state["wandb_id"]
 
 
 def test_a_mock_of_wandb_that_failed_the_run_before_gets_its_rows_after_a_resume(

@@ -20,8 +20,9 @@ from genac_megatron.models.registry import shape_from_hf
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Request, SamplingParams
 from genac_megatron.serving.sglang import engine as engines
-from genac_megatron.serving.sglang.client import ServerClient, ServerError, system_error
+from genac_megatron.serving.sglang.client import ServerClient, ServerError
 from genac_megatron.serving.sglang.engine import SglangEngine, connections_each
+from genac_megatron.serving.transport import system_error
 
 MODEL = {
     "model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8,

@@ -63,6 +63,44 @@ def test_results_of_another_recipe_are_not_taken(tmp_path: Path) -> None:
     assert not sweep.Sweep(results, tmp_path / "runs", ["stages.ppo.steps=1"], again=False).records
 
 
+STOP = """
+import subprocess, sys, time
+from pathlib import Path
+from tools import quickstart_sweep as sweep
+sweep.GRACE_S = 0.5
+sweep.adopt_orphans()
+run = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+while not Path("rank").exists():
+    time.sleep(0.05)
+sweep._stop([sweep.Active(1, "native", Path("run"), run, time.monotonic())], [2])
+print(Path("rank").read_text())
+"""
+DEAF = """
+import os, signal, time
+from pathlib import Path
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+if os.fork() == 0:  # as a rank
+    os.setsid()
+    Path("part").write_text(str(os.getpid()))
+    Path("part").rename("rank")
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="adopting orphans needs Linux")
+def test_a_stop_leaves_no_rank_that_hears_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOP, DEAF],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rank = int(done.stdout.splitlines()[-1])
+    assert not Path(f"/proc/{rank}").exists()
+    assert "[sweep] ended: " in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["--seeds", "one"], ["--kernels", "sse9"], ["no.such=key"]])
 def test_wrong_arguments_are_told_with_exit_2(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(

@@ -40,6 +40,37 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("name=''", "has an empty part"), ("name=a//b", "has an empty part"), ("name=/tmp/x", "empty part"),
+        ("name=.", "no folder of its own"), ("name=../up", "empty part"), ("name=a/..", "no fold"),
+        ('name="a\\nb"', "line break"), ('name="a\\0b"', "control character"), ("name=a\udce4", "not YAML"),
+        (f"name={'n' * 201}", "longer than 200 bytes"), ("name=a/" + 67 * "\u2602", "longer than 200"),
+        ("stages.0.name=a/b", "has a slash"), ("stages.0.name=.a", "begins with a dot"),
+        ("stages.0.name=''", "empty"), (f"stages.0.name={'n' * 201}", "longer than"),
+    ],
+)  # fmt: skip
+def test_names_that_no_folder_can_have(path: Path, override: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as raised:
+        check(load_recipe(path, [override]))
+    assert "name" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "it's", "'say \"x\"'", "Gr\u00f6\u00dfe \u5b9f\u9a13", "-x", "n" * 200, ".x"]
+)
+def test_names_that_folders_have(path: Path, name: str) -> None:
+    assert load_recipe(path, [f"name={name}"]).name == name.strip("'" if name[0] == "'" else "")
+
+
+def test_a_home_in_runs_is_the_users(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of runs=~/x as it is; a folder called ~ is nobody's wish."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_recipe(path, ["runs=~/x"]).runs == "/home/somebody/x"
+    assert load_recipe(path, ["runs=x~"]).runs == "x~"
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         [],

@@ -178,6 +178,9 @@ def test_a_held_out_target_of_any_role(metric: str, target: float, figure: float
     bound = re.search(r"stages\.sft\.heldout\.target=(\S+)", told)
     assert bound
     check_sft_gate(stage(bound[1]), {f"heldout/{metric}": figure})
+    told = message(stage(target), {f"heldout/{metric}": NAN})
+    assert f"held-out {metric} nan is " in told
+    assert "heldout.target=" not in told  # no bound would do
 
 
 def test_missing_figures_fail_every_gate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,24 @@ import pytest
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.sft import check_room, with_room
+from genac_megatron.stages.sft import _read_samples, _write_samples, check_room, with_room
+
+
+def test_kept_samples_are_all_of_them_or_refused(tmp_path: Path) -> None:
+    """A copy of a run folder may be cut short, at a line's end too: fewer samples would be trained."""
+    path = tmp_path / "data" / "demos.jsonl"
+    samples = [Sample([1, 2, n], 1, source=f"train/{n}") for n in range(5)]
+    _write_samples(path, samples)
+    whole = path.read_bytes()
+    assert _read_samples(path) == samples
+    for size in range(len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="not all of them"):
+            _read_samples(path)
+    path.write_bytes(whole.replace(b', "of": 5', b""))  # of an earlier version
+    assert _read_samples(path) == samples
+    path.unlink()
+    assert _read_samples(path) is None
 
 
 def test_samples_longer_than_the_model_are_named() -> None:

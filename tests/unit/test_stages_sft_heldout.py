@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import SftHeldout
+from genac_megatron.errors import GateFailed, InputError
+from genac_megatron.observe.runinfo import RunFolder, jsonable
+from genac_megatron.recipe.schema import OptimizerConfig, SftHeldout, SftStage, WorldConfig
 from genac_megatron.records import Sample
-from genac_megatron.stages.sft_heldout import heldout_figures, hold_out
+from genac_megatron.stages.gates import check_sft_gate
+from genac_megatron.stages.progression import Progression
+from genac_megatron.stages.sft_heldout import Watch, heldout_figures, hold_out
 
 
 def make(sources: list[str]) -> list[Sample]:
@@ -50,6 +58,36 @@ def test_too_few_samples_or_prompts_are_refused(names: list[str]) -> None:
         hold_out(make(names), SftHeldout(size=5), "stage sft-critic", 0)
     assert "stage sft-critic, heldout.size" in str(caught.value)
     assert caught.value.agreed
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_stand_in_runs_looks_that_are_never_finite_miss_the_target(tmp_path: Path, keep: str) -> None:
+    """A target that no figure was held to must not count as reached, nor after a resume."""
+    notes: list[str] = []
+    run: Any = SimpleNamespace(
+        at=Progression(),
+        folder=RunFolder(tmp_path),
+        recipe=SimpleNamespace(world=WorldConfig()),
+        world=SimpleNamespace(rank=1),
+        roles={"actor": SimpleNamespace(config=SimpleNamespace(optimizer=OptimizerConfig()))},
+        together=lambda act: act(),
+        progress=SimpleNamespace(note=notes.append),
+    )
+    stage = SftStage.model_validate(
+        {"kind": "sft", "role": "actor", "data": "demonstrations",
+         "heldout": {"size": 1, "metric": "loss", "target": 0.5, "keep": keep}}
+    )  # fmt: skip
+    watch = Watch(run, stage, [], 4)
+    assert watch.settle(0) == {}  # of an earlier version's checkpoint nothing is known
+    for step, figure in ((2, math.inf), (4, math.nan)):
+        watch._judge(step, figure, SimpleNamespace())  # type: ignore[arg-type]
+    run.at.heldout = json.loads(json.dumps(jsonable(asdict(watch.seen))))
+    for one in (watch, Watch(run, stage, [], 4)):
+        figures = one.settle(4)
+        assert math.isnan(figures["heldout/loss"])
+        with pytest.raises(GateFailed, match=r"held-out loss nan is above 0\.5"):
+            check_sft_gate(stage, figures)
+    assert "held-out loss was never finite" in notes[-1]
 
 
 def test_figures_by_hand() -> None:

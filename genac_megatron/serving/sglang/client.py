@@ -6,9 +6,7 @@ It speaks to versions 0.5.17 and later. The servers' replies are checked, as not
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
-import resource
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import httpx
 
 from genac_megatron.errors import PeerLost
 from genac_megatron.serving.sglang.pulse import Pulse
+from genac_megatron.serving.transport import OUT_OF_FILES, no_reply, system_error
 
 PauseMode = Literal["abort", "retract", "in_place"]
 CONNECT_S = 10.0
@@ -352,18 +351,8 @@ class ServerClient:
     def _not_answered(self, path: str, error: Exception, limit_s: float) -> ServerError:
         """What went wrong before there was a reply, in the system's words where it has any."""
         reason = system_error(error)
-        files = reason is not None and reason.errno in (errno.EMFILE, errno.ENFILE)
-        if isinstance(error, httpx.ConnectTimeout):
-            what = f"no connection within {min(CONNECT_S, limit_s):g} s ({error!r})"
-        elif isinstance(error, TimeoutError | httpx.TimeoutException):
-            what = f"no answer within {limit_s:g} s ({error!r})"
-        elif reason is None:
-            what = f"{error!r}"
-        else:
-            name = errno.errorcode.get(reason.errno or 0, reason.errno)
-            what = f"{type(error).__name__}: {reason.strerror} ({name})"
-        if files:
-            what += f", this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+        files = reason is not None and reason.errno in OUT_OF_FILES
+        what = no_reply(error, limit_s, min(CONNECT_S, limit_s))
         return ServerError(self.name, path, what, retryable=True, files=files)
 
     def _read(self, path: str, reply: httpx.Response) -> Any:
@@ -381,22 +370,6 @@ class ServerClient:
 
     def _error(self, path: str, body: str, *, retryable: bool) -> ServerError:
         return ServerError(self.name, path, body, retryable=retryable)
-
-
-def system_error(error: BaseException) -> OSError | None:
-    """The system's own error behind one of httpx's, which names none; None where there is none."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        found = waiting.pop()
-        if found is None or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, OSError) and found.errno is not None:
-            return found
-        waiting += [found.__context__, found.__cause__]
-        waiting += found.exceptions if isinstance(found, BaseExceptionGroup) else ()
-    return None
 
 
 @functools.cache
