@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+TICK_S = 0.001  # less is no time to wait
 LOOKS = 3  # at a server, in the time that it may be silent
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class Pulse:
@@ -29,18 +33,18 @@ class Pulse:
 
     def seen(self) -> None:
         """It has answered somebody."""
-        self._seen = time.monotonic()
+        self._seen = _now()
 
     async def wait(self, work: asyncio.Future[Any], limit_s: float) -> None:
         """Until `work` is done. Raises TimeoutError after `limit_s` seconds without a sign of the server."""
-        began = time.monotonic()
+        began = _now()
         while not work.done():
-            silent = time.monotonic() - max(began, self._seen)
-            if silent >= limit_s:
+            silent = _now() - max(began, self._seen)
+            if silent > limit_s - TICK_S:
                 raise TimeoutError
             waits: set[asyncio.Future[Any]] = {work}
             next_s = limit_s / LOOKS - silent
-            if next_s <= 0:
+            if next_s < TICK_S:
                 waits.add(self._begin_to_look(limit_s / LOOKS))
                 next_s = limit_s - silent
             await asyncio.wait(waits, timeout=next_s, return_when=asyncio.FIRST_COMPLETED)
@@ -51,7 +55,7 @@ class Pulse:
         return self._looking
 
     async def _look_once(self, limit_s: float) -> None:
-        began = time.monotonic()
+        began = _now()
         works = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
@@ -59,4 +63,4 @@ class Pulse:
         if works:
             self.seen()
         else:  # not at once again
-            await asyncio.sleep(limit_s - (time.monotonic() - began))
+            await asyncio.sleep(limit_s - (_now() - began))
