@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class CountingStandIn:
         self.held: list[tuple[Any, str]] = []
         self.names: list[list[str]] = []  # per rank
         self.calls: list[str] = []
+        self.times: list[float] = []  # of updates, by the machine's clock
         self.fails_at = -1
         self.now = ""
 
@@ -53,6 +55,7 @@ class CountingStandIn:
         from genac_megatron.errors import PeerLost
 
         self.calls.append("update")
+        self.times.append(time.monotonic())
         if self.calls.count("update") == self.fails_at:
             raise PeerLost("it is gone")
         for rank, payload in enumerate(payloads):
@@ -97,11 +100,13 @@ def digest(flat: Any) -> str:
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
-def make_publisher(layout: dict[str, Any], gpus: dict[str, list[int]], **publication: Any) -> Any:
-    """A publisher to counting stand-ins, whose "GPUs" are those of the ranks given."""
+def make_publisher(
+    layout: dict[str, Any], gpus: dict[str, list[int]], *, host: bool = False, **publication: Any
+) -> Any:
+    """A publisher to counting stand-ins on the "GPUs" of the ranks given. host: each source sends."""
     from genac_megatron.publication import fleet
     from genac_megatron.publication.publisher import Publisher
-    from genac_megatron.publication.tensor import DeviceTensors
+    from genac_megatron.publication.tensor import DeviceTensors, HostTensors
     from genac_megatron.recipe.schema import PublicationConfig
     from genac_megatron.serving.sglang.fleet import Endpoint
 
@@ -111,8 +116,10 @@ def make_publisher(layout: dict[str, Any], gpus: dict[str, list[int]], **publica
     config = PublicationConfig.model_validate({"verify": "version", **publication})
     real, fleet.Control = fleet.Control, CountingStandIn  # type: ignore[misc,assignment]
     try:
-        endpoints = [Endpoint(name, "http://none", "", len(ranks), "cpu") for name, ranks in gpus.items()]
-        transport = DeviceTensors(role, endpoints, config, gpus)
+        url = "http://127.0.0.1:9"
+        endpoints = [Endpoint(name, url, "", len(ranks), "cpu") for name, ranks in gpus.items()]
+        transport: Any = HostTensors(role, endpoints, config) if host else None
+        transport = transport or DeviceTensors(role, endpoints, config, gpus)
     finally:
         fleet.Control = real  # type: ignore[misc]
     return Publisher(role, bucket_bytes=BUCKET, transport=transport)
@@ -269,6 +276,51 @@ def test_what_fails_on_one_rank_fails_on_all_and_nobody_waits(
     names = [each for found in results for server in found["names"] for each in server]
     assert len(names) == 2
     assert names[0] == names[1] != []
+
+
+def in_turn_case(rank: int, fails_at: int) -> dict[str, Any]:
+    """A publication that each stage's source sends, and that may fail in the first; then one more."""
+    from genac_megatron.errors import GenacError
+
+    publisher = make_publisher(LAYOUTS["tp2-pp2"], {"actor/0": [0, 1]}, host=True)
+    (server,) = publisher.transport.fleet
+    server.fails_at = fails_at if rank == 0 else -1
+    told = ""
+    try:
+        publisher.publish(1)
+    except GenacError as error:
+        told = str(error)
+    times, asked = list(server.times), server.calls[-1:]
+    server.fails_at = -1
+    server.let_go()
+    publisher.publish(2)
+    names = [sorted(each) for each in server.names]
+    publisher.close()
+    return {"told": told, "times": times, "asked": asked, "names": names}
+
+
+@pytest.mark.parametrize("fails_at", [-1, 2])
+def test_stages_send_in_turn_and_not_after_one_that_failed(pool: Any, fails_at: int) -> None:
+    """Rank 0 and rank 2 are the sources; each has a stand-in of the one server."""
+    from genac_megatron.models.registry import shape_of
+    from genac_megatron.models.sizes import hf_names
+
+    results = pool.run(in_turn_case, fails_at, timeout=300.0)
+    first, second = results[0], results[2]
+    assert results[1]["times"] == results[3]["times"] == []
+    assert first["asked"] == ["resume"]
+    if fails_at < 0:
+        assert {found["told"] for found in results} == {""}
+        assert max(first["times"]) < min(second["times"])
+    else:
+        assert len(first["times"]) == fails_at
+        assert second["times"] == []
+        assert "server actor/0: it is gone" in first["told"]
+        assert "phase send, bucket 2 of" in first["told"]
+        assert {found["told"] for found in results} == {first["told"]}
+    wanted = sorted(hf_names(shape_of(role_config().model, 67)))
+    for one, other in zip(first["names"], second["names"], strict=True):
+        assert sorted([*one, *other]) == wanted
 
 
 def checked_case(rank: int, every: int | None) -> list[int]:
