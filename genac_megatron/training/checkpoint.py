@@ -50,9 +50,15 @@ from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.finite import need_finite
 from genac_megatron.training.loading import find_checkpoint, load_checkpoint, reason
 from genac_megatron.training.role import Role
-from genac_megatron.training.sharding import Sharded, role_state
+from genac_megatron.training.sharding import ROLES, Sharded, SharedWriting, role_state
 
-__all__ = ["Checkpoints", "complete", "find_checkpoint", "load_checkpoint", "remove_for_good"]
+__all__ = [
+    "Checkpoints",
+    "complete",
+    "find_checkpoint",
+    "load_checkpoint",
+    "remove_for_good",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +116,9 @@ class Checkpoints:
         keep_write_errors()
         request = self._collective(
             lambda: dist_checkpointing.save(
-                {"roles": sharded},
+                {ROLES: sharded},
                 str(part / WEIGHTS),
+                SharedWriting(roles),
                 async_sharded_save=self.asynchronous,
                 **save_options(),
             ),

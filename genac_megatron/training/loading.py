@@ -16,14 +16,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.manifest import COMMON, MANIFEST, WEIGHTS, complete, read_manifest
 from genac_megatron.platform.fp8 import remember
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.role import Role
-from genac_megatron.training.sharding import Sharded, role_state
+from genac_megatron.training.sharding import OPTIMIZER, ROLES, Sharded, SharedReading, role_state
 
 LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
 OF_RECIPE = (
@@ -45,31 +45,38 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
     chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
     bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
     request = {
-        name: extract_matching_values(
-            role_state(role, optimizer=optimizers, loading=True, head=name not in bodies),
-            lambda v: isinstance(v, ShardedBase),
-        )[0]
+        name: _request(role, optimizers, head=name not in bodies)
         for name, role in chosen.items()
         if role.active
     }
     states = agree(lambda: _saved_states(path / WEIGHTS), partial(_unreadable, path))
     unsaved = {name: _take_unsaved(role, states) for name, role in request.items()}
+    strategy = SharedReading(chosen, partial(_unreadable, path))
     try:
-        loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
-    except CheckpointException as error:  # torch raises it on every rank
-        raise on_all_ranks(_unreadable(path, error)) from error
+        loaded = dist_checkpointing.load({ROLES: request}, str(path / WEIGHTS), strategy).get(ROLES, {})
+    except InputError:  # told to every rank by `strategy`
+        raise
     except Exception as error:
         if lost_peer(error):
             raise
         raise _unreadable(path, error) from error
     for name, role in chosen.items():
         if role.active:
-            whole = merge(merge(common[name], loaded[name]), unsaved[name])
+            whole = merge(merge(common[name], loaded.get(name, {})), unsaved[name])
             _put(role, whole, optimizers, common[name]["steps"], head=name not in bodies)
         elif not optimizers:
             role.serial += 1  # as refresh_master does on the role's ranks
     if not optimizers:
         agree(lambda: need_sound(path, chosen))
+
+
+def _request(role: Role, optimizers: bool, *, head: bool) -> Sharded:
+    """What this rank asks a checkpoint for: the role's weights, or its optimizer's states."""
+    state = role_state(role, optimizer=optimizers, loading=True, head=head)
+    if optimizers:
+        state = {OPTIMIZER: state[OPTIMIZER]}
+    sharded: Sharded = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))[0]
+    return sharded
 
 
 def _saved_states(weights: Path) -> set[str]:
