@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,6 +57,7 @@ __all__ = [
     "Checkpoints",
     "complete",
     "find_checkpoint",
+    "in_background",
     "load_checkpoint",
     "remove_for_good",
 ]
@@ -77,6 +79,15 @@ class Pending:
 
     part: Path
     seal: Callable[[], None]
+
+
+def in_background(asked: bool | None) -> bool:
+    """Whether checkpoints are written while training goes on, where a recipe leaves it open.
+
+    They are on Linux. Elsewhere a process forked from one with threads may hang or crash: there the rank
+    waits for its writers, so that it is seen at the save.
+    """
+    return sys.platform == "linux" if asked is None else asked
 
 
 class Checkpoints:
