@@ -174,8 +174,8 @@ def form_case(rank: int, folder: str, layout: dict[str, Any], stock: bool, resum
             act()
     else:
         act()
-    at = {"actor": published(role)}
-    return at, train(role, 2, 2), {"actor": published(role)}
+    at = {"actor": published(role, 1 << 18)}
+    return at, train(role, 2, 2), {"actor": published(role, 1 << 18)}
 
 
 @pytest.mark.parametrize("old_saves", [True, False], ids=["old-to-new", "new-to-old"])
@@ -209,7 +209,7 @@ def move_case(rank: int, folder: str, layout: dict[str, Any], resumed: bool) -> 
     else:
         train(role, 2)
         Checkpoints(Path(folder), 2, asynchronous=False).save(path.name, {"actor": role}, {})
-    at = {"actor": published(role)}
+    at = {"actor": published(role, 1 << 18)}
     return at, states_of(folder, role, "again" if resumed else ""), train(role, 2, 2)
 
 
