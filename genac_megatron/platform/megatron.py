@@ -289,20 +289,6 @@ _REPAIRS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def keep_bucket_padding(ddp: Any) -> None:
-    """Make checkpoints of this model's distributed optimizer exact where its buffer has several buckets.
-
-    Upstream (0.16.1, 0.19.2; its own comment calls it issue #504): a save joins the buckets' states without
-    the padding at their ends, then cuts parameters out by offsets that count it, so that every parameter
-    after the first padded bucket is saved shifted and the last one is filled up with zeros. A tied embedding
-    under pipeline parallelism always has a bucket of its own. Counting the padding as data makes both agree.
-    """
-    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = buffer.numel
-
-
 def keep_write_errors() -> None:
     """Let the reason of a shard that could not be written through: 0.19 says the class of its error alone.
 

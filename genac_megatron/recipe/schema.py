@@ -383,7 +383,7 @@ class EvaluationConfig(Block):
 class CheckpointConfig(Block):
     every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end of a stage
     keep: Positive = 2
-    asynchronous: bool = False
+    asynchronous: bool | None = None  # training goes on while it is written; None: on Linux
 
 
 class WandbConfig(Block):

@@ -39,7 +39,7 @@ from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.stages.value import value
 from genac_megatron.stages.values import is_scalar, need_same_tokens
 from genac_megatron.training.agreement import agree, from_first
-from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
+from genac_megatron.training.checkpoint import Checkpoints, in_background, load_checkpoint
 from genac_megatron.training.layout import World
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _run(
     checkpoints = Checkpoints(
         folder.checkpoints,
         recipe.checkpoint.keep,
-        recipe.checkpoint.asynchronous,
+        in_background(recipe.checkpoint.asynchronous),
         recipe.world.timeout_s,
     )
     # By rank 0 for all: another rank's view of a shared file system may be older.
@@ -85,7 +85,8 @@ def _run(
         try:
             if is_scalar(run):
                 need_same_tokens(run)
-            _stages(run, checkpoints, begun)
+            with saves_completed(checkpoints):
+                _stages(run, checkpoints, begun)
         finally:
             run.close()
 
@@ -192,6 +193,20 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
             loop.end(index)
         resumed = None
     checkpoints.wait()
+
+
+@contextmanager
+def saves_completed(checkpoints: Checkpoints) -> Iterator[None]:
+    """Where all ranks end alike, a save under way in the background is completed first. Collective."""
+    try:
+        yield
+    except GenacError as error:
+        if error.agreed:
+            try:
+                checkpoints.wait()
+            except GenacError as failure:
+                error.add(f"also: {failure}")
+        raise
 
 
 @contextmanager

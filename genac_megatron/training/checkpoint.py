@@ -17,23 +17,21 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, force_all_tensors_to_non_fp8
-from torch.distributed.checkpoint import FileSystemReader
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
-from genac_megatron.errors import GenacError, InputError, on_all_ranks
-from genac_megatron.models.families.base import Shape
+from genac_megatron.errors import GenacError, on_all_ranks
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import (
     COMMON,
@@ -48,53 +46,31 @@ from genac_megatron.observe.manifest import (
     survey,
 )
 from genac_megatron.observe.runinfo import write_json_atomic
-from genac_megatron.platform.fp8 import remember
 from genac_megatron.platform.megatron import keep_write_errors, own_results_queue, save_options
 from genac_megatron.training.agreement import agree, gathered, lost_peer
-from genac_megatron.training.finite import need_finite, need_sound
+from genac_megatron.training.finite import need_finite
+from genac_megatron.training.loading import find_checkpoint, load_checkpoint, reason
 from genac_megatron.training.role import Role
+from genac_megatron.training.sharding import ROLES, Sharded, SharedWriting, role_state
+
+__all__ = [
+    "Checkpoints",
+    "complete",
+    "find_checkpoint",
+    "in_background",
+    "load_checkpoint",
+    "remove_for_good",
+]
 
 logger = logging.getLogger(__name__)
 
-LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
 BYTES_PER_PARAMETER = 4 + 12  # weights at most fp32, and fp32 master, first and second moment
 SPARE_BYTES = 64 << 20
 LATE_S = 10.0  # for writers that go on when one of them has failed
 LITTLE_BYTES = 1 << 20  # a file system with less is full
-OF_RECIPE = (
-    "max_lr",
-    "min_lr",
-    "betas",
-    "eps",
-)  # of a parameter group: a resumed run's recipe may change them
-EXTRA = "._extra_state"
 POLL_S = 0.05  # between looks at writers in the background
 
 T = TypeVar("T")
-Sharded = dict[str, Any]
-
-
-def role_state(role: Role, *, optimizer: bool, loading: bool = False, head: bool = True) -> Sharded:
-    """The sharded state of a role on this rank, with its output layer or without; empty outside its block."""
-    if not role.active:
-        return {}
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.dp_cp}
-    models: Sharded = {}
-    for index, model in enumerate(role.models):
-        state = model.sharded_state_dict(metadata=dict(metadata))
-        kept = {key: value for key, value in state.items() if head or not key.startswith("output_layer.")}
-        models[f"model{index}"] = kept
-        add_prefix_for_sharding(models[f"model{index}"], f"{role.name}.")
-    if not optimizer or role.optimizer is None:
-        return models
-    merged: Sharded = {}
-    for model in models.values():
-        merged |= model
-    state = models if len(models) > 1 else merged
-    return {
-        **models,
-        "optimizer": role.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(metadata)),
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +79,15 @@ class Pending:
 
     part: Path
     seal: Callable[[], None]
+
+
+def in_background(asked: bool | None) -> bool:
+    """Whether checkpoints are written while training goes on, where a recipe leaves it open.
+
+    They are on Linux. Elsewhere a process forked from one with threads may hang or crash: there the rank
+    waits for its writers, so that it is seen at the save.
+    """
+    return sys.platform == "linux" if asked is None else asked
 
 
 class Checkpoints:
@@ -142,8 +127,9 @@ class Checkpoints:
         keep_write_errors()
         request = self._collective(
             lambda: dist_checkpointing.save(
-                {"roles": sharded},
+                {ROLES: sharded},
                 str(part / WEIGHTS),
+                SharedWriting(roles),
                 async_sharded_save=self.asynchronous,
                 **save_options(),
             ),
@@ -238,7 +224,7 @@ class Checkpoints:
 
     def _local(self, act: Callable[[], T], part: Path) -> T:
         """Run `act`, which is local; if it failed on any rank, fail on all with the first rank's reason."""
-        return agree(act, lambda error: self._failed(_reason(error), part))
+        return agree(act, lambda error: self._failed(reason(error), part))
 
     def _collective(self, act: Callable[[], T], part: Path) -> T:
         """Run `act`, in which torch raises what fails on one rank as CheckpointException on all of them.
@@ -252,13 +238,13 @@ class Checkpoints:
             if error.failures:
                 logger.error("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
             # Rank 0, which coordinates, has the reasons; the others know only that there are some.
-            reasons = [text for text in gathered(_reason(error) if error.failures else "") if text]
+            reasons = [text for text in gathered(reason(error) if error.failures else "") if text]
             raise on_all_ranks(self._failed(reasons[0] if reasons else "unknown", part)) from error
         except Exception as error:
             if lost_peer(error):
                 raise
             logger.error("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
-            raise self._failed(_reason(error), part) from error
+            raise self._failed(reason(error), part) from error
 
     def _failed(self, reason: str, part: Path) -> GenacError:
         full = "no space left" in reason.lower()
@@ -296,158 +282,6 @@ def remove_for_good(folder: Path, limit_s: float = LATE_S) -> None:
     while folder.exists() and time.monotonic() < give_up:
         time.sleep(0.05)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
-    """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
-
-    The layout may differ from the one that saved. A scalar critic may take a language model's weights: it
-    keeps its own head. Raises InputError where it does not fit.
-    """
-    manifest, common = agree(lambda: _read_small(path, roles, optimizers), partial(_unreadable, path))
-    chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
-    bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
-    request = {
-        name: extract_matching_values(
-            role_state(role, optimizer=optimizers, loading=True, head=name not in bodies),
-            lambda v: isinstance(v, ShardedBase),
-        )[0]
-        for name, role in chosen.items()
-        if role.active
-    }
-    states = agree(lambda: _saved_states(path / WEIGHTS), partial(_unreadable, path))
-    unsaved = {name: _take_unsaved(role, states) for name, role in request.items()}
-    try:
-        loaded = dist_checkpointing.load({"roles": request}, str(path / WEIGHTS)).get("roles", {})
-    except CheckpointException as error:  # torch raises it on every rank
-        raise on_all_ranks(_unreadable(path, error)) from error
-    except Exception as error:
-        if lost_peer(error):
-            raise
-        raise _unreadable(path, error) from error
-    for name, role in chosen.items():
-        if role.active:
-            whole = merge(merge(common[name], loaded[name]), unsaved[name])
-            _put(role, whole, optimizers, common[name]["steps"], head=name not in bodies)
-        elif not optimizers:
-            role.serial += 1  # as refresh_master does on the role's ranks
-    if not optimizers:
-        agree(lambda: need_sound(path, chosen))
-
-
-def _saved_states(weights: Path) -> set[str]:
-    """Which layers' extra states a checkpoint has: FP8's scales and histories, or nothing."""
-    return {key for key in FileSystemReader(weights).read_metadata().state_dict_metadata if EXTRA in key}
-
-
-def _take_unsaved(role: Sharded, saved: set[str]) -> Sharded:
-    """Take out of a request what no layer of the checkpoint's model kept; the same places, with None.
-
-    Transformer Engine's norms and attention have such a state where torch's have none.
-    """
-    unsaved: Sharded = {}
-    for part, tensors in role.items():
-        if not part.startswith("model"):
-            continue
-        missing = [
-            key
-            for key, item in tensors.items()
-            if isinstance(item, ShardedObject) and item.unique_key not in saved
-        ]
-        unsaved[part] = {key: None for key in missing if tensors.pop(key) is not None}
-    return unsaved
-
-
-def _read_small(path: Path, roles: Mapping[str, Role], optimizers: bool) -> tuple[dict[str, Any], Sharded]:
-    """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
-    manifest = read_manifest(path)
-    if missing := sorted(set(roles) - set(manifest["roles"])):
-        raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
-    for name, role in roles.items():
-        _check_shape(path, name, manifest["roles"][name], role.shape, body=not optimizers)
-    return manifest, torch.load(path / COMMON, map_location="cpu", weights_only=False)
-
-
-def _unreadable(path: Path, error: BaseException) -> InputError:
-    return InputError(
-        f"it cannot be read into this model: {_reason(error)}",
-        where=str(path / WEIGHTS),
-        way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of the innermost error: what torch and its writers wrap is what a person can mend.
-
-    An operating system's error comes before what was made of it, and what was tried before it.
-    """
-    chain = [error]
-    while True:
-        if isinstance(error, CheckpointException) and error.failures:
-            error = next(iter(error.failures.values()))[0]
-        elif (inner := error.__cause__ or error.__context__) is not None:
-            error = inner
-        else:
-            break
-        chain.append(error)
-    error = next((one for one in reversed(chain) if isinstance(one, OSError)), error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the device ({error.strerror})"
-    lines = str(error).strip().splitlines()
-    name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-    return f"{name}{lines[-1]}" if lines else type(error).__name__
-
-
-def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape, *, body: bool) -> None:
-    """Raises InputError naming every size in which a saved role differs from the recipe's.
-
-    body: a scalar critic's head may be new.
-    """
-    wanted = dataclasses.asdict(shape)
-    saved = {**LATER_SIZES, **saved}
-    if body and shape.value:
-        saved |= {"value": True, "tie": False}
-    different = [f"{k} {saved.get(k)} (the recipe: {v})" for k, v in wanted.items() if saved.get(k) != v]
-    if different:
-        raise InputError(
-            f"its {name} is another model: {', '.join(different)}",
-            where=str(path),
-            way_out="use the recipe that made the checkpoint",
-        )
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself where it is a checkpoint, else the newest complete one of a run folder."""
-    if (path / MANIFEST).exists():
-        return path
-    found = complete(path / "checkpoints") or complete(path)
-    if not found:
-        raise InputError(
-            "no complete checkpoint there",
-            where=str(path),
-            way_out="give a run folder, or one checkpoint of it",
-        )
-    return found[-1]
-
-
-def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool) -> None:
-    if optimizers:
-        own = [
-            {key: group[key] for key in OF_RECIPE if key in group} for group in role.optimizer.param_groups
-        ]
-        role.optimizer.load_state_dict(state["optimizer"])
-        for group in role.optimizer.param_groups:
-            group.update(own[0])  # what groups differ in is none of these
-        if steps:
-            role.scheduler.step(increment=steps)
-        return
-    for index, model in enumerate(role.models):
-        tensors = state[f"model{index}"]
-        model.load_state_dict(tensors, strict=head)
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                remember(parameter, tensors[name])
-    role.refresh_master()
 
 
 def _seal(

@@ -33,7 +33,6 @@ from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.routing import attach, check_experts
 from genac_megatron.observe.profile import mark
-from genac_megatron.platform.megatron import keep_bucket_padding
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.launched import Launched
@@ -95,12 +94,9 @@ class Role:
             fp8_param_gather=training.fp8_param,
             check_for_nan_in_grad=False,  # the step looks at the gradient norm instead
         )
-        wrapped = DistributedDataParallel(
+        return DistributedDataParallel(
             self.model_config, ddp, model, disable_bucketing=index > 0, pg_collection=self.groups
         )
-        if training.distributed_optimizer:
-            keep_bucket_padding(wrapped)
-        return wrapped
 
     def _connect(self) -> None:
         """Give the schedule its hooks: gradient finalisation over this role's groups only."""

@@ -255,3 +255,25 @@ def load_spoilt_case(rank: int, folder: str) -> Any:
     except InputError as error:
         return str(error)
     return "loaded"
+
+
+def ended_case(rank: int, folder: str) -> list[str]:
+    """A run that ends with an error of all ranks while a save is under way; what is whole at its end."""
+    from genac_megatron.errors import PeerLost, on_all_ranks
+    from genac_megatron.stages.pipeline import saves_completed
+    from genac_megatron.training.checkpoint import Checkpoints, complete
+
+    roles = {"actor": make_role("actor", role_config(), 4)}
+    checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=True)
+    try:
+        with saves_completed(checkpoints):
+            checkpoints.save("ppo-00002", roles, STATE)
+            assert not complete(Path(folder)), "it is under way"
+            raise on_all_ranks(PeerLost("a server was lost beyond its budget"))
+    except PeerLost:
+        return [path.name for path in complete(Path(folder))]
+
+
+def test_a_run_that_ends_completes_the_save_under_way(pool: Any, tmp_path: Path) -> None:
+    for there in pool.run(ended_case, str(tmp_path)):
+        assert there == ["ppo-00002"]

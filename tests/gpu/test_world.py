@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,32 @@ CURVE = (
     + """
 from tests.gpu.gpu_cases import curve
 print(json.dumps(curve(STEPS, **TRAINING)))
+close_world()
+"""
+)
+RESUME = (
+    START
+    + """
+from pathlib import Path
+from genac_megatron.algorithms.losses import make_sft_loss
+from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
+from tests.gpu.gpu_cases import flat_logprobs, make_role, make_samples
+def step(role, number):
+    return role.train_step(make_samples(24, number), make_sft_loss()).stats["loss"]
+def begun(seed):
+    role = make_role(seed=seed, dtype="bf16", layout=LAYOUT)
+    role.begin_stage(None, 8)
+    return role
+role, checkpoints = begun(1), Checkpoints(Path(FOLDER), 2, asynchronous=True)
+for number in range(2):
+    step(role, number)
+checkpoints.save("sft-2", {"actor": role}, {})
+at, later = flat_logprobs(role), [step(role, number) for number in (2, 3)]
+checkpoints.wait()
+resumed = begun(9)
+load_checkpoint(Path(FOLDER) / "sft-2", {"actor": resumed})
+load_checkpoint(Path(FOLDER) / "sft-2", {"actor": resumed}, optimizers=True)
+print(json.dumps([at, later, flat_logprobs(resumed), [step(resumed, number) for number in (2, 3)]]))
 close_world()
 """
 )
@@ -90,6 +117,19 @@ def test_a_layout_over_several_gpus_trains_as_one_gpu_does(layout: str, precisio
     losses, norms = compare(layout, size, given)
     assert losses < (LOSS_BF16 if "bf16" in precision else LOSS_FP8)
     assert norms < (NORM_BF16 if "bf16" in precision else NORM_FP8)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", ["dp2", "tp2-dp2"])
+def test_ranks_share_a_checkpoint_and_resume_from_it(layout: str, tmp_path: Path) -> None:
+    """Written in the background, each rank its part; weights are read in parts and sent over NCCL."""
+    size = 4 if layout == "tp2-dp2" else 2
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"{size} GPUs are needed, here are {torch.cuda.device_count()}")
+    program = f"LAYOUT = {LAYOUTS[layout]!r}\nFOLDER = {str(tmp_path)!r}\n" + RESUME
+    at, later, at_load, after_load = json.loads(run_world(program, size)[0].splitlines()[-1])
+    assert at_load == at
+    assert after_load == pytest.approx(later, rel=1e-3)  # kernels may sum in another order
 
 
 def compare(layout: str, size: int, given: dict[str, Any]) -> tuple[float, float]:

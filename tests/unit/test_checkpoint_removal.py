@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from genac_megatron.training.checkpoint import remove_for_good
+from genac_megatron.training.checkpoint import in_background, remove_for_good
 
 
 @pytest.mark.parametrize(("late", "left"), [(2, False), (10_000, True)])
@@ -30,3 +30,14 @@ def test_a_folder_goes_once_nobody_writes_into_it(
     remove_for_good(folder, 30.0 if late == 2 else 0.2)
     assert folder.exists() == left
     assert len(calls) == 3 or left
+
+
+@pytest.mark.parametrize(
+    ("asked", "system", "wanted"),
+    [(None, "linux", True), (None, "darwin", False), (False, "linux", False), (True, "darwin", True)],
+)
+def test_writers_are_in_the_background_on_linux_or_where_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: bool | None, system: str, wanted: bool
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    assert in_background(asked) is wanted

@@ -1,0 +1,194 @@
+"""Loading a checkpoint into roles, whatever layout saved it; and which folder is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from genac_megatron.errors import InputError
+from genac_megatron.models.families.base import Shape
+from genac_megatron.observe.manifest import COMMON, MANIFEST, WEIGHTS, complete, read_manifest
+from genac_megatron.platform.fp8 import remember
+from genac_megatron.training.agreement import agree, lost_peer
+from genac_megatron.training.finite import need_sound
+from genac_megatron.training.role import Role
+from genac_megatron.training.sharding import OPTIMIZER, ROLES, Sharded, SharedReading, role_state
+
+LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
+OF_RECIPE = (
+    "max_lr",
+    "min_lr",
+    "betas",
+    "eps",
+)  # of a parameter group: a resumed run's recipe may change them
+EXTRA = "._extra_state"
+
+
+def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
+    """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
+
+    The layout may differ from the one that saved. A scalar critic may take a language model's weights: it
+    keeps its own head. Raises InputError where it does not fit.
+    """
+    manifest, common = agree(lambda: _read_small(path, roles, optimizers), partial(_unreadable, path))
+    chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
+    bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
+    request = {
+        name: _request(role, optimizers, head=name not in bodies)
+        for name, role in chosen.items()
+        if role.active
+    }
+    states = agree(lambda: _saved_states(path / WEIGHTS), partial(_unreadable, path))
+    unsaved = {name: _take_unsaved(role, states) for name, role in request.items()}
+    strategy = SharedReading(chosen, partial(_unreadable, path))
+    try:
+        loaded = dist_checkpointing.load({ROLES: request}, str(path / WEIGHTS), strategy).get(ROLES, {})
+    except InputError:  # told to every rank by `strategy`
+        raise
+    except Exception as error:
+        if lost_peer(error):
+            raise
+        raise _unreadable(path, error) from error
+    for name, role in chosen.items():
+        if role.active:
+            whole = merge(merge(common[name], loaded.get(name, {})), unsaved[name])
+            _put(role, whole, optimizers, common[name]["steps"], head=name not in bodies)
+        elif not optimizers:
+            role.serial += 1  # as refresh_master does on the role's ranks
+    if not optimizers:
+        agree(lambda: need_sound(path, chosen))
+
+
+def _request(role: Role, optimizers: bool, *, head: bool) -> Sharded:
+    """What this rank asks a checkpoint for: the role's weights, or its optimizer's states."""
+    state = role_state(role, optimizer=optimizers, loading=True, head=head)
+    if optimizers:
+        state = {OPTIMIZER: state[OPTIMIZER]}
+    sharded: Sharded = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))[0]
+    return sharded
+
+
+def _saved_states(weights: Path) -> set[str]:
+    """Which layers' extra states a checkpoint has: FP8's scales and histories, or nothing."""
+    return {key for key in FileSystemReader(weights).read_metadata().state_dict_metadata if EXTRA in key}
+
+
+def _take_unsaved(role: Sharded, saved: set[str]) -> Sharded:
+    """Take out of a request what no layer of the checkpoint's model kept; the same places, with None.
+
+    Transformer Engine's norms and attention have such a state where torch's have none.
+    """
+    unsaved: Sharded = {}
+    for part, tensors in role.items():
+        if not part.startswith("model"):
+            continue
+        missing = [
+            key
+            for key, item in tensors.items()
+            if isinstance(item, ShardedObject) and item.unique_key not in saved
+        ]
+        unsaved[part] = {key: None for key in missing if tensors.pop(key) is not None}
+    return unsaved
+
+
+def _read_small(path: Path, roles: Mapping[str, Role], optimizers: bool) -> tuple[dict[str, Any], Sharded]:
+    """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
+    manifest = read_manifest(path)
+    if missing := sorted(set(roles) - set(manifest["roles"])):
+        raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
+    for name, role in roles.items():
+        _check_shape(path, name, manifest["roles"][name], role.shape, body=not optimizers)
+    return manifest, torch.load(path / COMMON, map_location="cpu", weights_only=False)
+
+
+def _unreadable(path: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"it cannot be read into this model: {reason(error)}",
+        where=str(path / WEIGHTS),
+        way_out="resume with the recipe that made it, or remove this checkpoint to use the one before",
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The last line of the innermost error: what torch and its writers wrap is what a person can mend.
+
+    An operating system's error comes before what was made of it, and what was tried before it.
+    """
+    chain = [error]
+    while True:
+        if isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+        elif (inner := error.__cause__ or error.__context__) is not None:
+            error = inner
+        else:
+            break
+        chain.append(error)
+    error = next((one for one in reversed(chain) if isinstance(one, OSError)), error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the device ({error.strerror})"
+    lines = str(error).strip().splitlines()
+    name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return f"{name}{lines[-1]}" if lines else type(error).__name__
+
+
+def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape, *, body: bool) -> None:
+    """Raises InputError naming every size in which a saved role differs from the recipe's.
+
+    body: a scalar critic's head may be new.
+    """
+    wanted = dataclasses.asdict(shape)
+    saved = {**LATER_SIZES, **saved}
+    if body and shape.value:
+        saved |= {"value": True, "tie": False}
+    different = [f"{k} {saved.get(k)} (the recipe: {v})" for k, v in wanted.items() if saved.get(k) != v]
+    if different:
+        raise InputError(
+            f"its {name} is another model: {', '.join(different)}",
+            where=str(path),
+            way_out="use the recipe that made the checkpoint",
+        )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself where it is a checkpoint, else the newest complete one of a run folder."""
+    if (path / MANIFEST).exists():
+        return path
+    found = complete(path / "checkpoints") or complete(path)
+    if not found:
+        raise InputError(
+            "no complete checkpoint there",
+            where=str(path),
+            way_out="give a run folder, or one checkpoint of it",
+        )
+    return found[-1]
+
+
+def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool) -> None:
+    if optimizers:
+        own = [
+            {key: group[key] for key in OF_RECIPE if key in group} for group in role.optimizer.param_groups
+        ]
+        role.optimizer.load_state_dict(state["optimizer"])
+        for group in role.optimizer.param_groups:
+            group.update(own[0])  # what groups differ in is none of these
+        if steps:
+            role.scheduler.step(increment=steps)
+        return
+    for index, model in enumerate(role.models):
+        tensors = state[f"model{index}"]
+        model.load_state_dict(tensors, strict=head)
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                remember(parameter, tensors[name])
+    role.refresh_master()
