@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genac_megatron.errors import InputError
-from genac_megatron.tasks.fields import Messages, Tools, read_messages, read_tools, with_system
+from genac_megatron.tasks.fields import Messages, Tools, from_json, read_messages, read_tools, with_system
 from genac_megatron.tasks.rows import Row, read_rows
 
 FORM = 'each line is {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -38,6 +38,8 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 def _conversation(row: Row, where: str) -> Conversation:
     given = next((row[key] for key in MESSAGES_KEYS if row.get(key) is not None), None)
+    if isinstance(given, str):  # as cells of CSV have it
+        given = from_json(given)
     if not isinstance(given, list) or len(given) < 2:
         there = "" if given is not None else f" (there is: {', '.join(row) or 'nothing'})"
         raise InputError(f"no list of at least two messages{there}", where=where, way_out=FORM)

@@ -32,7 +32,7 @@ def look_up(row: object, key: str) -> Any:
     Keys may hold dots themselves. Objects and lists may be written as JSON text, as cells of CSV have them.
     """
     if isinstance(row, str) and row.lstrip()[:1] in ("{", "["):
-        row = _from_json(row)
+        row = from_json(row)
     if isinstance(row, Mapping):
         if key in row:
             return row[key]
@@ -49,7 +49,8 @@ def look_up(row: object, key: str) -> Any:
     return MISSING
 
 
-def _from_json(text: str) -> Any:
+def from_json(text: str) -> Any:
+    """What a text says as JSON; None where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -201,7 +202,7 @@ def _from_sharegpt(given: Any, number: int, where: str) -> Any:
     message = {"role": SPEAKERS[speaker], "content": given["value"]}
     if speaker != CALLING:
         return message
-    calls = _from_json(given["value"]) if isinstance(given["value"], str) else given["value"]
+    calls = from_json(given["value"]) if isinstance(given["value"], str) else given["value"]
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
         way_out = f'{CALLING}\'s value is {{"name": ..., "arguments": ...}} as JSON text'
@@ -259,7 +260,7 @@ def read_tools(row: object, key: str, where: str) -> Tools:
             raise InputError(f"{key!r} is text, and no JSON: {error}", where=where, way_out=form) from error
     tools = [value] if isinstance(value, Mapping) else [] if value is None else value
     if isinstance(tools, list):
-        tools = [_from_json(tool) if isinstance(tool, str) else tool for tool in tools]
+        tools = [from_json(tool) if isinstance(tool, str) else tool for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(t, Mapping) and tool_name(t) for t in tools):
         raise InputError(f"{key!r} is no list of functions", where=where, way_out=form)
     try:

@@ -20,7 +20,9 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk lea
 T = TypeVar("T")
 
 
-def make_dataset_task(config: DatasetTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> QuestionTask:
+def make_dataset_task(
+    config: DatasetTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> QuestionTask:
     """The task of `config.name`; held out are `heldout_split`'s problems, else a seeded share.
 
     Rows may name their split themselves, as those of JSON lines do; of a set with splits of its own, names

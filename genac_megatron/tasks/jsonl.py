@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> QuestionTask:
+def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> QuestionTask:
     """The task of `config.path`.
 
     Held out are the problems of `heldout_path`, else the lines whose split says so (tasks/fields.py:

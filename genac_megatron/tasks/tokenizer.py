@@ -364,7 +364,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **variables: An
 
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
-    except (TemplateError, ValueError, TypeError, KeyError):
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
     return text if isinstance(text, str) else None
 

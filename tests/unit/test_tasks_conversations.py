@@ -112,7 +112,7 @@ def test_sharegpts_form_is_read_alike(tmp_path: Path) -> None:
     call = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 2}})}
     rows = [
         {"conversations": [{"from": "human", "value": "hi"}, said], "system": "brief"},
-        {"conversations": TURNS},
+        {"conversations": json.dumps(TURNS)},
         {
             "conversations": [
                 {"from": "human", "value": "hi"},
