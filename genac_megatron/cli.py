@@ -146,13 +146,16 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
         from genac_megatron.models.hf_headers import check_weights
         from genac_megatron.recipe.estimate import describe
         from genac_megatron.recipe.loader import dump_recipe
+        from genac_megatron.tasks.look import look_at_data
 
         for role in recipe.roles.values():
             check_weights(role.model, resuming=options.resume, planning=True)
+        data = look_at_data(recipe)
         print(dump_recipe(recipe))
         print(describe(recipe))
         if recipe.cluster.gpu is not None:
             print(f"{describe_memory(recipe)}\n")
+        print("\n".join(data))
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
         run_lock(run_path(recipe)).refuse()

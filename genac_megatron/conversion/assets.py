@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from genac_megatron.errors import InputError
-from genac_megatron.links import refuse_dangling
+from genac_megatron.links import refuse_unreadable
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import hf_config, shape_from_folder
 from genac_megatron.observe.runinfo import RunFolder, write_json_atomic
@@ -46,7 +46,7 @@ class Assets:
         """Raise InputError where tokenizer or config are not those of a model of `shape`."""
         check_rows(str(self.tokenizer), shape.vocab, str(self.tokenizer))
         for place in {self.tokenizer, self.config or self.tokenizer}:
-            refuse_dangling(place)
+            refuse_unreadable(place)
             read_ends(place / GENERATION)
         if self.config is not None and (found := shape_from_folder(self.config)) != shape:
             raise InputError(

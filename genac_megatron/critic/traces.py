@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.prompt import build_prompt_ids, encode_data, prompt_text
+from genac_megatron.critic.prompt import build_prompt_ids, prompt_text
 from genac_megatron.critic.score import format_answer, parse_score
 from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
 from genac_megatron.records import Judgement, Sample, State
-from genac_megatron.tasks.tokenizer import without_opened
+from genac_megatron.tasks.tokenizer import reply_ids, reply_lead, without_opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +87,9 @@ def to_sample(
     `source`: what other samples may share with it, such as the prompt; they are held out together. `where`:
     the text's place, for messages.
 
-    Special tokens in `text` are read as plain text. What the prompt's end has opened already, such as
-    `<think>`, is not doubled. Raises InputError for a tokenizer without an end, and as `without_opened`.
+    Special tokens in `text` are read as plain text, and it begins as the chat template's replies do. What
+    the prompt's end has opened already, such as `<think>`, is not doubled. Raises InputError for a tokenizer
+    without an end, and as `without_opened`.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -98,7 +99,8 @@ def to_sample(
             way_out="add it to tokenizer_config.json",
         )
     text = without_opened(tokenizer, prompt_ids, text, where)
-    tokens = [*prompt_ids, *encode_data(tokenizer, text), end]
+    lead = "" if text[:1].isspace() else reply_lead(tokenizer)
+    tokens = [*prompt_ids, *reply_ids(tokenizer, prompt_ids, lead + text, split_special_tokens=True), end]
     return Sample(tokens, start=len(prompt_ids), source=source)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from genac_megatron.errors import InputError
-from genac_megatron.links import refuse_dangling
+from genac_megatron.links import refuse_unreadable
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_from_folder
 from genac_megatron.models.sizes import hf_names, hf_size
@@ -21,8 +21,12 @@ from genac_megatron.recipe.schema import ModelConfig
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOAT_NAMES = ("F32", "BF16", "F16")
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+# All experts of a layer in one tensor, as transformers 5 holds them: the parts of each, in their order.
+FUSED_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("gate_proj", "up_proj"),  # [experts, 2 ffn, hidden]
+    "mlp.experts.down_proj": ("down_proj",),  # [experts, hidden, ffn]
+}
 SHOWN_FAULTS = 8
 BLOCK = 1 << 24  # bytes that are compared at a time
 
@@ -51,15 +55,18 @@ def check_weights(model: ModelConfig, *, resuming: bool = False, planning: bool 
 class HfHeaders:
     """The headers of a folder with model.safetensors, or with shards and their index.
 
-    Where both are there the single file is read and the index is not, as transformers does. Every fault is an
+    Where both are there the single file is read and the index is not, as transformers does. Experts that are
+    fused in one tensor are given one by one, under the names of a Qwen3-MoE folder. Every fault is an
     InputError that names the file or the tensor.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self._open: dict[Path, Header] = {}
-        refuse_dangling(self.path)
+        refuse_unreadable(self.path)
         self._file_of = self._find()
+        for name in [name for name in self._file_of if name.endswith(tuple(FUSED_EXPERTS))]:
+            self._unfuse(name)
 
     def _find(self) -> dict[str, Path]:
         """Which file holds which tensor."""
@@ -76,11 +83,36 @@ class HfHeaders:
 
     def _instead(self) -> str:
         """What to do with a folder that has neither weights in one file nor an index."""
-        if any(self.path.glob("*.safetensors")):
+        found = sorted(self.path.glob("*.safetensors"))
+        if len(found) == 1 and "-of-" not in found[0].name:
+            return f"there is {found[0].name}: where it is the whole model, rename it to {SINGLE}"
+        if found:
             return "there are shards without their index: fetch the folder again, whole"
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.gguf")):
             return "its weights are in another format: save them as safetensors"
         return "give a Hugging Face folder with weights"
+
+    def _unfuse(self, name: str) -> None:
+        """Put each expert's tensors in the place of one that holds a layer's: stretches of its bytes."""
+        header, entry = self.entry(name)
+        stem, _, kind = name.rpartition(".")
+        parts = FUSED_EXPERTS[f"mlp.experts.{kind}"]
+        if len(entry["shape"]) != 3 or entry["shape"][1] % len(parts):
+            return  # then it is surplus
+        experts, rows, columns = entry["shape"]
+        names = [f"{stem}.{expert}.{part}.weight" for expert in range(experts) for part in parts]
+        if any(each in self._file_of for each in names):
+            return
+        begin, end = entry["data_offsets"]
+        size = (end - begin) // len(names)
+        for number, each in enumerate(names):
+            first = begin + number * size
+            header.entries[each] = entry | {
+                "shape": [rows // len(parts), columns],
+                "data_offsets": [first, first + size],
+            }
+            self._file_of[each] = self._file_of[name]
+        del self._file_of[name]
 
     def _file(self, path: Path) -> Header:
         if path not in self._open:
@@ -135,7 +167,7 @@ class HfHeaders:
                 surplus.append(name)
         faults += [f"surplus tensor {name}" for name in surplus]
         if faults:
-            faults.sort(key=lambda fault: (not fault.endswith(FUSED_EXPERTS), fault))
+            faults.sort()
             shown = "; ".join(faults[:SHOWN_FAULTS])
             more = f" and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
             missing = wanted.keys() - self._file_of.keys()
@@ -172,11 +204,10 @@ class HfHeaders:
 
 def _way_out(missing: set[str], surplus: list[str]) -> str:
     """What helps where a folder's tensors are not its config.json's."""
-    if any(name.endswith(FUSED_EXPERTS) for name in surplus):
-        return (
-            "all experts of a layer are fused in one tensor: save the model by transformers with "
-            "save_pretrained(FOLDER, save_original_format=True), which writes each by itself"
-        )
+    if (prefix := _prefix(missing, surplus)) is not None:
+        return f"its tensors are named with '{prefix}' before them: save the language model by itself"
+    if NORM in missing and NORM.removeprefix("model.") in surplus:
+        return "its tensors are those of a model without a head: save it as one for causal language modelling"
     if missing == {OUTPUT}:
         return "where its output layer is the embedding, set tie_word_embeddings to true in config.json"
     if surplus and not missing:
@@ -185,6 +216,13 @@ def _way_out(missing: set[str], surplus: list[str]) -> str:
             "name what it is, or save the model without them"
         )
     return "config.json and weights are not of one model: fetch the folder again, whole"
+
+
+def _prefix(missing: set[str], surplus: list[str]) -> str | None:
+    """What stands before the names of all missing tensors, as wrappers of models leave it there."""
+    found = next((name for name in surplus if NORM in missing and name.endswith(f".{NORM}")), None)
+    prefix = None if found is None else found.removesuffix(NORM)
+    return prefix if prefix is not None and all(f"{prefix}{name}" in surplus for name in missing) else None
 
 
 class Header(NamedTuple):

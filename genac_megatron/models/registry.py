@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.links import refuse_dangling
+from genac_megatron.links import refuse_unreadable
 from genac_megatron.models.families import llama, qwen2, qwen3, qwen3_moe
 from genac_megatron.models.families.base import Family, Rule, Shape
 from genac_megatron.models.families.reading import default_head_dim
@@ -141,7 +141,7 @@ def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
     Raises InputError naming the file, or `where` (who names the folder) if it cannot be read.
     """
     path = Path(folder) / "config.json"
-    refuse_dangling(Path(folder))
+    refuse_unreadable(Path(folder))
     _refuse_adapter(Path(folder))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

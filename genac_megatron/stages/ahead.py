@@ -42,7 +42,6 @@ class Begun:
     prompts: Sequence[Prompt]  # of all ranks
     future: Future[list[Group]]
     restarts: int  # of servers, so far
-    late: int  # verifications that were ended by their limit, so far
 
 
 class Batches:
@@ -51,6 +50,7 @@ class Batches:
     def __init__(self, run: Run, stage: PpoStage | PolicyStage) -> None:
         self.run, self.stage = run, stage
         self._begun: Begun | None = None
+        self._late = 0  # verifications of the batch that were ended by their limit
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
@@ -92,12 +92,16 @@ class Batches:
                         raise  # otherwise a publication or an evaluation has replaced the server since
             turns = run.share(repeats(begun.prompts))
             share, places = run.share(begun.prompts), run.places(len(begun.prompts))
-            return generate(begun.generator, share, stage.rollout.samples, turns, places)
+            late = run.task.late
+            groups = generate(begun.generator, share, stage.rollout.samples, turns, places)
+            self._late += run.task.late - late
+            return groups
 
         with run.phase("wait"):
             mine = run.generating(result)
         self._spend()
-        run.count({"verify/late": float(run.task.late - begun.late)})
+        run.count({"verify/late": float(self._late)})
+        self._late = 0
         return mine
 
     def _spend(self) -> None:
@@ -121,14 +125,17 @@ class Batches:
             self._spend()
 
         run.serving.settle = settle
-        return Begun(step, generator, prompts, future, run.serving.restarts(), run.task.late)
+        return Begun(step, generator, prompts, future, run.serving.restarts())
 
     def _work(
         self, generator: Generator, prompts: Sequence[Prompt], turns: Sequence[int], places: Sequence[int]
     ) -> list[Group]:
+        late = self.run.task.late  # evaluations, which count their own, wait for this to end
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
-            return runner.run(groups_of(generator, prompts, self.stage.rollout.samples, turns, places))
+            groups = runner.run(groups_of(generator, prompts, self.stage.rollout.samples, turns, places))
+        self._late += self.run.task.late - late
+        return groups
 
 
 def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:

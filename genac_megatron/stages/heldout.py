@@ -123,6 +123,7 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
     if cached is None or cached.key != key:
         config, count = run.recipe.evaluation, _held_prompts(run)
         prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
+        late = run.task.late
         groups = run.generating(
             lambda: generate(
                 _held_generator(run, stage),
@@ -131,6 +132,7 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
                 places=run.places(count),
             )
         )
+        run.count({"verify/late": float(run.task.late - late)})
         cached = HeldOut(key, groups)
         run.heldout_cache["actor"] = cached
         run.spend("evaluate", "actor")
@@ -251,9 +253,11 @@ def monte_carlo_draws(
     everywhere = sorted(pair for part in run.gather([ranked]) for pair in part)[: config.mc_states]
     wanted = {key for _, key in everywhere}
     chosen = [state for state in states if _key(state) in wanted]
+    late = run.task.late
     outcomes = run.generating(
         lambda: continue_states(_held_generator(run, stage), chosen, config.mc_continuations)
     )
+    run.count({"verify/late": float(run.task.late - late)})
     run.spend("evaluate", "actor")
     return {_key(state): drawn for state, drawn in zip(chosen, outcomes, strict=True)}
 

@@ -6,8 +6,10 @@ judgement behind it. Rows are looked at by all ranks, each its share.
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
 from genac_megatron.recipe.tasks import RowsBlock, single_tasks
 from genac_megatron.records import Prompt
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
-from genac_megatron.tasks.base import FixedTask, Split
+from genac_megatron.tasks.base import FixedTask, Split, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # rows that a message names
 ALL_STEPS = 1_000_000  # critics are told the step: its longest way of being written
+LOOK_S = 20.0  # seconds that a rank looks at what a generator makes
+LONGEST = 16  # problems of a generator, the longest by their text, whose tokens are counted
 DROP = "leave them out (task.overlong: drop)"
 WAY_OUT = (
     "lower rollout.max_new_tokens or judging.max_new_tokens, or use a model with more positions "
@@ -110,7 +114,41 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
             for split in splits:
                 room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
                 _fit_rows(run, fixed, config, room, split)
+        elif fixed is None:
+            for split in splits:
+                # A state that has no room in the critic takes the value before it; a prompt ends the run.
+                room = Room(run.recipe, positions, run.tokenizers, longest(run.recipe, split)[0], 0)
+                _fit_drawn(run, part, room, split)
     run.task.resized()
+
+
+def _fit_drawn(run: Run, task: Task, room: Room, split: Split) -> None:
+    """Hold what a generator makes to what it must fit into, in the order in which it is drawn."""
+    size = task.train_size if split == "train" else task.heldout_size
+    places = range(run.world.rank, size, run.world.size)
+    mine: Iterable[int] = places
+    if split == "train":
+        mine = (task.train_index(run.recipe.seed, place) for place in places)
+    found = run.gather(run.together(partial(_lacking_drawn, task, room, split, mine)))
+    if found:
+        what = f"{split} prompts of the task have no room: {listed(sorted(found, key=_place))}"
+        way_out = f"make the task's problems smaller; or {WAY_OUT}"
+        raise on_all_ranks(InputError(what, where="task", way_out=way_out))
+
+
+def _lacking_drawn(task: Task, room: Room, split: Split, indices: Iterable[int]) -> list[str]:
+    """What the longest problems of a generator lack, of those that it makes in LOOK_S."""
+    begun, kept = time.monotonic(), list[tuple[int, int]]()
+    for index in indices:
+        entry = len(task._problem(split, index).text), index
+        if len(kept) < LONGEST:
+            heapq.heappush(kept, entry)
+        else:
+            heapq.heappushpop(kept, entry)
+        if time.monotonic() - begun > LOOK_S:
+            break
+    prompts = [task.prompt(split, index) for _, index in kept]
+    return [f"{prompt.id}: {what}" for prompt in prompts if (what := room.lacks(prompt))]
 
 
 def _fit_rows(run: Run, task: FixedTask, config: RowsBlock, room: Room, split: Split) -> None:

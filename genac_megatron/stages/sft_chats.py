@@ -18,7 +18,7 @@ from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
 from genac_megatron.tasks.conversations import Conversation, read_conversations
 from genac_megatron.tasks.fields import with_system
-from genac_megatron.tasks.tokenizer import chat_ids, chat_text
+from genac_megatron.tasks.tokenizer import chat_ids, chat_text, reply_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,10 +82,9 @@ def _calling(
             way_out="use another chat template, or put the calls into the message's content as text",
         )
     text = whole[len(prompt) : len(whole) - len(end)]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ended = to_sample(tokenizer, before, "", source)  # it knows how a turn ends
-    ended.tokens[len(before) : len(before)] = ids
-    return ended
+    ids = reply_ids(tokenizer, before, text)  # its white space is the template's
+    end_id = to_sample(tokenizer, before, "", source).tokens[-1]  # it knows how a turn ends
+    return Sample([*before, *ids, end_id], start=len(before), source=source)
 
 
 @lru_cache(maxsize=8)

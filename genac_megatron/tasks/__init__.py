@@ -27,11 +27,11 @@ __all__ = ["Problem", "Task", "Teacher", "make_task"]
 
 
 def make_task(
-    config: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, privileged: bool = False
+    config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, seed: int, *, privileged: bool = False
 ) -> Task:
     """The task that a recipe's `task` block describes; `seed` fixes its problems and its split.
 
-    `privileged`: its prompts carry what a privileged critic is shown.
+    `privileged`: its prompts carry what a privileged critic is shown. Without a tokenizer they have no ids.
 
     Raises InputError where its data is missing or wrong, where it has no verifier, or where a reward of the
     user's own fails on its first samples.
@@ -55,7 +55,9 @@ def make_task(
     return OwnRewarded(inner, own)
 
 
-def _make_task(config: PartTask | BenchmarkTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
+def _make_task(
+    config: PartTask | BenchmarkTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> Task:
     # Imported here: each brings a library of its own that the other tasks do not need.
     if isinstance(config, StateTrackingTask):
         from genac_megatron.tasks.state_tracking import StateTracking

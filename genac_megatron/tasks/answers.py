@@ -24,24 +24,35 @@ EXACT: tuple[AnswerForm, ...] = (*MARKED, "last_line")  # the same for the verif
 
 _REASONING = re.compile(
     r"<(?P<a>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<b>/?)THINK\]|◁(?P<c>/?)think▷"
-    r"|<\|(?P<d>begin|end)_of_thought\|>"
+    r"|<\|(?P<d>begin|end)_of_thought\|>",
+    re.IGNORECASE,
 )
+_TURN_END = re.compile(r"(?:<\|[\w-]{1,30}\|>|</s>|<eos>|<end_of_turn>)\Z")
 _BRACES = re.compile(
     r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s?(?P<bare>[-+]?\d[\d.,/]*)|\\\\(?!boxed|fbox)|\\[{}]|[{}]"
 )
-_TAG = re.compile(r"<\s?(/?)\s?(?:final_)?answer\s?>", re.IGNORECASE)
+_TAG = re.compile(r"<\s?(/?)\s?(?:(?:final_)?answer|(?-i:SOLUTION))\s?>", re.IGNORECASE)
 _WORDS = r"(?:(?:so|thus|hence|therefore|finally|and|then|in conclusion|consequently)\b[,\s]*){0,3}"
 _MARKUP = r"[ \t>*_#`-]{0,12}"
+_BEGIN = (
+    r"(?:[^\w\n]|_){0,12}(?:\d{1,2}[.)][^\w\n]{0,4})?"  # of a line: markup of any kind, the number of an item
+)
+_DAAN = "(?:最终|最后)?答案"  # answer
 # "Answer: X", "**Final Answer:** X", "The answer is: X", "Answer (in cm): X", where a line or sentence begins
 _LINE = re.compile(
-    rf"(?:^{_MARKUP}|(?<=[.!?]) {{1,3}}){_WORDS}(?:(?:the|my|our)[ ])?(?:final[ ]|correct[ ])?answer"
+    rf"(?:^{_BEGIN}|(?<=[.!?]) {{1,3}}){_WORDS}(?:(?:the|my|our)[ ])?(?:final[ ]|correct[ ])?answer"
     r"(?:[ ]\([^()\n]{1,40}\)|[ ]to[ ][^:\n]{1,60})?(?:[ ]is)?[*_` \t]{0,6}[:：=](?P<said>[^\n]*)"
-    r"|(?:最终|最后)?答案(?:[是为]\s?[:：]?|\s?[:：])(?P<chinese>[^\n]*)"
-    r"|^[ \t]*(?:#{1,6}[ ]|\*\*)[*_ \t]{0,4}(?:final[ ])?answer[*_ \t]{0,4}$(?P<heading>)",
+    rf"|(?:【{_DAAN}】[:：]?|{_DAAN}[*_` \t]{{0,4}}(?:[是为选]\s?[:：]?|[:：])|故选\s?[:：]?\s?(?=[A-J]))"
+    r"[*_` \t]{0,4}(?P<chinese>[^\n]*)"
+    rf"|^[ \t]*(?:#{{1,6}}[ ]|\*\*)[*_ \t]{{0,4}}(?:(?:final[ ])?answer|{_DAAN})[*_ \t]{{0,4}}$(?P<heading>)",
     re.IGNORECASE | re.MULTILINE,
 )
-_HASHES = re.compile(r"^[ \t]*####[ \t]*(?P<said>[^\n]*)", re.MULTILINE)
-_NEXT_BLOCK = re.compile(r"\s*(\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|[^\n]+)", re.DOTALL)
+_HASHES = re.compile(r"(?:^[ \t]*[*_]{0,3}|(?<=\s))####(?!#)[ \t]*(?P<said>[^\n]*)", re.MULTILINE)
+_LAST_HASHES = re.compile(r"[*_]{0,3}####[ \t]*(?P<said>[*_]{0,3}[-+]?\\?\$?\.?\d.{0,60})")  # a number
+_NEXT_BLOCK = re.compile(
+    r"\s*(?:```\w*\n(?P<code>.{1,2000}?)\n?```|(?P<text>\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|[^\n]+))",
+    re.DOTALL,
+)
 _SENTENCE = re.compile(
     rf"(?:^|[.!?:]\s|\n|[,;]?\s(?=(?:so|thus|hence|therefore)\b)){_MARKUP}{_WORDS}"
     r"(?:we (?:get|find|conclude|see)(?: that)?[,\s]+)?"
@@ -53,7 +64,8 @@ _SENTENCE = re.compile(
 _HOPE = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
 _TAIL = 600  # characters in which a last sentence lies
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w)")
-_SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.。；;](?=\s|$)|,?\s(?:because|since|as)\s")
+_REASON = re.compile(r",?\s(?:because|since|as)\s")
+_SENTENCE_END = re.compile(rf"(?<!\b[A-Z])[.。；;](?=\s|$)|{_REASON.pattern}")
 
 # Between two boxes of one answer: a comma, "and", "or", and perhaps what the second one is called.
 _SPACING = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\(?:[,;:! ]|\\)|\\[()\[\]]|[$*~]")
@@ -88,7 +100,7 @@ def final_answer(
     `ended`: whether the response ended by itself. In one that was cut off only what is closed counts: boxes,
     tags, and lines that something follows. `opened`: the prompt had opened the reasoning already.
     """
-    answer = after_reasoning(text, opened)
+    answer = after_reasoning(_without_turn_ends(text), opened)
     if answer is None:
         return None
     boxes = list(_boxes(answer))
@@ -109,6 +121,17 @@ def final_answer(
     return _unmarked(answer, forms) if ended else None
 
 
+def referred(reference: str) -> str:
+    r"""The final answer that a reference gives: what its last box holds or, at the end of a solution as
+    GSM8K's, its line "#### X"; else the reference itself.
+    """
+    boxed = final_answer(reference, ("boxed",))
+    if boxed is not None:
+        return boxed
+    last = _HASHES.fullmatch(reference.strip().rpartition("\n")[2])
+    return last["said"].strip() if last is not None and last["said"].strip() else reference
+
+
 def after_reasoning(text: str, opened: bool = False) -> str | None:
     """What stands after the last closed reasoning; None where reasoning is not closed.
 
@@ -126,6 +149,13 @@ def after_reasoning(text: str, opened: bool = False) -> str | None:
 def opens_reasoning(prompt: str) -> bool:
     """Whether a prompt's text ends with reasoning that it has opened."""
     return after_reasoning(prompt[-200:]) is None
+
+
+def _without_turn_ends(text: str) -> str:
+    """The text without tokens such as </s> at its end, as some endpoints leave them there."""
+    while (found := _TURN_END.search(text, max(len(text) - 40, 0))) is not None:
+        text = text[: found.start()].rstrip()
+    return text
 
 
 def last_tagged(text: str) -> str | None:
@@ -178,7 +208,7 @@ def _lines(pattern: re.Pattern[str], text: str, ended: bool) -> Iterator[_Mark]:
         said = next((match[group] for group in ("said", "chinese") if match.groupdict().get(group)), "")
         end = match.end()
         if not said.strip(" \t*_`") and (block := _NEXT_BLOCK.match(text, match.end())) is not None:
-            said, end = block[1], block.end()
+            said, end = block["code"] or block["text"], block.end()
         if not ended and end >= len(text.rstrip(" \t")):
             yield _Mark(match.start(), len(text), None)
         elif said.strip(" \t*_`"):
@@ -213,8 +243,13 @@ def _unmarked(text: str, forms: Sequence[AnswerForm]) -> str | None:
         return None
     if "sentence" in forms and (match := _SENTENCE.search(_HOPE.sub("", text[-_TAIL:].rstrip()))) is not None:
         said = match["said"].strip().rstrip(".。")
-        if said and not _SENTENCE_END.search(said):
-            return said
+        reason = _REASON.search(said)
+        if said and not _SENTENCE_END.search(said if reason is None else said[: reason.start()]):
+            after = "" if reason is None else said[reason.end() :]
+            if not _SENTENCE_END.search(after):
+                return said[: len(said) if reason is None else reason.start()]
+    if "line" in forms and (hashes := _LAST_HASHES.fullmatch(lines[-1])) is not None:
+        return hashes["said"]
     if "last_line" in forms:
         return lines[-1]
     if "number" in forms:

@@ -270,9 +270,9 @@ def split_problems(
     """(train, held-out) of a fixed set: the given held-out problems, else a seeded share of `problems`.
 
     A text that occurs twice counts once, and one that is held out leaves the training split.
-    Raises InputError where nothing is left to train on or to hold out.
+    Raises InputError where nothing is left to train on or to hold out, or where a text has two references.
     """
-    unique = list({problem.key: problem for problem in problems}.values())
+    unique = _unique(problems)
     if heldout is None:
         random.Random(f"split/{seed}").shuffle(unique)
         if len(unique) <= heldout_size:
@@ -282,7 +282,7 @@ def split_problems(
                 way_out="lower task.heldout_size, or name held-out data",
             )
         return unique[heldout_size:], unique[:heldout_size]
-    held = list({problem.key: problem for problem in heldout}.values())
+    held = _unique(heldout)
     random.Random(f"split/{seed}").shuffle(held)
     held = held[:heldout_size]
     keys = {problem.key for problem in held}
@@ -294,3 +294,22 @@ def split_problems(
             way_out="check that both files hold problems, and different ones",
         )
     return train, held
+
+
+def _unique(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems, each text once. Raises InputError where one stands there with different references."""
+    found: dict[str, Problem] = {}
+    for problem in problems:
+        first = found.setdefault(problem.key, problem)
+        if _said(first.reference) != _said(problem.reference):
+            places = " and ".join(filter(None, (first.where, problem.where)))
+            raise InputError(
+                f"the same prompt stands there with different references: {problem.key[:80]!r}",
+                where=places or "task",
+                way_out="keep one of them: nobody knows which is right",
+            )
+    return list(found.values())
+
+
+def _said(reference: Any) -> Any:
+    return " ".join(reference.split()) if isinstance(reference, str) else reference

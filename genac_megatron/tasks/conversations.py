@@ -1,4 +1,7 @@
-"""Conversations for supervised fine-tuning: one {"messages": [...]} object a line, perhaps with "tools"."""
+"""Conversations for supervised fine-tuning: one {"messages": [...]} object a line, perhaps with "tools".
+
+ShareGPT's form, {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}, is read alike.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genac_megatron.errors import InputError
-from genac_megatron.tasks.fields import Messages, Tools, read_messages, read_tools
+from genac_megatron.tasks.fields import Messages, Tools, from_json, read_messages, read_tools, with_system
 from genac_megatron.tasks.rows import Row, read_rows
 
 FORM = 'each line is {"messages": [{"role": "user", "content": "..."}, ...]}'
-MESSAGES_KEY, TOOLS_KEY = "messages", "tools"
+MESSAGES_KEYS, SYSTEM_KEY, TOOLS_KEY = ("messages", "conversations"), "system", "tools"
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,15 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def _conversation(row: Row, where: str) -> Conversation:
-    given = row.get(MESSAGES_KEY)
+    given = next((row[key] for key in MESSAGES_KEYS if row.get(key) is not None), None)
+    if isinstance(given, str):  # as cells of CSV have it
+        given = from_json(given)
     if not isinstance(given, list) or len(given) < 2:
-        raise InputError("no list of at least two messages", where=where, way_out=FORM)
+        there = "" if given is not None else f" (there is: {', '.join(row) or 'nothing'})"
+        raise InputError(f"no list of at least two messages{there}", where=where, way_out=FORM)
     messages = read_messages(given, where, FORM)
+    if isinstance(system := row.get(SYSTEM_KEY), str):
+        messages = with_system(messages, system.strip())
     if messages[-1]["role"] != "assistant":
         raise InputError("the last message is not the assistant's", where=where, way_out=FORM)
     return Conversation(messages, read_tools(row, TOOLS_KEY, where), where)

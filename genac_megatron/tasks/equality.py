@@ -14,7 +14,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from genac_megatron.tasks.answers import final_answer
+from genac_megatron.tasks.answers import referred
+from genac_megatron.tasks.dates import same_moment
 from genac_megatron.tasks.units import NUMERAL, readings, units_differ
 from genac_megatron.tasks.writing import in_powers, plain, tidy
 
@@ -38,12 +39,14 @@ _PROSE = 300  # characters of an answer that may be read as prose
 
 def agrees(reference: str, answer: str) -> bool:
     """Whether the final answer `answer` is right. Hostile text may take minutes: call it in a worker."""
-    reference = tidy(final_answer(reference, ("boxed",)) or reference)
+    reference = tidy(referred(reference))
     reference, answer = in_powers(reference, tidy(answer))
     if not reference or not answer:
         return False
     if _same_words(reference, answer):
         return True
+    if (verdict := same_moment(plain(reference), plain(answer))) is not None:
+        return verdict
     if (verdict := _options(reference, answer)) is not None:
         return verdict
     if (label := _LABELLED.fullmatch(plain(reference))) is not None:
@@ -201,6 +204,8 @@ def _differ(one: Any, other: Any) -> bool:
 
     close = _ROUNDED if one.has(Float) or other.has(Float) else _EXACT
     a, b = _value(one), _value(other)
+    if not (a.is_finite and b.is_finite):
+        return bool(a != b)  # ends of intervals; of infinities there is no difference
     scale = max(abs(a), abs(b))
     return bool(scale.is_comparable and abs(a - b) > close * scale)
 
@@ -210,6 +215,6 @@ def _value(number: Any) -> Any:
     from sympy import Integer, simplify
 
     value = number.doit().evalf(_DIGITS)
-    if abs(value) < _EXACT and value != 0 and simplify(number) == 0:
+    if value.is_finite and abs(value) < _EXACT and value != 0 and simplify(number) == 0:
         return Integer(0)
     return value

@@ -16,27 +16,45 @@ Messages = tuple[Message, ...]
 Tools = tuple[dict[str, Any], ...]  # JSON schemas of functions
 
 MISSING = object()
+SMALL = 1e-12  # numbers below are written with an exponent
 EXACT = 2**53  # from here on a float does not hold every integer
 KEYS = "set task.question_key and task.answer_key to the data's own names (a.b for b inside a)"
 HELD_OUT = {
-    *("heldout", "held-out", "held_out", "holdout", "test", "testing"),
+    *("heldout", "held-out", "held_out", "holdout", "hold-out", "hold_out", "test", "testing"),
     *("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
 }
 TRAINED = {"train", "training"}
 
 
 def look_up(row: object, key: str) -> Any:
-    """The value under a key, or under a path of keys with dots (numbers count in lists); else MISSING."""
-    if isinstance(row, Mapping) and key in row:
-        return row[key]
+    """The value under a key, or under a path of keys with dots (numbers count in lists); else MISSING.
+
+    Keys may hold dots themselves. Objects and lists may be written as JSON text, as cells of CSV have them.
+    """
+    if isinstance(row, str) and row.lstrip()[:1] in ("{", "["):
+        row = from_json(row)
+    if isinstance(row, Mapping):
+        if key in row:
+            return row[key]
+        at = key.rfind(".")
+        while at > 0:
+            head, rest = key[:at], key[at + 1 :]
+            if head in row and (found := look_up(row[head], rest)) is not MISSING:
+                return found
+            at = key.rfind(".", 0, at)
+        return MISSING
     head, dot, rest = key.partition(".")
     if isinstance(row, list) and head.isdecimal() and int(head) < len(row):
-        found = row[int(head)]
-    elif isinstance(row, Mapping) and head in row and dot:
-        found = row[head]
-    else:
-        return MISSING
-    return look_up(found, rest) if dot else found
+        return look_up(row[int(head)], rest) if dot else row[int(head)]
+    return MISSING
+
+
+def from_json(text: str) -> Any:
+    """What a text says as JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_field(row: object, key: str, where: str, way_out: str = KEYS) -> str:
@@ -101,7 +119,7 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         raise ValueError(f"{value}, which is no number")
     if not value.is_integer():
-        return repr(value)
+        return format(Decimal(repr(value)), "f") if abs(value) > SMALL else repr(value)
     if abs(value) >= EXACT:
         raise ValueError(f"{value!r}, a float that may have lost digits of an integer")
     return str(int(value))
@@ -128,16 +146,16 @@ def _paths(row: Mapping[Any, Any], before: str) -> Iterator[str]:
             yield f"{before}{key}"
 
 
-def is_heldout(row: object, key: str | None, where: str) -> bool:
+def is_heldout(row: object, key: str | None, where: str, *, strict: bool = True) -> bool:
     """Whether a row's own split, under `key`, is held out. None, or a row without one: it is trained on.
 
-    Raises InputError for a name that is neither of training nor of held-out data.
+    Raises InputError, where `strict`, for a name that is neither of training nor of held-out data.
     """
     value = MISSING if key is None else look_up(row, key)
-    if value is MISSING or value is None:
+    if value is MISSING or value is None or value == "" or value != value:  # pandas' NaN
         return False
     name = value.strip().lower() if isinstance(value, str) else None
-    if name in HELD_OUT or name in TRAINED:
+    if name in HELD_OUT or name in TRAINED or not strict:
         return name in HELD_OUT
     raise InputError(
         f"{key!r} is {value!r}: neither train nor one of {', '.join(sorted(HELD_OUT))}",
@@ -148,16 +166,51 @@ def is_heldout(row: object, key: str | None, where: str) -> bool:
 
 # --- chats ---------------------------------------------------------------------------------------
 
+CALLING = "function_call"
+SPEAKERS = {  # of ShareGPT's messages: whose role each has
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", CALLING), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "system": "system",
+}
+
 
 def read_messages(value: Any, where: str, way_out: str) -> Messages:
     """Chat messages: each with a role, and text as its content (or parts of type text, which are joined).
 
     An assistant's message with tool_calls needs no content. What else a message has is kept for the chat
-    template. Raises InputError naming `where`.
+    template. ShareGPT's messages ({"from": "human", "value": "..."}) are read alike. Raises InputError naming
+    `where`.
     """
     if not isinstance(value, list | tuple) or not value:
         raise InputError("no list of messages", where=where, way_out=way_out)
-    return tuple(_message(each, number, where, way_out) for number, each in enumerate(value, 1))
+    given = [_from_sharegpt(each, number, where) for number, each in enumerate(value, 1)]
+    return tuple(_message(each, number, where, way_out) for number, each in enumerate(given, 1))
+
+
+def _from_sharegpt(given: Any, number: int, where: str) -> Any:
+    """ShareGPT's message as one with role and content; others as they are."""
+    if not isinstance(given, Mapping) or "role" in given or not {"from", "value"} <= given.keys():
+        return given
+    speaker = given["from"].strip().lower() if isinstance(given["from"], str) else None
+    if speaker not in SPEAKERS:
+        raise InputError(
+            f"message {number} is from {given['from']!r}",
+            where=where,
+            way_out=f"ShareGPT's speakers are {', '.join(SPEAKERS)}",
+        )
+    message = {"role": SPEAKERS[speaker], "content": given["value"]}
+    if speaker != CALLING:
+        return message
+    calls = from_json(given["value"]) if isinstance(given["value"], str) else given["value"]
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        way_out = f'{CALLING}\'s value is {{"name": ..., "arguments": ...}} as JSON text'
+        raise InputError(f"message {number} is no call of a function", where=where, way_out=way_out)
+    return message | {
+        "content": "",
+        "tool_calls": [{"type": "function", "function": dict(call)} for call in calls],
+    }
 
 
 def _message(given: Any, number: int, where: str, way_out: str) -> Message:
@@ -197,7 +250,7 @@ def read_tools(row: object, key: str, where: str) -> Tools:
     Raises InputError naming `where`.
     """
     value = look_up(row, key)
-    if value is MISSING or value is None or value in ("", []):
+    if value is MISSING or value is None or value in ("", [], {}) or value != value:  # pandas' NaN
         return ()
     form = f'{key} is a list of {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}'
     if isinstance(value, str):
@@ -205,10 +258,17 @@ def read_tools(row: object, key: str, where: str) -> Tools:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{key!r} is text, and no JSON: {error}", where=where, way_out=form) from error
-    right = isinstance(value, list) and all(isinstance(tool, Mapping) and tool_name(tool) for tool in value)
-    if not right:
+    tools = [value] if isinstance(value, Mapping) else [] if value is None else value
+    if isinstance(tools, list):
+        tools = [from_json(tool) if isinstance(tool, str) else tool for tool in tools]
+    if not isinstance(tools, list) or not all(isinstance(t, Mapping) and tool_name(t) for t in tools):
         raise InputError(f"{key!r} is no list of functions", where=where, way_out=form)
-    return tuple(dict(tool) for tool in value)
+    try:
+        json.dumps(tools, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, TypeError, ValueError) as error:
+        what = f"{key!r} holds what no chat template shows: {type(error).__name__}"
+        raise InputError(what, where=where, way_out=form) from None
+    return tuple(dict(tool) for tool in tools)
 
 
 def tool_name(tool: Mapping[str, Any]) -> str:

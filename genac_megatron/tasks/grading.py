@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from genac_megatron.recipe.tasks import AnswerForm
-from genac_megatron.tasks.answers import EXACT, MARKED, final_answer
+from genac_megatron.tasks.answers import EXACT, MARKED, final_answer, referred
 from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
 
 LONGEST_ANSWER = 20_000  # characters; a final answer that is longer is none
@@ -48,6 +48,10 @@ class ExactGrader:
 
 
 def _same(reference: str, given: str) -> bool:
+    return any(_same_text(said, given) for said in (reference, referred(reference)))
+
+
+def _same_text(reference: str, given: str) -> bool:
     return reference.split() in (given.split(), given.strip("*` ").removesuffix(".").split())
 
 

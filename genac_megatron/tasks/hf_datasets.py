@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import DatasetTask
 from genac_megatron.tasks.questions import QuestionTask, make_question_task, need_verifier, read_problems
-from genac_megatron.tasks.rows import READERS, Located, as_row, read_rows
+from genac_megatron.tasks.rows import READERS, Located, as_row, read_rows, shortener
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,12 +20,14 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk lea
 T = TypeVar("T")
 
 
-def make_dataset_task(config: DatasetTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> QuestionTask:
+def make_dataset_task(
+    config: DatasetTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> QuestionTask:
     """The task of `config.name`; held out are `heldout_split`'s problems, else a seeded share.
 
-    Of a single file, or a folder that save_to_disk made of one set, rows may name their split themselves, as
-    those of JSON lines do. Raises InputError where the dataset, the split, a column or a pattern's match is
-    missing.
+    Rows may name their split themselves, as those of JSON lines do; of a set with splits of its own, names
+    that say something else are passed over. Raises InputError where the dataset, the split, a column or a
+    pattern's match is missing.
     """
     need_verifier(config)
     single = is_one_set(config.name)
@@ -36,10 +38,18 @@ def make_dataset_task(config: DatasetTask, tokenizer: PreTrainedTokenizerBase, s
             way_out="leave task.heldout_split out (rows may name their split), or give a folder with a file "
             "for each split",
         )
-    train, given = read_problems(load_rows(config, config.split), config, by_split=single)
+    rows = load_rows(config, config.split)
+    train, given = read_problems(rows, config, by_split="yes" if single else "known")
     heldout: list[Any] | None = given or None
     if config.heldout_split is not None:
-        heldout = read_problems(load_rows(config, config.heldout_split), config, by_split=False)[0]
+        if given:
+            raise InputError(
+                f"{config.split_key!r} of a row of split {config.split!r} names a held-out one",
+                where=given[0].where,
+                way_out="leave task.heldout_split out, so that rows name their split, or set task.split_key: "
+                "null where it says something else",
+            )
+        heldout = read_problems(load_rows(config, config.heldout_split), config, by_split="no")[0]
     return make_question_task(config, train, heldout, tokenizer, seed, config.name)
 
 
@@ -105,16 +115,18 @@ def _files(config: DatasetTask, path: Path, split: str) -> list[str] | None:
 
 
 def _numbered(rows: Iterable[Any], config: DatasetTask, split: str) -> list[Located]:
-    return [(f"{config.name}[{split}], row {number}", as_row(row)) for number, row in enumerate(rows)]
+    features = getattr(rows, "features", None)
+    shorten = shortener(features.arrow_schema if features else ())
+    return [
+        (f"{config.name}[{split}], row {number}", as_row(shorten(row))) for number, row in enumerate(rows)
+    ]
 
 
 def _loaded(config: DatasetTask, split: str, act: Callable[[], T]) -> T:
     """What `act` gives; the cause of its failure is told, not what `datasets` wraps it in."""
-    import datasets
-
     try:
         return act()
-    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever a builder, a file system or a hub of somebody else's raises
         raise InputError(
             f"cannot load split {split!r}: {_told(error)}",
             where=config.name,

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> QuestionTask:
+def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> QuestionTask:
     """The task of `config.path`.
 
     Held out are the problems of `heldout_path`, else the lines whose split says so (tasks/fields.py:
     HELD_OUT), else a seeded share of the file. Raises InputError naming file and line.
     """
     need_verifier(config)
-    train, heldout = read_problems(read_rows(config.path), config, by_split=True)
+    train, heldout = read_problems(read_rows(config.path), config, by_split="yes")
     given = heldout or None
     if config.heldout_path is not None:
-        first, second = read_problems(read_rows(config.heldout_path), config, by_split=True)
+        first, second = read_problems(read_rows(config.heldout_path), config, by_split="yes")
         given = first + second
     return make_question_task(config, train, given, tokenizer, seed, config.path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import BOXED, AnswerForm, DatasetTask, JsonlTask
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 QUESTION_KEYS = ("question", "prompt")
 ANSWER_KEYS = ("answer", "reward_model.ground_truth")
 SHOWN_CONFLICTS = 3
+BySplit = Literal["yes", "known", "no"]
+# A list of messages as Python writes it, which is no JSON.
+PYTHONS = re.compile(r"\[\{'(?:role|content|from|value)':")
 PROMPT_END = 16  # tokens of a prompt's end in which a template may open the reasoning
 
 
@@ -85,9 +89,10 @@ def need_verifier(config: JsonlTask | DatasetTask) -> str:
 
 
 def read_problems(
-    rows: Iterable[Located], config: JsonlTask | DatasetTask, *, by_split: bool
+    rows: Iterable[Located], config: JsonlTask | DatasetTask, *, by_split: BySplit
 ) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems of rows. `by_split`: rows may name their split under `config.split_key`.
+    """(training, held-out) problems of rows. `by_split`: rows may name their split under `config.split_key`;
+    `known`: it may say something else.
 
     Raises InputError naming the row's place.
     """
@@ -98,7 +103,7 @@ def read_problems(
     heldout: list[Problem] = []
     for where, row in rows:
         problem = read_problem(row, config, pattern, where)
-        held = by_split and is_heldout(row, config.split_key, where)
+        held = by_split != "no" and is_heldout(row, config.split_key, where, strict=by_split == "yes")
         (heldout if held else train).append(problem)
     return train, heldout
 
@@ -112,7 +117,7 @@ def read_problem(
     if pattern is not None:
         reference = _matched(pattern, reference, where)
     tools = () if config.tools_key is None else read_tools(row, config.tools_key, where)
-    value = look_up(row, question)
+    value = _listed(look_up(row, question), question, where)
     if isinstance(value, list):
         messages = with_system(_chat(value, question, where), config.system)
         text = shown_text(_chat(value, question, where))
@@ -134,6 +139,23 @@ def _chosen(row: Row, key: str, known: Sequence[str]) -> str:
     if key != known[0]:
         return key
     return next((name for name in known if look_up(row, name) not in (MISSING, None)), key)
+
+
+def _listed(value: object, key: str, where: str) -> object:
+    """A list of messages that is written as JSON text, as cells of CSV have it; other values as they are."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    if PYTHONS.match(value.lstrip()):
+        what = f"{key!r} holds messages as Python prints them"
+        raise InputError(what, where=where, way_out="write them as JSON, or as a column of lists (Parquet)")
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    said = isinstance(found, list) and all(
+        isinstance(m, Mapping) and ("role" in m or {"from", "value"} <= m.keys()) for m in found
+    )
+    return found if said else value
 
 
 def _chat(value: list[object], key: str, where: str) -> Messages:
@@ -221,12 +243,14 @@ def make_question_task(
     where: str,
 ) -> QuestionTask:
     """The task of problems that were read; `heldout` None: a seeded share of them. Raises InputError."""
-    train, told = without_conflicts(train, config)
-    notes = [told]
+    if not train and not heldout:
+        raise InputError("no row in it", where=where, way_out="see that it is the right file, and whole")
+    found, told = without_conflicts([*train, *(heldout or ())], config)
+    kept = {id(problem) for problem in found}
+    train = [problem for problem in train if id(problem) in kept]
     if heldout is not None:
-        heldout, told = without_conflicts(heldout, config)
-        notes.append(told)
+        heldout = [problem for problem in heldout if id(problem) in kept]
     splits = split_problems(train, heldout, config.heldout_size, seed, where)
     task = QuestionTask(*splits, need_verifier(config), tokenizer, config.answer_forms)
-    task.notes = [note for note in notes if note]
+    task.notes = [told] if told else []
     return task

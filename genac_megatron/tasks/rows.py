@@ -10,7 +10,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ Located = tuple[str, Row]  # (file:line, or file and row where there are no line
 JSON_LINES = "each line is one JSON object, in UTF-8"
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+GZIP, LFS = b"\x1f\x8b", b"version https://git-lfs"
 LONGEST_NUMBER = 4000  # digits; Python reads no integer beyond 4,300, so a longer one stays text
 LONGEST_CELL = 1 << 30  # characters of a CSV cell
 
@@ -29,8 +31,9 @@ LONGEST_CELL = 1 << 30  # characters of a CSV cell
 def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
     """Every row of a file, by its ending (.jsonl, .json, .csv, .parquet, with or without .gz).
 
-    A name with another ending is read as JSON lines. `way_out`: of what is no JSON object. Raises InputError
-    that names the file, and the line.
+    A name with another ending is read as JSON lines; a file that begins with a list is one JSON array,
+    whatever its name. `way_out`: of what is no JSON object. Raises InputError that names the file, and the
+    line.
     """
     file = Path(path).expanduser()
     name = file.name.lower().removesuffix(".gz")
@@ -43,12 +46,12 @@ def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
     data = _bytes(file, str(path))
     if name.endswith(".csv"):
         return list(_csv(data, str(path)))
-    if name.endswith(".json") and data.lstrip()[:1] == b"[":
+    if data[:256].lstrip()[:1] == b"[":
         return list(_json_array(data, str(path)))
     return list(json_lines(data, str(path), way_out))
 
 
-READERS = (".jsonl", ".json", ".csv", ".parquet")  # endings that `read_rows` knows
+READERS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # endings that `read_rows` knows
 
 
 def json_lines(data: bytes, path: str, way_out: str = JSON_LINES) -> Iterator[Located]:
@@ -78,15 +81,28 @@ def _present(value: Any) -> Any:
 def _bytes(file: Path, path: str) -> bytes:
     try:
         data = file.read_bytes()
-        if file.suffix.lower() == ".gz":
+        if data.startswith(GZIP) or (data and file.suffix.lower() == ".gz"):
             data = gzip.decompress(data)
-    except EOFError as error:
-        raise InputError(f"cannot be read: {error}", where=path) from error
-    except OSError as error:  # gzip's BadGzipFile is one
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        way_out = "the file is cut short, broken or no gzip archive: fetch it again"
+        raise InputError(f"cannot be read: {error}", where=path, way_out=way_out) from error
+    except IsADirectoryError as error:
+        raise InputError(
+            "cannot be read: it is a folder",
+            where=path,
+            way_out="name a file; folders are read by kind: datasets (name: FOLDER)",
+        ) from error
+    except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=path) from error
+    if data.startswith(LFS):
+        raise _pointer(path)
     if data.startswith(UTF16):
         raise InputError("cannot be read: it is in UTF-16", where=path, way_out="save it as UTF-8")
     return data.removeprefix(BOM)
+
+
+def _pointer(path: str) -> InputError:
+    return InputError("is a pointer of Git LFS, not the file", where=path, way_out="fetch it: git lfs pull")
 
 
 def _integer(text: str) -> int | str:
@@ -95,7 +111,7 @@ def _integer(text: str) -> int | str:
 
 def _parsed(text: bytes, where: str, way_out: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"), parse_int=_integer)
+        return json.loads(text.decode("utf-8"), parse_int=_integer, object_pairs_hook=_pairs)
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8: {error.reason}", where=where, way_out=way_out) from error
     except json.JSONDecodeError as error:
@@ -103,6 +119,20 @@ def _parsed(text: bytes, where: str, way_out: str) -> Any:
         raise InputError(what, where=where, way_out=way_out) from error
     except RecursionError as error:
         raise InputError("not read: nested too deeply", where=where, way_out=way_out) from error
+    except _Twice as error:
+        raise InputError(str(error), where=where, way_out="keep one of them") from error
+
+
+class _Twice(Exception):
+    """A key that an object has twice: nobody knows which value is meant."""
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in an object")
+    return row
 
 
 def _object(row: Any, where: str, way_out: str) -> Row:
@@ -129,8 +159,9 @@ def _csv(data: bytes, path: str) -> Iterator[Located]:
         ) from error
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    begins = _guarded(lambda: (reader.fieldnames, reader.line_num)[1], path, reader) + 1
-    while (row := _guarded(lambda: next(reader, None), path, reader)) is not None:
+    begins = _guarded(lambda: (reader.fieldnames, reader.line_num)[1], path, 1) + 1
+    reader.fieldnames = _columns(reader.fieldnames or (), path)
+    while (row := _guarded(lambda: next(reader, None), path, begins)) is not None:
         where = f"{path}:{begins}"
         if None in row:
             raise InputError(
@@ -142,12 +173,27 @@ def _csv(data: bytes, path: str) -> Iterator[Located]:
         begins = reader.line_num + 1
 
 
-def _guarded(act: Callable[[], Any], path: str, reader: Any) -> Any:
+def _columns(header: Sequence[str], path: str) -> list[str]:
+    """The names of a CSV's columns, without the blanks around them."""
+    names = [name.strip() for name in header]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        what = f"two columns are called {twice!r}"
+        raise InputError(what, where=f"{path}:1", way_out="rename one of them")
+    if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
+        what = f"one column, called {names[0]!r}"
+        raise InputError(what, where=f"{path}:1", way_out="part the columns by commas")
+    return names
+
+
+def _guarded(act: Callable[[], Any], path: str, line: int) -> Any:
+    """What `act` gives, which reads the row that begins at `line`."""
     try:
         return act()
     except csv.Error as error:
-        where = f"{path}:{reader.line_num}"
-        raise InputError(f"not CSV: {error}", where=where, way_out="see its quotes") from error
+        where = f"{path}:{line}"
+        way_out = 'double quotes in a cell are written twice: "" (and see that each is closed)'
+        raise InputError(f"not CSV: {error}", where=where, way_out=way_out) from error
 
 
 def _parquet(file: Path) -> Iterator[Located]:
@@ -155,8 +201,57 @@ def _parquet(file: Path) -> Iterator[Located]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        with file.open("rb") as opened:
+            if opened.read(len(LFS)) == LFS:
+                raise _pointer(str(file))
+        table = pyarrow.parquet.read_table(file)
+        rows = table.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"cannot be read: {str(error).splitlines()[0]}", where=str(file)) from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise InputError(f"cannot be read: {what}", where=str(file)) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"a column of text holds what is not UTF-8: {error.reason}", where=str(file)
+        ) from error
+    shorten = shortener(table.schema)
     for number, row in enumerate(rows):
-        yield f"{file}, row {number}", as_row(row)
+        yield f"{file}, row {number}", as_row(shorten(row))
+
+
+def shortener(schema: Any) -> Callable[[Row], Row]:
+    """What makes a row's numbers of half and single precision those that were meant: 0.1, and not
+    0.10000000149011612.
+
+    schema: pyarrow's, of the rows.
+    """
+    narrow = {field.name: field.type for field in schema if _is_narrow(field.type)}
+    if not narrow:
+        return lambda row: row
+    return lambda row: {
+        key: _shortest(value, narrow[key]) if key in narrow else value for key, value in row.items()
+    }
+
+
+def _inner(kind: Any) -> list[Any]:
+    return [kind.field(n) for n in range(kind.num_fields)]
+
+
+def _is_narrow(kind: Any) -> bool:
+    if str(kind) in ("float", "halffloat"):
+        return True
+    return any(_is_narrow(field.type) for field in _inner(kind))
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    import numpy
+
+    if isinstance(value, float):
+        single = {"float": numpy.float32, "halffloat": numpy.float16}.get(str(kind))
+        return value if single is None else float(str(single(value)))
+    fields = _inner(kind)
+    if isinstance(value, dict):
+        kinds = {field.name: field.type for field in fields}
+        return {key: _shortest(part, kinds[key]) for key, part in value.items()}
+    if isinstance(value, list) and len(fields) == 1:
+        return [_shortest(part, fields[0].type) for part in value]
+    return value

@@ -62,10 +62,14 @@ def make_rubric_task(
     config: RubricTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> RubricJudged:
     """The task. Raises InputError where its data is wrong (naming file and line) or the key is not set."""
+    return RubricJudged(config, *read_rubric_rows(config, seed), tokenizer)
+
+
+def read_rubric_rows(config: RubricTask, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems. Raises InputError naming file and line."""
     problems = _read(config, config.path)
     heldout = None if config.heldout_path is None else _read(config, config.heldout_path)
-    splits = split_problems(problems, heldout, config.heldout_size, seed, config.path)
-    return RubricJudged(config, *splits, tokenizer)
+    return split_problems(problems, heldout, config.heldout_size, seed, config.path)
 
 
 def parse_judgement(text: str, scale: int) -> float | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
-from genac_megatron.links import refuse_dangling
+from genac_megatron.links import refuse_unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ def tokenizer_size(spec: str, where: str = "") -> int:
     Raises InputError, at `where` (who names the folder) or naming the file.
     """
     path = tokenizer_folder(spec, where) / "tokenizer.json"
+    refuse_unreadable(path.parent)
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -99,19 +101,22 @@ def load_tokenizer(
             where=str(folder),
             way_out="give a folder with a tokenizer, or builtin:tiny",
         )
-    refuse_dangling(folder)
+    refuse_unreadable(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder),
             local_files_only=True,
             trust_remote_code=False,  # left open, it asks on the terminal
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"cannot load a tokenizer: {str(error).splitlines()[0]}",
-            where=str(folder),
-            way_out="the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
+    except Exception as error:  # the folder is somebody else's, and so is what reads it
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        way_out = "the folder needs tokenizer.json and tokenizer_config.json"
+        if "custom code" in why:
+            way_out = (
+                "code of a folder's own is not run here: save the tokenizer as a fast one (tokenizer.json), "
+                "and take auto_map out of tokenizer_config.json"
+            )
+        raise InputError(f"cannot load a tokenizer: {why}", where=str(folder), way_out=way_out) from error
     if chat_template_kwargs:
         set_template_variables(tokenizer, chat_template_kwargs)
     set_ends(tokenizer, model)
@@ -191,6 +196,39 @@ def _function(tool: Any) -> str:
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Token ids of a written completion, ended as the model should end its turn."""
     return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+
+
+def reply_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str, **options: Any
+) -> tuple[int, ...]:
+    """Ids of a written reply behind a prompt, as they are where prompt and reply are one text.
+
+    Tokenizers of Llama 2's kind put a space before a text that they are given by itself, and some before what
+    follows a special token. options: of the tokenizer's call.
+    """
+    alone = encode_after(tokenizer, "", "a")
+    last = tokenizer.added_tokens_decoder.get(prompt_ids[-1]) if prompt_ids else None
+    joined = encode_after(tokenizer, "\n" if last is None else last.content, "a")
+    if not prompt_ids or joined == alone:
+        return encode_after(tokenizer, "", text, **options)
+    # A character that the text may follow without a token that holds some of both.
+    return encode_after(tokenizer, "a" if text[:1].isspace() else "\n", text, **options)
+
+
+def reply_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The white space that the chat template writes between its generation prompt and a reply; mostly ""."""
+    return _reply_lead(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _reply_lead(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    asked = [{"role": "user", "content": "?"}]
+    prompt = _rendered(tokenizer, asked, add_generation_prompt=True)
+    whole = _rendered(tokenizer, [*asked, {"role": "assistant", "content": MARK}])
+    if not prompt or whole is None or MARK not in whole or not whole.startswith(prompt):
+        return ""
+    lead = whole[len(prompt) :].partition(MARK)[0]
+    return lead if lead.isspace() else ""
 
 
 def encode_after(
@@ -326,7 +364,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **variables: An
 
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
-    except (TemplateError, ValueError, TypeError, KeyError):
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
     return text if isinstance(text, str) else None
 

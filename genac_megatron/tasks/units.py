@@ -21,6 +21,7 @@ _WITH_UNIT = re.compile(
 _IN_BRACKETS = re.compile(r"\((?:in )?([A-Za-z/^0-9 ]{1,20})\)")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]{1,8}")
 _NO_CHINESE_UNIT = frozenset("万亿千百十或和不分")
+_CHINESE_KILO = re.compile("千(?=[米克瓦卡帕赫焦伏])")
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*[CF]?$|\s*\\degree$")
 _TEXT_UNIT = re.compile(
     r"(?<=[\w})])\s*\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*)\}(?:\s*\^\s*\{?\s*\d\s*\}?)?$"
@@ -79,7 +80,7 @@ def readings(answer: str) -> Iterator[tuple[str, str]]:
 def _is_unit(words: str, parted: bool) -> bool:
     """Whether what follows a number, `parted` from it by a blank or not, names what it counts."""
     if _CHINESE.fullmatch(words):
-        return not _NO_CHINESE_UNIT & set(words)
+        return not _NO_CHINESE_UNIT & set(_CHINESE_KILO.sub("", words))
     if (inner := _IN_BRACKETS.fullmatch(words)) is not None:
         words = inner[1]
     if len(words) > 40 or _NO_UNIT_SIGN.search(words):

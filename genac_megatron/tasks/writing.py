@@ -21,8 +21,17 @@ _TABLE = str.maketrans({**_FULL_WIDTH, **_SIGNS})
 _PLAIN_SIGNS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ", "+-": r"\pm ", "**": ""}
 
 _WRAPPED = re.compile(
-    r"(?:\$\$?|\\\(|\\\[|\*\*|__|`|\")\s*(.*?)\s*(?:\$\$?|\\\)|\\\]|\*\*|__|`|\")", re.DOTALL
+    r"(?:\$\$?|\\\(|\\\[|\*{1,3}|__?|```\w*\n|`{1,3}|\")\s*(.*?)\s*(?:\$\$?|\\\)|\\\]|\*{1,3}|__?|`{1,3}|\")",
+    re.DOTALL,
 )
+_PAIRED = '$*_`"'  # signs that open as they close
+_FONT = re.compile(
+    r"\\(?:bf|it|rm|sf|tt|em|tiny|small|large|Large|LARGE|huge|Huge|normalsize|displaystyle|textstyle|textdollar)"
+    r"(?![A-Za-z])\s?"
+)
+_DECORATED = re.compile(r"\\(?:underline|boldsymbol|bm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(?=(?:sin|cos|tan|cot|sec|csc|ln|log)\s*\()")
+_REPEATING = re.compile(r"(?<![\d.])(\d{1,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}")
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _ABOUT = re.compile(
     r"\s*(?:\\(?:approx|sim)\b|(?:approximately|about|roughly|around|exactly|only)\s)\s*", re.IGNORECASE
@@ -42,6 +51,10 @@ _MIXED = re.compile(
 _POWER = re.compile(r"\^(-?\d{2,}|-\d)")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)")
 _LARGE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LARGE_CHINESE = {"万亿": 12, "亿": 8, "万": 4, "千": 3}
+_CHINESE_NUMBER = re.compile(
+    r"(?<=\d)\s*(?:\\text\s*\{\s*)?(万亿|亿|万|千(?![米克瓦卡帕赫焦伏]))(?:(?<=[亿万千])\s*\})?"
+)
 _LARGE_NUMBER = re.compile(rf"(?<=\d)\s*(?:\\text\s*\{{\s*)?({'|'.join(_LARGE)})\b\s*\}}?", re.IGNORECASE)
 _IN_DEGREES = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*)(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?"
@@ -59,6 +72,8 @@ _EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\mathrm\{e\}")
 def tidy(text: str) -> str:
     """`text` in the writing that is compared."""
     text = _COLOUR.sub("", _unwrapped(text.translate(_TABLE)))
+    text = _DECORATED.sub(r"\1", _FONT.sub("", text)).replace(r"\varnothing", r"\emptyset")
+    text = _REPEATING.sub(_fraction, _FUNCTION.sub(r"\\", text))
     for sign, latex in _PLAIN_SIGNS.items():
         text = text.replace(sign, latex)
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1].strip('(){}')}}}", text)
@@ -66,6 +81,7 @@ def tidy(text: str) -> str:
     text = _MIXED.sub(_improper, _SPACE.sub(" ", text))
     text = _PER_CENT.sub(r"\\%", text)
     text = _LARGE_NUMBER.sub(lambda word: rf" \times 10^{{{_LARGE[word[1].lower()]}}}", text)
+    text = _CHINESE_NUMBER.sub(lambda word: rf" \times 10^{{{_LARGE_CHINESE[word[1]]}}}", text)
     text = _IN_DEGREES.sub(r"\1\\frac{\2\\pi}{180}", text)
     text = _POWER.sub(r"^{\1}", _TIMES_TEN.sub(r" \\times ", text))
     return text[about.end() :] if (about := _ABOUT.match(text)) is not None else text.strip()
@@ -77,6 +93,8 @@ def _unwrapped(text: str) -> str:
         whole = _WRAPPED.fullmatch(text)
         if whole is None or not whole[1] or "$" in whole[1] or "**" in whole[1]:
             return text
+        if text[0] in _PAIRED and text[0] in whole[1]:
+            return text  # two of them, not one around all
         text = whole[1]
 
 
@@ -85,6 +103,13 @@ def _improper(mixed: re.Match[str]) -> str:
     if top >= bottom:
         return mixed[0]  # a product
     return rf"{mixed['sign']}\frac{{{int(mixed['whole']) * bottom + top}}}{{{bottom}}}"
+
+
+def _fraction(number: re.Match[str]) -> str:
+    r"""0.1\overline{6} as \frac{15}{90}."""
+    before, period = number[1] + number[2], number[3]
+    bottom = (10 ** len(period) - 1) * 10 ** len(number[2])
+    return rf"\frac{{{int(before + period) - int(before)}}}{{{bottom}}}"
 
 
 def plain(text: str) -> str:

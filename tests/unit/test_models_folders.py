@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from genac_megatron.cli import main
 from genac_megatron.errors import EXIT_INPUT, EXIT_OK, InputError
@@ -31,7 +31,7 @@ from genac_megatron.models.sizes import hf_names
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import ModelConfig
 from genac_megatron.stages.runtime import Run
-from genac_megatron.tasks.tokenizer import TINY_FOLDER, tokenizer_size
+from genac_megatron.tasks.tokenizer import TINY_FOLDER, check_rows, tokenizer_size
 
 TINY = Shape(
     family="qwen3", layers=2, hidden=12, ffn=8, heads=4, kv_heads=2, head_dim=6, vocab=23, tie=False,
@@ -133,14 +133,32 @@ def biases(path: Path) -> None:
     )
 
 
-def fused_experts(path: Path) -> None:
-    experts = {"experts": 2, "experts_per_token": 1, "expert_ffn": 5, "norm_topk": True}
-    make(path, dataclasses.replace(TINY, family="qwen3_moe", **experts))
-    held = {n: t for n, t in load_file(path / SINGLE).items() if ".experts." not in n}
-    for layer in range(2):
-        held[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.randn(2, 10, 12)
-        held[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.randn(2, 12, 5)
+def marked(name: str) -> Callable[[Path], None]:
+    def begin(path: Path) -> None:
+        make(path, TINY)
+        before = (path / name).read_bytes() if (path / name).exists() else b"{}"
+        (path / name).write_bytes(b"\xef\xbb\xbf" + before)
+
+    return begin
+
+
+def renamed(path: Path) -> None:
+    make(path, TINY)
+    (path / SINGLE).rename(path / "consolidated.safetensors")
+
+
+def prefixed(path: Path) -> None:
+    make(path, TINY)
+    held = {f"language_model.{name}": tensor for name, tensor in load_file(path / SINGLE).items()}
     save_file(held, path / SINGLE, {"format": "pt"})
+
+
+def configured(**keys: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        make(path, TINY)
+        configure(path, **keys)
+
+    return write
 
 
 def yarn(path: Path) -> None:
@@ -186,7 +204,13 @@ def pad_beyond(path: Path) -> None:
 REFUSED = {
     "another_head": (another_head, r"lm_head\.weight is not(.|\n)*set tie_word_embeddings to false"),
     "biases": (biases, r"surplus tensor model\.layers\.0\.self_attn\.k_proj\.bias(.|\n)*config\.json"),
-    "fused": (fused_experts, r"experts\.gate_up_proj(.|\n)*save_original_format=True"),
+    "renamed": (renamed, r"there is consolidated\.safetensors(.|\n)*rename it to model\.safetensors"),
+    "prefixed": (prefixed, r"missing tensor(.|\n)*named with 'language_model\.' before them"),
+    "config_mark": (marked("config.json"), r"config\.json: begins with a byte order mark(.|\n)*sed"),
+    "tokenizer_mark": (marked("tokenizer.json"), r"tokenizer\.json: begins with a byte order mark"),
+    "ends_mark": (marked("generation_config.json"), r"generation_config\.json: begins with a byte"),
+    "tie_text": (configured(tie_word_embeddings="false"), r"'tie_word_embeddings' is 'false', neither"),
+    "two_thetas": (configured(rope_theta=5e5), r"rope_theta is 500000\.0, in rope_parameters 10000"),
     "yarn": (yarn, r"rope_scaling\).*yarn"),
     "adapter": (adapter, r"adapter's folder(.|\n)*merge_and_unload"),
     "adapter_beside": (adapter_beside_a_model, r"adapter's folder(.|\n)*remove adapter_config\.json"),
@@ -279,6 +303,47 @@ def test_a_single_file_is_read_and_an_index_beside_it_is_not_as_in_transformers(
     ours = HfFolder(folder)
     ours.check(shape_from_folder(folder))
     assert all(torch.equal(ours.get(name), theirs[name]) for name in hf_names(shape_from_folder(folder)))
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_fused_experts_are_those_that_transformers_writes_one_by_one(tmp_path: Path, shards: str) -> None:
+    shape = dataclasses.replace(
+        TINY, family="qwen3_moe", experts=3, experts_per_token=2, expert_ffn=5, norm_topk=True
+    )
+    config = hf_config(shape)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    for name, original in (("fused", False), ("single", True)):
+        model.save_pretrained(tmp_path / name, save_original_format=original, max_shard_size=shards)
+    fused, single = HfFolder(tmp_path / "fused"), HfFolder(tmp_path / "single")
+    fused.check(shape_from_folder(tmp_path / "fused"))
+    assert sorted(fused.names) == sorted(single.names) == sorted(hf_names(shape))
+    assert all(torch.equal(fused.get(name), single.get(name)) for name in single.names)
+
+
+def test_fused_experts_of_another_number_are_named(tmp_path: Path) -> None:
+    experts = {"experts": 2, "experts_per_token": 1, "expert_ffn": 5, "norm_topk": True}
+    folder = make(tmp_path / "f", dataclasses.replace(TINY, family="qwen3_moe", **experts))
+    held = {n: t for n, t in load_file(folder / SINGLE).items() if ".experts." not in n}
+    for layer in range(2):
+        held[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.randn(2, 10, 12)
+        held[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.randn(1 + layer, 12, 5)
+    save_file(held, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"^[^;]*missing tensor model\.layers\.0\.mlp\.experts\.1\.down_proj\.weight\n"
+    ):
+        check_weights(ModelConfig(hf=str(folder)))
+
+
+def test_the_way_out_of_a_token_beyond_the_embeddings_is_true(tmp_path: Path) -> None:
+    """What the message tells to do: transformers' resize_token_embeddings, then save_pretrained."""
+    pad_beyond(tmp_path / "f")
+    with pytest.raises(InputError, match="resize_token_embeddings"):
+        check_rows(str(tmp_path / "f"), shape_from_folder(tmp_path / "f").vocab, "here")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "f")
+    model.resize_token_embeddings(tokenizer_size(str(tmp_path / "f")))
+    model.save_pretrained(tmp_path / "f")
+    check_rows(str(tmp_path / "f"), shape_from_folder(tmp_path / "f").vocab, "here")
+    check_weights(ModelConfig(hf=str(tmp_path / "f")))
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "\xff"])

@@ -10,7 +10,7 @@ import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
-from genac_megatron.stages.heldout import critic_row, tell_too_long
+from genac_megatron.stages.heldout import critic_row, held_out, monte_carlo_draws, tell_too_long
 from genac_megatron.stages.rollouts import Group
 
 
@@ -129,3 +129,33 @@ def test_states_that_had_no_room_are_told_once_and_end_a_run_where_all_are_such(
         judgement.too_long = True
     with pytest.raises(InputError, match="7 of 7 states"):
         tell_too_long(run, every)
+
+
+def test_failed_verifications_are_counted_with_a_stand_in_for_the_run() -> None:
+    """The task's own count goes up while responses are made; a row of figures has what it went up by."""
+    counted: list[dict[str, float]] = []
+    task = SimpleNamespace(late=5, heldout_size=0)
+
+    def generating(act: Any) -> list[Any]:
+        task.late += 2
+        return []
+
+    rollout = SimpleNamespace(model_copy=lambda update: SimpleNamespace(model_dump_json=str))
+    stage: Any = SimpleNamespace(rollout=rollout)
+    evaluation = SimpleNamespace(prompts=4, temperature=1.0, samples=1, mc_states=3, mc_continuations=2)
+    run: Any = SimpleNamespace(
+        at=SimpleNamespace(versions={"actor": 1}),
+        recipe=SimpleNamespace(evaluation=evaluation, seed=0),
+        heldout_cache={},
+        task=task,
+        together=lambda act: act(),
+        gather=list,
+        share=list,
+        generating=generating,
+        count=counted.append,
+        spend=lambda phase, role: 0.0,
+    )
+    held_out(run, stage)
+    held_out(run, stage)  # of the same actor: nothing is made, and nothing counted
+    monte_carlo_draws(run, stage, [])
+    assert counted == [{"verify/late": 2.0}, {"verify/late": 2.0}]

@@ -47,7 +47,7 @@ def rows(path: Path, words: dict[int, int], count: int = 13) -> str:
 def stand_in(task: dict[str, Any], *stages: str | dict[str, Any], ranks: int = 1, **more: Any) -> Any:
     chosen = [STAGES[stage] if isinstance(stage, str) else stage for stage in stages]
     named = [{**stage, "name": str(number)} for number, stage in enumerate(chosen)]
-    plain = {"kind": "jsonl", "verifier": "exact", **task}
+    plain = task if task.get("kind") == "state_tracking" else {"kind": "jsonl", "verifier": "exact", **task}
     roles = {"actor": MODEL, "critic": MODEL}
     recipe = Recipe.model_validate({"name": "x", "roles": roles, "task": plain, "stages": named, **more})
     notes: list[str] = []
@@ -182,3 +182,31 @@ def test_conversations_are_looked_at_before_the_run_begins(tmp_path: Path) -> No
     run.tokenizers["actor"].chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(InputError, match=r"c.jsonl:1: the chat template"):
         fit_chats(run, ROOMY)
+
+
+SWAPS: dict[str, Any] = {"kind": "state_tracking", "objects": 3, "min_swaps": 2, "max_swaps": 40}
+
+
+def test_a_generators_longest_problems_are_looked_at_before_the_run_begins() -> None:
+    """A run that drew one of them would end then."""
+    sizes = {"train_size": 300, "heldout_size": 8}
+    run = stand_in({**SWAPS, **sizes}, "policy")
+    lengths = {n: len(run.task.prompt("train", n).ids) for n in range(300)}
+    most, short = (
+        max(lengths.values()) + 64,
+        sum(length < max(lengths.values()) for length in lengths.values()),
+    )
+    assert 0 < short < 300
+    fit_task(run, {"actor": most, "critic": 4096}, ("train",))
+    with pytest.raises(InputError, match=r"train prompts of the task have no room") as caught:
+        fit_task(run, {"actor": most - 1, "critic": 4096}, ("train",))
+    told = str(caught.value)
+    assert f"and may write 64, in {most - 1} positions" in told
+    assert "make the task's problems smaller" in told
+    named = int(told.partition("train/")[2].partition(":")[0])
+    assert lengths[named] + 64 == most
+
+
+def test_what_has_no_room_in_the_critic_alone_ends_no_run_of_a_generators_prompts() -> None:
+    run = stand_in({**SWAPS, "train_size": 50, "heldout_size": 8}, "ppo")
+    fit_task(run, {"actor": 4096, "critic": 60}, BOTH)

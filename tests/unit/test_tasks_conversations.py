@@ -105,3 +105,57 @@ def test_an_empty_file_is_no_data(tmp_path: Path) -> None:
     path.write_text("\n \n")
     with pytest.raises(InputError, match=r"empty\.jsonl: no conversation in it"):
         read_conversations(path)
+
+
+def test_sharegpts_form_is_read_alike(tmp_path: Path) -> None:
+    said = {"from": "gpt", "value": "ho"}
+    call = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 2}})}
+    rows = [
+        {"conversations": [{"from": "human", "value": "hi"}, said], "system": "brief"},
+        {"conversations": json.dumps(TURNS)},
+        {
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                call,
+                {"from": "observation", "value": "2"},
+                said,
+            ]
+        },
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = (chat.messages for chat in read_conversations(path))
+    assert first == ({"role": "system", "content": "brief"}, *TURNS)
+    assert second == tuple(TURNS)
+    assert [message["role"] for message in third] == ["user", "assistant", "tool", "assistant"]
+    assert third[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "y"}], "message 1 is from 'narrator'"),
+        (
+            [{"from": "human", "value": "x"}, {"from": "function_call", "value": "add"}],
+            "no call of a function",
+        ),
+        ([{"from": "human", "value": 3}, {"from": "gpt", "value": "y"}], "message 1: a message lacks"),
+        ([{"from": "gpt", "value": "y"}, {"from": "human", "value": "x"}], "not the assistant's"),
+    ],
+)
+def test_sharegpts_faults_are_named(tmp_path: Path, turns: Any, words: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"conversations": turns}))
+    with pytest.raises(InputError, match=words) as caught:
+        read_conversations(path)
+    assert f"{path}:1" in str(caught.value)
+    assert caught.value.way_out
+
+
+def test_rows_of_another_form_say_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.jsonl"
+    path.write_text(json.dumps({"instruction": "hi", "input": "", "output": "ho"}))
+    with pytest.raises(InputError, match="there is: instruction, input, output"):
+        read_conversations(path)

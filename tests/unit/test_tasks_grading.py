@@ -104,6 +104,12 @@ def test_no_process_is_asked_about_a_response_without_an_answer() -> None:
 
 
 def test_a_recipe_says_which_forms_count() -> None:
-    text = "so it is\n#### 12"
+    text = "so it is\n#### 12\nas was to be shown"
     assert make_grader("exact").grade([("12", text)]) == [0.0]
     assert make_grader("exact", ["hashes"]).grade([("12", text), ("12", "\\boxed{12}")]) == [1.0, 0.0]
+
+
+def test_exact_compares_with_what_a_whole_solution_says() -> None:
+    solutions = ["9 * 2 = <<9*2=18>>18\n#### 18", "so it is \\boxed{18}", "18"]
+    assert make_grader("exact").grade([(each, "\\boxed{18}") for each in solutions]) == [1.0, 1.0, 1.0]
+    assert make_grader("exact").grade([(each, "\\boxed{9}") for each in solutions]) == [0.0, 0.0, 0.0]

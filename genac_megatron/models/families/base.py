@@ -13,6 +13,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.reading import (
     LLAMA3_ROPE,
     default_head_dim,
+    flag,
     number,
     read_experts,
     refuse_unknown,
@@ -171,7 +172,7 @@ class Family:
             kv_heads=size(config, "num_key_value_heads", heads),
             head_dim=size(config, "head_dim") if config.get("head_dim") else default_head_dim(hidden, heads),
             vocab=size(config, "vocab_size"),
-            tie=bool(config.get("tie_word_embeddings", False)) and not value,
+            tie=flag(config, "tie_word_embeddings") and not value,
             value=value,
             rope_theta=rope_theta,
             norm_eps=number(config, "rms_norm_eps", 1e-6),

@@ -63,6 +63,14 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
     return float(value)
 
 
+def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """A truth value; `default` where the key is missing or null. Raises InputError for text such as "no"."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, bool):
+        raise InputError(f"'{key}' is {value!r}, neither true nor false", way_out="write it without quotes")
+    return value
+
+
 def rope(config: Mapping[str, Any]) -> tuple[float, float | None]:
     """(theta, Llama 3 scaling factor or None), as transformers 4 and 5 write them.
 
@@ -85,6 +93,11 @@ def _read_rope(config: Mapping[str, Any], key: str) -> tuple[float, float | None
         raise InputError(f"rope scaling ({key}) is {rope!r}, not a JSON object")
     rope = {k: v for k, v in rope.items() if (k, v) != ("partial_rotary_factor", 1)}
     theta = number({**config, **rope}, "rope_theta", 10_000.0)
+    if config.get("rope_theta") not in (None, theta):
+        raise InputError(
+            f"rope_theta is {config['rope_theta']}, in {key} {theta:g}: readers differ in which they take",
+            way_out="keep one of them, or make them the same",
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     unknown = {k: v for k, v in rope.items() if k not in ROPE_KEYS and v is not None}
     if not unknown and kind == "default" and rope.get("factor") in (None, 1):
@@ -108,7 +121,7 @@ def read_experts(config: Mapping[str, Any]) -> dict[str, Any]:
         "experts": size(config, named),
         "experts_per_token": size(config, "num_experts_per_tok"),
         "expert_ffn": size(config, "moe_intermediate_size"),
-        "norm_topk": bool(config.get("norm_topk_prob", False)),
+        "norm_topk": flag(config, "norm_topk_prob"),
     }
 
 
