@@ -220,16 +220,17 @@ class Fleets:
             raise refusal
 
     def _deal_cores(self, device: Literal["cpu", "cuda"]) -> dict[str, list[int]]:
-        """The hardware threads of each of this node's servers, those of all roles together."""
+        """The hardware threads of each of this node's servers, over all roles."""
         servers = node_servers(self._engines, self._node, gpu=device == "cuda")
         threads = job_threads(self._masks, allowed_threads(), os.environ)
-        topology = read_topology(threads, pci_addresses() if device == "cuda" else {})
+        if device == "cpu":  # servers and ranks compute in turns there: each may use all of the job's
+            return dict.fromkeys(servers, sorted(threads))
         if len(servers) > len(threads):
             logger.warning(
                 "genac: warning: %d servers share the %d cores that this job has on node %d (%s)",
                 *(len(servers), len(threads), self._node, as_list(sorted(threads))),
             )
-        dealt = deal_cores(servers, topology)
+        dealt = deal_cores(servers, read_topology(threads, pci_addresses()))
         told = "; ".join(f"{name}: {as_list(cores)}" for name, cores in dealt.items())
         logger.info("cores of the servers on node %d: %s", self._node, told)
         return dealt
