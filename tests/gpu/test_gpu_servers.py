@@ -20,8 +20,6 @@ from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.served import pci_addresses
 from tests.gpu.gpu_cases import make_role
 
-START_S = 280.0
-
 
 def test_the_kernel_knows_every_gpus_address() -> None:
     found = pci_addresses()
