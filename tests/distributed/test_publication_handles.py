@@ -59,7 +59,6 @@ class CountingStandIn:
         if self.calls.count("update") == self.fails_at:
             raise PeerLost("it is gone")
         for rank, payload in enumerate(payloads):
-            assert payload not in self.handles or len(set(payloads)) == len(payloads)
             self.handles.append(payload)
             bucket = pickle.load(io.BytesIO(base64.b64decode(payload)))
             flat = bucket["flattened_tensor"]
