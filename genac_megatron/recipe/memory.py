@@ -39,6 +39,7 @@ PREFILL = 8192  # tokens that a server computes at once: SGLang 0.5.23's chunked
 DECODED = 256  # requests of which a server computes logits at once, where the recipe has no limit
 BUCKET = 512 << 20  # publication/plan.py: BUCKET_BYTES
 ALIVE = 2  # buckets of a publication at a time
+FILLED = 0.98  # of a GPU, by KV caches that take what is left: the rest of it is an estimate
 DIGITS = 4  # of a fraction; rounded down
 
 
@@ -253,7 +254,7 @@ def _shares(parts: _Parts, tenants: Sequence[Tenants], total: float) -> dict[str
     for one in tenants:
         for phase in Phase:
             held = (*parts.trainer(one, phase), *parts.servers(one, phase, nothing))
-            slack = total - sum(size for _, size in held)
+            slack = FILLED * total - sum(size for _, size in held)
             there = [name for name in one.servers if _cache_there(roles[name].engine, phase)]
             slack -= sum(fixed.get(name, 0.0) for name in there)
             free = [name for name in there if name not in fixed]

@@ -194,6 +194,22 @@ def test_what_a_scalar_critic_would_not_read_is_refused(path: Path, stage: str, 
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("roles.critic.engine.release=kv_cache", "roles.critic.engine.release"),
+        ("roles.critic.training.offload=true", "roles.critic.training.offload"),
+    ],
+)
+def test_what_gives_memory_back_does_not_overlap(path: Path, more: str, key: str):
+    """One of the two generates, or trains, while the other does."""
+    served = [f"roles.{role}.engine.kind=sglang" for role in ("actor", "critic")]
+    load_recipe(path, [*served, more])
+    with pytest.raises(InputError, match="overlap") as raised:
+        load_recipe(path, [*served, more, "stages.3.overlap=true"])
+    assert key in raised.value.where
+
+
 def test_traces_of_the_exact_teacher_need_a_task_that_has_one(path: Path):
     overrides = [
         "task={kind: reasoning_gym, name: chain_sum}",
