@@ -30,7 +30,6 @@ CASES: dict[str, dict[str, Any]] = {
     "tp2-fp32": {"layout": {"count": 2, "tp": 2}},
     "tp2-dp2-bf16": {"layout": {"tp": 2}, "training": {"dtype": "bf16"}},
     "tp2-fp32-replicated": {"layout": {"count": 2, "tp": 2}, "training": {"distributed_optimizer": False}},
-    "pp2-vpp2-bf16": {"layout": {"count": 2, "pp": 2, "vpp": 2}, "training": {"dtype": "bf16"}},
     "ep2-bf16": {"layout": {"count": 2, "ep": 2}, "training": {"dtype": "bf16"}, **EXPERTS},
 }
 
@@ -141,7 +140,7 @@ def stages_case(rank: int, given: dict[str, Any], rests: bool) -> Any:
     return held, weights, (first, train(role, 2, 2), published(role))
 
 
-@pytest.mark.parametrize("name", ["dp2-bf16", "dp2-bf16-replicated", "pp2-vpp2-bf16", "tp2-fp32"])
+@pytest.mark.parametrize("name", ["dp2-bf16", "dp2-bf16-replicated", "tp2-fp32"])
 def test_a_role_holds_its_weights_alone_but_in_a_stage(pool: Any, name: str) -> None:
     """Before one it has no gradients, after one neither these nor fp32 weights and moments, also where it
     rested at its end; the next stage trains the same.
