@@ -148,7 +148,7 @@ class Role:
             self.model_config.grad_scale_func = None  # the optimizer's own
             forget_masters(self._models)
             self._drop_gradients()
-            gc.collect()  # Megatron's optimizer is in cycles
+            gc.collect()  # where the optimizer is in a cycle
             platform.empty_cache()
 
     def refresh_master(self) -> None:
