@@ -16,7 +16,7 @@ TEXT = (
     "had said they would. Die Erde ist 384 400 km entfernt; 3 + 4 = 7.\n"
 )
 QUESTION = "Why is the sky blue? Answer in two sentences."
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp1": {"count": 1},
     "tp3": {"count": 3, "tp": 3},
