@@ -133,12 +133,11 @@ def _check_against_uninterrupted(run: Path, recipe: Path, folder: Path) -> None:
 
 
 def test_a_stalled_rank_is_named_and_a_killed_one_ends_the_job(
-    cluster: Cluster, short: Short, settings: Settings, tmp_path: Path, output: Output
+    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
 ) -> None:
     """Submitted by `genac slurm`. SIGSTOP: phase, rank and stacks are told; SIGKILL: exit 4, no orphan."""
-    short(50)
     environ = {**cluster.environ, **settings, **AT_ONCE, "GENAC_STALL_S": "15"}
-    done = genac("slurm", "recipe.yaml", cwd=tmp_path, environ=environ)
+    done = genac("slurm", "recipe.yaml", "stages.ppo.steps=50", cwd=tmp_path, environ=environ)
     assert done.returncode == 0, done.stderr
     job = int(done.stdout.split()[1].rstrip(":"))
     run = tmp_path / "runs" / "run"
