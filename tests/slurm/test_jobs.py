@@ -221,10 +221,10 @@ def test_a_chain_goes_on_without_requeue(
     cluster: Cluster, short: Short, settings: Settings, tmp_path: Path, output: Output
 ) -> None:
     """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run."""
-    short(12)
+    short(50)
     done = cluster.run(
         str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", *NODES, str(ROOT / "slurm" / "genac_ppo.sh"),
-        cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
+        "--", "stages.ppo.steps=12", cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = map(int, done.stdout.split())
