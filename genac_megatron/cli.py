@@ -201,11 +201,12 @@ def _in_ranks(recipe: Recipe, given: list[str], job: Job, folder: Path) -> int:
 
 def _rank(recipe: Recipe, job: Job, folder: Path) -> int:
     """This process's part of a job."""
-    import torch
-
     from genac_megatron import platform
     from genac_megatron.launch import follow_launcher
     from genac_megatron.platform.megatron import install
+
+    with platform.uncollected():
+        import torch
 
     follow_launcher()
     platform.raise_open_files()
@@ -239,11 +240,16 @@ def _joined(recipe: Recipe, job: Job, stop: StopFlag, folder: Path) -> int:
     import torch.distributed as dist
 
     from genac_megatron.cluster.heartbeat import heartbeat
-    from genac_megatron.training.layout import close_world, init_world
+    from genac_megatron.platform import uncollected
+
+    with uncollected():
+        from genac_megatron.training.layout import close_world, init_world
 
     with heartbeat(folder), _lost_peers():  # the last beat tells its exit code
         world = init_world(recipe.world.timeout_s, recipe.seed)
         try:
+            with uncollected():
+                import genac_megatron.stages.runtime  # noqa: F401  what every job needs
             job(recipe, world, stop)
         except StopRequested:
             dist.barrier()  # srun ends the others once one has left

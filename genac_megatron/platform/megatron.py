@@ -31,8 +31,8 @@ import queue
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGE = "megatron.core"
+# Megatron imports it (a second of processor time) for logs that observe/sinks.py writes, and does without.
+WANDB = "wandb"
 _FACADE = "__cpu_cuda__"
 SIZE = 8  # bytes of the number before an item of ResultsFile
 _VERSION = sys.version.encode() + Path(__file__).read_bytes()  # another Python or rewriting, another cache
@@ -144,7 +146,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         from genac_megatron.platform.cpu_cuda import CPU_CUDA
 
         setattr(module, _FACADE, CPU_CUDA)
-        super().exec_module(module)
+        with _without(WANDB):
+            super().exec_module(module)
         repair = _REPAIRS.get(module.__name__)
         if repair is not None:
             repair(module)
@@ -162,6 +165,19 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
             spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Meanwhile a package that nobody has imported yet cannot be."""
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # so that importing it is an ImportError
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[name]
 
 
 def _cache_file(path: str, source: bytes) -> Path | None:

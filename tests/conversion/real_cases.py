@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ TEXT = (
     "had said they would. Die Erde ist 384 400 km entfernt; 3 + 4 = 7.\n"
 )
 QUESTION = "Why is the sky blue? Answer in two sentences."
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp1": {"count": 1},
     "tp3": {"count": 3, "tp": 3},
@@ -24,8 +25,23 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
+_kept: dict[tuple[Any, ...], Any] = {}  # the role that this rank loaded last
+
+
 def load_role(hf: str, checkpoint: str, layout: dict[str, int], dtype: str) -> Any:
-    """Collective: the role that a recipe with this model, checkpoint and layout gives."""
+    """Collective: the role that a recipe with this model, checkpoint and layout gives.
+
+    Kept until another is asked for: what the cases below do changes no weight.
+    """
+    key = (hf, checkpoint, tuple(sorted(layout.items())), dtype)
+    if key not in _kept:
+        _kept.clear()  # first: a machine has room for one
+        gc.collect()
+        _kept[key] = _loaded(hf, checkpoint, layout, dtype)
+    return _kept[key]
+
+
+def _loaded(hf: str, checkpoint: str, layout: dict[str, int], dtype: str) -> Any:
     import torch.distributed as dist
 
     from genac_megatron.models.registry import shape_of

@@ -92,6 +92,7 @@ def test_there_and_back_is_exact(
 class Scored:
     """What Megatron in a layout says of the text, and of the question with transformers' greedy answer."""
 
+    layout: str
     text: tuple[torch.Tensor, torch.Tensor]  # log-probs [T - 1], logits [T, vocab]
     answer: tuple[torch.Tensor, torch.Tensor]
 
@@ -110,7 +111,7 @@ def scored(
     layout = LAYOUTS[request.param]
     by_rank = six.run(scores_case, str(smollm2), str(checkpoint), layout, texts, timeout=LIMIT_S)
     last = next(found for found in by_rank if found[0][1] is not None)
-    return Scored(*((torch.tensor(logprobs), logits) for logprobs, logits in last))
+    return Scored(request.param, *((torch.tensor(logprobs), logits) for logprobs, logits in last))
 
 
 def test_scores_are_those_of_transformers(scored: Scored, smollm2: Path, model: Any) -> None:
@@ -139,12 +140,11 @@ def test_megatrons_own_greedy_text_is_that_of_transformers(scored: Scored, answe
     assert logits[-NEW_TOKENS - 1 : -1].argmax(-1).tolist() == answer
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
 def test_greedy_text_after_publication_is_that_of_transformers(
-    name: str, smollm2: Path, checkpoint: Path, answer: list[int], six: Any
+    scored: Scored, smollm2: Path, checkpoint: Path, answer: list[int], six: Any
 ) -> None:
-    ids = chat(smollm2)
-    results = six.run(greedy_case, str(smollm2), str(checkpoint), LAYOUTS[name], ids, timeout=LIMIT_S)
+    ids, layout = chat(smollm2), LAYOUTS[scored.layout]
+    results = six.run(greedy_case, str(smollm2), str(checkpoint), layout, ids, timeout=LIMIT_S)
     assert results[0] == answer
 
 
@@ -164,9 +164,10 @@ def endpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         zygote.close()
 
 
-@pytest.mark.parametrize("name", ["tp1", "tp3", "pp2"])
+# With `scored` for the order alone: ranks keep a layout's role from one test to the next.
+@pytest.mark.parametrize("scored", ["tp1", "tp3", "pp2"], indirect=True)
 def test_a_real_server_says_what_transformers_does(
-    name: str,
+    scored: Scored,
     smollm2: Path,
     checkpoint: Path,
     answer: list[int],
@@ -174,12 +175,12 @@ def test_a_real_server_says_what_transformers_does(
     endpoint: Endpoint,
     tmp_path: Path,
 ) -> None:
-    version = 1 + list(LAYOUTS).index(name)
+    version = 1 + list(LAYOUTS).index(scored.layout)
     figures = six.run(
         serve_case,
         str(smollm2),
         str(checkpoint),
-        LAYOUTS[name],
+        LAYOUTS[scored.layout],
         [endpoint],
         str(tmp_path),
         version,

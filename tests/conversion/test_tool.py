@@ -24,6 +24,7 @@ from genac_megatron.models.registry import FAMILIES
 from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import ModelShape
+from tests import warm
 from tests.conversion.tiny_folder import make_folder, tiny_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,10 +83,8 @@ def test_a_dtype_can_be_chosen(source: Path, tmp_path: Path) -> None:
 
 
 def inspect_json(checkpoint: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "genac_megatron", "inspect", str(checkpoint), "--json"],
-        capture_output=True, text=True, cwd=ROOT, check=True,
-    )  # fmt: skip
+    done = warm.genac("inspect", str(checkpoint), "--json", cwd=checkpoint)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -177,8 +176,8 @@ def test_a_run_starts_from_a_converted_checkpoint_and_ends_as_a_folder(named: st
         "evaluation": {"prompts": 4, "samples": 1},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    command = [sys.executable, "-m", "genac_megatron", "run", str(tmp_path / "recipe.yaml")]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    done = warm.genac("run", str(tmp_path / "recipe.yaml"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert convert("to-hf", tmp_path / "runs" / "run", tmp_path / "back", "--quiet") == 0
     assert_same(source, tmp_path / "back")
 
@@ -191,11 +190,8 @@ def test_a_killed_conversion_leaves_nothing_whole_and_goes_on(tmp_path: Path) ->
     source = make_folder(tmp_path / "hf", shape)
     back = tmp_path / "ck"
     part = tmp_path / "ck.part"
-    command = [
-        sys.executable, "-m", "genac_megatron", "convert", "to-megatron", str(source), str(back),
-        "--max-shard-size", "500KB",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT)
+    given = ("convert", "to-megatron", str(source), str(back), "--max-shard-size", "500KB")
+    process = warm.Popen(warm.command(*given), cwd=tmp_path)
     while len(list(part.glob("done/*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.005)
@@ -218,8 +214,7 @@ def test_a_killed_conversion_leaves_no_worker(tmp_path: Path) -> None:
     shape = tiny_shape(layers=60, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
     source, part = make_folder(tmp_path / "hf", shape), tmp_path / "ck.part"
     given = ("convert", "to-megatron", str(source), str(tmp_path / "ck"), "--max-shard-size", "200KB")
-    command = [sys.executable, "-m", "genac_megatron", *given, "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = warm.Popen(warm.command(*given, "--workers", "2"), cwd=tmp_path)
     while len(list(part.glob("done/*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.005)
@@ -239,8 +234,8 @@ def test_a_conversion_that_is_asked_to_stop_keeps_what_is_done(tmp_path: Path, w
     shape = tiny_shape(layers=60, hidden=256, ffn=1024, heads=8, kv_heads=4, head_dim=32)
     source, back, part = make_folder(tmp_path / "hf", shape), tmp_path / "ck", tmp_path / "ck.part"
     options = ("--max-shard-size", "200KB", "--workers", workers)
-    command = [sys.executable, "-m", "genac_megatron", "convert", "to-megatron", str(source), str(back)]
-    process = subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = warm.command("convert", "to-megatron", str(source), str(back), *options)
+    process = warm.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while len(list(part.glob("done/*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.005)

@@ -45,7 +45,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
 }
-PRELOAD = ["genac_megatron.training.role", "genac_megatron.models.build"]
+PRELOAD = ["tests.distributed.preloaded"]
 
 
 class RankFailed(AssertionError):

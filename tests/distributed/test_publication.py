@@ -148,12 +148,16 @@ def publish_case(rank: int, config: Any) -> dict[str, Any]:
 _first_greedy: dict[tuple[bool, str], Any] = {}  # of whichever layout ran first
 
 
-CASES = [(layout, tie, "fp32") for layout in LAYOUTS for tie in (True, False)]
-CASES += [(layout, True, "bf16") for layout in LAYOUTS]
-CASES += [(layout, False, "bf16") for layout in ("tp2-pp2", "dp2")]  # the untied head in bf16
+# Every layout in fp32; a head of its own and a cast to bf16 in those that differ in where these are done.
+CASES = [(layout, True, "fp32") for layout in LAYOUTS]
+CASES += [(layout, False, "fp32") for layout in ("tp1", "tp2", "pp2-vpp2", "tp2-pp2")]
+CASES += [(layout, True, "bf16") for layout in ("dp2", "tp2-no-sp", "pp2-vpp2", "tp2-pp2")]
+CASES += [(layout, False, "bf16") for layout in ("tp2-pp2", "dp2")]
+REST = [(layout, tie, dtype) for layout in LAYOUTS for tie, dtype in ((False, "fp32"), (True, "bf16"))]
+MORE = [pytest.param(*case, marks=pytest.mark.extended) for case in REST if case not in CASES]
 
 
-@pytest.mark.parametrize(("layout", "tie", "dtype"), CASES)
+@pytest.mark.parametrize(("layout", "tie", "dtype"), [*CASES, *MORE])
 def test_engines_say_what_the_trainer_says(pool: Any, layout: str, tie: bool, dtype: str) -> None:
     training = {"dtype": dtype, "tokens_per_microbatch": 256}
     config = role_config(tie=tie, layout=LAYOUTS[layout], training=training)

@@ -21,6 +21,10 @@ world: {{ranks: 2}}
 cluster: {{ranks_per_node: 1, cpus_per_rank: 1, time_limit: "02:00:00"}}
 observe: {{tensorboard: false, plots: false, wandb: {{mode: offline}}}}
 """
+# Where the stages before PPO are not the point: random weights will do.
+SHORT = """\
+stages: [{{kind: ppo, steps: {steps}, rollout: {{prompts: 8, samples: 2, max_new_tokens: 16}}}}]
+"""
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 
 
@@ -48,6 +52,16 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(root=ROOT))
     return path
+
+
+@pytest.fixture
+def short(recipe: Path) -> Callable[[int], None]:
+    """Leaves of the recipe PPO alone, of so many steps."""
+
+    def write(steps: int) -> None:
+        recipe.write_text(RECIPE.format(root=ROOT) + SHORT.format(steps=steps))
+
+    return write
 
 
 @pytest.fixture

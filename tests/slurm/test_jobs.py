@@ -28,6 +28,7 @@ MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes")
 Settings = dict[str, str]
 AT_ONCE = {"GENAC_PREFLIGHT": "off"}  # where the nodes' check is not what is tested
 Output = Callable[[], str]
+Short = Callable[[int], None]
 
 
 def genac(*arguments: str, cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -217,12 +218,13 @@ def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Out
 
 
 def test_a_chain_goes_on_without_requeue(
-    cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
+    cluster: Cluster, short: Short, settings: Settings, tmp_path: Path, output: Output
 ) -> None:
     """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run."""
+    short(50)
     done = cluster.run(
         str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", *NODES, str(ROOT / "slurm" / "genac_ppo.sh"),
-        "--", "stages.ppo.steps=16", cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
+        "--", "stages.ppo.steps=12", cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = map(int, done.stdout.split())
@@ -235,6 +237,6 @@ def test_a_chain_goes_on_without_requeue(
     assert cluster.wait(first, LIMIT_S)["ExitCode"] == "75:0", output()
     assert cluster.wait(second, LIMIT_S)["JobState"] == "COMPLETED", output()
     assert "GENAC_REQUEUE is off" in output()
-    assert reached(run, "ppo", 16)
+    assert reached(run, "ppo", 12)
     gone(first)
     gone(second)

@@ -8,6 +8,7 @@ import pytest
 from fake_chat import Answer, FakeChat
 
 from genac_megatron.serving import chat
+from genac_megatron.tasks import grading
 
 
 @pytest.fixture
@@ -24,3 +25,16 @@ def fake_chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Fa
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def math_process() -> Iterator[grading.Workers]:
+    process = grading.Workers(grading._math, limit_s=60.0, name="math-verify")  # a machine may be busy
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def one_math_process(math_process: grading.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks made here grade in one process; of their own, each would import sympy anew."""
+    monkeypatch.setattr(grading, "Workers", lambda *_: math_process)

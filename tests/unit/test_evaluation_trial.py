@@ -22,6 +22,7 @@ from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.evaluation.trial import ServerOptions, Trial, TrialOptions, paths_of, try_server
 from genac_megatron.tasks.benchmarks import make_benchmark
 
+pytestmark = pytest.mark.usefixtures("one_math_process")
 ROOT = Path(__file__).resolve().parents[2]
 
 Say = Callable[[str, int], str | None]  # (question, how often it was asked before) -> answer; None: a failure

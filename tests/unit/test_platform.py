@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -66,7 +67,7 @@ print('torch' in sys.modules)
 
 
 @pytest.mark.skipif(platform.device().type == "cuda", reason="the hook is for machines without CUDA")
-def test_the_hook_is_put_in_once_and_leaves_torch_alone_and_refuses_to_come_late() -> None:
+def test_the_hook_is_put_in_once_and_leaves_torch_alone_and_wandb_out_and_refuses_to_come_late() -> None:
     code = """
 import sys, torch
 from genac_megatron.platform.megatron import install
@@ -75,6 +76,8 @@ sizes = [install() or len(sys.meta_path) for _ in range(2)]
 import megatron.core.jit
 same = all(getattr(torch.cuda, name) is value for name, value in cuda.items())
 print(sizes[0] == sizes[1], same, megatron.core.jit.__cpu_cuda__ is not torch.cuda)
+print("wandb" in sys.modules, megatron.core.timers.wandb)
+import wandb  # which is there for who wants it
 del sys.meta_path[0]
 try:
     install()
@@ -82,7 +85,7 @@ except RuntimeError as error:
     print(error)
 """
     out = _python(code)
-    assert out.startswith("True True True\n")
+    assert out.startswith("True True True\nFalse None\n")
     assert "megatron.core was imported before" in out
 
 
@@ -113,3 +116,19 @@ def test_a_result_whose_writer_was_killed_amid_it_is_none(kept: int) -> None:
     os.ftruncate(results._file, kept)
     with pytest.raises(queue.Empty):
         results.get_nowait()
+
+
+def test_imports_are_not_collected_and_what_they_made_is_never_looked_at_again() -> None:
+    frozen = gc.get_freeze_count()
+    with platform.uncollected():
+        assert not gc.isenabled()
+        made = [[n] for n in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= frozen + len(made)
+    gc.disable()
+    try:
+        with platform.uncollected():
+            pass
+        assert not gc.isenabled(), "as it was found"
+    finally:
+        gc.enable()

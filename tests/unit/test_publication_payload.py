@@ -79,18 +79,17 @@ class Strict(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [by_handle, by_value])
-def test_another_process_reads_the_tensors(make: object, dtype: torch.dtype) -> None:
+def test_another_process_reads_the_tensors() -> None:
     """A handle is for one reader, so each line has its own; the memory outlives them all."""
-    flat = bucket(dtype)
-    lines = "\n".join(make(flat, TENSORS) for _ in range(3)) + "\n"  # type: ignore[operator]
+    flats = [bucket(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    lines = [make(flat, TENSORS) for make in (by_handle, by_value) for flat in flats for _ in range(3)]
     read = subprocess.run(
-        [sys.executable, "-c", READER], input=lines, capture_output=True, text=True, timeout=60, check=True
-    )
+        [sys.executable, "-c", READER], input="\n".join(lines) + "\n", capture_output=True, text=True,
+        timeout=300, check=True,
+    )  # fmt: skip
     wanted = [["a.weight", [2, 3], [[0, 1, 2], [3, 4, 5]]], ["b.bias", [4], [6, 7, 8, 9]]]
-    assert [json.loads(line) for line in read.stdout.splitlines()] == [wanted] * 3
-    assert flat.tolist() == list(range(10))
+    assert [json.loads(line) for line in read.stdout.splitlines()] == [wanted] * len(lines)
+    assert [flat.tolist() for flat in flats] == [list(range(10))] * 2
 
 
 KEEPER = """

@@ -50,21 +50,25 @@ def test_no_folder_at_all_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert raised.value.where == "TMPDIR"
 
 
-@pytest.mark.parametrize("length", [60, 90, 200])
-def test_a_buffer_that_servers_map_is_made_whatever_tmpdir_is(tmp_path: Path, length: int) -> None:
-    """In a process of its own: torch starts its manager with the first buffer alone."""
-    long = tmp_path / ("x" * max(1, length - len(str(tmp_path)) - 1))
-    long.mkdir()
-    script = (
-        "import os; from genac_megatron.publication.payload import shared_buffer\n"
-        "buffer = shared_buffer(64); buffer.fill_(7)\n"
-        "print(int(buffer.sum()), os.environ['TMPDIR'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TMPDIR": str(long)},
-        capture_output=True,
-        text=True,
-    )
-    # The sum is of uint8s, in int64.
-    assert (done.returncode, done.stdout.split()) == (0, ["448", str(long)]), done.stderr
+BUFFERS = """
+import os, sys, tempfile
+from genac_megatron.publication.payload import shared_buffer
+for folder in sys.argv[1:]:
+    if os.fork() == 0:
+        os.environ["TMPDIR"], tempfile.tempdir = folder, None
+        buffer = shared_buffer(64)
+        buffer.fill_(7)
+        print(int(buffer.sum()), os.environ["TMPDIR"], flush=True)  # of uint8s, in int64
+        sys.exit()
+    assert os.wait()[1] == 0, folder
+"""
+
+
+def test_a_buffer_that_servers_map_is_made_whatever_tmpdir_is(tmp_path: Path) -> None:
+    """In processes of their own: torch starts its manager with the first buffer alone."""
+    folders = [tmp_path / ("x" * max(1, length - len(str(tmp_path)) - 1)) for length in (60, 90, 200)]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", BUFFERS, *map(str, folders)], capture_output=True, text=True)
+    wanted = [word for folder in folders for word in ("448", str(folder))]
+    assert (done.returncode, done.stdout.split()) == (0, wanted), done.stderr

@@ -25,6 +25,7 @@ from genac_megatron.tasks.benchmarks import (
 )
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_math_process")
 ROOT = Path(__file__).resolve().parents[2]
 # A row of each dataset, as its page shows columns; a right and a wrong response to it.
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {

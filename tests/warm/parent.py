@@ -188,11 +188,13 @@ def _fork(request: Mapping[str, Any], files: Sequence[int]) -> tuple[int, socket
 
 
 def main() -> None:
+    from genac_megatron.platform import uncollected
     from genac_megatron.platform.megatron import install
 
     install()
-    for name in HEAVY:
-        importlib.import_module(f"{PACKAGE}.{name}")
+    with uncollected():  # and children need not copy the pages that a collection would touch
+        for name in HEAVY:
+            importlib.import_module(f"{PACKAGE}.{name}")
     assert threading.active_count() == 1, "a process with threads cannot be forked"
     serve(socket.socket(fileno=int(sys.argv[1])))
 

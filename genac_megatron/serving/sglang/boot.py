@@ -26,6 +26,7 @@ import importlib.util
 import itertools
 import json
 import os
+import pkgutil
 import signal
 import sys
 import tempfile
@@ -38,12 +39,13 @@ from typing import Any
 PARENT_POLL_S = 0.5
 MAPPED = 8  # two files of each of four pipeline stages
 SHARED = "/dev/shm/sgl"  # how SGLang's shared memory is called: sgl_shm_mq_..., sglang_loads_...
-IMPORTED_ONCE = (  # what a server's processes import, the table of all models included
+IMPORTED_ONCE = (  # what a server's processes import, the table of models included
     "entrypoints.http_server",
     "managers.scheduler",
     "managers.detokenizer_manager",
     "models.registry",
 )
+MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")  # files of sglang/srt/models that our families need
 KEY = "GENAC_SERVER_KEY"
 CORES = "GENAC_SERVER_CORES"
 CPU_ENVIRONMENT = {
@@ -198,14 +200,24 @@ def keep_mapped() -> None:
     reductions.rebuild_storage_filename = map_once
 
 
+def other_models() -> list[str]:
+    """SGLang's models that no family of ours has: some 250 files, a good part of its import."""
+    found = importlib.util.find_spec("sglang")
+    folders = [f"{place}/srt/models" for place in (found and found.submodule_search_locations) or ()]
+    return [module.name for module in pkgutil.iter_modules(folders) if module.name not in MODELS]
+
+
 def prepare_cpu() -> None:
     """Fill the gaps and import SGLang once; servers that are forked from here need not."""
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(other_models()))
+    gc.disable()  # what an import makes stays
     fill_gaps()
     keep_mapped()
     for module in IMPORTED_ONCE:
         importlib.import_module(f"sglang.srt.{module}")
+    gc.enable()
 
 
 # --- servers -----------------------------------------------------------------------------------------

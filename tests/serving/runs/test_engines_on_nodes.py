@@ -73,6 +73,7 @@ def test_each_node_starts_and_replaces_its_own_servers(tmp_path: Path) -> None:
     after = servers_of(tmp_path, 1)
     assert after["critic/0"] != second["critic/0"]
     assert (after["actor/1"], servers_of(tmp_path, 0)) == (second["actor/1"], first)
+    assert (tmp_path / "run" / "rollouts.jsonl").read_text().strip(), "rollouts are shown"
     logs = {path.name for path in (tmp_path / "attempt").glob("*.log")}
     assert {"actor-0.log", "actor-1.log", "critic-0.log", "zygote.log", "zygote-node1.log"} <= logs
     assert gone([*first.values(), *second.values(), *after.values()])

@@ -1,11 +1,14 @@
-"""In the serving environment: SGLang's own model with weights in FP8, one tensor-parallel rank of it.
+"""In the serving environment: SGLang's own model with weights in FP8, a process per tensor-parallel rank.
 
-    python fp8_model.py BOOT_FOLDER RANK DIST_PORT PAYLOADS -- ARGS of `sglang serve`
+    python fp8_model.py BOOT_FOLDER
 
-PAYLOADS: a file with one flat bucket per line, as `/update_weights_from_tensor` takes it. What a server does
+imports SGLang once. Each line on stdin is a JSON object {tp, port, payloads, arguments, environ, logs}, the
+arguments those of `sglang serve`; ranks are forked, write to a log each, and their exit codes are printed.
+
+payloads: a file with one flat bucket per line, as `/update_weights_from_tensor` takes it. What a server does
 with them is done here by the same code of SGLang, up to the layers' own post-processing, which asks for a GPU
-or AMX. Prints a JSON object: what its weights checker says of every parameter, the types and sizes of some,
-and what that post-processing says.
+or AMX. A rank's log ends with a JSON object: what its weights checker says of every parameter, the types and
+sizes of some, and what that post-processing says.
 """
 
 from __future__ import annotations
@@ -13,33 +16,59 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from types import SimpleNamespace
 
 
-def main(folder: str, rank: int, port: str, payloads: str, arguments: list[str]) -> None:
+def main(folder: str) -> None:
     sys.path.insert(0, folder)
     import boot
 
     os.environ.update(boot.ENVIRONMENT)
     boot.prepare_cpu()
-    model = build(rank, port, arguments)
+    for line in sys.stdin:
+        job = json.loads(line)
+        ranks = [forked(rank, job) for rank in range(job["tp"])]
+        print(json.dumps([os.waitpid(pid, 0)[1] for pid in ranks]), flush=True)
+
+
+def forked(rank: int, job: dict) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(job["environ"])
+        print("RESULT " + json.dumps(held(rank, job)), flush=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def held(rank: int, job: dict) -> dict:
+    """What a rank has once it got every bucket."""
+    model = build(rank, job["port"], job["arguments"])
 
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.weight_checker import WeightChecker
 
     updater = SimpleNamespace(get_model=lambda: model)
-    with open(payloads) as file:
+    with open(job["payloads"]) as file:
         for line in file:
             bucket = MultiprocessingSerializer.deserialize(line.strip())
             done = WeightUpdater._update_weights_from_flattened_bucket(updater, bucket)
             assert done[0], done
     said = WeightChecker(get_model=lambda: model).handle("checksum", role="target")
-    held = {name: [str(p.dtype), list(p.shape)] for name, p in model.named_parameters()}
-    print("RESULT " + json.dumps({"sums": said["checksums"], "held": held, "refused": refused(model)}))
+    parameters = {name: [str(p.dtype), list(p.shape)] for name, p in model.named_parameters()}
+    return {"sums": said["checksums"], "held": parameters, "refused": refused(model)}
 
 
-def build(rank: int, port: str, arguments: list[str]):
+def build(rank: int, port: int, arguments: list[str]):
     """The model that a server's rank has, with uninitialised weights."""
     import torch
     from sglang.srt.configs.load_config import LoadConfig
@@ -86,5 +115,4 @@ def refused(model) -> str:
 
 
 if __name__ == "__main__":
-    at = sys.argv.index("--")
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[at + 1 :])
+    main(sys.argv[1])

@@ -199,6 +199,12 @@ def test_what_a_server_refuses_is_said(one: SglangEngine) -> None:
 # --- weights -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    # Two ranks: publication/test_modes.py
+    "server",
+    [pytest.param(1, id="tp1"), pytest.param(2, id="tp2", marks=pytest.mark.extended)],
+    indirect=True,
+)
 def test_versions_of_tokens_over_an_update_in_mid_generation(engine: SglangEngine) -> None:
     count = 1500  # long enough that an idle machine is still at it when the servers' loads are next told
     newer = plain_model(served_config("qwen3"), seed=1)

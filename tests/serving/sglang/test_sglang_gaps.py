@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from genac_megatron.models.registry import FAMILIES
+from genac_megatron.serving.sglang.boot import MODELS
 from genac_megatron.serving.sglang.server import BOOT
 
 PROBE = """
@@ -16,9 +18,9 @@ import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import boot
 os.environ.update(boot.CPU_ENVIRONMENT)
-gaps = boot.fill_gaps()
+gaps, others = boot.fill_gaps(), boot.other_models()
 import torch
-print(json.dumps([torch.version.cuda, gaps]))
+print(json.dumps([torch.version.cuda, gaps, len(others)]))
 """
 
 
@@ -33,7 +35,12 @@ def test_the_import_gaps_are_still_there(python: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    cuda, gaps = json.loads(done.stdout.splitlines()[-1])
+    cuda, gaps, others = json.loads(done.stdout.splitlines()[-1])
     # A CUDA build of torch, which some indexes offer to a CPU too, comes with triton and suits torchvision.
     wanted = ["triton", "sgl_kernel", "torchvision", "allocator"]
+    assert others > 100, "SGLang's models are elsewhere now: see boot.other_models"
     assert gaps == [gap for gap in wanted if cuda is None or gap not in ("triton", "torchvision")]
+
+
+def test_a_server_imports_the_models_of_every_family() -> None:
+    assert set(MODELS) == set(FAMILIES)
