@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError
 from genac_megatron.platform import optimizer_shards
@@ -96,7 +97,7 @@ class SharedWriting(FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
 class SharedReading(FullyParallelLoadStrategyWrapper):  # type: ignore[misc]
     """A load in which each data-parallel rank reads a share of its role's weights and sends it to others."""
 
-    def __init__(self, roles: Mapping[str, Role], explain: Callable[[Exception], GenacError]) -> None:
+    def __init__(self, roles: Mapping[str, Role], explain: Callable[[BaseException], GenacError]) -> None:
         super().__init__(TorchDistLoadShardedStrategy())
         self.roles, self.explain = roles, explain
 
@@ -132,7 +133,7 @@ class SharedReading(FullyParallelLoadStrategyWrapper):  # type: ignore[misc]
         """What this rank reads itself: in 0.16 still collective, from 0.17 on each rank by itself."""
         try:
             loaded: Sharded = self.base_strategy.load(*request)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
             if lost_peer(error):
                 raise
             raise self.explain(error) from error
