@@ -137,7 +137,8 @@ run_step() {
         facts) minutes facts 75 ;;
         parity) minutes parity 90 ;;
         fp8) minutes fp8 100 ;;
-        tests) pytests tests 170 tests/gpu/test_precision.py tests/gpu/test_gpu_logprobs.py tests/gpu/test_world.py ;;
+        tests) pytests tests 170 tests/gpu/test_precision.py tests/gpu/test_gpu_logprobs.py \
+            tests/gpu/test_gpu_rest.py tests/gpu/test_world.py ;;
         ipc) pytests ipc 60 tests/gpu/test_gpu_publication.py::test_another_process_reads_what_a_device_bucket_holds ;;
         server) minutes server 190 ;;
         serverfp8) minutes serverfp8 140 ;;
