@@ -96,6 +96,12 @@ class FolderLock:
         """
         if self._path is None or self._mine():
             return
+        try:
+            self._path.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError:  # the file system's or a limit's: no sign that another has it
+            return
         newest = self._newest()
         holder = {} if newest is None else _read(newest)
         if _is_this_process(holder):

@@ -78,17 +78,16 @@ class Sink(ABC):
     def finish(self, rows: int, failed: bool) -> str:
         """Close; how to get at what is not shown, "" where all is."""
 
-    def unblock(self) -> None:
-        """Make a call that hangs fail, where that can be. From another thread."""
-        return
+    def unblock(self) -> bool:
+        """Make a call that hangs fail, from another thread; whether its library has a process to end."""
+        return False
 
     @contextmanager
     def _watched(self, limit_s: float) -> Iterator[None]:
         """Unblock the call inside where it takes longer."""
 
         def hangs() -> None:
-            self._hung = True
-            self.unblock()
+            self._hung = self.unblock()
 
         timer = threading.Timer(limit_s, hangs)
         timer.daemon = True
@@ -246,8 +245,8 @@ class Wandb(Sink):
 
     def show(self, number: int, row: Row) -> None:
         if self._run is None:
+            self._opened = self.sent  # first: opening may hang too
             self._run = self._init(online=self.config.mode == "online")
-            self._opened = self.sent
         figures = figures_of(row)
         self._run.log({**figures, "global_step": number, "stage": row["stage"], "stage_step": row["step"]})
 
@@ -283,7 +282,7 @@ class Wandb(Sink):
                 run.finish(exit_code=1)
         wandb.teardown()  # its helper process may be what is gone; and it reads WANDB_ variables anew
 
-    def unblock(self) -> None:
+    def unblock(self) -> bool:
         """Its helper process is what hangs: calls wait for it without a limit, and so does Python's end."""
         import psutil
 
@@ -292,6 +291,7 @@ class Wandb(Sink):
                 with suppress(psutil.Error):
                     if child.name().startswith("wandb"):
                         child.kill()
+        return True
 
     def finish(self, rows: int, failed: bool) -> str:
         if self.sent == rows:

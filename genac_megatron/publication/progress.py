@@ -53,8 +53,11 @@ class Progress:
             self._store.set(str(stage), word)
 
     def turn(self, stage: int) -> bool:
-        """Wait until the stages before `stage` have sent everything; whether all went well."""
-        return stage == 0 or self.wait(stage - 1)
+        """Wait until the stages before `stage` have sent everything; whether all went well.
+
+        One after the other: while a stage moves, those that wait for it say nothing.
+        """
+        return all(self.wait(each) for each in range(stage))
 
     def wait_for_all(self) -> None:
         """Wait until every source has ended, well or not."""

@@ -129,6 +129,12 @@ class Publisher:
         arriving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="publish") as worker:
             for index in range(len(self.plan)):
+                if (
+                    self.transport.in_turn
+                    and self._begins(index)
+                    and self._joiner.takes_part(self.plan[index])
+                ):
+                    progress.turn(self.plan[index].stage)  # not within a collective, which has a limit
                 parcel = self._joined(version, index)
                 if arriving is not None:
                     arriving.result()
@@ -139,6 +145,10 @@ class Publisher:
                     arriving.result()
             if arriving is not None:
                 arriving.result()
+
+    def _begins(self, index: int) -> bool:
+        """Whether a bucket is its pipeline stage's first."""
+        return index == 0 or self.plan[index - 1].stage != self.plan[index].stage
 
     def _outcome(self) -> None:
         if self.transport.failure is not None:
@@ -161,8 +171,7 @@ class Publisher:
     @torch.no_grad()
     def _deliver(self, parcel: Parcel, progress: Progress) -> None:
         transport, stage, index = self.transport, parcel.bucket.stage, parcel.index
-        first = index == 0 or self.plan[index - 1].stage != stage
-        if transport.in_turn and first and not progress.turn(stage):
+        if transport.in_turn and self._begins(index) and not progress.turn(stage):
             transport.stopped = True
         with transport.timed("send_s" if parcel.mine else "receive_s"), self._launching():
             transport.send(parcel)

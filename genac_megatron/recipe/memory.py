@@ -35,8 +35,8 @@ RANK_GIB = 6.0
 # A server's context, NCCL and all-reduce buffers, the attention kernels' workspace and the CUDA graphs.
 SERVER_GIB = 2.5
 CONTEXT_GIB = 1.0  # of it, taken before SGLang looks at what is free
-PREFILL = 8192  # tokens that a server computes at once: SGLang 0.5.23's chunked_prefill_size from 60 GiB on
-DECODED = 256  # requests of which a server computes logits at once, where the recipe has no limit
+PREFILL = 16_384  # tokens that a server computes at once: SGLang 0.5.23's largest chunked_prefill_size
+SLOTS = 4096  # requests that a server's table has room for, where the recipe has no limit: likewise
 BUCKET = 512 << 20  # publication/plan.py: BUCKET_BYTES
 ALIVE = 2  # buckets of a publication at a time
 FILLED = 0.98  # of a GPU, by KV caches that take what is left: the rest of it is an estimate
@@ -222,7 +222,8 @@ class _Parts:
         if engine.max_batch_tokens is not None:
             cache = min(cache, engine.max_batch_tokens * token)
         least = token * longest(self.recipe, name)
-        return Share(name, served_bytes(role, shape), cache, least, token, _runtime(engine, shape))
+        runtime = _runtime(engine, shape, self.world)
+        return Share(name, served_bytes(role, shape), cache, least, token, runtime)
 
 
 def _held(name: str, role: RoleConfig, memory: Memory, phase: Phase) -> Iterator[tuple[str, float]]:
@@ -271,14 +272,20 @@ def longest(recipe: Recipe, name: str) -> int:
     return new + (recipe.judging.max_new_tokens if judges else 0)
 
 
-def _runtime(engine: EngineConfig, shape: Shape) -> float:
-    """What a server's rank holds beside weights and KV cache: its libraries, one layer of a prefill, and the
-    logits of a decoding step three times in fp32 (as they are, as log-probs, and while it samples).
+def _runtime(engine: EngineConfig, shape: Shape, ranks: int) -> float:
+    """What a server's rank holds beside weights and KV cache: its libraries, one layer of a prefill, the
+    logits of a decoding step three times in fp32 (as they are, as log-probs, and while it samples), and the
+    table of each request's places in the cache.
+
+    ranks: of the world, each of which has at most `max_in_flight` requests on a server.
     """
+    slots = engine.max_batch or SLOTS
+    rows = min(slots, engine.max_in_flight * ranks)
     stream = 4 * shape.hidden
     split = 2 * (shape.q_size + shape.kv_size) + 3 * shape.ffn
     prefill = PREFILL * (stream + split / engine.tp) * BYTES[engine.dtype]
-    return SERVER_GIB * GIB + prefill + 3 * 4 * (engine.max_batch or DECODED) * shape.vocab
+    table = 4 * (slots + 1) * shape.max_positions
+    return SERVER_GIB * GIB + prefill + 3 * 4 * rows * shape.vocab + table
 
 
 def _bucket(role: RoleConfig, shape: Shape) -> float:

@@ -68,6 +68,7 @@ class Loop:
     ) -> None:
         """Log a step; evaluate, save and stop where due."""
         run = self.run
+        self.checkpoints.poll()
         if evaluate is not None:
             figures = {**figures, **evaluate()}
         run.at.step = step
@@ -130,6 +131,7 @@ class Loop:
         """
         run = self.run
         last = index + 1 == len(run.recipe.stages)
+        self.checkpoints.wait()  # a save under way holds what roles let go
         if not last:
             self._end_roles()
         run.at.stage, run.at.step = index + 1, 0

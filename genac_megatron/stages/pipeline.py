@@ -197,15 +197,20 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
 
 @contextmanager
 def saves_completed(checkpoints: Checkpoints) -> Iterator[None]:
-    """Where all ranks end alike, a save under way in the background is completed first. Collective."""
+    """Where all ranks end alike, a save under way in the background is completed first. Collective.
+
+    A rank that ends by itself gives it up: its writer would keep it from ending, which the others wait for.
+    """
     try:
         yield
-    except GenacError as error:
-        if error.agreed:
-            try:
-                checkpoints.wait()
-            except GenacError as failure:
-                error.add(f"also: {failure}")
+    except BaseException as error:
+        if not (isinstance(error, GenacError) and error.agreed):
+            checkpoints.give_up()
+            raise
+        try:
+            checkpoints.wait()
+        except GenacError as failure:
+            error.add(f"also: {failure}")
         raise
 
 

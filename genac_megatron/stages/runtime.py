@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron import platform
-from genac_megatron.cluster.placement import tenants
+from genac_megatron.cluster.placement import placement, tenants
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import Template, load_template, need_privileged
 from genac_megatron.errors import InputError, on_all_ranks
@@ -33,7 +33,7 @@ from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.room import fit_chats, fit_task
-from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served
+from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served, nodes_of_ranks
 from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
@@ -146,11 +146,25 @@ class Run:
         """
         if platform.device().type != "cuda" or not started_engines(self.recipe):
             return {}
+        self._check_nodes()
         total, who = min(gathered(platform.gpu_bytes())), tenants(self.recipe)
         if reasons := memory.faults(self.recipe, who, total, "GPU here"):
             what, way_out = "\n  ".join(reasons), "--dry-run shows who holds what (cluster.gpu names the GPU)"
             raise on_all_ranks(InputError(what, where=f"recipe {self.recipe.name}", way_out=way_out))
         return memory.shares(self.recipe, who, total)
+
+    def _check_nodes(self) -> None:
+        """The memory of servers goes by which ranks share their node. Collective."""
+        found, wanted = nodes_of_ranks(), placement(self.recipe)
+        if found != [wanted.node_of(rank) for rank in range(len(found))]:
+            here = found.count(0)
+            raise on_all_ranks(
+                InputError(
+                    f"the recipe puts {wanted.ranks_per_node} ranks on a node, and the first one here has {here}",
+                    where=f"recipe {self.recipe.name}, cluster.ranks_per_node",
+                    way_out=f"cluster.ranks_per_node={here}, or start as many ranks on each node",
+                )
+            )
 
     def _start_fleets(
         self, resuming: bool, shares: Mapping[str, Share]
@@ -303,7 +317,7 @@ class Run:
         memory = {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
         metrics = {**self._noted, **metrics, **self.sum_figures({**memory, **self._spent})}
         self._noted, self._spent = {}, {}
-        row = {**metrics, **self.progress.timer.take()}
+        row = {**metrics, **times_of(gathered(self.progress.timer.take()))}
         self.together(lambda: self.log.log(stage, kind, step, row) if self.log is not None else None)
         if step_done:
             self.progress.step(step, metrics)
@@ -387,3 +401,16 @@ def largest(values: Iterable[float]) -> float:
     """The maximum, NaN where there is one among them (which `max` loses) or there is none."""
     got = list(values)
     return max(got, default=math.nan) if not any(map(math.isnan, got)) else math.nan
+
+
+def times_of(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """A step's times, of all ranks' in order: the first one's, but for passes, which have their longest rank's,
+    and the wait for them, which has the shortest. Roles that train at once overlap.
+    """
+    times = dict(ranks[0])
+    for key in dict.fromkeys(key for one in ranks for key in one):
+        if key == "time/train_wait_s":
+            times[key] = min(one.get(key, 0.0) for one in ranks)
+        elif key.endswith("_train_s") or key == "time/reference_s":
+            times[key] = max(one.get(key, 0.0) for one in ranks)
+    return times

@@ -66,6 +66,11 @@ class Served(Protocol):
         ...
 
     @property
+    def doubted(self) -> bool:
+        """Whether a server did not give or take memory as told: `restart_lost` replaces it."""
+        ...
+
+    @property
     def sleeps(self) -> bool:
         """Whether the recipe has it give memory back while roles compute."""
         ...
@@ -84,7 +89,7 @@ class Served(Protocol):
 class InRanks:
     """An embedded engine in every rank."""
 
-    bare = sleeps = False
+    bare = sleeps = doubted = False
 
     def __init__(self, role: Role) -> None:
         self.engine: Engine = EmbeddedEngine(hf_config(role.shape), role.config.engine, platform.device())
@@ -125,6 +130,10 @@ class OnServers:
     @property
     def bare(self) -> bool:
         return self._servers.bare
+
+    @property
+    def doubted(self) -> bool:
+        return self._servers.doubted
 
     def restart_lost(self) -> list[str]:
         transport = self.publisher.transport

@@ -44,6 +44,11 @@ class Servers:
         """Whether the recipe has them give memory back."""
         return bool(self._tags)
 
+    @property
+    def doubted(self) -> bool:
+        """Whether some did not do as they were told: they are to be replaced before anything is asked."""
+        return bool(self._doubted)
+
     def release(self, *tags: str) -> None:
         """Give back those of `tags` that the recipe says, for the trainer."""
         more = [tag for tag in tags if tag in self._tags and tag not in self.given]
@@ -89,7 +94,7 @@ class Servers:
         tags: Sequence[str],
         names: Sequence[str] | None = None,
     ) -> None:
-        """All at once, by rank 0. Those that fail are replaced before anything is asked of them."""
+        """All at once, by rank 0. Those that fail are `doubted`."""
         clients = [client for client in self.clients if names is None or client.name in names]
 
         def told(client: ServerClient) -> str | None:

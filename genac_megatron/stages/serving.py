@@ -81,6 +81,9 @@ class Serving:
         while True:
             self._give_missing()
             self.turns.generate()
+            if self._doubted():
+                self._heal()
+                continue
             try:
                 found = agree(act)
             except PeerLost as error:
@@ -89,6 +92,9 @@ class Serving:
                 self.progress.note(f"warning: lost servers were replaced: {error.what.splitlines()[0]}")
                 continue
             self.turns.train()
+            if self._doubted():
+                self._heal()
+                self.turns.train()
             return found
 
     def wait_settled(self) -> None:
@@ -113,6 +119,10 @@ class Serving:
             self.wait_settled()
         while True:
             self.turns.publish(name)
+            if served.doubted:
+                self._restart_lost(name)
+                only = None
+                continue
             only = None if served.bare else only
             try:
                 stats = served.publisher.publish(version, only=only)
@@ -125,6 +135,9 @@ class Serving:
             if only is None:
                 served.filled()
             return stats
+
+    def _doubted(self) -> bool:
+        return any(served.doubted for served in self.served.values())
 
     def _restart_lost(self, name: str) -> list[str]:
         """A server comes up where roles rest, as in generation: then its GPU has room for all of it."""

@@ -70,6 +70,7 @@ def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tupl
         samples, held = hold_out(samples, stage.heldout, f"stage {stage.name}", seed)
     per_epoch = math.ceil(len(samples) / stage.batch)
     total = per_epoch * stage.epochs
+    run.serving.turns.train()  # a resumed run has brought servers their weights, and asks them nothing here
     role.begin_stage(stage.optimizer, total)
     watch = Watch(run, stage, held, total) if stage.heldout is not None else None
     if watch is not None:

@@ -62,6 +62,8 @@ class Turns:
         for engine in self._engines.values():
             engine.sleep(weights=False)
         self._wake()
+        if self._engines[name].sleeps:  # what the last pass left is in the way of the servers' weights
+            agree(platform.empty_cache)
         self._engines[name].wake(cache=False)
 
     def restart(self) -> None:

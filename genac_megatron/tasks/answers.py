@@ -65,6 +65,10 @@ _HOPE = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
 _TAIL = 600  # characters in which a last sentence lies
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w)")
 _REASON = re.compile(r",?\s(?:because|since|as)\s")
+_TAKEN_BACK = re.compile(
+    r"\b(?:but|however|actually|wait|no|not|rather|instead|correction|misread|mistake|wrong|oops)\b",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(rf"(?<!\b[A-Z])[.。；;](?=\s|$)|{_REASON.pattern}")
 
 # Between two boxes of one answer: a comma, "and", "or", and perhaps what the second one is called.
@@ -246,7 +250,7 @@ def _unmarked(text: str, forms: Sequence[AnswerForm]) -> str | None:
         reason = _REASON.search(said)
         if said and not _SENTENCE_END.search(said if reason is None else said[: reason.start()]):
             after = "" if reason is None else said[reason.end() :]
-            if not _SENTENCE_END.search(after):
+            if not _SENTENCE_END.search(after) and not _TAKEN_BACK.search(after):
                 return said[: len(said) if reason is None else reason.start()]
     if "line" in forms and (hashes := _LAST_HASHES.fullmatch(lines[-1])) is not None:
         return hashes["said"]

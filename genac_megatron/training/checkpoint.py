@@ -11,6 +11,8 @@ with a dot and renamed when it is whole.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import errno
 import logging
@@ -23,6 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -88,6 +91,16 @@ def in_background(asked: bool | None) -> bool:
     waits for its writers, so that it is seen at the save.
     """
     return sys.platform == "linux" if asked is None else asked
+
+
+def _kill_writers(process: Any) -> None:
+    """End what a writer has started (Megatron 0.16 forks a process per bucket): it would outlive it."""
+    if process is None or process.pid is None:
+        return
+    with contextlib.suppress(psutil.Error):
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                one.kill()
 
 
 class Checkpoints:
@@ -168,7 +181,7 @@ class Checkpoints:
             box = [rest]
             if dist.get_world_size() > 1:
                 dist.broadcast_object_list(box, src=role.layout.first_rank)
-            common[name] = box[0]
+            common[name] = copy.deepcopy(box[0])  # Adam counts its steps in place, while a writer writes
         return sharded, common
 
     def _schedule(self, request: Any) -> None:
@@ -214,9 +227,15 @@ class Checkpoints:
     def _drop(self) -> None:
         """Give the save that is under way up; a writer that hangs would keep this process from ending."""
         for call in self._queue.async_calls:
+            _kill_writers(call.async_caller.process)
             call.async_caller.close(abort=True)
         self._queue.async_calls.clear()
         self._pending = None
+
+    def give_up(self) -> None:
+        """Let a save that is under way go: this rank ends by itself, and without it none can be whole. Local."""
+        if self._pending is not None:
+            self._drop()
 
     def _finish(self, pending: Pending) -> None:
         self._local(pending.seal, pending.part)

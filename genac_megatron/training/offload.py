@@ -149,3 +149,27 @@ def forget_masters(models: Iterable[nn.Module]) -> None:
             for name in LEFT:
                 if hasattr(parameter, name):
                     delattr(parameter, name)
+
+
+# What Megatron's token dispatchers keep of the last pass (token_dispatcher.py of 0.16.1 and 0.19.2).
+LAST_PASS = (
+    *("probs", "routing_map", "local_map", "local_probs"),
+    *("reversed_local_input_permutation_mapping", "num_global_tokens_per_local_expert"),
+)
+
+
+def forget_passes(models: Sequence[Any]) -> None:
+    """Let go what models keep of their last pass, all of it set anew in the next: activations that a pipeline
+    stage received (and their gradients), an expert layer's routing.
+    """
+    for model in models:
+        if hasattr(model, "set_input_tensor"):
+            model.set_input_tensor(None)
+        for module in model.modules():
+            dispatcher = getattr(module, "token_dispatcher", None)
+            for name in LAST_PASS:
+                if getattr(dispatcher, name, None) is not None:
+                    setattr(dispatcher, name, None)
+            replay = getattr(module, "router_replay", None)
+            if replay is not None:
+                replay.given_TK = None

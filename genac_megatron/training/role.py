@@ -37,7 +37,14 @@ from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.launched import Launched
 from genac_megatron.training.layout import Layout
-from genac_megatron.training.offload import HostCopy, forget_masters, states_of, storages_of, weights_of
+from genac_megatron.training.offload import (
+    HostCopy,
+    forget_masters,
+    forget_passes,
+    states_of,
+    storages_of,
+    weights_of,
+)
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
 
@@ -147,6 +154,7 @@ class Role:
         if self.active:
             self.model_config.grad_scale_func = None  # the optimizer's own
             forget_masters(self._models)
+            forget_passes(self._models)
             self._drop_gradients()
             gc.collect()  # where the optimizer is in a cycle
             platform.empty_cache()
@@ -177,6 +185,7 @@ class Role:
         """
         if not self.active or self.resting:
             return
+        forget_passes(self._models)
         gradients = [buffer.grad_data for buffer in self._buffers()]
         weights = [*weights_of(self._models, self._buffers())]
         states = [*states_of(self.optimizer)] if self.optimizer is not None else []

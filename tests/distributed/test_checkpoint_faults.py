@@ -137,10 +137,10 @@ def run_recipe(recipe, world, stop, *, resume):
     from tests.distributed.test_checkpoint_faults import STATE, roles_of
     roles = roles_of(2)
     real = checkpoint.dist_checkpointing.save
-    def save(state, folder, **options):
+    def save(state, folder, *strategies, **options):
         if world.rank == 0:  # as where what Megatron writes on rank 0 alone cannot be written
             raise IsADirectoryError(21, "Is a directory", "common.pt")
-        return real(state, folder, **options)
+        return real(state, folder, *strategies, **options)
     checkpoint.dist_checkpointing.save = save
     checkpoint.Checkpoints(Path("checkpoints"), keep=2, asynchronous=False).save("ppo-00002", roles, STATE)
 

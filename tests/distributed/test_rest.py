@@ -16,6 +16,10 @@ from tests.distributed.cases import make_role, make_samples, published, role_con
 
 RUN_S = 400.0
 LITTLE = 8192  # bytes: rotary tables, steps of Adam, the last pass's figures
+EXPERTS = {
+    "family": "qwen3_moe",
+    "shape": {"experts": 4, "experts_per_token": 2, "expert_ffn": 24, "norm_topk": True},
+}
 CASES: dict[str, dict[str, Any]] = {
     "dp2-bf16": {"layout": {"count": 2}, "training": {"dtype": "bf16"}},
     "dp2-bf16-overlap": {
@@ -28,6 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "tp2-fp32": {"layout": {"count": 2, "tp": 2}},
     "tp2-dp2-bf16": {"layout": {"tp": 2}, "training": {"dtype": "bf16"}},
+    "pp2-vpp2-fp32": {"layout": {"count": 2, "pp": 2, "vpp": 2}},
+    "ep2-bf16": {"layout": {"count": 2, "ep": 2}, "training": {"dtype": "bf16"}, **EXPERTS},
     "tp2-fp32-replicated": {"layout": {"count": 2, "tp": 2}, "training": {"distributed_optimizer": False}},
 }
 

@@ -60,6 +60,22 @@ def test_a_source_that_goes_silent_is_named_and_one_that_is_slow_is_waited_for()
     assert "publication of actor 3, pipeline stage 1" in str(caught.value)
 
 
+def test_a_stage_that_waits_for_its_turn_is_not_lost_while_an_earlier_one_moves() -> None:
+    progress = Progress([0, 4, 8], 0.5, "publication of actor 3", dist.HashStore())
+
+    def slow() -> None:
+        for bucket in range(5):
+            time.sleep(0.25)
+            progress.tell(0, bucket)
+        progress.end(0, ok=True)
+        progress.end(1, ok=True)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    assert progress.turn(2)
+    thread.join()
+
+
 def test_what_was_told_is_removed() -> None:
     store = dist.HashStore()
     before = store.num_keys()

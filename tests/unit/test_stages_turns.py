@@ -130,6 +130,7 @@ class FakeServed:
 
     bare = property(lambda self: self.servers.bare)
     sleeps = property(lambda self: self.servers.sleeps)
+    doubted = property(lambda self: self.servers.doubted)
 
     def filled(self) -> None:
         self.servers.bare = False
@@ -329,3 +330,41 @@ def test_a_server_that_does_not_do_as_told_is_replaced(
     assert servers.given == ("kv_cache",)
     assert gpu.held == {"actor weights"}, "its successor rests as the others do"
     assert servers.replace_lost() == []
+
+
+@pytest.mark.parametrize("call", ["release_memory", "resume_memory"])
+def test_a_server_that_does_not_do_as_told_is_replaced_before_anything_is_asked(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    run = Begun(gpu, "kv_cache")
+    run.serving.publish("actor", "critic")
+    done, deaf = getattr(ServerClient, call), iter([True])
+
+    def told(client: ServerClient, tags: Any, **more: Any) -> None:
+        if client.name == "actor/0" and next(deaf, False):
+            for tag in ("weights", "kv_cache"):  # its memory is back once it is ended
+                gpu.held.discard(f"actor {tag}")
+            raise PeerLost("no answer", where=client.name)
+        done(client, tags, **more)
+
+    monkeypatch.setattr(ServerClient, call, told)
+    assert run.serving.generating(generate(gpu)) == "done"
+    assert run.serving.restarts() == 1
+    assert gpu.log.count("generate") == 1
+    assert run.serving.generating(generate(gpu)) == "done"
+    assert run.serving.restarts() == 1
+
+
+def test_what_the_last_pass_left_is_let_go_before_servers_take_their_weights(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stub of torch's allocator: what it keeps of a pass no server can have."""
+    run = Begun(gpu, "all")
+    run.serving.publish("actor", "critic")
+    run.serving.generating(generate(gpu))
+    run.step()
+    gpu.held.add("cached activations")
+    monkeypatch.setattr("genac_megatron.platform.empty_cache", lambda: gpu.give("cached activations"))
+    gpu.log.clear()
+    run.serving.publish("actor")
+    assert gpu.log.index("-cached activations") < gpu.log.index("+actor weights")
