@@ -160,7 +160,7 @@ class Run:
             here = found.count(0)
             raise on_all_ranks(
                 InputError(
-                    f"the recipe puts {wanted.ranks_per_node} ranks on a node, and the first one here has {here}",
+                    f"the recipe puts {wanted.ranks_per_node} ranks on a node, the first one here has {here}",
                     where=f"recipe {self.recipe.name}, cluster.ranks_per_node",
                     way_out=f"cluster.ranks_per_node={here}, or start as many ranks on each node",
                 )
@@ -404,8 +404,8 @@ def largest(values: Iterable[float]) -> float:
 
 
 def times_of(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """A step's times, of all ranks' in order: the first one's, but for passes, which have their longest rank's,
-    and the wait for them, which has the shortest. Roles that train at once overlap.
+    """A step's times, of all ranks' in order: the first one's, but for passes, which have their longest
+    rank's, and the wait for them, which has the shortest. Roles that train at once overlap.
     """
     times = dict(ranks[0])
     for key in dict.fromkeys(key for one in ranks for key in one):

@@ -233,7 +233,7 @@ class Checkpoints:
         self._pending = None
 
     def give_up(self) -> None:
-        """Let a save that is under way go: this rank ends by itself, and without it none can be whole. Local."""
+        """Let a save under way go: this rank ends by itself, and without it none can be whole. Local."""
         if self._pending is not None:
             self._drop()
 

@@ -38,8 +38,9 @@ class Launched(Generic[T]):
         return self._found[0]
 
     def for_ranks_of(self, other: Layout) -> T | None:
-        """The result, for what `other`'s ranks do next; None on ranks that are in neither block. Of log-probs and
-        values alone: a step's result may be refused, and that all ranks must learn at once.
+        """The result, for what `other`'s ranks do next; None on ranks that are in neither block.
+
+        Of log-probs and values alone: a step's result may be refused, which all ranks must learn at once.
 
         Collective: over this block alone where it holds all of `other`'s ranks, else over the world.
         """

@@ -76,6 +76,7 @@ TP2_PP2 = ({"tp": 2}, {"pp": 2})
     [
         (TP2_PP2, False, {}),
         (TP2_PP2, True, {}),
+        (TP2_PP2, True, {"training": {"distributed_optimizer": False}}),  # Adam counts steps in place
         (({"count": 2, "tp": 2}, {"first_rank": 2, "count": 2, "pp": 2, "vpp": 2}), False, {}),
         (TP2_PP2, False, {"training": {"dtype": "bf16"}}),
         (({"first_rank": 1, "count": 1}, {"first_rank": 2, "count": 2}), False, {"tie": False}),
