@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -174,12 +174,23 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
+def _with_own(saved: Any, own: Any) -> Any:
+    """`saved` with what each rank has of its own in its place: the numbers of the parameters in a group."""
+    if isinstance(saved, LocalNonpersistentObject):
+        return own
+    if isinstance(saved, dict):
+        return {k: _with_own(v, own.get(k)) if isinstance(own, dict) else v for k, v in saved.items()}
+    if isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
+        return [_with_own(x, y) for x, y in zip(saved, own, strict=True)]
+    return saved
+
+
 def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool) -> None:
     if optimizers:
         own = [
             {key: group[key] for key in OF_RECIPE if key in group} for group in role.optimizer.param_groups
         ]
-        role.optimizer.load_state_dict(state["optimizer"])
+        role.optimizer.load_state_dict(_with_own(state["optimizer"], role.optimizer.state_dict()))
         for group in role.optimizer.param_groups:
             group.update(own[0])  # what groups differ in is none of these
         if steps:

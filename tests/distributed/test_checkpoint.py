@@ -81,7 +81,7 @@ TP2_PP2 = ({"tp": 2}, {"pp": 2})
         (TP2_PP2, False, {"training": {"dtype": "bf16"}}),
         (({"first_rank": 1, "count": 1}, {"first_rank": 2, "count": 2}), False, {"tie": False}),
     ],
-    ids=["sync", "async", "split", "bf16", "rank0-idle"],
+    ids=["sync", "async", "async-replicated", "split", "bf16", "rank0-idle"],
 )
 def test_resume_is_exact(pool: Any, tmp_path: Path, layouts: Any, asynchronous: bool, overrides: Any) -> None:
     saved, after, end = pool.run(save_case, str(tmp_path), layouts, asynchronous, overrides)[0]

@@ -62,7 +62,7 @@ def rest_case(rank: int, given: dict[str, Any], rests: bool) -> Any:
             held.append((live_bytes() - without, whole - without))
             role.wake()
             role.wake()
-            assert live_bytes() == whole
+            assert live_bytes() <= whole  # what the last pass left is gone
         figures += train(role, 1, step)
     return figures, published(role), held
 
