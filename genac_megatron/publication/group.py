@@ -34,7 +34,7 @@ from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.agreement import agree
 from genac_megatron.training.role import Role
 
-GOODBYE_S = 5.0  # for a server to leave a group; a lost one does not answer
+GOODBYE_S = 15.0  # for a server to leave a group, on a busy machine too; a lost one does not answer
 logger = logging.getLogger(__name__)
 
 
