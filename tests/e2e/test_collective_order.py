@@ -87,7 +87,8 @@ def test_no_two_ranks_launch_collectives_the_other_way_round(case: str, tmp_path
     ranks, *layouts = LAYOUTS[case]
     found = run_of(tmp_path, ranks, *layouts)  # type: ignore[arg-type]
     assert len(found) == ranks
-    assert all(sum(not launch.objects for launch in launches) > 20 for launches in found)
+    tensors = [sum(not launch.objects for launch in launches) for launches in found]
+    assert min(tensors) >= 8, tensors  # gradients, norms and weights of two steps of two parts, at the least
     assert unlike(found) == []
     assert circle(found) == []
 

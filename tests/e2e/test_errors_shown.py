@@ -92,12 +92,12 @@ else:
         import torch.distributed as dist
         dist.barrier()
 real = cli._rank
-def _rank(recipe, resume):
+def _rank(recipe, *rest):
     from genac_megatron.platform.megatron import install
     install()
     from genac_megatron.stages import pipeline
     pipeline.run_recipe = broken
-    return real(recipe, resume)
+    return real(recipe, *rest)
 cli._rank = _rank
 """
 
