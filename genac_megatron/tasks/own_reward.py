@@ -241,8 +241,9 @@ def read_result(given: Any, weights: Mapping[str, float]) -> Result:
             "0 it is logged and does not count)"
         )
     parts = {name: _number(given[name], f"returned for the part {name}") for name in weights}
-    total = math.fsum(weights.values())
-    outcome = math.fsum(weights[name] * value for name, value in parts.items()) / total
+    largest = max(weights.values())  # shares of it: the least weights' products would be 0
+    shares = {name: weight / largest for name, weight in weights.items()}
+    outcome = math.fsum(shares[name] * value for name, value in parts.items()) / math.fsum(shares.values())
     return Result(min(outcome, 1.0), parts)
 
 

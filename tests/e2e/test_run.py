@@ -232,7 +232,11 @@ def task(block: dict[str, Any]) -> dict[str, Any]:
         ({"task": {"kind": "jsonl", "path": "good.jsonl", "verifier": "math"}}, [], "teacher"),
         ({}, ["roles.actor.layout.tp=4", "world.ranks=4"], "heads"),
         ({}, ["--resume"], "--resume"),
-        ({"stages": PPO_ONLY}, ["roles.actor.model.shape.max_positions=16"], "prompts of the task have no room"),
+        (
+            {"stages": PPO_ONLY},
+            ["roles.actor.model.shape.max_positions=16"],
+            "the task have no room",
+        ),
     ],
     ids=[
         "unknown-key",

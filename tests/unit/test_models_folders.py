@@ -258,7 +258,7 @@ def test_ranks_check_their_folders_before_servers_are_started(tmp_path: Path) ->
     (tmp_path / "r.yaml").write_text(recipe_of(tmp_path / "folder"))
     rank: Any = SimpleNamespace(recipe=load_recipe(tmp_path / "r.yaml"))
     with pytest.raises(InputError, match="surplus tensor"):
-        Run._start_fleets(rank, False)
+        Run._start_fleets(rank, False, {})
 
 
 def test_a_dry_run_passes_a_sound_folder_and_one_whose_weights_a_checkpoint_brings(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
             {
-                "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA3_ROPE}
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, **LLAMA3_ROPE}
                 | {"original_max_position_embeddings": 4096}
             },
             "original_max_position_embeddings",

@@ -152,5 +152,6 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_logits(recompute: str
 
 def test_rope_scaling_that_megatron_lacks_is_refused() -> None:
     config = hf_config(make_shape("llama", True))
+    rope = {"rope_type": "yarn", "rope_theta": config["rope_theta"], "factor": 4.0}
     with pytest.raises(InputError, match="yarn"):
-        shape_from_hf(config | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 4.0}})
+        shape_from_hf(config | {"rope_parameters": rope})

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -170,6 +170,7 @@ weighted = st.dictionaries(
 
 
 @given(found=weighted)
+@example(found={"a": (5e-324, 0.5)})
 def test_the_weighted_mean_lies_among_the_parts(found: dict[str, tuple[float, float]]) -> None:
     weights = {name: weight for name, (weight, _) in found.items()}
     values = {name: value for name, (_, value) in found.items()}
