@@ -35,8 +35,13 @@ RANK_GIB = 6.0
 # A server's context, NCCL and all-reduce buffers, the attention kernels' workspace and the CUDA graphs.
 SERVER_GIB = 2.5
 CONTEXT_GIB = 1.0  # of it, taken before SGLang looks at what is free
-PREFILL = 16_384  # tokens that a server computes at once: SGLang 0.5.23's largest chunked_prefill_size
-SLOTS = 4096  # requests that a server's table has room for, where the recipe has no limit: likewise
+# Of SGLang 0.5.23, where a recipe has no limits: tokens computed at once (chunked_prefill_size, from 60 and
+# from 160 GiB on), and requests that its table has room for (512 times the contexts in the cache, within
+# these).
+PREFILL, LARGE_PREFILL, LARGE_GPU_GIB = 8192, 16_384, 160.0
+SLOTS = (2048, 4096)
+DECODED = 256  # requests that a server decodes together at the least: so many its CUDA graphs are made for
+RESERVED = 0.7  # of a request's length that SGLang's scheduler sets aside before it lets it in
 BUCKET = 512 << 20  # publication/plan.py: BUCKET_BYTES
 ALIVE = 2  # buckets of a publication at a time
 FILLED = 0.98  # of a GPU, by KV caches that take what is left: the rest of it is an estimate
@@ -144,7 +149,7 @@ def timelines(
 
     least: servers without `mem_fraction` have a KV cache of one response, not of all that is left.
     """
-    parts = _Parts(recipe)
+    parts = _Parts(recipe, total)
     given = _shares(parts, tenants, total)
     if least:
         bounded = {n for n, role in recipe.roles.items() if role.engine.mem_fraction is not None}
@@ -167,14 +172,15 @@ def shares(recipe: Recipe, tenants: Sequence[Tenants], total: float) -> dict[str
     """What the servers of each role get on GPUs of `total` bytes: `mem_fraction` of it where the recipe says,
     else what the others leave in the phases in which the servers hold their KV cache, in equal parts.
     """
-    return _shares(_Parts(recipe), tenants, total)
+    return _shares(_Parts(recipe, total), tenants, total)
 
 
 class _Parts:
     """The parties' sizes."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, total: float) -> None:
+        self.recipe, self.total = recipe, total
+        self.tokens: dict[str, float] = {}  # that a role's server has room for, at the most
         self.shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
         self.world = recipe.world.ranks
 
@@ -222,8 +228,27 @@ class _Parts:
         if engine.max_batch_tokens is not None:
             cache = min(cache, engine.max_batch_tokens * token)
         least = token * longest(self.recipe, name)
-        runtime = _runtime(engine, shape, self.world)
+        runtime = self._runtime(name, least / token)
         return Share(name, served_bytes(role, shape), cache, least, token, runtime)
+
+    def _runtime(self, name: str, length: float) -> float:
+        """What a server's rank holds beside weights and KV cache: its libraries, one layer of a prefill, the
+        logits of a decoding step three times in fp32 (as they are, as log-probs, and while it samples), and
+        the table of each request's places in the cache.
+
+        length: tokens of a response. Requests that run together are bounded by the recipe, by what the ranks
+        ask for, and by the cache (`tokens`), which lets in no more than it has room for.
+        """
+        engine, shape = self.recipe.roles[name].engine, self.shapes[name]
+        tokens = self.tokens.get(name, 0.0)
+        slots = engine.max_batch or min(SLOTS[1], max(SLOTS[0], 512 * tokens / shape.max_positions))
+        let_in = max(DECODED, tokens / (RESERVED * length))
+        rows = min(slots, engine.max_in_flight * self.world, let_in)
+        stream = 4 * shape.hidden
+        split = 2 * (shape.q_size + shape.kv_size) + 3 * shape.ffn
+        chunk = PREFILL if self.total < LARGE_GPU_GIB * GIB else LARGE_PREFILL
+        prefill = chunk * (stream + split / engine.tp) * BYTES[engine.dtype]
+        return SERVER_GIB * GIB + prefill + 3 * 4 * rows * shape.vocab + 4 * (slots + 1) * shape.max_positions
 
 
 def _held(name: str, role: RoleConfig, memory: Memory, phase: Phase) -> Iterator[tuple[str, float]]:
@@ -244,6 +269,13 @@ def _weights_there(engine: EngineConfig, phase: Phase) -> bool:
 
 
 def _shares(parts: _Parts, tenants: Sequence[Tenants], total: float) -> dict[str, Share]:
+    """Twice: how many requests a server runs, for which it holds more, depends on its cache."""
+    few = _dealt(parts, tenants, total)
+    parts.tokens = {name: max(0.0, share.cache) / share.token for name, share in few.items()}
+    return _dealt(parts, tenants, total)
+
+
+def _dealt(parts: _Parts, tenants: Sequence[Tenants], total: float) -> dict[str, Share]:
     roles = parts.recipe.roles
     caches: dict[str, float] = {}
     nothing = {name: parts.share(name, 0.0) for name, role in roles.items() if role.starts_servers}
@@ -270,22 +302,6 @@ def longest(recipe: Recipe, name: str) -> int:
     new = max((stage.rollout.max_new_tokens for stage in recipe.stages), default=1)
     judges = name == "critic" and any(not isinstance(stage, SftStage) for stage in recipe.stages)
     return new + (recipe.judging.max_new_tokens if judges else 0)
-
-
-def _runtime(engine: EngineConfig, shape: Shape, ranks: int) -> float:
-    """What a server's rank holds beside weights and KV cache: its libraries, one layer of a prefill, the
-    logits of a decoding step three times in fp32 (as they are, as log-probs, and while it samples), and the
-    table of each request's places in the cache.
-
-    ranks: of the world, each of which has at most `max_in_flight` requests on a server.
-    """
-    slots = engine.max_batch or SLOTS
-    rows = min(slots, engine.max_in_flight * ranks)
-    stream = 4 * shape.hidden
-    split = 2 * (shape.q_size + shape.kv_size) + 3 * shape.ffn
-    prefill = PREFILL * (stream + split / engine.tp) * BYTES[engine.dtype]
-    table = 4 * (slots + 1) * shape.max_positions
-    return SERVER_GIB * GIB + prefill + 3 * 4 * rows * shape.vocab + table
 
 
 def _bucket(role: RoleConfig, shape: Shape) -> float:

@@ -103,8 +103,8 @@ def test_phases_by_hand(tmp_path: Path) -> None:
         "actor server's libraries": phases[Phase.START]["actor server's libraries"],
     }
     layer = 4 * 4096 + 2 * (4096 + 1024) + 3 * 12_288
-    # 16 ranks of 128 requests each at most, on servers whose tables hold 4,096.
-    logits, table = 3 * 4 * 16 * 128 * 151_936, 4 * 4097 * shape.max_positions
+    # A cache of 16,384 tokens: 256 requests at the least, and the smallest table of SGLang's.
+    logits, table = 3 * 4 * 256 * 151_936, 4 * 2049 * shape.max_positions
     wanted = SERVER_GIB * GIB + PREFILL * layer * 2 + logits + table
     assert phases[Phase.START]["actor server's libraries"] == wanted
     trained = 2 * (own.weights + own.gradients + own.optimizer)  # two roles alike
