@@ -120,10 +120,10 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
     """This rank's share of the current actor's held-out rollouts, made once per actor version."""
     key = (run.at.versions["actor"], _rollout_config(run, stage).model_dump_json())
     cached: HeldOut | None = run.heldout_cache.get("actor")
+    late = run.task.late
     if cached is None or cached.key != key:
         config, count = run.recipe.evaluation, _held_prompts(run)
         prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
-        late = run.task.late
         groups = run.generating(
             lambda: generate(
                 _held_generator(run, stage),
@@ -132,10 +132,10 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
                 places=run.places(count),
             )
         )
-        run.count({"verify/late": float(run.task.late - late)})
         cached = HeldOut(key, groups)
         run.heldout_cache["actor"] = cached
         run.spend("evaluate", "actor")
+    run.count({"verify/late": float(run.task.late - late)})  # 0 too: a resumed run has not kept them
     return cached
 
 
