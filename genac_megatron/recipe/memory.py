@@ -181,11 +181,18 @@ class _Parts:
     def __init__(self, recipe: Recipe, total: float) -> None:
         self.recipe, self.total = recipe, total
         self.tokens: dict[str, float] = {}  # that a role's server has room for, at the most
+        self._known: dict[tuple[tuple[int, int], Phase], list[tuple[str, float]]] = {}
         self.shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
         self.world = recipe.world.ranks
 
-    def trainer(self, tenants: Tenants, phase: Phase) -> Iterator[tuple[str, float]]:
-        """What the rank holds."""
+    def trainer(self, tenants: Tenants, phase: Phase) -> list[tuple[str, float]]:
+        """What the rank holds. Kept: it is asked again for every pass over the servers' shares."""
+        key = (tenants.gpus[0], phase)
+        if key not in self._known:
+            self._known[key] = list(self._trainer(tenants, phase))
+        return self._known[key]
+
+    def _trainer(self, tenants: Tenants, phase: Phase) -> Iterator[tuple[str, float]]:
         if tenants.rank is None:
             return
         yield "rank's libraries", RANK_GIB * GIB

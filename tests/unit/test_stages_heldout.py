@@ -156,7 +156,7 @@ def test_failed_verifications_are_counted_with_a_stand_in_for_the_run() -> None:
         spend=lambda phase, role: 0.0,
     )
     held_out(run, stage)
-    held_out(run, stage)  # of the same actor: nothing is made, and nothing counted
+    held_out(run, stage)  # of the same actor: nothing is made
     monte_carlo_draws(run, stage, [])
     # Once made, once as they were (0, so that rows have the same figures), once drawn.
     assert counted == [{"verify/late": 2.0}, {"verify/late": 0.0}, {"verify/late": 2.0}]
