@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from genac_megatron.models.families.base import Rule, Shape
 from genac_megatron.models.registry import rules
@@ -68,6 +69,7 @@ def local_size(rule: Rule, shape: Shape, tp: int) -> Size:
     return tuple(size)
 
 
+@cache
 def parameters(shape: Shape) -> int:
     """Parameters of the whole model, a tied output layer counted once."""
     return sum(math.prod(size) for size in hf_names(shape).values())
