@@ -224,8 +224,8 @@ def test_soft_scores_are_used_where_asked_for() -> None:
     assert fill_used(judgements([0.3], [0.33]), 0.5) == [0.3]
 
 
-def spaced_tokenizer(path: Path, pieces: Sequence[str] = (), first: bool = False) -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space goes before every text (or before the first alone), and pieces merge."""
+def merging(pieces: Sequence[str]) -> Tokenizer:
+    """Single characters, from which the pieces merge."""
     alphabet = sorted({*string.printable, "▁"} - set(" "))
     vocab = {"</s>": 0, "<unk>": 1} | {c: n for n, c in enumerate(alphabet, 2)}
     merges = []
@@ -234,7 +234,12 @@ def spaced_tokenizer(path: Path, pieces: Sequence[str] = (), first: bool = False
             if piece[:n] not in vocab:
                 vocab[piece[:n]] = len(vocab)
                 merges.append((piece[: n - 1], piece[n - 1]))
-    inner = Tokenizer(BPE(vocab, merges, unk_token="<unk>"))
+    return Tokenizer(BPE(vocab, merges, unk_token="<unk>"))
+
+
+def spaced_tokenizer(path: Path, pieces: Sequence[str] = (), first: bool = False) -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space goes before every text (or before the first alone), and pieces merge."""
+    inner = merging(pieces)
     if first:
         inner.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
         inner.decoder = decoders.Metaspace(prepend_scheme="first")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken, decoders, normalizers
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from genac_megatron.critic.traces import to_sample
 from genac_megatron.tasks.tokenizer import chat_ids, chat_text, load_tokenizer, reply_lead
+from tests.unit.test_critic_score import merging
 
 PIECES = ("▁so", "so", "▁▁", "\n", "1")
 TEMPLATES = {
@@ -29,15 +28,7 @@ TEMPLATES = {
 
 def spaced(path: Path, template: str, kind: str) -> PreTrainedTokenizerBase:
     """A tokenizer of Llama 2's kind, with <assistant> as a special token."""
-    vocab = {"</s>": 0, "<unk>": 1}
-    vocab |= {character: n for n, character in enumerate(sorted({*string.printable, "▁"} - {" "}), 2)}
-    merges = []
-    for piece in PIECES:
-        for n in range(2, len(piece) + 1):
-            if piece[:n] not in vocab:
-                vocab[piece[:n]] = len(vocab)
-                merges.append((piece[: n - 1], piece[n - 1]))
-    inner = Tokenizer(BPE(vocab, merges, unk_token="<unk>"))
+    inner = merging(PIECES)
     if kind == "first":
         inner.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
         inner.decoder = decoders.Metaspace(prepend_scheme="first")
