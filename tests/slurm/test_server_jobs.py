@@ -16,7 +16,7 @@ import yaml
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import NODES, ROOT
-from tests.slurm.test_jobs import LIMIT_S, Settings, ending, genac, gone, rank_pid, reached, until
+from tests.slurm.test_jobs import AT_ONCE, LIMIT_S, Settings, ending, genac, gone, rank_pid, reached, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,38 +92,61 @@ def running(pids: Iterable[int]) -> list[int]:
     return [process.pid for process in there if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_servers_on_both_nodes_and_none_left_behind(
-    cluster: Cluster, settings: Settings, tmp_path: Path, output: Callable[[], str]
-) -> None:
-    """The second node's rank is killed: code 4, its servers go too. The same job again goes on to the end."""
+@pytest.fixture
+def submit(cluster: Cluster, settings: Settings, tmp_path: Path) -> Callable[..., int]:
+    """Submits the recipe's job; its environment by name."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    script, run = str(ROOT / "slurm" / "genac_ppo.sh"), tmp_path / "runs" / "run"
-    served = settings | {PYTHON_VARIABLE: os.environ[PYTHON_VARIABLE]}
+    script = str(ROOT / "slurm" / "genac_ppo.sh")
+    served = settings | {PYTHON_VARIABLE: os.environ[PYTHON_VARIABLE], "RECIPE": "recipe.yaml"}
+    return lambda **environ: cluster.submit(*NODES, script, cwd=tmp_path, **{**served, **environ})
 
-    def submit() -> int:
-        return cluster.submit(*NODES, script, cwd=tmp_path, RECIPE="recipe.yaml", **served)
 
-    killed = submit()
-    saved, over = "checkpoints/ppo-*/manifest.json", ending(cluster, killed, output)
+def a_checkpoint(run: Path, over: Callable[[], str]) -> None:
+    saved = "checkpoints/ppo-*/manifest.json"
     until(lambda: bool(list(run.glob(saved))), "a checkpoint of the first job", over=over)
+
+
+def test_servers_on_both_nodes_and_none_left_behind(
+    cluster: Cluster, submit: Callable[..., int], tmp_path: Path, output: Callable[[], str]
+) -> None:
+    """kill -9 of the job's head: Slurm ends its steps, with the ranks go their servers. The same job again
+    goes on to the end."""
+    run, killed = tmp_path / "runs" / "run", submit()
+    a_checkpoint(run, ending(cluster, killed, output))
+    pids = checked_servers(run)
+    shells = [p for p in psutil.process_iter() if p.pid in _batch_shells(killed)]
+    assert len(shells) == 1
+    shells[0].kill()
+    assert cluster.wait(killed, LIMIT_S)["JobState"] == "FAILED"
+    gone(killed)
+    assert not running(pids.values())
+    again = submit(**AT_ONCE)
+    seen = cluster.wait(again, LIMIT_S)
+    assert (seen["JobState"], seen["ExitCode"]) == ("COMPLETED", "0:0"), output()
+    gone(again)
+    assert "resuming after ppo" in output()
+    assert reached(run, "ppo", 4)
+    _check_end(run, {f"{killed}-r0": ("preflight", "trainer"), f"{again}-r0": ("trainer",)})
+    done = genac("status", str(run), cwd=tmp_path, environ=cluster.environ)
+    assert (done.returncode, done.stdout.count(": done,")) == (0, 2), done.stdout
+
+
+@pytest.mark.extended  # killed ranks in jobs: test_jobs; servers that lose their rank: test_sglang_faults
+def test_the_servers_of_a_killed_rank_go_with_it(
+    cluster: Cluster, submit: Callable[..., int], tmp_path: Path, output: Callable[[], str]
+) -> None:
+    """The second node's rank is killed: code 4, and no server is left on either node."""
+    run, killed = tmp_path / "runs" / "run", submit(**AT_ONCE)
+    a_checkpoint(run, ending(cluster, killed, output))
     pids = checked_servers(run)
     os.kill(rank_pid(run, 1), signal.SIGKILL)
     seen = cluster.wait(killed, LIMIT_S)
     assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "4:0"), output()
     gone(killed)
     assert not running(pids.values())
-    again = submit()
-    seen = cluster.wait(again, LIMIT_S)
-    assert (seen["JobState"], seen["ExitCode"]) == ("COMPLETED", "0:0"), output()
-    gone(again)
-    assert "resuming after ppo" in output()
-    assert reached(run, "ppo", 4)
-    _check_end(run, (f"{killed}-r0", f"{again}-r0"))
-    done = genac("status", str(run), cwd=tmp_path, environ=cluster.environ)
-    assert (done.returncode, done.stdout.count(": done,")) == (0, 2), done.stdout
 
 
-def _check_end(run: Path, attempts: tuple[str, ...]) -> None:
+def _check_end(run: Path, attempts: dict[str, tuple[str, ...]]) -> None:
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert summary["publish/actor_version"] >= 4
     assert summary["publish/critic_version"] >= 4
@@ -131,31 +154,12 @@ def _check_end(run: Path, attempts: tuple[str, ...]) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["stage"] == "ppo" and "rollout/staleness" in row]
     assert steps == [1, 2, 3, 4]
-    for attempt in attempts:
+    for attempt, parts in attempts.items():
         logs = {path.name for path in (run / "logs" / attempt).iterdir()}
-        for step in ("preflight", "trainer"):
+        for step in parts:
             found = sorted(name.split("-")[1] for name in logs if name.startswith(f"{step}-node"))
             assert found == ["node0", "node1"]
         assert {"actor-0.log", "actor-1.log", "critic-0.log", "zygote.log", "zygote-node1.log"} <= logs
-
-
-def test_a_batch_script_that_is_killed_leaves_nothing(
-    cluster: Cluster, settings: Settings, tmp_path: Path
-) -> None:
-    """kill -9 of the job's head: Slurm ends its steps, and with the ranks go their servers."""
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "checkpoint": {"every": 0}}))
-    script, run = str(ROOT / "slurm" / "genac_ppo.sh"), tmp_path / "runs" / "run"
-    given = (*NODES, script, "stages.ppo.steps=500")
-    served = settings | {PYTHON_VARIABLE: os.environ[PYTHON_VARIABLE], "GENAC_PREFLIGHT": "off"}
-    job = cluster.submit(*given, cwd=tmp_path, RECIPE="recipe.yaml", **served)
-    until(lambda: reached(run, "ppo", 1), "the first step")
-    pids = checked_servers(run)
-    shells = [p for p in psutil.process_iter() if p.pid in _batch_shells(job)]
-    assert len(shells) == 1
-    shells[0].kill()
-    assert cluster.wait(job, LIMIT_S)["JobState"] == "FAILED"
-    gone(job)
-    assert not running(pids.values())
 
 
 def _batch_shells(job: int) -> set[int]:

@@ -11,8 +11,9 @@ show comes in the variable GENAC_SERVER_KEY, as command lines are public; the ha
 on come in GENAC_SERVER_CORES, "0,1,2".
 
 Without a GPU (`--device cpu`) PyPI's SGLang runs on its own torch-native layers, once `fill_gaps` has filled
-what it imports and a CPU machine lacks. Nothing of its behaviour is replaced; torch keeps mapped what weights
-are sent in (`keep_mapped`). On a GPU nothing is filled.
+what it imports and a CPU machine lacks. Nothing of its behaviour is replaced, but that torch keeps mapped what
+weights are sent in (`keep_mapped`) and that a paused server does not spin (`rest_while_paused`). On a GPU
+nothing is filled.
 """
 
 from __future__ import annotations
@@ -202,6 +203,23 @@ def keep_mapped() -> None:
     reductions.rebuild_storage_filename = map_once
 
 
+def rest_while_paused() -> None:
+    """Let a paused server wait for its next request as an idle one does (`--sleep-on-idle`).
+
+    SGLang's loop spins while its engine is paused: a core of each server, all through a publication, which
+    trainers on the same cores then lack.
+    """
+    from sglang.srt.managers.scheduler import Scheduler  # type: ignore[import-not-found,unused-ignore]
+
+    record = Scheduler._record_scheduler_state_for_paused_engine
+
+    def record_and_rest(self: Any) -> None:
+        record(self)
+        self.maybe_sleep_on_idle()
+
+    Scheduler._record_scheduler_state_for_paused_engine = record_and_rest
+
+
 def other_models() -> list[str]:
     """SGLang's models that no family of ours has: some 250 files, a good part of its import."""
     found = importlib.util.find_spec("sglang")
@@ -219,6 +237,7 @@ def prepare_cpu() -> None:
     keep_mapped()
     for module in IMPORTED_ONCE:
         importlib.import_module(f"sglang.srt.{module}")
+    rest_while_paused()
     gc.enable()
 
 

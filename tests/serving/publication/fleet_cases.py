@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.registry import hf_config, shape_of
@@ -119,6 +122,18 @@ def publish_case(
 
 def client_of(endpoint: Endpoint) -> ServerClient:
     return ServerClient(endpoint.url, endpoint.key, name=endpoint.name)
+
+
+def members(group: int) -> list[psutil.Process]:
+    """The processes of a server: its process id is its group."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group:
+                found.append(process)
+        except ProcessLookupError:
+            continue
+    return found
 
 
 def greedy(endpoint: Endpoint) -> list[Generated]:

@@ -21,6 +21,7 @@ from tests.serving.publication.fleet_cases import (
     gap,
     greedy,
     make_publisher,
+    members,
     reference,
     small_buckets,
 )
@@ -87,17 +88,6 @@ def open_case(
         found.append((len(os.listdir("/proc/self/fd")), len(shared), held))
     publisher.close()
     return found[2:]
-
-
-def members(group: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group:
-                found.append(process)
-        except ProcessLookupError:
-            continue
-    return found
 
 
 def held_by(process: psutil.Process) -> tuple[int, int]:

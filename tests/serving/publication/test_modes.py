@@ -14,15 +14,20 @@ import torch.distributed as dist
 from genac_megatron.serving.sglang.client import Generated
 from genac_megatron.serving.sglang.fleet import Endpoint
 from tests.serving.publication.fleet_cases import (
+    NEW,
     PROMPTS,
+    Servers,
     client_of,
     config_of,
     forced,
+    greedy,
     make_publisher,
+    members,
     publish_case,
 )
 
 LONG = 300  # tokens: seconds of generation, also on a quiet machine
+PAUSED_S = 2.0
 OLD, NEWER = 41, 42  # seeds, and versions
 READY = ".ready"  # beside the folder of the weights
 TP2 = {"count": 2, "tp": 2}
@@ -85,6 +90,22 @@ def publish_into_live(
     live = Live(endpoints, Path(f"{folder}{READY}"))
     figures = pool.run(into_live_case, config, endpoints, str(folder), NEWER, NEWER)[0]
     return config, live.wait(), figures
+
+
+def test_a_paused_server_leaves_the_cores_to_others(servers: Servers, endpoints: list[Endpoint]) -> None:
+    """SGLang's own loop takes a core of each server; ranks that publish on the same cores need them."""
+    clients = [client_of(endpoint) for endpoint in endpoints]
+    processes = [p for e in endpoints for p in members(servers.running[e.name].pid)]
+    for client in clients:
+        client.pause()
+    try:
+        before = sum(sum(process.cpu_times()[:2]) for process in processes)
+        time.sleep(PAUSED_S)
+        assert sum(sum(process.cpu_times()[:2]) for process in processes) - before < 0.3 * PAUSED_S
+    finally:
+        for client in clients:
+            client.resume()
+    assert all(len(answer.ids) == NEW for endpoint in endpoints for answer in greedy(endpoint))
 
 
 @pytest.mark.parametrize("transport", ["tensor", pytest.param("group", marks=pytest.mark.extended)])
