@@ -18,9 +18,15 @@ def padded_vocab(shape: Shape, tp: int) -> int:
 
 def hf_size(name: str, shape: Shape) -> Size:
     """Size of the Hugging Face tensor `name` (a full name or a rule's template)."""
+    sizes = _sizes(shape, shape.expert_ffn or 0 if ".experts." in name else shape.ffn)
+    return sizes.get(".".join(name.split(".")[-2:]), (shape.hidden,))  # the rest are norms
+
+
+@cache
+def _sizes(shape: Shape, ffn: int) -> dict[str, Size]:
+    """Last two words of a tensor's name -> its size."""
     q, kv, hidden = shape.q_size, shape.kv_size, shape.hidden
-    ffn = shape.expert_ffn or 0 if ".experts." in name else shape.ffn
-    sizes = {
+    return {
         "embed_tokens.weight": (shape.vocab, hidden),
         "lm_head.weight": (shape.vocab, hidden),
         "q_proj.weight": (q, hidden),
@@ -39,7 +45,6 @@ def hf_size(name: str, shape: Shape) -> Size:
         "up_proj.weight": (ffn, hidden),
         "down_proj.weight": (hidden, ffn),
     }
-    return sizes.get(".".join(name.split(".")[-2:]), (hidden,))  # the rest are norms
 
 
 def hf_names(shape: Shape) -> dict[str, Size]:
@@ -75,6 +80,16 @@ def parameters(shape: Shape) -> int:
     return sum(math.prod(size) for size in hf_names(shape).values())
 
 
+@cache
+def largest_parameter(shape: Shape) -> int:
+    """Numbers of the largest parameter, its Hugging Face tensors together."""
+    return max(
+        sum(math.prod(hf_size(name, shape)) for name in rule.hf_names(0 if rule.per_layer else None))
+        for rule in rules(shape)
+    )
+
+
+@cache
 def stage_parameters(shape: Shape, tp: int, pp: int, stage: int, ep: int = 1) -> int:
     """Parameters on one rank of pipeline stage `stage` of `pp`, cut over `tp` ranks, experts over `ep`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from genac_megatron.models.blockwise import BLOCK, SCALE_BYTES, in_blocks, scale_size
@@ -135,14 +136,16 @@ def weight_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
 
 def served_bytes(role: RoleConfig, shape: Shape) -> float:
     """Weights on each rank of an SGLang server, vocabulary's padding and repeated heads apart."""
-    sizes = hf_names(shape)
-    blocks = (
-        [size for name, size in sizes.items() if in_blocks(name)] if role.engine.quantization == "fp8" else []
-    )
-    fp8 = sum(math.prod(size) for size in blocks)
-    scales = sum(math.prod(scale_size(size)) for size in blocks)
+    fp8, scales = _fp8_served(shape) if role.engine.quantization == "fp8" else (0, 0)
     plain = (parameters(shape) - fp8) * BYTES[role.engine.dtype]
     return float(plain + fp8 + scales * SCALE_BYTES) / role.engine.tp
+
+
+@cache
+def _fp8_served(shape: Shape) -> tuple[int, int]:
+    """Weights that an FP8 server holds in blocks, and their scales."""
+    blocks = [size for name, size in hf_names(shape).items() if in_blocks(name)]
+    return sum(math.prod(size) for size in blocks), sum(math.prod(scale_size(size)) for size in blocks)
 
 
 def engine_bytes(role: RoleConfig, shape: Shape) -> float:

@@ -23,8 +23,7 @@ from enum import StrEnum
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.registry import rules
-from genac_megatron.models.sizes import hf_size
+from genac_megatron.models.sizes import largest_parameter
 from genac_megatron.recipe.estimate import BYTES, Memory, Place, memory_of, served_bytes
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import EngineConfig, Recipe, RoleConfig, SftStage
@@ -320,12 +319,7 @@ def _bucket(role: RoleConfig, shape: Shape) -> float:
 
 def _largest(role: RoleConfig, shape: Shape) -> float:
     """Bytes of the largest parameter, its Hugging Face tensors together."""
-    width = min(BYTES[role.training.dtype], BYTES[role.engine.dtype])
-    sizes = (
-        sum(math.prod(hf_size(hf, shape)) for hf in rule.hf_names(0 if rule.per_layer else None))
-        for rule in rules(shape)
-    )
-    return float(max(sizes) * width)
+    return float(largest_parameter(shape) * min(BYTES[role.training.dtype], BYTES[role.engine.dtype]))
 
 
 def _staging(role: RoleConfig, shape: Shape, place: Place | None) -> float:

@@ -11,9 +11,9 @@ show comes in the variable GENAC_SERVER_KEY, as command lines are public; the ha
 on come in GENAC_SERVER_CORES, "0,1,2".
 
 Without a GPU (`--device cpu`) PyPI's SGLang runs on its own torch-native layers, once `fill_gaps` has filled
-what it imports and a CPU machine lacks. Nothing of its behaviour is replaced, but that torch keeps mapped what
-weights are sent in (`keep_mapped`) and that a paused server does not spin (`rest_while_paused`). On a GPU
-nothing is filled.
+what it imports and a CPU machine lacks. Its behaviour is as it was, but that the files in which weights are
+sent stay mapped (`keep_mapped`) and a paused server does not spin (`rest_while_paused`). On a GPU nothing is
+filled.
 """
 
 from __future__ import annotations
