@@ -83,7 +83,8 @@ def test_requeued_by_usr1_it_ends_like_an_uninterrupted_run(
 ) -> None:
     """USR1 amid PPO: both roles saved, exit 75, requeued, resumed under the same W&B id, the same figures."""
     script = str(ROOT / "slurm" / "genac_ppo.sh")
-    job = cluster.submit(*NODES, script, "--", *OVERRIDES, cwd=tmp_path, RECIPE="recipe.yaml", **settings)
+    given = {**settings, **AT_ONCE, "RECIPE": "recipe.yaml"}
+    job = cluster.submit(*NODES, script, "--", *OVERRIDES, cwd=tmp_path, **given)
     run = tmp_path / "runs" / "run"
     over = ending(cluster, job, output)
     until(lambda: reached(run, "ppo", 1), "the first step of ppo", over=over)
@@ -110,7 +111,7 @@ def _check_logs(run: Path, job: int) -> None:
     assert (run / "logs" / "latest").resolve().name == f"{job}-r1"
     for attempt in (f"{job}-r0", f"{job}-r1"):
         names = {path.name for path in (run / "logs" / attempt).iterdir()}
-        assert {"heartbeats", "preflight"} <= names
+        assert "heartbeats" in names
         assert sum(name.startswith("trainer-node") for name in names) == 2, names
     ids = {path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")}
     assert len(list(run.glob("wandb/offline-run-*"))) == 2

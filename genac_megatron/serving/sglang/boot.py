@@ -47,6 +47,7 @@ IMPORTED_ONCE = (  # what a server's processes import, the table of models inclu
     "models.registry",
 )
 MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")  # files of sglang/srt/models that our families need
+PAUSED = ("_record_scheduler_state_for_paused_engine", "maybe_sleep_on_idle")  # of SGLang's scheduler
 KEY = "GENAC_SERVER_KEY"
 CORES = "GENAC_SERVER_CORES"
 CPU_ENVIRONMENT = {
@@ -211,13 +212,15 @@ def rest_while_paused() -> None:
     """
     from sglang.srt.managers.scheduler import Scheduler  # type: ignore[import-not-found,unused-ignore]
 
-    record = Scheduler._record_scheduler_state_for_paused_engine
+    each_turn, rest = (getattr(Scheduler, name, None) for name in PAUSED)
+    if each_turn is None or rest is None:
+        return  # of another version: it spins, and works
 
-    def record_and_rest(self: Any) -> None:
-        record(self)
-        self.maybe_sleep_on_idle()
+    def turn_and_rest(self: Any) -> None:
+        each_turn(self)
+        rest(self)
 
-    Scheduler._record_scheduler_state_for_paused_engine = record_and_rest
+    setattr(Scheduler, PAUSED[0], turn_and_rest)
 
 
 def other_models() -> list[str]:

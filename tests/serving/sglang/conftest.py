@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tiny_models.py
 
-from sglang_servers import Farm
+from sglang_servers import Asked, Farm
 
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE, serving_python
 
@@ -30,5 +30,13 @@ def python() -> Path:
 def farm(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     """Starts servers that end with the session."""
     made = Farm(python, tmp_path_factory.mktemp("servers"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def asked(python: Path) -> Iterator[Asked]:
+    """A process that has imported SGLang, to run lines of Python in."""
+    made = Asked(python)
     yield made
     made.close()

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from sglang_servers import Asked
 
 from benchmarks.published_models import write_place
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.serving.sglang.boot import CPU_ENVIRONMENT
-from genac_megatron.serving.sglang.server import BOOT, ServerSpec
+from genac_megatron.serving.sglang.server import ServerSpec
 from tests.server_specs import RECIPES, specs_of
 
-IMPORT_S = 600.0  # for SGLang's imports, on a busy machine
-# Its environment's interpreter is told where boot.py is; what is on no CPU is filled in as for a real server.
 PARSE = """
-import argparse, json, sys
-sys.path.insert(0, sys.argv[1])
-import boot
-boot.fill_gaps()
+import argparse
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(exit_on_error=False)
 ServerArgs.add_cli_args(parser)
 names = ["tp_size", "port", "host", "mem_fraction_static", "max_running_requests", "max_total_tokens"]
 names.append("device")
 found = []
-for line in json.load(sys.stdin):
+for line in given:
     parsed, unknown = parser.parse_known_args(line)
     found.append({name: getattr(parsed, name) for name in names} | {"unknown": unknown})
-print(json.dumps(found))
 """
 
 
-def parsed(python: Path, lines: list[list[str]]) -> list[dict[str, object]]:
-    command = [str(python), "-W", "ignore", "-c", PARSE, str(BOOT.parent)]
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | CPU_ENVIRONMENT
-    done = subprocess.run(
-        command, input=json.dumps(lines), env=environ, capture_output=True, text=True, timeout=IMPORT_S
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def test_every_servers_command_line(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_servers_command_line(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_place(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -55,7 +35,7 @@ def test_every_servers_command_line(python: Path, tmp_path: Path, monkeypatch: p
     # And what no cluster recipe has: a CPU's server with limits, and an argument that SGLang has not.
     limited = ServerSpec("a/0", tmp_path, 21_000, max_running=7, max_tokens=4096)
     wrong = ServerSpec("a/0", tmp_path, 21_000, args=("--max-running-request-count", "3"))
-    *whole, bad = parsed(python, [spec.arguments() for spec in (*specs, limited, wrong)])
+    *whole, bad = asked.ask(PARSE, [spec.arguments() for spec in (*specs, limited, wrong)])
     for spec, got in zip((*specs, limited), whole, strict=True):
         assert got == {
             "tp_size": spec.tp,

@@ -5,27 +5,18 @@ A GPU's free memory cannot be had here: that one figure, and the server's settin
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
+from sglang_servers import Asked
 
 from genac_megatron.recipe.memory import GIB, kv_pool
-from genac_megatron.serving.sglang.server import BOOT
 
 PROBE = """
-import json, os, sys
 from types import SimpleNamespace
-sys.path.insert(0, sys.argv[1])
-import boot
-os.environ.update(boot.CPU_ENVIRONMENT)
-boot.fill_gaps()
 from unittest.mock import MagicMock
 import sglang.srt.mem_cache.kv_cache_configurator as module
+kept = dict(vars(module))
 found = []
-for start, now, fraction in json.loads(sys.argv[2]):
+for start, now, fraction in given:
     module.get_available_gpu_memory = lambda *_, now=now, **__: now
     module.get_parallel = lambda: SimpleNamespace(launch_world_size=1, world_group=MagicMock())
     module.get_exec = MagicMock()
@@ -40,23 +31,14 @@ for start, now, fraction in json.loads(sys.argv[2]):
         found.append(module.KVCacheConfigurator._profile_available_bytes(own, start))
     except ValueError as error:
         found.append(str(error))
-print(json.dumps(found))
+vars(module).update(kept)
 """
 CASES = [(78.0, 62.7, 0.5), (78.0, 62.7, 0.3), (40.0, 24.7, 0.75), (78.0, 40.0, 0.3)]  # the last: a race
 
 
 @pytest.mark.slow
-def test_the_installed_sglang_has_this_formula(python: Path) -> None:
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, "-W", "ignore", "-c", PROBE, BOOT.parent, json.dumps(CASES)],
-        capture_output=True,
-        text=True,
-        env=environ,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_the_installed_sglang_has_this_formula(asked: Asked) -> None:
+    found = asked.ask(PROBE, CASES)
     for (start, now, fraction), pool in zip(CASES, found, strict=True):
         ours = kv_pool(start * GIB, now * GIB, fraction)
         if ours > 0:
