@@ -221,11 +221,15 @@ def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Out
 def test_a_chain_goes_on_without_requeue(
     cluster: Cluster, short: Short, settings: Settings, tmp_path: Path, output: Output
 ) -> None:
-    """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run."""
+    """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run.
+
+    One rank on one node: the nodes are not the point.
+    """
     short(50)
     done = cluster.run(
-        str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", *NODES, str(ROOT / "slurm" / "genac_ppo.sh"),
-        "--", "stages.ppo.steps=12", cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
+        str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", "--nodes=1", *NODES[1:],
+        str(ROOT / "slurm" / "genac_ppo.sh"), "--", "stages.ppo.steps=12", "world.ranks=1",
+        cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = map(int, done.stdout.split())
