@@ -26,7 +26,7 @@ from tests.serving.publication.fleet_cases import (
     publish_case,
 )
 
-LONG = 300  # tokens: seconds of generation, also on a quiet machine
+LONG = 200  # tokens: seconds of generation, also on a quiet machine
 PAUSED_S = 2.0
 OLD, NEWER = 41, 42  # seeds, and versions
 READY = ".ready"  # beside the folder of the weights

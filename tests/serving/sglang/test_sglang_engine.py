@@ -147,7 +147,17 @@ def test_an_engine_serves_one_event_loop_after_another(one: SglangEngine) -> Non
 # --- aborts and refusals -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["b", None])
+@pytest.mark.parametrize(
+    # Two ranks: that one ends and others go on is the same; that all end is tried.
+    ("server", "key"),
+    [
+        pytest.param(1, "b", id="tp1-b"),
+        pytest.param(1, None, id="tp1-all"),
+        pytest.param(2, "b", id="tp2-b", marks=pytest.mark.extended),
+        pytest.param(2, None, id="tp2-all"),
+    ],
+    indirect=["server"],
+)
 def test_aborted_requests_keep_what_they_have(engine: SglangEngine, key: str | None) -> None:
     async def work() -> list[Completion]:
         asked = [request((1, 2, n), 500, seed=n, key=name) for n, name in enumerate("abc")]
