@@ -74,7 +74,7 @@ TP2_PP2 = ({"tp": 2}, {"pp": 2})
 @pytest.mark.parametrize(
     ("layouts", "asynchronous", "overrides"),
     [
-        (TP2_PP2, False, {}),
+        pytest.param(TP2_PP2, False, {}, marks=pytest.mark.extended),  # "split" saves so too
         (TP2_PP2, True, {}),
         (TP2_PP2, True, {"training": {"distributed_optimizer": False}}),  # Adam counts steps in place
         (({"count": 2, "tp": 2}, {"first_rank": 2, "count": 2, "pp": 2, "vpp": 2}), False, {}),
@@ -113,6 +113,7 @@ def test_a_resumed_run_goes_by_its_own_learning_rate(pool: Any, tmp_path: Path) 
         assert rates == {1e-3: [1e-3, 1e-3], 7e-3: [7e-3, 7e-3]}
 
 
+@pytest.mark.extended  # moves of one role, tensor by tensor: test_checkpoint_shards.py
 def test_saved_at_tp2_resumed_at_pp2(pool: Any, tmp_path: Path) -> None:
     layouts = ({"tp": 2}, {"tp": 2, "count": 2})
     other = ({"pp": 2}, {"pp": 2, "first_rank": 2, "count": 2})

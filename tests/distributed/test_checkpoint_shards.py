@@ -178,7 +178,10 @@ def form_case(rank: int, folder: str, layout: dict[str, Any], stock: bool, resum
     return at, train(role, 2, 2), {"actor": published(role, 1 << 18)}
 
 
-@pytest.mark.parametrize("old_saves", [True, False], ids=["old-to-new", "new-to-old"])
+@pytest.mark.parametrize(
+    "old_saves",
+    [pytest.param(True, id="old-to-new"), pytest.param(False, id="new-to-old", marks=pytest.mark.extended)],
+)
 def test_either_form_loads_what_the_other_saved(pool: Any, tmp_path: Path, old_saves: bool) -> None:
     """Exactly: a run of an earlier version resumes, and an earlier version resumes a run of this one."""
     layout = {"tp": 2}
@@ -232,7 +235,10 @@ def states_of(folder: str, role: Any, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("move", list(MOVES))
+@pytest.mark.parametrize(
+    "move",
+    [pytest.param(name, marks=[pytest.mark.extended] * (name == "one rank to dp4")) for name in MOVES],
+)
 def test_a_checkpoint_moves_between_layouts_exactly(pool: Any, tmp_path: Path, move: str) -> None:
     """Weights, masters and moments, bit by bit, read by torch alone; then steps like those without a move."""
     before, after = MOVES[move]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.warm import ROOT, genac
 
 SHORT = (
@@ -13,6 +15,7 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.extended  # its parts: unit/test_tasks_reasoning_gym.py, test_tasks_hanoi.py; a run: test_run.py
 def test_the_planning_recipe_runs_to_its_report(tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / "planning" / "cpu.yaml"
     done = genac("run", str(recipe), *SHORT, cwd=tmp_path)
