@@ -146,7 +146,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
         from genac_megatron.models.hf_headers import check_weights
         from genac_megatron.recipe.estimate import describe
         from genac_megatron.recipe.loader import dump_recipe
-        from genac_megatron.tasks.look import look_at_data
+        from genac_megatron.stages.look import look_at_data
 
         for role in recipe.roles.values():
             check_weights(role.model, resuming=options.resume, planning=True)

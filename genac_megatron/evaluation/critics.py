@@ -14,7 +14,8 @@ from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.recipe.schema import ModelConfig
 from genac_megatron.records import Judgement, Sample, State
 from genac_megatron.stages.judging import Judge
-from genac_megatron.stages.runtime import Run, role_tokenizer
+from genac_megatron.stages.runtime import Run
+from genac_megatron.tasks.tokenizer import role_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,6 +24,10 @@ FAMILIES: dict[str, Family] = {
     f.name: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)
 }
 ADAPTER = "adapter_config.json"
+FOLDER = (
+    f"give a folder of a language model of {', '.join(sorted(FAMILIES))} as transformers writes it; a "
+    "config.json that was changed by hand has to say what the weights are"
+)
 Where = Callable[[str], str]  # from a key of the model's block ("": itself) to its place in the user's files
 
 
@@ -125,14 +129,14 @@ def _experts(kind: Family, sizes: ModelShape) -> dict[str, Any]:
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Give the place to an InputError that names none."""
+def _named(where: str, way_out: str = "") -> Iterator[None]:
+    """Give the place, and a way out, to an InputError that names none."""
     try:
         yield
     except InputError as error:
         if error.where:
             raise
-        raise InputError(error.what, where=where, way_out=error.way_out) from None
+        raise InputError(error.what, where=where, way_out=error.way_out or way_out) from None
 
 
 def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
@@ -172,7 +176,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Shape:
     """The Shape that the content of a config.json (`where`) describes. Raises InputError."""
-    with _named(where):
+    with _named(where, FOLDER):
         return family(str(config.get("model_type"))).shape_from_hf(config)
 
 

@@ -279,16 +279,21 @@ def _is_copy(path: Path, holder: Holder) -> bool:
         return False
     original = Path(place) / path.name
     with contextlib.suppress(OSError):
-        if original.samefile(path) or _read(original).get("id") != with_id:
-            return False
-        # One folder that is mounted twice has two device numbers: what is made here appears there.
-        mark = path.with_name(f".{secrets.token_hex(8)}.part")
-        mark.touch()
-        try:
-            return not original.with_name(mark.name).exists()
-        finally:
-            mark.unlink()
+        return _read(original).get("id") == with_id and not same_folder(path.parent, original.parent)
     return False
+
+
+def same_folder(here: Path, there: Path) -> bool:
+    """Whether two paths are of one folder. Writes to `here` for a moment. Raises OSError."""
+    if here.samefile(there):
+        return True
+    # One folder that is mounted twice has two device numbers: what is made here appears there.
+    mark = here / f".{secrets.token_hex(8)}.part"
+    mark.touch()
+    try:
+        return (there / mark.name).exists()
+    finally:
+        mark.unlink()
 
 
 def _leaves(holder: Holder) -> bool:

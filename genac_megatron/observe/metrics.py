@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from genac_megatron.errors import InputError
+from genac_megatron.observe.lock import same_folder
 from genac_megatron.observe.runinfo import METRICS, RunFolder
 from genac_megatron.observe.sinks import Sink, TensorBoard, Wandb
 from genac_megatron.recipe.schema import ObserveConfig
@@ -31,7 +34,8 @@ class MetricsLog:
     to the rows that they had. Without it the run starts from nothing and logs of an earlier one are set
     aside. TensorBoard and W&B plot over the row's number in the file, so that stages follow one another on
     one axis. W&B keeps rows that were logged after the checkpoint: they lie under the resumed ones at the
-    same `global_step`. A copy of a run, of another name, gets a W&B run of its own, with all rows.
+    same `global_step`. A copy of a run, of another name or beside the folder that it was made of, gets a W&B
+    run of its own, with all rows.
 
     guard: called before each row; raises where the folder is no longer this run's.
     """
@@ -64,14 +68,48 @@ class MetricsLog:
         kept = resume or {}
         tensorboard = TensorBoard(self.folder) if config.tensorboard else None
         self._wandb: Wandb | None = None
-        copied = kept.get("name", self.name) != self.name  # its W&B run is the original's
+        copied = kept.get("name", self.name) != self.name or self._is_copy(kept)
         if config.wandb.mode != "off":
             wandb_id = str((not copied and kept.get("wandb_id")) or secrets.token_hex(4))
             self._wandb = Wandb(self.folder, config.wandb, wandb_id, self.name, self.recipe)
+            self._tell_wandb(kept, copied)
         self._sinks: list[Sink] = [one for one in (tensorboard, self._wandb) if one is not None]
         for sink in self._sinks:  # a checkpoint made before sinks were counted says nothing of them
             sent = 0 if copied and sink is self._wandb else kept.get("sent", {}).get(sink.name, self.rows)
             sink.sent = min(int(sent), self.rows)
+
+    def _is_copy(self, kept: Mapping[str, Any]) -> bool:
+        """Whether the folder in which a checkpoint was made is another one, and still there."""
+        place = kept.get("place")
+        if place is None:  # an earlier version's
+            return False
+        with suppress(OSError):
+            mine, theirs = (_first_row(folder / METRICS) for folder in (self.folder.path, Path(place)))
+            return mine == theirs and not same_folder(self.folder.path, Path(place))
+        return False
+
+    def _tell_wandb(self, kept: Mapping[str, Any], copied: bool) -> None:
+        """Say whose W&B run a folder goes on with that is not where it was."""
+        theirs, place = kept.get("wandb_id"), kept.get("place", "another folder")
+        if theirs is None or self._wandb is None:
+            return
+        if copied:
+            logger.warning(
+                "genac: this run folder is a copy: the W&B run %s is that of %s, and the copy gets one of "
+                "its own, %s, with all rows",
+                *(theirs, place, self._wandb.id),
+            )
+        elif kept.get("place", self._place) != self._place:
+            logger.warning(
+                "genac: this run folder was at %s before, and goes on with its W&B run %s\n  way out: where "
+                "it is a copy, and the other one is in use, end this run, and resume it under another name "
+                "(of the folder too)",
+                *(place, theirs),
+            )
+
+    @property
+    def _place(self) -> str:
+        return os.path.realpath(self.folder.path)
 
     @property
     def rows(self) -> int:
@@ -114,6 +152,7 @@ class MetricsLog:
             "sent": sent,
             "wandb_id": self._wandb.id if self._wandb else None,
             "name": self.name,
+            "place": self._place,
         }
 
     def close(self, failed: bool = False) -> None:
@@ -138,3 +177,9 @@ def rows_of(state: Mapping[str, Any]) -> dict[str, int]:
     """The rows of each log that a checkpoint has counted. Earlier versions counted those of METRICS alone."""
     rows = state["rows"]
     return {METRICS: rows} if isinstance(rows, int) else dict(rows)
+
+
+def _first_row(path: Path) -> bytes:
+    """The first line of a log, which has the time of its writing."""
+    with path.open("rb") as file:
+        return file.readline()

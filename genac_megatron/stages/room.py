@@ -1,7 +1,7 @@
 """Whether every row of the data has room in the models, looked at before anything is built or generated.
 
 A prompt needs room for the longest response too; a critic's prompt holds a response and needs room for a
-judgement behind it. Rows are looked at by all ranks, each its share.
+judgement behind it. Rows are looked at by all ranks, each its share, and by a dry run (stages/look.py).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import heapq
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from genac_megatron.stages.runtime import Run
 
+T = TypeVar("T")
 SHOWN = 3  # rows that a message names
 ALL_STEPS = 1_000_000  # critics are told the step: its longest way of being written
 LOOK_S = 20.0  # seconds that a rank looks at what a generator makes
@@ -37,6 +38,33 @@ WAY_OUT = (
     "lower rollout.max_new_tokens or judging.max_new_tokens, or use a model with more positions "
     "(max_positions)"
 )
+
+
+class _Placed(Protocol):
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+class _Noted(Protocol):
+    def note(self, text: str) -> None: ...
+
+
+class Looker(Protocol):
+    """What these checks use of a run (stages/runtime.py: Run), which a dry run has too."""
+
+    recipe: Recipe
+
+    @property
+    def tokenizers(self) -> Mapping[str, PreTrainedTokenizerBase]: ...
+    @property
+    def world(self) -> _Placed: ...
+    @property
+    def progress(self) -> _Noted: ...
+    def together(self, act: Callable[[], T]) -> T: ...
+    def gather(self, mine: Sequence[T]) -> list[T]: ...
+    def share(self, items: Sequence[T]) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +141,7 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
         if fixed is not None and isinstance(config, RowsBlock):
             for split in splits:
                 room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
-                _fit_rows(run, fixed, config, room, split)
+                fit_rows(run, fixed, config, room, split)
         elif fixed is None:
             for split in splits:
                 # A state that has no room in the critic takes the value before it; a prompt ends the run.
@@ -151,7 +179,8 @@ def _lacking_drawn(task: Task, room: Room, split: Split, indices: Iterable[int])
     return [f"{prompt.id}: {what}" for prompt in prompts if (what := room.lacks(prompt))]
 
 
-def _fit_rows(run: Run, task: FixedTask, config: RowsBlock, room: Room, split: Split) -> None:
+def fit_rows(run: Looker, task: FixedTask, config: RowsBlock, room: Room, split: Split) -> None:
+    """Hold a split's rows to what they must fit into, by `config.overlong`. Collective. As `fit_task`."""
     size = task.train_size if split == "train" else task.heldout_size
     found = dict(sorted(run.gather(run.together(partial(_lacking, run, task, room, split, size)))))
     if not found:
@@ -170,7 +199,7 @@ def _place(line: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", line)]
 
 
-def _lacking(run: Run, task: FixedTask, room: Room, split: Split, size: int) -> list[tuple[int, str]]:
+def _lacking(run: Looker, task: FixedTask, room: Room, split: Split, size: int) -> list[tuple[int, str]]:
     """(index, what it lacks) of this rank's share of a split's rows."""
     found = []
     for index in range(run.world.rank, size, run.world.size):
@@ -180,19 +209,22 @@ def _lacking(run: Run, task: FixedTask, room: Room, split: Split, size: int) -> 
     return found
 
 
-def fit_chats(run: Run, positions: Mapping[str, int]) -> None:
-    """Read the files of all SFT stages, and hold their conversations to their model. Collective.
+def fit_chats(run: Looker, positions: Mapping[str, int], stages: Sequence[StageConfig]) -> list[str]:
+    """Read the files of SFT stages, and hold their conversations to their model. Collective.
 
-    Raises InputError that names the file and line of what the chat template refuses, and, where the stage's
-    `overlong` is error, of what is too long.
+    Returns a line for each that has no room and may be left out. Raises InputError that names the file and
+    line of what the chat template refuses, and, where the stage's `overlong` is error, of what is too long.
     """
-    for stage in run.recipe.stages:
+    long = []
+    for stage in stages:
         if isinstance(stage, SftStage) and stage.data == "jsonl":
             found = run.gather(run.together(partial(_long_chats, run, stage, positions)))
             check_chats(stage, sorted(found, key=_place))
+            long += sorted(found, key=_place)
+    return long
 
 
-def _long_chats(run: Run, stage: SftStage, positions: Mapping[str, int]) -> list[str]:
+def _long_chats(run: Looker, stage: SftStage, positions: Mapping[str, int]) -> list[str]:
     tokenizer, most = run.tokenizers[stage.role], positions[stage.role]
     found = []
     for chat in run.share(used_conversations(stage)[0]):

@@ -38,7 +38,7 @@ from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import Task, make_task
-from genac_megatron.tasks.tokenizer import load_tokenizer, prints_date, stop_token_ids
+from genac_megatron.tasks.tokenizer import prints_date, role_tokenizer, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from genac_megatron.training.finite import need_sound
@@ -116,7 +116,7 @@ class Run:
         )
         fit_task(self, positions, ("train", "heldout") if trains else ("heldout",))
         if trains and not resuming:
-            fit_chats(self, positions)
+            fit_chats(self, positions, self.recipe.stages)
 
     def _build(self, resuming: bool) -> None:
         shares = self._shares()
@@ -377,18 +377,6 @@ def _first_weights(model: ModelConfig, shape: Shape) -> GetTensor:
         return random_weights(shape, model.init_seed)
     folder = HfFolder(model.hf)
     return with_head(folder.get, folder.names, shape, model.init_seed)
-
-
-def role_tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a role. Raises InputError."""
-    spec = model.tokenizer or model.hf
-    if spec is None:
-        raise InputError(
-            "a role without an hf folder needs a tokenizer",
-            where=f"roles.{name}.model.tokenizer",
-            way_out="name a tokenizer folder, or builtin:tiny",
-        )
-    return load_tokenizer(spec, model.hf, model.chat_template_kwargs)
 
 
 def mean(values: Iterable[float]) -> float:

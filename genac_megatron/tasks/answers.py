@@ -23,10 +23,20 @@ MARKED: tuple[AnswerForm, ...] = ("boxed", "tag", "line", "sentence")  # where a
 EXACT: tuple[AnswerForm, ...] = (*MARKED, "last_line")  # the same for the verifier `exact`
 
 _REASONING = re.compile(
-    r"<(?P<a>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<b>/?)THINK\]|◁(?P<c>/?)think▷"
-    r"|<\|(?P<d>begin|end)_of_thought\|>",
+    r"<(?P<a>/?)(?:think|thinking|thoughts?|reasoning|seed:think|longcat_think)>"
+    r"|\[(?P<b>/?)THINK\]|◁(?P<c>/?)think▷"
+    r"|<\|(?P<d>begin|end)_of_thought\|>|<\|(?P<e>START|END)_THINKING\|>",
     re.IGNORECASE,
 )
+_WRAPPED_ANSWER = re.compile(r"\A\s*<\|[\w-]{1,30}\|>")  # <|begin_of_solution|>, <|START_RESPONSE|>
+# gpt-oss writes messages in channels. Where a tokenizer leaves special tokens out, their names stand bare:
+# "analysisWe add.assistantfinal34".
+_CHANNEL = re.compile(
+    r"<\|channel\|>\s*(?P<name>\w+)[^<\n]{0,80}(?:<\|constrain\|>[\w ]{0,20})?<\|message\|>"
+)
+_CHANNEL_BEGUN, _MESSAGE_END = "<|channel|>", re.compile(r"<\|(?:end|return|start|call)\|>")
+_BARE_CHANNELS = re.compile(r"\Aanalysis(?=[\w$\\\"'(])")
+_BARE_CHANNEL = re.compile(r"assistant(?P<name>analysis|commentary|final)")
 _TURN_END = re.compile(r"(?:<\|[\w-]{1,30}\|>|</s>|<eos>|<end_of_turn>)\Z")
 _BRACES = re.compile(
     r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s?(?P<bare>[-+]?\d[\d.,/]*)|\\\\(?!boxed|fbox)|\\[{}]|[{}]"
@@ -38,15 +48,23 @@ _BEGIN = (
     r"(?:[^\w\n]|_){0,12}(?:\d{1,2}[.)][^\w\n]{0,4})?"  # of a line: markup of any kind, the number of an item
 )
 _DAAN = "(?:最终|最后)?答案"  # answer
+# "Answer" in other languages, where a colon, or a word for "is", comes next.
+_ANSWER_ABROAD = (
+    r"(?:(?:la |die |a )?(?:r[ée]ponse|respuesta|resposta|risposta|antwort)(?: final[ea]?| correct[ae]?)?"
+    r"|(?:окончательный )?ответ|odpowiedź|cevap|jawaban|đáp (?:án|số)"
+    r"|(?:最終的な)?(?:答え|解答)|(?:최종 )?(?:정답|답))"
+)
 # "Answer: X", "**Final Answer:** X", "The answer is: X", "Answer (in cm): X", where a line or sentence begins
 _LINE = re.compile(
     rf"(?:^{_BEGIN}|(?<=[.!?]) {{1,3}}){_WORDS}(?:(?:the|my|our)[ ])?(?:final[ ]|correct[ ])?answer"
     r"(?:[ ]\([^()\n]{1,40}\)|[ ]to[ ][^:\n]{1,60})?(?:[ ]is)?[*_` \t]{0,6}[:：=](?P<said>[^\n]*)"
+    rf"|^{_BEGIN}{_ANSWER_ABROAD}[*_` \t]{{0,4}}(?:(?:は|은)\s?[:：]?|[:：])(?P<abroad>[^\n]*)"
     rf"|(?:【{_DAAN}】[:：]?|{_DAAN}[*_` \t]{{0,4}}(?:[是为选]\s?[:：]?|[:：])|故选\s?[:：]?\s?(?=[A-J]))"
     r"[*_` \t]{0,4}(?P<chinese>[^\n]*)"
     rf"|^[ \t]*(?:#{{1,6}}[ ]|\*\*)[*_ \t]{{0,4}}(?:(?:final[ ])?answer|{_DAAN})[*_ \t]{{0,4}}$(?P<heading>)",
     re.IGNORECASE | re.MULTILINE,
 )
+_POLITE = re.compile(r"\s*(?:です|である|입니다|이다)[。.]?\s*$")  # "is", behind what it is
 _HASHES = re.compile(r"(?:^[ \t]*[*_]{0,3}|(?<=\s))####(?!#)[ \t]*(?P<said>[^\n]*)", re.MULTILINE)
 _LAST_HASHES = re.compile(r"[*_]{0,3}####[ \t]*(?P<said>[*_]{0,3}[-+]?\\?\$?\.?\d.{0,60})")  # a number
 _NEXT_BLOCK = re.compile(
@@ -54,10 +72,12 @@ _NEXT_BLOCK = re.compile(
     re.DOTALL,
 )
 _SENTENCE = re.compile(
-    rf"(?:^|[.!?:]\s|\n|[,;]?\s(?=(?:so|thus|hence|therefore)\b)){_MARKUP}{_WORDS}"
+    rf"(?:(?:^|[.!?:]\s|\n|[,;]?\s(?=(?:so|thus|hence|therefore)\b)){_MARKUP}{_WORDS}"
     r"(?:we (?:get|find|conclude|see)(?: that)?[,\s]+)?"
     r"(?:(?:the|our|my)\s)?(?:final\s|correct\s|required\s)?(?:answer|option|choice)\s(?:to [^.\n]{1,80}\s)?"
     r"(?:is|equals|=|must be|should be|will be)(?:\sthen)?\b\s*:?"
+    rf"|(?:^|[.!?:]\s|\n){_MARKUP}(?:(?:donc|por tanto|portanto|quindi|also)[,\s]+)?{_ANSWER_ABROAD}\s"
+    r"(?:est|es|é|è|ist)\b\s*:?)"
     r"(?P<said>\s*(?:\$\$.*\$\$|\\\[.*\\\]|[^\n]*)\s*)$",
     re.IGNORECASE | re.DOTALL,
 )
@@ -141,18 +161,40 @@ def after_reasoning(text: str, opened: bool = False) -> str | None:
 
     `opened`: the prompt's last words opened it, as some chat templates do.
     """
-    last: re.Match[str] | None = None
-    for found in _REASONING.finditer(text):
-        last = found
+    if _CHANNEL_BEGUN in text or _BARE_CHANNELS.match(text):
+        said = _final_channel(text)
+        return None if said is None else after_reasoning(said)
+    last = _last(_REASONING, text)
     if last is None:
         return None if opened else text
-    closing = any(last[group] in ("/", "end") for group in "abcd")
-    return text[last.end() :] if closing else None
+    closing = any((last[group] or "").lower() in ("/", "end") for group in "abcde")
+    return _WRAPPED_ANSWER.sub("", text[last.end() :]) if closing else None
+
+
+def _final_channel(text: str) -> str | None:
+    """What the final channel holds, where that is the last one; None where another is, or is begun."""
+    marked = _CHANNEL_BEGUN in text
+    last = _last(_CHANNEL if marked else _BARE_CHANNEL, text)
+    if last is None or last["name"] != "final" or _CHANNEL_BEGUN in text[last.end() :]:
+        return None
+    end = _MESSAGE_END.search(text, last.end())
+    return text[last.end() : len(text) if end is None else end.start()]
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    last: re.Match[str] | None = None
+    for found in pattern.finditer(text):
+        last = found
+    return last
 
 
 def opens_reasoning(prompt: str) -> bool:
     """Whether a prompt's text ends with reasoning that it has opened."""
-    return after_reasoning(prompt[-200:]) is None
+    end = prompt[-200:]
+    channel = _last(_CHANNEL, end)
+    if channel is not None:
+        return channel["name"] != "final" and _MESSAGE_END.search(end, channel.end()) is None
+    return after_reasoning(end) is None
 
 
 def _without_turn_ends(text: str) -> str:
@@ -209,14 +251,16 @@ def _tags(text: str) -> Iterator[_Mark]:
 def _lines(pattern: re.Pattern[str], text: str, ended: bool) -> Iterator[_Mark]:
     """Lines that say the answer, or whose next line does."""
     for match in pattern.finditer(text):
-        said = next((match[group] for group in ("said", "chinese") if match.groupdict().get(group)), "")
+        said = next(
+            (match[group] for group in ("said", "chinese", "abroad") if match.groupdict().get(group)), ""
+        )
         end = match.end()
         if not said.strip(" \t*_`") and (block := _NEXT_BLOCK.match(text, match.end())) is not None:
             said, end = block["code"] or block["text"], block.end()
         if not ended and end >= len(text.rstrip(" \t")):
             yield _Mark(match.start(), len(text), None)
         elif said.strip(" \t*_`"):
-            yield _Mark(match.start(), end, _first_sentence(said))
+            yield _Mark(match.start(), end, _first_sentence(_POLITE.sub("", said)))
 
 
 def _first_sentence(said: str) -> str:

@@ -13,7 +13,7 @@ from genac_megatron.tasks.fields import Messages, Tools, from_json, read_message
 from genac_megatron.tasks.rows import Row, read_rows
 
 FORM = 'each line is {"messages": [{"role": "user", "content": "..."}, ...]}'
-MESSAGES_KEYS, SYSTEM_KEY, TOOLS_KEY = ("messages", "conversations"), "system", "tools"
+MESSAGES_KEYS, SYSTEM_KEYS, TOOLS_KEY = ("messages", "conversations"), ("system", "system_prompt"), "tools"
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ def _conversation(row: Row, where: str) -> Conversation:
         there = "" if given is not None else f" (there is: {', '.join(row) or 'nothing'})"
         raise InputError(f"no list of at least two messages{there}", where=where, way_out=FORM)
     messages = read_messages(given, where, FORM)
-    if isinstance(system := row.get(SYSTEM_KEY), str):
-        messages = with_system(messages, system.strip())
+    for key in SYSTEM_KEYS:
+        if isinstance(system := row.get(key), str):
+            messages = with_system(messages, system.strip())
     if messages[-1]["role"] != "assistant":
         raise InputError("the last message is not the assistant's", where=where, way_out=FORM)
     return Conversation(messages, read_tools(row, TOOLS_KEY, where), where)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 from genac_megatron.tasks.answers import referred
@@ -22,8 +23,14 @@ from genac_megatron.tasks.writing import in_powers, plain, tidy
 _DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)")
 _LETTER = re.compile(r"(?:(?:option|choice)\s+)?\(?\s*([A-J])\s*\)?\s*[.:)]?", re.IGNORECASE)
-_LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[.:)])(?:\\q?quad|\s)*(\S.*)", re.DOTALL)
+_LETTERS = re.compile(r"[A-J](?:(?:\s*(?:[,;&]|and\b)\s*|\s)[A-J])+|[A-J]{2,10}")  # A, C and AC
+_LABELLED = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:\(\s*([A-J])\s*\):?|([A-J])\s*[.:)])(?:\\q?quad|\s)*(\S.*)", re.DOTALL
+)
 _NEXT_TO = re.compile(r"(?:([A-J])\s*[-=]|([A-J])\s(?=[\d\\]))\s*\S.*", re.DOTALL)  # B - 42, B 42
+_RATIO = re.compile(
+    r"(?:[A-Za-z]+(?:\s*:\s*[A-Za-z]+)+\s*=\s*)?(?P<parts>\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?){2,})"
+)
 _SAID = re.compile(
     r"(?P<before>.*)(?:(?<![A-Za-z])(?:is|are|equals|be)\b\s*:?|(?<=[A-Za-z]):)\s*(?P<said>\S.*)", re.DOTALL
 )
@@ -49,6 +56,8 @@ def agrees(reference: str, answer: str) -> bool:
         return verdict
     if (verdict := _options(reference, answer)) is not None:
         return verdict
+    if (verdict := _same_ratio(plain(reference), plain(answer))) is not None:
+        return verdict
     if (label := _LABELLED.fullmatch(plain(reference))) is not None:
         reference = label[3]
     return any(_agree(reference, said) for said in _without_words(answer))
@@ -62,8 +71,24 @@ def _same_words(reference: str, answer: str) -> bool:
     return one.casefold() == other.casefold()
 
 
+def _same_ratio(reference: str, answer: str) -> bool | None:
+    """Whether two ratios of three or more numbers, 2:3:5 or a:b:c = 2:3:5, are the same; None for others.
+
+    math-verify multiplies them.
+    """
+    both = _RATIO.fullmatch(reference), _RATIO.fullmatch(answer)
+    if both[0] is None or both[1] is None:
+        return None
+    one, other = ([Decimal(part) for part in found["parts"].split(":")] for found in both if found)
+    return len(one) == len(other) and all(
+        a * y == b * x for (a, b), (x, y) in combinations(zip(one, other, strict=True), 2)
+    )
+
+
 def _options(reference: str, answer: str) -> bool | None:
     """The verdict on options such as B, (B), B. 42, where they decide; else None."""
+    if (several := _same_letters(plain(reference), plain(answer))) is not None:
+        return several
     wanted, given = _option(reference), _option(answer)
     if _is_letter(reference):
         # Lower case may be a variable: b answers B, and B answers b, where both are letters alone.
@@ -73,6 +98,16 @@ def _options(reference: str, answer: str) -> bool | None:
     if wanted is not None and given is not None and (wanted != given or _is_letter(answer)):
         return wanted == given
     return None
+
+
+def _same_letters(reference: str, answer: str) -> bool | None:
+    """Whether two lists of options name the same ones, one of them parted: A, C and AC. None for no lists."""
+    if not (_LETTERS.fullmatch(reference) and _LETTERS.fullmatch(answer)):
+        return None
+    if reference.isalpha() and answer.isalpha():
+        return None  # a product, a segment
+    one, other = (sorted(filter(str.isupper, text)) for text in (reference, answer))
+    return one == other
 
 
 def _is_letter(text: str) -> bool:

@@ -168,11 +168,14 @@ def is_heldout(row: object, key: str | None, where: str, *, strict: bool = True)
 
 CALLING = "function_call"
 SPEAKERS = {  # of ShareGPT's messages: whose role each has
-    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", CALLING), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
 }
+# A message's role by its other names. What is not here (tool, observation) is the chat template's to know.
+ROLES = {name: role for name, role in SPEAKERS.items() if role in ("user", "assistant") and name != CALLING}
+ROLES |= {name: name for name in ("system", "developer", "tool")}
 
 
 def read_messages(value: Any, where: str, way_out: str) -> Messages:
@@ -189,8 +192,14 @@ def read_messages(value: Any, where: str, way_out: str) -> Messages:
 
 
 def _from_sharegpt(given: Any, number: int, where: str) -> Any:
-    """ShareGPT's message as one with role and content; others as they are."""
-    if not isinstance(given, Mapping) or "role" in given or not {"from", "value"} <= given.keys():
+    """ShareGPT's message as one with role and content; others as they are, but for a role's other names."""
+    if isinstance(given, Mapping) and isinstance(given.get("role"), str):
+        role = ROLES.get(given["role"].strip().lower(), given["role"])
+        message = {**given, "role": role}
+        if "content" not in given and "value" in given:
+            message["content"] = message.pop("value")
+        return message
+    if not isinstance(given, Mapping) or not {"from", "value"} <= given.keys():
         return given
     speaker = given["from"].strip().lower() if isinstance(given["from"], str) else None
     if speaker not in SPEAKERS:

@@ -15,6 +15,7 @@ from genac_megatron.tasks.base import FixedTask, Problem, split_problems
 from genac_megatron.tasks.fields import (
     MISSING,
     Messages,
+    from_json,
     is_heldout,
     look_up,
     read_field,
@@ -34,6 +35,8 @@ QUESTION_KEYS = ("question", "prompt")
 ANSWER_KEYS = ("answer", "reward_model.ground_truth")
 SHOWN_CONFLICTS = 3
 BySplit = Literal["yes", "known", "no"]
+CHOICES_KEYS = ("choices", "options")
+LETTER = re.compile(r"\(?[A-J]\)?", re.IGNORECASE)
 # A list of messages as Python writes it, which is no JSON.
 PYTHONS = re.compile(r"\[\{'(?:role|content|from|value)':")
 PROMPT_END = 16  # tokens of a prompt's end in which a template may open the reasoning
@@ -121,17 +124,55 @@ def read_problem(
     if isinstance(value, list):
         messages = with_system(_chat(value, question, where), config.system)
         text = shown_text(_chat(value, question, where))
+        _need_shown_choices(row, text, reference, where)
         if config.instruction:
             messages = (*messages[:-1], _instructed(messages[-1], config.instruction))
         return Problem(text, reference, messages=messages, tools=tools, where=where)
+    text = read_field(row, question, where)
+    _need_shown_choices(row, text, reference, where)
     return Problem(
-        text=read_field(row, question, where),
+        text=text,
         reference=reference,
         instruction=BOXED if config.instruction is None else config.instruction,
         system=config.system,
         tools=tools,
         where=where,
     )
+
+
+def _need_shown_choices(row: Row, text: str, reference: str, where: str) -> None:
+    """Raise InputError where an answer is the number or letter of choices that the question does not show, as
+    in MMLU's rows: nothing could be right but by luck.
+    """
+    shown = " ".join(text.split())
+    for key in CHOICES_KEYS:
+        choices = _choices(look_up(row, key))
+        named = LETTER.fullmatch(reference) or (reference.isdecimal() and int(reference) <= len(choices))
+        if len(choices) < 2 or not named or reference in choices:
+            continue
+        if unseen := next((choice for choice in choices if choice not in shown), None):
+            raise InputError(
+                f"the answer {reference!r} names one of its {key!r}, which the question does not show: "
+                f"{unseen[:60]!r}",
+                where=where,
+                way_out="write the choices into the question, and the right one's letter as its answer",
+            )
+
+
+def _choices(value: object) -> list[str]:
+    """The texts of choices: a list, {"text": [...], "label": [...]}, {"A": ...}, or a list of objects; [] of
+    anything else.
+    """
+    if isinstance(value, str):
+        value = from_json(value)
+    if isinstance(value, Mapping):
+        labelled = all(LETTER.fullmatch(str(key)) or str(key).isdecimal() for key in value)
+        value = list(value.values()) if labelled else value.get("text")
+    parts = value if isinstance(value, list) else []
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return [
+        " ".join(str(text).split()) for text in texts if isinstance(text, str | int | float) and text != ""
+    ]
 
 
 def _chosen(row: Row, key: str, known: Sequence[str]) -> str:

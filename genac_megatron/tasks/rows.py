@@ -1,4 +1,4 @@
-"""Rows of data files as plain dicts, each with its place: JSON lines, JSON, CSV, Parquet, also gzipped.
+"""Rows of data files as plain dicts, each with its place: JSON lines, JSON, CSV, TSV, Parquet, also gzipped.
 
 Read here and not by `datasets` where a file is at hand: its builders guess types (an ISO date becomes a time,
 "007" becomes 7) and do not say which line is broken.
@@ -12,6 +12,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,23 @@ BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 GZIP, LFS = b"\x1f\x8b", b"version https://git-lfs"
 LONGEST_NUMBER = 4000  # digits; Python reads no integer beyond 4,300, so a longer one stays text
-LONGEST_CELL = 1 << 30  # characters of a CSV cell
+LONGEST_CELL = 1 << 30  # characters of a cell of CSV
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a text's lines are a table. Cells of both forms may be quoted, as pandas and `datasets` have it."""
+
+    name: str
+    parted_by: str
+    sign: str
+
+
+TABLES = {".csv": _Form("CSV", "commas", ","), ".tsv": _Form("TSV", "tabs", "\t")}
 
 
 def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
-    """Every row of a file, by its ending (.jsonl, .json, .csv, .parquet, with or without .gz).
+    """Every row of a file, by its ending (.jsonl, .json, .csv, .tsv, .parquet, with or without .gz).
 
     A name with another ending is read as JSON lines; a file that begins with a list is one JSON array,
     whatever its name. `way_out`: of what is no JSON object. Raises InputError that names the file, and the
@@ -44,14 +57,14 @@ def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
             f"a {file.suffix} file is not read", where=str(path), way_out=f"give one of {', '.join(READERS)}"
         )
     data = _bytes(file, str(path))
-    if name.endswith(".csv"):
-        return list(_csv(data, str(path)))
+    if name.endswith(tuple(TABLES)):
+        return list(_table(data, str(path), TABLES[name[-4:]]))
     if data[:256].lstrip()[:1] == b"[":
         return list(_json_array(data, str(path)))
     return list(json_lines(data, str(path), way_out))
 
 
-READERS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # endings that `read_rows` knows
+READERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # endings that `read_rows` knows
 
 
 def json_lines(data: bytes, path: str, way_out: str = JSON_LINES) -> Iterator[Located]:
@@ -148,7 +161,7 @@ def _json_array(data: bytes, path: str) -> Iterator[Located]:
         yield where, _object(row, where, way_out)
 
 
-def _csv(data: bytes, path: str) -> Iterator[Located]:
+def _table(data: bytes, path: str, form: _Form) -> Iterator[Located]:
     """Every cell is text, as it stands. The line is the row's first."""
     try:
         text = data.decode("utf-8")
@@ -158,42 +171,42 @@ def _csv(data: bytes, path: str) -> Iterator[Located]:
             f"not UTF-8: {error.reason}", where=f"{path}:{line}", way_out="save it as UTF-8"
         ) from error
     csv.field_size_limit(LONGEST_CELL)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    begins = _guarded(lambda: (reader.fieldnames, reader.line_num)[1], path, 1) + 1
-    reader.fieldnames = _columns(reader.fieldnames or (), path)
-    while (row := _guarded(lambda: next(reader, None), path, begins)) is not None:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=form.sign, strict=True)
+    begins = _guarded(lambda: (reader.fieldnames, reader.line_num)[1], path, 1, form) + 1
+    reader.fieldnames = _columns(reader.fieldnames or (), path, form)
+    while (row := _guarded(lambda: next(reader, None), path, begins, form)) is not None:
         where = f"{path}:{begins}"
         if None in row:
             raise InputError(
                 f"{len(row[None])} cells more than the header has columns",  # type: ignore[call-overload]
                 where=where,
-                way_out="put text with commas or line ends in double quotes",
+                way_out=f"put text with {form.parted_by} or line ends in double quotes",
             )
         yield where, {str(key): cell for key, cell in row.items()}
         begins = reader.line_num + 1
 
 
-def _columns(header: Sequence[str], path: str) -> list[str]:
-    """The names of a CSV's columns, without the blanks around them."""
+def _columns(header: Sequence[str], path: str, form: _Form) -> list[str]:
+    """The names of a table's columns, without the blanks around them."""
     names = [name.strip() for name in header]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         what = f"two columns are called {twice!r}"
         raise InputError(what, where=f"{path}:1", way_out="rename one of them")
-    if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
+    if len(names) == 1 and any(sign in names[0] for sign in ",;\t|"):
         what = f"one column, called {names[0]!r}"
-        raise InputError(what, where=f"{path}:1", way_out="part the columns by commas")
+        raise InputError(what, where=f"{path}:1", way_out=f"part the columns by {form.parted_by}")
     return names
 
 
-def _guarded(act: Callable[[], Any], path: str, line: int) -> Any:
+def _guarded(act: Callable[[], Any], path: str, line: int, form: _Form) -> Any:
     """What `act` gives, which reads the row that begins at `line`."""
     try:
         return act()
     except csv.Error as error:
         where = f"{path}:{line}"
         way_out = 'double quotes in a cell are written twice: "" (and see that each is closed)'
-        raise InputError(f"not CSV: {error}", where=where, way_out=way_out) from error
+        raise InputError(f"not {form.name}: {error}", where=where, way_out=way_out) from error
 
 
 def _parquet(file: Path) -> Iterator[Located]:

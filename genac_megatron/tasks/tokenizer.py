@@ -15,6 +15,8 @@ from genac_megatron.links import refuse_unreadable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from genac_megatron.recipe.schema import ModelConfig
+
 CONFIG, GENERATION = "config.json", "generation_config.json"
 BUILTIN, BUILTIN_PREFIX = "builtin:tiny", "builtin:"
 TINY_FOLDER = Path(__file__).parent / "tiny_tokenizer"
@@ -123,6 +125,18 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def role_tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a role. Raises InputError."""
+    spec = model.tokenizer or model.hf
+    if spec is None:
+        raise InputError(
+            "a role without an hf folder needs a tokenizer",
+            where=f"roles.{name}.model.tokenizer",
+            way_out="name a tokenizer folder, or builtin:tiny",
+        )
+    return load_tokenizer(spec, model.hf, model.chat_template_kwargs)
 
 
 def chat_ids(

@@ -13,7 +13,7 @@ from genac_megatron.tasks.writing import plain
 
 NUMERAL = (
     r"[-+]?\s?(?:\\?\$\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\\[dtc]?frac\s*\{[-\d.]+\}\s*\{[-\d.]+\})"
-    r"(?:\s?/\s?\d+)?(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\d))?"
+    r"(?:\s?/\s?\d+)?(?:(?:\s*(?:\\times|\\cdot)\s*10)?\s*\^\s*(?:\{[-+]?\d+\}|\d))?"
 )
 _WITH_UNIT = re.compile(
     rf"(?P<number>{NUMERAL})(?P<gap>\s*)(?P<unit>[A-Za-zμΩ\\'\"(\u4e00-\u9fff].*)", re.DOTALL
@@ -24,9 +24,13 @@ _NO_CHINESE_UNIT = frozenset("万亿千百十或和不分")
 _CHINESE_KILO = re.compile("千(?=[米克瓦卡帕赫焦伏])")
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*[CF]?$|\s*\\degree$")
 _TEXT_UNIT = re.compile(
-    r"(?<=[\w})])\s*\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*)\}(?:\s*\^\s*\{?\s*\d\s*\}?)?$"
+    r"(?<=[\w})])\s*\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*)\}(\s*\^\s*\{?\s*\d\s*\}?|)$"
 )
 _WORD = re.compile(r"[A-Za-zμΩ]+")
+_FRACTION_PER_CENT = re.compile(
+    r"(?P<fraction>(?P<sign>-?)\\[dt]?frac\s*(?:\{(?P<top>\d+)\}\s*\{(?P<bottom>\d+)\}|(?P<t>\d)(?P<b>\d)))\s*\\?%"
+)
+_RAISED = re.compile(r"(?<=[A-Za-z])\s(?:squared|cubed)\b")  # the unit, and not the number before it
 _NO_UNIT_SIGN = re.compile(r"\d{2}|[=<>+()\[\],;]")
 
 
@@ -57,6 +61,10 @@ _SAME_UNIT = {
     "km/h": "km/hr, kmh, kph, km per hour, kilometers per hour, kilometres per hour",
     "mph": "miles per hour, mi/h", "m/s": "meters per second",
 }  # fmt: skip
+_POWER = re.compile(
+    r"(?:(?P<before>square|sq\.?|cubic|cu\.?) )?(?P<unit>[^ ^].*?)"
+    r"(?: (?P<after>squared|cubed)| ?\^ ?\{? ?(?P<digit>[23]) ?\}?)?"
+)
 _UNIT_NAMES = {name: unit for unit, names in _SAME_UNIT.items() for name in (unit, *names.split(", "))}
 
 
@@ -69,12 +77,16 @@ def readings(answer: str) -> Iterator[tuple[str, str]]:
             yield answer, ""  # it may be algebra too
         return
     yield answer, ""
+    if (share := _FRACTION_PER_CENT.fullmatch(answer)) is not None:  # math-verify reads no such
+        yield answer[: share.end("fraction")], ""
+        top, bottom = share["top"] or share["t"], share["bottom"] or share["b"]
+        yield rf"{share['sign']}\frac{{{top}}}{{{bottom}00}}", ""
     bare = _DEGREES.sub("", answer)
     if bare != answer:
         yield bare, ""
     match = _TEXT_UNIT.search(answer)
     if match is not None and not _NO_UNITS & set(_WORD.findall(match[1].lower())):
-        yield answer[: match.start()], match[1]
+        yield answer[: match.start()], match[1] + match[2]
 
 
 def _is_unit(words: str, parted: bool) -> bool:
@@ -85,7 +97,7 @@ def _is_unit(words: str, parted: bool) -> bool:
         words = inner[1]
     if len(words) > 40 or _NO_UNIT_SIGN.search(words):
         return False
-    found = _WORD.findall(words.replace(r"\frac", " "))
+    found = _WORD.findall(_RAISED.sub("", words.replace(r"\frac", " ")))
     if not found or len(found) > 5 or _NO_UNITS & {word.lower() for word in found if len(word) > 1}:
         return False
     if len(found) == 1 and len(found[0]) == 1 and not parted and found[0] not in _CLOSE_UNITS:
@@ -98,8 +110,16 @@ def _is_unit(words: str, parted: bool) -> bool:
 
 def units_differ(one: str, other: str) -> bool:
     """Whether two units are both known and not the same. Nothing is converted."""
-    names = []
-    for unit in (one, other):
-        word = " ".join(unit.lower().split())
-        names.append(_UNIT_NAMES.get(word) or _UNIT_NAMES.get(word.removesuffix("s")))
+    names = _known(one), _known(other)
     return None not in names and names[0] != names[1]
+
+
+def _known(unit: str) -> tuple[str, int] | None:
+    """(the name of a unit that is known, its power): cm^2 and square centimeters are ("cm", 2)."""
+    match = _POWER.fullmatch(" ".join(plain(unit).lower().split()))
+    if match is None:
+        return None
+    name = _UNIT_NAMES.get(match["unit"]) or _UNIT_NAMES.get(match["unit"].removesuffix("s"))
+    raised = {word[:2] for word in (match["before"], match["after"], match["digit"]) if word}
+    power = 2 if raised & {"sq", "2"} else 3 if raised & {"cu", "3"} else 1
+    return None if name is None else (name, power)

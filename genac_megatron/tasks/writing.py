@@ -14,11 +14,20 @@ _SIGNS = {
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
     "∅": r"\emptyset ", "°": r"^\circ ", "²": "^{2}", "³": "^{3}", "、": ",", "½": r"\frac{1}{2}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "€": "", "£": "", "¥": "", "“": '"', "”": '"', "’": "'",
+    "€": "", "£": "", "¥": "", "￥": "", "₹": "", "₩": "", "₽": "", "¢": " cents",
+    "“": '"', "”": '"', "’": "'",
 }  # fmt: skip
 _FULL_WIDTH = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 _TABLE = str.maketrans({**_FULL_WIDTH, **_SIGNS})
-_PLAIN_SIGNS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ", "+-": r"\pm ", "**": ""}
+_PLAIN_SIGNS = {
+    "<=": r"\le ",
+    ">=": r"\ge ",
+    "!=": r"\ne ",
+    "+/-": r"\pm ",
+    "+-": r"\pm ",
+    "**": "",
+    r"\div": "/",
+}
 
 _WRAPPED = re.compile(
     r"(?:\$\$?|\\\(|\\\[|\*{1,3}|__?|```\w*\n|`{1,3}|\")\s*(.*?)\s*(?:\$\$?|\\\)|\\\]|\*{1,3}|__?|`{1,3}|\")",
@@ -28,6 +37,16 @@ _PAIRED = '$*_`"'  # signs that open as they close
 _FONT = re.compile(
     r"\\(?:bf|it|rm|sf|tt|em|tiny|small|large|Large|LARGE|huge|Huge|normalsize|displaystyle|textstyle|textdollar)"
     r"(?![A-Za-z])\s?"
+)
+_CURRENCY = re.compile(
+    r"(?:\\text\{\s*)?(?:(?:US|AU?|CA?|HK|R)\\?\$|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD)\b|Rs\.?)(?:\s*\})?\s*(?=\.?\d)"
+)
+_SET_OF = re.compile(  # {x | 1 < x}: what holds for it
+    r"(?:\\left)?\\?\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?:\\mid|\\vert|[|:])"
+    r"\s*([^{}|]+?)\s*(?:\\right)?\\?\}"
+)
+_BRACED = re.compile(
+    r"\\(?:under|over)brace\s*\{((?:[^{}]|\{[^{}]*\})*)\}(?:\s*[_^]\s*\{(?:[^{}]|\{[^{}]*\})*\})?"
 )
 _DECORATED = re.compile(r"\\(?:underline|boldsymbol|bm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FUNCTION = re.compile(r"(?<![\\A-Za-z])(?=(?:sin|cos|tan|cot|sec|csc|ln|log)\s*\()")
@@ -72,7 +91,9 @@ _EULER = re.compile(r"(?<![a-zA-Z\\])e(?![a-zA-Z])|\\mathrm\{e\}")
 def tidy(text: str) -> str:
     """`text` in the writing that is compared."""
     text = _COLOUR.sub("", _unwrapped(text.translate(_TABLE)))
-    text = _DECORATED.sub(r"\1", _FONT.sub("", text)).replace(r"\varnothing", r"\emptyset")
+    text = _DECORATED.sub(r"\1", _BRACED.sub(r"\1", _FONT.sub("", text))).replace(
+        r"\varnothing", r"\emptyset"
+    )
     text = _REPEATING.sub(_fraction, _FUNCTION.sub(r"\\", text))
     for sign, latex in _PLAIN_SIGNS.items():
         text = text.replace(sign, latex)
@@ -84,7 +105,9 @@ def tidy(text: str) -> str:
     text = _CHINESE_NUMBER.sub(lambda word: rf" \times 10^{{{_LARGE_CHINESE[word[1]]}}}", text)
     text = _IN_DEGREES.sub(r"\1\\frac{\2\\pi}{180}", text)
     text = _POWER.sub(r"^{\1}", _TIMES_TEN.sub(r" \\times ", text))
-    return text[about.end() :] if (about := _ABOUT.match(text)) is not None else text.strip()
+    text = text[about.end() :] if (about := _ABOUT.match(text)) is not None else text.strip()
+    text = text if (money := _CURRENCY.match(text)) is None else text[money.end() :]
+    return text if (whole := _SET_OF.fullmatch(text)) is None else whole[1]
 
 
 def _unwrapped(text: str) -> str:
@@ -114,7 +137,7 @@ def _fraction(number: re.Match[str]) -> str:
 
 def plain(text: str) -> str:
     r"""`text` without \text{} and the like, and with one blank for each white space."""
-    return " ".join(_COMMAND.sub(r"\1", text).replace("$", "").split())
+    return " ".join(_COMMAND.sub(r"\1", text).replace("\\$", "").replace("$", "").split())
 
 
 def in_powers(reference: str, answer: str) -> tuple[str, str]:

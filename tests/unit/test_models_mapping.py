@@ -140,8 +140,90 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
     ],
 )
 def test_a_config_that_we_cannot_build_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         shape_from_hf(hf_config(TINY) | change)
+    assert caught.value.where == "config.json"
+    assert caught.value.way_out
+
+
+QUIRKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # what is said beside the sizes, and what it means
+    "Qwen2.5-0.5B": (
+        {
+            "model_type": "qwen2", "num_key_value_heads": 2, "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": False,
+            "sliding_window": 32768, "max_window_layers": 2, "max_position_embeddings": 32768,
+            "rope_theta": 1e6, "tie_word_embeddings": True, "use_mrope": False, "use_cache": True,
+            "eos_token_id": 151645, "torch_dtype": "bfloat16",
+        },
+        {"tie": True, "max_positions": 32768, "rope_theta": 1e6, "qkv_bias": True},
+    ),
+    "Qwen3-0.6B": (
+        {
+            "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16,
+            "rope_scaling": None, "sliding_window": None,
+            "attention_bias": False, "rope_theta": 1000000, "tie_word_embeddings": True,
+            "max_position_embeddings": 40960,
+        },
+        {"tie": True, "head_dim": 16, "qk_norm": True, "rope_theta": 1e6},
+    ),
+    "Llama-3.2-1B": (
+        {
+            "model_type": "llama", "eos_token_id": [128001, 128008, 128009], "pretraining_tp": 1,
+            "mlp_bias": False, "rope_theta": 5e5, "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "llama3", "factor": 32.0, **LLAMA3_ROPE},
+        },
+        {"tie": True, "rope_theta": 5e5, "rope_factor": 32.0},
+    ),
+    "Llama 2, whose theta and heads of keys are the class's": (
+        {"model_type": "llama", "num_key_value_heads": None, "rope_theta": None, "rope_scaling": None},
+        {"tie": False, "rope_theta": 1e4, "kv_heads": 4},
+    ),
+    "SmolLM2": (
+        {
+            "model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000,
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "tie_word_embeddings": True,
+        },
+        {"tie": True, "rope_theta": 1e5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUIRKS)
+def test_configs_as_published_models_have_them(name: str) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 40}
+    said, meant = QUIRKS[name]
+    shape = shape_from_hf({**sizes, "num_attention_heads": 4, **said})
+    assert {key: getattr(shape, key) for key in meant} == meant
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ("qwen2", {"use_mrope": True}, "use_mrope"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved"),  # SmolLM2's is false
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("llama", {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"vocab_size": 40.0}, "'vocab_size' is 40.0"),
+        ("mistral", {"sliding_window": None}, "'mistral' is not supported"),
+        ("gemma2", {}, "'gemma2' is not supported"),
+        ("gemma3_text", {}, "'gemma3_text' is not supported"),
+        ("smollm3", {}, "'smollm3' is not supported"),
+        ("qwen3_next", {}, "'qwen3_next' is not supported"),
+        ("qwen3_vl", {}, "'qwen3_vl' is not supported"),
+    ],
+)
+def test_quirks_of_published_configs_are_refused_by_name(
+    model_type: str, change: dict[str, Any], message: str
+) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 40}
+    given = {"model_type": model_type, "num_attention_heads": 4, **sizes, **change}
+    with pytest.raises(InputError, match=message) as caught:
+        shape_from_hf(given)
+    assert caught.value.way_out
 
 
 QWEN3 = {

@@ -296,6 +296,62 @@ def test_a_mock_of_wandb_gets_a_copied_run_as_another_one(
         assert log.state_dict()["wandb_id"] == state["wandb_id"]
 
 
+def begun(folder: Path) -> dict[str, Any]:
+    """The checkpoint's part of a run of three rows."""
+    with MetricsLog(folder, ONLINE, name="run") as log:
+        train(log, 1, 3)
+        return log.state_dict()
+
+
+def test_a_mock_of_wandb_gets_a_copy_of_the_same_name_as_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two copies under different roots share no W&B run, and the original keeps its own."""
+    mock = MockWandb(lambda what, number: False)
+    monkeypatch.setitem(sys.modules, "wandb", mock)
+    state = begun(tmp_path / "a" / "run")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with MetricsLog(tmp_path / "b" / "run", ONLINE, resume=state, name="run") as log:
+        train(log, 4, 4)
+        copy = log.state_dict()
+    assert copy["wandb_id"] != state["wandb_id"]
+    assert mock.rows == [1, 2, 3, 1, 2, 3, 4]
+    assert f"W&B run {state['wandb_id']} is that of {tmp_path / 'a' / 'run'}" in caplog.text
+    caplog.clear()
+    for folder, kept in (("a", state), ("b", copy)):  # each goes on with its own
+        with MetricsLog(tmp_path / folder / "run", ONLINE, resume=kept, name="run") as log:
+            assert log.state_dict()["wandb_id"] == kept["wandb_id"]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("place_is_taken", [False, True])
+def test_a_mock_of_wandb_goes_on_with_a_folder_that_was_moved_and_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place_is_taken: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", MockWandb(lambda what, number: False))
+    state = begun(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    if place_is_taken:  # by a new run
+        assert begun(tmp_path / "a")["wandb_id"] != state["wandb_id"]
+    with MetricsLog(tmp_path / "b", ONLINE, resume=state, name="run") as log:
+        train(log, 4, 4)
+        assert log.state_dict()["wandb_id"] == state["wandb_id"]
+    assert f"was at {tmp_path / 'a'} before, and goes on with its W&B run {state['wandb_id']}" in caplog.text
+    assert "under another name" in caplog.text
+
+
+def test_a_mock_of_wandb_takes_a_link_to_a_folder_for_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", MockWandb(lambda what, number: False))
+    state = begun(tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for kept in (state, {key: value for key, value in state.items() if key != "place"}):
+        with MetricsLog(tmp_path / "b", ONLINE, resume=kept, name="run") as log:
+            assert log.state_dict()["wandb_id"] == state["wandb_id"]
+    assert not caplog.text
+
+
 def test_a_mock_of_wandb_that_failed_the_run_before_gets_its_rows_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

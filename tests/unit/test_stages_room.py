@@ -176,12 +176,14 @@ def test_conversations_are_looked_at_before_the_run_begins(tmp_path: Path) -> No
     }
     run = stand_in({"path": rows(tmp_path / "a.jsonl", {})}, "policy", stage)
     with pytest.raises(InputError, match=r"1 conversations have no room.*\n.*c.jsonl:2: \d+ tokens, in 512"):
-        fit_chats(run, ROOMY)
-    fit_chats(stand_in({"path": rows(tmp_path / "a.jsonl", {})}, {**stage, "overlong": "drop"}), ROOMY)
+        fit_chats(run, ROOMY, run.recipe.stages)
+    run = stand_in({"path": rows(tmp_path / "a.jsonl", {})}, {**stage, "overlong": "drop"})
+    [left_out] = fit_chats(run, ROOMY, run.recipe.stages)
+    assert left_out.startswith(f"{tmp_path}/c.jsonl:2: ")
     run.tokenizers["actor"] = load_tokenizer("builtin:tiny")
     run.tokenizers["actor"].chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(InputError, match=r"c.jsonl:1: the chat template"):
-        fit_chats(run, ROOMY)
+        fit_chats(run, ROOMY, run.recipe.stages)
 
 
 SWAPS: dict[str, Any] = {"kind": "state_tracking", "objects": 3, "min_swaps": 2, "max_swaps": 40}

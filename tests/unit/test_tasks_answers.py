@@ -13,12 +13,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genac_megatron.tasks.answers import EXACT, MARKED, after_reasoning, final_answer, last_tagged
+from genac_megatron.tasks.answers import (
+    EXACT,
+    MARKED,
+    after_reasoning,
+    final_answer,
+    last_tagged,
+    opens_reasoning,
+)
 from genac_megatron.tasks.grading import MathGrader
 from genac_megatron.tasks.writing import tidy
 
 TABLE: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "answers.yaml").read_text())
 DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
+HARMONY = "<|start|>user<|message|>3?<|end|><|start|>assistant<|channel|>"
 ALL_FORMS = (*EXACT, "hashes", "number")
 
 
@@ -98,12 +106,17 @@ def test_reasoning_that_the_prompt_opened_has_to_be_closed() -> None:
     assert final_answer("it is \\boxed{34}", opened=True) is None
     assert final_answer("it is 34</think> \\boxed{35}", opened=True) == "35"
     assert after_reasoning("a <think> b") is None
+    assert opens_reasoning(f"{HARMONY}analysis<|message|>")
+    assert not opens_reasoning(f"{HARMONY}final<|message|>")
+    assert not opens_reasoning(f"{HARMONY}commentary to=f<|message|>{{}}<|call|><|start|>assistant")
     assert last_tagged("<think><answer>5</answer></think> done") is None
     assert last_tagged("<think>5</think><answer> 6 </answer>") == " 6 "
     assert last_tagged("<answer>5</answer> no: <answer>6") is None
 
 
-@given(st.text(alphabet="\\boxed{}<answer>/ \n1:#*$Answeristh.think答案", max_size=120), st.booleans())
+@given(
+    st.text(alphabet="\\boxed{}<answer>/ \n1:#*$Answeristh.think答案|channelfm", max_size=120), st.booleans()
+)
 def test_any_text_has_an_answer_or_none(text: str, ended: bool) -> None:
     answer = final_answer(text, ALL_FORMS, ended)
     assert answer is None or answer.strip()
@@ -132,6 +145,10 @@ def test_a_balanced_box_is_found_whatever_precedes_it(inner: str, before: str) -
         "Answer:\n\\[",
         "The answer is $$",
         "<think>",
+        "<|channel|>",
+        "<|channel|>final<|message|>",
+        "analysis",
+        "assistantfinal",
         "{",
         "1 ",
     ],

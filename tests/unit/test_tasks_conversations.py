@@ -25,6 +25,49 @@ def test_conversations_are_read_in_order(tmp_path: Path) -> None:
     assert [chat.messages for chat in read_conversations(path)] == [tuple(TURNS), (system, *TURNS)]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "prompter", "content": "hi"}, TURNS[1]]},
+        {"messages": [{"role": "User", "content": "hi"}, {"role": "Assistant", "content": "ho"}]},
+        {"messages": [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "ho"}]},
+        {"conversations": [{"role": "user", "value": "hi"}, {"role": "assistant", "value": "ho"}]},
+        {"conversations": [{"from": "human", "value": "hi", "weight": None}, {"from": "gpt", "value": "ho"}]},
+        {"prompt": "hi", "prompt_id": "0", "messages": TURNS},
+    ],
+)
+def test_roles_by_their_other_names(tmp_path: Path, row: dict[str, Any]) -> None:
+    """As in OpenAssistant's, ShareGPT's and UltraChat's rows."""
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    [chat] = read_conversations(tmp_path / "data.jsonl")
+    assert [(m["role"], m["content"]) for m in chat.messages] == [("user", "hi"), ("assistant", "ho")]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_rows_own_system_message(tmp_path: Path, key: str) -> None:
+    """OpenHermes's is called system_prompt, and is mostly null."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(line(TURNS, **{key: system}) for system in ("be brief", None)))
+    system = {"role": "system", "content": "be brief"}
+    assert [chat.messages for chat in read_conversations(path)] == [(system, *TURNS), tuple(TURNS)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: a?\n\nAssistant: c"},
+        {"instruction": "a?", "input": "", "output": "b"},
+        {"prompt": "a?", "completion": "b"},
+        {"id": "0", "data": ["a?", "b"]},
+    ],
+)
+def test_rows_of_other_kinds_are_refused_by_what_they_have(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=rf"data.jsonl:1: .*there is: {', '.join(row)}\)") as caught:
+        read_conversations(tmp_path / "data.jsonl")
+    assert caught.value.way_out
+
+
 @pytest.mark.parametrize("content", ["Grüße\u2028zweite Zeile", "a\u0085b", "tab\\t ok", "\x1c"])
 def test_a_line_ends_where_json_lines_end(tmp_path: Path, content: str) -> None:
     """U+2028 and the like may stand in a JSON string; they end no line of the file."""

@@ -19,7 +19,6 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import hf_config
 from genac_megatron.recipe.schema import ModelConfig
 from genac_megatron.records import Prompt
-from genac_megatron.stages.runtime import role_tokenizer
 from genac_megatron.tasks.tokenizer import (
     TINY_FOLDER,
     chat_ids,
@@ -27,6 +26,7 @@ from genac_megatron.tasks.tokenizer import (
     load_tokenizer,
     prints_date,
     read_ends,
+    role_tokenizer,
     stop_token_ids,
     without_opened,
 )

@@ -18,6 +18,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import DatasetTask, JsonlTask
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Problem, split_problems
+from genac_megatron.tasks.conversations import read_conversations
 from genac_megatron.tasks.fields import MISSING, look_up, read_tools
 from genac_megatron.tasks.questions import QuestionTask
 from genac_megatron.tasks.rows import read_rows
@@ -93,6 +94,111 @@ def test_tools_in_every_writing(given: object) -> None:
     assert read_tools({"tools": given}, "tools", "here") == (TOOL,)
 
 
+PUBLIC: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, str]]] = {
+    "GSM8K": ({"question": "Q?", "answer": "1 + 1\n#### 72"}, {}, ("Q?", "1 + 1\n#### 72")),
+    "GSM8K by a pattern": (
+        {"question": "Q?", "answer": "1 + 1\n#### 1,072"},
+        {"answer_pattern": r"#### (.+)"},
+        ("Q?", "1,072"),
+    ),
+    "MATH": (
+        {"problem": "Q?", "level": "Level 5", "type": "Algebra", "solution": "so $\\boxed{2}$"},
+        {"question_key": "problem", "answer_key": "solution"},
+        ("Q?", "so $\\boxed{2}$"),
+    ),
+    "DAPO-Math-17k": (
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": "Solve: Q?", "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a9b"},
+        },
+        {},
+        ("Solve: Q?", "34"),
+    ),
+    "OpenR1-Math": (
+        {
+            "problem": "Q?",
+            "solution": "s",
+            "answer": "3",
+            "generations": ["a", "b"],
+            "correctness_math_verify": [True, False],
+            "messages": [{"content": "Q?", "role": "user"}],
+        },
+        {"question_key": "problem"},
+        ("Q?", "3"),
+    ),
+    "Open-Reasoner-Zero": (
+        {"0": {"from": "human", "value": "Q?"}, "1": {"from": "assistant", "ground_truth": {"value": "7"}}},
+        {"question_key": "0.value", "answer_key": "1.ground_truth.value"},
+        ("Q?", "7"),
+    ),
+    "AIME": (
+        {"ID": "I-1", "Problem": "Q?", "Answer": 204},
+        {"question_key": "Problem", "answer_key": "Answer"},
+        ("Q?", "204"),
+    ),
+    "Tulu 3's RLVR": (
+        {"messages": [{"content": "Q?", "role": "user"}], "ground_truth": "72", "dataset": "gsm8k"},
+        {"question_key": "messages", "answer_key": "ground_truth"},
+        ("Q?", "72"),
+    ),
+    "TriviaQA": (
+        {"question": "Q?", "answer": {"value": "a", "aliases": []}},
+        {"answer_key": "answer.value"},
+        ("Q?", "a"),
+    ),
+    "choices in the question": (
+        {"question": "Q?\nA. w\nB. x", "choices": ["w", "x"], "answer": "B"},
+        {},
+        ("Q?\nA. w\nB. x", "B"),
+    ),
+    "a right choice in words": ({"question": "Q?", "choices": ["2", "4"], "answer": "4"}, {}, ("Q?", "4")),
+    "options that are no choices": (
+        {"question": "Q?", "options": {"level": "hard", "language": "en"}, "answer": "2"},
+        {},
+        ("Q?", "2"),
+    ),
+    "no choices": ({"question": "Q?", "choices": [], "options": None, "answer": "1"}, {}, ("Q?", "1")),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rows_of_public_sets_are_read_as_meant(tmp_path: Path, name: str) -> None:
+    row, keys, found = PUBLIC[name]
+    (tmp_path / "x.jsonl").write_bytes(lines(row, json.loads(json.dumps(row).replace("Q?", "R?"))))
+    config = DatasetTask(
+        kind="datasets", name=str(tmp_path / "x.jsonl"), verifier="exact", heldout_size=1, **keys
+    )
+    task = make_task(config, TINY, 0)
+    assert isinstance(task, QuestionTask)
+    assert asked(task)[found[0]] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        ({"choices": ["w", "x", "y", "z"]}, 1),  # MMLU
+        ({"choices": {"text": ["w", "x"], "label": ["A", "B"]}}, "B"),  # ARC
+        ({"options": ["A)21", "B)21.5"]}, "A"),  # AQuA-RAT
+        ({"options": {"A": "w", "B": "x"}}, "B"),  # MedQA
+        ({"options": [{"label": "A", "text": "w"}, {"label": "B", "text": "x"}]}, "(B)"),
+        ({"choices": '["w", "x"]'}, "0"),  # a cell of CSV
+    ],
+)
+def test_choices_that_the_question_does_not_show_are_told(
+    tmp_path: Path, choices: dict[str, Any], answer: Any
+) -> None:
+    """A number or a letter that the actor could only guess would be the reward."""
+    (tmp_path / "x.jsonl").write_bytes(lines(GOOD, {"question": "Q?", "answer": answer, **choices}))
+    with pytest.raises(
+        InputError, match=r"x.jsonl:2: the answer .* which the question does not show"
+    ) as caught:
+        task_of(tmp_path / "x.jsonl")
+    assert "write the choices into the question" in str(caught.value)
+
+
 STORED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "an array in a file for lines": ("x.jsonl", lambda data: b"[" + b",".join(data.splitlines()) + b"]"),
     "the same, printed": (
@@ -148,6 +254,17 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a column twice": ("x.csv", b"question,answer,answer\na,1,2\n", "x.csv:1: two columns"),
     "semicolons": ("x.csv", b"question;answer\na;1\n", "x.csv:1: one column"),
     "an open quote": ("x.csv", b'question,answer\na,1\n"b,1\n', "x.csv:3: not CSV"),
+    "tabs in a table of commas": (
+        "x.csv",
+        b"question\tanswer\na\t1\n",
+        "x.csv:1: one column(.|\n)*by commas",
+    ),
+    "commas in a table of tabs": ("x.tsv", b"question,answer\na,1\n", "x.tsv:1: one column(.|\n)*by tabs"),
+    "a tab too many": ("x.tsv", b"question\tanswer\na\tb\t1\n", "x.tsv:2: 1 cells more(.|\n)*with tabs"),
+    "a tab too few": ("x.tsv", b"question\tanswer\na\t1\nb\n", "x.tsv:3: no text under 'answer': it is null"),
+    "a quote open in a table of tabs": ("x.tsv", b'question\tanswer\n"tis a\t1\nb\t2\n', "x.tsv:2: not TSV"),
+    "words behind a quote": ("x.tsv", b'question\tanswer\n"a" is what?\t1\n', "x.tsv:2: not TSV"),
+    "tabs that are not UTF-8": ("x.tsv", b"question\tanswer\n\xff\t1\n", "x.tsv:2: not UTF-8"),
     "quotes behind slashes": ("x.csv", b'question,answer\n"a \\"x\\" b",1\n', "x.csv:2: not CSV"),
 }
 
@@ -170,6 +287,43 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_blanks_around_names_of_columns_are_not_part_of_them(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("question, answer\na, 007\nb, 1e3\n")
     assert asked(task_of(tmp_path / "x.csv")) == {"a": "007", "b": "1e3"}
+
+
+TABBED = 'question\tanswer\na, or "b"?\t007\n"two\nlines\tand ""a tab""?"\t1,5\n'
+
+
+@pytest.mark.parametrize("dress", ["x.tsv", "x.TSV", "x.tsv.gz"])
+def test_tables_of_tabs_are_read_as_pandas_writes_them(tmp_path: Path, dress: str) -> None:
+    data = b"\xef\xbb\xbf" + TABBED.replace("\n", "\r\n").replace("two\r", "two").encode()
+    (tmp_path / dress).write_bytes(gzip.compress(data) if dress.endswith(".gz") else data)
+    found = [('a, or "b"?', "007"), ('two\nlines\tand "a tab"?', "1,5")]
+    assert asked(task_of(tmp_path / dress)) == dict(found)
+    rows = read_rows(tmp_path / dress)
+    assert [where for where, _ in rows] == [f"{tmp_path / dress}:2", f"{tmp_path / dress}:3"]
+    config = DatasetTask(kind="datasets", name=str(tmp_path / dress), verifier="exact", heldout_size=1)
+    task = make_task(config, TINY, 0)
+    assert isinstance(task, QuestionTask)
+    assert asked(task) == dict(found)
+
+
+def test_a_folder_of_tables_of_tabs(tmp_path: Path) -> None:
+    for name, text in (("train", TABBED), ("test", "question\tanswer\nc?\t0\n")):
+        (tmp_path / f"{name}.tsv").write_text(text)
+    config = DatasetTask(
+        kind="datasets", name=str(tmp_path), heldout_split="test", verifier="exact", heldout_size=1
+    )
+    task = make_task(config, TINY, 0)
+    assert isinstance(task, QuestionTask)
+    assert (task.train_size, task.heldout_size) == (2, 1)
+    assert asked(task)['a, or "b"?'] == "007"
+
+
+def test_conversations_in_a_table_of_tabs(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a\tb?"}, {"role": "assistant", "content": "c"}]
+    cell = json.dumps(chat).replace('"', '""')
+    (tmp_path / "x.tsv").write_text(f'messages\tsystem\n"{cell}"\tBe brief.\n')
+    [found] = read_conversations(tmp_path / "x.tsv")
+    assert found.messages == ({"role": "system", "content": "Be brief."}, *chat)
 
 
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,21 @@ def test_bad_specs_are_input_errors(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="cannot load a tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_needs_somebodys_code_is_refused_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "tokenizer_class": "TheirTokenizer",
+        "auto_map": {"AutoTokenizer": ["theirs.TheirTokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it was run')\n")
+    monkeypatch.setattr("builtins.input", lambda *shown: pytest.fail(f"asked: {shown}"))
+    with pytest.raises(InputError, match="cannot load a tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "is not run here" in caught.value.way_out
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
