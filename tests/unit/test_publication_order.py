@@ -182,3 +182,16 @@ def test_a_stages_turn_is_asked_once_and_by_those_with_a_part_in_it() -> None:
     asked.clear()
     assert [made(False, False)._turn(index, Turns()) for index in range(4)] == [True] * 4
     assert asked == []
+
+
+def test_blocks_that_servers_have_read_are_collected_with_a_stub_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a publication's end, well or not: the allocator has none of them back before."""
+    collected: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: collected.append("collected"))
+    made = DeviceTensors.__new__(DeviceTensors)
+    made._slots, made._exported = {0: torch.zeros(8)}, {0}
+    made.release()
+    assert (collected, made._slots, made._exported) == (["collected"], {}, set())

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.common import versions
-from benchmarks.gpu.minutes.rows import Figures, Step
+from benchmarks.gpu.minutes.rows import Figures, Step, beside
+from genac_megatron.recipe.memory import CONTEXT_GIB
 
 SERVE_PYTHON = "GENAC_SERVE_PYTHON"  # serving.sglang.server's, which imports more than facts may need
 BOOT = Path(__file__).resolve().parents[3] / "genac_megatron" / "serving" / "sglang" / "boot.py"
@@ -63,6 +64,9 @@ def machine() -> Figures:
 def gpu() -> Figures:
     """Its name, and what a plain product and a plain copy get: what other figures are held against."""
     found = torch.cuda.get_device_properties(0)
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    context = (total - free - torch.cuda.memory_reserved()) / 2**30  # nobody else is on the GPU yet
     a = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
     b = torch.randn_like(a)
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
@@ -72,6 +76,7 @@ def gpu() -> Figures:
         "name": found.name,
         "total_gib": round(found.total_memory / 2**30, 1),
         "free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 1),
+        "context_gib": beside(CONTEXT_GIB, context),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "bf16_tflops": round(2 * SIDE**3 / product / 1e12, 1),
         "copy_tb_s": round(2 * COPIED / copy / 1e12, 2),  # read and written

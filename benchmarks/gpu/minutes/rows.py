@@ -99,6 +99,11 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
+def beside(model: float, measured: float) -> Figures:
+    """A constant of the memory model (recipe/memory.py, assumed until then) and what it is on this GPU."""
+    return {"model says": model, "measured": short(measured)}
+
+
 def short(value: Any) -> Any:
     """A figure in four digits, so that a line can be read."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
