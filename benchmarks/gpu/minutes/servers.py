@@ -218,10 +218,10 @@ def run(step: Step, quantization: str = "off") -> bool:
             ("publish", found.publish),
             ("parity", found.sample),
             ("parity, warm", found.sample),
-            ("memory beside weights and cache", found.held),
             ("train, publish", found.train_and_publish),
             ("parity after training", found.sample),
             ("memory flat", found.flat),
+            ("memory beside weights and cache", found.held),
         )
         well = step.chain([(f"{quantization}: {what}", act) for what, act in acts])
         if not well and found.log.exists():
