@@ -292,27 +292,6 @@ def test_control_calls(server: Server) -> None:
     assert client.running() == 0
 
 
-def test_a_server_that_gave_its_memory_back_answers_as_before(farm: Farm) -> None:
-    """The order of a run's turns, with `engine.release: all`: cache and weights go, weights come first, and
-    new ones into them. A CPU server keeps its memory, as SGLang gives back through CUDA's allocator alone:
-    what comes free is measured in tests/gpu/test_gpu_memory.py.
-    """
-    server = farm.shared()
-    client, one = client_of(server), engine_over([server], MODEL)
-    asked = [request(ids, 12, temperature=0.0) for ids in prompts(4, seed=3)]
-    wanted = [greedy(sent.ids, 12) for sent in asked]
-    assert [got.ids for got in complete_all(one, asked)] == wanted
-    for _ in range(2):
-        client.release_memory(("kv_cache",))
-        client.release_memory(("weights",))
-        assert client.present(), "it rests, and is there"
-        client.resume_memory(("weights",))
-        one = engine_over([server], MODEL)
-        client.resume_memory(("kv_cache",))
-        assert client.healthy()
-        assert [got.ids for got in complete_all(one, asked)] == wanted
-
-
 def test_a_wrong_key_is_refused(farm: Farm) -> None:
     server = farm.shared()
     client = ServerClient(server.spec.url, "wrong", name="stranger")
