@@ -2,8 +2,9 @@
 
 A role of one rank does three steps in a process of its own; the peak of torch's allocator above what was
 there before, beside weights + gradients + optimizer + activations of the estimate. CUDA's context and the
-libraries' workspaces are in neither (cluster/gpus.py reserves 6 GiB for them, assumed: `outside_GiB` is what
-this GPU shows in use beyond torch's allocator). On a CPU, resident memory stands in for the allocator.
+libraries' workspaces are in neither: recipe/memory.py has RANK_GIB for them (assumed) and for `waste`, what
+the allocator holds beyond its peak; `outside_GiB` is what this GPU shows in use beyond the allocator. On a
+CPU, resident memory stands in for it.
 Goal: the estimate is within a quarter of the peak. Run: python -m benchmarks.gpu.memory
 """
 
@@ -42,8 +43,9 @@ def run_variant(given: dict[str, Any]) -> dict[str, Any]:
     close_world()
     parts = memory_of(config, shape_of(config.model, shape["vocab"]), Place(0, 0, 0, 0), 1)
     cuda = torch.cuda.is_available()
-    outside = 0.0
+    outside = waste = 0.0
     if cuda:
+        waste = (torch.cuda.max_memory_reserved() - torch.cuda.max_memory_allocated()) / GIB
         free, total = torch.cuda.mem_get_info()
         outside = (total - free - torch.cuda.memory_reserved()) / GIB
     return {
@@ -51,6 +53,7 @@ def run_variant(given: dict[str, Any]) -> dict[str, Any]:
         "estimate": (parts.total - parts.engine) / GIB,
         "activations": parts.activations / GIB,
         "outside": outside,
+        "waste": waste,
     }
 
 

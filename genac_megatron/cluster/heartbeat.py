@@ -43,9 +43,19 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def attempt_folder(run: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The log folder of a batch script's attempt at this run; None outside of one.
+
+    A command beside the run (an evaluation in the same job, say) has a folder and logs of its own.
+    """
+    named = environ.get("GENAC_LOGS")
+    mine = Path(environ.get("GENAC_RUN") or run).absolute() == run.absolute()
+    return Path(named) if named and mine else None
+
+
 def logs_folder(run: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """The attempt's log folder: what the batch script names, else logs/local of the run."""
-    return Path(environ["GENAC_LOGS"]) if "GENAC_LOGS" in environ else run / "logs" / "local"
+    return attempt_folder(run, environ) or run / "logs" / "local"
 
 
 def world_size() -> int:
@@ -57,7 +67,8 @@ def world_size() -> int:
 def heartbeat(run: Path) -> Iterator[None]:
     """While the block runs, this rank's heart beats. A file that cannot be written stops nothing."""
     pace = min(SLOW_BEAT_S, max(BEAT_S, world_size() / WRITES_PER_S))
-    beat = Heartbeat(logs_folder(run), int(os.environ.get("RANK", "0")), beat_s=pace)
+    asks = attempt_folder(run) is not None
+    beat = Heartbeat(logs_folder(run), int(os.environ.get("RANK", "0")), beat_s=pace, asks=asks)
     beat.start()
     try:
         yield
@@ -70,9 +81,19 @@ def heartbeat(run: Path) -> Iterator[None]:
 
 
 class Heartbeat(threading.Thread):
-    """The thread. stall_s: seconds without progress that count as a stall."""
+    """The thread. stall_s: seconds without progress that count as a stall. asks: a batch script asks to stop
+    by a file in the folder.
+    """
 
-    def __init__(self, folder: Path, rank: int, *, beat_s: float = BEAT_S, stall_s: float | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        *,
+        beat_s: float = BEAT_S,
+        stall_s: float | None = None,
+        asks: bool = False,
+    ):
         super().__init__(name="genac-heartbeat", daemon=True)
         self.folder, self.rank, self.beat_s = folder, rank, beat_s
         self.stall_s = float(os.environ.get("GENAC_STALL_S", STALL_S)) if stall_s is None else stall_s
@@ -80,7 +101,7 @@ class Heartbeat(threading.Thread):
         self._state = "running"
         self._code: int | None = None
         self._seen: dict[str, Any] = {}
-        self._asked = "GENAC_LOGS" not in os.environ  # without a batch script nobody asks by a file
+        self._asked = not asks  # or a stop is passed on already
         self._ticks, self._since = -1, time.monotonic()
         self._stalled_at: float | None = None
         self._told = self._begun = False

@@ -10,7 +10,7 @@ from genac_megatron.recipe.estimate import place_of
 from genac_megatron.recipe.memory import GIB, Share, Tenants
 from genac_megatron.recipe.rules import ranks_of
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.recipe.servers import role_gpus, started_engines, too_few
+from genac_megatron.recipe.servers import plan_gpus, role_gpus, started_engines, too_few
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def misfits(recipe: Recipe) -> list[str]:
         return found
     found += _torn_groups(recipe, place) + _absent_nodes(recipe, place)
     if recipe.cluster.gpu is not None:
-        found += _fp8(recipe) + _servers(recipe, place)
+        found += _fp8(recipe) + _servers(recipe, place) + publication_faults(recipe)
         found += [] if found else fit_faults(recipe)
     return found
 
@@ -101,6 +101,40 @@ def _fp8(recipe: Recipe) -> list[str]:
         for role, config in recipe.roles.items()
         if config.training.fp8 not in ("off", *known)
     ]
+
+
+def publication_faults(recipe: Recipe) -> list[str]:
+    """Servers on GPUs that no way brings weights to; nothing where all are reached.
+
+    CUDA IPC stays on a GPU, so each of a role's servers must share those of ranks. NCCL takes one process of
+    a GPU in a group: none may share that of a rank that sends, the first of a pipeline stage.
+    """
+    place, found = placement(recipe), []
+    plan = plan_gpus(started_engines(recipe))
+    for name, engine in started_engines(recipe).items():
+        role = recipe.roles[name]
+        layout, way = role.layout, role.publication.transport
+        stage = ranks_of(layout, recipe.world.ranks) // layout.pp
+        sources = [layout.first_rank + stage * index for index in range(layout.pp)]
+        sending = {(place.node_of(rank), rank % place.ranks_per_node) for rank in sources}
+        served = {(engine.node_of(index), gpu) for index, gpus in enumerate(plan[name]) for gpu in gpus}
+        alone, both = {one for one in served if one[1] >= place.ranks_per_node}, served & sending
+        if way == "tensor" and alone:
+            why = f"no rank is on GPU {_named(alone)}, where CUDA IPC would have to begin"
+        elif both and (way == "group" or (way == "auto" and alone)):
+            why = f"on GPU {_named(both)} is also a rank that sends, and NCCL takes one process of a GPU"
+            why += f"; CUDA IPC does not reach GPU {_named(alone)}, where no rank is" if alone else ""
+        else:
+            continue
+        found.append(
+            f"weights of '{name}' do not reach all its servers: {why}: change roles.{name}.engine.gpus (all "
+            "with ranks, or none with a sender), or publication.transport (tensor: all with ranks; disk: any)"
+        )
+    return found
+
+
+def _named(gpus: set[tuple[int, int]]) -> str:
+    return ", ".join(f"{gpu} of node {node}" for node, gpu in sorted(gpus))
 
 
 def fit_faults(recipe: Recipe) -> list[str]:

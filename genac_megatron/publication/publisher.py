@@ -129,18 +129,13 @@ class Publisher:
         arriving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="publish") as worker:
             for index in range(len(self.plan)):
-                if (
-                    self.transport.in_turn
-                    and self._begins(index)
-                    and self._joiner.takes_part(self.plan[index])
-                ):
-                    progress.turn(self.plan[index].stage)  # not within a collective, which has a limit
+                ready = self._turn(index, progress)  # not within a collective, which has a limit
                 parcel = self._joined(version, index)
                 if arriving is not None:
                     arriving.result()
                     arriving = None
                 if self.transport.takes_part(parcel.source):
-                    arriving = worker.submit(self._deliver, parcel, progress)
+                    arriving = worker.submit(self._deliver, parcel, progress, ready)
                 if arriving is not None and not self.overlap:
                     arriving.result()
             if arriving is not None:
@@ -149,6 +144,16 @@ class Publisher:
     def _begins(self, index: int) -> bool:
         """Whether a bucket is its pipeline stage's first."""
         return index == 0 or self.plan[index - 1].stage != self.plan[index].stage
+
+    def _turn(self, index: int, progress: Progress) -> bool:
+        """Wait where a bucket's stage begins and servers take one stage at a time; whether all before it
+        went well. Ranks without a part in the bucket do not wait.
+        """
+        bucket = self.plan[index]
+        if not (self.transport.in_turn and self._begins(index)):
+            return True
+        part = self._joiner.takes_part(bucket) or self.transport.takes_part(self._sources[bucket.stage])
+        return progress.turn(bucket.stage) if part else True
 
     def _outcome(self) -> None:
         if self.transport.failure is not None:
@@ -169,9 +174,10 @@ class Publisher:
         return Parcel(version, index, len(self.plan), bucket, source, flat)
 
     @torch.no_grad()
-    def _deliver(self, parcel: Parcel, progress: Progress) -> None:
+    def _deliver(self, parcel: Parcel, progress: Progress, ready: bool) -> None:
+        """Send a bucket. Not `ready`: a stage before it did not go well, and nothing more is sent."""
         transport, stage, index = self.transport, parcel.bucket.stage, parcel.index
-        if transport.in_turn and self._begins(index) and not progress.turn(stage):
+        if not ready:
             transport.stopped = True
         with transport.timed("send_s" if parcel.mine else "receive_s"), self._launching():
             transport.send(parcel)

@@ -11,7 +11,8 @@ Phases, in the order of a run (stages/turns.py keeps to it):
             comes after it
   restart   as generate, with a lost server that comes up again
 
-The role's parts are recipe/estimate.py's. Assumed, not measured: RANK_GIB, SERVER_GIB, CONTEXT_GIB.
+The role's parts are recipe/estimate.py's. Assumed, not measured: RANK_GIB, SERVER_GIB, CONTEXT_GIB, FILLED.
+`tools/gpu_minutes.sh facts server memory` says on a GPU what the first three are.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DECODED = 256  # requests that a server decodes together at the least: so many i
 RESERVED = 0.7  # of a request's length that SGLang's scheduler sets aside before it lets it in
 BUCKET = 512 << 20  # publication/plan.py: BUCKET_BYTES
 ALIVE = 2  # buckets of a publication at a time
-FILLED = 0.98  # of a GPU, by KV caches that take what is left: the rest of it is an estimate
+FILLED = 0.98  # of a GPU, by KV caches that take what is left: the rest of it is an estimate. Assumed
 DIGITS = 4  # of a fraction; rounded down
 
 

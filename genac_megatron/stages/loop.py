@@ -73,7 +73,6 @@ class Loop:
             figures = {**figures, **evaluate()}
         run.at.step = step
         run.log_step(self.stage.name, self.stage.kind, step, figures)
-        self.checkpoints.poll()
         self._save_and_stop(step)
 
     def _save_and_stop(self, step: int) -> None:

@@ -45,8 +45,15 @@ def launch_parts(
 ) -> list[Launched[StepResult]]:
     """An update of `role` with each part, with `options` of `Role.launch_step`. Its schedule goes on by the
     updates that were `planned`, also where a batch was too small for as many. Collective over its block.
+
+    The first update that is not finite is the last: its result is refused on every rank, which collect in
+    this order, and updates of spoilt weights take as long as any.
     """
-    launched = [role.launch_step(part, loss, **options) for part in parts]
+    launched: list[Launched[StepResult]] = []
+    for number, part in enumerate(parts, start=1):
+        launched.append(role.launch_step(part, loss, **options))
+        if number < len(parts) and launched[-1].spoilt():
+            break
     if len(parts) < planned:
         role.skip(planned - len(parts))
     return launched

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron import platform
-from genac_megatron.cluster.placement import placement, tenants
+from genac_megatron.cluster.placement import placement, publication_faults, tenants
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import Template, load_template, need_privileged
 from genac_megatron.errors import InputError, on_all_ranks
@@ -148,6 +148,8 @@ class Run:
             return {}
         self._check_nodes()
         total, who = min(gathered(platform.gpu_bytes())), tenants(self.recipe)
+        if reasons := publication_faults(self.recipe):
+            raise on_all_ranks(InputError("\n  ".join(reasons), where=f"recipe {self.recipe.name}"))
         if reasons := memory.faults(self.recipe, who, total, "GPU here"):
             what, way_out = "\n  ".join(reasons), "--dry-run shows who holds what (cluster.gpu names the GPU)"
             raise on_all_ranks(InputError(what, where=f"recipe {self.recipe.name}", way_out=way_out))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from genac_megatron import platform
+from genac_megatron.cluster.heartbeat import attempt_folder
 from genac_megatron.cluster.network import fabric_address
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import hf_config
@@ -172,8 +173,7 @@ class Fleets:
 
     def __init__(self, folder: RunFolder, engines: Mapping[str, EngineConfig]) -> None:
         self._folder, self._engines = folder, engines
-        # The batch script has a folder for each of a job's attempts.
-        self._logs = Path(os.environ.get("GENAC_LOGS") or folder.logs)
+        self._logs = attempt_folder(folder.path) or folder.logs
         nodes = nodes_of_ranks()
         self._nodes, self._node = max(nodes) + 1, nodes[dist.get_rank()]
         self._first = nodes.index(self._node) == dist.get_rank()
@@ -212,8 +212,9 @@ class Fleets:
             host=host,
             places=self._places.get(role),
             cores=self._cores,
+            share=share,
+            neighbours=tuple(self._started),
         )
-        fleet.share, fleet.neighbours = share, tuple(self._started)
         self._started.append(fleet)
         if not config.urls:
             python = serving_python(config.python)

@@ -103,6 +103,15 @@ def _kill_writers(process: Any) -> None:
                 one.kill()
 
 
+def _let_go(request: Any) -> None:
+    """Let tensors go that writers have their copies of: Megatron holds them until the save is completed, and
+    asks no more then than how many files there are.
+    """
+    for files in request.async_fn_args:
+        if isinstance(files, list):
+            files[:] = [(path, key, ([], [])) for path, key, _ in files]
+
+
 class Checkpoints:
     """A run's checkpoint folder. Every method but `newest` is collective.
 
@@ -190,6 +199,7 @@ class Checkpoints:
         if self._queue is None:
             self._queue = AsyncCallsQueue()
         self._queue.schedule_async_request(request)
+        _let_go(request)
 
     def poll(self) -> bool:
         """Complete an asynchronous save that has ended on all ranks. Whether none is left. Once a step."""

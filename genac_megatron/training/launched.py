@@ -7,12 +7,17 @@ the order of the launches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
+from genac_megatron import platform
 from genac_megatron.training.layout import Layout
+
+NEED_FINITE = ("loss", "grad_norm")  # of a training step's stats
 
 T = TypeVar("T")
 
@@ -36,6 +41,19 @@ class Launched(Generic[T]):
         if self._found is None:
             self._found = (self._finish(_from(self._layout.output_rank, self._mine, None)),)
         return self._found[0]
+
+    def spoilt(self) -> bool:
+        """Whether a training step's result will be refused, so that another update on top of it is in vain.
+
+        Collective over the block, whose ranks all learn it; False on others.
+        """
+        if self._groups is None:
+            return False
+        stats = self._mine[0]
+        finite = all(math.isfinite(stats.get(key, 0.0)) for key in NEED_FINITE)  # losses: on last stages
+        told = torch.tensor([float(not finite)], device=platform.device())
+        dist.all_reduce(told, group=self._groups.intra_dist_opt)
+        return bool(told.item())
 
     def for_ranks_of(self, other: Layout) -> T | None:
         """The result, for what `other`'s ranks do next; None on ranks that are in neither block.

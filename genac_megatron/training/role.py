@@ -35,7 +35,7 @@ from genac_megatron.models.routing import attach, check_experts
 from genac_megatron.observe.profile import mark
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
-from genac_megatron.training.launched import Launched
+from genac_megatron.training.launched import NEED_FINITE, Launched
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.offload import (
     HostCopy,
@@ -277,7 +277,7 @@ class Role:
 
     def _finite(self, passed: Passed) -> StepResult:
         stats, logprobs = passed
-        for key in ("loss", "grad_norm"):
+        for key in NEED_FINITE:
             if not math.isfinite(stats[key]):
                 raise on_all_ranks(NotFinite(f"{self.name}/{key} is {stats[key]}"))
         return StepResult(stats, logprobs)

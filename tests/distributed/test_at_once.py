@@ -181,3 +181,54 @@ def broken(rank: int, bad: list[str]) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("bad", [["actor"], ["critic"], ["actor", "critic"]])
 def test_what_is_not_finite_is_raised_on_every_rank(pool: Any, bad: list[str]) -> None:
     assert pool.run(broken, bad, timeout=RUN_S) == [[(f"{name}/loss is nan", True) for name in bad]] * 4
+
+
+def stopped(rank: int, layouts: Any, norm: float) -> Any:
+    """An actor's three updates, the first with a loss that is not finite, beside a critic's step: how many
+    passes this rank has made of each, and what the collected results raise.
+    """
+    from genac_megatron.algorithms.losses import make_ppo_loss
+    from genac_megatron.errors import NotFinite
+    from genac_megatron.recipe.schema import LossConfig
+    from genac_megatron.stages.minibatches import launch_parts
+    from genac_megatron.stages.under_way import Update, collected
+
+    loss = make_ppo_loss(LossConfig())
+    roles, passes = {}, dict.fromkeys(("actor", "critic"), 0)
+    for name, layout in zip(passes, layouts, strict=True):
+        config = role_config(layout=layout, optimizer={"clip_grad": norm})
+        role = roles[name] = make_role(name, config, 4)
+        role.begin_stage(None, 10)
+
+    def counting(name: str, factor: float) -> Any:
+        def call(*given: Any) -> Any:
+            passes[name] += 1
+            value, stats = loss(*given)
+            return value * (factor if passes[name] == 1 else 1.0), stats
+
+        return call
+
+    parts = [make_samples(1, seed) for seed in (1, 2, 3)]
+    actor = launch_parts(roles["actor"], parts, counting("actor", float("nan")), 3)
+    critic = launch_parts(roles["critic"], parts[:2], counting("critic", 1.0), 2)
+    run: Any = SimpleNamespace(phase=lambda name: nullcontext())
+    try:
+        collected(run, [Update(actor, dict), Update(critic, dict)])
+    except NotFinite as error:
+        return passes, str(error), error.agreed
+    return passes, "", False
+
+
+ONE_EACH: tuple[dict[str, Any], ...] = ({"count": 2, "tp": 2}, {"first_rank": 2, "count": 2, "tp": 2})
+STAGED: tuple[dict[str, Any], ...] = ({"count": 2, "pp": 2}, {"first_rank": 1, "count": 2, "pp": 2})
+
+
+@pytest.mark.parametrize(
+    ("layouts", "norm"), [(ONE_EACH, 1.0), (STAGED, 1.0), (STAGED, 0.0)], ids=["tp", "pp", "no clipping"]
+)
+def test_an_update_that_is_not_finite_is_the_last_of_its_step(pool: Any, layouts: Any, norm: float) -> None:
+    """Without clipping no gradient norm is known: the last pipeline stage alone sees the loss."""
+    found = pool.run(stopped, layouts, norm, timeout=RUN_S)
+    assert {(text, agreed) for _, text, agreed in found} == {("actor/loss is nan", True)}
+    assert max(passes["actor"] for passes, *_ in found) == 1, "of three"
+    assert max(passes["critic"] for passes, *_ in found) == 2, "another role's go on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,35 @@ def test_resume_is_exact(pool: Any, tmp_path: Path, layouts: Any, asynchronous: 
     same(loaded, saved, atol=0)
     assert after_load == after
     same(end_load, end, atol=0)
+
+
+def held_bytes() -> int:
+    """Of all tensors that this process can still reach, each storage once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def pending_case(rank: int, folder: str) -> Any:
+    """Bytes of tensors before a save in the background and while it is not completed, and of the weights."""
+    from genac_megatron.training.checkpoint import Checkpoints
+
+    role = make_role("actor", role_config(layout={"tp": 2}, shape={"hidden": 128, "ffn": 512}), 4)
+    role.begin_stage(None, 10)
+    train(role, 1, 0)
+    checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=True)
+    before = held_bytes()
+    checkpoints.save("ppo-00001", {"actor": role}, STATE)
+    pending = held_bytes()
+    checkpoints.wait()
+    weights = sum(p.numel() * p.itemsize for p in role.models[0].parameters())
+    return before, pending, weights
+
+
+def test_a_save_under_way_holds_none_of_the_tensors_that_were_copied(pool: Any, tmp_path: Path) -> None:
+    """On a GPU they are the device's: what a role lets go meanwhile has to come free."""
+    for before, pending, weights in pool.run(pending_case, str(tmp_path)):
+        assert pending - before < 0.05 * weights
 
 
 def faster_case(rank: int, folder: str) -> Any:

@@ -39,10 +39,11 @@ def test_a_server_has_its_share_and_gives_it_back(tmp_path: Path) -> None:
     config = EngineConfig.model_validate(
         {"kind": "sglang", "release": "kv_cache", "gpus": [0], "args": list(SERVER_ARGS)}
     )
-    fleet = Fleet("actor", config, hf_config(role.shape), tmp_path / "model", tmp_path, "cuda")
     shape = role.shape
     token = 2.0 * shape.layers * shape.kv_size * 2
-    fleet.share = Share("actor", 0.01 * GIB, 4 * GIB, 1024 * token, token, SERVER_GIB * GIB)
+    share = Share("actor", 0.01 * GIB, 4 * GIB, 1024 * token, token, SERVER_GIB * GIB)
+    model = tmp_path / "model"
+    fleet = Fleet("actor", config, hf_config(shape), model, tmp_path, "cuda", share=share)
     fleet.start(serving_python())
     try:
         [endpoint] = fleet.ready()

@@ -11,7 +11,14 @@ import pytest
 
 from genac_megatron.cluster import job, script
 from genac_megatron.cluster.network import job_ports
-from genac_megatron.cluster.placement import duties, heaviest, misfits, placement, server_count
+from genac_megatron.cluster.placement import (
+    duties,
+    heaviest,
+    misfits,
+    placement,
+    publication_faults,
+    server_count,
+)
 from genac_megatron.cluster.preflight import missing_gpus
 from genac_megatron.errors import InputError
 from genac_megatron.observe.lock import _began as began
@@ -121,6 +128,36 @@ def test_a_role_that_is_not_served_takes_no_gpu(tmp_path: Path) -> None:
     one = both.model_copy(update={"roles": {"reference": reference, "critic": both.roles["critic"]}})
     assert duties(one)[0] == "node 0: train reference and critic; 1 server(s) of critic (tp 2, GPUs 0, 1)"
     assert (server_count(both), server_count(one)) == (2, 1)
+
+
+FOUR_RANKS = ("world.ranks=4", "roles.actor.layout.tp=2", "roles.critic.layout.tp=2", "cluster.gpu=null")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "refused"),
+    [
+        ("[0,1]", [], ""),  # all share: CUDA IPC
+        ("[4,5]", [], ""),  # none shares: NCCL
+        ("[3,5]", [], ""),  # one is on a rank's GPU, but that rank sends nothing
+        ("[0,5]", [], "on GPU 0 of node 0 is also a rank that sends, and NCCL takes one process of a GPU; "
+                      "CUDA IPC does not reach GPU 5 of node 0"),
+        ("[2,4]", ["roles.actor.layout.pp=2"], "on GPU 2 of node 0 is also"),  # the second stage's sender
+        ("[2,4]", ["roles.actor.layout.first_rank=2"], "on GPU 2 of node 0 is also"),
+        ("[0,5]", ["roles.actor.publication.transport=disk"], ""),
+        ("[0,5]", ["roles.actor.publication.transport=tensor"], "no rank is on GPU 5 of node 0"),
+        ("[0,1]", ["roles.actor.publication.transport=group"], "on GPU 0 of node 0 is also a rank"),
+        ("[2,3]", ["roles.actor.publication.transport=group"], ""),
+    ],
+)  # fmt: skip
+def test_which_way_weights_go_where_some_servers_share_gpus_with_ranks(
+    tmp_path: Path, gpus: str, more: list[str], refused: str
+) -> None:
+    """Decided before anything starts: NCCL would fail at the first publication."""
+    engine = {"kind": "sglang", "engines": 2, "gpus": gpus}
+    given = [f"roles.actor.engine.{key}={value}" for key, value in engine.items()]
+    found = publication_faults(recipe(tmp_path, *FOUR_RANKS, *given, *more))
+    assert len(found) == (1 if refused else 0)
+    assert refused in "".join(found)
 
 
 def test_a_gpu_that_is_named_twice_is_refused_with_its_place(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from genac_megatron.cluster.heartbeat import (
     PACKAGE,
     SILENT_S,
     Heartbeat,
+    attempt_folder,
     behind,
+    logs_folder,
     place_of,
     read_beats,
     stall_text,
@@ -94,6 +96,18 @@ def test_what_a_larger_world_has_left_is_none_of_the_runs_ranks(tmp_path: Path) 
     assert "SILENT" not in text
 
 
+def test_a_command_beside_the_run_has_logs_of_its_own_in_the_runs_job(tmp_path: Path) -> None:
+    """Its heartbeats and servers' logs would be taken for those of the ranks that train."""
+    run = tmp_path / "runs" / "big"
+    job = {"GENAC_RUN": str(run), "GENAC_LOGS": str(run / "logs" / "7-r0")}
+    evaluation = run / "evaluate" / "score-0a1b2c3d"
+    assert attempt_folder(run, job) == logs_folder(run, job) == run / "logs" / "7-r0"
+    assert attempt_folder(evaluation, job) is None
+    assert logs_folder(evaluation, job) == evaluation / "logs" / "local"
+    assert attempt_folder(run, {}) is None
+    assert attempt_folder(run, {"GENAC_LOGS": "/logs"}) == Path("/logs"), "a script of one's own"
+
+
 def test_without_progress_the_stack_is_dumped_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,14 +133,13 @@ import os, signal, sys, time
 from pathlib import Path
 from genac_megatron.cluster.heartbeat import Heartbeat
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-Heartbeat(Path(sys.argv[1]), 0, beat_s=0.1).start()
+Heartbeat(Path(sys.argv[1]), 0, beat_s=0.1, asks=True).start()
 time.sleep(30)
 """
 
 
 def test_a_request_to_stop_becomes_a_signal_to_this_process_alone(tmp_path: Path) -> None:
-    environ = {"PYTHONPATH": str(ROOT), "GENAC_LOGS": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], env=environ)
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], env={"PYTHONPATH": str(ROOT)})
     until(lambda: bool(read_beats(tmp_path)))
     (tmp_path / "stop").touch()
     assert process.wait(LIMIT_S) == 75

@@ -56,7 +56,8 @@ class Recorded(Publisher):
             time.sleep(0.02)
         return cast(Parcel, SimpleNamespace(index=index, source=0))
 
-    def _deliver(self, parcel: Parcel, progress: Any) -> None:
+    def _deliver(self, parcel: Parcel, progress: Any, ready: bool) -> None:
+        assert ready
         with self._launching():
             self.threads.add(threading.get_ident())
             time.sleep(0.05)
@@ -153,3 +154,44 @@ def test_a_publications_peak_leaves_trainings_with_a_stub_allocator(
         stub.take(-300)
     assert measured.device == 300
     assert stub.peak == peak, "it was not reset"
+
+
+def test_a_stages_turn_is_asked_once_and_by_those_with_a_part_in_it() -> None:
+    """Of a plan of two stages with two buckets each; the second one's turn comes after a failure."""
+    asked: list[int] = []
+
+    class Turns:
+        def turn(self, stage: int) -> bool:
+            asked.append(stage)
+            return stage == 0
+
+    def made(joins: bool, sends: bool) -> Any:
+        transport = StubTransport()
+        transport.in_turn = True
+        transport.takes_part = lambda source: sends  # type: ignore[method-assign]
+        publisher = Recorded(transport)
+        publisher.plan = cast(Any, [SimpleNamespace(stage=stage) for stage in (0, 0, 1, 1)])
+        publisher._sources = [0, 1]
+        publisher._joiner = cast(Any, SimpleNamespace(takes_part=lambda bucket: joins))
+        return publisher
+
+    for joins, sends in ((True, True), (False, True), (True, False)):
+        asked.clear()
+        told = [made(joins, sends)._turn(index, Turns()) for index in range(4)]
+        assert (told, asked) == ([True, True, False, True], [0, 1])
+    asked.clear()
+    assert [made(False, False)._turn(index, Turns()) for index in range(4)] == [True] * 4
+    assert asked == []
+
+
+def test_blocks_that_servers_have_read_are_collected_with_a_stub_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a publication's end, well or not: the allocator has none of them back before."""
+    collected: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: collected.append("collected"))
+    made = DeviceTensors.__new__(DeviceTensors)
+    made._slots, made._exported = {0: torch.zeros(8)}, {0}
+    made.release()
+    assert (collected, made._slots, made._exported) == (["collected"], {}, set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     return made
 
 
-def made_fleet(folder: Path, role: str = "actor", **given: Any) -> Fleet:
+def made_fleet(folder: Path, role: str = "actor", beside: Sequence[Fleet] = (), **given: Any) -> Fleet:
     config = EngineConfig.model_validate({"kind": "sglang"} | given)
-    fleet = Fleet(role, config, {"model_type": "llama"}, folder / role, folder, "cuda")
-    fleet.share = SHARE
-    return fleet
+    where = {"model_type": "llama"}, folder / role, folder, "cuda"
+    return Fleet(role, config, *where, share=SHARE, neighbours=beside)
 
 
 def test_a_server_gets_its_share_whatever_is_free(tmp_path: Path, gpus: FakeGpus) -> None:
@@ -129,10 +128,9 @@ def test_a_server_gets_its_share_whatever_is_free(tmp_path: Path, gpus: FakeGpus
 
 def test_servers_of_one_gpu_start_one_after_another(tmp_path: Path, gpus: FakeGpus) -> None:
     """What one takes while another makes its cache would be lost to that one."""
-    actor, critic = made_fleet(tmp_path, gpus=[0]), made_fleet(tmp_path, "critic", gpus=[0])
-    critic.neighbours = (actor,)
-    apart = made_fleet(tmp_path, "other", gpus=[1])
-    apart.neighbours = (actor, critic)
+    actor = made_fleet(tmp_path, gpus=[0])
+    critic = made_fleet(tmp_path, "critic", [actor], gpus=[0])
+    apart = made_fleet(tmp_path, "other", [actor, critic], gpus=[1])
     for fleet in (actor, critic, apart):
         fleet.start()
     assert gpus.log == ["start actor/0 25.0", "healthy actor/0", "start critic/0 25.0", "start other/0 25.0"]

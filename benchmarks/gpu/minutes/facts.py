@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.common import versions
-from benchmarks.gpu.minutes.rows import Figures, Step
+from benchmarks.gpu.minutes.rows import Figures, Step, beside
+from genac_megatron.recipe.memory import CONTEXT_GIB
 
 SERVE_PYTHON = "GENAC_SERVE_PYTHON"  # serving.sglang.server's, which imports more than facts may need
-LIMIT_S = 90.0
+BOOT = Path(__file__).resolve().parents[3] / "genac_megatron" / "serving" / "sglang" / "boot.py"
+LIMIT_S, TRY_LIMIT_S = 45.0, 900.0  # of a child: on a GPU, and in a try on a busy CPU
 SIDE = 8192  # of the square matrices that are multiplied
 COPIED = 2 << 30  # bytes
 ON_A_GPU = (
@@ -24,7 +26,10 @@ ON_A_GPU = (
     "print('sglang', sglang.__version__, 'transformers', transformers.__version__, "
     "'error', (y - z).float().abs().max().item())"
 )
-ON_A_CPU = "import sglang, transformers as t; print('sglang', sglang.__version__, t.__version__)"
+ON_A_CPU = (  # PyPI's SGLang imports what a CPU lacks: as our servers there begin
+    "import sys; sys.path.insert(0, sys.argv[1]); import boot; boot.prepare_cpu()\n"
+    "import sglang, transformers as t; print('sglang', sglang.__version__, 'transformers', t.__version__)"
+)
 
 
 def run(step: Step) -> bool:
@@ -32,7 +37,7 @@ def run(step: Step) -> bool:
     cases = [("packages", packages), ("machine", machine), ("gpu", gpu), ("transformer engine", te)]
     if step.tiny:
         cases = cases[:2]
-    return step.each([*cases, ("sglang", lambda: sglang(step.tiny)), ("doctor", doctor)])
+    return step.each([*cases, ("sglang", lambda: sglang(step.tiny)), ("doctor", lambda: doctor(step.tiny))])
 
 
 def packages() -> Figures:
@@ -59,6 +64,9 @@ def machine() -> Figures:
 def gpu() -> Figures:
     """Its name, and what a plain product and a plain copy get: what other figures are held against."""
     found = torch.cuda.get_device_properties(0)
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    context = (total - free - torch.cuda.memory_reserved()) / 2**30  # nobody else is on the GPU yet
     a = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
     b = torch.randn_like(a)
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
@@ -68,6 +76,7 @@ def gpu() -> Figures:
         "name": found.name,
         "total_gib": round(found.total_memory / 2**30, 1),
         "free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 1),
+        "context_gib": beside(CONTEXT_GIB, context),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "bf16_tflops": round(2 * SIDE**3 / product / 1e12, 1),
         "copy_tb_s": round(2 * COPIED / copy / 1e12, 2),  # read and written
@@ -116,17 +125,21 @@ def te() -> Figures:
 
 def sglang(tiny: bool) -> Figures:
     """The servers' environment: its imports, and one of its kernels against torch's."""
-    command = [os.environ[SERVE_PYTHON], "-W", "ignore", "-c", ON_A_CPU if tiny else ON_A_GPU]
+    if SERVE_PYTHON not in os.environ:
+        raise RuntimeError(f"{SERVE_PYTHON} is not set: tools/gpu_setup.sh prints it, or --bundles FOLDER")
+    program = ON_A_CPU if tiny else ON_A_GPU
+    command = [os.environ[SERVE_PYTHON], "-W", "ignore", "-c", program, str(BOOT.parent)]
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environ)
+    limit = _limit(tiny)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environ)
     if done.returncode:
         raise RuntimeError(done.stderr[-1200:])
     return {"said": done.stdout.strip().splitlines()[-1]}
 
 
-def doctor() -> Figures:
+def doctor(tiny: bool) -> Figures:
     command = [sys.executable, "-W", "ignore", "-m", "genac_megatron", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_limit(tiny))
     print(done.stdout, done.stderr)
     lines = (done.stdout + done.stderr).splitlines()
     return {
@@ -134,3 +147,7 @@ def doctor() -> Figures:
         "fail": [line for line in lines if line.startswith("FAIL")],
         "fp8": [line for line in lines if " fp8 " in line],
     }
+
+
+def _limit(tiny: bool) -> float:
+    return TRY_LIMIT_S if tiny else LIMIT_S

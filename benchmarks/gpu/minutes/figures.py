@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.gpu import accuracy, joint_step, logprobs, memory, publication, training
 from benchmarks.gpu.common import peak_tflops
-from benchmarks.gpu.minutes.rows import Case, Figures, Step, short
+from benchmarks.gpu.minutes.rows import Case, Figures, Step, beside, short
 from genac_megatron.platform.fp8 import refusal_here
+from genac_megatron.recipe.memory import RANK_GIB
 from genac_megatron.training.layout import init_world
 
 BIG = "8B, 8 layers"
@@ -176,7 +177,8 @@ def peaks(step: Step) -> bool:
     def one(case: dict[str, Any]) -> Figures:
         found = memory.run_variant(case)
         ratio = found["peak"] / found["estimate"]
-        return {key: short(value) for key, value in found.items()} | {"peak_of_estimate": short(ratio)}
+        figures = {key: short(value) for key, value in found.items()} | {"peak_of_estimate": short(ratio)}
+        return figures | {"rank_gib": beside(RANK_GIB, found["outside"] + found["waste"])}
 
     named: list[Case] = [(f"{case['name']} {case['training']}", partial(one, case)) for case in cases]
     return step.each(named)

@@ -46,24 +46,33 @@ class Step:
         """
         done = int(os.environ.pop(DONE_VARIABLE, "0"))
         well = done == 0  # a process is begun anew because something failed
-        for index, (what, act) in enumerate(cases):
+        for index, case in enumerate(cases):
             if index < done:
                 continue
-            began = time.time()
-            try:
-                figures = act()
-                self.say(what, ok=True, s=round(time.time() - began, 2), **figures)
-            except (Exception, SystemExit) as error:
+            if not self._tried(*case):
                 well = False
-                traceback.print_exc()
-                self.say(what, ok=False, s=round(time.time() - began, 2), error=_last_words(error))
                 if not self.tiny and _context_lost():
-                    self.say("CUDA context lost, the rest in a new process", ok=False, after=what)
+                    self.say("CUDA context lost, the rest in a new process", ok=False, after=case[0])
                     os.environ[DONE_VARIABLE] = str(index + 1)
                     again = [sys.executable, "-W", "ignore", "-m", __name__.rpartition(".")[0]]
                     os.execv(sys.executable, [*again, *sys.argv[1:]])
             _let_go()
         return well
+
+    def chain(self, cases: Sequence[Case]) -> bool:
+        """Try cases that each need what came before: in one world, and no further after a failure."""
+        return all(self._tried(*case) for case in cases)
+
+    def _tried(self, what: str, act: Callable[[], Figures]) -> bool:
+        began = time.time()
+        try:
+            figures = act()
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            self.say(what, ok=False, s=round(time.time() - began, 2), error=_last_words(error))
+            return False
+        self.say(what, ok=True, s=round(time.time() - began, 2), **figures)
+        return True
 
 
 def _last_words(error: BaseException) -> str:
@@ -88,6 +97,11 @@ def _let_go() -> None:
     gc.collect()
     with contextlib.suppress(Exception):
         torch.cuda.empty_cache()
+
+
+def beside(model: float, measured: float) -> Figures:
+    """A constant of the memory model (recipe/memory.py, assumed until then) and what it is on this GPU."""
+    return {"model says": model, "measured": short(measured)}
 
 
 def short(value: Any) -> Any:

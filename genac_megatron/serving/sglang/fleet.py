@@ -61,7 +61,8 @@ class Fleet:
     name: the role's, for messages. model: a folder of the fleet's own, where config.json is written.
     node: counted from 0; host: the address that its servers bind to. places: of every server of the role, its
     GPUs (recipe/servers.py); None: as if there were no other role. cores: by a server's name, the hardware
-    threads that it runs on; None: this process's.
+    threads that it runs on; None: this process's. share: what a server gets of each GPU; None on a CPU.
+    neighbours: fleets that started before, perhaps on the same GPUs.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Fleet:
         host: str = "127.0.0.1",
         places: Sequence[Sequence[int]] | None = None,
         cores: Mapping[str, Sequence[int]] | None = None,
+        share: Share | None = None,
+        neighbours: Sequence[Fleet] = (),
     ) -> None:
         self.name, self.config, self.device = name, config, device
         self.node, self.host = node, host
@@ -87,9 +90,7 @@ class Fleet:
         self._gpus: dict[int, list[str]] = {}  # by server, as CUDA_VISIBLE_DEVICES names them
         self._uuids: dict[str, str] = {}  # of those names
         self._starting: list[Server] = []  # not known to be healthy yet
-        # Set before `start`: what a server gets of each GPU, None on a CPU; fleets that started before here.
-        self.share: Share | None = None
-        self.neighbours: Sequence[Fleet] = ()
+        self._share, self._neighbours = share, neighbours
         if not config.urls:
             if device == "cuda":
                 self._choose_gpus(plan_gpus({name: config})[name] if places is None else places)
@@ -125,11 +126,11 @@ class Fleet:
         What anybody takes until it is healthy is lost to its KV cache (recipe/memory.py: `kv_pool`), so
         servers of one GPU start one after another.
         """
-        if self.share is not None:
+        if self._share is not None:
             gpus = self._gpus[int(server.spec.name.rpartition("/")[2])]
-            for fleet in self.neighbours:
+            for fleet in self._neighbours:
                 fleet._settle(gpus)
-            fraction = self.share.fraction(self._free(gpus, self.share))
+            fraction = self._share.fraction(self._free(gpus, self._share))
             server.spec = replace(server.spec, mem_fraction=fraction)
         server.start()
         self._starting.append(server)
