@@ -147,7 +147,8 @@ def _need_shown_choices(row: Row, text: str, reference: str, where: str) -> None
     shown = " ".join(text.split())
     for key in CHOICES_KEYS:
         choices = _choices(look_up(row, key))
-        named = LETTER.fullmatch(reference) or (reference.isdecimal() and int(reference) <= len(choices))
+        number = reference.isdecimal() and len(reference) < 4 and int(reference) <= len(choices)
+        named = LETTER.fullmatch(reference) or number
         if len(choices) < 2 or not named or reference in choices:
             continue
         if unseen := next((choice for choice in choices if choice not in shown), None):
