@@ -6,10 +6,17 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 SEED = 3
+
+
+def repeats(cases: Iterable[str], *repeating: str) -> list[Any]:
+    """Cases by name; those that others cover too are left to test-extended."""
+    marks = [pytest.mark.extended]
+    return [pytest.param(case, marks=marks if case in repeating else []) for case in cases]
 
 
 def role_config(**overrides: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import make_role, make_samples, published, role_config, train
+from tests.distributed.cases import make_role, make_samples, published, repeats, role_config, train
 
 RUN_S = 400.0
 LITTLE = 8192  # bytes: rotary tables, steps of Adam, the last pass's figures
@@ -67,7 +67,7 @@ def rest_case(rank: int, given: dict[str, Any], rests: bool) -> Any:
     return figures, published(role), held
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", repeats(CASES, "dp2-bf16", "tp2-fp32", "tp2-fp32-replicated"))
 def test_rest_gives_all_back_and_changes_no_byte(pool: Any, name: str) -> None:
     wanted = pool.run(rest_case, CASES[name], False, timeout=RUN_S)
     found = pool.run(rest_case, CASES[name], True, timeout=RUN_S)
@@ -144,7 +144,7 @@ def stages_case(rank: int, given: dict[str, Any], rests: bool) -> Any:
     return held, weights, (first, train(role, 2, 2), published(role))
 
 
-@pytest.mark.parametrize("name", ["dp2-bf16", "dp2-bf16-replicated", "tp2-fp32"])
+@pytest.mark.parametrize("name", repeats(("dp2-bf16", "dp2-bf16-replicated", "tp2-fp32"), "tp2-fp32"))
 def test_a_role_holds_its_weights_alone_but_in_a_stage(pool: Any, name: str) -> None:
     """Before one it has no gradients, after one neither these nor fp32 weights and moments, also where it
     rested at its end; the next stage trains the same.

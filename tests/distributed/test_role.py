@@ -100,6 +100,12 @@ def alone(rank: int, seed: int, first: int) -> Any:
     return train(role, 3, first), published(role)
 
 
+@pytest.fixture(scope="module")
+def apart(pool: Any) -> Any:
+    """Of actor and critic, each by itself."""
+    return pool.run(alone, 3, 0)[0], pool.run(alone, 9, 50)[0]
+
+
 @pytest.mark.parametrize(
     ("actor", "critic"),
     [
@@ -109,8 +115,10 @@ def alone(rank: int, seed: int, first: int) -> Any:
     ],
     ids=["colocated", "split", "overlapping"],
 )
-def test_actor_tp2_with_critic_pp2(pool: Any, actor: dict[str, Any], critic: dict[str, Any]) -> None:
-    want_actor, want_critic = pool.run(alone, 3, 0)[0], pool.run(alone, 9, 50)[0]
+def test_actor_tp2_with_critic_pp2(
+    pool: Any, apart: Any, actor: dict[str, Any], critic: dict[str, Any]
+) -> None:
+    want_actor, want_critic = apart
     for figures, actor_weights, critic_weights in pool.run(two_roles, actor, critic):
         for step, (mine, theirs) in enumerate(figures):
             assert mine == pytest.approx(want_actor[0][step], rel=NORM, abs=LOSS)

@@ -230,9 +230,16 @@ def engine_case(rank: int, layout: dict[str, Any], dtype: str, count: int = 8, n
     }
 
 
+@pytest.fixture(scope="module")
+def one_with_engine(pool: Any) -> Any:
+    return pool.run(engine_case, {"count": 1}, "fp32")[0]
+
+
 @pytest.mark.parametrize("name", ["ep2", "tp2-ep4", "pp2"])
-def test_an_engines_choices_give_its_logprobs_in_every_layout(name: str, pool: Any) -> None:
-    one = pool.run(engine_case, {"count": 1}, "fp32")[0]
+def test_an_engines_choices_give_its_logprobs_in_every_layout(
+    name: str, pool: Any, one_with_engine: Any
+) -> None:
+    one = one_with_engine
     spread = pool.run(engine_case, LAYOUTS[name], "fp32")[0]
     close = {"atol": FP32, "rtol": FP32}
     for mine, theirs, engine in zip(spread["replayed"], one["replayed"], one["engine"], strict=True):

@@ -20,7 +20,8 @@ COLUMNS = {
     "memory": {"peak_GiB", "estimate_GiB", "outside_GiB"},
     "accuracy": {"precision", "loss", "grad norm", "log-prob", "engine p99", "fp8 engine p99"},
 }
-LONG = ("training", "accuracy", "logprobs")  # in layers and log-probs that other tests run
+# In layers, log-probs and publications that other tests run, as steps of the GPU minutes too.
+LONG = ("training", "accuracy", "logprobs", "publication", "joint_step")
 
 
 def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

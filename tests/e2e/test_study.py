@@ -86,6 +86,7 @@ def test_a_study_whose_runs_are_gone_stands_on_its_figures(folder: Path) -> None
     assert len({record["figures"]["actor/start"] for record in records}) == 1, "the same actor, made again"
 
 
+@pytest.mark.extended  # how a sweep is made of runs: unit/test_studies.py
 def test_a_sweep_is_made_with_its_seeds_and_the_best_goes_on(folder: Path) -> None:
     study = yaml.safe_load((folder / "study.yaml").read_text()) | {"name": "swept", "seeds": [4, 5]}
     cell = study["cells"]["grpo"] | {"label": "grpo"}

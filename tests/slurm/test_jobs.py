@@ -195,6 +195,7 @@ def test_an_allocation_that_is_not_the_recipes(
     assert "sbatch --nodes=2 --ntasks-per-node=1" in output()
 
 
+@pytest.mark.extended  # a rank's code through srun: the killed one above; a gate's: e2e/test_gates.py
 def test_a_gate_that_fails_ends_with_3(
     cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Output
 ) -> None:

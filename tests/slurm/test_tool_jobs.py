@@ -74,7 +74,6 @@ def test_a_clone_an_argument_and_a_name_with_spaces(
     cluster.run("scancel", str(job))
 
 
-@pytest.mark.extended  # the evaluation that is asked to stop ends the same way
 def test_evaluate(
     cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Callable[[], str]
 ) -> None:
@@ -128,6 +127,7 @@ def written(checkpoint: Path, name: str) -> int:
     return (checkpoint / "weights" / name).stat().st_mtime_ns
 
 
+@pytest.mark.extended  # a tool's job that is asked to stop: the conversion above; parts of evaluations: e2e
 def test_an_evaluation_that_is_asked_to_stop_is_requeued_and_goes_on(
     cluster: Cluster, recipe: Path, settings: Settings, tmp_path: Path, output: Callable[[], str]
 ) -> None:
