@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,26 @@ def _with_own(saved: Any, own: Any) -> Any:
     return saved
 
 
+def _groups(saved: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups of an optimizer's state, which holds one optimizer or several."""
+    if isinstance(saved, dict):
+        for key, value in saved.items():
+            yield from value if key == "param_groups" else _groups(value)
+    elif isinstance(saved, list):
+        for value in saved:
+            yield from _groups(value)
+
+
 def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool) -> None:
     if optimizers:
-        own = [
-            {key: group[key] for key in OF_RECIPE if key in group} for group in role.optimizer.param_groups
-        ]
-        role.optimizer.load_state_dict(_with_own(state["optimizer"], role.optimizer.state_dict()))
+        group = role.optimizer.param_groups[0]  # what groups differ in is none of these
+        own = {key: group[key] for key in OF_RECIPE if key in group}
+        saved = _with_own(state["optimizer"], role.optimizer.state_dict())
+        for group in _groups(saved):
+            group.update(own)  # Megatron 0.19 finds a saved group by its learning rates
+        role.optimizer.load_state_dict(saved)
         for group in role.optimizer.param_groups:
-            group.update(own[0])  # what groups differ in is none of these
+            group.update(own)
         if steps:
             role.scheduler.step(increment=steps)
         return

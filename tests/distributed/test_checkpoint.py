@@ -117,6 +117,10 @@ def pending_case(rank: int, folder: str) -> Any:
 
 def test_a_save_under_way_holds_none_of_the_tensors_that_were_copied(pool: Any, tmp_path: Path) -> None:
     """On a GPU they are the device's: what a role lets go meanwhile has to come free."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    if hasattr(TemporalAsyncCaller(), "preloaded_holder"):
+        pytest.skip("this Megatron keeps the host's copies, which on a CPU are the tensors themselves")
     for before, pending, weights in pool.run(pending_case, str(tmp_path)):
         assert pending - before < 0.05 * weights
 
