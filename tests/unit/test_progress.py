@@ -124,7 +124,8 @@ def test_a_terminal_shows_pipeline_stage_and_phase() -> None:
     assert "critic/loss 0.25" in text
 
 
-def test_the_live_block_ends_and_leaves_its_last_state() -> None:
+def test_the_live_block_ends_and_leaves_its_last_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # rich moves no cursor of a dumb one
     out = io.StringIO()
     with Progress(
         True, stages=["sft"], console=Console(file=out, force_terminal=True, width=100)
