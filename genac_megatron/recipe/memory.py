@@ -184,7 +184,6 @@ class _Parts:
         self._known: dict[tuple[tuple[int, int], Phase], list[tuple[str, float]]] = {}
         self.shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
         self.world = recipe.world.ranks
-        self.served = {n: served_bytes(role, self.shapes[n]) for n, role in recipe.roles.items()}
 
     def trainer(self, tenants: Tenants, phase: Phase) -> list[tuple[str, float]]:
         """What the rank holds. Kept: it is asked again for every pass over the servers' shares."""
@@ -237,7 +236,7 @@ class _Parts:
             cache = min(cache, engine.max_batch_tokens * token)
         least = token * longest(self.recipe, name)
         runtime = self._runtime(name, least / token)
-        return Share(name, self.served[name], cache, least, token, runtime)
+        return Share(name, served_bytes(role, shape), cache, least, token, runtime)
 
     def _runtime(self, name: str, length: float) -> float:
         """What a server's rank holds beside weights and KV cache: its libraries, one layer of a prefill, the

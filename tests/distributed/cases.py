@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -134,3 +135,14 @@ def train_case(rank: int, config: Any, steps: int = 3) -> Any:
     figures = train(role, steps)
     weights = published(role)
     return {"before": before, "figures": figures, "weights": weights}
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that tensors of this process have, host memory apart."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.dtype != torch.uint8:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

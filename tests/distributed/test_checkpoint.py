@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import make_role, published, role_config, train
+from tests.distributed.cases import live_bytes, make_role, published, role_config, train
 
 STATE = {"at": {"step": 2}, "position": ["ppo", 2]}
 
@@ -92,13 +91,6 @@ def test_resume_is_exact(pool: Any, tmp_path: Path, layouts: Any, asynchronous: 
     same(end_load, end, atol=0)
 
 
-def held_bytes() -> int:
-    """Of all tensors that this process can still reach, each storage once."""
-    gc.collect()
-    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
-
-
 def pending_case(rank: int, folder: str) -> Any:
     """Bytes of tensors before a save in the background and while it is not completed, and of the weights."""
     from genac_megatron.training.checkpoint import Checkpoints
@@ -107,9 +99,9 @@ def pending_case(rank: int, folder: str) -> Any:
     role.begin_stage(None, 10)
     train(role, 1, 0)
     checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=True)
-    before = held_bytes()
+    before = live_bytes()
     checkpoints.save("ppo-00001", {"actor": role}, STATE)
-    pending = held_bytes()
+    pending = live_bytes()
     checkpoints.wait()
     weights = sum(p.numel() * p.itemsize for p in role.models[0].parameters())
     return before, pending, weights

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.cases import make_role, published, role_config, train
+from tests.distributed.cases import make_role, published, repeats, role_config, train
 from tests.distributed.test_checkpoint import same
 
 WIDE = {"hidden": 64, "ffn": 192}  # most of its bytes are matrices, as in a real model
@@ -235,10 +235,7 @@ def states_of(folder: str, role: Any, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(
-    "move",
-    [pytest.param(name, marks=[pytest.mark.extended] * (name == "one rank to dp4")) for name in MOVES],
-)
+@pytest.mark.parametrize("move", repeats(MOVES, "one rank to dp4"))
 def test_a_checkpoint_moves_between_layouts_exactly(pool: Any, tmp_path: Path, move: str) -> None:
     """Weights, masters and moments, bit by bit, read by torch alone; then steps like those without a move."""
     before, after = MOVES[move]

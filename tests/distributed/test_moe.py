@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import make_role, make_samples, published, role_config, train, train_case
+from tests.distributed.cases import (
+    make_role,
+    make_samples,
+    published,
+    repeats,
+    role_config,
+    train,
+    train_case,
+)
 
 EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_ffn": 24, "norm_topk": True}
 FAMILY = {"family": "qwen3_moe", "shape": EXPERTS}
@@ -88,7 +96,6 @@ def load_case(rank: int, folder: str, layout: dict[str, Any]) -> Any:
 
 
 SAVED = {"tp": 2, "ep": 2}
-SHORT = ("tp2-ep2 to pp2-ep2", "one rank to tp2-ep2", "tp2 to ep2")  # of MOVES: every axis, both ways
 MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp2-ep2 to ep4": (SAVED, {"ep": 4}),
     "tp2-ep2 to pp2-ep2": (SAVED, {"pp": 2, "ep": 2}),
@@ -99,9 +106,7 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "move", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.extended]) for name in MOVES]
-)
+@pytest.mark.parametrize("move", repeats(MOVES, "tp2-ep2 to ep4", "tp2-ep2 to one rank", "dp2 to tp2"))
 def test_a_checkpoint_of_experts_goes_on_in_another_layout(move: str, pool: Any, tmp_path: Path) -> None:
     """Weights, optimizer states and all: whether experts are over ranks or not."""
     before, after = MOVES[move]

@@ -5,14 +5,21 @@ On a CPU the process's own storages are the device's; host memory is what is kep
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.cases import make_role, make_samples, published, repeats, role_config, train
+from tests.distributed.cases import (
+    live_bytes,
+    make_role,
+    make_samples,
+    published,
+    repeats,
+    role_config,
+    train,
+)
 
 RUN_S = 400.0
 LITTLE = 8192  # bytes: rotary tables, steps of Adam, the last pass's figures
@@ -36,17 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
     "ep2-bf16": {"layout": {"count": 2, "ep": 2}, "training": {"dtype": "bf16"}, **EXPERTS},
     "tp2-fp32-replicated": {"layout": {"count": 2, "tp": 2}, "training": {"distributed_optimizer": False}},
 }
-
-
-def live_bytes() -> int:
-    """Bytes of all storages that tensors of this process have, host memory apart."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.dtype != torch.uint8:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def rest_case(rank: int, given: dict[str, Any], rests: bool) -> Any:

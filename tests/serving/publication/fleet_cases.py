@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 
 from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.serving.sglang.boot import group_members
 from genac_megatron.serving.sglang.client import Generated, ServerClient
 from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
@@ -126,14 +126,7 @@ def client_of(endpoint: Endpoint) -> ServerClient:
 
 def members(group: int) -> list[psutil.Process]:
     """The processes of a server: its process id is its group."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group:
-                found.append(process)
-        except ProcessLookupError:
-            continue
-    return found
+    return [psutil.Process(pid) for pid in group_members(group)]
 
 
 def greedy(endpoint: Endpoint) -> list[Generated]:
