@@ -1,0 +1,179 @@
+"""The typed recipe's stages: what each trains, on what, and the gate it ends with. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from genac_megatron.recipe.algorithms import (
+    AdvantageConfig,
+    Algorithm,
+    CriticLossConfig,
+    LossConfig,
+    OverlongConfig,
+    RegressionConfig,
+)
+from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
+from genac_megatron.recipe.training import OptimizerConfig
+
+
+class RolloutConfig(Block):
+    """How the actor is sampled."""
+
+    prompts: Positive = 128  # per step
+    samples: Positive = 8  # responses per prompt
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: Positive = 1024
+    # What a cut-off response earns. verify: what an answer that is closed in it earns (docs/tasks.md).
+    truncated_outcome: Literal["verify", "zero"] = "verify"
+    # ... and what critics are to predict of it. The actor's accuracy and its advantages go by the one above.
+    truncated_critic: Literal["same", "verify", "zero"] = "same"
+
+
+class SftGate(Block):
+    action: Gate = "stop"
+    parse_rate: Fraction = 0.98
+
+
+class CriticGate(Block):
+    action: Gate = "stop"
+    brier_below_constant: bool = True
+    auc: Fraction = 0.65
+    ranking: Fraction = 0.5
+
+
+class TeacherConfig(Block):
+    """Where the critic's SFT traces come from (method §4)."""
+
+    kind: Literal["exact", "self", "endpoint"] = "exact"
+    # exact: what of a trace is learnt. The score alone shows what reasoning is worth; the reasoning alone
+    # makes a model that can think about tasks of whose values it has been told nothing.
+    writes: Literal["trace", "score", "reasoning"] = "trace"
+    p_bar_range: tuple[Fraction, Fraction] | None = None  # exact: show actors from this range (ICC is learnt)
+    continuations: Positive = 8  # self: Monte-Carlo continuations per state
+    tolerance: Fraction = 0.15  # self: keep where |v - Monte-Carlo value| is at most this
+    url: str | None = None  # endpoint: OpenAI-compatible base URL
+    model: str | None = None
+    api_key_env: str | None = None  # name of the environment variable with the key
+    timeout_s: PositiveFloat = 120.0
+    concurrency: Positive = 8
+    attempts: Positive = 4  # per request, the first included
+
+
+class SftHeldout(Block):
+    """Samples of an SFT stage that are not trained on: when it ends, and which weights it keeps."""
+
+    size: Positive = 128
+    every: Positive = 50  # steps between looks at them
+    metric: Literal["loss", "exact_match"] = "loss"  # nats a token; a completion word for word
+    target: PositiveFloat | None = None  # good enough: the stage cools down and ends; the gate asks for it
+    patience: Positive | None = None  # looks without a better figure, after which it cools down and ends
+    min_delta: Annotated[float, Field(ge=0)] = 0.0  # what counts as better, for patience
+    cooldown: Annotated[int, Field(ge=0)] = 0  # last steps, in which the learning rate falls to min_lr
+    keep: Literal["best", "last"] = "best"  # weights that the stage ends with
+
+
+class SftStage(Block):
+    """Supervised fine-tuning of one role, loss on the completion only."""
+
+    kind: Literal["sft"]
+    name: str = "sft"
+    role: str
+    start_from: str | None = None  # begin from a copy of this role's current weights
+    data: Literal["demonstrations", "traces", "jsonl"]
+    path: str | None = None  # jsonl: lines of {"messages": [...], "tools": [...]}
+    size: Positive | None = (
+        None  # None: 2000 demonstrations or traces to make; all of a jsonl's conversations
+    )
+    turns: Literal["last", "all"] = "last"  # jsonl: which of the assistant's turns are learnt
+    system: str = ""  # jsonl: a system message before conversations that have none
+    overlong: Literal["error", "drop"] = "error"  # jsonl: conversations that have no room in the model
+    epochs: Positive = 2  # at most, where `heldout` ends the stage
+    batch: Positive = 64  # sequences per step
+    teacher: TeacherConfig = TeacherConfig()
+    rollout: RolloutConfig = RolloutConfig()  # traces: how the actor's states are made
+    optimizer: OptimizerConfig | None = None  # None: the role's
+    heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
+    gate: SftGate = SftGate()
+
+    @property
+    def made(self) -> int:
+        """How many demonstrations or traces are made."""
+        return 2000 if self.size is None else self.size
+
+
+class ReinforceStage(Block):
+    """REINFORCE pre-training of the critic, actor frozen."""
+
+    kind: Literal["reinforce"]
+    name: str = "reinforce"
+    steps: Positive = 50
+    rollout: RolloutConfig = RolloutConfig()
+    train_states: Positive = 4  # at most this many states per response are trained
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the responses: the rest only gets values
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    loss: CriticLossConfig = CriticLossConfig()
+    optimizer: OptimizerConfig | None = None
+    eval_every: Annotated[int, Field(ge=0)] = 10  # 0: only at the end
+    gate: CriticGate = CriticGate()
+
+
+class PpoStage(Block):
+    """Joint training: actor by PPO, critic by REINFORCE, both published every step."""
+
+    kind: Literal["ppo"]
+    name: str = "ppo"
+    steps: Positive = 100
+    rollout: RolloutConfig = RolloutConfig()
+    train_states: Positive = 4
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    train_critic: bool = True
+    overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
+    minibatches: Positive = 1
+    epochs: Positive = 1
+    overlong: OverlongConfig | None = None  # half of it is added to the actor's outcome, none to the critic's
+    advantage: AdvantageConfig = AdvantageConfig()
+    actor_loss: LossConfig = LossConfig()
+    critic_loss: CriticLossConfig = CriticLossConfig()
+    actor_optimizer: OptimizerConfig | None = None
+    critic_optimizer: OptimizerConfig | None = None
+    eval_every: Annotated[int, Field(ge=0)] = 10
+
+
+class ValueStage(Block):
+    """Value pre-training of a scalar critic on the frozen actor's outcomes (VC-PPO; VAPO's warm-up)."""
+
+    kind: Literal["value"]
+    name: str = "value"
+    start_from: str | None = None  # begin from a copy of this role's current weights, the head apart
+    steps: Positive = 50
+    rollout: RolloutConfig = RolloutConfig()
+    value: RegressionConfig = RegressionConfig()
+    minibatches: Positive = 1
+    optimizer: OptimizerConfig | None = None
+    eval_every: Annotated[int, Field(ge=0)] = 10
+    gate: CriticGate = CriticGate(action="warn")
+
+
+class PolicyStage(Block):
+    """RL of the actor by an algorithm without a generative critic."""
+
+    kind: Literal["policy"]
+    name: str = "policy"
+    algorithm: Algorithm
+    start_from: str | None = None  # a scalar critic begins from a copy of this role's weights, the head apart
+    steps: Positive = 100
+    rollout: RolloutConfig = RolloutConfig()
+    overlap: bool = False  # as for ppo
+    minibatches: Positive = 1
+    epochs: Positive = 1
+    actor_optimizer: OptimizerConfig | None = None
+    critic_optimizer: OptimizerConfig | None = None  # of a scalar critic
+    eval_every: Annotated[int, Field(ge=0)] = 10
+
+
+StageConfig = Annotated[
+    SftStage | ReinforceStage | PpoStage | ValueStage | PolicyStage, Field(discriminator="kind")
+]
