@@ -145,8 +145,10 @@ def _held_prompts(run: Run) -> int:
 
 
 def _rollout_config(run: Run, stage: StageConfig) -> RolloutConfig:
-    temperature = run.recipe.evaluation.temperature
-    return stage.rollout.model_copy(update={"temperature": temperature})
+    """How an evaluation samples. How many a step of the stage samples is not in it: stages share rollouts."""
+    config = run.recipe.evaluation
+    sampled = {"temperature": config.temperature, "prompts": config.prompts, "samples": config.samples}
+    return stage.rollout.model_copy(update=sampled)
 
 
 def actor_generator(run: Run, stage: StageConfig, seed: tuple[object, ...]) -> Generator:

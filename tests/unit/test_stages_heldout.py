@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.heldout import critic_row, held_out, monte_carlo_draws, tell_too_long
 from genac_megatron.stages.rollouts import Group
@@ -140,8 +141,14 @@ def test_failed_verifications_are_counted_with_a_stand_in_for_the_run() -> None:
         task.late += 2
         return []
 
-    rollout = SimpleNamespace(model_copy=lambda update: SimpleNamespace(model_dump_json=str))
-    stage: Any = SimpleNamespace(rollout=rollout)
+    first, second, other = (
+        cast(Any, SimpleNamespace(rollout=rollout))
+        for rollout in (
+            RolloutConfig(prompts=32, samples=8),
+            RolloutConfig(prompts=16, samples=4),
+            RolloutConfig(max_new_tokens=7),
+        )
+    )
     evaluation = SimpleNamespace(prompts=4, temperature=1.0, samples=1, mc_states=3, mc_continuations=2)
     run: Any = SimpleNamespace(
         at=SimpleNamespace(versions={"actor": 1}),
@@ -155,8 +162,10 @@ def test_failed_verifications_are_counted_with_a_stand_in_for_the_run() -> None:
         count=counted.append,
         spend=lambda phase, role: 0.0,
     )
-    held_out(run, stage)
-    held_out(run, stage)  # of the same actor: nothing is made
-    monte_carlo_draws(run, stage, [])
+    held_out(run, first)
+    held_out(run, second)  # of the same actor, evaluated alike: nothing is made
+    monte_carlo_draws(run, second, [])
     # Once made, once as they were (0, so that rows have the same figures), once drawn.
     assert counted == [{"verify/late": 2.0}, {"verify/late": 0.0}, {"verify/late": 2.0}]
+    held_out(run, other)  # shorter responses are others
+    assert counted[3:] == [{"verify/late": 2.0}]
