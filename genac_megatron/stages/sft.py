@@ -6,7 +6,8 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from genac_megatron.algorithms.losses import make_sft_loss
@@ -76,9 +77,12 @@ def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tupl
     if watch is not None:
         watch.begin()
     loop.restore_optimizers()
+    order, ordered = samples, -1
     for step in loop.steps(watch.last if watch is not None else total):
         epoch, index = divmod(step - 1, per_epoch)
-        order = random.Random(seed_for(run.recipe.seed, stage.name, epoch)).sample(samples, len(samples))
+        if epoch != ordered:
+            order = random.Random(seed_for(run.recipe.seed, stage.name, epoch)).sample(samples, len(samples))
+            ordered = epoch
         batch = supervised(order[index * stage.batch : (index + 1) * stage.batch])
         with run.phase(f"{stage.role}_train"):
             stats = dict(role.train_step(batch, loss).stats)
@@ -160,12 +164,18 @@ def make_data(run: Run, stage: SftStage) -> list[Sample]:
     if stage.data == "jsonl":
         return run.together(lambda: jsonl_samples(run, stage))
     if stage.data == "demonstrations":
-        return run.together(lambda: demonstrations(run, stage))
+        return dealt(run, stage.made, partial(demonstrations, run, stage))
     return critic_traces(run, stage)
 
 
-def demonstrations(run: Run, stage: SftStage) -> list[Sample]:
-    """The exact teacher's responses to training prompts."""
+def dealt(run: Run, count: int, make: Callable[[range], list[Sample]]) -> list[Sample]:
+    """Samples that each rank makes a part of, by number and in that order on all. Collective."""
+    mine = run.together(lambda: make(run.places(count)))
+    return [sample for part in run.gather([mine]) for sample in part]
+
+
+def demonstrations(run: Run, stage: SftStage, numbers: range) -> list[Sample]:
+    """The exact teacher's responses to some of the training prompts."""
     teacher = run.task.teacher
     if teacher is None:
         raise InputError(
@@ -174,7 +184,7 @@ def demonstrations(run: Run, stage: SftStage) -> list[Sample]:
             way_out="give data: jsonl with a path, or start from a model that can already do the task",
         )
     samples = []
-    for index in range(stage.made):
+    for index in numbers:
         prompt = run.task.prompt("train", run.task.train_index(run.recipe.seed, index))
         rng = random.Random(seed_for(run.recipe.seed, stage.name, "demonstration", index))
         text = teacher.demonstrate(prompt, rng)
@@ -205,7 +215,9 @@ def critic_traces(run: Run, stage: SftStage) -> list[Sample]:
         mine = run.together(lambda: traces.endpoint_samples(run.share(states), stage.teacher, context))
         samples = run.gather(mine)
     else:
-        samples = run.together(lambda: exact_traces(run, stage, states, context))
+        samples = dealt(
+            run, len(states), lambda part: exact_traces(run, stage, states[part.start : part.stop], context)
+        )
     if not samples:
         what = f"the {kind} teacher gave no usable trace"
         raise on_all_ranks(InputError(what, where=f"stage {stage.name}"))
