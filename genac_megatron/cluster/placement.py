@@ -176,6 +176,7 @@ def tenants(recipe: Recipe) -> list[Tenants]:
     """
     place, roles = placement(recipe), recipe.roles
     kinds: dict[object, Tenants] = {}
+    alike: dict[object, list[tuple[int, int]]] = {}
     for node in range(place.nodes):
         servers = {name: role_gpus(recipe, name, node) for name in roles}
         each = max([place.ranks_per_node, *(1 + max(gpus) for gpus in servers.values() if gpus)])
@@ -185,12 +186,9 @@ def tenants(recipe: Recipe) -> list[Tenants]:
                   for name, role in roles.items()}  # fmt: skip
             there = tuple(name for name, gpus in servers.items() if index in gpus)
             kind = (rank is None, there, tuple(None if found is None else found.pp for found in at.values()))
-            known = kinds.get(kind)
-            if known is None:
-                kinds[kind] = Tenants(((node, index),), rank, at, there)
-            else:
-                kinds[kind] = replace(known, gpus=(*known.gpus, (node, index)))
-    return list(kinds.values())
+            kinds.setdefault(kind, Tenants((), rank, at, there))
+            alike.setdefault(kind, []).append((node, index))
+    return [replace(known, gpus=tuple(alike[kind])) for kind, known in kinds.items()]
 
 
 def server_count(recipe: Recipe) -> int:

@@ -308,9 +308,10 @@ def _torch_facts() -> dict[str, object]:
 
 def _import_error(module: str) -> str:
     """Why a module cannot be imported, "" where it can. In a process of its own: a library may abort."""
+    code = f"import gc; gc.disable(); import {module}"  # a fifth faster
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=IMPORT_LIMIT_S
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_LIMIT_S
         )
     except subprocess.TimeoutExpired:
         return f"its import took more than {IMPORT_LIMIT_S:.0f} s"

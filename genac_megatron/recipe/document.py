@@ -6,6 +6,7 @@ read by version 1.2's rules for plain scalars: `on`, `off`, `yes` and `no` are t
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,11 +67,10 @@ def parse(text: str, source: str, folder: Path, where: str = "") -> Entry:
     Raises InputError: not YAML, a key twice in a block, a key that is not text.
     """
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        node = _composed(text)
         if node is None:
             return Entry(None, where or f"{source}:1")
-        return _entry(loader, node, source, folder, where)
+        return _entry(_Loader(""), node, source, folder, where)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = where or (f"{source}:{mark.line + 1}" if mark else source)
@@ -79,6 +79,13 @@ def parse(text: str, source: str, folder: Path, where: str = "") -> Entry:
         raise InputError(f"not YAML: {error}", where=where or source) from None
     except RecursionError:
         raise InputError("a block that contains itself", where=where or source) from None
+
+
+@functools.lru_cache(maxsize=256)  # a study reads the same few files for each of its runs
+def _composed(text: str) -> yaml.Node | None:
+    """The document's nodes, which nobody changes."""
+    node: yaml.Node | None = _Loader(text).get_single_node()
+    return node
 
 
 def _entry(loader: _Loader, node: yaml.Node, source: str, folder: Path, where: str) -> Entry:

@@ -37,14 +37,18 @@ def digests_of(places: Places) -> Digests:
     bases = dict(bases_of(study))
     cells = {cell.name: cell.spec for cell in cells_of(study, str(places.file))}
 
+    @functools.cache  # by cells, banks and other bases
+    def base(name: str) -> Content:
+        return whole(bases[name])
+
     def whole(spec: RunSpec) -> Content:
-        start = {role: whole(bases[base]) for role, base in spec.start.items()}
+        start = {role: base(name) for role, name in spec.start.items()}
         return {"recipe": _merged(places, str(spec.recipe), spec.set), "start": start}
 
     banks = {
         name: {
             "recipe": _merged(places, bank.recipe, bank.set),
-            "actor": whole(bases[bank.actor]),
+            "actor": base(bank.actor),
             **bank.model_dump(include={"states_from", "p_bar_of", "options"}),
         }
         for name, bank in study.banks.items()
@@ -54,10 +58,11 @@ def digests_of(places: Places) -> Digests:
         others = {banks[name]["states_from"], banks[name]["p_bar_of"]} - {None, name}
         return [banks[name], *(content for other in sorted(others) for content in seen(other))]
 
+    contents = {name: whole(spec) for name, spec in {**bases, **cells}.items()}
     return Digests(
-        runs={name: _digest(whole(spec)) for name, spec in {**bases, **cells}.items()},
+        runs={name: _digest(content) for name, content in contents.items()},
         banks={name: _digest(seen(name)) for name in banks},
-        records={name: _digest({"run": whole(spec), "banks": banks}) for name, spec in cells.items()},
+        records={name: _digest({"run": contents[name], "banks": banks}) for name in cells},
     )
 
 

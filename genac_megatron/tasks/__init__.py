@@ -5,23 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from genac_megatron.recipe.tasks import (
-    BenchmarkTask,
-    ChainedArithmeticTask,
-    DatasetTask,
-    JsonlTask,
-    MixtureTask,
-    OwnReward,
-    PartTask,
-    PythonTask,
-    RubricTask,
-    StateTrackingTask,
-    TaskConfig,
-)
 from genac_megatron.tasks.base import Problem, Task, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from genac_megatron.recipe.tasks import BenchmarkTask, PartTask, TaskConfig
 
 __all__ = ["Problem", "Task", "Teacher", "make_task"]
 
@@ -36,6 +25,9 @@ def make_task(
     Raises InputError where its data is missing or wrong, where it has no verifier, or where a reward of the
     user's own fails on its first samples.
     """
+    # Here, so that processes that score or grade (workers.py) start without the schema.
+    from genac_megatron.recipe.tasks import MixtureTask, OwnReward, PythonTask
+
     if isinstance(config, MixtureTask):
         from genac_megatron.tasks.mixture import make_mixture
 
@@ -58,6 +50,16 @@ def make_task(
 def _make_task(
     config: PartTask | BenchmarkTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> Task:
+    from genac_megatron.recipe.tasks import (
+        BenchmarkTask,
+        ChainedArithmeticTask,
+        DatasetTask,
+        JsonlTask,
+        PythonTask,
+        RubricTask,
+        StateTrackingTask,
+    )
+
     # Imported here: each brings a library of its own that the other tasks do not need.
     if isinstance(config, StateTrackingTask):
         from genac_megatron.tasks.state_tracking import StateTracking

@@ -16,8 +16,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from genac_megatron.recipe.tasks import AnswerForm
+if TYPE_CHECKING:
+    from genac_megatron.recipe.tasks import AnswerForm
 
 MARKED: tuple[AnswerForm, ...] = ("boxed", "tag", "line", "sentence")  # where a recipe names no forms
 EXACT: tuple[AnswerForm, ...] = (*MARKED, "last_line")  # the same for the verifier `exact`

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from genac_megatron.recipe.tasks import AnswerForm
 from genac_megatron.tasks.answers import EXACT, MARKED, final_answer, referred
 from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.tasks import AnswerForm
 
 LONGEST_ANSWER = 20_000  # characters; a final answer that is longer is none
 

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.own_code import Named, parse_named
-from genac_megatron.recipe.tasks import OwnReward, PythonTask
 from genac_megatron.tasks.base import Problem, split_problems
 from genac_megatron.tasks.own_code import Called, OwnCodeError, run_jobs, told
-from genac_megatron.tasks.questions import QuestionTask
 from genac_megatron.tasks.workers import Pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from genac_megatron.recipe.tasks import PythonTask
+    from genac_megatron.tasks.questions import QuestionTask
 
 ARGUMENTS = ("seed",)
 KEYS = ("prompt", "reference", "split")
@@ -52,6 +53,9 @@ def make_python_task(
     config: PythonTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> QuestionTask:
     """The task. Raises InputError, naming the function and the prompt, where what it gives is wrong."""
+    from genac_megatron.recipe.tasks import OwnReward  # not in the function's process
+    from genac_megatron.tasks.questions import QuestionTask
+
     named = parse_named(f"{config.path}:{config.prompts}", "task.prompts")
     given = _given(config, named, seed)
     train: list[Problem] = []
@@ -198,6 +202,8 @@ def _messages(prompt: Any, where: str) -> tuple[dict[str, str], ...]:
 
 def _reference(reference: Any, config: PythonTask, where: str) -> Any:
     """As the verifier needs it: math and exact compare text. Raises InputError where there is none."""
+    from genac_megatron.recipe.tasks import OwnReward
+
     if isinstance(config.verifier, OwnReward):
         return reference
     if isinstance(reference, int | float) and not isinstance(reference, bool):

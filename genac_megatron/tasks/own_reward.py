@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.own_code import parse_named
-from genac_megatron.recipe.tasks import OwnReward
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import FixedTask, Problem, Scored, Split, Task
 from genac_megatron.tasks.own_code import Called, OwnCodeError, run_jobs
 from genac_megatron.tasks.workers import Pool
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.tasks import OwnReward
 
 ARGUMENTS = ("response", "reference", "problem", "messages", "key")
 OTHER_NAMES = {  # what public trainers call them
@@ -121,7 +123,7 @@ class PythonReward:
         self._in_a_row = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="reward")
-        make = partial(_scorer, config)
+        make = partial(_scorer, config.python, config.parts)
         pools = [Pool(make, _failed, 1, config.timeout_s, str(self.named)) for _ in range(config.workers)]
         self._pools = pools
         self._free: SimpleQueue[Pool[Result]] = SimpleQueue()
@@ -198,18 +200,18 @@ def _failed(why: str) -> Result:
     return Result(failure=why)
 
 
-def _scorer(config: OwnReward) -> Callable[[Mapping[str, Any]], Result]:
+def _scorer(python: str, weights: Mapping[str, float]) -> Callable[[Mapping[str, Any]], Result]:
     """In a worker's process: the user's function, what it gives read. Why it cannot be used is every
     job's failure."""
     try:
-        called = Called(parse_named(config.python), ARGUMENTS, OTHER_NAMES)
+        called = Called(parse_named(python), ARGUMENTS, OTHER_NAMES)
     except OwnCodeError as error:
         why = str(error)
         return lambda job: _failed(why)
 
     def score(job: Mapping[str, Any]) -> Result:
         try:
-            return read_result(called(job), config.parts)
+            return read_result(called(job), weights)
         except OwnCodeError as error:
             return _failed(str(error))
 

@@ -172,6 +172,14 @@ def gone(pid: int) -> bool:
     return False
 
 
+def test_a_process_that_scores_starts_without_the_schema() -> None:
+    """Of a run's many: what they unpickle imports no pydantic, half of the time that a start would take."""
+    names = "own_prompts, own_reward, grading"
+    code = f"import sys; from genac_megatron.tasks import {names}; print('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_processes_end_with_a_parent_that_ends(tmp_path: Path) -> None:
     process = parent(tmp_path, "5")
     assert process.stdout is not None
