@@ -7,6 +7,7 @@ judgement behind it. Rows are looked at by all ranks, each its share, and by a d
 from __future__ import annotations
 
 import heapq
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids
 from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.recipe.algorithms import Dapo
 from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
 from genac_megatron.recipe.tasks import RowsBlock, single_tasks
 from genac_megatron.records import Prompt
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHOWN = 3  # rows that a message names
+SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
 ALL_STEPS = 1_000_000  # critics are told the step: its longest way of being written
 LOOK_S = 20.0  # seconds that a rank looks at what a generator makes
 LONGEST = 16  # problems of a generator, the longest by their text, whose tokens are counted
@@ -114,6 +117,23 @@ def longest(recipe: Recipe, split: Split) -> tuple[int, int]:
     return max(played, default=0), max(judged, default=0)
 
 
+def drawn(recipe: Recipe) -> int:
+    """Training prompts that the run's stages draw at most, from the first of the task's order on."""
+    made, played = [0], 0
+    for stage in recipe.stages:
+        if isinstance(stage, SftStage):
+            made.append(math.ceil(SPARE * stage.made) if stage.data != "jsonl" else 0)
+        else:
+            played += stage.steps * stage.rollout.prompts * _rounds(stage)
+    return max(played, *made)
+
+
+def _rounds(stage: StageConfig) -> int:
+    """How often a step of the stage draws its prompts at most."""
+    algorithm = getattr(stage, "algorithm", None)
+    return algorithm.rounds if isinstance(algorithm, Dapo) else 1
+
+
 def _plays(stage: StageConfig, split: Split) -> bool:
     if isinstance(stage, SftStage):
         return stage.data == "traces" or (split == "heldout" and stage.role in ("actor", "critic"))
@@ -151,8 +171,12 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
 
 
 def _fit_drawn(run: Run, task: Task, room: Room, split: Split) -> None:
-    """Hold what a generator makes to what it must fit into, in the order in which it is drawn."""
+    """Hold what a generator makes to what it must fit into, in the order in which it is drawn: all of it, or
+    as much of a task of one part as the stages draw.
+    """
     size = task.train_size if split == "train" else task.heldout_size
+    if split == "train" and len(run.task.parts) == 1:
+        size = min(size, drawn(run.recipe))
     places = range(run.world.rank, size, run.world.size)
     mine: Iterable[int] = places
     if split == "train":

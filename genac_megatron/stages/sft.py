@@ -23,14 +23,12 @@ from genac_megatron.stages.heldout import actor_generator, evaluate, judge_for
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.parity import measure_judgements
 from genac_megatron.stages.rollouts import continue_states
-from genac_megatron.stages.room import check_chats, listed
+from genac_megatron.stages.room import SPARE, check_chats, listed
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.stages.sft_heldout import Watch, hold_out
 from genac_megatron.training.agreement import from_first
-
-SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
 
 
 def sft(run: Run, stage: SftStage, loop: Loop) -> None:

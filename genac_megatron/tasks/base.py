@@ -228,14 +228,15 @@ class GeneratedProblems:
 
     def train(self, index: int) -> Problem:
         """The training problem at `index`. Raises InputError where the held-out split takes all problems."""
-        number = self._first_train + index
-        rng = random.Random(index)
-        for _ in range(DRAWS_PER_PROBLEM):
-            problem = self._draw(number)
+        problem = self._draw(self._first_train + index)
+        if problem.key not in self._heldout_keys:
+            return problem
+        rng = random.Random(index)  # made only where it is needed: a run looks at every training problem
+        for _ in range(DRAWS_PER_PROBLEM - 1):
+            # Beyond the other training problems, at no fixed stride: a generator may repeat in a cycle.
+            problem = self._draw(self._first_train + self._train_size + rng.getrandbits(24))
             if problem.key not in self._heldout_keys:
                 return problem
-            # Beyond the other training problems, at no fixed stride: a generator may repeat in a cycle.
-            number = self._first_train + self._train_size + rng.getrandbits(24)
         raise InputError(
             "the held-out split takes (nearly) every problem of the task: none is left to train on",
             where="task.heldout_size",

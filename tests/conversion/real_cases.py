@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
+@functools.cache
 def text_ids(folder: Path) -> list[int]:
     from transformers import AutoTokenizer
 
@@ -165,6 +167,7 @@ def text_ids(folder: Path) -> list[int]:
     return ids
 
 
+@functools.cache
 def chat(folder: Path) -> list[int]:
     """The question through the folder's own chat template."""
     from transformers import AutoTokenizer

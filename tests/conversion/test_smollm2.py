@@ -36,6 +36,7 @@ from tests.conversion.real_cases import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LIMIT_S = 600.0
+WEIGHTS = ".safetensors"
 TOLERANCE = 1e-4  # of the largest; measured: log-probs 2e-6, logits 4e-6 (0 at TP1)
 
 
@@ -66,9 +67,15 @@ def test_the_folder_speaks_sense(smollm2: Path, model: Any) -> None:
     assert perplexity(model, text_ids(smollm2)) < 40
 
 
+@pytest.fixture(scope="module")
+def said() -> dict[Any, tuple[list[int], list[int], float]]:
+    """Folders' token ids of the text and of the question, and their perplexity, by all but their weights."""
+    return {}
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_there_and_back_is_exact(
-    name: str, smollm2: Path, checkpoint: Path, model: Any, six: Any, tmp_path: Path
+    name: str, smollm2: Path, checkpoint: Path, model: Any, six: Any, said: Any, tmp_path: Path
 ) -> None:
     six.run(
         save_case,
@@ -82,10 +89,11 @@ def test_there_and_back_is_exact(
     given = ["convert", "to-hf", str(tmp_path), str(back), "--assets", str(smollm2), "--quiet"]
     assert main(given) == 0
     assert_same_bits(smollm2, back)
-    ids = text_ids(back)  # by the tokenizer that came out
-    assert ids == text_ids(smollm2)
-    assert chat(back) == chat(smollm2)
-    assert perplexity(plain(back), ids) == perplexity(model, ids)
+    rest = tuple(sorted((path.name, path.read_bytes()) for path in back.iterdir() if path.suffix != WEIGHTS))
+    if rest not in said:  # the same bits beside the same files say the same
+        said[rest] = (ids := text_ids(back)), chat(back), perplexity(plain(back), ids)  # by what came out
+    ids = text_ids(smollm2)
+    assert said[rest] == (ids, chat(smollm2), perplexity(model, ids))
 
 
 @dataclass

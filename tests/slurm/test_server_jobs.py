@@ -32,12 +32,13 @@ SERVERS = {
 }  # fmt: skip
 PLACES = {"actor": {"engines": 2, "nodes": [0, 1]}, "critic": {"nodes": [1]}}
 LAYOUTS = {"actor": {}, "critic": {"pp": 2}}  # no tensor-parallel group over two nodes
+TASK = {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2}
 RECIPE: dict[str, Any] = {
     "name": "run",
     "seed": 3,
     "world": {"ranks": 2, "timeout_s": 600},
     "cluster": {"ranks_per_node": 1, "cpus_per_rank": 1},
-    "task": {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2, "heldout_size": 8},
+    "task": {**TASK, "train_size": 1000, "heldout_size": 8},
     "roles": {
         role: {
             "model": {

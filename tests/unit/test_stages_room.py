@@ -16,7 +16,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.stages.room import fit_chats, fit_task, longest
+from genac_megatron.stages.room import drawn, fit_chats, fit_task, longest
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -212,3 +212,39 @@ def test_a_generators_longest_problems_are_looked_at_before_the_run_begins() -> 
 def test_what_has_no_room_in_the_critic_alone_ends_no_run_of_a_generators_prompts() -> None:
     run = stand_in({**SWAPS, "train_size": 50, "heldout_size": 8}, "ppo")
     fit_task(run, {"actor": 4096, "critic": 60}, BOTH)
+
+
+def test_of_a_generator_no_more_is_made_than_the_stages_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run need not wait for the whole pool to be made; what it draws is looked at as before."""
+    stages = [{**STAGES["ppo"], "steps": 3, "rollout": {"prompts": 5, "max_new_tokens": 64}}] * 2
+    run = stand_in({**SWAPS, "train_size": 300, "heldout_size": 8}, *stages)
+    looked: list[int] = []
+    problem = run.task._problem
+
+    def noted(split: str, index: int) -> Any:
+        looked.append(index)
+        return problem(split, index)
+
+    monkeypatch.setattr(run.task, "_problem", noted)
+    fit_task(run, {"actor": 4096, "critic": 4096}, ("train",))
+    assert set(looked) - {0} <= {run.task.train_index(0, n) for n in range(30)} <= set(looked)
+    last = max(range(30), key=lambda n: len(run.task.prompt("train", run.task.train_index(0, n)).ids))
+    longest_one = len(run.task.prompt("train", run.task.train_index(0, last)).ids)
+    with pytest.raises(InputError, match=f"train/{run.task.train_index(0, last)}: the actor reads"):
+        fit_task(run, {"actor": longest_one + 63, "critic": 4096}, ("train",))
+
+
+def test_what_stages_draw_at_most() -> None:
+    def of(*stages: dict[str, Any]) -> int:
+        named = [{**stage, "name": str(n)} for n, stage in enumerate(stages)]
+        task = {"kind": "state_tracking"}
+        return drawn(Recipe.model_validate({"name": "x", "roles": {}, "task": task, "stages": named}))
+
+    grpo = {"kind": "policy", "algorithm": {"kind": "grpo"}, "steps": 7, "rollout": {"prompts": 4}}
+    dapo = {**grpo, "algorithm": {"kind": "dapo", "rounds": 3}}
+    sft = {"kind": "sft", "role": "actor", "data": "demonstrations", "size": 50}
+    assert of(grpo) == 28
+    assert of(grpo, dapo) == 28 + 3 * 28  # one goes on where the other has ended
+    assert of(sft, grpo) == 100  # its own draws begin with the first
+    assert of({**sft, "role": "critic", "data": "traces", "size": 5}, grpo) == 28
+    assert of({**sft, "data": "jsonl", "path": "x.jsonl"}, grpo) == 28

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.serving.sglang.server import Zygote, serving_python
 from tests.distributed.pool import Pool
 from tests.serving.publication.fleet_cases import Servers
+from tests.serving.zygote import AskingZygote
 
 
 @pytest.fixture(scope="package")
@@ -21,14 +21,11 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="package")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def servers(zygote: AskingZygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """What starts SGLang servers. Needs the serving environment ($GENAC_SERVE_PYTHON)."""
-    folder = tmp_path_factory.mktemp("servers")
-    zygote = Zygote(serving_python(), folder / "zygote.log")
-    made = Servers(zygote, folder)
+    made = Servers(zygote, tmp_path_factory.mktemp("servers"))
     yield made
     made.close()
-    zygote.close()
 
 
 @pytest.fixture(scope="package")

@@ -24,11 +24,12 @@ pytestmark = pytest.mark.skipif(
 )
 LIMITS = {"request_timeout_s": 200, "start_timeout_s": 300}
 SERVERS = {"kind": "sglang", "dtype": "fp32", "max_batch": 16, "max_batch_tokens": 8192, **LIMITS}
+TASK = {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2}
 RECIPE: dict[str, Any] = {
     "name": "run",
     "seed": 3,
     "world": {"ranks": 2, "timeout_s": 400},
-    "task": {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2, "heldout_size": 8},
+    "task": {**TASK, "train_size": 1000, "heldout_size": 8},
     "roles": {
         role: {
             "model": {

@@ -1,52 +1,17 @@
-"""In the serving environment: SGLang's own model with weights in FP8, a process per tensor-parallel rank.
+"""In the serving environment: SGLang's own model with weights in FP8, as a tensor-parallel rank has it.
 
-    python fp8_model.py BOOT_FOLDER
-
-imports SGLang once. Each line on stdin is a JSON object {tp, port, payloads, arguments, environ, logs}, the
-arguments those of `sglang serve`; ranks are forked, write to a log each, and their exit codes are printed.
+Its process has imported SGLang by boot.py. A job is a JSON object {tp, port, payloads, arguments}, the
+arguments those of `sglang serve`.
 
 payloads: a file with one flat bucket per line, as `/update_weights_from_tensor` takes it. What a server does
 with them is done here by the same code of SGLang, up to the layers' own post-processing, which asks for a GPU
-or AMX. A rank's log ends with a JSON object: what its weights checker says of every parameter, the types and
-sizes of some, and what that post-processing says.
+or AMX. The answer: what its weights checker says of every parameter, the types and sizes of some, and what
+that post-processing says.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from types import SimpleNamespace
-
-
-def main(folder: str) -> None:
-    sys.path.insert(0, folder)
-    import boot
-
-    os.environ.update(boot.ENVIRONMENT)
-    boot.prepare_cpu()
-    for line in sys.stdin:
-        job = json.loads(line)
-        ranks = [forked(rank, job) for rank in range(job["tp"])]
-        print(json.dumps([os.waitpid(pid, 0)[1] for pid in ranks]), flush=True)
-
-
-def forked(rank: int, job: dict) -> int:
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ.update(job["environ"])
-        print("RESULT " + json.dumps(held(rank, job)), flush=True)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def held(rank: int, job: dict) -> dict:
@@ -112,7 +77,3 @@ def refused(model) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

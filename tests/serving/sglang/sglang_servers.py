@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +16,7 @@ from genac_megatron.models.registry import shape_from_hf
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
-from genac_megatron.serving.sglang.server import BOOT, Server, ServerSpec, Zygote
+from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote
 
 START_S = 120.0
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -31,55 +29,11 @@ def served_config(family: str, **changes: Any) -> dict[str, Any]:
     return tiny_config(family, **more, **changes)
 
 
-ASKED = """
-import json, os, sys, traceback
-import boot
-os.environ.update(boot.CPU_ENVIRONMENT)
-filled = boot.fill_gaps()
-for line in sys.stdin:
-    code, given = json.loads(line)
-    names = {"given": given, "filled": filled, "boot": boot}
-    try:
-        exec(code, names)
-        answer = [True, names["found"]]
-    except Exception:
-        answer = [False, traceback.format_exc()]
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class Asked:
-    """Lines of Python that SGLang's own process runs: importing it takes a quarter of a minute."""
-
-    def __init__(self, python: Path) -> None:
-        environ = {**os.environ, "PYTHONPATH": str(BOOT.parent)}
-        command = [python, "-W", "ignore", "-c", ASKED]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True
-        )
-
-    def ask(self, code: str, given: object = None) -> Any:
-        """`found` as the code leaves it, with `given`, `boot` and the gaps `filled` to its hand."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps([code, given]) + "\n")
-        self._process.stdin.flush()
-        while not (line := self._process.stdout.readline()).startswith("["):
-            assert line, f"the process ended with {self._process.wait()}"  # else what an import prints
-        well, found = json.loads(line)
-        assert well, found
-        return found
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
 class Farm:
     """Starts servers on random weights, and remembers those that tests share."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
-        self.python, self.folder = python, folder
-        self.zygote = Zygote(python, folder / "zygote.log")
+    def __init__(self, python: Path, zygote: Zygote, folder: Path) -> None:
+        self.python, self.zygote, self.folder = python, zygote, folder
         self.servers: list[Server] = []
         self._shared: dict[tuple[str, int], Server] = {}
 
@@ -108,7 +62,6 @@ class Farm:
     def close(self) -> None:
         for server in self.servers:
             server.stop()
-        self.zygote.close()
 
 
 def client_of(server: Server) -> ServerClient:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sglang_servers import Asked
 
 from benchmarks.published_models import write_place
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.serving.sglang.server import ServerSpec
 from tests.server_specs import RECIPES, specs_of
+from tests.serving.zygote import AskingZygote
 
 PARSE = """
 import argparse
@@ -26,7 +26,9 @@ for line in given:
 """
 
 
-def test_every_servers_command_line(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_servers_command_line(
+    zygote: AskingZygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_place(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -35,7 +37,7 @@ def test_every_servers_command_line(asked: Asked, tmp_path: Path, monkeypatch: p
     # And what no cluster recipe has: a CPU's server with limits, and an argument that SGLang has not.
     limited = ServerSpec("a/0", tmp_path, 21_000, max_running=7, max_tokens=4096)
     wrong = ServerSpec("a/0", tmp_path, 21_000, args=("--max-running-request-count", "3"))
-    *whole, bad = asked.ask(PARSE, [spec.arguments() for spec in (*specs, limited, wrong)])
+    *whole, bad = zygote.ask(PARSE, [spec.arguments() for spec in (*specs, limited, wrong)])
     for spec, got in zip((*specs, limited), whole, strict=True):
         assert got == {
             "tp_size": spec.tp,

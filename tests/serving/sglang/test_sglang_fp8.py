@@ -4,9 +4,6 @@ is what the trainer says it must. Its kernels need a GPU: tests/gpu."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +21,17 @@ from genac_megatron.publication.plan import Bucket, make_plan
 from genac_megatron.publication.quantize import quantize
 from genac_megatron.publication.transport import elements, view_of
 from genac_megatron.recipe.schema import ModelConfig
-from genac_megatron.serving.sglang.server import BOOT, ServerSpec
+from genac_megatron.serving.sglang.server import ServerSpec
 from genac_megatron.training.layout import Layout
+from tests.serving.zygote import AskingZygote
 
-SCRIPT = Path(__file__).with_name("fp8_model.py")
+FOLDER = Path(__file__).parent
+RANK = """
+import sys
+sys.path.insert(0, given["folder"])
+import fp8_model
+found = fp8_model.held(given["rank"], given["job"])
+"""
 SIZES: dict[str, Any] = {
     "layers": 2, "hidden": 256, "ffn": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "vocab": 130,
 }  # fmt: skip
@@ -69,58 +73,25 @@ def model_of(family: str, folder: Path) -> tuple[Shape, list[Bucket], list[torch
     return shape, plan, flats
 
 
-class Ranks:
-    """A process that has imported SGLang, and forks ranks of engines."""
-
-    def __init__(self, python: Path, log: Path) -> None:
-        self._log = log
-        environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                [python, "-W", "ignore", SCRIPT, BOOT.parent], env=environ, text=True, stderr=errors,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
-
-    def run(self, folder: Path, tp: int) -> list[dict[str, Any]]:
-        """What every rank of an engine of `tp` says that got the folder's payloads."""
-        ports = spare_ports(2)
-        spec = ServerSpec("fp8/0", folder, ports[0], dtype="bf16", tp=tp, max_tokens=4096)
-        logs = [folder / f"rank{rank}.log" for rank in range(tp)]
-        job = {
-            "tp": tp, "port": ports[1], "payloads": str(folder / "payloads"), "arguments": spec.arguments(),
-            "environ": spec.environment(), "logs": [str(log) for log in logs],
-        }  # fmt: skip
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        print(json.dumps(job), file=stdin, flush=True)
-        while not (said := stdout.readline()).startswith("["):  # what SGLang itself says at its import
-            assert said, self._log.read_text()[-4000:]
-        texts = [log.read_text() for log in logs]
-        assert json.loads(said) == [0] * tp, "\n".join(text[-4000:] for text in texts)
-        results = [line for text in texts for line in text.splitlines() if line.startswith("RESULT ")]
-        return [json.loads(line.removeprefix("RESULT ")) for line in results]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def ranks(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    made = Ranks(python, tmp_path_factory.mktemp("fp8") / "log")
-    yield made
-    made.close()
+def said_by(zygote: AskingZygote, folder: Path, tp: int) -> list[dict[str, Any]]:
+    """What every rank of an engine of `tp` says that got the folder's payloads."""
+    ports = spare_ports(2)
+    spec = ServerSpec("fp8/0", folder, ports[0], dtype="bf16", tp=tp, max_tokens=4096)
+    job = {"tp": tp, "port": ports[1], "payloads": str(folder / "payloads"), "arguments": spec.arguments()}
+    given = [{"rank": rank, "job": job, "folder": str(FOLDER)} for rank in range(tp)]
+    return zygote.ask_all(RANK, given, spec.environment())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tp"), [*CASES, *(pytest.param(*case, marks=pytest.mark.extended) for case in MORE)]
 )
-def test_sglangs_model_holds_what_was_published(family: str, tp: int, ranks: Ranks, tmp_path: Path) -> None:
+def test_sglangs_model_holds_what_was_published(
+    family: str, tp: int, zygote: AskingZygote, tmp_path: Path
+) -> None:
     folder = tmp_path / family
     shape, plan, flats = model_of(family, folder)
-    said = ranks.run(folder, tp)
+    said = said_by(zygote, folder, tp)
     assert len(said) == tp
     for rank, got in enumerate(said):
         wanted = RankSums(shape, tp, rank, "cpu")
@@ -142,10 +113,10 @@ def test_sglangs_model_holds_what_was_published(family: str, tp: int, ranks: Ran
         assert got["refused"]
 
 
-def test_sglangs_llama_still_loses_the_scales(ranks: Ranks, tmp_path: Path) -> None:
+def test_sglangs_llama_still_loses_the_scales(zygote: AskingZygote, tmp_path: Path) -> None:
     """Where this fails, SGLang loads them: let check_quantization (recipe/precision.py) pass Llama."""
     shape, plan, flats = model_of("llama", tmp_path / "llama")
-    (got,) = ranks.run(tmp_path / "llama", 1)
+    (got,) = said_by(zygote, tmp_path / "llama", 1)
     wanted = RankSums(shape, 1, 0, "cpu")
     for bucket, flat in zip(plan, flats, strict=True):
         wanted.add(bucket, elements(bucket, flat, torch.bfloat16))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from sglang_servers import Asked
 
 from genac_megatron.models.registry import FAMILIES
 from genac_megatron.serving.sglang.boot import MODELS, PAUSED
+from tests.serving.zygote import AskingZygote
 
 PROBE = """
 import torch
@@ -17,8 +17,8 @@ found = [torch.version.cuda, filled, len(boot.other_models()), methods]
 
 
 @pytest.mark.slow
-def test_the_import_gaps_are_still_there(asked: Asked) -> None:
-    cuda, gaps, others, methods = asked.ask(PROBE)
+def test_the_import_gaps_are_still_there(zygote: AskingZygote) -> None:
+    cuda, gaps, others, methods = zygote.ask(PROBE)
     # A CUDA build of torch, which some indexes offer to a CPU too, comes with triton and suits torchvision.
     wanted = ["triton", "sgl_kernel", "torchvision", "allocator"]
     assert others > 100, "SGLang's models are elsewhere now: see boot.other_models"

@@ -6,15 +6,14 @@ A GPU's free memory cannot be had here: that one figure, and the server's settin
 from __future__ import annotations
 
 import pytest
-from sglang_servers import Asked
 
 from genac_megatron.recipe.memory import GIB, kv_pool
+from tests.serving.zygote import AskingZygote
 
 PROBE = """
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 import sglang.srt.mem_cache.kv_cache_configurator as module
-kept = dict(vars(module))
 found = []
 for start, now, fraction in given:
     module.get_available_gpu_memory = lambda *_, now=now, **__: now
@@ -31,14 +30,13 @@ for start, now, fraction in given:
         found.append(module.KVCacheConfigurator._profile_available_bytes(own, start))
     except ValueError as error:
         found.append(str(error))
-vars(module).update(kept)
 """
 CASES = [(78.0, 62.7, 0.5), (78.0, 62.7, 0.3), (40.0, 24.7, 0.75), (78.0, 40.0, 0.3)]  # the last: a race
 
 
 @pytest.mark.slow
-def test_the_installed_sglang_has_this_formula(asked: Asked) -> None:
-    found = asked.ask(PROBE, CASES)
+def test_the_installed_sglang_has_this_formula(zygote: AskingZygote) -> None:
+    found = zygote.ask(PROBE, CASES)
     for (start, now, fraction), pool in zip(CASES, found, strict=True):
         ours = kv_pool(start * GIB, now * GIB, fraction)
         if ours > 0:

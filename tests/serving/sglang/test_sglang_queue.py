@@ -15,7 +15,7 @@ from genac_megatron.serving.sglang.cores import allowed_threads
 MODEL = plain_model(served_config("qwen3"))
 LIMIT_S = 6.0
 PROBE = 40  # tokens, to see how fast this machine is
-COUNT = 5  # requests, each of two thirds of the limit alone
+COUNT = 4  # requests, each of two thirds of the limit alone
 
 
 def test_a_queue_is_waited_for_and_the_server_runs_on_its_core(farm: Farm) -> None:
