@@ -100,7 +100,7 @@ def test_no_process_is_asked_about_a_response_without_an_answer() -> None:
     grader = MathGrader(workers=1)
     far_too_long = f"\\boxed{{{'1' * 30_000}}}"
     assert grader.grade([("12", "4 + 8 = 12 and then"), ("12", ""), ("1", far_too_long)]) == [0.0, 0.0, 0.0]
-    assert grader.workers._workers == []
+    assert not any(pool._workers for pool in grader.workers.pools)
 
 
 def test_a_recipe_says_which_forms_count() -> None:
