@@ -42,11 +42,11 @@ def spent(row: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, floa
     """Tokens, flops, flops_shared and seconds of a row of metrics; no flops_shared where it does not say."""
     found = {key: float(row.get(key) or 0.0) for key in COUNTS}
     seconds = float(row.get("time/total_s") or 0.0) - sum(float(row.get(key) or 0.0) for key in APART)
-    spent = {"tokens": sum(found.values()), "flops": _flops(found, shapes), "seconds": max(seconds, 0.0)}
+    sums = {"tokens": sum(found.values()), "flops": _flops(found, shapes), "seconds": max(seconds, 0.0)}
     if all(SHARED[key] in row for key in SHARED if found[key]):
         once = {key: float(row[unique]) for key, unique in SHARED.items() if found[key]}
-        spent["flops_shared"] = _flops(found | once, shapes)
-    return spent
+        sums["flops_shared"] = _flops(found | once, shapes)
+    return sums
 
 
 def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape]) -> float:
