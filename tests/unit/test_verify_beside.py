@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +16,7 @@ from genac_megatron.stages.judging import Judge
 from genac_megatron.stages.rollouts import Generator, generate
 from genac_megatron.tasks.base import FixedTask, Problem
 from genac_megatron.tasks.tokenizer import load_tokenizer
-from genac_megatron.tasks.workers import BESIDE, Shared, Workers
+from genac_megatron.tasks.workers import BESIDE
 
 TINY = load_tokenizer("builtin:tiny")
 LIMIT_S = 60.0
@@ -95,52 +91,3 @@ def test_the_critic_is_asked_before_any_verifier_is_done_with_stand_ins_for_engi
     assert [len(judgements) for judgements in group.judgements] == [4] * 4
     assert len(critic.asked) == every
     assert [r.outcome for r in group.rollouts] == [1.0] * 4, "no verifier waited in vain for the critic's"
-
-
-# --- processes -----------------------------------------------------------------------------------
-
-
-def sleeper() -> Callable[[Any], float]:
-    def score(job: tuple[str, float]) -> float:
-        path, seconds = job
-        if path:
-            Path(path).write_text("x")
-        time.sleep(seconds)
-        return seconds
-
-    return score
-
-
-def test_one_late_answer_holds_up_its_own_thread_alone(tmp_path: Path) -> None:
-    shared: Shared[float] = Shared(partial(Workers, sleeper, 1, 60.0, "sleeping"))
-    begun = tmp_path / "begun"
-    with ThreadPoolExecutor(2) as threads:
-        slow = threads.submit(shared.run, [(str(begun), 3.0)])
-        while not begun.exists():
-            assert not slow.done()
-            time.sleep(0.01)
-        quick = threads.submit(shared.run, [("", 0.0), ("", 0.01)])
-        assert quick.result(120) == [0.0, 0.01]
-        assert slow.result(120) == [3.0]
-    assert shared.late == 0
-    shared.close()
-
-
-def test_a_further_process_is_started_where_there_is_work_for_it() -> None:
-    shared: Shared[float] = Shared(partial(Workers, sleeper, 1, 60.0, "sleeping"), 3)
-    assert shared.run([]) == []
-    assert [len(pool._workers) for pool in shared.pools] == [0, 0, 0]
-    for _ in range(3):
-        assert shared.run([("", 0.0)]) == [0.0]
-    assert sorted(len(pool._workers) for pool in shared.pools) == [0, 0, 1]
-    shared.close()
-
-
-def test_an_answer_that_is_late_is_counted_whichever_pool_it_was_given_to() -> None:
-    shared: Shared[float] = Shared(partial(Workers, sleeper, 1, 0.2, "sleeping"))
-    with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(shared.run, [[("", 30.0)], [("", 30.0)]]))
-    assert found == [[0.0], [0.0]]
-    assert shared.late == 2
-    assert shared.run([("", 0.0)]) == [0.0]
-    shared.close()
