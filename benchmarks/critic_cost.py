@@ -38,7 +38,7 @@ from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.models.sizes import hf_names
 from genac_megatron.recipe.schema import EngineConfig, JudgingConfig, ModelConfig, ModelShape, StatesConfig
 from genac_megatron.records import Completion, Prompt, Rollout, State
-from genac_megatron.serving.generation import shared_length
+from genac_megatron.serving.generation import unique_tokens
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
 from genac_megatron.serving.sglang.server import Server, ServerSpec, Zygote, serving_python
@@ -83,15 +83,6 @@ def responses(count: int, per_prompt: int, tokens: int) -> list[Rollout]:
     return made
 
 
-def tree_size(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Nodes of the prefix tree of all prompts: sorted, each adds what its neighbour does not share."""
-    nodes, before = 0, tuple[int, ...]()
-    for ids in sorted(prompts):
-        nodes += len(ids) - (shared_length([before, ids]) if before else 0)
-        before = ids
-    return nodes
-
-
 def judge_all(engine: SglangEngine, rollouts: Sequence[Rollout], config: JudgingConfig) -> Judge:
     """Every response judged as in a run: the prompt state first, each response's states together."""
     judge = Judge(engine, TOKENIZER, TOKENIZER, config, IccState(0.5), (), 4096, (0, "judge"))
@@ -131,7 +122,7 @@ def cache_row(
     cut = [state for r in rollouts for state in cut_states(r, TOKENIZER, cutting)[1:]]
     prompts = {judge.prompt_ids(state) for state in cut}
     prompts |= {judge.prompt_ids(State(r, 0, 0, 0)) for r in rollouts}
-    unique = tree_size(list(prompts))
+    unique = unique_tokens(prompts)
     return {
         "order": order,
         "states": states,
@@ -158,7 +149,7 @@ def flops_row(
     rollouts = responses(options.per_prompt, options.per_prompt, options.tokens)
     cut = [cut_states(r, TOKENIZER, judging.states) for r in rollouts]
     prompts = [{state.index: judge.prompt_ids(state) for state in states} for states in cut]
-    unique = tree_size([ids for each in prompts for ids in each.values()])
+    unique = unique_tokens(ids for each in prompts for ids in each.values())
     judged = 1 + sum(len(states) - 1 for states in cut)
     responding = [(n, len(cut[n])) for n in trained_responses(len(cut), share)]
     trained = {(0, 0)} | {

@@ -154,7 +154,10 @@ def _ranking(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | N
         return None
     what = f"ranking accuracy within a prompt {ranking:.3f} is not above {stage.gate.ranking:g}"
     if math.isnan(ranking):
-        means = "there is none: no held-out prompt has both right and wrong responses"
+        means = (
+            "there is none: no held-out prompt has both right and wrong responses with states after the "
+            "prompt's (judging.states)"
+        )
         return Missed(what, means, "more held-out responses (evaluation.prompts, evaluation.samples)")
     states = f" and states of each ({at}.train_states)" if isinstance(stage, ReinforceStage) else ""
     return Missed(

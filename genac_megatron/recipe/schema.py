@@ -209,7 +209,8 @@ class JudgingConfig(Block):
     temperature: PositiveFloat = 1.0
     max_new_tokens: Positive = 1024
     score: Literal["sampled", "soft"] = "sampled"  # soft: its expectation, at the same temperature
-    budget: Positive | None = None  # critic tokens per batch; states beyond it take the fallback value
+    # Critic tokens per batch, dealt over responses beforehand; states beyond them take the fallback value.
+    budget: Positive | None = None
     states: StatesConfig = StatesConfig()
 
 

@@ -23,8 +23,14 @@ from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Request
 from genac_megatron.serving.engine import Engine, check_ids, check_request
 from genac_megatron.serving.experts import by_file_names, routers
-from genac_megatron.serving.generation import CPU_ATTENTION, Generation, score_continuations
+from genac_megatron.serving.generation import (
+    CPU_ATTENTION,
+    Generation,
+    score_continuations,
+    unique_tokens,
+)
 
+MOST_READ = 20_000  # prompts that are kept until their prefixes are counted
 SETTLE_TURNS = 8  # of the loop between batches: what consumers submit at once joins the next batch
 
 
@@ -90,6 +96,7 @@ class EmbeddedEngine(Engine):
         self._loading: int | None = None  # the version whose tensors are coming in
         self._loaded: set[str] = set()
         self._stats: dict[str, float] = {}
+        self._read: list[tuple[int, ...]] = []  # prompts whose prefixes are not counted yet
         self.stats()
 
     async def complete(self, request: Request) -> Completion:
@@ -148,9 +155,17 @@ class EmbeddedEngine(Engine):
                 self._schedule()
 
     def stats(self) -> dict[str, float]:
+        self._count_unique()
         taken = self._stats
-        self._stats = dict.fromkeys(("tokens", "prompt_tokens", "seconds", "batches"), 0.0)
+        names = ("tokens", "prompt_tokens", "unique_prompt_tokens", "seconds", "batches")
+        self._stats = dict.fromkeys(names, 0.0)
         return taken
+
+    def _count_unique(self) -> None:
+        """Count what was read by its prefixes, and forget it."""
+        if self._read:
+            self._stats["unique_prompt_tokens"] += unique_tokens(self._read)
+            self._read = []
 
     def close(self) -> None:
         self.abort()
@@ -243,6 +258,9 @@ class EmbeddedEngine(Engine):
             waiting.future.set_result(completion)
         self._stats["tokens"] += sum(len(completion.ids) for completion in completions)
         self._stats["prompt_tokens"] += sum(len(waiting.request.ids) for waiting in batch)
+        self._read += [waiting.request.ids for waiting in batch]
+        if len(self._read) > MOST_READ:
+            self._count_unique()
         self._stats["seconds"] += time.perf_counter() - start
         self._stats["batches"] += 1
 

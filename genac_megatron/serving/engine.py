@@ -68,7 +68,12 @@ class Engine(ABC):
 
     @abstractmethod
     def stats(self) -> dict[str, float]:
-        """Since the last call: tokens (generated), prompt_tokens, seconds (generating), batches."""
+        """Since the last call: tokens (generated), prompt_tokens, unique_prompt_tokens, seconds (generating),
+        batches.
+
+        The unique ones are those that a prefix cache does not have: where the engine has one, what it
+        computed; else each prefix once that several prompts begin with.
+        """
 
     @abstractmethod
     def close(self) -> None:

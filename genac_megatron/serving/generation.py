@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -333,6 +333,15 @@ def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
     first, last = min(prompts), max(prompts)  # in lexicographic order these two differ earliest
     differ = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(differ, min(len(first), len(last)))
+
+
+def unique_tokens(prompts: Iterable[tuple[int, ...]]) -> int:
+    """Ids of all prompts with what several begin with counted once: nodes of their prefix tree."""
+    count, before = 0, tuple[int, ...]()
+    for ids in sorted(prompts):  # each shares most with its neighbour
+        count += len(ids) - shared_length([before, ids])
+        before = ids
+    return count
 
 
 def read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:

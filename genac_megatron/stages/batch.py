@@ -28,8 +28,8 @@ from genac_megatron.recipe.schema import (
     ValueStage,
 )
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
+from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.heldout import judge_for, tell_too_long
-from genac_megatron.stages.judging import Budget
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats

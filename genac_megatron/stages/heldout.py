@@ -281,6 +281,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         [r.key for _, r in pairs],
         parsed=[j.value for j, _ in pairs],
     )
+    figures |= _ordered(pairs)
     figures["brier_used"] = figures["brier"]
     # No score: the worst error, unless the critic was not asked.
     errors = [(j.used - r.target) ** 2 if j.skipped else 1.0 - reward(j.value, r.target) for j, r in pairs]
@@ -306,6 +307,34 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         [j.value for j, _ in pairs if j.value is not None]
     ).tolist()
     return figures
+
+
+def _ordered(pairs: list[tuple[Judgement, Rollout]]) -> dict[str, float]:
+    """AUC and pairs in order, a group's prompt state being one state (as in evaluation/figures.py).
+
+    It is every response's first one and has all their outcomes. So it is left out where one response's
+    outcome is told from another's (`auc`, `ranking_prompt`), and could only tie; between prompts it counts
+    once, with the group's mean outcome. Where no response has a later state the AUC is over prompt states.
+    """
+    later = [(judgement, rollout) for judgement, rollout in pairs if judgement.state.index > 0]
+    shared: dict[int, list[tuple[Judgement, Rollout]]] = {}
+    for judgement, rollout in pairs:
+        if judgement.state.index == 0:
+            shared.setdefault(id(judgement), []).append((judgement, rollout))
+    firsts = [(*group[0], mean(rollout.target for _, rollout in group)) for group in shared.values()]
+    each = firsts + [(judgement, rollout, rollout.target) for judgement, rollout in later]
+    told = later or pairs
+    found = {"auc": metrics.auc([j.used for j, _ in told], [r.target for _, r in told])}
+    scopes: dict[metrics.Scope, Any] = {"between": each, "prompt": [(j, r, r.target) for j, r in later]}
+    for scope, rows in scopes.items():
+        found[f"ranking_{scope}"], _ = metrics.ranking_accuracy(
+            [judgement.used for judgement, _, _ in rows],
+            [target for _, _, target in rows],
+            [rollout.prompt.id for _, rollout, _ in rows],
+            [rollout.key for _, rollout, _ in rows],
+            scope,
+        )
+    return found
 
 
 def _key(state: State) -> tuple[str, int]:

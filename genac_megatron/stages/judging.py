@@ -14,6 +14,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
+from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.seeds import seed_for
 
 if TYPE_CHECKING:
@@ -31,43 +32,6 @@ def need_room(prompt: Prompt, new: int, positions: int | None) -> None:
             way_out="lower the stage's rollout.max_new_tokens, leave such prompts out of the task, or use a "
             "model with more positions (max_positions)",
         )
-
-
-class Budget:
-    """Tokens that a rank's critic may write in a batch; those are never exceeded.
-
-    A state whose longest judgement might not fit waits for those under way, and is left out once none of them
-    can make room. It has no value of its own then, so it takes the fallback of one that does not parse.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self.spent = tokens, 0
-        self._reserved = 0
-        self._changed: asyncio.Future[None] | None = None
-
-    async def take(self, longest: int) -> bool:
-        """Whether a judgement of at most `longest` tokens may be written; give it back once it is."""
-        while self.spent + self._reserved + longest > self.tokens:
-            if self._reserved == 0:
-                return False
-            self._changed = self._changed or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._changed)
-        self._reserved += longest
-        return True
-
-    def give_back(self, longest: int, written: int) -> None:
-        """A judgement that `take` allowed is done, with so many tokens."""
-        self._reserved -= longest
-        self.spent += written
-        if self._changed is not None:
-            changed, self._changed = self._changed, None
-            if not changed.done():
-                changed.set_result(None)
-
-    def reset(self) -> None:
-        """A batch begins."""
-        self.spent = self._reserved = 0
-        self._changed = None
 
 
 @dataclass
@@ -89,24 +53,33 @@ class Judge:
         """One critic completion for one state, parsed; none where the budget is spent, or where the prompt
         leaves no room for one: then the state takes the fallback value.
         """
-        longest, prompt_ids = self.config.max_new_tokens, self.prompt_ids(state)
+        prompt_ids = self.prompt_ids(state)
         if not self.has_room(prompt_ids):
             nothing = Completion((), (), "abort")
             return Judgement(state, (), nothing, "", None, skipped=True, too_long=True)
-        if self.budget is not None and not await self.budget.take(longest):
+        completion = await self._paid(state, prompt_ids)
+        if completion is None:
             return Judgement(state, (), Completion((), (), "abort"), "", None, skipped=True)
-        written = 0
-        try:
-            completion = await self._ask(state, prompt_ids)
-            written = len(completion.ids)
-        finally:  # after a failure too: others wait for room
-            if self.budget is not None:
-                self.budget.give_back(longest, written)
         text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
         judgement = Judgement(state, prompt_ids, completion, text, parse_score(text))
         if self.config.score == "soft":
             judgement.soft = await self._soft(judgement)
         return judgement
+
+    async def _paid(self, state: State, prompt_ids: tuple[int, ...]) -> Completion | None:
+        """What the critic says to a prompt, within the budget; None where that has nothing left for it."""
+        if self.budget is None:
+            return await self._ask(state, prompt_ids)
+        purse, written = self.budget.purse(state), 0
+        if not await purse.take():
+            return None
+        try:
+            completion = await self._ask(state, prompt_ids)
+            written = len(completion.ids)
+        finally:  # after a failure too: others wait for room
+            purse.give_back(written)
+            self.budget.spent += written
+        return completion
 
     async def _ask(self, state: State, prompt_ids: tuple[int, ...]) -> Completion:
         """What the critic says to a prompt."""

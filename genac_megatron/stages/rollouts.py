@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.recipe.schema import RolloutConfig
@@ -138,14 +139,14 @@ async def groups_of(
 ) -> list[Group]:
     """`generate` for an event loop of one's own."""
     judge, places = generator.judge, range(len(prompts)) if places is None else places
-    if judge is not None and judge.budget is not None:
-        judge.budget.reset()
     numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
     generator.engine.deal({prompt.id: place for prompt, place in zip(prompts, places, strict=True)})
     if judge is not None:
-        responses = [f"{p.id}#{sample}" for p, own in zip(prompts, numbers, strict=True) for sample in own]
+        keys = [[f"{p.id}#{sample}" for sample in own] for p, own in zip(prompts, numbers, strict=True)]
         firsts = (place * samples + n for place in places for n in range(samples))
-        judge.engine.deal(dict(zip(responses, firsts, strict=True)))
+        judge.engine.deal(dict(zip(chain.from_iterable(keys), firsts, strict=True)))
+        if judge.budget is not None:
+            judge.budget.deal(keys, judge.config.max_new_tokens)
     made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
     return list(await asyncio.gather(*made))
 

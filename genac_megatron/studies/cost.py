@@ -1,8 +1,12 @@
 """What a run has spent: tokens, and FLOPs by 2 per weight and token forward, 6 in training.
 
 Weights are those that multiply tokens: all but an untied input embedding. Attention's own products are left
-out (they grow with length: small here), and so are evaluations. Prompt tokens are those asked for, whether a
-prefix cache had them or not: an upper bound for a critic whose states nest.
+out (they grow with length: small here), and so are evaluations.
+
+Prompt tokens are counted in two ways. `flops` has those that were asked for, which an engine without a
+prefix cache reads, as the embedded one: an upper bound for a critic whose states nest. `flops_shared` has
+each prefix once that several prompts of a step begin with, as SGLang's servers read them (where they served:
+what they computed).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ COUNTS = {
     "tokens/actor_train": ("actor", 6),
     "tokens/critic_train": ("critic", 6),
 }
+SHARED = {"tokens/rollout_prompt": "unique/rollout_prompt", "tokens/judge_prompt": "unique/judge_prompt"}
 APART = ("time/evaluate_s", "time/checkpoint_s")  # what is not the method's
 
 
@@ -34,19 +39,26 @@ def multiplied(shape: Shape) -> int:
 
 
 def spent(row: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, float]:
-    """Tokens, flops and seconds of a row of metrics."""
+    """Tokens, flops, flops_shared and seconds of a row of metrics; no flops_shared where it does not say."""
     found = {key: float(row.get(key) or 0.0) for key in COUNTS}
     seconds = float(row.get("time/total_s") or 0.0) - sum(float(row.get(key) or 0.0) for key in APART)
-    flops = sum(
-        count * COUNTS[key][1] * multiplied(shapes[COUNTS[key][0]]) for key, count in found.items() if count
+    sums = {"tokens": sum(found.values()), "flops": _flops(found, shapes), "seconds": max(seconds, 0.0)}
+    if all(SHARED[key] in row for key in SHARED if found[key]):
+        once = {key: float(row[unique]) for key, unique in SHARED.items() if found[key]}
+        sums["flops_shared"] = _flops(found | once, shapes)
+    return sums
+
+
+def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape]) -> float:
+    return sum(
+        count * COUNTS[key][1] * multiplied(shapes[COUNTS[key][0]]) for key, count in counts.items() if count
     )
-    return {"tokens": sum(found.values()), "flops": flops, "seconds": max(seconds, 0.0)}
 
 
 def total(rows: Iterable[Mapping[str, Any]], shapes: Mapping[str, Shape]) -> dict[str, float]:
-    """The same over rows."""
-    sums = {"tokens": 0.0, "flops": 0.0, "seconds": 0.0}
-    for row in rows:
-        for key, value in spent(row, shapes).items():
-            sums[key] += value
-    return sums
+    """The same over rows; no flops_shared where one of them has none."""
+    each = [spent(row, shapes) for row in rows]
+    names = ["tokens", "flops", "seconds"]
+    if all("flops_shared" in one for one in each):
+        names.append("flops_shared")
+    return {name: sum((one[name] for one in each), 0.0) for name in names}

@@ -15,6 +15,10 @@ from genac_megatron.studies.schema import Study
 Record = dict[str, Any]
 # Student's t, two-sided 95 %, by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+BESIDE = {  # shown beside a figure: with each prefix of a step's prompts counted once (cost.py)
+    "cost/flops": ("cost/flops_shared",),
+    "step/flops": ("step/flops_shared",),
+}
 ALWAYS = ("actor/start", "actor/end", "actor/gain", "critic/brier", "critic/mse", "critic/auc")
 
 
@@ -125,7 +129,8 @@ def markdown(study: Study, records: Sequence[Record]) -> str:
     """The study's table: figures that at least one label has."""
     rows = rows_of(study, records)
     extra = ["actor/at_equal_flops", *(_less(name) for name in ("actor/end", *study.differences))]
-    wanted = list(dict.fromkeys([*ALWAYS, *extra, *study.figures]))
+    listed = [name for figure in study.figures for name in (figure, *BESIDE.get(figure, ()))]
+    wanted = list(dict.fromkeys([*ALWAYS, *extra, *listed]))
     shown = [name for name in wanted if any(isinstance(r.get(name), Mean) and r[name].count for r in rows)]
     head = ["", "seeds", *shown]
     lines = [[r["label"], str(r["seeds"]), *(str(r.get(n, "–")) for n in shown)] for r in rows]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from genac_megatron.errors import InputError
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.fields import with_system
 from genac_megatron.tasks.tokenizer import chat_ids
+from genac_megatron.tasks.workers import BESIDE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +72,8 @@ class Teacher(ABC):
 class Task(ABC):
     """Problems by split and index, and their verifier.
 
-    Subclasses give `_problem` and `verify`. A text in the held-out split is in no training prompt.
+    Subclasses give `_problem` and `verify`, which threads may call. A text in the held-out split is in no
+    training prompt.
     `tokenizer`: the actor's; None where a server reads the prompts' messages, which then have no ids.
     """
 
@@ -93,8 +98,14 @@ class Task(ABC):
         """The outcome in [0, 1] of the response `text`. Any text is legal."""
 
     async def verify_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> float:
-        """`verify` without holding the event loop up, where verifying is waiting for somebody else."""
-        return self.verify_many([(prompt, text)], (0,) if cut_off else ())[0]
+        """`verify` in a thread: generation and judging go on meanwhile, and a few other responses'."""
+        loop, cut = asyncio.get_running_loop(), (0,) if cut_off else ()
+        found = await loop.run_in_executor(self._beside, self.verify_many, [(prompt, text)], cut)
+        return found[0]
+
+    @cached_property
+    def _beside(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(BESIDE, thread_name_prefix="verify")
 
     async def score_beside(self, prompt: Prompt, text: str, cut_off: bool = False) -> Scored:
         """`verify_beside`, with the outcome's parts."""
@@ -126,8 +137,10 @@ class Task(ABC):
     def resized(self) -> None:  # noqa: B027  most wrap none
         """Take over the sizes of the tasks that it wraps: some of their problems were left out."""
 
-    def close(self) -> None:  # noqa: B027  most tasks hold nothing
+    def close(self) -> None:
         """End what the task has started: processes, threads, connections."""
+        if "_beside" in self.__dict__:
+            self._beside.shutdown(wait=False, cancel_futures=True)
 
     def prompt(self, split: Split, index: int) -> Prompt:
         """The prompt at `index` of `split`, its ids by the tokenizer's chat template.

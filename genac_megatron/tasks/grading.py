@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from genac_megatron.tasks.answers import EXACT, MARKED, final_answer, referred
-from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
+from genac_megatron.tasks.workers import BESIDE, TIME_LIMIT_S, Shared, Workers
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.tasks import AnswerForm
@@ -66,13 +67,14 @@ def _math() -> Callable[[Pair], float]:
 
 
 class MathGrader:
-    """Grades with math-verify in `workers` processes; a pair above the time limit counts as 0."""
+    """Grades with math-verify in `workers` processes, one for each thread that asks; a pair above the time
+    limit counts as 0."""
 
     def __init__(
-        self, workers: int = 1, limit_s: float = TIME_LIMIT_S, forms: Sequence[AnswerForm] = MARKED
+        self, workers: int = BESIDE, limit_s: float = TIME_LIMIT_S, forms: Sequence[AnswerForm] = MARKED
     ) -> None:
         self.forms = forms
-        self.workers = Workers(_math, workers, limit_s, "math-verify")
+        self.workers = Shared(partial(Workers, _math, 1, limit_s, "math-verify"), workers)
 
     @property
     def late(self) -> int:

@@ -14,7 +14,7 @@ from genac_megatron.records import Prompt
 from genac_megatron.tasks.answers import last_tagged
 from genac_megatron.tasks.base import GeneratedTask, Problem
 from genac_megatron.tasks.hanoi import HanoiTeacher
-from genac_megatron.tasks.workers import TIME_LIMIT_S, Workers
+from genac_megatron.tasks.workers import TIME_LIMIT_S, Shared, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,8 @@ class ReasoningGym(GeneratedTask):
         self._config = config
         self._pool_size = config.train_size + config.heldout_size
         self._pool = _make_pool(config, seed, self._pool_size)
-        self._scorer = Workers(partial(_scorer, config, seed, self._pool_size), 1, limit_s, config.name)
+        make = partial(_scorer, config, seed, self._pool_size)
+        self._scorer = Shared(partial(Workers, make, 1, limit_s, config.name))
         super().__init__(tokenizer, config.train_size, config.heldout_size)
         self.teacher = HanoiTeacher() if config.name == "tower_of_hanoi" else None
 

@@ -22,6 +22,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from queue import LifoQueue
 from typing import Any, Generic, TypeVar
 
 import psutil
@@ -29,6 +30,7 @@ import psutil
 from genac_megatron.launch import end_with
 
 TIME_LIMIT_S = 5.0
+BESIDE = 2  # responses that a task verifies at a time, beside generation
 START_LIMIT_S = 120.0  # a fresh process imports its libraries first, on a machine that may be busy
 OVERTIME_S = 5.0  # beyond its limit, after which a late process whose parent is gone ends itself
 TRIES = 2  # processes that a job may lose before it is given up
@@ -263,6 +265,40 @@ class Workers(Pool[float]):
 
     def _tell(self, why: str, job: Any) -> None:
         logger.warning("%s %s and counts as 0: %s", self.name, why, _shown(job))
+
+
+class Shared(Generic[T]):
+    """Pools of one process each; a thread that calls `run` has one of them to itself.
+
+    So a job that takes long holds up its own thread alone. The pool that became free last is taken first: a
+    further process is started where there is work for it, and not before.
+    """
+
+    def __init__(self, make: Callable[[], Pool[T]], count: int = BESIDE) -> None:
+        self.pools = [make() for _ in range(count)]
+        self._free: LifoQueue[Pool[T]] = LifoQueue()
+        for pool in self.pools:
+            self._free.put(pool)
+
+    @property
+    def late(self) -> int:
+        """Jobs whose process was ended so far."""
+        return sum(pool.late for pool in self.pools)
+
+    def run(self, jobs: Sequence[Any]) -> list[T]:
+        """As `Pool.run`, from any thread; it waits for a pool that is free."""
+        if not jobs:
+            return []
+        pool = self._free.get()
+        try:
+            return pool.run(jobs)
+        finally:
+            self._free.put(pool)
+
+    def close(self) -> None:
+        """End the processes."""
+        for pool in self.pools:
+            pool.close()
 
 
 def _shown(job: Any) -> str:

@@ -271,9 +271,16 @@ def test_stats_count_since_the_last_call(engine: EmbeddedEngine) -> None:
     complete_all(engine, [request((1, 2, 3), 7), request((4, 5), 5)])
     stats = engine.stats()
     seconds = stats.pop("seconds")
-    assert stats == {"tokens": 12, "prompt_tokens": 5, "batches": 1}
+    assert stats == {"tokens": 12, "prompt_tokens": 5, "unique_prompt_tokens": 5, "batches": 1}
     assert 0 < seconds < 60
     assert set(engine.stats().values()) == {0}
+    complete_all(
+        engine, [request((1, 2, 3), 1), request((1, 2), 1), request((1, 2, 4, 5), 1), request((1, 2), 1)]
+    )
+    stats = engine.stats()
+    assert (stats["prompt_tokens"], stats["unique_prompt_tokens"]) == (11, 5)
+    complete_all(engine, [request((1, 2), 1)])
+    assert engine.stats()["unique_prompt_tokens"] == 2, "what was read before has been counted"
 
 
 # --- construction and bad input ------------------------------------------------------------------

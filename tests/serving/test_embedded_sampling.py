@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from genac_megatron.errors import GenacError
 from genac_megatron.records import Request, SamplingParams
 from genac_megatron.serving import generation
-from genac_megatron.serving.generation import inverse_cdf, shared_length
+from genac_megatron.serving.generation import inverse_cdf, shared_length, unique_tokens
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # fp32 has 6e-8 relative error per operation; logits here reach 8 and pass through a few hundred additions
@@ -182,6 +182,11 @@ def test_shared_length(some: list[tuple[int, ...]]) -> None:
     length = shared_length(some)
     assert len({ids[:length] for ids in some}) == 1
     assert min(map(len, some)) == length or len({ids[: length + 1] for ids in some}) > 1
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))
+def test_unique_tokens_are_the_prefixes_that_differ(some: list[tuple[int, ...]]) -> None:
+    assert unique_tokens(some) == len({ids[: n + 1] for ids in some for n in range(len(ids))})
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,24 @@ def test_escape_leaves_mathematics_alone() -> None:
     for text in ("x < 3 and 3 > x", "<<48/2=24>>24", "a <= b", "1<2", "f(x) <- y", "$\\langle a \\rangle$"):
         assert escape(text) == text
     assert escape("<answer>10</answer>") == "< answer>10< /answer>"
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_without_conditioning_nothing_of_the_actor_is_told_nor_asked_for(template: str) -> None:
+    prompt, icc = Prompt("train/0", (), "the problem", "R"), IccState(0.37, step=41)
+
+    def shown(icc_is: str) -> str:
+        config = JudgingConfig.model_validate({"icc": icc_is, "template": template, "actor_name": "ANNA"})
+        return "\n".join(prompt_text(config, icc, prompt, "", 0, 9))
+
+    on, off = shown("on"), shown("off")
+    for told in ("ANNA", "0.37", "41"):
+        assert told in on
+        assert told not in off
+    assert "at present" not in off
+    kept = [line for line in on.splitlines() if not any(word in line for word in ("ANNA", "0.37", "41"))]
+    assert off.splitlines() == kept, "whole lines go, and no number of a list is missed"
+    assert not re.search(r"(?m)^\d+\.", on)
 
 
 def test_a_task_that_says_what_success_is_has_the_critic_told_so() -> None:

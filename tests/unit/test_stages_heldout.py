@@ -57,11 +57,38 @@ def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> Non
     assert row["errors"] == pytest.approx(errors)
     assert row["brier"] == pytest.approx(statistics.fmean(errors))
     assert row["brier_constant"] == pytest.approx(statistics.pvariance(row["outcomes"]))
-    wins = [(v > w) + (v == w) / 2 for v, r in pairs for w, q in pairs if r > q]
+    later = [pair for pair, place in zip(pairs, row["positions"], strict=True) if place]
+    wins = [(v > w) + (v == w) / 2 for v, r in later for w, q in later if r > q]
     assert row["auc"] == pytest.approx(statistics.fmean(wins))
     assert row["tokens_per_state"] == pytest.approx(
         statistics.fmean([2, 4, 4, 4, 2, 4, 4])
     )  # each judgement once
+
+
+def test_a_shared_prompt_state_is_one_state() -> None:
+    """A critic that orders every later state right has nothing to order better: its prompt states, which are
+    of right and wrong responses alike, are no states of one of them."""
+    knowing = [group(n, 0.5, [(1.0, [(0.9, 0.9)]), (0.0, [(0.1, 0.1)])]) for n in range(3)]
+    row = critic_row(knowing, {})
+    assert row["auc"] == row["ranking_prompt"] == 1.0
+    wrong = [group(n, 0.5, [(1.0, [(0.1, 0.1)]), (0.0, [(0.9, 0.9)])]) for n in range(3)]
+    assert critic_row(wrong, {})["auc"] == critic_row(wrong, {})["ranking_prompt"] == 0.0
+
+
+def test_between_prompts_a_prompt_state_counts_once_with_its_groups_mean_outcome() -> None:
+    easy = group(0, 0.8, [(1.0, [(0.9, 0.9)]), (1.0, [(0.9, 0.9)]), (0.0, [(0.1, 0.1)])])  # mean 2/3
+    hard = group(1, 0.2, [(1.0, [(0.6, 0.6)]), (0.0, [(0.3, 0.3)]), (0.0, [(0.3, 0.3)])])  # mean 1/3
+    row = critic_row([easy, hard], {})
+    mine = [(0.8, 2 / 3), (0.9, 1), (0.9, 1), (0.1, 0)]
+    theirs = [(0.2, 1 / 3), (0.6, 1), (0.3, 0), (0.3, 0)]
+    hits = [((v - w) * (p - q) > 0) + (v == w) / 2 for v, p in mine for w, q in theirs if abs(p - q) > 1e-9]
+    assert row["ranking_between"] == pytest.approx(statistics.fmean(hits))
+
+
+def test_where_only_prompts_are_judged_the_auc_is_over_prompt_states() -> None:
+    row = critic_row([group(0, 0.8, [(1.0, []), (1.0, [])]), group(1, 0.2, [(0.0, []), (1.0, [])])], {})
+    assert row["auc"] == pytest.approx((2 * 1 + 1 * 0.5) / 3)
+    assert row["ranking_prompt"] != row["ranking_prompt"], "a prompt has one state: there is no pair"
 
 
 def test_what_did_not_parse_is_no_score(groups: list[Group]) -> None:

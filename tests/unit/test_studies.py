@@ -19,7 +19,7 @@ from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import ModelConfig, ModelShape
 from genac_megatron.studies.collect import curve
-from genac_megatron.studies.cost import multiplied, spent
+from genac_megatron.studies.cost import multiplied, spent, total
 from genac_megatron.studies.plots import draw_all
 from genac_megatron.studies.runner import Places, tasks_of
 from genac_megatron.studies.schema import Bank, Study, bases_of, cells_of, read_study, swept
@@ -198,8 +198,25 @@ def test_flops_are_two_per_weight_forward_and_six_in_training() -> None:
     assert found == {
         "tokens": 15.0,
         "flops": 3 * 2 * actor + 5 * 2 * critic + 7 * 6 * actor,
+        "flops_shared": 3 * 2 * actor + 5 * 2 * critic + 7 * 6 * actor,
         "seconds": 2.5,
     }
+
+
+def test_a_prefix_that_prompts_share_is_billed_once_and_as_often_as_it_was_read() -> None:
+    shapes = {"actor": shape(True), "critic": shape(False)}
+    actor, critic = multiplied(shapes["actor"]), multiplied(shapes["critic"])
+    row = {"tokens/rollout_prompt": 40.0, "unique/rollout_prompt": 10.0, "tokens/judge_prompt": 100.0,
+           "unique/judge_prompt": 30.0, "tokens/judge": 5.0}  # fmt: skip
+    found = spent(row, shapes)
+    assert found["tokens"] == 145.0
+    assert found["flops"] == 40 * 2 * actor + 105 * 2 * critic
+    assert found["flops_shared"] == 10 * 2 * actor + 35 * 2 * critic
+    earlier = {key: value for key, value in row.items() if not key.startswith("unique")}
+    assert "flops_shared" not in spent(earlier, shapes), "rows of earlier versions do not say"
+    assert "flops_shared" not in total([row, earlier], shapes)
+    assert total([row, row], shapes)["flops_shared"] == 2 * found["flops_shared"]
+    assert total([], shapes) == {"tokens": 0.0, "flops": 0.0, "seconds": 0.0, "flops_shared": 0.0}
 
 
 def test_a_curve_counts_what_was_spent_before_each_evaluation() -> None:
@@ -284,6 +301,15 @@ def test_the_table_compares_seed_by_seed() -> None:
     ]
     text = markdown(study, records)
     assert "-0.100 ± 0.000" in text
+
+
+def test_the_table_shows_flops_with_and_without_a_prefix_cache_where_both_are_known() -> None:
+    study = Study.model_validate({"name": "joint", "cells": {}, "figures": ["step/flops", "cost/tokens"]})
+    both = {"step/flops": 30.0, "step/flops_shared": 20.0}
+    head = markdown(study, [record("genac", "genac", 1, **both)]).splitlines()[0]
+    assert [cell.strip() for cell in head.split("|")][-3:-1] == ["step/flops", "step/flops_shared"]
+    before = markdown(study, [record("genac", "genac", 1, **{"step/flops": 30.0})]).splitlines()[0]
+    assert "flops_shared" not in before
 
 
 def test_figures_are_compared_and_drawn_cell_by_cell(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from genac_megatron.tasks.answers import final_answer
 from genac_megatron.tasks.grading import ExactGrader, MathGrader, make_grader
 
 RIGHT = [
@@ -100,7 +101,7 @@ def test_no_process_is_asked_about_a_response_without_an_answer() -> None:
     grader = MathGrader(workers=1)
     far_too_long = f"\\boxed{{{'1' * 30_000}}}"
     assert grader.grade([("12", "4 + 8 = 12 and then"), ("12", ""), ("1", far_too_long)]) == [0.0, 0.0, 0.0]
-    assert grader.workers._workers == []
+    assert not any(pool._workers for pool in grader.workers.pools)
 
 
 def test_a_recipe_says_which_forms_count() -> None:
@@ -113,3 +114,27 @@ def test_exact_compares_with_what_a_whole_solution_says() -> None:
     solutions = ["9 * 2 = <<9*2=18>>18\n#### 18", "so it is \\boxed{18}", "18"]
     assert make_grader("exact").grade([(each, "\\boxed{18}") for each in solutions]) == [1.0, 1.0, 1.0]
     assert make_grader("exact").grade([(each, "\\boxed{9}") for each in solutions]) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_a_lucky_number_pays_nothing_and_other_writings_pay_all(cut_off: bool) -> None:
+    """What a review of the method graded: work that is cut off, guesses in a row, a wrong box."""
+    cases = [
+        ("18", "She sells the rest, so each day she makes 9 * 2 = 18", 0.0),
+        ("18", "I think the answer is 20. There are 18", 0.0),
+        ("18", "we get 18 eggs. \\boxed{20}", 0.0),
+        ("18", "\\boxed{18} or maybe \\boxed{20}", 0.0),
+        ("18", "\\boxed{18, 20, 22}", 0.0),
+        ("18", "it is one of 16, 17, 18", 0.0),
+        ("18", "<think>\nHmm, so 9 times 2 is 18", 0.0),
+        ("57,500", "\\boxed{57500}", 1.0),
+        ("57,500", "\\boxed{57,500}", 1.0),
+        ("18", "\\boxed{18 \\text{ dollars}}", 1.0),
+        ("18", "\\boxed{\\$18}", 1.0),
+        ("\\frac{1}{2}", "\\boxed{0.5}", 1.0),
+        ("\\text{Evelyn}", "\\boxed{Evelyn}", 1.0),
+    ]
+    grader = MathGrader(workers=1, limit_s=60.0)
+    answers = [(reference, final_answer(text, grader.forms, not cut_off)) for reference, text, _ in cases]
+    assert grader.grade_answers(answers) == [wanted for *_, wanted in cases]
+    grader.close()

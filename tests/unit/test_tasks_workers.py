@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from genac_megatron.tasks.workers import Workers
+from genac_megatron.tasks.workers import Shared, Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_A_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -199,3 +200,42 @@ def test_a_process_at_a_hostile_job_ends_after_a_killed_parent(tmp_path: Path) -
     process.wait(30)
     assert gone(pid)
     process.stdout.close()
+
+
+# --- several threads -----------------------------------------------------------------------------
+
+
+def test_one_late_answer_holds_up_its_own_thread_alone(tmp_path: Path) -> None:
+    shared: Shared[float] = Shared(partial(Workers, obeying, 1, 60.0, "sleeping"))
+    begun = tmp_path / "begun"
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(shared.run, [("sleep", (str(begun), 3.0))])
+        while not begun.exists():
+            assert not slow.done()
+            time.sleep(0.01)
+        quick = threads.submit(shared.run, [("pid", None)] * 2)
+        one, same = quick.result(300)
+        assert one == same != int(begun.read_text())
+        assert slow.result(300) == [1.0]
+    assert shared.late == 0
+    shared.close()
+
+
+def test_a_further_process_is_started_where_there_is_work_for_it() -> None:
+    shared: Shared[float] = Shared(partial(Workers, obeying, 1, 60.0, "sleeping"), 3)
+    assert shared.run([]) == []
+    assert [len(pool._workers) for pool in shared.pools] == [0, 0, 0]
+    for _ in range(3):
+        assert shared.run([("ok", None)]) == [1.0]
+    assert sorted(len(pool._workers) for pool in shared.pools) == [0, 0, 1]
+    shared.close()
+
+
+def test_an_answer_that_is_late_is_counted_whichever_pool_it_was_given_to(tmp_path: Path) -> None:
+    shared: Shared[float] = Shared(partial(Workers, obeying, 1, 2.0, "sleeping"))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(shared.run, [[("sleep", (str(tmp_path / name), 30.0))] for name in "ab"]))
+    assert found == [[0.0], [0.0]]
+    assert shared.late == 2
+    assert shared.run([("ok", None)]) == [1.0]
+    shared.close()

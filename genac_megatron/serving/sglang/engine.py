@@ -180,13 +180,15 @@ class SglangEngine(Engine):
             self.version = version
 
     def stats(self) -> dict[str, float]:
-        """Since the last call: tokens, prompt_tokens, cached_tokens (of those), seconds (with requests under
-        way), batches (requests answered)."""
+        """Since the last call: tokens, prompt_tokens, of those cached_tokens and unique_prompt_tokens (the
+        others), seconds (with requests under way), batches (requests answered)."""
         now = time.perf_counter()
         if self._stats and self._busy:
             self._stats["seconds"] += now - self._busy_since
         self._busy_since = now
         taken = self._stats
+        if taken:
+            taken["unique_prompt_tokens"] = taken["prompt_tokens"] - taken["cached_tokens"]
         names = ("tokens", "prompt_tokens", "cached_tokens", "seconds", "batches")
         self._stats = dict.fromkeys(names, 0.0)
         return taken

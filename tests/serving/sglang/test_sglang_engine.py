@@ -136,6 +136,7 @@ def test_the_cache_serves_a_prefix_that_came_before(one: SglangEngine) -> None:
     complete_all(one, [request((*ids, n), 1) for n in range(8)])
     stats = one.stats()
     assert stats["cached_tokens"] >= 0.99 * stats["prompt_tokens"] - 8
+    assert stats["unique_prompt_tokens"] == stats["prompt_tokens"] - stats["cached_tokens"]
 
 
 def test_an_engine_serves_one_event_loop_after_another(one: SglangEngine) -> None:
