@@ -93,7 +93,7 @@ class VapoValue(ValueConfig):
 
 
 class Sp3oValue(ValueConfig):
-    at: list[Fraction] = [0.3, 0.6, 0.9]
+    at: list[Fraction] = [0.0, 0.3, 0.6, 0.9]  # the prompt too: it is asked about wherever a critic is
 
 
 class OverlongConfig(Block):
@@ -130,7 +130,7 @@ class Vapo(Block):
 
 
 class Sp3o(Block):
-    """SP3O (value flattening): the value is trained at three places of each response."""
+    """SP3O (value flattening): the value is trained at the prompt and at three places of each response."""
 
     kind: Literal["sp3o"]
     loss: LossConfig = LossConfig()
