@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from genac_megatron.recipe.estimate import Place, memory_of
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import init_world
 from tests.distributed.cases import make_role, make_samples
@@ -38,6 +39,8 @@ def test_attention_stays_and_a_resumed_critic_goes_on_as_it_would(tmp_path: Path
     held = sum(p.numel() for part in role.optimizer.param_groups for p in part["params"])
     trained = sum(weight.numel() for name, weight in began.items() if name not in frozen)
     assert trained <= held < trained + 1024  # shards are padded
+    estimate = memory_of(role.config, role.shape, Place(0, 0, 0, 0), 1)
+    assert (estimate.gradients, estimate.optimizer) == (4 * trained, 8 * trained)
     train_values(role, 2)
     Checkpoints(tmp_path, 2, False).save("value-00002", {"critic": role}, {})
     for name, weight in weights_of(role).items():
