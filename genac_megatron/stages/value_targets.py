@@ -104,7 +104,9 @@ def monte_carlo_values(
     for number, group in enumerate(batch.groups):
         for one in group.rollouts:
             cuts = {state.cut: state for state in cut_states(one, tokenizer, states)}
-            chosen = trained_places(len(one.completion.ids), config.at, list(cuts)) if config.at else cuts
+            chosen = list(cuts)
+            if config.at:
+                chosen = trained_places(len(one.completion.ids), config.at, chosen)
             keys = [(len(found) if cut else -1 - number, cut) for cut in chosen]
             for key in keys:
                 wanted.setdefault(key, cuts[key[1]])

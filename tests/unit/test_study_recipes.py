@@ -55,14 +55,15 @@ def test_each_study_for_a_cpu_has_one_for_gpus() -> None:
         assert {name, f"{name}_gpu"} <= names
 
 
-def chosen_places(recipe: Recipe) -> Iterator[RegressionConfig]:
+def chosen_places(recipe: Recipe) -> list[RegressionConfig]:
     """What says where a scalar critic's value is trained, where that is not everywhere."""
+    found: list[RegressionConfig] = []
     for stage in recipe.stages:
-        if isinstance(stage, ValueStage) and stage.value.at:
-            yield stage.value
-        scalar = isinstance(stage, PolicyStage) and isinstance(stage.algorithm, WithScalarCritic)
-        if scalar and stage.algorithm.value.at:
-            yield stage.algorithm.value
+        if isinstance(stage, ValueStage):
+            found.append(stage.value)
+        if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, WithScalarCritic):
+            found.append(stage.algorithm.value)
+    return [value for value in found if value.at]
 
 
 def demonstrated(recipe: Recipe) -> list[list[int]]:

@@ -16,7 +16,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.algorithms import RegressionConfig
 from genac_megatron.recipe.schema import PolicyStage, RolloutConfig, StatesConfig, ValueStage
 from genac_megatron.recipe.tasks import ChainedArithmeticTask, StateTrackingTask
-from genac_megatron.records import Completion, Request, Rollout, Sample
+from genac_megatron.records import Completion, Finish, Request, Rollout, Sample
 from genac_megatron.stages import policy as policy_stage
 from genac_megatron.stages.batch import Batch
 from genac_megatron.stages.filters import untruncated
@@ -107,7 +107,7 @@ def batch_of(run: Any, prompts: int, samples: int, cut_off: tuple[int, ...] = ()
         for sample in range(samples):
             text = run.task.teacher.demonstrate(prompt, rng)
             ids = tuple(TINY.encode(text, add_special_tokens=False))
-            finish = "length" if number in cut_off else "stop"
+            finish: Finish = "length" if number in cut_off else "stop"
             rollout = Rollout(prompt, sample, Completion(ids, (-2.0,) * len(ids), finish), text)
             rollout.outcome = run.task.verify(prompt, text)
             group.rollouts.append(rollout)
@@ -355,10 +355,11 @@ def test_untruncated_keeps_judgements_with_their_responses() -> None:
     run: Any = FakeRun()
     batch = batch_of(run, 2, 2, cut_off=(0, 2, 3))
     for group in batch.groups:
-        group.judgements = [[f"of {r.key}"] for r in group.rollouts]  # type: ignore[misc]
+        made: Any = [[f"of {r.key}"] for r in group.rollouts]
+        group.judgements = made
     left = untruncated(batch)
     assert [r.key for r in left.rollouts] == ["train/0#1"]
-    assert left.judgements == [["of train/0#1"]]
+    assert [str(one) for (one,) in left.judgements] == ["of train/0#1"]
     assert left.fresh == batch.fresh
 
 
