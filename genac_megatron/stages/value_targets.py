@@ -49,8 +49,8 @@ def lesson_of(
         weights = spread_weights(torch.tensor(rows)).tolist()
         scales = [w for w, row in zip(weights, rows, strict=True) for _ in row]
     if config.target == "monte_carlo":
-        targets, places = monte_carlo_values(run, rollout, batch, config, seed)
-        return Lesson(targets, places, scales=scales)
+        drawn, cuts = monte_carlo_values(run, rollout, batch, config, seed)
+        return Lesson(drawn, cuts, scales=scales)
     places = places_of(run, batch.rollouts, config)
     targets = exact_values(run, batch.rollouts, places) if config.target == "exact" else learnt
     return Lesson(targets, places, scales=scales)
