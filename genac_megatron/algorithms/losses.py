@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from genac_megatron.algorithms.baselines.pact import cross_entropy
 from genac_megatron.algorithms.baselines.ppo import value_loss as clipped_value_loss
+from genac_megatron.algorithms.baselines.sao import in_band
 from genac_megatron.recipe.algorithms import CriticLossConfig, LossConfig
 
 Stats = dict[str, Tensor]
@@ -28,7 +30,7 @@ Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, Sta
 # Stats that are sums of weights * figure; nll has weights of its own.
 WEIGHTED = {
     "ratio", "clip_share", "dual_clip_share", "tis", "tis_clip_share", "kl_behaviour", "kl_reference",
-    "entropy",
+    "entropy", "masked_low_share", "masked_high_share",
 }  # fmt: skip
 # e^20: beyond any ratio that clipping lets through. Without it exp overflows and 0 * inf gives NaN gradients.
 LOG_RATIO_LIMIT = 20.0
@@ -83,24 +85,22 @@ def make_ppo_loss(config: LossConfig) -> Loss:
     nll_coef: the loss gains -nll_coef * sum nll_weights * logp (VAPO's likelihood of right responses).
     kl_coef: it gains kl_coef * sum weights * (r - 1 - log r), r = reference / now: the k3 estimate of
     KL(now || reference), with its gradient (GRPO, arXiv 2402.03300, eq. 4).
+    band: in the place of clip, dual clip and tis, loss = -sum weights * keep * r A, r = now / behaviour and
+    keep whether r is in the band (SAO, arXiv 2607.07508); its gradient is that of keep * r A * logp, r fixed.
     Fields: weights, advantages, behaviour, old (optional), nll_weights (with nll_coef), reference (with
-    kl_coef). Stats: ratio, clip_share, dual_clip_share, nll and kl_reference where they are on, and those
-    of `_mismatch_stats`.
+    kl_coef). Stats: ratio, clip_share, dual_clip_share (with a band masked_low_share, masked_high_share), nll
+    and kl_reference where they are on, and those of `_mismatch_stats`.
     """
 
     def ppo_loss(logp: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]) -> tuple[Tensor, Stats]:
         weights, advantages = fields["weights"], fields["advantages"]
         old = fields.get("old", logp).detach()
-        ratio = _ratio(logp, old, weights)
-        surrogate = torch.minimum(
-            ratio * advantages, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * advantages
-        )
-        negative = advantages < 0
-        if config.dual_clip is not None:
-            surrogate = torch.where(
-                negative, torch.maximum(surrogate, config.dual_clip * advantages), surrogate
-            )
-        tis = _tis(old, fields["behaviour"], weights, config.tis_cap)
+        cap = None if config.band is not None else config.tis_cap
+        if config.band is not None:
+            surrogate, stats = _banded(logp, fields["behaviour"], advantages, weights, config.band)
+        else:
+            surrogate, stats = _clipped(logp, old, advantages, weights, config)
+        tis = _tis(old, fields["behaviour"], weights, cap)
         loss = -(weights * tis * surrogate).sum()
         if config.entropy_coef != 0.0:
             if entropy is None:
@@ -116,19 +116,48 @@ def make_ppo_loss(config: LossConfig) -> Loss:
             kl = (weights * (r - 1.0 - r.log())).sum()
             loss = loss + config.kl_coef * kl
             more["kl_reference"] = kl.detach()
-        with torch.no_grad():
-            above = (advantages > 0) & (ratio > 1.0 + config.clip_high)
-            below = negative & (ratio < 1.0 - config.clip_low)
-            far = negative & (ratio > (config.dual_clip or float("inf")))
-            stats = {
-                "ratio": (weights * ratio).sum(),
-                "clip_share": (weights * (above | below)).sum(),
-                "dual_clip_share": (weights * far).sum(),
-            }
-            stats |= _mismatch_stats(old, logp.detach(), fields["behaviour"], weights, config.tis_cap)
+        stats |= _mismatch_stats(old, logp.detach(), fields["behaviour"], weights, cap)
         return loss, _entropy_stat(stats | more, weights, entropy)
 
     return ppo_loss
+
+
+def _clipped(
+    logp: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, config: LossConfig
+) -> tuple[Tensor, Stats]:
+    """PPO's objective per token, [T], clipped on one side by the advantage's sign; and its stats."""
+    ratio = _ratio(logp, old, weights)
+    surrogate = torch.minimum(
+        ratio * advantages, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * advantages
+    )
+    negative = advantages < 0
+    if config.dual_clip is not None:
+        surrogate = torch.where(negative, torch.maximum(surrogate, config.dual_clip * advantages), surrogate)
+    with torch.no_grad():
+        above = (advantages > 0) & (ratio > 1.0 + config.clip_high)
+        below = negative & (ratio < 1.0 - config.clip_low)
+        far = negative & (ratio > (config.dual_clip or float("inf")))
+        stats = {
+            "ratio": (weights * ratio).sum(),
+            "clip_share": (weights * (above | below)).sum(),
+            "dual_clip_share": (weights * far).sum(),
+        }
+    return surrogate, stats
+
+
+def _banded(
+    logp: Tensor, behaviour: Tensor, advantages: Tensor, weights: Tensor, band: tuple[float, float]
+) -> tuple[Tensor, Stats]:
+    """SAO's objective per token, [T], 0 where the ratio to the engine leaves the band; and its stats."""
+    ratio = _ratio(logp, behaviour, weights)
+    keep = in_band(ratio, band).detach()
+    with torch.no_grad():
+        stats = {
+            "ratio": (weights * ratio).sum(),
+            "masked_low_share": (weights * (ratio <= band[0])).sum(),
+            "masked_high_share": (weights * (ratio >= band[1])).sum(),
+        }
+    return torch.where(keep, ratio, torch.zeros_like(ratio)) * advantages, stats
 
 
 def make_reinforce_loss(config: CriticLossConfig) -> Loss:
@@ -157,11 +186,14 @@ def make_reinforce_loss(config: CriticLossConfig) -> Loss:
     return reinforce_loss
 
 
-def make_value_loss(clip: float | None) -> Loss:
-    """A scalar critic's regression (`baselines/ppo.py`). The first argument is its values [T], not log-probs.
+def make_value_loss(clip: float | None, *, logit: bool = False) -> Loss:
+    """A scalar critic's regression (`baselines/ppo.py`). The first argument is its head's output [T].
 
-    Fields: weights, targets, old. Stats: error (mean squared), value, clip_share.
+    logit: that is the value's log-odds, trained by cross-entropy without a clip (`baselines/pact.py`); else
+    it is the value. Fields: weights, targets, old. Stats: error (mean squared, of values), value, clip_share.
     """
+    if logit and clip is not None:
+        raise ValueError("a value is clipped under a squared error alone")
 
     def value_loss(
         values: Tensor, entropy: Tensor | None, fields: Mapping[str, Tensor]
@@ -169,8 +201,9 @@ def make_value_loss(clip: float | None) -> Loss:
         weights, targets, old = fields["weights"], fields["targets"], fields["old"]
         trained = weights != 0  # elsewhere a square may overflow, and 0 * inf is no number
         values, targets, old = (torch.where(trained, x, 0.0) for x in (values, targets, old))
-        loss = (weights * clipped_value_loss(values, old, targets, clip)).sum()
-        now = values.detach()
+        each = cross_entropy(values, targets) if logit else clipped_value_loss(values, old, targets, clip)
+        loss = (weights * each).sum()
+        now = values.detach().sigmoid() if logit else values.detach()
         far = (now - old).abs() > (clip if clip is not None else float("inf"))
         return loss, {
             "error": (weights * (now - targets) ** 2).sum(),

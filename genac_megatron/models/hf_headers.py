@@ -36,7 +36,7 @@ def begins_with_weights(model: ModelConfig, *, resuming: bool = False) -> bool:
 
     A checkpoint brings them all, but for a scalar head that a language model's lacks.
     """
-    return model.head == "value" or not (resuming or model.checkpoint is not None)
+    return model.head != "lm" or not (resuming or model.checkpoint is not None)
 
 
 def check_weights(model: ModelConfig, *, resuming: bool = False, planning: bool = False) -> None:

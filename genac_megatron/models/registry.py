@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,20 @@ def shape_of(model: ModelConfig, tokenizer_vocab: int | None, where: Where = _in
         shape = shape_from_folder(Path(model.hf).expanduser(), where("hf"))
     else:
         shape = _shape_of_sizes(model, tokenizer_vocab, where)
-    if model.head == "value":
-        shape = shape.as_value
+    if model.head != "lm":
+        if shape.value and shape.logit != (model.head == "logit"):
+            has = "logit" if shape.logit else "value"
+            raise InputError(
+                f"the folder is that of a scalar critic with the head '{has}'",
+                where=where("head"),
+                way_out=f"set head: {has}",
+            )
+        shape = replace(shape.as_value, logit=model.head == "logit")
     elif shape.value:
         raise InputError(
             "the folder is a scalar critic's",
             where=where("hf"),
-            way_out="set head: value, or give a language model's folder",
+            way_out=f"set head: {'logit' if shape.logit else 'value'}, or give a language model's folder",
         )
     if tokenizer_vocab is not None and shape.vocab < tokenizer_vocab:
         raise InputError(

@@ -90,6 +90,17 @@ def largest_parameter(shape: Shape) -> int:
 
 
 @cache
+def attention_parameters(shape: Shape, tp: int, pp: int) -> int:
+    """Of `stage_parameters`, those of attention and the norm before it, which may be frozen."""
+    held = (
+        math.prod(local_size(rule, shape, tp))
+        for rule in rules(shape)
+        if rule.per_layer and (".self_attention." in rule.name or ".input_layernorm." in rule.name)
+    )
+    return shape.layers // pp * sum(held)
+
+
+@cache
 def stage_parameters(shape: Shape, tp: int, pp: int, stage: int, ep: int = 1) -> int:
     """Parameters on one rank of pipeline stage `stage` of `pp`, cut over `tp` ranks, experts over `ep`.
 

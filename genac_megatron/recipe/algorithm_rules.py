@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.algorithms import (
+    Algorithm,
     Dapo,
     DrGrpo,
     Grpo,
     OverlongConfig,
+    Pact,
     RegressionConfig,
     ReinforcePlusPlus,
     Rloo,
+    Sao,
     ValueConfig,
     WithScalarCritic,
 )
@@ -20,18 +23,22 @@ from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, StageConfig, ValueStage
 
 
-def check_algorithm(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where) -> None:
-    """Raises InputError at the first rule that is broken."""
+def check_algorithm(
+    recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where, *, exact: bool
+) -> None:
+    """Raises InputError at the first rule that is broken. exact: whether the task has an exact teacher."""
     _check_reference(recipe, stage, place, where)
     if isinstance(stage, ValueStage):
-        _check_places(stage.value, (*place, "value"), where)
+        _check_regression(recipe, stage, stage.value, exact, (*place, "value"), where)
     if isinstance(stage, PpoStage):
         _check_overlong(stage.overlong, stage.rollout.max_new_tokens, (*place, "overlong"), where)
     if isinstance(stage, PolicyStage):
-        _check_policy(stage, place, where)
+        _check_policy(recipe, stage, place, where)
         if isinstance(stage.algorithm, WithScalarCritic):
-            _check_places(stage.algorithm.value, (*place, "algorithm", "value"), where)
-            _check_lambda(stage.algorithm.value, (*place, "algorithm", "value"), where)
+            value = (*place, "algorithm", "value")
+            _check_regression(recipe, stage, stage.algorithm.value, exact, value, where)
+            _check_importance(stage.algorithm.value, value, where)
+            _check_lambda(stage.algorithm.value, value, where)
 
 
 def check_role(recipe: Recipe, role: str, who: str, place: Sequence[str | int], where: Where) -> None:
@@ -79,12 +86,66 @@ def _check_reference(recipe: Recipe, stage: StageConfig, place: tuple[str | int,
         )
 
 
+def _check_regression(
+    recipe: Recipe,
+    stage: ValueStage | PolicyStage,
+    value: RegressionConfig,
+    exact: bool,
+    place: tuple[str | int, ...],
+    where: Where,
+) -> None:
+    """What a scalar critic is taught, and how."""
+    _check_places(value, place, where)
+    head = recipe.roles["critic"].model.head
+    if head == "logit" and value.clip is not None:
+        raise InputError(
+            f"a critic of log-odds is trained by cross-entropy; clip {value.clip:g} is of a squared error",
+            where=where((*place, "clip")),
+            way_out="set clip: null, or roles.critic.model.head: value",
+        )
+    if value.target == "exact" and not exact:
+        raise InputError(
+            f"the stage '{stage.name}' is to teach exact values, and the task '{recipe.task.kind}' has no "
+            "exact teacher",
+            where=where((*place, "target")),
+            way_out="set it to outcome or monte_carlo, or train on a task that has one (docs/tasks.md)",
+        )
+    if value.target != "outcome" and value.lam_critic != 1.0:
+        raise InputError(
+            f"lam_critic {value.lam_critic:g} is of targets made of outcomes, and these are {value.target}",
+            where=where((*place, "lam_critic")),
+            way_out="set lam_critic: 1, or target: outcome",
+        )
+    if value.target == "monte_carlo" and isinstance(stage, PolicyStage) and stage.overlap:
+        raise InputError(
+            "Monte-Carlo targets need the actor's engines while the next batch is generated with them",
+            where=where((*place, "target")),
+            way_out="take overlap out, or set target: outcome",
+        )
+    if value.by_spread and stage.rollout.samples == 1:
+        raise InputError(
+            "by_spread compares the returns of a prompt, and rollout.samples is 1",
+            where=where((*place, "by_spread")),
+            way_out="take by_spread out, or raise samples",
+        )
+
+
+def _check_importance(value: ValueConfig, place: tuple[str | int, ...], where: Where) -> None:
+    if value.importance_limit is not None and value.lam_critic != 1.0:
+        raise InputError(
+            "importance_limit weights outcomes by the moved policy, and lam_critic "
+            f"{value.lam_critic:g} mixes the critic's own values into them",
+            where=where((*place, "lam_critic")),
+            way_out="set lam_critic: 1, or importance_limit: null",
+        )
+
+
 def _check_places(value: RegressionConfig, place: tuple[str | int, ...], where: Where) -> None:
     if value.at_cuts and not value.at:
         raise InputError(
             "at_cuts moves the places of `at` to the nearest cuts, and there are none",
             where=where((*place, "at_cuts")),
-            way_out="name places, such as at: [0.3, 0.6, 0.9], or take at_cuts out",
+            way_out="name places, such as at: [0, 0.3, 0.6, 0.9], or take at_cuts out",
         )
 
 
@@ -98,17 +159,41 @@ def _check_lambda(value: ValueConfig, place: tuple[str | int, ...], where: Where
         )
 
 
-def _check_policy(stage: PolicyStage, place: tuple[str | int, ...], where: Where) -> None:
+def _check_critics_model(
+    recipe: Recipe, algorithm: Algorithm, place: tuple[str | int, ...], where: Where
+) -> None:
+    """What SAO and PACT say of the critic's model itself is said in its role: a role is built once a run."""
+    if isinstance(algorithm, Pact) and recipe.roles["critic"].model.head != "logit":
+        raise InputError(
+            "pact trains its critic by cross-entropy, and the role's head gives the value itself",
+            where=where(("roles", "critic", "model", "head")),
+            way_out="set roles.critic.model.head: logit, or take another algorithm",
+        )
+    frozen = recipe.roles["critic"].training.frozen_attention if isinstance(algorithm, Sao) else None
+    if isinstance(algorithm, Sao) and frozen != algorithm.frozen_attention:
+        wanted = str(algorithm.frozen_attention).lower()
+        raise InputError(
+            f"sao has frozen_attention {wanted}, and the role 'critic' {str(frozen).lower()}",
+            where=where(("roles", "critic", "training", "frozen_attention")),
+            way_out=f"set roles.critic.training.frozen_attention: {wanted}, or the algorithm's to the other",
+        )
+
+
+def _check_policy(recipe: Recipe, stage: PolicyStage, place: tuple[str | int, ...], where: Where) -> None:
     algorithm, rollout = stage.algorithm, stage.rollout
     grouped = isinstance(algorithm, Grpo | DrGrpo | Dapo | Rloo) or (
         isinstance(algorithm, ReinforcePlusPlus) and algorithm.baseline
     )
     if grouped and rollout.samples == 1:
+        baseline = " with baseline" if isinstance(algorithm, ReinforcePlusPlus) else ""
         raise InputError(
-            f"{algorithm.kind} compares the responses to a prompt, and rollout.samples is 1",
+            f"{algorithm.kind}{baseline} compares the responses to a prompt, and rollout.samples is 1: every "
+            "advantage would be 0",
             where=where((*place, "rollout", "samples")),
-            way_out="raise it to 4 or more",
+            way_out="raise it to 4 or more, or take an algorithm that needs no group: reinforce_pp without "
+            "baseline, or one with a scalar critic (ppo, vc_ppo, vapo, sp3o, sao, pact)",
         )
+    _check_critics_model(recipe, algorithm, place, where)
     if isinstance(algorithm, Dapo) and stage.overlap:
         raise InputError(
             "dapo samples until its groups are mixed, so a batch cannot be begun a step ahead",

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+
+
+def _ordered(band: tuple[float, float]) -> tuple[float, float]:
+    if not band[0] < 1.0 < band[1]:
+        raise ValueError(
+            "its first figure is below 1 and its second above: a token that has not moved counts"
+        )
+    return band
+
+
+Band = Annotated[tuple[Annotated[float, Field(ge=0)], PositiveFloat], AfterValidator(_ordered)]
 
 
 class CriticLossConfig(Block):
@@ -29,6 +40,8 @@ class LossConfig(Block):
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0  # with 1 or less nothing would be unlearnt
     tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
+    # In the place of these four: tokens whose ratio to the engine's probability leaves it are masked (SAO)
+    band: Band | None = None
     entropy_coef: float = 0.0
     kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the role `reference`
     nll_coef: Annotated[float, Field(ge=0)] = 0.0  # of right responses' negative log-likelihood (VAPO)
@@ -48,13 +61,21 @@ class AdvantageConfig(Block):
 
 
 class RegressionConfig(Block):
-    """What a scalar critic learns, and where."""
+    """What a scalar critic learns, where, and how often."""
+
+    # outcome: that of the response. exact: what the task's teacher says of each prefix. monte_carlo: the mean
+    # of fresh continuations from the cuts of judging.states. The last two are for studies
+    target: Literal["outcome", "exact", "monte_carlo"] = "outcome"
+    continuations: Positive = 8  # monte_carlo: of each cut; of a prompt once
 
     gamma: Fraction = 1.0
     lam_critic: Fraction = 1.0  # of the returns that it learns; 1: the outcome itself
     clip: PositiveFloat | None = 0.5  # how far a value may move from that before the step; None: any way
     at: list[Fraction] = []  # where in a response it is trained, as shares of its length; none: everywhere
     at_cuts: bool = False  # at the cuts of judging.states that are nearest to `at`
+    updates: Positive = 1  # passes over the batch, of each epoch (SAO's faster value update)
+    minibatches: Positive | None = None  # None: as many as the stage's (EasyPPO: 4)
+    by_spread: bool = False  # a prompt's loss is divided by the spread of its returns (EasyPPO)
 
 
 class ValueConfig(RegressionConfig):
@@ -62,6 +83,9 @@ class ValueConfig(RegressionConfig):
 
     lam_actor: Fraction = 1.0
     length_alpha: PositiveFloat | None = None  # actor's lambda is 1 - 1 / (alpha length) instead (VAPO)
+    # The critic is trained after the actor, on outcomes weighted by the ratio of what this has become to what
+    # drew the token; tokens whose ratio is above are dropped (PACT: 6). None: beside it, unweighted
+    importance_limit: PositiveFloat | None = None
     whiten: bool = True
 
 
@@ -93,7 +117,22 @@ class VapoValue(ValueConfig):
 
 
 class Sp3oValue(ValueConfig):
-    at: list[Fraction] = [0.3, 0.6, 0.9]
+    at: list[Fraction] = [0.0, 0.3, 0.6, 0.9]  # the prompt too: it is asked about wherever a critic is
+
+
+class SaoLoss(LossConfig):
+    band: Band | None = (0.7, 6.0)  # the paper's for maths; for code (0.2, 4.0)
+
+
+class SaoValue(ValueConfig):
+    clip: PositiveFloat | None = None
+    length_alpha: PositiveFloat | None = 1.5
+    updates: Positive = 2
+
+
+class PactValue(ValueConfig):
+    clip: PositiveFloat | None = None
+    importance_limit: PositiveFloat | None = 6.0
 
 
 class OverlongConfig(Block):
@@ -130,11 +169,35 @@ class Vapo(Block):
 
 
 class Sp3o(Block):
-    """SP3O (value flattening): the value is trained at three places of each response."""
+    """SP3O (value flattening): the value is trained at the prompt and at three places of each response."""
 
     kind: Literal["sp3o"]
     loss: LossConfig = LossConfig()
     value: Sp3oValue = Sp3oValue()
+
+
+class Sao(Block):
+    """SAO (2607.07508): double-sided masking, a critic with frozen attention and two updates a step.
+
+    The paper's are of one response per prompt (rollout.samples: 1); its value pre-training is a stage of kind
+    `value` before it.
+    """
+
+    kind: Literal["sao"]
+    frozen_attention: bool = True  # as the role's training.frozen_attention must be too
+    loss: SaoLoss = SaoLoss()
+    value: SaoValue = SaoValue()
+
+
+class Pact(Block):
+    """PACT (2609.26355): lambda 1, a critic of log-odds (head: logit) that is trained after the actor.
+
+    With value.lam_actor 0 the advantage is the token's credit alone.
+    """
+
+    kind: Literal["pact"]
+    loss: LossConfig = LossConfig()
+    value: PactValue = PactValue()
 
 
 class Grpo(Block):
@@ -175,6 +238,6 @@ class ReinforcePlusPlus(Block):
     loss: LossConfig = LossConfig()
 
 
-WithScalarCritic = ScalarPpo | VcPpo | Vapo | Sp3o
+WithScalarCritic = ScalarPpo | VcPpo | Vapo | Sp3o | Sao | Pact
 WithoutCritic = Grpo | DrGrpo | Dapo | Rloo | ReinforcePlusPlus
 Algorithm = Annotated[WithScalarCritic | WithoutCritic, Field(discriminator="kind")]

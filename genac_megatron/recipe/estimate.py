@@ -10,7 +10,13 @@ from typing import NamedTuple
 from genac_megatron.models.blockwise import BLOCK, SCALE_BYTES, in_blocks, scale_size
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import rules
-from genac_megatron.models.sizes import hf_names, local_size, parameters, stage_parameters
+from genac_megatron.models.sizes import (
+    attention_parameters,
+    hf_names,
+    local_size,
+    parameters,
+    stage_parameters,
+)
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
     LayoutConfig,
@@ -173,6 +179,8 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
         return Memory(engine)
     layout, training = role.layout, role.training
     count = stage_parameters(shape, layout.tp, layout.pp, place.pp, layout.ep)
+    if training.frozen_attention:
+        count -= attention_parameters(shape, layout.tp, layout.pp)
     stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
     experts = expert_parameters(shape, layout.pp, layout.ep)
     shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)

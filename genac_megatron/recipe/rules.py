@@ -268,7 +268,7 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             _check_sft(recipe, stage, place, where)
             continue
         _check_heads(recipe, stage, place, where)
-        check_algorithm(recipe, stage, place, where)
+        check_algorithm(recipe, stage, place, where, exact=_has_teacher(recipe.task))
         if "reference" in recipe.roles and _kl_coef(stage):
             who = f"kl_coef of the stage '{stage.name}'"
             _check_copy(recipe, "actor", "reference", who, ("roles", "reference", "model"), where)
@@ -315,7 +315,8 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
         _check_copy(recipe, stage.start_from, "critic", who, (*place, "start_from"), where)
     for role, head in needed.items():
         check_role(recipe, role, who, place, where)
-        if recipe.roles[role].model.head != head:
+        has = recipe.roles[role].model.head
+        if has != head and not (head == "value" and has == "logit"):
             kind = {"lm": "a language model", "value": "a scalar critic"}[head]
             raise InputError(
                 f"{who} needs {kind} as its {role}",

@@ -62,7 +62,9 @@ class ModelConfig(Block):
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
     chat_template_kwargs: dict[str, Any] = {}  # of its chat template, such as {enable_thinking: false}
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
-    head: Literal["lm", "value"] = "lm"  # value: a scalar critic; trained on the actor's tokens, never served
+    # value: a scalar critic, trained on the actor's tokens, never served; logit: one that gives the value's
+    # log-odds and is trained by cross-entropy
+    head: Literal["lm", "value", "logit"] = "lm"
     init_seed: int = 0
 
 

@@ -170,6 +170,8 @@ class PolicyStage(Block):
     minibatches: Positive = 1
     epochs: Positive = 1
     actor_optimizer: OptimizerConfig | None = None
+    # Cut-off responses are left out of the actor's loss and whitening; a critic learns from them (EasyPPO)
+    overlong_filter: bool = False
     critic_optimizer: OptimizerConfig | None = None  # of a scalar critic
     eval_every: Annotated[int, Field(ge=0)] = 10
 

@@ -40,6 +40,7 @@ class TrainingConfig(Block):
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
     offload: bool = False  # rest in host memory while engines generate: weights, gradients, optimizer states
     frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
+    frozen_attention: bool = False  # attention and the norm before it are never trained (SAO's critic)
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
     moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from genac_megatron.recipe.algorithms import WithScalarCritic
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, ValueStage
 from genac_megatron.records import Sample
 
@@ -59,10 +60,25 @@ def launch_parts(
     return launched
 
 
-def updates(stage: PpoStage | PolicyStage | ValueStage) -> int:
-    """A step's updates: no more parts than a batch has responses."""
-    epochs = 1 if isinstance(stage, ValueStage) else stage.epochs
-    return epochs * min(stage.minibatches, stage.rollout.prompts * stage.rollout.samples)
+def updates(stage: PpoStage | PolicyStage) -> int:
+    """A step's updates of the actor: no more parts than a batch has responses."""
+    return stage.epochs * min(stage.minibatches, stage.rollout.prompts * stage.rollout.samples)
+
+
+def critic_passes(stage: PolicyStage | ValueStage) -> tuple[int, int]:
+    """(parts, epochs) of a scalar critic's training on one batch; (0, 0) where there is none."""
+    if isinstance(stage, ValueStage):
+        return stage.value.minibatches or stage.minibatches, stage.value.updates
+    if not isinstance(stage.algorithm, WithScalarCritic):
+        return 0, 0
+    value = stage.algorithm.value
+    return value.minibatches or stage.minibatches, stage.epochs * value.updates
+
+
+def critic_updates(stage: PolicyStage | ValueStage) -> int:
+    """A step's updates of a scalar critic."""
+    parts, epochs = critic_passes(stage)
+    return epochs * min(parts, stage.rollout.prompts * stage.rollout.samples)
 
 
 def _totals(samples: Sequence[Sample]) -> dict[str, float]:

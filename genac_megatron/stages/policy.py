@@ -19,6 +19,7 @@ from genac_megatron.recipe.algorithms import (
     Grpo,
     ReinforcePlusPlus,
     Rloo,
+    ValueConfig,
     WithoutCritic,
     WithScalarCritic,
 )
@@ -32,31 +33,28 @@ from genac_megatron.stages.batch import (
     response_samples,
     whitened,
 )
+from genac_megatron.stages.filters import untruncated
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.minibatches import updates
+from genac_megatron.stages.minibatches import critic_passes, critic_updates, updates
 from genac_megatron.stages.ppo import begin_reference, launch_policy
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.under_way import Update, collected
-from genac_megatron.stages.values import (
-    advantages_and_targets,
-    launch_values,
-    response_values,
-)
+from genac_megatron.stages.value_targets import lesson_of, towards_the_moved
+from genac_megatron.stages.values import advantages_and_targets, launch_values, response_values, returns
 
 
 def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
     """rollout -> verify -> (scalar critic ->) advantages -> actor (+ scalar critic) -> publish."""
     scalar = isinstance(stage.algorithm, WithScalarCritic)
-    total = stage.steps * updates(stage)
     begin_reference(run, stage.algorithm.loss, loop)
-    run.actor.begin_stage(stage.actor_optimizer, total)
+    run.actor.begin_stage(stage.actor_optimizer, stage.steps * updates(stage))
     if scalar:
         if loop.fresh and stage.start_from is not None:
             run.copy_weights(stage.start_from, "critic")
-        run.critic.begin_stage(stage.critic_optimizer, total)
+        run.critic.begin_stage(stage.critic_optimizer, stage.steps * critic_updates(stage))
     loop.restore_optimizers()
     judge = partial(evaluate, run, stage, critic=scalar)
     if loop.fresh:
@@ -107,37 +105,71 @@ def mixed_batch(run: Run, stage: PolicyStage, rounds: int, step: int) -> tuple[B
 
 def train(run: Run, stage: PolicyStage, batch: Batch, step: int) -> dict[str, float]:
     """The updates of one batch, at once where roles are on disjoint ranks; their figures. Collective."""
-    algorithm, under_way = stage.algorithm, list[Update]()
+    if isinstance(stage.algorithm, WithScalarCritic):
+        return train_with_critic(run, stage, stage.algorithm.value, batch, step)
+    rewards, lengths = table(batch)
+    trained = lengths
+    if stage.overlong_filter:
+        cut_off = torch.tensor([[r.truncated for r in group.rollouts] for group in batch.groups])
+        trained = lengths.masked_fill(cut_off, 0)
     limit = stage.rollout.max_new_tokens
-    if isinstance(algorithm, WithScalarCritic):
-        config = algorithm.value
-        with run.phase("values"):
-            values = response_values(run, batch.rollouts)
-        advantages, targets = advantages_and_targets(values, batch.outcomes, config)
-        if batch.targets != batch.outcomes:  # cut-off responses have a rule for the critic
-            targets = advantages_and_targets(values, batch.targets, config)[1]
-        samples = response_samples(
-            batch, whitened(advantages) if config.whiten else advantages, algorithm.loss, limit
+    per_response = group_advantages(stage.algorithm, rewards, lengths, limit, trained)
+    flat = zip(per_response.flatten().tolist(), lengths.flatten().tolist(), strict=True)
+    return collected(run, [launch_actor(run, stage, batch, [torch.full((n,), a) for a, n in flat], step)])
+
+
+def train_with_critic(
+    run: Run, stage: PolicyStage, config: ValueConfig, batch: Batch, step: int
+) -> dict[str, float]:
+    """Advantages by the critic's values, then the actor's updates and the critic's, both or one by one."""
+    at = (run.recipe.seed, stage.name, step)
+    with run.phase("values"):
+        values = response_values(run, batch.rollouts)
+    advantages, learnt = advantages_and_targets(values, batch.outcomes, config)
+    if batch.targets != batch.outcomes:  # cut-off responses have a rule for the critic
+        learnt = returns(values, batch.targets, config)
+    lesson = lesson_of(run, stage.rollout, batch, learnt, config, at)
+    parts, epochs = critic_passes(stage)
+    options = {"parts": parts, "epochs": epochs, "seed": seed_for(*at, "critic")}
+    if config.importance_limit is not None and config.target == "outcome":
+        figures = collected(run, [launch_actor(run, stage, batch, advantages, step, whiten=config.whiten)])
+        lesson = towards_the_moved(run, batch, lesson, config.importance_limit, stage.rollout.temperature)
+        return figures | collected(
+            run, [launch_values(run, batch.rollouts, values, lesson, config, **options)]
         )
-        seed = seed_for(run.recipe.seed, stage.name, step, "critic")
-        update = launch_values(
-            run,
-            batch.rollouts,
-            values,
-            targets,
-            config,
-            parts=stage.minibatches,
-            epochs=stage.epochs,
-            seed=seed,
-        )
-        under_way.append(update)
-    else:
-        rewards, lengths = table(batch)
-        per_response = group_advantages(algorithm, rewards, lengths, limit)
-        flat = zip(per_response.flatten().tolist(), lengths.flatten().tolist(), strict=True)
-        samples = response_samples(batch, [torch.full((n,), a) for a, n in flat], algorithm.loss, limit)
-    under_way.append(launch_policy(run, stage, algorithm.loss, batch, samples, step))
-    return collected(run, under_way)
+    return collected(
+        run,
+        [
+            launch_values(run, batch.rollouts, values, lesson, config, **options),
+            launch_actor(run, stage, batch, advantages, step, whiten=config.whiten),
+        ],
+    )
+
+
+def launch_actor(
+    run: Run,
+    stage: PolicyStage,
+    batch: Batch,
+    advantages: Sequence[Tensor],
+    step: int,
+    *,
+    whiten: bool = False,
+) -> Update:
+    """The actor's updates by its responses' advantages, [T] each; cut-off ones may be filtered out.
+
+    Where nothing is left there is no update.
+    """
+    loss = stage.algorithm.loss
+    if stage.overlong_filter:
+        rollouts = batch.rollouts
+        advantages = [a for a, rollout in zip(advantages, rollouts, strict=True) if not rollout.truncated]
+        batch = untruncated(batch)
+        if not advantages:
+            run.actor.skip(updates(stage))
+            return Update([], lambda: {"actor/skipped": 1.0})
+    made = whitened(advantages) if whiten else advantages
+    samples = response_samples(batch, made, loss, stage.rollout.max_new_tokens)
+    return launch_policy(run, stage, loss, batch, samples, step)
 
 
 def table(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -148,8 +180,17 @@ def table(batch: Batch) -> tuple[Tensor, Tensor]:
     return rewards, lengths
 
 
-def group_advantages(algorithm: WithoutCritic, rewards_GN: Tensor, lengths_GN: Tensor, limit: int) -> Tensor:
-    """[G, N]: the advantage of every token of a response, by an algorithm that has no critic."""
+def group_advantages(
+    algorithm: WithoutCritic,
+    rewards_GN: Tensor,
+    lengths_GN: Tensor,
+    limit: int,
+    trained_GN: Tensor | None = None,
+) -> Tensor:
+    """[G, N]: the advantage of every token of a response, by an algorithm that has no critic.
+
+    trained: the lengths that whitening goes by, 0 of responses that are not trained on; None: all of all.
+    """
     match algorithm:
         case Grpo():
             return grpo(rewards_GN)
@@ -162,4 +203,5 @@ def group_advantages(algorithm: WithoutCritic, rewards_GN: Tensor, lengths_GN: T
         case Rloo():
             return rloo(rewards_GN)
         case ReinforcePlusPlus():
-            return reinforce_pp(rewards_GN, lengths_GN, baseline=algorithm.baseline)
+            counted_GN = lengths_GN if trained_GN is None else trained_GN
+            return reinforce_pp(rewards_GN, counted_GN, baseline=algorithm.baseline)

@@ -19,7 +19,15 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe must stay as it was for a resumed run to be the same run."""
     plain = recipe.model_dump(mode="json")
     stages = [f"{stage.kind} {stage.name}" for stage in recipe.stages]
-    return {"seed": recipe.seed, "task": plain["task"], "judging": plain["judging"], "stages": stages}
+    # An optimizer has states of what is trained alone.
+    frozen = sorted(name for name, role in recipe.roles.items() if role.training.frozen_attention)
+    return {
+        "seed": recipe.seed,
+        "task": plain["task"],
+        "judging": plain["judging"],
+        "stages": stages,
+        "roles with frozen_attention": frozen,
+    }
 
 
 def lengths(recipe: Recipe) -> dict[str, int]:

@@ -93,7 +93,7 @@ class Room:
 
     def _critic(self, prompt: Prompt) -> tuple[int, int]:
         """(tokens that the critic reads at most, tokens that it may write)."""
-        if self.recipe.roles["critic"].model.head == "value":
+        if self.recipe.roles["critic"].model.head != "lm":
             return len(prompt.ids) + self.judged, 0
         judging = self.recipe.judging
         ids = build_prompt_ids(

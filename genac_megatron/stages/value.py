@@ -9,34 +9,40 @@ from genac_megatron.stages.batch import next_batch
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
-from genac_megatron.stages.minibatches import updates
+from genac_megatron.stages.minibatches import critic_passes, critic_updates
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.under_way import collected
-from genac_megatron.stages.values import (
-    launch_values,
-    response_values,
-    returns,
-)
+from genac_megatron.stages.value_targets import lesson_of
+from genac_megatron.stages.values import launch_values, response_values, returns
 
 
 def value(run: Run, stage: ValueStage, loop: Loop) -> None:
-    """Regression of the responses' outcomes on what the actor has written so far."""
+    """Regression of the responses' outcomes, or of what stage.value.target says, on the text so far."""
     if loop.fresh and stage.start_from is not None:
         run.copy_weights(stage.start_from, "critic")
-    run.critic.begin_stage(stage.optimizer, stage.steps * updates(stage))
+    run.critic.begin_stage(stage.optimizer, stage.steps * critic_updates(stage))
     loop.restore_optimizers()
     if loop.fresh:
         run.publish("actor")
         evaluate(run, stage, "start", 0)
+    parts, epochs = critic_passes(stage)
     for step in loop.steps(stage.steps):
         batch, figures = next_batch(run, stage, step)
         with run.phase("values"):
             values = response_values(run, batch.rollouts)
-        targets = returns(values, batch.targets, stage.value)
-        seed = seed_for(run.recipe.seed, stage.name, step, "critic")
+        learnt = returns(values, batch.targets, stage.value)
+        at = (run.recipe.seed, stage.name, step)
+        lesson = lesson_of(run, stage.rollout, batch, learnt, stage.value, at)
         update = launch_values(
-            run, batch.rollouts, values, targets, stage.value, parts=stage.minibatches, epochs=1, seed=seed
+            run,
+            batch.rollouts,
+            values,
+            lesson,
+            stage.value,
+            parts=parts,
+            epochs=epochs,
+            seed=seed_for(*at, "critic"),
         )
         figures |= collected(run, [update])
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps

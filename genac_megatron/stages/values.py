@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ from genac_megatron.stages.minibatches import launch_parts, minibatches
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
 from genac_megatron.stages.under_way import Update
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a scalar critic is to learn of a batch, per response of T tokens."""
+
+    targets: list[Tensor]  # [T]
+    places: list[list[int]] | None = None  # tokens whose value is trained; None: all
+    kept: list[Tensor] | None = None  # bool [T]: which of them are not dropped
+    scales: list[float] | None = None  # what the response's loss is multiplied by
 
 
 def is_scalar(run: Run) -> bool:
@@ -75,23 +86,23 @@ def returns(values: Sequence[Tensor], outcomes: Sequence[float], config: Regress
     return value_targets(values, advantages)
 
 
-def value_samples(
-    rollouts: Sequence[Rollout],
-    values: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    places: Sequence[Sequence[int]] | None = None,
-) -> list[Sample]:
-    """What the critic is trained on: every token of every response, or those at its `places` alone."""
-    if places is None:
-        masks = [torch.ones(len(value)) for value in values]
-    else:
-        masks = [_mask(len(value), indices) for value, indices in zip(values, places, strict=True)]
-    total = sum(float(mask.sum()) for mask in masks)
+def value_samples(rollouts: Sequence[Rollout], values: Sequence[Tensor], lesson: Lesson) -> list[Sample]:
+    """What the critic is trained on: every token of every response, or those of the lesson alone.
+
+    Loss weights sum to 1 where no response is scaled, and to 0 where every token is dropped.
+    """
+    masks = [torch.ones(len(value)) for value in values]
+    if lesson.places is not None:
+        masks = [_mask(len(value), indices) for value, indices in zip(values, lesson.places, strict=True)]
+    if lesson.kept is not None:
+        masks = [mask * kept for mask, kept in zip(masks, lesson.kept, strict=True)]
+    total = sum(float(mask.sum()) for mask in masks) or 1.0
     samples = []
-    for rollout, value, target, mask in zip(rollouts, values, targets, masks, strict=True):
+    for i, (rollout, value, target) in enumerate(zip(rollouts, values, lesson.targets, strict=True)):
         sample = _sequence(rollout)
+        weights = masks[i] / total
         sample.fields = {
-            "weights": (mask / total).tolist(),
+            "weights": (weights if lesson.scales is None else weights * lesson.scales[i]).tolist(),
             "targets": target.tolist(),
             "old": value.tolist(),
         }
@@ -105,7 +116,8 @@ def _mask(length: int, places: Sequence[int]) -> Tensor:
     return mask
 
 
-def _places(run: Run, rollouts: Sequence[Rollout], config: RegressionConfig) -> list[list[int]] | None:
+def places_of(run: Run, rollouts: Sequence[Rollout], config: RegressionConfig) -> list[list[int]] | None:
+    """Per rollout the tokens whose value is trained, by config.at; None: all of all."""
     if not config.at:
         return None
     tokenizer, states = run.tokenizers["actor"], run.recipe.judging.states
@@ -123,34 +135,54 @@ def launch_values(
     run: Run,
     rollouts: Sequence[Rollout],
     values: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    lesson: Lesson,
     config: RegressionConfig,
     *,
     parts: int,
     epochs: int,
     seed: int,
 ) -> Update:
-    """Regression on one batch, in `parts` updates an epoch, for `collected`. Collective."""
-    samples = value_samples(rollouts, values, targets, _places(run, rollouts, config))
-    loss = make_value_loss(config.clip)
+    """Regression on one batch, in `parts` updates an epoch, for `collected`. Collective.
+
+    Where every token is dropped there is no update.
+    """
+    samples = value_samples(rollouts, values, lesson)
+    loss = make_value_loss(config.clip, logit=run.critic.shape.logit)
+    trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
     with run.phase("critic_train"):
-        made = minibatches(samples, parts, epochs, seed)
-        launched = launch_parts(run.critic, made, loss, epochs * min(parts, len(samples)))
+        # A scaled response keeps its share of the loss in whichever part it comes to.
+        made = minibatches(samples, parts, epochs, seed, constant=lesson.scales is not None)
+        planned = epochs * min(parts, len(samples))
+        launched = launch_parts(run.critic, made if trained.any() else [], loss, planned)
 
     def figures() -> dict[str, float]:
+        dropped = {} if lesson.kept is None else {"critic/dropped_share": _dropped_share(lesson)}
+        if not launched:
+            return dropped
         results = [one.result() for one in launched]
         stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
         stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
         tokens = stats.pop("tokens") * len(results)
-        trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
-        explained = explained_variance(torch.cat(list(values))[trained], torch.cat(list(targets))[trained])
+        explained = explained_variance(
+            torch.cat(list(values))[trained], torch.cat(list(lesson.targets))[trained]
+        )
         return {
             **{f"critic/{key}": value for key, value in stats.items()},
             "critic/explained_variance": float(explained),
             "tokens/critic_train": tokens,
+            **dropped,
         }
 
     return Update(launched, figures)
+
+
+def _dropped_share(lesson: Lesson) -> float:
+    """Of the tokens whose value would be trained."""
+    assert lesson.kept is not None
+    kept = lesson.kept
+    if lesson.places is not None:
+        kept = [one[torch.tensor(at, dtype=torch.long)] for one, at in zip(kept, lesson.places, strict=True)]
+    return 1.0 - float(torch.cat(kept).double().mean())
 
 
 def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:

@@ -68,6 +68,13 @@ class Teacher(ABC):
         answer tag: the caller adds both.
         """
 
+    def value(self, prompt: Prompt, partial: str, p_bar: float) -> float:
+        """The chance in [0, 1] that a response which goes on from `partial` succeeds: what `trace` rounds.
+
+        A teacher that knows no more than its scores gives these, in tenths.
+        """
+        return self.trace(prompt, partial, p_bar, random.Random(0))[1] / 10
+
 
 class Task(ABC):
     """Problems by split and index, and their verifier.

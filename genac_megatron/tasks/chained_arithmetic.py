@@ -189,8 +189,21 @@ class ChainedArithmeticTeacher(Teacher):
             lines.append(" ".join(("left", *(chain.names[at.step :] or "-"))))
         if at.ended:
             return "\n".join(lines), 10 if at.value == right[count] else 0
+        return "\n".join(lines), round(10 * self._chance(chain, at, p_bar))
+
+    def value(self, prompt: Prompt, partial: str, p_bar: float) -> float:
+        chain = parse_chain(prompt.problem)
+        at = survey(chain, partial)
+        if not at.sound:
+            return 0.0
+        if at.ended:
+            return float(at.value == chain.values()[-1])
+        return self._chance(chain, at, p_bar)
+
+    def _chance(self, chain: Chain, at: Standing, p_bar: float) -> float:
+        """Of the right answer from there."""
         sure = p_bar ** (1 / self.mean_steps)
-        return "\n".join(lines), round(10 * chances(chain, sure)[at.step][at.value])
+        return chances(chain, sure)[at.step][at.value]
 
 
 def _differences(chain: Chain, step: int, off: int, value: int) -> list[str]:

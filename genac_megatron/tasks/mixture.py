@@ -159,6 +159,9 @@ class _Teachers(Teacher):
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
         return self._teachers[prompt.source].trace(prompt, partial, p_bar, rng)
 
+    def value(self, prompt: Prompt, partial: str, p_bar: float) -> float:
+        return self._teachers[prompt.source].value(prompt, partial, p_bar)
+
 
 def block_counts(weights: Sequence[float]) -> list[int]:
     """How many of BLOCK draws each part has, by largest remainder; at least one each."""

@@ -119,8 +119,17 @@ class StateTrackingTeacher(Teacher):
         words = f"step {step} of {swaps} row {' '.join(row) or 'part'}\nhas {call}"
         if not right:
             return f"{words} bad", 0
+        return f"{words} ok\nleft {swaps - step}", round(10 * self._chance(swaps - step, p_bar))
+
+    def value(self, prompt: Prompt, partial: str, p_bar: float) -> float:
+        puzzle = parse_puzzle(prompt.problem)
+        step, _, right = _survey(puzzle, partial)
+        return self._chance(len(puzzle.swaps) - step, p_bar) if right else 0.0
+
+    def _chance(self, left: int, p_bar: float) -> float:
+        """That this many lines come out right."""
         per_line = min(max(p_bar, 1 - SURE), SURE) ** (1 / self.mean_swaps)
-        return f"{words} ok\nleft {swaps - step}", round(10 * per_line ** (swaps - step))
+        return float(per_line**left)
 
 
 def overwrite(row: Row, swap: Swap) -> Row:

@@ -25,7 +25,7 @@ from genac_megatron.training.finite import need_sound
 from genac_megatron.training.role import Role
 from genac_megatron.training.sharding import OPTIMIZER, ROLES, Sharded, SharedReading, role_state
 
-LATER_SIZES = {"value": False}  # of a Shape, which manifests of earlier versions lack
+LATER_SIZES = {"value": False, "logit": False}  # of a Shape, which manifests of earlier versions lack
 OF_RECIPE = (
     "max_lr",
     "min_lr",
@@ -149,8 +149,8 @@ def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape, 
     """
     wanted = dataclasses.asdict(shape)
     saved = {**LATER_SIZES, **saved}
-    if body and shape.value:
-        saved |= {"value": True, "tie": False}
+    if body and shape.value and not saved["value"]:
+        saved |= {"value": True, "tie": False, "logit": shape.logit}
     different = [f"{k} {saved.get(k)} (the recipe: {v})" for k, v in wanted.items() if saved.get(k) != v]
     if different:
         raise InputError(

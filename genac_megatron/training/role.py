@@ -49,6 +49,8 @@ from genac_megatron.training.optimizer import build_cooldown, build_optimizer, b
 from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+# Of a layer, the attention and the norm before it, which Transformer Engine keeps inside the attention.
+ATTENTION = (".self_attention.", ".input_layernorm.")
 Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-probs per sample
 
 
@@ -94,6 +96,10 @@ class Role:
             model = Float16Module(self.model_config, model)
         if training.frozen:
             return model.requires_grad_(False)
+        if training.frozen_attention:  # before DDP and the optimizer: they hold what is trained alone
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in ATTENTION):
+                    parameter.requires_grad_(False)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=training.distributed_optimizer,
             overlap_grad_reduce=training.overlap_grad_reduce,
@@ -303,7 +309,10 @@ class Role:
 
     def values(self, samples: Sequence[Sample]) -> list[list[float]]:
         """Per sample, a scalar critic's value of the prefix strictly before each of its trained tokens."""
-        return self.logprobs(samples)
+        outputs = self.logprobs(samples)
+        if not self.shape.logit:
+            return outputs
+        return [torch.tensor(logits).sigmoid().tolist() for logits in outputs]
 
     def _packs(self, samples: Sequence[Sample]) -> list[Pack]:
         """This data-parallel rank's micro-batches."""

@@ -93,24 +93,82 @@ def test_transformers_gives_the_same_values(pool: Any, reference: Any) -> None:
         assert values == pytest.approx(wanted[sample.start - 1 : -1].tolist(), abs=1e-5)
 
 
+# --- frozen attention (SAO) ----------------------------------------------------------------------
+
+
+def frozen_config(layout: dict[str, Any], **training: Any) -> Any:
+    return value_config(layout=layout, training={"frozen_attention": True, **training})
+
+
+def is_attention(name: str) -> bool:
+    return ".self_attn." in name or ".input_layernorm." in name
+
+
+@pytest.fixture(scope="module")
+def frozen(pool: Any) -> Any:
+    return pool.run(value_case, frozen_config({"count": 1}))[0]
+
+
+def test_frozen_attention_stays_as_it_began_and_the_rest_learns(
+    pool: Any, frozen: Any, reference: Any
+) -> None:
+    began = pool.run(untrained_weights)[0]
+    for name, weight in frozen["weights"].items():
+        assert torch.equal(weight, began[name]) == is_attention(name), name
+    norms = [[norm for _, norm in one["figures"]] for one in (frozen, reference)]
+    assert norms[0][0] < norms[1][0]  # nothing of attention's gradient is in it
+    assert frozen["figures"][-1][0] < frozen["figures"][0][0]
+
+
+@pytest.mark.parametrize("layout", CHOSEN)
+def test_frozen_attention_is_the_same_in_every_layout(pool: Any, frozen: Any, layout: str) -> None:
+    for result in pool.run(value_case, frozen_config(LAYOUTS[layout])):
+        for (loss, norm), (loss_ref, norm_ref) in zip(result["figures"], frozen["figures"], strict=True):
+            assert loss == pytest.approx(loss_ref, abs=LOSS)
+            assert norm == pytest.approx(norm_ref, rel=NORM)
+        for name, weight in frozen["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, atol=WEIGHT, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_frozen_attention_is_saved_and_goes_on_in_another_layout(
+    pool: Any, tmp_path: Path, distributed: bool
+) -> None:
+    training = {"frozen_attention": True, "distributed_optimizer": distributed}
+    figures, weights = pool.run(saved, str(tmp_path), {"count": 2, "tp": 2}, training)[0]
+    again, same = pool.run(resumed, str(tmp_path), {"count": 2, "pp": 2}, training)[0]
+    for (loss, norm), (loss_ref, norm_ref) in zip(again, figures, strict=True):
+        assert loss == pytest.approx(loss_ref, abs=LOSS)
+        assert norm == pytest.approx(norm_ref, rel=NORM)
+    for name, weight in weights.items():
+        torch.testing.assert_close(same[name], weight, atol=WEIGHT, rtol=0, msg=name)
+
+
 def untrained_weights(rank: int) -> Any:
     return published(make_role("critic", value_config(layout={"count": 1}), 4))
 
 
-def saved(rank: int, folder: str, layout: dict[str, Any]) -> Any:
+def saved(rank: int, folder: str, layout: dict[str, Any], training: dict[str, Any] | None = None) -> Any:
     from genac_megatron.training.checkpoint import Checkpoints
 
-    role = make_role("critic", value_config(layout=layout), torch.distributed.get_world_size())
+    role = make_role(
+        "critic", value_config(layout=layout, training=training or {}), torch.distributed.get_world_size()
+    )
     role.begin_stage(None, 10)
     train_values(role, 2)
     Checkpoints(Path(folder), 2, False).save("value-00002", {"critic": role}, {})
     return train_values(role, 2, 2), published(role)
 
 
-def resumed(rank: int, folder: str, layout: dict[str, Any]) -> Any:
+def resumed(rank: int, folder: str, layout: dict[str, Any], training: dict[str, Any] | None = None) -> Any:
     from genac_megatron.training.checkpoint import load_checkpoint
 
-    role = make_role("critic", value_config(layout=layout), torch.distributed.get_world_size(), seed=8)
+    role = make_role(
+        "critic",
+        value_config(layout=layout, training=training or {}),
+        torch.distributed.get_world_size(),
+        seed=8,
+    )
     role.begin_stage(None, 10)
     load_checkpoint(Path(folder) / "value-00002", {"critic": role}, optimizers=True)
     return train_values(role, 2, 2), published(role)

@@ -102,6 +102,69 @@ def test_the_report_of_such_a_run_is_written(done: Path) -> None:
     assert json.loads((report / "summary.json").read_text())
 
 
+# --- a critic of log-odds with frozen attention, one response per prompt -------------------------------
+
+ALONE = {"prompts": 8, "samples": 1, "max_new_tokens": 16}
+RIVALS: list[dict[str, Any]] = [
+    SFT,
+    {"kind": "value", "steps": 2, "start_from": "actor", "rollout": ALONE,
+     "value": {"clip": None, "target": "monte_carlo", "continuations": 2, "updates": 2}},
+    {"kind": "policy", "name": "pact", "algorithm": {"kind": "pact"}, "minibatches": 2},
+    {"kind": "policy", "name": "sao", "algorithm": {"kind": "sao", "value": {"target": "exact"}}},
+    {"kind": "policy", "name": "filtered", "algorithm": {"kind": "reinforce_pp"}, "overlong_filter": True},
+]  # fmt: skip
+RIVALS[2:] = [{**stage, "steps": 2, "eval_every": 0, "rollout": ALONE} for stage in RIVALS[2:]]
+
+
+def rivals(folder: Path) -> Path:
+    path = recipe(folder, RIVALS)
+    made = yaml.safe_load(path.read_text())
+    made["roles"]["critic"]["model"]["head"] = "logit"
+    made["roles"]["critic"]["training"]["frozen_attention"] = True
+    path.write_text(yaml.safe_dump(made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rivals")
+    result = genac("run", str(rivals(folder)), cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_one_response_per_prompt_trains_by_a_critic_of_log_odds(alone: Path) -> None:
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for row in rows(alone):
+        by_stage.setdefault(row["stage"], []).append(row)
+    for row in by_stage["value"][:2]:
+        assert 0 < row["critic/value"] < 1
+        assert row["tokens/rollout"] > 8 * 2  # continuations too
+    for row in by_stage["pact"][:2]:
+        assert 0 <= row["critic/dropped_share"] < 1
+        assert row["tokens/actor_new"] > 0
+        assert math.isfinite(row["actor/grad_norm"])
+    for row in by_stage["sao"][:2]:
+        assert {"actor/masked_low_share", "actor/masked_high_share"} <= row.keys()
+        assert math.isfinite(row["critic/grad_norm"])
+        assert "critic/dropped_share" not in row
+    assert all(("actor/loss" in row) != ("actor/skipped" in row) for row in by_stage["filtered"][:2])
+    ends = {row["stage"]: row for row in rows(alone, "evaluations.jsonl") if row["name"] == "end"}
+    assert all(0 < value < 1 for value in ends["sao"]["critic"]["values"])
+
+
+@pytest.mark.extended
+def test_stopped_in_a_rival_and_resumed_it_ends_the_same(alone: Path, tmp_path: Path) -> None:
+    """Parameters that have no optimizer state among those that have."""
+    path = str(rivals(tmp_path))
+    for stop, (stage, step) in enumerate((("value", 1), ("pact", 1), ("sao", 1))):
+        assert stopped_at(path, tmp_path, stage, step, resume=stop > 0) == 75
+    result = genac("run", path, "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert rows(tmp_path) == rows(alone)
+    assert rows(tmp_path, "evaluations.jsonl") == rows(alone, "evaluations.jsonl")
+
+
 @pytest.mark.extended  # test_run.py stops and resumes in shorter runs
 def test_stopped_in_a_baseline_and_resumed_it_ends_the_same(done: Path, tmp_path: Path) -> None:
     """Scalar critic, its optimizer, minibatches and dynamic sampling: figures to the last bit."""

@@ -102,6 +102,13 @@ def test_fused_weight_gradients_change_nothing_but_rounding() -> None:
     assert largest(fused[1], apart[1]) < NORM_BF16 * max(apart[1])
 
 
+@pytest.mark.te
+def test_frozen_attention_trains_the_same_parameters_under_te() -> None:
+    """There the norm before attention is one of attention's own parameters."""
+    wanted = curve(STEPS, **FP32, frozen_attention=True)
+    check(curve(STEPS, **BF16, frozen_attention=True), wanted, LOSS_BF16, NORM_BF16)
+
+
 def test_mxfp8_is_refused_off_blackwell_before_anything_is_built() -> None:
     if not refusal_here("mxfp8"):
         pytest.skip("this GPU has mxfp8")

@@ -63,6 +63,17 @@ def test_the_same_recipe_and_more_steps(tmp_path: Path) -> None:
     check_resumable(recipe(tmp_path, "stages.sft.epochs=9"), state(recipe(tmp_path), 0, 0), "there")
 
 
+def test_attention_is_not_frozen_or_freed_within_a_run(tmp_path: Path) -> None:
+    """The optimizer's states would be of other parameters. A checkpoint of before does not say."""
+    saved = state(recipe(tmp_path), 1, 2)
+    frozen = recipe(tmp_path, "roles.critic.training.frozen_attention=true")
+    with pytest.raises(InputError, match=r"made with roles with frozen_attention \[\].*says \['critic'\]"):
+        check_resumable(frozen, saved, "there")
+    check_resumable(frozen, state(frozen, 1, 2), "there")
+    del saved["recipe"]["roles with frozen_attention"]
+    check_resumable(frozen, saved, "there")
+
+
 @pytest.mark.parametrize("epochs", [2, 4])
 def test_a_stage_that_others_stand_on_keeps_its_length(tmp_path: Path, epochs: int) -> None:
     saved = state(recipe(tmp_path), 1, 2)

@@ -26,8 +26,10 @@ from genac_megatron.stages.policy import group_advantages, mixed_batch, table
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.under_way import collected
 from genac_megatron.stages.values import (
+    Lesson,
     advantages_and_targets,
     launch_values,
+    places_of,
     response_values,
     returns,
     value_samples,
@@ -53,7 +55,8 @@ class FakeRun:
         self.tokenizers = {"actor": TINY}
         states = StatesConfig(cutter="lines", max_states=8, min_segment=1)
         self.recipe = SimpleNamespace(judging=SimpleNamespace(states=states), seed=1)
-        self.critic = SimpleNamespace(values=self.values, launch_step=self.launch_step)
+        shape = SimpleNamespace(logit=False)
+        self.critic = SimpleNamespace(values=self.values, launch_step=self.launch_step, shape=shape)
         self.roles = {"actor": None, "critic": None}
         self.serving = SimpleNamespace(rest=lambda: None)
 
@@ -118,14 +121,16 @@ def test_the_actor_and_the_critic_have_their_own_lambda(config: ValueConfig) -> 
 def test_a_value_is_trained_on_every_token_or_at_its_places_alone() -> None:
     targets = [torch.full_like(value, 0.5) for value in VALUES]
     total = sum(len(value) for value in VALUES)
-    for sample, one, value in zip(value_samples(ROLLOUTS, VALUES, targets), ROLLOUTS, VALUES, strict=True):
+    for sample, one, value in zip(
+        value_samples(ROLLOUTS, VALUES, Lesson(targets)), ROLLOUTS, VALUES, strict=True
+    ):
         assert sample.tokens == [1, 2, 3, *one.completion.ids]
         assert sample.start == 3
         assert sample.fields["weights"] == pytest.approx([1 / total] * len(value))
         assert sample.fields["old"] == value.tolist()
         assert sample.fields["targets"] == [0.5] * len(value)
     places = [[0, 4], [1]]
-    for sample, chosen in zip(value_samples(ROLLOUTS, VALUES, targets, places), places, strict=True):
+    for sample, chosen in zip(value_samples(ROLLOUTS, VALUES, Lesson(targets, places)), places, strict=True):
         weights = [1 / 3 if t in chosen else 0.0 for t in range(sample.trained)]
         assert sample.fields["weights"] == pytest.approx(weights)
 
@@ -145,7 +150,8 @@ def test_sp3o_trains_its_places_and_is_measured_there(run: Any, at_cuts: bool) -
     values = [value.clone() for value in VALUES]
     values[0][[t for t in range(long) if t not in wanted]] = 50.0
     targets = [torch.full_like(value, r.outcome) for value, r in zip(VALUES, ROLLOUTS, strict=True)]
-    update = launch_values(run, ROLLOUTS, values, targets, config, parts=1, epochs=1, seed=0)
+    lesson = Lesson(targets, places_of(run, ROLLOUTS, config))
+    update = launch_values(run, ROLLOUTS, values, lesson, config, parts=1, epochs=1, seed=0)
     figures = collected(run, [update])
     ((first, _),) = run.trained
     assert [t for t, weight in enumerate(first.fields["weights"]) if weight] == sorted(set(wanted))

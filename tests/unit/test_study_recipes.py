@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.published_models import write_place
+from genac_megatron.algorithms.baselines.sp3o import trained_places
 from genac_megatron.cluster.placement import misfits
+from genac_megatron.critic.states import cut_states
+from genac_megatron.recipe.algorithms import RegressionConfig, WithScalarCritic
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.schema import PolicyStage, Recipe, ValueStage
+from genac_megatron.records import Completion, Rollout
 from genac_megatron.studies.runner import Places, tasks_of
 from genac_megatron.studies.schema import read_study
+from genac_megatron.tasks import make_task
+from genac_megatron.tasks.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "studies"
 STUDIES = sorted(FOLDER.glob("*.yaml"))
+
+
+def recipes_of(path: Path, folder: Path) -> Iterator[tuple[str, Recipe]]:
+    """Every run's name and recipe of a study."""
+    for task in tasks_of(Places(read_study(path), path, folder, folder), [1]):
+        first = next(place for place, word in enumerate(task.command) if word.endswith(".yaml"))
+        words = [word for word in task.command[first + 1 :] if "=" in word]
+        yield task.key, load_recipe(Path(task.command[first]), words)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -23,18 +40,60 @@ def test_every_run_of_a_study_loads_and_fits(
 ) -> None:
     write_place(tmp_path)
     monkeypatch.chdir(tmp_path)
-    tasks = tasks_of(Places(read_study(path), path, tmp_path, tmp_path), [1])
-    assert len(tasks) >= 8
-    for task in tasks:
-        first = next(place for place, word in enumerate(task.command) if word.endswith(".yaml"))
-        words = [word for word in task.command[first + 1 :] if "=" in word]
-        recipe = load_recipe(Path(task.command[first]), words)
+    recipes = list(recipes_of(path, tmp_path))
+    assert len(recipes) >= 8
+    for key, recipe in recipes:
         assert "rank" in describe(recipe)
+        assert all(0.0 in value.at for value in chosen_places(recipe)), f"{key} leaves the prompt out"
         if path.stem.endswith("_gpu"):
-            assert misfits(recipe) == [], task.key
+            assert misfits(recipe) == [], key
 
 
 def test_each_study_for_a_cpu_has_one_for_gpus() -> None:
     names = {path.stem for path in STUDIES}
     for name in ("scaling", "conditioning", "anatomy", "joint"):
         assert {name, f"{name}_gpu"} <= names
+
+
+def chosen_places(recipe: Recipe) -> list[RegressionConfig]:
+    """What says where a scalar critic's value is trained, where that is not everywhere."""
+    found: list[RegressionConfig] = []
+    for stage in recipe.stages:
+        if isinstance(stage, ValueStage):
+            found.append(stage.value)
+        if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, WithScalarCritic):
+            found.append(stage.algorithm.value)
+    return [value for value in found if value.at]
+
+
+def demonstrated(recipe: Recipe) -> list[list[int]]:
+    """The cuts of responses to the recipe's task, with the response's length as the last figure of each."""
+    tokenizer, rng = load_tokenizer("builtin:tiny"), random.Random(1)
+    task = make_task(recipe.task, tokenizer, 1)
+    assert task.teacher is not None
+    found = []
+    for index in range(48):
+        prompt = task.prompt("train", index)
+        ids = tuple(tokenizer.encode(task.teacher.demonstrate(prompt, rng), add_special_tokens=False))
+        rollout = Rollout(prompt, 0, Completion(ids, (-0.5,) * len(ids), "stop"), "")
+        states = cut_states(rollout, tokenizer, recipe.judging.states)
+        found.append([*(state.cut for state in states), len(ids)])
+    return found
+
+
+@pytest.mark.parametrize("name", ["scaling", "scaling_chain", "joint"])
+def test_a_critic_is_asked_about_no_state_that_it_is_never_taught(name: str, tmp_path: Path) -> None:
+    """Places of training, as cuts, cover every index that a bank or an evaluation asks about."""
+    looked: set[str] = set()
+    for key, recipe in recipes_of(FOLDER / f"{name}.yaml", tmp_path):
+        for value in chosen_places(recipe):
+            same = f"{value} {recipe.judging.states} {recipe.task}"
+            if same in looked:
+                continue
+            looked.add(same)
+            taught, asked = set(), set()
+            for *cuts, length in demonstrated(recipe):
+                asked |= set(range(len(cuts)))
+                taught |= {cuts.index(place) for place in trained_places(length, value.at, cuts)}
+            assert asked - taught == set(), key
+    assert looked

@@ -22,6 +22,7 @@ from genac_megatron.models.families.reading import (
 )
 
 Fuse = Literal["copy", "qkv", "gate_up"]
+LOGIT = "logit"  # the label of a scalar critic whose output is the value's log-odds; of others "value"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Shape:
     expert_ffn: int | None = None
     norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
     value: bool = False  # a scalar head (transformers' ForTokenClassification) in place of the LM's
+    logit: bool = False  # its output is the value's log-odds
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -73,7 +75,9 @@ class Shape:
 
     def may_start_from(self, other: Shape) -> bool:
         """Whether `other`'s weights fit: all of them, or a language model's but for the scalar head."""
-        return self == other or (self.value and other.as_value == self)
+        if self.value and not other.value:
+            return replace(other.as_value, logit=self.logit) == self
+        return self == other
 
     @property
     def q_size(self) -> int:
@@ -159,7 +163,8 @@ class Family:
             raise InputError(f"hidden_act {config['hidden_act']!r} is not silu")
         self.read_extras(config)
         refuse_unknown(config, self.value_architecture if value else self.architecture, self.keys)
-        if value and len(config.get("id2label") or {}) != 1:
+        labels = list((config.get("id2label") or {}).values())
+        if value and len(labels) != 1:
             raise InputError(f"{self.value_architecture} with more than one label is not a scalar critic")
         heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
         rope_theta, rope_factor = rope(config)
@@ -174,6 +179,7 @@ class Family:
             vocab=size(config, "vocab_size"),
             tie=flag(config, "tie_word_embeddings") and not value,
             value=value,
+            logit=value and labels == [LOGIT],
             rope_theta=rope_theta,
             norm_eps=number(config, "rms_norm_eps", 1e-6),
             max_positions=size(config, "max_position_embeddings"),
@@ -186,6 +192,7 @@ class Family:
 
     def hf_config(self, shape: Shape) -> dict[str, Any]:
         """The config.json content of `shape`; transformers' AutoConfig reads it."""
+        label = LOGIT if shape.logit else "value"
         scaling: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
         if shape.rope_factor is not None:
             scaling |= {"rope_type": "llama3", "factor": shape.rope_factor} | LLAMA3_ROPE
@@ -209,7 +216,7 @@ class Family:
             "rope_theta": shape.rope_theta,
             "rope_scaling": None if shape.rope_factor is None else scaling,
             **(write_experts(shape) if self.moe else {}),
-            **({"id2label": {"0": "value"}, "label2id": {"value": 0}} if shape.value else {}),
+            **({"id2label": {"0": label}, "label2id": {label: 0}} if shape.value else {}),
             **self.write_extras,
         }
 
