@@ -76,7 +76,7 @@ class Audit(Block):
 class Curve(Block):
     """Held-out accuracy against what was spent."""
 
-    x: Literal["steps", "tokens", "flops", "seconds"]
+    x: Literal["steps", "tokens", "decoded", "flops", "seconds"]
 
 
 class Lines(Block):

@@ -135,7 +135,7 @@ def _from_first(points: Sequence[dict[str, float]], key: str) -> list[dict[str, 
 
 def rows_of(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
     """A row per label: which cell stands for it, how many seeds, and the mean of every figure."""
-    best = _with_areas(best_cells(study, records))
+    best = with_areas(best_cells(study, records))
     equal = at_equal_cost([record for members in best.values() for record in members])
     reference = {r["seed"]: r for r in best.get(study.reference or "", [])}
     made = []
@@ -152,7 +152,7 @@ def rows_of(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
     return made
 
 
-def _with_areas(best: dict[str, list[Record]]) -> dict[str, list[Record]]:
+def with_areas(best: dict[str, list[Record]]) -> dict[str, list[Record]]:
     """The same records, with the areas among their figures."""
     found = areas([record for members in best.values() for record in members])
     return {
