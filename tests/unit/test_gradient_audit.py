@@ -1,7 +1,7 @@
 """`genac evaluate gradients` in this process, by one rank with real tiny models of random weights.
 
-Their responses are never right, so the verifier alone is replaced here: the outcome is a parity of the text. The
-command itself, two ranks and trained models: tests/e2e/test_evaluate_gradients.py.
+Their responses are never right, so the verifier alone is replaced here: the outcome is a parity of the text.
+The command itself, two ranks and trained models: tests/e2e/test_evaluate_gradients.py.
 """
 
 from __future__ import annotations
@@ -85,10 +85,7 @@ def test_an_audit_that_was_stopped_goes_on_to_the_same_figures_with_outcomes_by_
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     audit(tmp_path, options(whole))
-    for looks in (
-        1,
-        2,
-    ):  # after two pieces (the first chunk's look is no stop), and after two more and a half
+    for looks in (1, 2):  # after two pieces, and after three more
         with pytest.raises(StopRequested, match="pieces"):
             audit(tmp_path, options(stopped), StopsAfter(looks))
         assert list((stopped / "vectors").glob("*.npy"))
@@ -138,7 +135,7 @@ def test_sizes_that_give_no_figures_are_refused(tmp_path: Path, changes: dict[st
 def test_critics_in_each_others_place_are_refused(tmp_path: Path) -> None:
     roles = recipe().roles
     swapped = recipe().model_copy(update={"roles": {**roles, "critic": roles["scalar"]}})
-    with pytest.raises(InputError, match="roles.critic.model.head"):
+    with pytest.raises(InputError, match=r"roles\.critic\.model\.head"):
         check_options(GradientOptions(tmp_path), swapped)
     without = recipe().model_copy(update={"roles": {"actor": roles["actor"]}})
     wanted = GradientOptions(tmp_path, scalar="somewhere")
