@@ -1,17 +1,13 @@
-"""`Role.gradient`: autograd's of a transformers copy, the same in data-parallel layouts, and no update."""
+"""`Role.gradient` in data-parallel layouts. That it is the gradient: tests/unit/test_role_gradient.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from genac_megatron.errors import InputError
-from tests.distributed.cases import make_role, make_samples, published, role_config, train
-
-TEMPERATURE = 0.8
+from tests.distributed.cases import make_role, make_samples, role_config, train
 
 
 def ppo_loss() -> Any:
@@ -19,56 +15,6 @@ def ppo_loss() -> Any:
     from genac_megatron.recipe.schema import LossConfig
 
     return make_ppo_loss(LossConfig())
-
-
-def moved(rank: int) -> Any:
-    """Weights by name before, and once the gradient was taken off the flat buffer that it lies in."""
-    role = make_role("actor", role_config(layout={"count": 1}), torch.distributed.get_world_size())
-    before, at = published(role), 0
-    flat = role.gradient(make_samples(11, 7), ppo_loss(), temperature=TEMPERATURE)
-    after_pass = published(role)
-    for buffer in role._buffers() if role.active else []:
-        size = buffer.param_data.numel()
-        buffer.param_data.sub_(flat[at : at + size])
-        at += size
-    assert at == flat.numel()
-    return before, after_pass, published(role)
-
-
-def autograd(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same loss, written out sample by sample, through transformers' model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from genac_megatron.models.registry import hf_config, shape_of
-
-    raw = hf_config(shape_of(role_config().model, 67))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), attn_implementation="sdpa").eval()
-    missing = model.load_state_dict(weights, strict=False)
-    assert set(missing.missing_keys) <= {"lm_head.weight"}, "tied"
-    assert not missing.unexpected_keys
-    loss = torch.zeros(())
-    for sample in make_samples(11, 7):
-        logits = model(torch.tensor([sample.tokens])).logits[0, sample.start - 1 : -1] / TEMPERATURE
-        chosen = torch.tensor(sample.tokens[sample.start :])
-        logp = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        weight, advantage, behaviour = (
-            torch.tensor(sample.fields[name]) for name in ("weights", "advantages", "behaviour")
-        )
-        tis = (logp.detach() - behaviour).exp().clamp(max=2.0)
-        loss = loss - (weight * tis * advantage * logp).sum()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def test_a_gradient_is_autograds_by_name(pool: Any) -> None:
-    """fp32: a weight of up to 0.5 that was moved is read to 6e-8, sums differ in order by some 1e-7."""
-    before, after_pass, after = pool.run(moved)[0]
-    assert all(torch.equal(before[name], after_pass[name]) for name in before), "no update"
-    wanted = autograd(before)
-    largest = max(float(grad.abs().max()) for grad in wanted.values())
-    assert largest > 1e-2
-    for name, grad in wanted.items():
-        torch.testing.assert_close(before[name] - after[name], grad, atol=5e-7, rtol=1e-4, msg=name)
 
 
 def products(rank: int, layout: dict[str, Any], training: dict[str, Any]) -> Any:
