@@ -101,7 +101,7 @@ def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
     text = (
         f"{plan['batches']} batches of {plan['prompts']} prompts x {plan['samples']} responses ({rollouts} "
         f"rollouts), success rate {report['success_rate']:.3f}; reference of {plan['reference']} rollouts, "
-        f"whose cosine with the true gradient is about {reference['cosine']['value']:.3f}."
+        f"whose cosine with the true gradient is about {with_interval(reference['cosine'])}."
     )
     return f"{text}\n\n{table(head, rows)}"
 

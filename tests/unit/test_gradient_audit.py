@@ -73,7 +73,11 @@ def audit(folder: Path, options: GradientOptions, stop: StopFlag | None = None) 
     with session(recipe(), init_world(), stop or StopFlag(), "gradients", folder / "session") as run:
         estimators = choose(options.estimators, sources(run, options))
         run.publish("actor", "critic")
-        Audit(run, options, estimators).work()
+        work = Audit(run, options, estimators)
+        try:
+            work.work()
+        finally:
+            work.parts.release()  # as the process's end does
 
 
 def options(out: Path) -> GradientOptions:

@@ -75,7 +75,7 @@ def test_every_estimator_gives_each_token_an_advantage_and_a_weight() -> None:
             assert min(sample.fields["weights"]) > 0
         if one.name.endswith("-raw"):
             weights = {weight for sample in samples for weight in sample.fields["weights"]}
-            assert weights == {pytest.approx(1 / (len(samples) * LIMIT))}, "all tokens alike"
+            assert [*weights] == [pytest.approx(1 / (len(samples) * LIMIT))], "all tokens alike"
 
 
 def test_the_reference_is_each_outcome_less_the_others_mean() -> None:
@@ -120,7 +120,7 @@ def test_what_can_be_made_is_what_there_is_a_source_for() -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (("exact-O",), "did you mean 'exact-0'"),
+        (("exact0",), "did you mean 'exact-0'"),
         (("nothing like it",), "is no estimator"),
         (("rloo",), "two responses to each prompt"),
         (("vc_ppo",), "--scalar RUN"),
