@@ -127,8 +127,8 @@ def check_options(options: GradientOptions, recipe: Recipe) -> None:
     """Raise InputError for sizes that give no figures, and for a role of the wrong kind. On every rank."""
     what = way_out = ""
     if options.chunks < 2 or options.reference % options.chunks or options.reference < 2 * options.chunks:
-        what = f"--reference {options.reference} gives no {options.chunks} equal --chunks of two or more"
-        way_out = "its inner products are of different chunks, and a chunk's baseline is its other rollouts"
+        what = f"--reference {options.reference} cannot be cut into --chunks {options.chunks}"
+        way_out = "two chunks or more, equal ones, of two rollouts or more, which are each other's baseline"
     elif options.batches < 2:
         what, way_out = f"--batches {options.batches}", "two batches at least: the spread of one is not known"
     elif options.prompts * options.samples < 2:

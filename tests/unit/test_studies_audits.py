@@ -40,7 +40,7 @@ STUDY: dict[str, Any] = {
 def places(tmp_path: Path) -> Places:
     for name in ("sft.yaml", "gen.yaml", "audit.yaml"):
         (tmp_path / name).write_text("{layers: 1, lr: 2}\n")
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     study = read_study(tmp_path / "study.yaml")
     return Places(study, tmp_path / "study.yaml", tmp_path / "out" / study.name, tmp_path / "work")
 
