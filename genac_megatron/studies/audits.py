@@ -130,7 +130,7 @@ def _over_seeds(reports: Sequence[Record], predicted: Mapping[str, float]) -> st
 
 def draw_audits(study: Study, records: Sequence[Record], folder: Path) -> None:
     """The plot: a panel for each audit, of its first seed that is done, with that one's intervals."""
-    first = {}
+    first = dict[str, Record]()
     for record in records:
         first.setdefault(record["audit"], record["report"])
     if first:
