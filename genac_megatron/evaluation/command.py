@@ -1,4 +1,4 @@
-"""`genac evaluate bank build | score | compare` and `genac evaluate task`: their grammar. No torch."""
+"""`genac evaluate bank build | score | compare`, `task` and `gradients`: their grammar. No torch."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def add_commands(commands: Any) -> None:
     _add_score(steps)
     _add_compare(steps)
     _add_task(kinds)
+    _add_gradients(kinds)
 
 
 def _add_recipe(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -108,10 +109,28 @@ def _add_task(kinds: Any) -> None:
     task.add_argument("--seed", type=_seed, default=0, help="of the samples")
 
 
+def _add_gradients(kinds: Any) -> None:
+    audit = kinds.add_parser("gradients", help="how good estimators of an actor's policy gradient are")
+    _add_recipe(audit)
+    audit.add_argument("--checkpoint", help="the actor's: a run folder, or one checkpoint of it")
+    audit.add_argument("--critic", metavar="RUN", help="whose critic is a generative one; else the recipe's")
+    audit.add_argument("--scalar", metavar="RUN", help="whose critic is a scalar one, for the role `scalar`")
+    audit.add_argument("--out", required=True, help="a folder for what is kept, and for figures")
+    audit.add_argument("--reference", type=_positive, default=8192, help="rollouts of the reference gradient")
+    audit.add_argument("--chunks", type=_positive, default=16, help="that the reference is cut into")
+    audit.add_argument("--batches", type=_positive, default=200, help="whose gradients are looked at")
+    audit.add_argument("--prompts", type=_positive, default=8, help="of a batch")
+    audit.add_argument("--samples", type=_positive, default=2, help="responses to each of them")
+    audit.add_argument("--estimators", help="for example rloo,genac-0,exact-0; else all that can be made")
+    audit.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
+
+
 def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
     """Run `genac evaluate ...`; the exit code. `in_ranks` does a job on every rank, in a folder."""
     if options.evaluate == "task":
         return _task(options, given, in_ranks)
+    if options.evaluate == "gradients":
+        return _gradients(options, given, in_ranks)
     if options.step == "compare":
         return _compare(options)
     recipe = _recipe(options)
@@ -155,6 +174,31 @@ def _score_job(options: argparse.Namespace, folder: Path) -> Job:
         score_bank(recipe, world, stop, wanted, folder)
 
     return job
+
+
+def _gradients(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
+    recipe = _recipe(options)
+    folder = RunFolder(run_path(recipe)).beside("gradients", given)
+
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.evaluation.gradients import GradientOptions, audit_gradients
+
+        wanted = GradientOptions(
+            out=Path(options.out),
+            checkpoint=options.checkpoint,
+            critic=options.critic,
+            scalar=options.scalar,
+            reference=options.reference,
+            chunks=options.chunks,
+            batches=options.batches,
+            prompts=options.prompts,
+            samples=options.samples,
+            estimators=tuple(options.estimators.split(",")) if options.estimators else (),
+            max_new_tokens=options.max_new_tokens,
+        )
+        audit_gradients(recipe, world, stop, wanted, folder)
+
+    return in_ranks(recipe, given, job, folder)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
@@ -16,15 +17,22 @@ def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
 
     Raises InputError where it has no such role.
     """
-    if role not in recipe.roles:
-        what = f"the recipe has no role '{role}'"
-        raise on_all_ranks(InputError(what, where="roles", way_out=f"one of: {', '.join(recipe.roles)}"))
-    config = recipe.roles[role]
-    if checkpoint is not None:
-        config = config.model_copy(
-            update={"model": config.model.model_copy(update={"checkpoint": checkpoint})}
-        )
-    return recipe.model_copy(update={"roles": {role: config}})
+    return with_roles(recipe, {role: checkpoint})
+
+
+def with_roles(recipe: Recipe, checkpoints: Mapping[str, str | None]) -> Recipe:
+    """The recipe with these roles alone, their weights from the checkpoints named. Raises as `with_role`."""
+    roles = {}
+    for role, checkpoint in checkpoints.items():
+        if role not in recipe.roles:
+            what = f"the recipe has no role '{role}'"
+            raise on_all_ranks(InputError(what, where="roles", way_out=f"one of: {', '.join(recipe.roles)}"))
+        config = recipe.roles[role]
+        if checkpoint is not None:
+            model = config.model.model_copy(update={"checkpoint": checkpoint})
+            config = config.model_copy(update={"model": model})
+        roles[role] = config
+    return recipe.model_copy(update={"roles": roles})
 
 
 def rollout_config(recipe: Recipe, max_new_tokens: int | None) -> RolloutConfig:

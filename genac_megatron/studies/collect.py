@@ -19,6 +19,7 @@ from genac_megatron.studies.schema import Cell, cells_of
 from genac_megatron.studies.standing import stands_on
 
 ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
+DECODED = ("tokens/rollout", "tokens/judge")
 Record = dict[str, Any]
 
 
@@ -50,9 +51,28 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
         "options": cell.options,
         "seed": seed,
         "figures": {key: value for key, value in figures.items() if math.isfinite(value)},
-        "curve": curve(rows, evaluations, shapes),
+        "curve": curve(rows, evaluations, shapes, _before(places, cell, seed)),
         "stands_on": stands_on(places, cell.spec, seed),
     }
+
+
+def _before(places: Places, cell: Cell, seed: int) -> dict[str, float]:
+    """What the base runs of other roles than the actor had spent: a critic's pre-training is its method's."""
+    spent = dict.fromkeys(("tokens", "flops", "seconds", "decoded"), 0.0)
+    for base in sorted({base for role, base in cell.spec.start.items() if role != "actor"}):
+        folder = places.run(base, seed)
+        if places.has_ended(base, seed):
+            rows, _ = read_jsonl(folder / METRICS)
+            roles = load_recipe(folder / "recipe.yaml").roles
+            found = _total(rows, {name: read_shape(role.model) for name, role in roles.items()})
+            spent = {key: value + found[key] for key, value in spent.items()}
+    return spent
+
+
+def _total(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
+    """What rows have spent, and of their tokens those that were decoded: which take nearly all the time."""
+    decoded = sum(float(row.get(key) or 0.0) for row in rows for key in DECODED)
+    return {**total(rows, shapes), "decoded": decoded}
 
 
 def _critic(evaluations: list[Record]) -> dict[str, float]:
@@ -98,10 +118,16 @@ def scores_of(places: Places, bank: str, cell: str, seed: int) -> dict[str, floa
 
 
 def curve(
-    rows: list[Record], evaluations: list[Record], shapes: Mapping[str, Shape]
+    rows: list[Record],
+    evaluations: list[Record],
+    shapes: Mapping[str, Shape],
+    earlier: Mapping[str, float] | None = None,
 ) -> list[dict[str, float]]:
-    """Held-out accuracy after so many steps of the actor's RL, and all that the run had spent by then."""
-    points = []
+    """Held-out accuracy after so many steps of the actor's RL, and all that the run had spent by then.
+
+    earlier: what its critic's own base runs had spent.
+    """
+    points, spent = [], earlier or {}
     for evaluation in evaluations:
         if evaluation.get("kind") not in ACTOR_KINDS:
             continue
@@ -110,7 +136,6 @@ def curve(
         before = rows[:first] + [
             row for row in rows[first:] if row.get("stage") == stage and 0 < row["step"] <= step
         ]
-        points.append(
-            {"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **total(before, shapes)}
-        )
+        found = {key: value + spent.get(key, 0.0) for key, value in _total(before, shapes).items()}
+        points.append({"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **found})
     return points

@@ -36,7 +36,6 @@ def run_command(options: argparse.Namespace) -> int:
     """Run what is left, then write `<out>/<name>`: figures.json, table.md and plots."""
     from rich.console import Console
 
-    from genac_megatron.studies.kept import kept_records
     from genac_megatron.studies.runner import Places
 
     file, console = Path(options.file), Console(highlight=False)
@@ -47,7 +46,7 @@ def run_command(options: argparse.Namespace) -> int:
     )
     cells = options.cells.split(",") if options.cells else None
     if options.dry_run:
-        _list(places, seeds, cells, console, {} if options.again else kept_records(places))
+        _list(places, seeds, cells, console, {} if options.again else _kept(places))
         return EXIT_OK
     if not options.collect:
         with held(places.work, "the study", other="a study beside it needs another --work"):
@@ -60,17 +59,25 @@ def _run(
     places: Any, seeds: list[int], cells: list[str] | None, console: Any, jobs: int, *, again: bool
 ) -> None:
     """What is left; once base runs are here, also what was kept and turns out to stand on others."""
-    from genac_megatron.studies.kept import FIGURES, kept_records
+    from genac_megatron.studies.kept import FIGURES
 
-    kept: Kept = {} if again else kept_records(places)
+    kept: Kept = {} if again else _kept(places)
     while True:
         if kept:
             console.print(f"{len(kept)} run(s) stand in {places.out / FIGURES} (--again runs them again)")
         _run_left(places, seeds, cells, console, jobs, kept)
-        if kept.keys() <= (still := kept_records(places)).keys():
+        if kept.keys() <= (still := _kept(places)).keys():
             return
         kept = still
         console.print("some of them stand on other base runs than are here now: those are run again")
+
+
+def _kept(places: Any) -> Kept:
+    """Cells and audits whose figures are there without a run."""
+    from genac_megatron.studies.audits import kept_audits
+    from genac_megatron.studies.kept import kept_records
+
+    return kept_records(places) | kept_audits(places)
 
 
 def _run_left(
@@ -123,7 +130,8 @@ def _best(places: Any, cells: list[str] | None) -> list[str]:
             way_out=f"begin with --seeds {seeds}, or leave --seeds out; or give `best` another figure",
         )
     best = {label: found[0]["cell"] for label, found in best_cells(study, records).items()}
-    return [best[label] if len(names) > 1 else names[0] for label, names in members.items()]
+    chosen = [best[label] if len(names) > 1 else names[0] for label, names in members.items()]
+    return chosen + [name for name in study.audits if cells is None or name in cells]
 
 
 def _seeds(text: str) -> list[int]:
@@ -137,12 +145,13 @@ def _seeds(text: str) -> list[int]:
 
 def _write(places: Any, seeds: list[int], console: Any) -> None:
     """All that is done, with these seeds, the file's, and those of earlier figures."""
+    from genac_megatron.studies import audits
     from genac_megatron.studies.collect import records_of
-    from genac_megatron.studies.kept import FIGURES, kept_records, of_other_bases
+    from genac_megatron.studies.kept import FIGURES, of_other_bases
     from genac_megatron.studies.plots import draw_all
     from genac_megatron.studies.summary import markdown
 
-    if others := of_other_bases(places):
+    if others := of_other_bases(places) + audits.audits_of_other_bases(places):
         names = ", ".join(f"{cell} (seed {seed})" for cell, seed in others)
         raise InputError(
             f"figures that stand on other base runs than are here, so that they cannot be compared: {names}",
@@ -150,14 +159,18 @@ def _write(places: Any, seeds: list[int], console: Any) -> None:
             way_out="run them again (the same command without --cells, --seeds and --collect), "
             "or name another --out",
         )
-    known = {*seeds, *places.study.seeds, *(seed for _, seed in kept_records(places))}
-    records = records_of(places, sorted(known))
-    study = places.study.model_copy(update={"seeds": sorted({record["seed"] for record in records})})
-    if not records:
+    known = {*seeds, *places.study.seeds, *(seed for _, seed in _kept(places))}
+    records, audited = records_of(places, sorted(known)), audits.audit_records(places, sorted(known))
+    seeds_done = sorted({record["seed"] for record in [*records, *audited]})
+    study = places.study.model_copy(update={"seeds": seeds_done})
+    if not (records or audited):
         raise InputError("none of its runs is done", where=str(places.work))
-    write_json_atomic(places.out / FIGURES, {"study": study.model_dump(mode="json"), "records": records})
-    text = f"# {study.name}\n\n{study.about}\n\n{markdown(study, records)}"
+    found = {"study": study.model_dump(mode="json"), "records": records}
+    write_json_atomic(places.out / FIGURES, found | ({"audits": audited} if study.audits else {}))
+    tables = ([markdown(study, records)] if records else []) + [audits.markdown(study, audited)]
+    text = "\n\n".join([f"# {study.name}", study.about, *(part for part in tables if part)])
     write_text_atomic(places.out / "table.md", text)
     draw_all(study, records, places.out)
+    audits.draw_audits(study, audited, places.out)
     console.print(text, soft_wrap=True)
     console.print(f"written to {places.out}")

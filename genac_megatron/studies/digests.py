@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Where and how it ran, not what it is. Seconds depend on them, and are told as measured.
 CIRCUMSTANCES = {"name", "runs", "seed", "world", "cluster", "observe", "checkpoint"}
+ROLES = ("actor", "critic", "scalar")  # whose runs an audit names
 Content = dict[str, Any]
 
 
@@ -28,6 +29,7 @@ class Digests:
     runs: dict[str, str]  # cells and base runs: their recipe, and what they start from
     banks: dict[str, str]  # their recipe and options, their actor, and the banks that they look at
     records: dict[str, str]  # a cell's figures: its run, and all banks
+    audits: dict[str, str]  # their recipe and options, and the runs that they look at; not what was predicted
 
 
 @functools.cache  # every recipe is read for it
@@ -54,6 +56,15 @@ def digests_of(places: Places) -> Digests:
         for name, bank in study.banks.items()
     }
 
+    audits = {
+        name: {
+            "recipe": _merged(places, audit.recipe, audit.set),
+            "runs": {role: whole(bases[getattr(audit, role)]) for role in ROLES if getattr(audit, role)},
+            "options": audit.options,
+        }
+        for name, audit in study.audits.items()
+    }
+
     def seen(name: str) -> list[Content]:
         others = {banks[name]["states_from"], banks[name]["p_bar_of"]} - {None, name}
         return [banks[name], *(content for other in sorted(others) for content in seen(other))]
@@ -63,6 +74,7 @@ def digests_of(places: Places) -> Digests:
         runs={name: _digest(content) for name, content in contents.items()},
         banks={name: _digest(seen(name)) for name in banks},
         records={name: _digest({"run": contents[name], "banks": banks}) for name in cells},
+        audits={name: _digest(content) for name, content in audits.items()},
     )
 
 

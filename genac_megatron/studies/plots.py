@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from genac_megatron.evaluation.plots import save
 from genac_megatron.observe.report_canvas import LIGHT
 from genac_megatron.studies.schema import Curve, Lines, Study
-from genac_megatron.studies.summary import Mean, best_cells, rows_of
+from genac_megatron.studies.summary import Mean, best_cells, rows_of, with_areas
 
 Record = dict[str, Any]
 NAMES = {
     "steps": "steps of RL",
     "tokens": "tokens, critic's training included",
+    "decoded": "decoded tokens, critic's training included",
     "flops": "FLOPs, critic's training included",
     "seconds": "seconds, evaluations and checkpoints left out",
 }
@@ -43,7 +44,7 @@ def draw_all(study: Study, records: Sequence[Record], folder: Path) -> list[Path
         made.append(path)
     if study.dots:
         made.append(folder / "figures.png")
-        best = best_cells(study, records)
+        best = with_areas(best_cells(study, records))
         save(made[-1], 1.6 + 0.28 * len(best), partial(_dots, study, best, rows_of(study, records)))
     return made
 

@@ -83,6 +83,9 @@ class Places:
     def scores(self, bank: str, cell: str, seed: int) -> Path:
         return self.bank(bank, seed) / "scores" / cell
 
+    def audit(self, name: str, seed: int) -> Path:
+        return self.work / f"audit-{name}-s{seed}"
+
     def recipe(self, spec: RunSpec) -> Path:
         return self.file.parent / str(spec.recipe)
 
@@ -95,16 +98,17 @@ def tasks_of(
 ) -> list[Task]:
     """Everything a study does, in an order in which each finds what it starts from.
 
-    only: these cells, and what they need. kept: cells and seeds whose figures are there without a run.
-    Raises InputError where there is no such cell, or what is there was made from other recipes.
+    only: these cells and audits, and what they need. kept: those, with seeds, whose figures are there without
+    a run. Raises InputError where there is none of that name, or what is there was made from other recipes.
     """
     study, made = places.study, list[Task]()
     cells = cells_of(study, str(places.file))
-    if unknown := sorted(set(only or ()) - {cell.name for cell in cells}):
+    names = [*(cell.name for cell in cells), *study.audits]
+    if unknown := sorted(set(only or ()) - set(names)):
         raise InputError(
             f"the study has no cell {', '.join(unknown)}",
             where=str(places.file),
-            way_out=f"its cells are: {', '.join(cell.name for cell in cells)}",
+            way_out=f"its cells are: {', '.join(names)}",
         )
     for seed in seeds:
         wanted = [cell for cell in cells if only is None or cell.name in only]
@@ -113,6 +117,9 @@ def tasks_of(
             if (cell.name, seed) not in kept:
                 of_cells.append(_run(places, cell.name, cell.spec, seed))
                 of_cells += [_score(places, cell.name, cell.spec, seed)] if study.banks else []
+        for name in study.audits:
+            if (only is None or name in only) and (name, seed) not in kept:
+                of_cells.append(_audit(places, name, seed))
         before = [_run(places, name, spec, seed) for name, spec in bases_of(study)]
         before += [_build(places, name, seed) for name in study.banks]
         made += _needed(before, of_cells)
@@ -195,6 +202,24 @@ def _build(places: Places, name: str, seed: int) -> Task:
         ),
         log=_beside(folder, LOG),
         made_from=digests_of(places).banks[name],
+    )  # fmt: skip
+
+
+def _audit(places: Places, name: str, seed: int) -> Task:
+    audit, folder = places.study.audits[name], places.audit(name, seed)
+    runs = {"--checkpoint": audit.actor, "--critic": audit.critic, "--scalar": audit.scalar}
+    named = {option: str(places.run(base, seed)) for option, base in runs.items() if base is not None}
+    return Task(
+        key=f"audit {name}, seed {seed}",
+        makes=(folder / "figures.json",),
+        needs=tuple(places.ended(base, seed) for base in audit.bases),
+        command=(
+            "evaluate", "gradients", str(places.file.parent / audit.recipe), f"seed={seed}",
+            *places.study.set, *audit.set, *places.overrides,
+            *(word for pair in named.items() for word in pair), "--out", str(folder), *audit.options,
+        ),
+        log=_beside(folder, LOG),
+        made_from=digests_of(places).audits[name],
     )  # fmt: skip
 
 

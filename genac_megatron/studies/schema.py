@@ -10,6 +10,9 @@
       size: {s: {set: [...]}, m: {set: [...]}}
       critic: {generative: {recipe: generative.yaml}, dense-1: {recipe: value.yaml, label: dense}, ...}
 
+    audits:                                # estimators of one actor's gradient, beside cells or without any
+      short: {recipe: audit.yaml, actor: actor, critic: critic, predicted: {exact-0: 3.3}}
+
 Paths are relative to the file. `start` names, per role, the base run whose weights it begins with. With
 `extends: FILE` in the same folder, mappings are merged with that file's key by key, null takes one out.
 """
@@ -52,10 +55,28 @@ class Bank(Block):
     options: list[str] = []  # of `genac evaluate bank build`
 
 
+class Audit(Block):
+    """Estimators of one actor's policy gradient (`genac evaluate gradients`), once per seed."""
+
+    recipe: str
+    actor: str  # the base run whose actor it is
+    critic: str | None = None  # a base run with a generative critic
+    scalar: str | None = None  # a base run whose critic is a scalar one
+    set: list[str] = []
+    options: list[str] = []  # of `genac evaluate gradients`
+    # By estimator: its signal to noise over the base estimator's, written down before it is run
+    predicted: dict[str, float] = {}
+
+    @property
+    def bases(self) -> list[str]:
+        """The base runs that it looks at."""
+        return [name for name in (self.actor, self.critic, self.scalar) if name is not None]
+
+
 class Curve(Block):
     """Held-out accuracy against what was spent."""
 
-    x: Literal["steps", "tokens", "flops", "seconds"]
+    x: Literal["steps", "tokens", "decoded", "flops", "seconds"]
 
 
 class Lines(Block):
@@ -77,6 +98,7 @@ class Study(Block):
     cells: dict[str, RunSpec] = {}
     axes: dict[str, dict[str, RunSpec]] = {}
     banks: dict[str, Bank] = {}
+    audits: dict[str, Audit] = {}
     figures: list[str] = []  # of the table, besides those that every study has
     best: str = "critic/brier"  # the figure by which the best of a label is chosen: the least
     # with them all cells of a label are run and judged, with others its best alone
@@ -86,6 +108,8 @@ class Study(Block):
     lines: list[Lines] = []
     dots: list[str] = []  # figures drawn side by side, a row for each cell
     differences: list[str] = []  # figures of which the table has what they are less the reference's
+    # By figure of the table, by label: what it was said to be before the first run; shown beside it
+    predicted: dict[str, dict[str, float]] = {}
 
 
 class Cell(Block):
@@ -148,14 +172,20 @@ def _check_names(study: Study, where: str) -> None:
         _need([bank.actor], known, f"the bank '{name}' is of the actor", "base run", where)
         others = [other for other in (bank.states_from, bank.p_bar_of) if other is not None]
         _need(others, study.banks, f"the bank '{name}' looks at", "bank", where)
+    for name, audit in study.audits.items():
+        _need(audit.bases, known, f"the audit '{name}' looks at", "base run", where)
     cells = cells_of(study, where)
     labels = {cell.label for cell in cells}
     _need([study.reference] if study.reference else [], labels, "the reference is", "cell's label", where)
+    for figure, told in study.predicted.items():
+        _need(told, labels, f"what is predicted of {figure} is of", "cell's label", where)
     for lines in study.lines:
         _need([lines.x, lines.lines], study.axes, f"the lines of {lines.figure} are over", "axis", where)
-    if both := sorted({cell.name for cell in cells} & {*known}):
+    names = [*known, *(cell.name for cell in cells), *study.audits]
+    if both := sorted({name for name in names if names.count(name) > 1}):
+        kinds = "a base run and a cell" if not {*both} & {*study.audits} else "an audit and another"
         raise InputError(
-            f"a base run and a cell are both called {', '.join(both)}",
+            f"{kinds} are both called {', '.join(both)}",
             where=where,
             way_out="give one of them another name: their runs' folders have it",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,9 +92,54 @@ def at_equal_cost(records: Sequence[Record], key: str = "flops") -> dict[tuple[s
     return found
 
 
+def area(points: Sequence[dict[str, float]], key: str = "steps", until: float | None = None) -> float:
+    """The mean accuracy of a curve from 0 to `until` (None: its end) of `key`, straight between evaluations.
+
+    Before the first it is the first's: a critic's pre-training leaves the actor as it is. NaN for a single
+    evaluation, one that has no `key`, or a curve that ends before `until`.
+    """
+    if len(points) < 2 or any(key not in point for point in points):
+        return math.nan
+    x = np.array([0.0, *(point[key] for point in points)])
+    y = np.array([points[0]["accuracy"], *(point["accuracy"] for point in points)])
+    end = float(x[-1] if until is None else until)
+    if not 0.0 < end <= x[-1]:
+        return math.nan
+    inside = x < end
+    x, y = np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
+    return float(np.trapezoid(y, x) / end)
+
+
+def areas(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, float]]:
+    """By cell and seed, the area under held-out accuracy: of all steps, and at equal cost.
+
+    actor/area, actor/area_KEY (up to what the cheapest run of the seed spends in all, pre-training of critics
+    included) and actor/area_KEY_alone (without it), for KEY in decoded (tokens) and flops.
+    """
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in {record["seed"] for record in records}:
+        mine = [record for record in records if record["seed"] == seed and len(record["curve"]) > 1]
+        for record in mine:
+            found[record["cell"], seed] = {"actor/area": area(record["curve"])}
+        for key, alone in itertools.product(("decoded", "flops"), (False, True)):
+            curves = [_from_first(record["curve"], key) if alone else record["curve"] for record in mine]
+            least = min((curve[-1].get(key, math.nan) for curve in curves), default=math.nan)
+            for record, curve in zip(mine, curves, strict=True):
+                name = f"actor/area_{key}{'_alone' if alone else ''}"
+                found[record["cell"], seed][name] = area(curve, key, least)
+    return found
+
+
+def _from_first(points: Sequence[dict[str, float]], key: str) -> list[dict[str, float]]:
+    """The curve without what was spent before its first evaluation."""
+    if any(key not in point for point in points):
+        return list(points)
+    return [{**point, key: point[key] - points[0][key]} for point in points]
+
+
 def rows_of(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
     """A row per label: which cell stands for it, how many seeds, and the mean of every figure."""
-    best = best_cells(study, records)
+    best = with_areas(best_cells(study, records))
     equal = at_equal_cost([record for members in best.values() for record in members])
     reference = {r["seed"]: r for r in best.get(study.reference or "", [])}
     made = []
@@ -108,6 +154,15 @@ def rows_of(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
                 row[_less(name)] = _difference(members, reference, name)
         made.append(row)
     return made
+
+
+def with_areas(best: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """The same records, with the areas among their figures."""
+    found = areas([record for members in best.values() for record in members])
+    return {
+        label: [r | {"figures": r["figures"] | found.get((r["cell"], r["seed"]), {})} for r in members]
+        for label, members in best.items()
+    }
 
 
 def _less(name: str) -> str:
@@ -132,8 +187,15 @@ def markdown(study: Study, records: Sequence[Record]) -> str:
     listed = [name for figure in study.figures for name in (figure, *BESIDE.get(figure, ()))]
     wanted = list(dict.fromkeys([*ALWAYS, *extra, *listed]))
     shown = [name for name in wanted if any(isinstance(r.get(name), Mean) and r[name].count for r in rows)]
-    head = ["", "seeds", *shown]
-    lines = [[r["label"], str(r["seeds"]), *(str(r.get(n, "–")) for n in shown)] for r in rows]
+    head, lines = ["", "seeds"], [[r["label"], str(r["seeds"])] for r in rows]
+    for name in shown:
+        head.append(name)
+        predicted = study.predicted.get(name, {})
+        head += ["predicted"] if predicted else []
+        for line, row in zip(lines, rows, strict=True):
+            line.append(str(row.get(name, "–")))
+            if predicted:
+                line.append(f"{predicted[row['label']]:+.3f}" if row["label"] in predicted else "")
     chosen = [f"{r['label']}: {r['cell']}" for r in rows if r["cell"] != r["label"]]
     note = f"\nBest of a sweep, by {study.best}: {', '.join(chosen)}.\n" if chosen else ""
     return f"{table(head, lines)}\n{note}"

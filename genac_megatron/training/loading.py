@@ -38,14 +38,14 @@ EXTRA = "._extra_state"
 def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool = False) -> None:
     """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
 
-    The layout may differ from the one that saved. A scalar critic may take a language model's weights: it
-    keeps its own head. Raises InputError where it does not fit.
+    roles: by their names in the checkpoint. The layout may differ from the one that saved. A scalar critic
+    may take a language model's weights: it keeps its own head. Raises InputError where it does not fit.
     """
     manifest, common = agree(lambda: _read_small(path, roles, optimizers), partial(_unreadable, path))
     chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
     bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
     request = {
-        name: _request(role, optimizers, head=name not in bodies)
+        name: _request(name, role, optimizers, head=name not in bodies)
         for name, role in chosen.items()
         if role.active
     }
@@ -70,9 +70,9 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         agree(lambda: need_sound(path, chosen))
 
 
-def _request(role: Role, optimizers: bool, *, head: bool) -> Sharded:
+def _request(name: str, role: Role, optimizers: bool, *, head: bool) -> Sharded:
     """What this rank asks a checkpoint for: the role's weights, or its optimizer's states."""
-    state = role_state(role, optimizer=optimizers, loading=True, head=head)
+    state = role_state(role, optimizer=optimizers, loading=True, head=head, saved_as=name)
     if optimizers:
         state = {OPTIMIZER: state[OPTIMIZER]}
     sharded: Sharded = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))[0]

@@ -28,7 +28,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from genac_megatron import platform
-from genac_megatron.errors import GenacError, NotFinite, on_all_ranks
+from genac_megatron.errors import GenacError, InputError, NotFinite, on_all_ranks
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.routing import attach, check_experts
@@ -281,6 +281,46 @@ class Role:
         """`launch_step` and its result. Collective over the world."""
         return self.launch_step(samples, loss, temperature=temperature, with_entropy=with_entropy).result()
 
+    def gradient(self, samples: Sequence[Sample], loss: Loss, *, temperature: float = 1.0) -> Tensor:
+        """The loss's gradient over `samples` (the whole batch), without an update: this rank's part, flat.
+
+        The parts of the block's ranks, end to end, are the whole gradient in fp32, with zeros between some
+        of its tensors; their order is the layout's alone, so inner products of two gradients are sums over
+        ranks of those of the parts. No optimizer is needed. Empty outside the block. Collective over it.
+        Raises InputError for a frozen role, and where weights are cut over ranks (tp, pp, cp, ep): parts
+        would hold some of them twice.
+        """
+        self.need_gradients()
+        if not self.active:
+            return torch.empty(0)
+        self.wake()
+        self._have_gradients()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        with mark(f"{self.name} forward and backward"):
+            self._run(samples, loss, temperature, False, forward_only=False)
+        rank, ranks = self.groups.dp.rank(), self.layout.dp
+        buckets = [bucket.grad_data for buffer in self._buffers() for bucket in buffer.buckets]
+        # Of a bucket that is scattered by rank, and of one that all ranks have whole, this share is summed.
+        part = torch.cat([data.tensor_split(ranks)[rank].float() for data in buckets])
+        if self.optimizer is None:
+            self._drop_gradients()
+        return part
+
+    def need_gradients(self) -> None:
+        """Raise InputError, on every rank alike, where `gradient` cannot read them."""
+        sizes = {name: getattr(self.layout, name) for name in ("tp", "pp", "cp", "ep")}
+        cut = " and ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        if self.config.training.frozen:
+            what, key = f"'{self.name}' is frozen: it has no gradients", "training.frozen"
+        elif cut:
+            what, key = f"gradients are read where each rank has all weights, not with {cut}", "layout"
+        else:
+            return
+        way_out = f"leave {key} out: data-parallel ranks share the work"
+        raise on_all_ranks(InputError(what, where=f"roles.{self.name}.{key}", way_out=way_out))
+
     def _finite(self, passed: Passed) -> StepResult:
         stats, logprobs = passed
         for key in NEED_FINITE:
@@ -383,7 +423,8 @@ class Role:
         if self.communicator is not None:
             arguments["p2p_communicator"] = self.communicator
         if not forward_only:
-            self.model_config.grad_scale_func = self.optimizer.scale_loss
+            scale_loss = self.optimizer.scale_loss if self.optimizer is not None else None
+            self.model_config.grad_scale_func = scale_loss
         return schedule(**arguments), packs
 
     # --- results -------------------------------------------------------------------------------

@@ -41,9 +41,12 @@ ROLES = "roles"  # of what is saved and loaded: {ROLES: {a role's name: role_sta
 OPTIMIZER = "optimizer"  # in a role's state, beside its models
 
 
-def role_state(role: Role, *, optimizer: bool, loading: bool = False, head: bool = True) -> Sharded:
+def role_state(
+    role: Role, *, optimizer: bool, loading: bool = False, head: bool = True, saved_as: str | None = None
+) -> Sharded:
     """The sharded state of a role on this rank, with its output layer or without; empty outside its block.
 
+    saved_as: the role's name in the checkpoint; None: its own.
     Its tensors are views of the role's own, so that what is loaded into them is in place. Not collective.
     """
     if not role.active:
@@ -55,7 +58,7 @@ def role_state(role: Role, *, optimizer: bool, loading: bool = False, head: bool
         state = model.sharded_state_dict(metadata=dict(metadata))
         kept = {key: value for key, value in state.items() if head or not key.startswith("output_layer.")}
         models[f"model{index}"] = kept
-        add_prefix_for_sharding(models[f"model{index}"], f"{role.name}.")
+        add_prefix_for_sharding(models[f"model{index}"], f"{saved_as or role.name}.")
     if not optimizer or role.optimizer is None:
         return models
     merged: Sharded = {}

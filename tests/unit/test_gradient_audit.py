@@ -1,0 +1,147 @@
+"""`genac evaluate gradients` in this process, by one rank with real tiny models of random weights.
+
+Their responses are never right, so the verifier alone is replaced here: the outcome is a parity of the text.
+The command itself, two ranks and trained models: tests/e2e/test_evaluate_gradients.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genac_megatron.errors import InputError, StopRequested
+from genac_megatron.evaluation.estimators import choose
+from genac_megatron.evaluation.gradients import (
+    Audit,
+    GradientOptions,
+    audit_gradients,
+    check_options,
+    sources,
+)
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.stages.session import session
+from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.tasks.state_tracking import StateTracking
+from genac_megatron.training.layout import init_world
+
+SHAPE = {"layers": 1, "hidden": 16, "ffn": 32, "heads": 2, "kv_heads": 2, "init_std": 0.3}
+NAMES = ("rloo", "vc_ppo", "genac-0", "exact-1-raw", "rloo-raw")
+
+
+def recipe(**changes: Any) -> Recipe:
+    role: dict[str, Any] = {
+        "model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": SHAPE},
+        "training": {"dtype": "fp32", "tokens_per_microbatch": 512},
+        "engine": {"dtype": "fp32"},
+    }
+    scalar = {**role, "model": {**role["model"], "head": "value"}}
+    given: dict[str, Any] = {
+        "name": "audit",
+        "task": {"kind": "state_tracking", "objects": 3, "min_swaps": 1, "max_swaps": 2, "heldout_size": 8},
+        "roles": {"actor": role, "critic": role, "scalar": scalar},
+        "judging": {"template": "brief", "max_new_tokens": 4, "states": {"cutter": "fixed", "fixed_length": 3,
+                                                                         "min_segment": 1}},
+        "stages": [{"kind": "sft", "role": "actor", "data": "demonstrations",
+                    "rollout": {"max_new_tokens": 9}}],
+    }  # fmt: skip
+    return Recipe.model_validate({**given, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _outcomes_by_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateTracking, "verify", lambda self, prompt, text: float(len(text) % 2))
+
+
+class StopsAfter(StopFlag):
+    """Asks for the end once it was looked at so often."""
+
+    def __init__(self, looks: int) -> None:
+        self.left = looks
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        self.left -= 1
+        return self.left < 0
+
+
+def audit(folder: Path, options: GradientOptions, stop: StopFlag | None = None) -> None:
+    """As the command does it, but that critics keep their random weights."""
+    with session(recipe(), init_world(), stop or StopFlag(), "gradients", folder / "session") as run:
+        estimators = choose(options.estimators, sources(run, options))
+        run.publish("actor", "critic")
+        work = Audit(run, options, estimators)
+        try:
+            work.work()
+        finally:
+            work.parts.release()  # as the process's end does
+
+
+def options(out: Path) -> GradientOptions:
+    return GradientOptions(out, reference=32, chunks=2, batches=4, prompts=2, samples=2, estimators=NAMES)
+
+
+def test_an_audit_that_was_stopped_goes_on_to_the_same_figures_with_outcomes_by_parity(
+    tmp_path: Path,
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    audit(tmp_path, options(whole))
+    for looks in (1, 2):  # after two pieces, and after three more
+        with pytest.raises(StopRequested, match="pieces"):
+            audit(tmp_path, options(stopped), StopsAfter(looks))
+        assert list((stopped / "vectors").glob("*.npy"))
+    audit(tmp_path, options(stopped))
+    for name in ("gradients.jsonl", "manifest.json", "figures.json", "table.md"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (stopped / "vectors").exists()
+    assert not (stopped / "parts").exists()
+
+    report = json.loads((whole / "figures.json").read_text())
+    assert list(report["estimators"]) == [one.name for one in choose(NAMES, every_source())]
+    rows = [json.loads(line) for line in (whole / "gradients.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["number"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    outcomes = [outcome for row in rows[:2] for outcome in row["outcomes"]]
+    assert report["success_rate"] == pytest.approx(np.mean(outcomes))
+    assert 0 < np.mean(outcomes) < 1
+    products = json.loads((whole / "manifest.json").read_text())["products"]
+    assert all(products["chunks"][i][i] > 0 for i in range(2))
+    for name in NAMES:  # blocks are of one batch here: their products with themselves are those of the rows
+        squares = [row["inner"][name][0][-1] for row in rows[2:]]
+        assert np.diag(products["blocks"][name]) == pytest.approx(squares, rel=1e-5), name
+    other = GradientOptions(whole, reference=32, chunks=2, batches=6, prompts=2, estimators=NAMES)
+    with pytest.raises(InputError, match="another batches"):
+        audit(tmp_path, other)
+
+
+def every_source() -> list[Any]:
+    return ["outcomes", "groups", "scalar", "generative", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reference": 100, "chunks": 16}, "--reference 100"),
+        ({"reference": 16, "chunks": 16}, "--reference 16"),
+        ({"chunks": 1}, "--chunks 1"),
+        ({"batches": 1}, "--batches 1"),
+        ({"prompts": 1, "samples": 1}, "batch of one"),
+    ],
+)
+def test_sizes_that_give_no_figures_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        check_options(GradientOptions(tmp_path, **changes), recipe())
+    assert "way out" in str(caught.value)
+
+
+def test_critics_in_each_others_place_are_refused(tmp_path: Path) -> None:
+    roles = recipe().roles
+    swapped = recipe().model_copy(update={"roles": {**roles, "critic": roles["scalar"]}})
+    with pytest.raises(InputError, match=r"roles\.critic\.model\.head"):
+        check_options(GradientOptions(tmp_path), swapped)
+    without = recipe().model_copy(update={"roles": {"actor": roles["actor"]}})
+    wanted = GradientOptions(tmp_path, scalar="somewhere")
+    with pytest.raises(InputError, match="no role 'scalar'"):
+        audit_gradients(without, init_world(), StopFlag(), wanted, tmp_path / "session")
