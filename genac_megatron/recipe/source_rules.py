@@ -164,7 +164,7 @@ def _check_source(
         source.data or stage.data,
         source.teacher or stage.teacher,
     )
-    at = "" if source.task is None else "its own "
+    whose = "the" if source.task is None else "its own"
     if isinstance(task, BenchmarkTask):
         raise InputError(
             f"{who} is of the benchmark {task.name}, all of which is held out",
@@ -197,7 +197,7 @@ def _check_source(
         return
     if not has_teacher(task):
         raise InputError(
-            f"{who} is demonstrations, and {at}task '{task.kind}' has no teacher that writes any",
+            f"{who} is demonstrations, and {whose} task '{task.kind}' has no teacher that writes any",
             where=where((*place, "data")),
             way_out="name a task that has one, or data: traces",
         )

@@ -77,7 +77,7 @@ def test_the_loss_gains_the_replays_cross_entropy(rows: list[tuple[float, float]
 
 def test_figures_are_apart_by_source() -> None:
     replay = Replay.__new__(Replay)  # its figures need nothing of a run
-    chosen = replay_samples(pool(), 100, 0.3, 0)
+    chosen = replay_samples(pool(), 400, 0.3, 0)
     logprobs = [[-2.0 if s.part == "long" else -1.0] * s.trained for s in chosen]
     figures = replay.figures(chosen, logprobs)
     assert figures["replay/nll_long"] == 2.0

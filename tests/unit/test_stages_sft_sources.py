@@ -108,7 +108,8 @@ def run_of(stage: dict[str, Any], score: int = 5, **more: Any) -> Any:
         world=SimpleNamespace(rank=0, size=1), stop_ids=lambda role: (TINY.eos_token_id,),
         share=list, gather=list, places=range, together=lambda act: act(), generating=lambda act: act(),
         roles={"critic": SimpleNamespace(config=SimpleNamespace(served=False), logprobs=as_sampled)},
-        even_share=lambda count: count, spend=lambda phase, role: 0.0, count=lambda figures: None, note=lambda figures: None,
+        even_share=lambda count: count,
+        spend=lambda phase, role: 0.0, count=lambda figures: None, note=lambda figures: None,
     )  # fmt: skip
     run.progress = SimpleNamespace(
         note=run.notes.append,
