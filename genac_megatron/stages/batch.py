@@ -346,7 +346,8 @@ def supervised(samples: Iterable[Sample]) -> list[Sample]:
     """
     batch = list(samples)
     own = [sample.fields.get("weights") or [1.0] * sample.trained for sample in batch]
-    shares = token_weights([sum(weights) for weights in own], "token").tolist()
+    sums = torch.tensor([sum(weights) for weights in own], dtype=torch.float64)
+    shares = token_weights(sums, "token").tolist()
     return [
         replace(sample, fields={"weights": [share * weight for weight in weights]})
         for sample, weights, share in zip(batch, own, shares, strict=True)
