@@ -134,6 +134,7 @@ class Sample:
     fields: dict[str, list[float]] = field(default_factory=dict)
     experts: Experts | None = field(default=None, compare=False, repr=False)  # of tokens[:-1], to be replayed
     source: str = ""  # what it was made of, a prompt's id for example; "": nothing that others share
+    part: str = ""  # of a stage's several sources of samples: the name of the one that it is of
 
     @property
     def trained(self) -> int:

@@ -25,6 +25,7 @@ from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.servers import started_engines
+from genac_megatron.recipe.source_rules import source_tasks
 from genac_megatron.recipe.tasks import DatasetTask, single_tasks
 from genac_megatron.serving.sglang.gpus import refusals, visible_gpus
 from genac_megatron.serving.sglang.server import serving_python
@@ -171,7 +172,7 @@ def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
             found += [f"{name}: {file} cannot be read" for file in weights if not os.access(file, os.R_OK)]
         if role.model.checkpoint is not None and not Path(role.model.checkpoint).expanduser().is_dir():
             found.append(f"{name}: no checkpoint {role.model.checkpoint}")
-    for task in single_tasks(recipe.task):
+    for task in (*single_tasks(recipe.task), *source_tasks(recipe)):
         if isinstance(task, DatasetTask) and not _has_dataset(task.name):
             found.append(f"data set {task.name} is neither a folder nor in the Hugging Face cache (HF_HOME)")
     return found

@@ -91,6 +91,39 @@ def answer_candidates(
     return keep, candidates
 
 
+def deciding(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]) -> set[int]:
+    """Places in completion_ids that say which score an answer gives: those at which another score, written
+    alike up to there, would have gone on otherwise. None in a text without an answer.
+
+    The token of the integer, or its tokens; after a "1" of its own also what follows, which is not a "0". An
+    answer that is written with spaces or leading zeros counts whole, and so does an earlier one, if there is
+    one: it may be a draft of the last.
+    """
+    found: set[int] = set()
+    ids = list(completion_ids)
+    while (answer := answer_candidates(tokenizer, ids)) is not None:
+        keep, candidates = answer
+        written = max((c for c in candidates if tuple(ids[keep : keep + len(c)]) == c), key=len, default=None)
+        if written is None:
+            found.update(range(keep, _closed(tokenizer, ids, keep)))
+        else:
+            found.update(
+                keep + at
+                for at in range(len(written))
+                if any(c[:at] == written[:at] and c[at : at + 1] != written[at : at + 1] for c in candidates)
+            )
+        ids = ids[:keep]
+    return found
+
+
+def _closed(tokenizer: PreTrainedTokenizerBase, ids: list[int], keep: int) -> int:
+    """How many of `ids` it takes for the answer that begins at `keep` to be closed."""
+    count = len(_ANSWER.findall(_decode(tokenizer, ids)))
+    return next(
+        n for n in range(keep, len(ids) + 1) if len(_ANSWER.findall(_decode(tokenizer, ids[:n]))) == count
+    )
+
+
 def _anchor(tokenizer: PreTrainedTokenizerBase, before: str, form: str, written: tuple[int, ...]) -> str:
     """As much of the text before an answer as it takes to have the answer's ids, where they were written so.
 

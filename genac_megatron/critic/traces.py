@@ -1,13 +1,13 @@
-"""Where the critic's SFT traces come from, and their balance (method: 1-2 k, blind to the outcome).
+"""Where the critic's SFT traces come from (method: 1-2 k, blind to the outcome).
 
-Three sources: a task's exact teacher, the critic's own judgements kept where they agree with Monte
-Carlo, and a chat endpoint. Each gives Samples with loss on the completion only. No torch.
+Four teachers: a task's exact one, the critic's own judgements kept where they agree with Monte Carlo, Monte
+Carlo itself, and a chat endpoint. Each gives Samples with loss on the completion only. No torch.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids, prompt_text
-from genac_megatron.critic.score import format_answer, parse_score
+from genac_megatron.critic.score import LEVELS, deciding, format_answer, parse_score
 from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
@@ -48,31 +48,6 @@ class TraceContext:
         return build_prompt_ids(
             self.tokenizer, self.judging, self.icc, state.rollout.prompt, partial, state.cut, self.limit
         )
-
-
-def balance(states: Sequence[State], size: int, seed: int = 0) -> list[State]:
-    """At most `size` states, balanced by outcome (below, from 0.5) and position, in shuffled order.
-
-    Positions: the prompt state, the first and the second half of the response. The six strata are
-    drawn from in turn; one that runs out leaves its share to the others. Of a prompt's identical
-    prompt states one is kept per outcome class.
-    """
-    rng = random.Random(f"balance/{seed}")
-    strata: dict[tuple[bool, int], list[State]] = defaultdict(list)
-    seen: set[tuple[str, bool]] = set()
-    for state in rng.sample(list(states), len(states)):
-        right = state.rollout.outcome >= 0.5
-        if state.cut == 0:
-            if (state.rollout.prompt.id, right) in seen:
-                continue
-            seen.add((state.rollout.prompt.id, right))
-        strata[right, _position(state)].append(state)
-    # Taken in turn, so that each prefix of `chosen` is as even as the strata allow.
-    piles = [strata[key] for key in sorted(strata)]
-    longest = max((len(pile) for pile in piles), default=0)
-    chosen = [pile[turn] for turn in range(longest) for pile in piles if turn < len(pile)][:size]
-    rng.shuffle(chosen)
-    return chosen
 
 
 def to_sample(
@@ -132,32 +107,93 @@ def exact_samples(
             p_bar = round(rng.uniform(*p_bar_range), 2)
             shown = replace(context, icc=replace(context.icc, p_bar=p_bar, step=rng.randrange(LATER_STEPS)))
         words, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)
-        lines = [] if writes == "score" else [words.rstrip()]
-        if writes == "trace" and score and context.judging.icc == "on":
-            lines.append(f"p {shown.icc.p_bar:.2f}")
-        if writes != "reasoning":
-            lines.append(format_answer(score))
-        text = "\n".join(lines)
-        sample = to_sample(context.tokenizer, shown.prompt_ids(state), text, state.rollout.prompt.id)
-        if sample.trained <= context.judging.max_new_tokens:
-            samples.append(sample)
+        samples += _fitting(state, _written(words, score, shown, writes), shown)
     return samples
 
 
-def accept(
-    judgements: Sequence[Judgement], monte_carlo: Sequence[float], tolerance: float
-) -> list[Judgement]:
-    """The critic's own judgements worth imitating: ended by itself, parsed, |v - mc| <= tolerance.
+def monte_carlo_samples(
+    states: Sequence[State],
+    values: Sequence[float],
+    teacher: Teacher | None,
+    context: TraceContext,
+) -> list[Sample]:
+    """Traces whose score is `values`: the mean outcome of fresh continuations from each state, in [0, 1].
 
-    `monte_carlo[i]` is the mean outcome of fresh continuations from judgement i's state.
+    The reasoning is the exact teacher's, about the actor as it is; without one the score stands alone. A
+    trace longer than the critic may write is left out.
     """
-    return [
-        judgement
-        for judgement, mc in zip(judgements, monte_carlo, strict=True)
-        if judgement.value is not None
-        and judgement.completion.finish == "stop"
-        and abs(judgement.value - mc) <= tolerance + _ROUNDING
-    ]
+    samples = []
+    for state, value in zip(states, values, strict=True):
+        words = ""
+        if teacher is not None:
+            rng = random.Random(f"trace/{context.seed}/{state.rollout.key}/{state.index}")
+            partial = state_text(state, context.actor_tokenizer)
+            words, _ = teacher.trace(state.rollout.prompt, partial, context.icc.p_bar, rng)
+        score = math.floor((LEVELS - 1) * value + 0.5)
+        samples += _fitting(state, _written(words, score, context, "trace" if words else "score"), context)
+    return samples
+
+
+def _written(words: str, score: int, shown: TraceContext, writes: str) -> str:
+    """A trace's text, or the part of it that `writes` asks for."""
+    lines = [] if writes == "score" else [words.rstrip()]
+    if writes == "trace" and score and shown.judging.icc == "on":
+        lines.append(f"p {shown.icc.p_bar:.2f}")
+    if writes != "reasoning":
+        lines.append(format_answer(score))
+    return "\n".join(lines)
+
+
+def _fitting(state: State, text: str, context: TraceContext) -> list[Sample]:
+    """The trace as a sample; none where it is longer than the critic may write."""
+    sample = to_sample(context.tokenizer, context.prompt_ids(state), text, state.rollout.prompt.id)
+    return [sample] if sample.trained <= context.judging.max_new_tokens else []
+
+
+def unscored(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:
+    """The same trace with no loss on what says which score: `weights` are 0 there, 1 elsewhere.
+
+    So it teaches how to reason and where an answer stands, and nothing of what a state is worth. Numbers in
+    the reasoning are learnt as any words.
+    """
+    ids = sample.tokens[sample.start :]
+    said = deciding(tokenizer, ids)
+    weights = [0.0 if place in said else 1.0 for place in range(len(ids))]
+    return replace(sample, fields={**sample.fields, "weights": weights})
+
+
+def bears_out(value: float, monte_carlo: float, config: TeacherConfig) -> bool:
+    """Whether a value agrees with the mean outcome of `config.continuations` fresh continuations.
+
+    |value - mean| <= tolerance_floor + tolerance_errors * sqrt(p (1 - p) / continuations), where p is the
+    mean, or the value itself where that error is the larger: of a state that is worth 0.1 eight continuations
+    out of eight fail two times in five, and by the mean alone their error would be 0. A fixed tolerance keeps
+    right judgements of sure states more often than of open ones, and so teaches extremes.
+    """
+    spread = max(p * (1.0 - p) for p in (value, monte_carlo))
+    error = math.sqrt(max(spread, 0.0) / config.continuations)
+    return abs(value - monte_carlo) <= config.tolerance_floor + config.tolerance_errors * error + _ROUNDING
+
+
+def accept(
+    judgements: Sequence[Sequence[Judgement]], monte_carlo: Sequence[float], config: TeacherConfig
+) -> list[Judgement | None]:
+    """Per state the critic's own judgement that is worth imitating, None where there is none.
+
+    Of those that parse and ended by themselves it is the nearest to the state's value that `bears_out`.
+    `monte_carlo[i]` is the mean outcome of fresh continuations from state i.
+    """
+    kept: list[Judgement | None] = []
+    for several, value in zip(judgements, monte_carlo, strict=True):
+        best: tuple[float, Judgement] | None = None
+        for judgement in several:
+            if judgement.value is None or judgement.completion.finish != "stop":
+                continue
+            away = abs(judgement.value - value)
+            if bears_out(judgement.value, value, config) and (best is None or away < best[0]):
+                best = away, judgement
+        kept.append(None if best is None else best[1])
+    return kept
 
 
 def own_samples(judgements: Sequence[Judgement]) -> list[Sample]:
@@ -201,9 +237,3 @@ def endpoint_samples(states: Sequence[State], config: TeacherConfig, context: Tr
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)
     return samples
-
-
-def _position(state: State) -> int:
-    if state.cut == 0:
-        return 0
-    return 1 if 2 * state.cut < len(state.rollout.completion.ids) else 2

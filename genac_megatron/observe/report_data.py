@@ -204,6 +204,8 @@ def summarise(run: RunData) -> dict[str, Any]:
     summary.update(_costs(run))
     failed = failed_gates(run)
     summary["gate/failed"] = "; ".join(f"{gate.stage.name}: {m.what}" for gate in failed for m in gate.missed)
+    back = [gate.stage.name for gate in failed if gate.stage.gate.action == "fallback"]
+    summary["gate/fallback"] = "; ".join(back)
     summary["gate/stopped"] = next((gate.stage.name for gate in failed if gate.stopped), None)
     missing = what_is_missing(run)
     summary["report/complete"] = not missing

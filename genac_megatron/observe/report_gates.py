@@ -33,9 +33,12 @@ def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
     held-out target `heldout/<metric>`, which is only judged where it is given.
     """
     if isinstance(stage, SftStage):
-        found = [_target(stage, figures), _parse_rate(stage, figures) if stage.role == "critic" else None]
+        found = [_target(stage, figures)]
+        if stage.role == "critic":
+            found += [_parse_rate(stage, figures), _brier(stage, figures) if asks_for_brier(stage) else None]
     elif isinstance(stage, ReinforceStage | ValueStage):
-        found = [_brier(stage, figures), _auc(stage, figures), _ranking(stage, figures)]
+        asked = stage.gate.brier_below_constant
+        found = [_brier(stage, figures) if asked else None, _auc(stage, figures), _ranking(stage, figures)]
     else:
         return []
     return [one for one in found if one is not None]
@@ -57,6 +60,14 @@ def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
     if len(bounds) == len(found):
         ways.append((" ".join(bounds), "asks for less: judges again at once"))
     return [*ways, (f"stages.{stage.name}.gate.action=warn", "goes on with the next stage as it is")]
+
+
+def went_on(stage: JudgedStage) -> str:
+    """How a run went on though a stage's gate was not reached, in words."""
+    if not isinstance(stage, ReinforceStage) or stage.gate.action != "fallback":
+        return "the run went on all the same"
+    to = f"of the stage {stage.gate.fallback}" if stage.gate.fallback else "that the stage began with"
+    return f"the critic went back to the weights {to}, and the run went on with them"
 
 
 def reached(heldout: SftHeldout, figure: float) -> bool:
@@ -106,19 +117,26 @@ def _parse_rate(stage: SftStage, figures: Figures) -> Missed | None:
     )
 
 
-def _brier(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
+def asks_for_brier(stage: SftStage) -> bool:
+    """Whether an SFT stage's critic must be better than a constant; unless said, where it taught itself."""
+    asked = stage.gate.brier_below_constant
+    return stage.asks_itself if asked is None else asked
+
+
+def _brier(stage: JudgedStage, figures: Figures) -> Missed | None:
     brier, constant, parsed = (
         figures.get(f"eval/critic_{name}", math.nan) for name in ("brier", "brier_constant", "parse_rate")
     )
-    if not stage.gate.brier_below_constant or brier < constant:
+    if brier < constant:
         return None
     means = _nothing_judged(brier) or (
         "the critic's scores foretell outcomes no better than one number for all would, the share of right "
         "responses"
     )
-    helps = _longer(stage)
+    helps = _better_traces(stage) if isinstance(stage, SftStage) else _longer(stage)
     if parsed < PARSED:
         means += f"; {_per_cent(1 - parsed)} of its judgements have no score, and count as wholly wrong"
+    if parsed < PARSED and not isinstance(stage, SftStage):
         helps = f"first a longer SFT of the critic (in a new run), so that it writes scores; then {helps}"
     return Missed(
         f"Brier {brier:.4f} is not below the constant predictor's {constant:.4f}",
@@ -176,6 +194,15 @@ def _ranking(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | N
 def _longer(stage: ReinforceStage | ValueStage) -> str:
     at = f"stages.{stage.name}"
     return f"more steps ({at}.steps), larger ones ({at}.rollout.prompts), a higher {_lr(stage, 'critic')}"
+
+
+def _better_traces(stage: SftStage) -> str:
+    at = f"stages.{stage.name}"
+    return (
+        f"more passes over the traces ({at}.epochs), another learning rate ({_lr(stage, 'critic')}). In "
+        f"a new run: another teacher, or, of its own judgements, more to choose from "
+        f"({at}.teacher.judgements, {at}.teacher.continuations)"
+    )
 
 
 def _lr(stage: JudgedStage, role: str) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, RunData, failed_gates, number
-from genac_megatron.observe.report_gates import ways_on
+from genac_megatron.observe.report_gates import ways_on, went_on
 from genac_megatron.recipe.schema import ObserveConfig
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _gate(failed: FailedGate) -> str:
     """A gate that was not reached: what it means, what helps and, where it stopped the run, how to go on."""
     title = f"Stage {escape(failed.stage.name)} did not reach its gate"
     if not failed.stopped:
-        title += "; the run went on all the same"
+        title += f"; {went_on(failed.stage)}"
     items = "".join(
         f"<li><b>{escape(m.what)}</b>: {escape(m.means)}.<br>What usually helps: {escape(m.helps)}.</li>"
         for m in failed.missed

@@ -294,6 +294,8 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         if stage.data == "jsonl":
             return text
         text += f" over {stage.made:,} {stage.data}"
+        if len(stage.sources) > 1:
+            text += f" from {len(stage.sources)} sources"
         if stage.data == "traces":
             text += f" of at most {judging.max_new_tokens:,} tokens"
         return text

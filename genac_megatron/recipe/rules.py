@@ -22,19 +22,20 @@ from genac_megatron.recipe.schema import (
     PolicyStage,
     PpoStage,
     Recipe,
+    ReinforceStage,
     RoleConfig,
     SftStage,
     StageConfig,
     ValueStage,
 )
-from genac_megatron.recipe.task_rules import check_file, check_task
-from genac_megatron.recipe.tasks import (
-    ChainedArithmeticTask,
-    MixtureTask,
-    ReasoningGymTask,
-    StateTrackingTask,
-    TaskConfig,
+from genac_megatron.recipe.source_rules import (
+    check_replay,
+    check_sources,
+    check_teacher,
+    has_teacher,
 )
+from genac_megatron.recipe.stages import sources_of
+from genac_megatron.recipe.task_rules import check_file, check_task
 from genac_megatron.tasks.tokenizer import check_rows, tokenizer_size
 
 SERVER_LIMITS = {
@@ -268,7 +269,9 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             _check_sft(recipe, stage, place, where)
             continue
         _check_heads(recipe, stage, place, where)
-        check_algorithm(recipe, stage, place, where, exact=_has_teacher(recipe.task))
+        check_algorithm(recipe, stage, place, where, exact=has_teacher(recipe.task))
+        if isinstance(stage, ReinforceStage):
+            check_replay(recipe, stage, place, where)
         if "reference" in recipe.roles and _kl_coef(stage):
             who = f"kl_coef of the stage '{stage.name}'"
             _check_copy(recipe, "actor", "reference", who, ("roles", "reference", "model"), where)
@@ -278,6 +281,10 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
         if not isinstance(stage, SftStage) or stage.data == "traces":
             new = stage.rollout.max_new_tokens
             _check_room(recipe, "actor", new, ("stages", index, "rollout", "max_new_tokens"), where)
+        for own, source in sources_of(stage):
+            if source.rollout is not None:
+                new, at = source.rollout.max_new_tokens, ("stages", index, *own, "rollout", "max_new_tokens")
+                _check_room(recipe, "actor", new, at, where)
     if "critic" in recipe.roles and recipe.roles["critic"].served:
         new = recipe.judging.max_new_tokens
         _check_room(recipe, "critic", new, ("judging", "max_new_tokens"), where)
@@ -390,6 +397,7 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
             )
         _check_copy(recipe, stage.start_from, stage.role, who, (*place, "start_from"), where)
     _check_heldout(stage, who, (*place, "heldout"), where)
+    check_sources(recipe, stage, place, where)
     if stage.data == "jsonl":
         if stage.path is None:
             raise InputError(f"{who} reads jsonl and has no path", where=where(place), way_out="add path:")
@@ -402,15 +410,14 @@ def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], wh
             where=where((*place, "path")),
             way_out="take path out, or set data: jsonl",
         )
-    exact = _has_teacher(recipe.task)
-    if stage.data == "demonstrations" and not exact:
+    if stage.data == "demonstrations" and not stage.sources and not has_teacher(recipe.task):
         raise InputError(
             f"{who} wants demonstrations; the task '{recipe.task.kind}' has no teacher",
             where=where((*place, "data")),
             way_out="set data: jsonl and a path, or start from a model that can answer",
         )
     if stage.data == "traces":
-        _check_traces(recipe, stage, exact, place, where)
+        _check_traces(recipe, stage, place, where)
 
 
 def _check_no_chats(stage: SftStage, who: str, place: tuple[str | int, ...], where: Where) -> None:
@@ -441,30 +448,8 @@ def _check_heldout(stage: SftStage, who: str, place: tuple[str | int, ...], wher
         )
 
 
-def _has_teacher(task: TaskConfig) -> bool:
-    """Whether the task has an exact teacher: those made here, and one of reasoning-gym's (tasks/hanoi.py)."""
-    if isinstance(task, MixtureTask):
-        return all(_has_teacher(part.task) for part in task.parts)
-    if isinstance(task, ReasoningGymTask):
-        return task.name == "tower_of_hanoi"
-    return isinstance(task, StateTrackingTask | ChainedArithmeticTask)
-
-
-def _check_traces(
-    recipe: Recipe, stage: SftStage, exact: bool, place: tuple[str | int, ...], where: Where
-) -> None:
+def _check_traces(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], where: Where) -> None:
     who = f"the stage '{stage.name}' (sft on traces)"
     check_role(recipe, "actor", who, place, where)
-    teacher = (*place, "teacher")
-    if stage.teacher.kind == "exact" and not exact:
-        raise InputError(
-            f"{who} asks for the exact teacher, and the task '{recipe.task.kind}' has none",
-            where=where(teacher),
-            way_out="set teacher.kind to self or endpoint",
-        )
-    if stage.teacher.kind == "endpoint" and not (stage.teacher.url and stage.teacher.model):
-        raise InputError(
-            f"{who} asks for an endpoint without its url and model",
-            where=where(teacher),
-            way_out="add teacher.url and teacher.model",
-        )
+    if not stage.sources:  # which have teachers of their own
+        check_teacher(stage.teacher, recipe.task, who, (*place, "teacher"), where)

@@ -16,10 +16,13 @@ from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 from genac_megatron.recipe.stages import CriticGate as CriticGate
 from genac_megatron.recipe.stages import PolicyStage as PolicyStage
 from genac_megatron.recipe.stages import PpoStage as PpoStage
+from genac_megatron.recipe.stages import ReinforceGate as ReinforceGate
 from genac_megatron.recipe.stages import ReinforceStage as ReinforceStage
+from genac_megatron.recipe.stages import ReplayConfig as ReplayConfig
 from genac_megatron.recipe.stages import RolloutConfig as RolloutConfig
 from genac_megatron.recipe.stages import SftGate as SftGate
 from genac_megatron.recipe.stages import SftHeldout as SftHeldout
+from genac_megatron.recipe.stages import SftSource as SftSource
 from genac_megatron.recipe.stages import SftStage as SftStage
 from genac_megatron.recipe.stages import StageConfig as StageConfig
 from genac_megatron.recipe.stages import TeacherConfig as TeacherConfig

@@ -15,6 +15,7 @@ from genac_megatron.recipe.algorithms import (
     RegressionConfig,
 )
 from genac_megatron.recipe.block import Block, Fraction, Gate, Positive, PositiveFloat
+from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.recipe.training import OptimizerConfig
 
 
@@ -34,25 +35,45 @@ class RolloutConfig(Block):
 class SftGate(Block):
     action: Gate = "stop"
     parse_rate: Fraction = 0.98
+    # The critic's Brier score below the best constant's; None: asked for where its teacher is `self`, which
+    # a critic that says the same of every state would pass by its form alone.
+    brier_below_constant: bool | None = None
 
 
-class CriticGate(Block):
-    action: Gate = "stop"
+class CriticBounds(Block):
+    """What a critic must have reached."""
+
     brier_below_constant: bool = True
     auc: Fraction = 0.65
     ranking: Fraction = 0.5
 
 
+class CriticGate(CriticBounds):
+    action: Gate = "stop"
+
+
+class ReinforceGate(CriticBounds):
+    # fallback: the critic goes back to earlier weights, and the run goes on with them
+    action: Literal["stop", "warn", "off", "fallback"] = "stop"
+    # An SFT stage of the critic's before, whose weights it goes back to; None: those REINFORCE began with
+    fallback: str | None = None
+
+
 class TeacherConfig(Block):
     """Where the critic's SFT traces come from (method §4)."""
 
-    kind: Literal["exact", "self", "endpoint"] = "exact"
+    # monte_carlo: the score is the value by Monte Carlo, the reasoning the exact teacher's, if there is one
+    kind: Literal["exact", "self", "endpoint", "monte_carlo"] = "exact"
     # exact: what of a trace is learnt. The score alone shows what reasoning is worth; the reasoning alone
     # makes a model that can think about tasks of whose values it has been told nothing.
     writes: Literal["trace", "score", "reasoning"] = "trace"
     p_bar_range: tuple[Fraction, Fraction] | None = None  # exact: show actors from this range (ICC is learnt)
-    continuations: Positive = 8  # self: Monte-Carlo continuations per state
-    tolerance: Fraction = 0.15  # self: keep where |v - Monte-Carlo value| is at most this
+    continuations: Positive = 8  # self, monte_carlo: continuations per state, whose mean outcome is its value
+    judgements: Positive = 1  # self: per state, of which the nearest to the value is looked at
+    # self: kept where |v - value| is at most tolerance_floor + tolerance_errors standard errors of the value
+    tolerance_floor: Fraction = 0.05
+    tolerance_errors: Annotated[float, Field(ge=0)] = 2.0
+    rounds: Positive = 4  # self: at most so many times further states are drawn, until `size` are accepted
     url: str | None = None  # endpoint: OpenAI-compatible base URL
     model: str | None = None
     api_key_env: str | None = None  # name of the environment variable with the key
@@ -74,6 +95,37 @@ class SftHeldout(Block):
     keep: Literal["best", "last"] = "best"  # weights that the stage ends with
 
 
+class SftSource(Block):
+    """One of several sources of an SFT stage's samples: a task, and who writes what about it."""
+
+    name: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None  # in figures; None: its place, from 1
+    task: TaskConfig | None = None  # None: the recipe's
+    share: Annotated[float, Field(gt=0, le=1)]  # of the samples; those of all sources sum to 1
+    data: Literal["demonstrations", "traces"] | None = None  # None: the stage's
+    # False: whole traces are learnt but for the tokens that say which score: nothing of what states are worth
+    scored: bool = True
+    teacher: TeacherConfig | None = None  # None: the stage's
+    rollout: RolloutConfig | None = None  # None: the stage's
+    length_buckets: Positive | None = None  # None: the stage's
+    # Of the pass over the data, the part in which its samples are met: a curriculum. Needs epochs: 1.
+    phase: tuple[Fraction, Fraction] = (0.0, 1.0)
+
+
+def named_sources(sources: list[SftSource]) -> list[tuple[str, SftSource]]:
+    """Sources by name, in order."""
+    return [(source.name or str(place), source) for place, source in enumerate(sources, start=1)]
+
+
+class ReplayConfig(Block):
+    """What a critic is fine-tuned on further while REINFORCE trains it: SFT samples in every step."""
+
+    sources: Annotated[list[SftSource], Field(min_length=1)]
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a step's trained tokens
+    weight: PositiveFloat = 0.1  # of their mean loss (nats a token), which is added to REINFORCE's
+    size: Positive = 2000  # samples, made when the stage begins, from which steps draw
+    length_buckets: Positive = 1
+
+
 class SftStage(Block):
     """Supervised fine-tuning of one role, loss on the completion only."""
 
@@ -92,6 +144,10 @@ class SftStage(Block):
     epochs: Positive = 2  # at most, where `heldout` ends the stage
     batch: Positive = 64  # sequences per step
     teacher: TeacherConfig = TeacherConfig()
+    sources: list[SftSource] = []  # demonstrations, traces: of several tasks or teachers, mixed by share
+    # traces: the range of states' lengths in as many equal parts, which are drawn from evenly; 1: as they
+    # fall, so that short ones are most
+    length_buckets: Positive = 1
     rollout: RolloutConfig = RolloutConfig()  # traces: how the actor's states are made
     optimizer: OptimizerConfig | None = None  # None: the role's
     heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
@@ -101,6 +157,16 @@ class SftStage(Block):
     def made(self) -> int:
         """How many demonstrations or traces are made."""
         return 2000 if self.size is None else self.size
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """Those of its sources, or its own where it has none."""
+        return [source.teacher or self.teacher for source in self.sources] or [self.teacher]
+
+    @property
+    def asks_itself(self) -> bool:
+        """Whether any of its traces are the critic's own."""
+        return self.data == "traces" and any(teacher.kind == "self" for teacher in self.teachers)
 
 
 class ReinforceStage(Block):
@@ -114,9 +180,10 @@ class ReinforceStage(Block):
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the responses: the rest only gets values
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     loss: CriticLossConfig = CriticLossConfig()
+    replay: ReplayConfig | None = None  # SFT samples that each step's loss has besides
     optimizer: OptimizerConfig | None = None
     eval_every: Annotated[int, Field(ge=0)] = 10  # 0: only at the end
-    gate: CriticGate = CriticGate()
+    gate: ReinforceGate = ReinforceGate()
 
 
 class PpoStage(Block):
@@ -179,3 +246,12 @@ class PolicyStage(Block):
 StageConfig = Annotated[
     SftStage | ReinforceStage | PpoStage | ValueStage | PolicyStage, Field(discriminator="kind")
 ]
+
+
+def sources_of(stage: StageConfig) -> list[tuple[tuple[str | int, ...], SftSource]]:
+    """A stage's sources of SFT samples, its replay's among them, and where they stand in its block."""
+    if isinstance(stage, SftStage):
+        return [(("sources", place), source) for place, source in enumerate(stage.sources)]
+    if isinstance(stage, ReinforceStage) and stage.replay is not None:
+        return [(("replay", "sources", place), one) for place, one in enumerate(stage.replay.sources)]
+    return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run, largest, mean
+from genac_megatron.tasks.base import Task
 from genac_megatron.training.role import StepResult
 
 RolloutStage = ReinforceStage | PpoStage | ValueStage | PolicyStage  # the actor's responses are its data
@@ -72,16 +73,28 @@ def next_prompts(run: Run, count: int) -> list[Prompt]:
     return train_prompts(run, cursor, count)
 
 
-def train_prompts(run: Run, first: int, count: int) -> list[Prompt]:
-    """Training prompts `first` to `first + count` of the run's order. Collective: they may be read here."""
-    indices = (run.task.train_index(run.recipe.seed, first + i) for i in range(count))
-    return run.together(lambda: [run.task.prompt("train", index) for index in indices])
+def train_prompts(run: Run, first: int, count: int, task: Task | None = None) -> list[Prompt]:
+    """Training prompts `first` to `first + count` of the run's order. Collective: they may be read here.
+
+    task: another than the run's.
+    """
+    asked = task or run.task
+    indices = (asked.train_index(run.recipe.seed, first + i) for i in range(count))
+    return run.together(lambda: [asked.prompt("train", index) for index in indices])
 
 
 def generator_for(
-    run: Run, config: RolloutConfig, seed: tuple[object, ...], *, judged: bool = True
+    run: Run,
+    config: RolloutConfig,
+    seed: tuple[object, ...],
+    *,
+    judged: bool = True,
+    task: Task | None = None,
 ) -> Generator:
-    """The actor and, where asked for, the critic as they are now, ready to play training prompts."""
+    """The actor and, where asked for, the critic as they are now, ready to play training prompts.
+
+    task: whose prompts they are, where it is not the run's.
+    """
     judge = None
     if judged:
         if run.icc is None:
@@ -92,7 +105,7 @@ def generator_for(
     return Generator(
         engine=run.engines["actor"],
         tokenizer=run.tokenizers["actor"],
-        task=run.task,
+        task=task or run.task,
         config=config,
         stop_ids=run.stop_ids("actor"),
         seed=(*seed, "actor"),
@@ -108,15 +121,19 @@ def play(
     seed: tuple[object, ...],
     *,
     judged: bool = True,
+    task: Task | None = None,
 ) -> Batch:
-    """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective."""
-    generator = generator_for(run, config, seed, judged=judged)
-    began, late = time.perf_counter(), run.task.late
+    """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective.
+
+    task: whose prompts they are, where it is not the run's.
+    """
+    generator = generator_for(run, config, seed, judged=judged, task=task)
+    began, late = time.perf_counter(), generator.task.late
     turns = repeats(prompts)
     share, mine_turns, places = run.share(prompts), run.share(turns), run.places(len(prompts))
     with run.progress.shown("rollout"):  # engines measure themselves
         mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns, places))
-    _credit(run, time.perf_counter() - began, run.task.late - late)
+    _credit(run, time.perf_counter() - began, generator.task.late - late)
     return gathered_batch(run, mine)
 
 
@@ -323,12 +340,17 @@ def judgement_sample(judgement: Judgement, share: float) -> Sample:
 
 
 def supervised(samples: Iterable[Sample]) -> list[Sample]:
-    """Give samples the token-mean loss weights of one batch."""
+    """Give samples the token-mean loss weights of one batch.
+
+    Weights that they have already are kept in proportion: a token of 0 carries no loss and counts for none.
+    """
     batch = list(samples)
-    shares = token_weights([sample.trained for sample in batch], "token").tolist()
+    own = [sample.fields.get("weights") or [1.0] * sample.trained for sample in batch]
+    sums = torch.tensor([sum(weights) for weights in own], dtype=torch.float64)
+    shares = token_weights(sums, "token").tolist()
     return [
-        Sample(sample.tokens, sample.start, {"weights": [share] * sample.trained})
-        for sample, share in zip(batch, shares, strict=True)
+        replace(sample, fields={"weights": [share * weight for weight in weights]})
+        for sample, weights, share in zip(batch, own, shares, strict=True)
     ]
 
 

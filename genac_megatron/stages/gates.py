@@ -22,18 +22,21 @@ def check_sft_gate(stage: SftStage, figures: Mapping[str, float]) -> None:
     _settle(stage, missed(stage, figures))
 
 
-def check_critic_gate(stage: ReinforceStage | ValueStage, figures: Mapping[str, float]) -> None:
-    """The critic must beat the constant predictor, tell right from wrong, and rank within a prompt.
+def check_critic_gate(stage: ReinforceStage | ValueStage, figures: Mapping[str, float]) -> bool:
+    """Whether it is reached: the critic must beat the constant predictor, tell right from wrong, and rank
+    within a prompt.
 
     Raises GateFailed.
     """
-    _settle(stage, missed(stage, figures))
+    found = missed(stage, figures)
+    _settle(stage, found)
+    return not found
 
 
 def _settle(stage: JudgedStage, found: list[Missed]) -> None:
     if not found or stage.gate.action == "off":
         return
-    if stage.gate.action == "warn":
+    if stage.gate.action != "stop":
         told = "; ".join(f"{one.what} ({one.means})" for one in found)
         if os.environ.get("RANK", "0") == "0":  # all ranks judge the same figures
             logger.warning("stage %s: gate not reached: %s", stage.name, told)

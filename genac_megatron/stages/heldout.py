@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def evaluate(
         row["critic"] = None
         if run.icc is None:
             judging, seed = run.recipe.judging, run.recipe.seed
-            run.icc = IccState.from_evaluation(targets, judging.icc_momentum, seed, _steps_before(run))
+            told = _trained_targets(run, stage, targets)
+            run.icc = IccState.from_evaluation(told, judging.icc_momentum, seed, _steps_before(run))
         if critic:
             row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
     run.append(EVALUATIONS, row)
@@ -94,6 +95,22 @@ def evaluate(
     )
     run.progress.note(f"[{stage.name}] held-out, {name}: {shown}")
     return figures
+
+
+def _trained_targets(run: Run, stage: StageConfig, targets: list[float]) -> list[float]:
+    """Targets of held-out responses that are sampled as the stage's training samples them: what p_bar begins
+    with is what training goes on to tell. The evaluation's where its temperature is the same. Collective.
+    """
+    if stage.rollout.temperature == run.recipe.evaluation.temperature:
+        return targets
+    generator = replace(_held_generator(run, stage), config=stage.rollout)
+    count = _held_prompts(run)
+    prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
+    samples, places = run.recipe.evaluation.samples, run.places(count)
+    groups = run.generating(lambda: generate(generator, run.share(prompts), samples, places=places))
+    run.spend("evaluate", "actor")
+    mine = [rollout.target for group in groups for rollout in group.rollouts]
+    return [target for part in run.gather([mine]) for target in part]
 
 
 def told_step(recipe: Recipe) -> int:
@@ -151,7 +168,7 @@ def _rollout_config(run: Run, stage: StageConfig) -> RolloutConfig:
     return stage.rollout.model_copy(update=sampled)
 
 
-def actor_generator(run: Run, stage: StageConfig, seed: tuple[object, ...]) -> Generator:
+def _held_generator(run: Run, stage: StageConfig) -> Generator:
     """The current actor, ready to be rolled out as it is in evaluations."""
     return Generator(
         engine=run.engines["actor"],
@@ -159,13 +176,9 @@ def actor_generator(run: Run, stage: StageConfig, seed: tuple[object, ...]) -> G
         task=run.task,
         config=_rollout_config(run, stage),
         stop_ids=run.stop_ids("actor"),
-        seed=seed,
+        seed=(run.recipe.seed, "heldout", "actor"),
         positions=run.actor.shape.max_positions,
     )
-
-
-def _held_generator(run: Run, stage: StageConfig) -> Generator:
-    return actor_generator(run, stage, (run.recipe.seed, "heldout", "actor"))
 
 
 def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:

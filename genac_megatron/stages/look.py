@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.schema import Recipe, RoleConfig, SftStage
+from genac_megatron.recipe.source_rules import source_tasks
 from genac_megatron.recipe.tasks import (
     BenchmarkTask,
     DatasetTask,
@@ -48,6 +49,8 @@ def look_at_data(recipe: Recipe) -> list[str]:
     look = _Look(recipe)
     for task in single_tasks(recipe.task):
         _task(task, look)
+    for task in source_tasks(recipe):
+        _task(task, look, fit=False)
     for stage in recipe.stages:
         if isinstance(stage, SftStage) and stage.data == "jsonl" and stage.path is not None:
             count = used_conversations(stage)[1]
@@ -120,7 +123,8 @@ def _missing(role: RoleConfig) -> str:
     return "" if any(map(any, map(folder.glob, TOKENIZER_FILES))) else f"there is no tokenizer in {folder}"
 
 
-def _task(config: TaskConfig, look: _Look) -> None:
+def _task(config: TaskConfig, look: _Look, *, fit: bool = True) -> None:
+    """fit: the rows are held to the models too; those of an SFT stage's source are when the run begins."""
     if isinstance(config, DatasetTask | BenchmarkTask):
         name = config.name if isinstance(config, DatasetTask) else config.path or ""
         if not name or not Path(name).expanduser().exists():
@@ -140,7 +144,7 @@ def _task(config: TaskConfig, look: _Look) -> None:
     try:
         look.note(f"task: {task.train_size} training and {task.heldout_size} held-out prompts in {name}")
         look.told += [f"task: {note}" for note in task.notes]
-        if task.fixed is not None and isinstance(config, RowsBlock) and look.tokenizer is not None:
+        if fit and task.fixed is not None and isinstance(config, RowsBlock) and look.tokenizer is not None:
             _fit(task.fixed, config, look)
     finally:
         task.close()

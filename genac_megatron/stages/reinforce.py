@@ -6,33 +6,50 @@ from functools import partial
 
 from genac_megatron.algorithms.losses import make_reinforce_loss
 from genac_megatron.recipe.schema import ReinforceStage
+from genac_megatron.records import Sample
 from genac_megatron.stages.batch import critic_samples, next_batch, trained_figures
+from genac_megatron.stages.fallback import find_weights, go_back, keep_weights
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.replay import Replay
 from genac_megatron.stages.runtime import Run
 
 
 def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
     """Single outcomes and a strictly proper reward are enough to learn the actor's values."""
+    if loop.fresh:
+        keep_weights(run, stage, loop, 0)
+    back = find_weights(run, stage)
     run.critic.begin_stage(stage.optimizer, stage.steps)
     loop.restore_optimizers()
-    loss = make_reinforce_loss(stage.loss)
     if loop.fresh:
         run.publish("actor", "critic")
         evaluate(run, stage, "start", 0)
+    replay = Replay(run, stage, fresh=loop.fresh) if stage.replay is not None else None
+    loss = make_reinforce_loss(stage.loss)
+    loss = loss if replay is None else replay.loss(loss)
     for step in loop.steps(stage.steps):
         batch, figures = next_batch(run, stage, step)
         samples = critic_samples(batch, stage.train_states, stage.baseline, stage.loss, stage.train_share)
+        replayed: list[Sample] = []
+        if replay is not None:
+            samples, replayed = replay.joined(samples, step)
         with run.phase("critic_train"):
             result = run.critic.train_step(
-                samples, loss, temperature=run.recipe.judging.temperature, with_entropy=True
+                [*samples, *replayed], loss, temperature=run.recipe.judging.temperature, with_entropy=True
             )
-        figures |= trained_figures("critic", [result], batch, samples, result.logprobs)
+        own, others = result.logprobs[: len(samples)], result.logprobs[len(samples) :]
+        figures |= trained_figures("critic", [result], batch, samples, own)
+        if replay is not None:
+            figures |= replay.figures(replayed, others)
         if run.icc is not None:
             run.icc.update(batch.targets, advance=False)
         figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)
-    check_critic_gate(stage, held_out)
+    if not check_critic_gate(stage, held_out) and back is not None:
+        go_back(run, stage, back)
+        run.at.explained_variance = None  # of the critic that is gone
+        evaluate(run, stage, "fallback", stage.steps, monte_carlo=True)

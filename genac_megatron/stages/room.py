@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -19,8 +19,10 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import Dapo
-from genac_megatron.recipe.schema import Recipe, SftStage, StageConfig
-from genac_megatron.recipe.tasks import RowsBlock, single_tasks
+from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftStage, StageConfig
+from genac_megatron.recipe.source_rules import replayed
+from genac_megatron.recipe.stages import sources_of
+from genac_megatron.recipe.tasks import RowsBlock, TaskConfig, single_tasks
 from genac_megatron.records import Prompt
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.tasks.base import FixedTask, Split, Task
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHOWN = 3  # rows that a message names
-SPARE = 2.0  # states made per trace wanted: short responses, balancing and rejection take some
+SPARE = 2.0  # states made per trace wanted: short responses and balancing take some
+ROUNDS = 4  # in which a source's states are drawn until there are enough
 ALL_STEPS = 1_000_000  # critics are told the step: its longest way of being written
 LOOK_S = 20.0  # seconds that a rank looks at what a generator makes
 LONGEST = 16  # problems of a generator, the longest by their text, whose tokens are counted
@@ -114,6 +117,11 @@ def longest(recipe: Recipe, split: Split) -> tuple[int, int]:
     """(tokens of the longest response to prompts of a split, of the longest that the critic reads)."""
     played = [s.rollout.max_new_tokens for s in recipe.stages if _plays(s, split)]
     judged = [s.rollout.max_new_tokens for s in recipe.stages if _judges(s, split)]
+    if split == "train":
+        for _, source in (one for stage in recipe.stages for one in sources_of(stage)):
+            if source.rollout is not None and source.task in (None, recipe.task):
+                played.append(source.rollout.max_new_tokens)
+                judged.append(source.rollout.max_new_tokens)
     return max(played, default=0), max(judged, default=0)
 
 
@@ -121,11 +129,25 @@ def drawn(recipe: Recipe) -> int:
     """Training prompts that the run's stages draw at most, from the first of the task's order on."""
     made, played = [0], 0
     for stage in recipe.stages:
-        if isinstance(stage, SftStage):
-            made.append(math.ceil(SPARE * stage.made) if stage.data != "jsonl" else 0)
-        else:
+        for sft in _sft_of(stage):
+            made.append(math.ceil(SPARE * sft.made * _draws(sft)) if sft.data != "jsonl" else 0)
+        if not isinstance(stage, SftStage):
             played += stage.steps * stage.rollout.prompts * _rounds(stage)
     return max(played, *made)
+
+
+def _sft_of(stage: StageConfig) -> list[SftStage]:
+    """The stage itself, or its replay, where samples are made for it."""
+    if isinstance(stage, ReinforceStage) and stage.replay is not None:
+        return [replayed(stage)]
+    return [stage] if isinstance(stage, SftStage) else []
+
+
+def _draws(stage: SftStage) -> int:
+    """How often an SFT stage draws states at most."""
+    teachers = [stage.teacher, *(one.teacher for one in stage.sources if one.teacher is not None)]
+    asked = [teacher.rounds for teacher in teachers if teacher.kind == "self"]
+    return max([1, *asked, *([ROUNDS] if stage.sources else [])])
 
 
 def _rounds(stage: StageConfig) -> int:
@@ -155,27 +177,30 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
     # Whatever the task: a chat template that refuses every prompt is told before anything is built.
     run.together(lambda: first.lacks(run.task.prompt("heldout", 0)) if run.task.heldout_size else "")
     for part, config in zip(run.task.parts, single_tasks(run.recipe.task), strict=True):
-        fixed = part.fixed
-        for note in fixed.notes if fixed is not None else ():
+        for note in part.fixed.notes if part.fixed is not None else ():
             run.progress.note(f"task: {note}")
-        if fixed is not None and isinstance(config, RowsBlock):
-            for split in splits:
-                room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
-                fit_rows(run, fixed, config, room, split)
-        elif fixed is None:
-            for split in splits:
-                # A state that has no room in the critic takes the value before it; a prompt ends the run.
-                room = Room(run.recipe, positions, run.tokenizers, longest(run.recipe, split)[0], 0)
-                _fit_drawn(run, part, room, split)
+        for split in splits:
+            room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
+            fit_part(run, part, config, room, split)
     run.task.resized()
 
 
-def _fit_drawn(run: Run, task: Task, room: Room, split: Split) -> None:
+def fit_part(run: Run, part: Task, config: TaskConfig, room: Room, split: Split, where: str = "task") -> None:
+    """Hold a split of one task to what it must fit into. Collective. As `fit_task`."""
+    fixed = part.fixed
+    if fixed is not None and isinstance(config, RowsBlock):
+        fit_rows(run, fixed, config, room, split, where)
+    elif fixed is None:
+        # A state that has no room in the critic takes the value before it; a prompt ends the run.
+        _fit_drawn(run, part, replace(room, judged=0), split, where)
+
+
+def _fit_drawn(run: Run, task: Task, room: Room, split: Split, where: str) -> None:
     """Hold what a generator makes to what it must fit into, in the order in which it is drawn: all of it, or
-    as much of a task of one part as the stages draw.
+    as much of a run's one task as the stages draw.
     """
     size = task.train_size if split == "train" else task.heldout_size
-    if split == "train" and len(run.task.parts) == 1:
+    if split == "train" and task is run.task:
         size = min(size, drawn(run.recipe))
     places = range(run.world.rank, size, run.world.size)
     mine: Iterable[int] = places
@@ -185,7 +210,7 @@ def _fit_drawn(run: Run, task: Task, room: Room, split: Split) -> None:
     if found:
         what = f"{split} prompts of the task have no room: {listed(sorted(found, key=_place))}"
         way_out = f"make the task's problems smaller; or {WAY_OUT}"
-        raise on_all_ranks(InputError(what, where="task", way_out=way_out))
+        raise on_all_ranks(InputError(what, where=where, way_out=way_out))
 
 
 def _lacking_drawn(task: Task, room: Room, split: Split, indices: Iterable[int]) -> list[str]:
@@ -203,7 +228,9 @@ def _lacking_drawn(task: Task, room: Room, split: Split, indices: Iterable[int])
     return [f"{prompt.id}: {what}" for prompt in prompts if (what := room.lacks(prompt))]
 
 
-def fit_rows(run: Looker, task: FixedTask, config: RowsBlock, room: Room, split: Split) -> None:
+def fit_rows(
+    run: Looker, task: FixedTask, config: RowsBlock, room: Room, split: Split, where: str = "task"
+) -> None:
     """Hold a split's rows to what they must fit into, by `config.overlong`. Collective. As `fit_task`."""
     size = task.train_size if split == "train" else task.heldout_size
     found = dict(sorted(run.gather(run.together(partial(_lacking, run, task, room, split, size)))))
@@ -213,9 +240,9 @@ def fit_rows(run: Looker, task: FixedTask, config: RowsBlock, room: Room, split:
     what = f"{len(found)} of {size} {split} prompts have no room: {shown}"
     if config.overlong == "error" or len(found) == size:
         way_out = WAY_OUT if len(found) == size else f"{DROP}, or {WAY_OUT}"
-        raise on_all_ranks(InputError(what, where="task", way_out=way_out))
+        raise on_all_ranks(InputError(what, where=where, way_out=way_out))
     task.leave_out(split, found)
-    run.progress.note(f"task: {what}; they are left out (task.overlong: drop)")
+    run.progress.note(f"{where}: {what}; they are left out (task.overlong: drop)")
 
 
 def _place(line: str) -> list[str | int]:

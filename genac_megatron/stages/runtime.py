@@ -36,6 +36,7 @@ from genac_megatron.stages.room import fit_chats, fit_task
 from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served, nodes_of_ranks
 from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.stages.serving import Serving
+from genac_megatron.stages.sft_orders import fit_sources
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import prints_date, role_tokenizer, stop_token_ids
@@ -84,6 +85,9 @@ class Run:
                 )
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
         self.task = self.together(lambda: begun_task(recipe, self.tokenizers[speaker]))
+        self.more_tasks: dict[
+            str, Task
+        ] = {}  # of SFT stages' sources, by their blocks (stages/sft_orders.py)
         self._need_same_prompts()
         self._fit_data(resuming, trains)
         self.roles: dict[str, Role] = {}
@@ -98,7 +102,7 @@ class Run:
             self._build(resuming)
         except BaseException:
             self._fleets.close()
-            self.task.close()
+            self._close_tasks()
             raise
 
     def _need_same_prompts(self) -> None:
@@ -117,6 +121,7 @@ class Run:
         fit_task(self, positions, ("train", "heldout") if trains else ("heldout",))
         if trains and not resuming:
             fit_chats(self, positions, self.recipe.stages)
+            fit_sources(self, positions)
 
     def _build(self, resuming: bool) -> None:
         shares = self._shares()
@@ -346,9 +351,13 @@ class Run:
         """Release engines and logs."""
         self.serving.close()
         self._fleets.close()
-        self.task.close()
+        self._close_tasks()
         if self.log is not None:
             self.log.close()
+
+    def _close_tasks(self) -> None:
+        for task in (self.task, *self.more_tasks.values()):
+            task.close()
 
 
 def begun_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:

@@ -10,7 +10,7 @@ import math
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError, on_all_ranks
@@ -70,10 +70,14 @@ def hold_out(samples: Sequence[Sample], heldout: SftHeldout, where: str, seed: i
     return [[s for i, s in enumerate(samples) if (i in out) is held] for held in (False, True)]
 
 
-def heldout_figures(logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
+def heldout_figures(logprobs: Sequence[Sequence[float]], samples: Sequence[Sample] = ()) -> dict[str, float]:
     """From each sample's log-probs: `loss`, nats a token; `exact_match`, the mean chance that a completion
     sampled at temperature 1 is the held-out one word for word.
+
+    samples: theirs; tokens that carry no loss are left out, as if they were given.
     """
+    if any("weights" in sample.fields for sample in samples):
+        logprobs = [_learnt(*both) for both in zip(samples, logprobs, strict=True)]
     tokens = sum(map(len, logprobs))
     chances = [math.exp(sum(values)) for values in logprobs]
     return {
@@ -82,12 +86,28 @@ def heldout_figures(logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
     }
 
 
+def _learnt(sample: Sample, logprobs: Sequence[float]) -> list[float]:
+    weights = sample.fields.get("weights", [1.0] * sample.trained)
+    return [value for weight, value in zip(weights, logprobs, strict=True) if weight]
+
+
+def figures_by_part(logprobs: Sequence[Sequence[float]], samples: Sequence[Sample]) -> dict[str, float]:
+    """`heldout_figures` of all samples and, with several sources, of each one's under <figure>_<source>."""
+    figures = heldout_figures(logprobs, samples)
+    for part in sorted({sample.part for sample in samples if sample.part}):
+        mine = [n for n, sample in enumerate(samples) if sample.part == part]
+        found = heldout_figures([logprobs[n] for n in mine], [samples[n] for n in mine])
+        figures |= {f"{name}_{part}": value for name, value in found.items()}
+    return figures
+
+
 class Watch:
     """Looks at the held-out samples while a stage trains, and decides when it ends. Collective."""
 
     def __init__(self, run: Run, stage: SftStage, held: Sequence[Sample], total: int) -> None:
         assert stage.heldout is not None
         self.run, self.stage, self.heldout, self.held, self.total = run, stage, stage.heldout, held, total
+        self._read = [replace(sample, fields={}) for sample in held]  # their log-probs alone are asked for
         self.seen = Seen(**(run.at.heldout or {}))
         self.seen.size, self.seen.metric = self.heldout.size, self.heldout.metric
         if self.seen.cooling is not None and self.seen.total != total:
@@ -128,7 +148,7 @@ class Watch:
         role = self.run.roles[self.stage.role]
         if step % self.heldout.every == 0 or step == self.last:
             with self.run.phase("heldout"):
-                figures = heldout_figures(role.logprobs(self.held))
+                figures = figures_by_part(role.logprobs(self._read), self.held)
             self.run.count_sequences("evaluate", self.held)
             self._judge(step, figures[self.heldout.metric], loop)
         if self.seen.cooling is None and step >= self.total - self.heldout.cooldown:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_chat import FakeChat, reply
+from hypothesis import given
+from hypothesis import strategies as st
 
+from genac_megatron.critic.balance import balance, by_value, length
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.score import parse_score
+from genac_megatron.critic.score import deciding, parse_score
 from genac_megatron.critic.states import cut_states
 from genac_megatron.critic.traces import (
     TraceContext,
     accept,
-    balance,
+    bears_out,
     endpoint_messages,
     endpoint_samples,
     exact_samples,
+    monte_carlo_samples,
     own_samples,
     to_sample,
+    unscored,
 )
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, TeacherConfig
@@ -101,14 +108,47 @@ def judgement(value: float | None, finish: Finish = "stop") -> Judgement:
 
 
 def test_rejection_keeps_what_monte_carlo_bears_out() -> None:
-    made = [judgement(0.6), judgement(0.6), judgement(None), judgement(0.5, "length"), judgement(0.3)]
-    monte_carlo = [0.45, 0.4375, 0.5, 0.5, 0.45]  # differences 0.15 and 0.1625, then 0.15 from below
-    assert accept(made, monte_carlo, 0.15) == [made[0], made[4]]
+    """Within 0.05 and two standard errors: of 8 continuations with mean 0.5 that is 0.05 + 0.354."""
+    made = [judgement(0.9), judgement(1.0), judgement(None), judgement(0.5, "length"), judgement(0.1)]
+    config = TeacherConfig(kind="self", continuations=8)
+    kept = accept([[one] for one in made], [0.5, 0.5, 0.5, 0.5, 0.5], config)
+    assert kept == [made[0], None, None, None, made[4]]
+    narrow = TeacherConfig(kind="self", tolerance_floor=0.15, tolerance_errors=0.0)
+    assert accept([[judgement(0.6)]] * 2, [0.45, 0.4375], narrow)[1] is None, "0.15 is in, 0.1625 is not"
+    assert accept([[judgement(0.6)]] * 2, [0.45, 0.4375], narrow)[0] is not None
     samples = own_samples(made[:1])
     assert samples[0].tokens == [1, 2, 3, 4, 5]
     assert samples[0].start == 2
     with pytest.raises(ValueError):
-        accept(made, [0.5], 0.15)
+        accept([[one] for one in made], [0.5], config)
+
+
+def test_the_nearest_of_several_judgements_is_kept() -> None:
+    several = [judgement(0.9), judgement(None), judgement(0.6), judgement(0.5, "length"), judgement(0.4)]
+    config = TeacherConfig(kind="self", continuations=8)
+    assert accept([several, several], [0.52, 1.0], config) == [several[2], several[0]]
+    assert accept([several], [0.1], config) == [several[4]]
+    assert accept([several], [0.0], config) == [None], "0.4 is more than two errors from 0"
+    assert accept([several[:2]], [0.0], config) == [None]
+    assert accept([[]], [0.0], config) == [None]
+
+
+@pytest.mark.parametrize("continuations", [8, 16, 32])
+def test_a_right_judgement_is_kept_whatever_the_state_is_worth(continuations: int) -> None:
+    """Exactly, over all outcomes of the continuations: a filter that keeps sure states more often than open
+    ones teaches extremes. With a fixed 0.15 of 8 it was 100 % at 0 and 1 and 55 to 71 % at 0.2 to 0.7.
+    """
+    config = TeacherConfig(kind="self", continuations=continuations)
+    for level in range(11):
+        value = level / 10
+        kept = sum(
+            math.comb(continuations, right) * value**right * (1 - value) ** (continuations - right)
+            for right in range(continuations + 1)
+            if bears_out(value, right / continuations, config)
+        )
+        assert kept > 0.95, value
+    assert not bears_out(1.0, 0.5, config)
+    assert not bears_out(0.0, 0.7, config)
 
 
 # --- balance -------------------------------------------------------------------------------------
@@ -140,6 +180,117 @@ def test_balance_by_outcome_and_position() -> None:
     assert all(a is b for a, b in zip(chosen, again, strict=True))
     assert any(a is not b for a, b in zip(chosen, balance(states, 60, seed=2), strict=True))
     assert balance([], 5) == []
+
+
+def test_balance_evenly_over_lengths() -> None:
+    """Most states are short, as long responses are few; in buckets each length has as many."""
+    states: list[State] = []
+    for index in range(60):
+        lines = 4 if index % 6 else 24  # one response in six is long
+        prompt = Prompt(f"train/{index}", (), "p", None)
+        states += states_of(rollout("\n".join("a b" for _ in range(lines)), prompt, 0, float(index % 2)))
+    lengths = [length(state) for state in states]
+    width = (max(lengths) - min(lengths)) / 4
+
+    def counted(chosen: list[State]) -> Counter[tuple[float, bool, int]]:
+        """Of states behind the prompt, by outcome, half of the response, and quarter of all lengths."""
+        return Counter(
+            (
+                state.rollout.outcome,
+                2 * state.cut < len(state.rollout.completion.ids),
+                min(int((length(state) - min(lengths)) / width), 3),
+            )
+            for state in chosen
+            if state.cut
+        )
+
+    there, taken = counted(states), counted(even := balance(states, 90, seed=1, length_buckets=4))
+    for stratum, count in there.items():
+        most = max(n for other, n in taken.items() if other[:2] == stratum[:2])
+        assert taken[stratum] >= min(count, most - 1), stratum
+    plain = counted(balance(states, 90, seed=1))
+    late = [(right, False, quarter) for right in (0.0, 1.0) for quarter in (2, 3)]
+    assert sum(taken[one] for one in late) > 1.2 * sum(plain[one] for one in late), "long ones are more"
+    later = [state for state in states if state.cut]
+    assert len(even) == len({id(state) for state in even}) == 90
+    assert balance(states, 90, seed=1, length_buckets=1) == balance(states, 90, seed=1)
+    same = balance(later[:1] * 3, 3, length_buckets=5)
+    assert len(same) == 3, "all of one length"
+
+
+@given(
+    st.lists(st.floats(0, 1), max_size=60),
+    st.integers(1, 40),
+)
+def test_values_are_taken_as_evenly_as_they_allow(values: list[float], size: int) -> None:
+    chosen = by_value(list(range(len(values))), values, size, seed=3)
+    assert len(chosen) == len(set(chosen)) == min(size, len(values))
+    parts = [min(int(value * 5 + 1e-9), 4) for value in values]
+    there, taken = Counter(parts), Counter(parts[place] for place in chosen)
+    for part, count in there.items():
+        if taken[part] < count:  # one that has some left has no fewer than any other, but for the last turn
+            assert taken[part] >= max(taken.values()) - 1
+    assert chosen == by_value(list(range(len(values))), values, size, seed=3)
+
+
+# --- what says which score -----------------------------------------------------------------------
+
+
+def read(ids: list[int], places: set[int]) -> list[str]:
+    return [str(TINY.decode([ids[place]])) for place in sorted(places)]
+
+
+@pytest.mark.parametrize("score", range(11))
+def test_the_loss_is_taken_off_the_score_alone(score: int) -> None:
+    text = f"step 10 of 10\nhas a + 1\np 0.10\n<answer>{score}</answer>"
+    sample = unscored(TINY, to_sample(TINY, (5, 6), text))
+    ids, weights = sample.tokens[sample.start :], sample.fields["weights"]
+    said = {place for place, weight in enumerate(weights) if weight == 0.0}
+    assert set(weights) == {0.0, 1.0}
+    assert "".join(read(ids, said)).startswith(str(score))
+    others = [
+        to_sample(TINY, (5, 6), text.replace(f"<answer>{score}<", f"<answer>{other}<")).tokens[2:]
+        for other in range(11)
+    ]
+    for place, weight in enumerate(weights):  # by the definition: does any other score part from it here?
+        parts = any(other[:place] == ids[:place] and other[place] != ids[place] for other in others)
+        assert (weight == 0.0) == parts
+    assert weights[-1] == 1.0, "the end is learnt"
+    assert sum(weight == 0.0 for weight in weights) <= 2
+
+
+def test_a_score_in_another_form_counts_whole_and_drafts_too() -> None:
+    ids = TINY.encode("I say <answer> 07 </answer> no, <answer>3</answer>", add_special_tokens=False)
+    said = read(ids, deciding(TINY, ids))
+    assert "3" in said
+    assert "7" in "".join(said)
+    assert "no" not in "".join(said)
+    assert "say" not in "".join(said)
+    assert deciding(TINY, TINY.encode("step 3 of 5", add_special_tokens=False)) == set()
+    assert deciding(TINY, []) == set()
+
+
+# --- Monte Carlo's values as scores --------------------------------------------------------------
+
+
+def test_monte_carlo_scores_stand_behind_the_exact_teachers_reasoning() -> None:
+    config = StateTrackingTask(kind="state_tracking", train_size=20, heldout_size=4, slip_rate=0.3)
+    task = StateTracking(config, TINY, 0)
+    assert task.teacher is not None
+    prompt = task.prompt("train", 0)
+    states = states_of(rollout(task.teacher.demonstrate(prompt, random.Random(1)), prompt))
+    values = [0.0, 0.25, 0.44, 0.9375, 1.0][: len(states)]
+    samples = monte_carlo_samples(states, values, task.teacher, CONTEXT)
+    exact = exact_samples(states, task.teacher, CONTEXT)
+    for value, sample, other, state in zip(values, samples, exact, states, strict=False):
+        text, words = (str(TINY.decode(s.tokens[s.start : -1])) for s in (sample, other))
+        assert parse_score(text) == int(10 * value + 0.5) / 10
+        assert text.split("\n")[0] == words.split("\n")[0], "the exact teacher's first line"
+        assert tuple(sample.tokens[: sample.start]) == CONTEXT.prompt_ids(state)
+        assert ("\np 0.62" in text) == (value > 0)
+    bare = monte_carlo_samples(states, values, None, CONTEXT)
+    texts = [str(TINY.decode(sample.tokens[sample.start : -1])) for sample in bare]
+    assert texts == [f"<answer>{int(10 * value + 0.5)}</answer>" for value in values]
 
 
 # --- endpoint ------------------------------------------------------------------------------------

@@ -256,6 +256,18 @@ def test_a_gate_that_stopped_the_run_is_seen(tmp_path: Path) -> None:
     assert "went on" not in text
 
 
+def test_a_critic_that_went_back_is_seen(tmp_path: Path) -> None:
+    run = gated(tmp_path / "run", action="fallback", stages=4)
+    got, text = seen(run)
+    assert got["gate/failed"].startswith("reinforce: AUC")
+    assert (got["gate/fallback"], got["gate/stopped"]) == ("reinforce", None)
+    assert "the critic went back to the weights that the stage began with" in text
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stages"][2]["gate"]["fallback"] = "sft-critic"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "the critic went back to the weights of the stage sft-critic" in seen(run)[1]
+
+
 def test_a_gate_that_only_warned_is_seen_too(tmp_path: Path) -> None:
     run = gated(tmp_path / "run", action="warn", stages=4)
     got, text = seen(run)

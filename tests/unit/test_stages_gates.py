@@ -214,5 +214,34 @@ def test_off_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+def test_fallback_says_whether_it_is_reached_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not check_critic_gate(reinforce(action="fallback"), {})
+        assert check_critic_gate(reinforce(action="fallback"), GOOD)
+    assert "stage pretrain: gate not reached: Brier nan" in caplog.text
+    assert check_critic_gate(reinforce(), GOOD)
+
+
+def test_a_critic_that_taught_itself_must_beat_a_constant() -> None:
+    """One that says 9 or 10 of every state of a strong actor parses, and passed."""
+    flat = {"eval/critic_parse_rate": 1.0, "eval/critic_brier": 0.07, "eval/critic_brier_constant": 0.056}
+    check_sft_gate(sft(), flat)
+
+    def taught(**more: Any) -> SftStage:
+        block = {"kind": "sft", "role": "critic", "data": "traces", **more}
+        return SftStage.model_validate(block)
+
+    own = taught(teacher={"kind": "self"})
+    told = message(own, flat)
+    assert "Brier 0.0700 is not below the constant predictor's 0.0560" in told
+    assert "stages.sft.gate.brier_below_constant=false" in told
+    assert "stages.sft.teacher.judgements" in told
+    check_sft_gate(own, flat | {"eval/critic_brier": 0.05})
+    check_sft_gate(taught(teacher={"kind": "self"}, gate={"brier_below_constant": False}), flat)
+    message(taught(gate={"brier_below_constant": True}), flat)
+    message(taught(sources=[{"share": 0.5}, {"share": 0.5, "teacher": {"kind": "self"}}]), flat)
+    check_sft_gate(taught(teacher={"kind": "self"}, sources=[{"share": 1, "teacher": {}}]), flat)
+
+
 def test_the_brier_gate_can_be_left_out() -> None:
     check_critic_gate(reinforce(brier_below_constant=False), GOOD | {"eval/critic_brier": 0.9})

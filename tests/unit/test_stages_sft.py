@@ -11,7 +11,7 @@ import pytest
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.sft import _read_samples, _write_samples, check_room, with_room
+from genac_megatron.stages.sft_data import _read_samples, _write_samples, check_room, with_room
 
 
 def test_kept_samples_are_all_of_them_or_refused(tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""What an SFT stage trains on: samples made once, of one source or several, and kept in the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genac_megatron.critic import traces
+from genac_megatron.critic.balance import balance
+from genac_megatron.critic.states import cut_states
+from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.observe.runinfo import write_text_atomic
+from genac_megatron.recipe.schema import Recipe, SftStage
+from genac_megatron.recipe.stages import named_sources
+from genac_megatron.records import Sample, State
+from genac_megatron.stages.batch import Batch, play
+from genac_megatron.stages.monte_carlo import monte_carlo_values, own_traces
+from genac_megatron.stages.room import ROUNDS, SPARE, check_chats, listed
+from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.sft_chats import chat_samples, used_conversations
+from genac_megatron.stages.sft_orders import WHOLE, Order, order_prompts, orders
+from genac_megatron.tasks.tokenizer import chat_ids
+from genac_megatron.training.agreement import from_first
+
+
+def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
+    """The stage's samples, made once and kept in the run folder: a resume trains on the same ones.
+
+    A teacher asked again would answer otherwise, a critic that is trained by now judge otherwise.
+    """
+    path = run.folder.path / "data" / f"{stage.name}.jsonl"
+    if not fresh:
+        if (kept := from_first(lambda: _read_samples(path))) is not None:
+            return kept
+        run.progress.note(f"[{stage.name}] warning: {path} is gone: its samples are made again")
+    samples = make_data(run, stage)
+    run.together(lambda: _write_samples(path, samples) if run.world.rank == 0 else None)
+    return samples
+
+
+def check_room(stage: SftStage, samples: Sequence[Sample], positions: int) -> None:
+    """Raise InputError where a sample is longer than the role's model has positions."""
+    lengths = [len(sample.tokens) for sample in samples]
+    long = [index for index, length in enumerate(lengths) if length > positions]
+    if long:
+        error = InputError(
+            f"{len(long)} of {len(samples)} samples do not fit into the {positions} positions of "
+            f"{stage.role}'s model; the first, number {long[0] + 1}, has {lengths[long[0]]} tokens",
+            where=f"stage {stage.name}",
+            way_out="leave them out or shorten them, or use a model with more positions (max_positions)",
+        )
+        raise on_all_ranks(error)
+
+
+def with_room(run: Run, stage: SftStage, samples: list[Sample], positions: int) -> list[Sample]:
+    """Traces that fit into the critic's model, told where not all do; all of them where none does."""
+    kept = [sample for sample in samples if len(sample.tokens) <= positions]
+    if not kept or len(kept) == len(samples):
+        return samples
+    run.progress.note(
+        f"[{stage.name}] warning: {len(samples) - len(kept)} of {len(samples)} traces do not fit into the "
+        f"{positions} positions of {stage.role}'s model and are left out"
+    )
+    return kept
+
+
+def pass_order(
+    samples: Sequence[Sample], phases: Mapping[str, tuple[float, float]], seed: int
+) -> list[Sample]:
+    """Samples in the order of one pass: shuffled; those of a source with a phase lie evenly over its part of
+    a line from 0 to 1, along which the pass goes.
+    """
+    rng = random.Random(seed)
+    shuffled = rng.sample(list(samples), len(samples))
+    if all(phase == WHOLE for phase in phases.values()):
+        return shuffled
+    placed = []
+    for sample in shuffled:
+        begin, end = phases.get(sample.part, WHOLE)
+        placed.append((begin + (end - begin) * rng.random(), sample))
+    return [sample for _, sample in sorted(placed, key=lambda both: both[0])]
+
+
+def phases_of(stage: SftStage) -> dict[str, tuple[float, float]]:
+    """By source, its part of the pass."""
+    return {name: source.phase for name, source in named_sources(stage.sources)}
+
+
+# --- in the run folder ---------------------------------------------------------------------------
+
+
+def _read_samples(path: Path) -> list[Sample] | None:
+    """Raises InputError where the file is not whole: a copy that was cut short."""
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        rows = [json.loads(line) for line in lines]
+        samples = [_sample(row) for row in rows]
+        count = rows[0].get("of", len(rows))  # earlier versions did not say
+    except (ValueError, LookupError, TypeError):
+        samples, count = [], 1
+    if len(samples) != count:
+        raise InputError(
+            "it does not hold the samples that the stage was begun with, or not all of them",
+            where=str(path),
+            way_out="copy the whole run folder again, or begin a new run (name=...)",
+        )
+    return samples
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    """Raises ValueError where a row's fields are not one figure per trained token."""
+    fields = {name: [float(value) for value in values] for name, values in row.get("fields", {}).items()}
+    sample = Sample(row["tokens"], row["start"], fields)
+    if any(len(values) != sample.trained for values in fields.values()):
+        raise ValueError("fields")
+    sample.source, sample.part = str(row.get("source", "")), str(row.get("part", ""))
+    return sample
+
+
+def _write_samples(path: Path, samples: list[Sample]) -> None:
+    rows = []
+    for sample in samples:
+        row: dict[str, object] = {"tokens": sample.tokens, "start": sample.start, "source": sample.source}
+        if sample.fields:
+            row["fields"] = sample.fields
+        if sample.part:
+            row["part"] = sample.part
+        rows.append(row)
+    rows[0]["of"] = len(rows)
+    write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+# --- made ----------------------------------------------------------------------------------------
+
+
+def make_data(run: Run, stage: SftStage) -> list[Sample]:
+    """The stage's samples, the same on every rank."""
+    if stage.data == "jsonl":
+        return run.together(lambda: jsonl_samples(run, stage))
+    samples: list[Sample] = []
+    for order in orders(run, stage):
+        made = demonstrations(run, order) if order.data == "demonstrations" else critic_traces(run, order)
+        if order.name and len(made) < order.size:
+            run.progress.note(
+                f"[{order.label}] {len(made)} of {order.size} samples: its share is smaller than asked for"
+            )
+        samples += order.marked(made, run.tokenizers[stage.role])
+    return samples
+
+
+def demonstrations(run: Run, order: Order) -> list[Sample]:
+    """The exact teacher's responses to training prompts, as the role reads them."""
+    teacher = order.task.teacher
+    if teacher is None:
+        error = InputError(
+            f"the task {order.kind} has no teacher that writes demonstrations",
+            where=order.where,
+            way_out="give data: jsonl with a path, or start from a model that can already do the task",
+        )
+        raise on_all_ranks(error)
+    tokenizer, alike = run.tokenizers[order.role], reads_alike(run.recipe, order.role)
+
+    def write(places: range) -> list[Sample]:
+        samples = []
+        for place, prompt in order_prompts(run, order, places):
+            rng = random.Random(seed_for(*order.seed, "demonstration", place))
+            ids = prompt.ids
+            if not alike:
+                ids = chat_ids(tokenizer, prompt.messages, prompt.tools, where=prompt.where)
+            samples.append(traces.to_sample(tokenizer, ids, teacher.demonstrate(prompt, rng), prompt.id))
+        return samples
+
+    return dealt(run, order.size, write)
+
+
+def dealt(run: Run, count: int, make: Callable[[range], list[Sample]]) -> list[Sample]:
+    """Samples that each rank makes a part of, by number and in that order on all. Collective."""
+    mine = run.together(lambda: make(run.places(count)))
+    return [sample for part in run.gather([mine]) for sample in part]
+
+
+def reads_alike(recipe: Recipe, role: str) -> bool:
+    """Whether a role reads chats as the actor does, whose ids prompts have."""
+    speaker = recipe.roles.get("actor") or next(iter(recipe.roles.values()))
+    mine, its = (
+        (model.tokenizer or model.hf, model.chat_template_kwargs)
+        for model in (recipe.roles[role].model, speaker.model)
+    )
+    return mine == its
+
+
+def critic_traces(run: Run, order: Order) -> list[Sample]:
+    """Traces over states of the current actor, balanced by outcome and position."""
+    assert run.icc is not None
+    context = traces.TraceContext(
+        tokenizer=run.tokenizers[order.role],
+        actor_tokenizer=run.tokenizers["actor"],
+        judging=run.recipe.judging,
+        icc=run.icc,
+        limit=order.rollout.max_new_tokens,
+        seed=run.recipe.seed,
+    )
+    teacher = order.teacher
+    if teacher.kind == "self":
+        drawn = _Drawn(run, order)
+        samples = own_traces(run, order, drawn.next)
+        told = drawn.responses
+    else:
+        states, told = drawn_states(run, order)
+        samples = taught(run, order, states, context)
+    if not samples:
+        what = f"the {teacher.kind} teacher gave no usable trace"
+        raise on_all_ranks(InputError(what, where=order.where))
+    run.progress.note(f"[{order.label}] {len(samples)} traces from {told} responses")
+    return samples
+
+
+def taught(run: Run, order: Order, states: list[State], context: traces.TraceContext) -> list[Sample]:
+    """The samples of a teacher who is asked once about each state. Collective."""
+    chosen = order.teacher
+    if chosen.kind == "endpoint":
+        mine = run.together(lambda: traces.endpoint_samples(run.share(states), chosen, context))
+        return run.gather(mine)
+    teacher = order.task.teacher
+    if chosen.kind == "monte_carlo":
+        values = run.gather(monte_carlo_values(run, order, run.share(states)))
+        reasoner = None if chosen.writes == "score" else teacher
+        return run.together(lambda: traces.monte_carlo_samples(states, values, reasoner, context))
+    if teacher is None:
+        error = InputError(
+            f"the task {order.kind} has no exact teacher",
+            where=f"{order.where}, teacher.kind",
+            way_out="use teacher.kind: self, monte_carlo or endpoint",
+        )
+        raise on_all_ranks(error)
+
+    def write(places: range) -> list[Sample]:
+        mine = states[places.start : places.stop]
+        return traces.exact_samples(mine, teacher, context, chosen.p_bar_range, chosen.writes)
+
+    return dealt(run, len(states), write)
+
+
+def drawn_states(run: Run, order: Order) -> tuple[list[State], int]:
+    """(at most `order.size` balanced states of the actor, from how many responses).
+
+    Of a source whose responses are shorter than was reckoned, more are drawn: its share is to be what the
+    recipe says.
+    """
+    drawn = _Drawn(run, order)
+    pool = drawn.pool(order.size)
+    chosen = drawn.balanced(pool, order.size)
+    for _ in range(ROUNDS - 1 if order.name else 0):
+        if len(chosen) >= order.size:
+            break
+        pool += drawn.pool(order.size - len(chosen))
+        chosen = drawn.balanced(pool, order.size)
+    return chosen, drawn.responses
+
+
+class _Drawn:
+    """States of the actor's responses to an order's prompts, one batch of them after another. Collective."""
+
+    def __init__(self, run: Run, order: Order) -> None:
+        self.run, self.order = run, order
+        self.responses, self.prompts = 0, 0
+
+    def pool(self, wanted: int) -> list[State]:
+        """All states of as many responses as should give `wanted` and some to spare."""
+        run, order, states = self.run, self.order, self.run.recipe.judging.states
+        per_prompt = order.rollout.samples * (states.max_states - 1) + 1
+        count = math.ceil(SPARE * wanted / per_prompt)
+        places = range(self.prompts, self.prompts + count)
+        prompts = run.together(lambda: [prompt for _, prompt in order_prompts(run, order, places)])
+        # Prompts that come again, in a later batch, are played with other seeds.
+        seed = (*order.seed, "states") if self.prompts == 0 else (*order.seed, "states", self.prompts)
+        self.prompts += count
+        batch = play(run, prompts, order.rollout, seed, judged=False, task=order.task)
+        self.responses += len(batch.rollouts)
+        return run.together(lambda: batch_states(run, batch))
+
+    def balanced(self, pool: list[State], wanted: int) -> list[State]:
+        """At most `wanted` of them, balanced."""
+        order, seed = self.order, self.run.recipe.seed
+        return self.run.together(lambda: balance(pool, wanted, seed, order.length_buckets))
+
+    def next(self, wanted: int) -> list[State]:
+        """At most `wanted` balanced states of further responses."""
+        return self.balanced(self.pool(wanted), wanted)
+
+
+def batch_states(run: Run, batch: Batch) -> list[State]:
+    """Every state of every rollout of a batch."""
+    config, tokenizer = run.recipe.judging.states, run.tokenizers["actor"]
+    return [state for rollout in batch.rollouts for state in cut_states(rollout, tokenizer, config)]
+
+
+def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
+    """Conversations, one {"messages": [...]} a line; loss on the assistant's turns that the stage learns."""
+    tokenizer, most = run.tokenizers[stage.role], run.roles[stage.role].shape.max_positions
+    used, count = used_conversations(stage)
+    samples: list[Sample] = []
+    long: list[str] = []
+    for chat in used:
+        made = chat_samples(tokenizer, chat, stage)
+        length = max((len(sample.tokens) for sample in made), default=0)
+        if length > most:
+            long.append(f"{chat.where}: {length} tokens, in {most} positions")
+        else:
+            samples += made
+    check_chats(stage, long)
+    turns = "" if stage.turns == "last" else f", {len(samples)} turns of the assistant's"
+    left_out = f"; {len(long)} are too long and left out: {listed(long)}" if long else ""
+    run.progress.note(f"[{stage.name}] {len(used)} of {count} conversations{turns}{left_out}")
+    if not samples:
+        raise InputError("no conversation is left to train on", where=f"stage {stage.name}")
+    return samples

@@ -1,0 +1,189 @@
+"""What an SFT stage's samples are ordered of: one source, which is the stage itself, or several by share.
+
+A source may be of a task of its own. Its prompts are that task's training prompts, but for texts that the
+recipe's task holds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from genac_megatron.critic.traces import unscored
+from genac_megatron.recipe.schema import (
+    Recipe,
+    ReinforceStage,
+    RolloutConfig,
+    SftSource,
+    SftStage,
+    TeacherConfig,
+)
+from genac_megatron.recipe.source_rules import replayed
+from genac_megatron.recipe.stages import named_sources
+from genac_megatron.recipe.tasks import TaskConfig, single_tasks
+from genac_megatron.records import Prompt, Sample
+from genac_megatron.stages.room import Room, fit_part
+from genac_megatron.tasks import Task, make_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from genac_megatron.stages.runtime import Run
+
+WHOLE = (0.0, 1.0)  # the phase of a source that has none
+
+
+@dataclass(frozen=True)
+class Order:
+    """Samples to be made: how many, of which task, by whom."""
+
+    stage: str
+    role: str
+    name: str  # the source's; "": the stage has none
+    task: Task
+    kind: str  # of the task
+    tag: str  # sets its prompts' ids apart from those of the recipe's task
+    data: Literal["demonstrations", "traces"]
+    size: int
+    first: int  # training prompts of the task that sources before it may have
+    teacher: TeacherConfig
+    rollout: RolloutConfig
+    length_buckets: int
+    scored: bool
+    seed: tuple[object, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name in what people are told."""
+        return f"{self.stage}, source {self.name}" if self.name else self.stage
+
+    @property
+    def where(self) -> str:
+        """Its place, for messages."""
+        return f"stage {self.label}"
+
+    def marked(self, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        """Its samples as the stage keeps them: named, and without the score's loss where it is not scored."""
+        made = list(samples) if self.scored else [unscored(tokenizer, sample) for sample in samples]
+        source = f"{self.tag}/" if self.tag else ""
+        return [replace(one, part=self.name, source=f"{source}{one.source}") for one in made]
+
+
+def orders(run: Run, stage: SftStage) -> Iterator[Order]:
+    """The stage's orders, one by one: a source's samples are made before the next one's task is looked at."""
+    plain = Order(
+        stage=stage.name,
+        role=stage.role,
+        name="",
+        task=run.task,
+        kind=run.recipe.task.kind,
+        tag="",
+        data="demonstrations" if stage.data == "demonstrations" else "traces",
+        size=stage.made,
+        first=0,
+        teacher=stage.teacher,
+        rollout=stage.rollout,
+        length_buckets=stage.length_buckets,
+        scored=True,
+        seed=(run.recipe.seed, stage.name),
+    )
+    if not stage.sources:
+        yield plain
+        return
+    drawn: dict[str, int] = {}
+    for (name, source), size in zip(named_sources(stage.sources), sizes(stage), strict=True):
+        config = source.task or run.recipe.task
+        task, key = task_of(run, config), config.model_dump_json()
+        own = task is not run.task
+        yield replace(
+            plain,
+            name=name,
+            task=task,
+            kind=config.kind,
+            tag=f"task{1 + list(run.more_tasks).index(key)}" if own else "",
+            data=source.data or plain.data,
+            size=size,
+            first=drawn.get(key, 0),
+            teacher=source.teacher or stage.teacher,
+            rollout=source.rollout or stage.rollout,
+            length_buckets=source.length_buckets or stage.length_buckets,
+            scored=source.scored,
+            seed=(*plain.seed, name),
+        )
+        # At least one prompt a sample: the next source of the task begins behind all that this one may draw.
+        drawn[key] = drawn.get(key, 0) + 2 * size
+
+
+def sizes(stage: SftStage) -> list[int]:
+    """How many of the stage's samples each source gives, in order; they sum to all."""
+    edges, total = [0], 0.0
+    for source in stage.sources:
+        total += source.share
+        edges.append(round(total * stage.made))
+    return [after - before for before, after in pairwise(edges)]
+
+
+def order_prompts(run: Run, order: Order, places: range) -> list[tuple[int, Prompt]]:
+    """(place, training prompt of an order's task) for some places among those that it draws; texts that the
+    recipe's task holds out are passed over, so they may be a few fewer.
+    """
+    held = frozenset[str]() if order.task is run.task else held_out_texts(run.task)
+    found = []
+    for place in places:
+        index = order.task.train_index(run.recipe.seed, order.first + place)
+        if not held or order.task._problem("train", index).key not in held:
+            found.append((place, order.task.prompt("train", index)))
+    return found
+
+
+def held_out_texts(task: Task) -> frozenset[str]:
+    """The texts that a task holds out."""
+    return frozenset(task._problem("heldout", index).key for index in range(task.heldout_size))
+
+
+# --- tasks of their own --------------------------------------------------------------------------
+
+
+def own_sources(recipe: Recipe) -> list[tuple[SftStage, SftSource, TaskConfig]]:
+    """Of all stages, the sources of another task than the recipe's."""
+    found = []
+    for stage in recipe.stages:
+        if isinstance(stage, ReinforceStage) and stage.replay is not None:
+            stage = replayed(stage)
+        if isinstance(stage, SftStage):
+            found += [
+                (stage, source, source.task)
+                for source in stage.sources
+                if source.task is not None and source.task != recipe.task
+            ]
+    return found
+
+
+def task_of(run: Run, config: TaskConfig) -> Task:
+    """The task of a source, made once; the recipe's own is the run's. Collective."""
+    if config == run.recipe.task:
+        return run.task
+    key = config.model_dump_json()
+    if key not in run.more_tasks:
+        privileged, seed = run.recipe.judging.privileged, run.recipe.seed
+        tokenizer = run.tokenizers["actor" if "actor" in run.tokenizers else next(iter(run.tokenizers))]
+        run.more_tasks[key] = run.together(lambda: make_task(config, tokenizer, seed, privileged=privileged))
+    return run.more_tasks[key]
+
+
+def fit_sources(run: Run, positions: Mapping[str, int]) -> None:
+    """Make the tasks of all sources, and hold their training prompts to what must fit, before time is spent.
+    Collective. Raises InputError as `fit_task` does.
+    """
+    for stage, source, config in own_sources(run.recipe):
+        task = task_of(run, config)
+        if (source.data or stage.data) != "traces":
+            continue
+        tokens = (source.rollout or stage.rollout).max_new_tokens
+        room = Room(run.recipe, positions, run.tokenizers, tokens, tokens)
+        where = f"stage {stage.name}, sources"
+        for part, single in zip(task.parts, single_tasks(config), strict=True):
+            fit_part(run, part, single, room, "train", where)
+        task.resized()
