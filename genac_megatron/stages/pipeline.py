@@ -188,7 +188,8 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
             try:
                 _stage(run, stage, loop)
             except GateFailed:
-                _save_for_resume(run, stage, loop)
+                if loop.step:  # else nothing of the stage is trained: an entry gate
+                    _save_for_resume(run, stage, loop)
                 raise
             loop.end(index)
         resumed = None

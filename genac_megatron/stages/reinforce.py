@@ -23,7 +23,15 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         evaluate(run, stage, "start", 0)
     for step in loop.steps(stage.steps):
         batch, figures = next_batch(run, stage, step)
-        samples = critic_samples(batch, stage.train_states, stage.baseline, stage.loss, stage.train_share)
+        final_weight = run.recipe.judging.states.final_weight
+        samples = critic_samples(
+            batch,
+            stage.train_states,
+            stage.baseline,
+            stage.loss,
+            stage.train_share,
+            final_weight=final_weight,
+        )
         with run.phase("critic_train"):
             result = run.critic.train_step(
                 samples, loss, temperature=run.recipe.judging.temperature, with_entropy=True
