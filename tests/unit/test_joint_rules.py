@@ -11,6 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from genac_megatron.errors import EXIT_GATE, GateFailed, InputError
+from genac_megatron.observe.report_data import FailedGate, RunData, failed_gates
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
 from genac_megatron.recipe.schema import PpoStage, Recipe, StageConfig
@@ -215,3 +216,18 @@ def test_the_keys_that_the_gate_names_are_keys_of_the_recipe() -> None:
             assert part in block, key
             block = block[part]
     assert TypeAdapter(StageConfig).validate_python(resolved["stages"]["joint"]) == stage
+
+
+def test_the_report_says_where_the_entry_gate_stopped_a_run() -> None:
+    recipe, _ = recipe_of({})
+    start = {"stage": "joint", "kind": "ppo", "name": "start", "step": 0, "critic": {"parse_rate": 0.0}}
+    judged = {"stage": "joint", "kind": "ppo", "step": 0}  # what the judging took
+
+    def failed(*metrics: dict[str, Any]) -> FailedGate:
+        run = RunData(Path("run"), recipe.model_dump(mode="json"), list(metrics), [start], [], {})
+        (found,) = failed_gates(run)
+        return found
+
+    assert failed(judged).stopped
+    assert "none of the critic's judgements" in failed(judged).missed[0].what
+    assert not failed(judged, {**judged, "step": 1}).stopped, "it was told to go on"
