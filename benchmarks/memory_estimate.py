@@ -87,7 +87,7 @@ def recipe(shape: dict[str, int], ranks: int, layout: dict[str, int]) -> dict[st
         },
         "roles": {"actor": role, "critic": role},
         "judging": {"template": "brief", "max_new_tokens": 8, "states": {"max_states": 2}},
-        "stages": [{"kind": "ppo", "steps": 2, "eval_every": 0,
+        "stages": [{"kind": "ppo", "steps": 2, "eval_every": 0, "gate": {"action": "off"},
                     "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8}}],
         "evaluation": {"prompts": 2, "samples": 1},
         "checkpoint": {"every": 0},

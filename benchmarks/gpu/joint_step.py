@@ -80,7 +80,15 @@ def recipe(pair: str, options: argparse.Namespace) -> dict[str, Any]:
         "task": task,
         "roles": {"actor": role, "critic": role},
         "judging": {"template": "brief", "max_new_tokens": new, "states": {"max_states": 4}},
-        "stages": [{"kind": "ppo", "steps": options.steps, "eval_every": 0, "rollout": rollout}],
+        "stages": [
+            {
+                "kind": "ppo",
+                "steps": options.steps,
+                "eval_every": 0,
+                "rollout": rollout,
+                "gate": {"action": "off"},
+            }
+        ],  # an untrained critic
         "evaluation": {"prompts": 2, "samples": 1},
         "checkpoint": {"every": 0},
         "observe": {"tensorboard": False},

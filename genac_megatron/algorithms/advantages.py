@@ -1,36 +1,44 @@
-"""Advantages over segments, and their whitening. Pure: tensors in, tensors out, no communication.
+"""Advantages over segments, their baselines, and their whitening. Pure: no communication.
 
 Words: a response has N segments and T tokens; a batch has B responses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from genac_megatron.recipe.algorithms import LamSchedule
+
+RIGHT = 0.5  # the outcome from which a response counts as right
+
 
 def segment_gae(
-    values: Sequence[Tensor], outcomes: Tensor, gamma: float = 1.0, lam: float = 0.95
+    values: Sequence[Tensor], outcomes: Tensor, gamma: float = 1.0, lam: float | Sequence[float] = 0.95
 ) -> list[Tensor]:
     """Segment-level generalised advantage estimation (arXiv 1506.02438 with segments as steps).
 
     values: B tensors [N_i], V_k of the state before segment k. outcomes: [B], the reward R at the end.
+    lam: of all responses, or of each [B].
     delta_k = gamma V_{k+1} - V_k, the last delta = R - V_{N-1}; A_k = sum_l (gamma lam)^l delta_{k+l}.
     Returns B tensors [N_i], float32. For gamma = 1 it equals token GAE with lambda 1 inside segments.
     A_k uses V_k and what comes after; V_k itself knows nothing of segment k.
     """
     if len(values) != len(outcomes):
         raise ValueError(f"{len(values)} responses but {len(outcomes)} outcomes")
+    lams = [lam] * len(values) if isinstance(lam, float | int) else lam
     advantages = []
-    for value, outcome in zip(values, outcomes, strict=True):
+    for value, outcome, lam_i in zip(values, outcomes, lams, strict=True):
         value = value.double()
         deltas = torch.cat([gamma * value[1:], outcome.double().reshape(1)]) - value
         running = torch.zeros((), dtype=torch.float64, device=value.device)
         backwards = []
         for delta in deltas.flip(0):
-            running = delta + gamma * lam * running
+            running = delta + gamma * lam_i * running
             backwards.append(running)
         advantages.append(torch.stack(backwards).flip(0).float())
     return advantages
@@ -70,6 +78,13 @@ def whiten(tokens: Tensor, moments: Tensor | None = None, eps: float = 1e-8) -> 
     return torch.where(flat, torch.zeros_like(centred), centred / (deviation + eps)).float()
 
 
+def normalised(tokens: Tensor, how: Literal["whiten", "centre", "none"]) -> Tensor:
+    """[T] -> [T] float32: whitened over the batch's tokens, less their mean, or as they are."""
+    if how == "whiten":
+        return whiten(tokens)
+    return (tokens.double() - tokens.double().mean()).float() if how == "centre" else tokens.float()
+
+
 def explained_variance(values: Tensor, outcomes: Tensor) -> Tensor:
     """1 - Var(R - V) / Var(R): [S], [S] -> scalar float64; 1 is perfect, 0 no better than a constant.
 
@@ -86,12 +101,72 @@ def explained_variance(values: Tensor, outcomes: Tensor) -> Tensor:
     return 1.0 - (outcomes - values).var(correction=0) / variance
 
 
-def gated_lam(lam: float, gate: float | None, variance_explained: float | None) -> float:
-    """The lambda to use: `lam` once the critic's held-out explained variance exceeds `gate`, else 1.
+def gated_lam(lam: float, gate: float | None, figure: float | None, *, lower: bool = False) -> float:
+    """The lambda to use: `lam` while the critic's figure exceeds `gate` (`lower`: is below it), else 1.
 
     With lambda 1 the advantage is R - V_k: unbiased for any critic. None as gate: always `lam`; None
-    as explained variance: not measured yet. Pass the best figure so far to keep an opened gate open.
+    as figure: not measured yet. Pass the latest figure: a critic that has collapsed closes the gate.
     """
-    if gate is None or (variance_explained is not None and variance_explained > gate):
+    if gate is None or (figure is not None and (figure < gate if lower else figure > gate)):
         return lam
     return 1.0
+
+
+def scheduled_lam(schedule: LamSchedule, step: int) -> float:
+    """The schedule's lambda at a step, counted from 1: `start` at step 1, `end` from step `steps` on."""
+    share = 1.0 if schedule.steps == 1 else min((step - 1) / (schedule.steps - 1), 1.0)
+    if schedule.shape == "cosine":
+        share = (1.0 - math.cos(math.pi * share)) / 2.0
+    return (1.0 - share) * schedule.start + share * schedule.end
+
+
+# --- baselines between the critic's value and the group's mean (TETHER, arXiv 2608.16739) ---------
+
+
+def others_mean(rewards: Tensor) -> Tensor:
+    """The mean reward of a group's *other* responses: [n] -> [n] float64, n >= 2.
+
+    A mean with the response's own reward in it would be a biased baseline.
+    """
+    if rewards.numel() < 2:
+        raise ValueError("a response without others has no group baseline")
+    wide = rewards.double()
+    return (wide.sum() - wide) / (wide.numel() - 1)
+
+
+def blend_weight(value_error: float, group_error: float, distance: float) -> float:
+    """The w in [0, 1] with the least mean (R - w V - (1 - w) m)^2, from errors that were measured.
+
+    value_error: mean (R - V)^2 of the values V; group_error: mean (R - m)^2 of the others' means m; distance:
+    mean (V - m)^2. The square is a parabola in w, its foot at 1/2 + (group - value error) / (2 distance).
+    1 where both are always the same.
+    """
+    if distance <= 0.0:
+        return 1.0
+    return min(max(0.5 + (group_error - value_error) / (2.0 * distance), 0.0), 1.0)
+
+
+# --- what a batch's advantages are like ----------------------------------------------------------
+
+
+def advantage_gap(advantages: Sequence[Tensor], outcomes: Sequence[float]) -> float:
+    """Mean advantage of right responses minus that of wrong ones, each response's [T] by its mean.
+
+    NaN where all ended alike. Below 0 the actor is taught what fails.
+    """
+    means = [float(one.double().mean()) for one in advantages]
+    right = [m for m, outcome in zip(means, outcomes, strict=True) if outcome >= RIGHT]
+    wrong = [m for m, outcome in zip(means, outcomes, strict=True) if outcome < RIGHT]
+    return math.fsum(right) / len(right) - math.fsum(wrong) / len(wrong) if right and wrong else math.nan
+
+
+def variance_within(advantages: Sequence[Tensor]) -> float:
+    """The share of the tokens' variance that lies within responses: B tensors [T_i] -> [0, 1].
+
+    0: every token of a response has the same advantage: the critic gives no credit inside it. NaN where
+    nothing varies.
+    """
+    tokens = torch.cat([one.double() for one in advantages])
+    whole = float(((tokens - tokens.mean()) ** 2).sum())
+    inside = math.fsum(float(((one.double() - one.double().mean()) ** 2).sum()) for one in advantages)
+    return inside / whole if whole > 1e-12 else math.nan

@@ -167,18 +167,20 @@ def reinforce_weights(
     outcomes: Sequence[float],
     keys: Sequence[Hashable],
     baseline: Literal["leave_one_out", "none"] = "leave_one_out",
+    ratios: Sequence[float] | None = None,
 ) -> dict[Hashable, float]:
     """w = R_v - b per critic completion, the mean over its entries where it was judged on several.
 
     A prompt state is scored once for its whole group and so meets several outcomes. No division by a
-    deviation. Without a baseline w = R_v.
+    deviation. Without a baseline w = R_v. ratios: importance weights of the entries, by which R_v - b counts.
     """
     baselines = (
         leave_one_out(rewards, outcomes, keys) if baseline == "leave_one_out" else [0.0] * len(rewards)
     )
     parts: dict[Hashable, list[float]] = defaultdict(list)
-    for value, base, key in zip(rewards, baselines, keys, strict=True):
-        parts[key].append(value - base)
+    counts = [1.0] * len(rewards) if ratios is None else ratios
+    for value, base, key, count in zip(rewards, baselines, keys, counts, strict=True):
+        parts[key].append(count * (value - base))
     return {key: math.fsum(values) / len(values) for key, values in parts.items()}
 
 

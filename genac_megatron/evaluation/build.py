@@ -141,7 +141,7 @@ class Builder:
                 "temperature": config.temperature,
                 "truncated_outcome": config.truncated_outcome,
             },
-            "states": recipe.judging.states.model_dump(mode="json"),
+            "states": recipe.judging.states.model_dump(mode="json", exclude={"final", "final_weight"}),
             "prompts": len(self.prompts),
             "continuations": self.options.continuations,
             "samples": self.options.samples,

@@ -113,10 +113,10 @@ def _of_critic(who: str, source: Literal["generative", "exact"]) -> list[Estimat
     for raw in (False, True):
         loss, end = (RAW, "-raw") if raw else (LossConfig(), "")
         for lam in LAMBDAS:
-            config = AdvantageConfig(lam=lam, lam_gate=None, whiten=not raw)
+            config = AdvantageConfig(lam=lam, lam_gate=None, normalise="none" if raw else "whiten")
             make = partial(_of_states, source, config, loss, False)
             made.append(Estimator(f"{who}-{lam:g}{end}", source, make, loss, unbiased=raw and lam == 1.0))
-        config = AdvantageConfig(lam=1.0, lam_gate=None, whiten=not raw)
+        config = AdvantageConfig(lam=1.0, lam_gate=None, normalise="none" if raw else "whiten")
         make = partial(_of_states, source, config, loss, True)
         made.append(Estimator(f"{who}-prompt{end}", source, make, loss, unbiased=raw))
     return made

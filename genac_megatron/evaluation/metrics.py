@@ -97,6 +97,29 @@ def explained_variance(values: ArrayLike, outcomes: ArrayLike) -> float:
     return 1.0 - float(np.var(r - v)) / spread if spread > 0 else NAN
 
 
+def explained_within(
+    values: ArrayLike,
+    targets: ArrayLike,
+    groups: Sequence[Hashable],
+    noise: ArrayLike | None = None,
+) -> float:
+    """1 - Var(t - v) / Var(t), both about their group's mean: what values know beyond which group it is.
+
+    groups: of each state, its prompt or its response. noise: the variance of each target's own error (of a
+    Monte-Carlo value), which is taken off both. NaN where targets do not vary within a group.
+    """
+    v, t = _pair(values, targets)
+    code = _codes(groups)
+    sizes = np.bincount(code) if code.size else np.zeros(0, dtype=np.int64)
+
+    def spread(x: Floats) -> float:
+        return float(np.sum((x - (np.bincount(code, weights=x) / sizes)[code]) ** 2)) if x.size else 0.0
+
+    off = 0.0 if noise is None else float(np.sum(_floats(noise) * (1.0 - 1.0 / sizes[code])))
+    whole = spread(t) - off
+    return 1.0 - (spread(t - v) - off) / whole if whole > 1e-12 else NAN
+
+
 def skill(values: ArrayLike, outcomes: ArrayLike) -> float:
     """1 - Brier / Brier of the best constant: explained variance with bias counted."""
     base = brier_constant(outcomes)
@@ -164,6 +187,14 @@ def spearman(values: ArrayLike, targets: ArrayLike) -> float:
     a, b = a - a.mean(), b - b.mean()
     norm = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norm if norm > 0 else NAN
+
+
+def pearson(values: ArrayLike, targets: ArrayLike) -> float:
+    """Pearson's correlation. NaN where either side is constant."""
+    v, t = _pair(values, targets)
+    if v.size < 2 or np.ptp(v) == 0 or np.ptp(t) == 0:
+        return NAN
+    return float(np.corrcoef(v, t)[0, 1])
 
 
 def auc(values: ArrayLike, outcomes: ArrayLike, threshold: float = 0.5) -> float:

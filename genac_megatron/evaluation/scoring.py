@@ -130,7 +130,7 @@ def score_plan(recipe: Recipe, bank: Bank, critic: dict[str, str], scalar: bool)
     """What a critic's values of a bank depend on. Raises InputError where the template cannot be read."""
     judging = None
     if not scalar:
-        unread = {"states", "icc_momentum", "budget", "template", "privileged"}  # the last: in the template
+        unread = {"states", "teacher", "icc_momentum", "budget", "template", "privileged"}  # in the template
         judging = recipe.judging.model_dump(mode="json", exclude=unread)
         template = load_template(recipe.judging.template, recipe.judging.privileged)
         text = f"{template.before}\0{template.after}"

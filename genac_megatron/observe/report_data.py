@@ -17,6 +17,7 @@ from genac_megatron.evaluation import metrics as figures
 from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, StageConfig
+from genac_megatron.recipe.stages import entry_action
 
 KINDS = ("sft", "reinforce", "ppo")
 ROLES = ("actor", "critic")
@@ -337,11 +338,18 @@ def failed_gates(run: RunData) -> list[FailedGate]:
     failed = []
     for index, row in enumerate(plain):
         stage, figures = _typed(row), _end_figures(run, row)
-        if stage is None or isinstance(stage, PpoStage | PolicyStage) or stage.gate.action == "off":
+        if stage is None or isinstance(stage, PolicyStage):
             continue
-        if figures is not None and (found := missed(stage, figures)):
-            later = any(str(other["name"]) in begun for other in plain[index + 1 :])
-            failed.append(FailedGate(stage, found, stage.gate.action == "stop" and not later))
+        later = any(str(other["name"]) in begun for other in plain[index + 1 :])
+        if isinstance(stage, PpoStage):  # its gate is at its beginning
+            action: str = entry_action(
+                [one for one in map(_typed, plain[: index + 1]) if one is not None], stage
+            )
+            later |= any(r.get("stage") == stage.name and number(r.get("step")) > 0 for r in run.metrics)
+        else:
+            action = stage.gate.action
+        if action != "off" and figures is not None and (found := missed(stage, figures)):
+            failed.append(FailedGate(stage, found, action == "stop" and not later))
     return failed
 
 
@@ -355,11 +363,15 @@ def _typed(stage: Row) -> StageConfig | None:
 
 
 def _end_figures(run: RunData, stage: Row) -> Figures | None:
-    """What a stage's gate judges; None where the stage is not at its end, or has gone on since."""
-    name = stage["name"]
-    ends = [e for e in run.evaluations if e.get("stage") == name and e.get("name") == "end"]
+    """What a stage's gate judges; None where the stage is not at its end, or has gone on since.
+
+    A ppo stage's is judged at its beginning.
+    """
+    name, entry = stage["name"], stage.get("kind") == "ppo"
+    judged_at = "start" if entry else "end"
+    ends = [e for e in run.evaluations if e.get("stage") == name and e.get("name") == judged_at]
     rows = [row for row in run.metrics if row.get("stage") == name]
-    if not ends or any(number(row.get("step")) > number(ends[-1].get("step")) for row in rows):
+    if not ends or (not entry and any(number(r.get("step")) > number(ends[-1].get("step")) for r in rows)):
         return None
     critic = ends[-1].get("critic")
     judged = critic if isinstance(critic, Mapping) else {}

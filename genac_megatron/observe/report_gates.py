@@ -9,9 +9,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from genac_megatron.recipe.schema import ReinforceStage, SftHeldout, SftStage, StageConfig, ValueStage
+from genac_megatron.recipe.schema import (
+    PpoStage,
+    ReinforceStage,
+    SftHeldout,
+    SftStage,
+    StageConfig,
+    ValueStage,
+)
 
-JudgedStage = SftStage | ReinforceStage | ValueStage
+JudgedStage = SftStage | ReinforceStage | ValueStage | PpoStage
 Figures = Mapping[str, float]
 PARSED = 0.98  # below this, judgements without a score weigh on the Brier score
 
@@ -29,8 +36,8 @@ class Missed:
 def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
     """The criteria of a stage's gate that its figures do not meet, whatever the gate then does.
 
-    figures: those of the evaluation at the stage's end (`eval/critic_...`), and of an SFT stage with a
-    held-out target `heldout/<metric>`, which is only judged where it is given.
+    figures: those of the evaluation at the stage's end, of a ppo stage at its beginning (`eval/critic_...`),
+    and of an SFT stage with a held-out target `heldout/<metric>`, which is only judged where it is given.
     """
     if isinstance(stage, SftStage):
         found = [_target(stage, figures)]
@@ -39,6 +46,8 @@ def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
     elif isinstance(stage, ReinforceStage | ValueStage):
         asked = stage.gate.brier_below_constant
         found = [_brier(stage, figures) if asked else None, _auc(stage, figures), _ranking(stage, figures)]
+    elif isinstance(stage, PpoStage):
+        found = _entry(stage, figures)
     else:
         return []
     return [one for one in found if one is not None]
@@ -46,6 +55,14 @@ def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
 
 def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
     """(override, what --resume does with it) for a run that the stage's gate has stopped."""
+    if isinstance(stage, PpoStage):
+        ways = [
+            (
+                "roles.critic.model.checkpoint=runs/...",
+                "begins with the critic of a run that trained one (a run without a checkpoint of its own)",
+            )
+        ]
+        return [*ways, *_asks_less(found), (f"stages.{stage.name}.gate.action=warn", "trains as it is")]
     if isinstance(stage, SftStage):
         upto = "up to " if stage.heldout is not None else ""
         more, what = f"epochs={2 * stage.epochs}", f"trains {upto}{_count(stage.epochs, 'epoch')} more"
@@ -55,10 +72,7 @@ def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
         cools = False
     if cools or stage.optimizer is None or stage.optimizer.schedule != "constant":
         what += " (a learning rate that has fallen is higher again)"
-    ways = [(f"stages.{stage.name}.{more}", f"{what}, then judges again")]
-    bounds = [one.bound for one in found if one.bound is not None]
-    if len(bounds) == len(found):
-        ways.append((" ".join(bounds), "asks for less: judges again at once"))
+    ways = [(f"stages.{stage.name}.{more}", f"{what}, then judges again"), *_asks_less(found)]
     return [*ways, (f"stages.{stage.name}.gate.action=warn", "goes on with the next stage as it is")]
 
 
@@ -68,6 +82,12 @@ def went_on(stage: JudgedStage) -> str:
         return "the run went on all the same"
     to = f"of the stage {stage.gate.fallback}" if stage.gate.fallback else "that the stage began with"
     return f"the critic went back to the weights {to}, and the run went on with them"
+
+
+def _asks_less(found: list[Missed]) -> list[tuple[str, str]]:
+    bounds = [one.bound for one in found if one.bound is not None]
+    whole = len(bounds) == len(found)
+    return [(" ".join(bounds), "asks for less: judges again at once")] if whole else []
 
 
 def reached(heldout: SftHeldout, figure: float) -> bool:
@@ -123,7 +143,7 @@ def asks_for_brier(stage: SftStage) -> bool:
     return stage.asks_itself if asked is None else asked
 
 
-def _brier(stage: JudgedStage, figures: Figures) -> Missed | None:
+def _brier(stage: SftStage | ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
     brier, constant, parsed = (
         figures.get(f"eval/critic_{name}", math.nan) for name in ("brier", "brier_constant", "parse_rate")
     )
@@ -188,6 +208,71 @@ def _ranking(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | N
     )
 
 
+TRAIN_IT = (
+    "an sft and a reinforce stage of the critic before this one (recipes/quickstart.yaml has them), or the "
+    "critic of a run that has them (roles.critic.model.checkpoint)"
+)
+
+
+def _entry(stage: PpoStage, figures: Figures) -> list[Missed | None]:
+    """What a critic must be before an actor is trained by its values."""
+    gate, at = stage.gate, f"stages.{stage.name}.gate"
+    brier, constant = (figures.get(f"eval/critic_{name}", math.nan) for name in ("brier", "brier_constant"))
+    found: list[Missed | None] = [_readable(stage, figures.get("eval/critic_parse_rate", math.nan))]
+    if gate.brier_below_constant and not brier < constant:
+        found.append(
+            Missed(
+                f"Brier {brier:.4f} is not below the constant predictor's {constant:.4f}",
+                _nothing_judged(brier)
+                or "its scores foretell outcomes no better than one number for all would",
+                TRAIN_IT,
+                f"{at}.brier_below_constant=false",
+            )
+        )
+    asked = (
+        ("AUC", "auc", "auc", gate.auc, "how often the right of two states has the higher score"),
+        ("ranking accuracy within a prompt", "ranking_prompt", "ranking", gate.ranking,
+         "how often the right of two responses to one prompt has the higher score"),
+        ("Pearson's correlation", "mse_pearson", "pearson", gate.pearson, CORRELATED),
+        ("Spearman's correlation", "mse_spearman", "spearman", gate.spearman, CORRELATED),
+    )  # fmt: skip
+    for words, name, key, bound, means in asked:
+        figure = figures.get(f"eval/critic_{name}", math.nan)
+        strict = key in ("auc", "ranking")
+        if bound is not None and not (figure > bound if strict else figure >= bound):
+            what = f"{words} {figure:.3f} is {'not above' if strict else 'below'} {bound:g}"
+            less = _bound(f"{at}.{key}", _lower(figure, 2), figure)
+            found.append(Missed(what, _nothing_judged(figure) or means, TRAIN_IT, less))
+    mse = figures.get("eval/critic_mse", math.nan)
+    if gate.mse is not None and not mse <= gate.mse:
+        means = _nothing_judged(mse) or "the mean squared error of its scores against Monte-Carlo values"
+        less = _bound(f"{at}.mse", -_lower(-mse), mse)
+        found.append(Missed(f"MSE {mse:.4f} is above {gate.mse:g}", means, TRAIN_IT, less))
+    return found
+
+
+CORRELATED = "how its scores go with the Monte-Carlo values of the states"
+
+
+def _readable(stage: PpoStage, rate: float) -> Missed | None:
+    bound = stage.gate.parse_rate
+    if rate > 0 and rate >= bound:
+        return None
+    if rate > 0:
+        return Missed(
+            f"parse rate {rate:.3f} is below {bound:g}",
+            f"{_per_cent(1 - rate)} of the critic's judgements end without a score that can be read",
+            TRAIN_IT,
+            _bound(f"stages.{stage.name}.gate.parse_rate", _lower(rate), rate),
+        )
+    return Missed(
+        f"parse rate {rate:.3f}: none of the critic's judgements can be read",
+        _nothing_judged(rate)
+        or "it writes no scores, so all states would have one value, and its tokens be paid for nothing",
+        f"{TRAIN_IT}; room to finish where judgements are cut off (judging.max_new_tokens)",
+    )
+
+
 # --- words ---------------------------------------------------------------------------------------
 
 
@@ -205,7 +290,7 @@ def _better_traces(stage: SftStage) -> str:
     )
 
 
-def _lr(stage: JudgedStage, role: str) -> str:
+def _lr(stage: SftStage | ReinforceStage | ValueStage, role: str) -> str:
     """The key that the stage's learning rate comes from."""
     return f"roles.{role}.optimizer.lr" if stage.optimizer is None else f"stages.{stage.name}.optimizer.lr"
 

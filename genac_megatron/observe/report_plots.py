@@ -231,6 +231,34 @@ def value_by_position(figure: Figure, run: RunData, theme: Theme) -> bool:
     return drawn
 
 
+def credit(figure: Figure, run: RunData, theme: Theme) -> bool:
+    panels = [
+        (title, [(key, style, label) for key, style, label in lines if run.series(key)[0].size])
+        for title, lines in (
+            ("gap", (("advantage/gap", "-", "right less wrong responses"),)),
+            ("share within", (("advantage/within_response", "-", "of variance, within responses"),)),
+            (
+                "value",
+                (("judge/value_first", "-", "of the problem"), ("judge/value_last", "--", "last state")),
+            ),
+            ("entropy, nats", (("judge/score_entropy", "-", "of a batch's scores"),)),
+        )
+    ]
+    panels = [(title, lines) for title, lines in panels if lines]
+    if not panels:
+        return False
+    figure.set_figheight(1.0 + 1.55 * len(panels))
+    for i, (axes, (title, lines)) in enumerate(zip(stacked(figure, len(panels)), panels, strict=True)):
+        for key, style, label in lines:
+            stage_lines(axes, run, key, theme.critic, label, style)
+        bands(axes, run, theme, names=i == 0)
+        axes.set_ylabel(title)
+        legend(axes, ncols=2)
+        if i < len(panels) - 1:
+            axes.set_xlabel("")
+    return True
+
+
 def parsing(figure: Figure, run: RunData, theme: Theme) -> bool:
     axes = figure.subplots()
     drawn = stage_lines(axes, run, "judge/parse_rate", theme.critic, "in training")
@@ -415,6 +443,14 @@ PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
         "errors.",
         3.3,
         value_by_position,
+    ),
+    (
+        "credit",
+        "Critic: what it gives the actor",
+        "The advantage gap by outcome: below 0 the actor is taught what fails. Without variance within "
+        "responses the critic is a baseline and no more; on one score (entropy 0) it has collapsed.",
+        6.5,
+        credit,
     ),
     (
         "parse_rate",

@@ -6,9 +6,9 @@ the optimizers' (method §5: 1e-5 for a scalar critic of billions of weights, 4e
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 
@@ -51,13 +51,94 @@ class LossConfig(Block):
     aggregate: Literal["token", "sequence", "constant"] = "token"
 
 
+class LamSchedule(Block):
+    """lambda from `start` to `end` over a stage's first steps."""
+
+    shape: Literal["linear", "cosine"] = "linear"
+    start: Fraction = 1.0
+    end: Fraction = 0.0
+    steps: Positive
+
+
+LOWER_IS_BETTER = ("mse",)  # figures of a gate that open it below their threshold
+OF_MONTE_CARLO = ("explained_variance_response", "mse")  # and those that need evaluation.mc_states
+
+
+class LamGate(Block):
+    """lambda is 1 unless the critic is accurate: its latest figure, which may close the gate again.
+
+    Figures: explained variance of outcomes (0 is EVPO's threshold, 2604.19485), the same within prompts, of
+    Monte-Carlo values within responses, and their mean squared error (a threshold that is not to be reached).
+    """
+
+    figure: Literal[
+        "explained_variance", "explained_variance_prompt", "explained_variance_response", "mse"
+    ] = "explained_variance"
+    threshold: float
+    # heldout: of the last evaluation; batch: of the batch before this one, whose outcomes it knows nothing of
+    of: Literal["heldout", "batch"] = "heldout"
+
+
+class Readiness(Block):
+    """AC2's readiness of a problem (2609.39247): `lam` for its responses, 1 for all others.
+
+    The error is the mean (v - r)^2 over the states of a step's responses, of steps before this one. A problem
+    is ready where the mean over the last `steps` steps is below `error`, its own last one below `own_error`,
+    and a right response to it was seen.
+    """
+
+    steps: Positive = 5
+    error: PositiveFloat = 0.20
+    own_error: PositiveFloat = 0.18
+    lam: Fraction = 0.0
+
+
+class BlendConfig(Block):
+    """A baseline between the critic's value and the mean of a group's other responses (TETHER, 2608.16739):
+    w value + (1 - w) mean.
+    """
+
+    weight: Fraction | None = None  # None: the w of least squared error, by errors that were measured
+    # running: a moving average over the batches before this one; heldout: the last evaluation
+    of: Literal["running", "heldout"] = "running"
+    momentum: Fraction = 0.9  # of the moving average
+
+
 class AdvantageConfig(Block):
     """Segment-level GAE (method §3)."""
 
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
-    lam_gate: float | None = 0.2  # lam is 1 until the critic's explained variance exceeds this
-    whiten: bool = True
+    lam_schedule: LamSchedule | None = None  # in lam's place
+    # lam is 1 unless the gate is open; a number: the held-out explained variance that opens it; None: no gate
+    lam_gate: float | LamGate | None = 0.2
+    readiness: Readiness | None = None  # problem by problem, in the place of lam and its gate
+    blend: BlendConfig | None = None
+    # Over the batch's tokens. whiten: mean 0, deviation 1; centre: mean 0
+    normalise: Literal["whiten", "centre", "none"] = "whiten"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whiten(cls, given: Any) -> Any:
+        """`whiten: true | false` is an earlier name of normalise: whiten | none."""
+        if not isinstance(given, dict) or "whiten" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "whiten"}
+        if not isinstance(given["whiten"], bool):
+            raise ValueError(f"whiten is true or false, not {given['whiten']!r}")
+        meant = "whiten" if given["whiten"] else "none"
+        if rest.setdefault("normalise", meant) != meant:
+            raise ValueError(
+                f"whiten: {str(given['whiten']).lower()} and normalise: {rest['normalise']} differ"
+            )
+        return rest
+
+    @property
+    def gate(self) -> LamGate | None:
+        """`lam_gate` in full."""
+        if isinstance(self.lam_gate, float):
+            return LamGate(threshold=self.lam_gate)
+        return self.lam_gate
 
 
 class RegressionConfig(Block):

@@ -305,15 +305,20 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         tokens = _count(responses * rollout.max_new_tokens)
         return f"{stage.steps} steps; a step generates {tokens} actor tokens ({responses:,} responses)"
     # The prompt state is judged once for its whole group of samples.
+    trains = not isinstance(stage, PpoStage) or stage.train_critic
     states = rollout.prompts + responses * (judging.states.max_states - 1)
-    trained = min(states, math.ceil(responses * stage.train_share) * stage.train_states)
+    learnt = math.ceil(responses * stage.train_share)
+    trained = min(states, learnt * stage.train_states)
+    if judging.states.final and trains:
+        states, trained = states + responses, trained + learnt
+    written = 0 if judging.teacher else states * judging.max_new_tokens
     text = (
         f"{stage.steps} steps; a step generates {_count(responses * rollout.max_new_tokens)} actor tokens "
-        f"({responses:,} responses) and {_count(states * judging.max_new_tokens)} critic tokens "
-        f"({states:,} states)"
+        f"({responses:,} responses) and {_count(written)} critic tokens ({states:,} states)"
     )
-    if not isinstance(stage, PpoStage) or stage.train_critic:
-        text += f", trains {_count(trained * judging.max_new_tokens)} critic tokens"
+    if trains:
+        times = stage.critic_updates if isinstance(stage, PpoStage) else 1
+        text += f", trains {_count(trained * judging.max_new_tokens * times)} critic tokens"
     if isinstance(stage, PpoStage):
         text += f" and {_count(responses * rollout.max_new_tokens * stage.epochs)} actor tokens"
     return text

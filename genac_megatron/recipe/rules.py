@@ -12,6 +12,7 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
+from genac_megatron.recipe.joint_rules import check_joint, check_judging_teacher
 from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
@@ -242,6 +243,7 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
 
 
 def _check_judging(recipe: Recipe, where: Where) -> None:
+    check_judging_teacher(recipe, has_teacher(recipe.task), where)
     budget, longest = recipe.judging.budget, recipe.judging.max_new_tokens
     if budget is not None and budget // recipe.world.ranks < longest:
         raise InputError(
@@ -272,6 +274,7 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
         check_algorithm(recipe, stage, place, where, exact=has_teacher(recipe.task))
         if isinstance(stage, ReinforceStage):
             check_replay(recipe, stage, place, where)
+        check_joint(recipe, stage, place, where)
         if "reference" in recipe.roles and _kl_coef(stage):
             who = f"kl_coef of the stage '{stage.name}'"
             _check_copy(recipe, "actor", "reference", who, ("roles", "reference", "model"), where)
@@ -309,7 +312,7 @@ def _check_heads(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...
         isinstance(stage, PolicyStage) and isinstance(stage.algorithm, WithScalarCritic)
     )
     needed = {"actor": "lm"}
-    if scalar or not isinstance(stage, PolicyStage):
+    if scalar or not (isinstance(stage, PolicyStage) or recipe.judging.teacher):
         needed["critic"] = "value" if scalar else "lm"
     if isinstance(stage, ValueStage | PolicyStage) and stage.start_from is not None:
         check_role(recipe, stage.start_from, who, (*place, "start_from"), where)
@@ -358,7 +361,8 @@ def _check_overlap(
 ) -> None:
     if not stage.overlap:
         return
-    for role in ("actor", "critic") if isinstance(stage, PpoStage) else ("actor",):
+    asked = ("actor", "critic") if isinstance(stage, PpoStage) and not recipe.judging.teacher else ("actor",)
+    for role in asked:
         engine = recipe.roles[role].engine
         if engine.kind != "sglang":
             raise InputError(

@@ -14,6 +14,7 @@ from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 from genac_megatron.recipe.stages import CriticGate as CriticGate
+from genac_megatron.recipe.stages import EntryGate as EntryGate
 from genac_megatron.recipe.stages import PolicyStage as PolicyStage
 from genac_megatron.recipe.stages import PpoStage as PpoStage
 from genac_megatron.recipe.stages import ReinforceGate as ReinforceGate
@@ -201,11 +202,17 @@ class StatesConfig(Block):
     min_segment: Positive = 8  # tokens
     fixed_length: Positive = 128
     low_prob: Fraction = 0.2
+    # The whole response, before its outcome is known, is judged too: the critic learns from it, with this
+    # weight beside a segment's state (hamishivi/open-instruct: 4), and it is no segment's baseline.
+    final: bool = False
+    final_weight: PositiveFloat = 1.0
 
 
 class JudgingConfig(Block):
     """What the critic is shown and how its answer is read (method §2)."""
 
+    # exact: the task's exact teacher is in the critic's place, to study what a perfect critic would give
+    teacher: Literal["exact"] | None = None
     template: str = "standard"  # standard, brief, or a path to a template file
     privileged: bool = False  # the critic is shown the reference, or the rubric, which the actor never is
     actor_name: str = "actor"

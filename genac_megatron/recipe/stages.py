@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -57,6 +58,28 @@ class ReinforceGate(CriticBounds):
     action: Literal["stop", "warn", "off", "fallback"] = "stop"
     # An SFT stage of the critic's before, whose weights it goes back to; None: those REINFORCE began with
     fallback: str | None = None
+
+
+class EntryGate(Block):
+    """What a critic must be before an actor is trained by its values, at the stage's first evaluation.
+
+    By default that it writes scores at all. An open re-implementation of GenAC (hamishivi/open-instruct) asks
+    for parse_rate 0.99, mse 0.04, pearson 0.90 and spearman 0.87.
+    """
+
+    action: Gate | None = None  # None: as the critic's last gate in the recipe says; stop where it has none
+    parse_rate: Fraction = 0.0  # at least; of none at all it is never reached
+    brier_below_constant: bool = False
+    auc: Fraction | None = None  # more than this; None: not asked for
+    ranking: Fraction | None = None  # within a prompt, likewise
+    mse: PositiveFloat | None = None  # to Monte-Carlo values, at most; with the next two evaluation.mc_states
+    pearson: Fraction | None = None  # with Monte-Carlo values, at least
+    spearman: Fraction | None = None
+
+    @property
+    def of_monte_carlo(self) -> bool:
+        """Whether it asks for figures that Monte-Carlo values give."""
+        return any(bound is not None for bound in (self.mse, self.pearson, self.spearman))
 
 
 class TeacherConfig(Block):
@@ -197,16 +220,22 @@ class PpoStage(Block):
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     train_critic: bool = True
+    # Updates of the critic per step, on the step's judgements. From 2 on the actor is trained first, and a
+    # judgement is weighted by how much likelier the moved actor goes on as the old one did (PACT, 2609.26355)
+    critic_updates: Positive = 1
+    importance_limit: PositiveFloat = 6.0  # judgements beyond this weight are left out
     overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
     minibatches: Positive = 1
     epochs: Positive = 1
     overlong: OverlongConfig | None = None  # half of it is added to the actor's outcome, none to the critic's
+    overlong_filter: bool = False  # cut-off responses teach the critic alone (EasyPPO, 2609.36802)
     advantage: AdvantageConfig = AdvantageConfig()
     actor_loss: LossConfig = LossConfig()
     critic_loss: CriticLossConfig = CriticLossConfig()
     actor_optimizer: OptimizerConfig | None = None
     critic_optimizer: OptimizerConfig | None = None
     eval_every: Annotated[int, Field(ge=0)] = 10
+    gate: EntryGate = EntryGate()  # what the critic must be when the stage begins
 
 
 class ValueStage(Block):
@@ -255,3 +284,16 @@ def sources_of(stage: StageConfig) -> list[tuple[tuple[str | int, ...], SftSourc
     if isinstance(stage, ReinforceStage) and stage.replay is not None:
         return [(("replay", "sources", place), one) for place, one in enumerate(stage.replay.sources)]
     return []
+
+
+def entry_action(stages: Sequence[StageConfig], stage: PpoStage) -> Gate:
+    """What a joint stage's entry gate does. Where the recipe does not say: what the critic's last gate before
+    it does, as who lets an unready critic through there means it; stop where there is none.
+    """
+    if stage.gate.action is not None:
+        return stage.gate.action
+    before = stages[: [one.name for one in stages].index(stage.name)]
+    for one in reversed(before):
+        if isinstance(one, ReinforceStage) or (isinstance(one, SftStage) and one.role == "critic"):
+            return "stop" if one.gate.action == "fallback" else one.gate.action
+    return "stop"

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genac_megatron.algorithms.advantages import segment_gae, to_tokens, whiten
+from genac_megatron.algorithms.advantages import normalised, segment_gae, to_tokens, whiten
 from genac_megatron.algorithms.baselines.dapo import overlong_penalty
 from genac_megatron.algorithms.baselines.vapo import positive_weights
 from genac_megatron.algorithms.losses import means, token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.errors import GenacError, on_all_ranks
+from genac_megatron.evaluation.metrics import entropy, score_histogram
 from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import (
     AdvantageConfig,
@@ -65,6 +66,20 @@ class Batch:
         """Per rollout, in order of cut. A group shares its prompt state's judgement."""
         return [judgements for group in self.groups for judgements in group.judgements]
 
+    @property
+    def finals(self) -> list[Judgement]:
+        """Per rollout, the judgement of the whole response; [] where these are not judged."""
+        return [judgement for group in self.groups for judgement in group.finals]
+
+    def only(self, kept: Sequence[bool]) -> Batch:
+        """The batch with the `kept` ones of its responses, [B]; without groups that have none."""
+        groups, left = [], iter(kept)
+        for group in self.groups:
+            own = [next(left) for _ in group.rollouts]
+            if any(own):
+                groups.append(group.only(own))
+        return Batch(groups, self.fresh)
+
 
 def next_prompts(run: Run, count: int) -> list[Prompt]:
     """The next `count` training prompts; the cursor moves on."""
@@ -89,17 +104,18 @@ def generator_for(
     seed: tuple[object, ...],
     *,
     judged: bool = True,
+    final: bool = False,
     task: Task | None = None,
 ) -> Generator:
     """The actor and, where asked for, the critic as they are now, ready to play training prompts.
 
-    task: whose prompts they are, where it is not the run's.
+    final: whole responses are judged too. task: whose prompts they are, where it is not the run's.
     """
     judge = None
     if judged:
         if run.icc is None:
             raise on_all_ranks(GenacError("the critic judges before p_bar was seeded by an evaluation"))
-        judge = judge_for(run, config.max_new_tokens, (*seed, "judge"))
+        judge = judge_for(run, config.max_new_tokens, (*seed, "judge"), final=final)
         if run.recipe.judging.budget is not None:
             judge.budget = Budget(run.recipe.judging.budget // run.world.size)
     return Generator(
@@ -121,13 +137,14 @@ def play(
     seed: tuple[object, ...],
     *,
     judged: bool = True,
+    final: bool = False,
     task: Task | None = None,
 ) -> Batch:
     """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective.
 
     task: whose prompts they are, where it is not the run's.
     """
-    generator = generator_for(run, config, seed, judged=judged, task=task)
+    generator = generator_for(run, config, seed, judged=judged, final=final, task=task)
     began, late = time.perf_counter(), generator.task.late
     turns = repeats(prompts)
     share, mine_turns, places = run.share(prompts), run.share(turns), run.places(len(prompts))
@@ -142,8 +159,9 @@ def gathered_batch(run: Run, mine: Sequence[Group]) -> Batch:
     groups = run.gather(mine)
     if run.icc is not None:
         for group in groups:
-            for judgements in group.judgements:
-                fill_used(judgements, run.icc.p_bar, run.recipe.judging.score)
+            for number, judgements in enumerate(group.judgements):
+                whole = group.finals[number : number + 1]
+                fill_used([*judgements, *whole], run.icc.p_bar, run.recipe.judging.score)
     batch = Batch(groups)
     batch.fresh = frozenset(role for role in run.roles if _is_fresh(run, role, batch))
     return batch
@@ -154,7 +172,8 @@ def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
         return False
     completions = [r.completion for r in batch.rollouts]
     if role == "critic":
-        completions = [j.completion for js in batch.judgements for j in js if not j.skipped]
+        judged = [*(j for js in batch.judgements for j in js), *batch.finals]
+        completions = [j.completion for j in judged if not j.skipped]
     return run.serving.behind(role) == 0 and all(c.version == run.at.versions.get(role) for c in completions)
 
 
@@ -177,16 +196,23 @@ def is_judged(stage: StageConfig) -> bool:
     return isinstance(stage, ReinforceStage | PpoStage)
 
 
+def judges_whole(run: Run, stage: StageConfig) -> bool:
+    """Whether whole responses are judged too: where the recipe says so and a critic learns from it."""
+    learns = isinstance(stage, ReinforceStage) or (isinstance(stage, PpoStage) and stage.train_critic)
+    return run.recipe.judging.states.final and learns
+
+
 def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[str, float]]:
     """Play the stage's next prompts, judged where it has a generative critic; the batch and its figures."""
-    prompts = next_prompts(run, stage.rollout.prompts)
-    batch = play(run, prompts, stage.rollout, (run.recipe.seed, stage.name, step), judged=is_judged(stage))
+    prompts, seed = next_prompts(run, stage.rollout.prompts), (run.recipe.seed, stage.name, step)
+    judged, final = is_judged(stage), judges_whole(run, stage)
+    batch = play(run, prompts, stage.rollout, seed, judged=judged, final=final)
     return batch, batch_figures(run, batch)
 
 
 def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
     """What the actor and, where it judged, the critic did in this batch."""
-    judged = judge_figures(batch) if any(batch.judgements) else {}
+    judged = judge_figures(batch) | judge_staleness(batch, run.at.versions) if any(batch.judgements) else {}
     tell_too_long(run, (judgement for judgements in batch.judgements for judgement in judgements))
     return {**rollout_figures(batch, run.at.versions), **judged, **run.serving.figures()}
 
@@ -213,6 +239,8 @@ def judge_figures(batch: Batch) -> dict[str, float]:
     """How well the critic judged this batch, over all (state, outcome) pairs."""
     pairs = [(j, r.target) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
     base = mean(outcome for _, outcome in pairs)
+    scores = score_histogram([j.value for j in {id(j): j for j, _ in pairs}.values() if j.value is not None])
+    finals = [(j.used - r.target) ** 2 for r, j in zip(batch.rollouts, batch.finals, strict=False)]
     every = {id(j): j for j, _ in pairs}.values()
     unique = [judgement for judgement in every if not judgement.skipped]
     return {
@@ -225,7 +253,20 @@ def judge_figures(batch: Batch) -> dict[str, float]:
         "judge/states": float(len(unique)),
         "judge/length_mean": mean(len(j.completion.ids) for j in unique),
         "judge/truncated": mean(j.completion.finish == "length" for j in unique),
+        "judge/score_entropy": entropy(scores),  # nats; 0: all on one score
+        "judge/value_first": mean(judgements[0].used for judgements in batch.judgements),
+        "judge/value_last": mean(judgements[-1].used for judgements in batch.judgements),
+        **({"judge/final_brier": mean(finals)} if finals else {}),
     }
+
+
+def judge_staleness(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
+    """How many versions behind the newest published critic the batch's oldest judgement is.
+
+    {} where no critic has written one.
+    """
+    written = {j.completion.version for js in batch.judgements for j in js if j.completion.spans}
+    return {"judge/staleness": float(versions["critic"] - min(written))} if written else {}
 
 
 def actor_rewards(batch: Batch, limit: int, cache: int | None) -> Tensor:
@@ -244,23 +285,27 @@ def actor_rewards(batch: Batch, limit: int, cache: int | None) -> Tensor:
 def actor_samples(
     batch: Batch,
     config: AdvantageConfig,
-    lam: float,
+    lam: float | Sequence[float],
     loss: LossConfig,
     limit: int,
     cache: int | None = None,
+    values: Sequence[Tensor] | None = None,
 ) -> list[Sample]:
     """PPO samples: every token of a segment gets its segment's advantage (method §3).
 
-    limit: the most tokens of a response. cache: the overlong penalty's; None: there is none.
+    lam: of all responses, or of each. limit: the most tokens of a response. cache: the overlong penalty's;
+    None: there is none. values: per response its segments' baselines; None: the critic's values.
     """
     lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
-    values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
+    if values is None:
+        values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
     per_segment = segment_gae(values, actor_rewards(batch, limit, cache), config.gamma, lam)
     advantages = [
         to_tokens(advantage, _segment_lengths(judgements, length))
         for advantage, judgements, length in zip(per_segment, batch.judgements, lengths, strict=True)
     ]
-    return response_samples(batch, whitened(advantages) if config.whiten else advantages, loss, limit)
+    flat = normalised(torch.cat(advantages), config.normalise)
+    return response_samples(batch, flat.split(lengths), loss, limit)
 
 
 def whitened(advantages: Sequence[Tensor]) -> list[Tensor]:
@@ -301,27 +346,53 @@ def _segment_lengths(judgements: Sequence[Judgement], length: int) -> Tensor:
 
 
 def critic_samples(
-    batch: Batch, most: int, baseline: str, loss: CriticLossConfig, share: float = 1.0
+    batch: Batch,
+    most: int,
+    baseline: str,
+    loss: CriticLossConfig,
+    share: float = 1.0,
+    *,
+    ratios: Sequence[Sequence[float | None]] | None = None,
+    final_weight: float = 1.0,
 ) -> list[Sample]:
     """REINFORCE samples: w = R_v - b on every token of a judgement's completion (method §2).
 
-    most: states of a response that are trained. share: of the responses.
+    most: states of a response that are trained. share: of the responses. ratios: per response and state, what
+    its entry counts in w; None: it is left out. final_weight: of the tokens of whole responses' judgements,
+    which are compared among themselves.
     """
-    entries: list[tuple[Judgement, float]] = []
+    entries: list[tuple[Judgement, float, float]] = []
+    finals: list[tuple[Judgement, float, float]] = []
     for chosen_response in trained_responses(len(batch.rollouts), share):
         rollout, judgements = batch.rollouts[chosen_response], batch.judgements[chosen_response]
         for index in trained_indices(len(judgements), most):
-            if not judgements[index].skipped:
-                entries.append((judgements[index], rollout.target))
-    rewards = [reward(judgement.value, outcome) for judgement, outcome in entries]
-    outcomes = [outcome for _, outcome in entries]
-    weights = reinforce_weights(rewards, outcomes, [id(j) for j, _ in entries], baseline)  # type: ignore[arg-type]
-    chosen = {id(judgement): judgement for judgement, _ in entries}
+            ratio = 1.0 if ratios is None else ratios[chosen_response][index]
+            if not judgements[index].skipped and ratio is not None:
+                entries.append((judgements[index], rollout.target, ratio))
+        if batch.finals and not batch.finals[chosen_response].skipped:
+            finals.append((batch.finals[chosen_response], rollout.target, 1.0))
+    trained = _weigh(entries, baseline)
+    times = [1.0] * len(trained)
+    trained += _weigh(finals, baseline)
+    times += [final_weight] * (len(trained) - len(times))
+    lengths = [len(j.completion.ids) for j in trained]
+    shares = token_weights(lengths, loss.aggregate)
+    if finals:
+        shares = shares * torch.tensor(times)
+        shares = shares / (shares * torch.tensor(lengths)).sum()
+    return [judgement_sample(j, share) for j, share in zip(trained, shares.tolist(), strict=True)]
+
+
+def _weigh(entries: Sequence[tuple[Judgement, float, float]], baseline: str) -> list[Judgement]:
+    """The judgements of (judgement, target, ratio) entries, each once, with their REINFORCE weights set."""
+    rewards = [reward(judgement.value, target) for judgement, target, _ in entries]
+    targets, keys = [target for _, target, _ in entries], [id(judgement) for judgement, _, _ in entries]
+    ratios = [ratio for _, _, ratio in entries]
+    weights = reinforce_weights(rewards, targets, keys, baseline, ratios)  # type: ignore[arg-type]
+    chosen = {id(judgement): judgement for judgement, _, _ in entries}
     for key, judgement in chosen.items():
         judgement.weight = weights[key]
-    judgements = list(chosen.values())
-    shares = token_weights([len(j.completion.ids) for j in judgements], loss.aggregate).tolist()
-    return [judgement_sample(j, share) for j, share in zip(judgements, shares, strict=True)]
+    return list(chosen.values())
 
 
 def judgement_sample(judgement: Judgement, share: float) -> Sample:

@@ -20,7 +20,8 @@ from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
 from genac_megatron.recipe.schema import Recipe, RolloutConfig, SftStage, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
-from genac_megatron.stages.judging import Judge
+from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, within_prompts, within_responses
+from genac_megatron.stages.judging import Judge, StateJudge, TeacherJudge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
@@ -85,8 +86,7 @@ def evaluate(
     if row["critic"] is not None:
         scalars = {k: v for k, v in row["critic"].items() if isinstance(v, float)}
         figures |= {f"eval/critic_{key}": value for key, value in scalars.items()}
-        best = [run.at.explained_variance, figures["eval/critic_explained_variance"]]
-        run.at.explained_variance = max((x for x in best if x is not None and x == x), default=None)
+        run.at.measure(row["critic"], MEASURED)  # the latest: a critic that collapses closes its gates
     figures = {key: value for key, value in figures.items() if not math.isnan(value)}
     shown = ", ".join(
         f"{key.removeprefix('eval/')} {value:.3f}"
@@ -181,9 +181,17 @@ def _held_generator(run: Run, stage: StageConfig) -> Generator:
     )
 
 
-def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
-    """The current critic, ready to judge states of the actor."""
+def judge_for(run: Run, limit: int, seed: tuple[object, ...], *, final: bool = False) -> StateJudge:
+    """The current critic, or the teacher in its place, ready to judge states of the actor.
+
+    final: whole responses too.
+    """
     assert run.icc is not None
+    if run.recipe.judging.teacher is not None:
+        assert run.task.teacher is not None  # recipe/joint_rules.py
+        return TeacherJudge(
+            run.task.teacher, run.tokenizers["actor"], run.recipe.judging, run.icc, seed, final=final
+        )
     return Judge(
         engine=run.engines["critic"],
         tokenizer=run.tokenizers["critic"],
@@ -194,6 +202,7 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...]) -> Judge:
         limit=limit,
         seed=seed,
         positions=run.critic.shape.max_positions,
+        final=final,
     )
 
 
@@ -249,7 +258,8 @@ def _judged(run: Run, stage: StageConfig, groups: list[Group]) -> list[Group]:
     judge = judge_for(run, stage.rollout.max_new_tokens, (run.recipe.seed, "heldout", "critic"))
     places = run.places(_held_prompts(run))
     judged = run.generating(lambda: judge_groups(judge, groups, places))
-    run.spend("evaluate", "critic")
+    if run.recipe.judging.teacher is None:
+        run.spend("evaluate", "critic")
     run.note(measure_judgements(run, (j for group in judged for js in group.judgements for j in js)))
     for group in judged:
         for judgements in group.judgements:
@@ -279,12 +289,7 @@ def monte_carlo_draws(
 
 def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -> dict[str, Any]:
     """Every figure of method §6 on the states of these rollouts; `known`: Monte-Carlo outcomes of some."""
-    pairs: list[tuple[Judgement, Rollout]] = [
-        (judgement, rollout)
-        for group in groups
-        for rollout, judgements in zip(group.rollouts, group.judgements, strict=True)
-        for judgement in judgements
-    ]
+    pairs = pairs_of(groups)
     used = [j.used for j, _ in pairs]
     outcomes = [r.target for _, r in pairs]
     figures: dict[str, Any] = metrics.critic_figures(
@@ -311,6 +316,10 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         figures["mse"] = metrics.mse_monte_carlo(scores, draws)
         figures["mse_constant"] = metrics.mse_monte_carlo_constant(draws)
         figures["mse_spearman"] = metrics.spearman(scores, metrics.monte_carlo_means(draws))
+        figures["mse_pearson"] = metrics.pearson(scores, metrics.monte_carlo_means(draws))
+        figures["explained_variance_response"] = within_responses(groups, known)
+    figures["explained_variance_prompt"] = within_prompts(groups)
+    figures |= blend_errors(groups)
     figures["values"] = used
     figures["errors"] = errors
     figures["outcomes"] = outcomes

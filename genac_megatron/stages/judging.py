@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,7 @@ from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollo
 from genac_megatron.serving.engine import Engine
 from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.tasks.base import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +38,47 @@ def need_room(prompt: Prompt, new: int, positions: int | None) -> None:
         )
 
 
+class StateJudge(ABC):
+    """What gives states their values."""
+
+    actor_tokenizer: PreTrainedTokenizerBase
+    config: JudgingConfig
+    icc: IccState
+    budget: Budget | None
+    final: bool  # whole responses are judged too
+
+    @abstractmethod
+    async def judge(self, state: State) -> Judgement:
+        """The judgement of one state."""
+
+    async def judge_prompt(self, prompt: Prompt, first: int = 0) -> Judgement:
+        """The judgement of the prompt state, which a whole group shares; `first`: its first sample."""
+        nothing = Rollout(prompt, first, Completion((), (), "stop"), "")
+        return await self.judge(State(nothing, 0, 0, 0))
+
+    async def judge_response(self, rollout: Rollout, shared: asyncio.Future[Judgement]) -> list[Judgement]:
+        """Judgements of all states of a response, in order; the first is the group's.
+
+        With `final` one more, of the state after its last token, when its outcome is not known yet.
+        """
+        states = cut_states(rollout, self.actor_tokenizer, self.config.states)
+        if self.final:
+            whole = len(rollout.completion.ids)
+            states.append(State(rollout, len(states), whole, whole))
+        if len(states) > 2:
+            await self.read_ahead(states[-1])
+        later = await asyncio.gather(*(self.judge(state) for state in states[1:]))
+        return [await shared, *later]
+
+    async def read_ahead(self, longest: State) -> None:  # noqa: B027  for what has a prefix cache
+        """A response's states are about to be judged, up to this one."""
+
+    def deal(self, places: Mapping[str, int]) -> None:  # noqa: B027  for what has servers
+        """Where responses stand among those of all ranks, by their keys."""
+
+
 @dataclass
-class Judge:
+class Judge(StateJudge):
     """Everything needed to have the critic judge states."""
 
     engine: Engine
@@ -48,6 +91,7 @@ class Judge:
     seed: tuple[object, ...]
     positions: int | None = None  # of the critic's model; None: not checked
     budget: Budget | None = None
+    final: bool = False
 
     async def judge(self, state: State) -> Judgement:
         """One critic completion for one state, parsed; none where the budget is spent, or where the prompt
@@ -97,21 +141,14 @@ class Judge:
         prompt = state.rollout.prompt
         return build_prompt_ids(self.tokenizer, self.config, self.icc, prompt, partial, state.cut, self.limit)
 
-    async def judge_prompt(self, prompt: Prompt, first: int = 0) -> Judgement:
-        """The judgement of the prompt state, which a whole group shares; `first`: its first sample."""
-        nothing = Rollout(prompt, first, Completion((), (), "stop"), "")
-        return await self.judge(State(nothing, 0, 0, 0))
+    async def read_ahead(self, longest: State) -> None:
+        """The states nest, and requests in flight together share no prefix: the longest is read first."""
+        if self.has_room(ids := self.prompt_ids(longest)):
+            await self.engine.warm(ids, _key(longest))
 
-    async def judge_response(self, rollout: Rollout, shared: asyncio.Future[Judgement]) -> list[Judgement]:
-        """Judgements of all states of a response, in order; the first is the group's.
-
-        The states nest, and requests in flight together share no prefix: the longest is read ahead of them.
-        """
-        states = cut_states(rollout, self.actor_tokenizer, self.config.states)
-        if len(states) > 2 and self.has_room(ids := self.prompt_ids(states[-1])):
-            await self.engine.warm(ids, _key(states[-1]))
-        later = await asyncio.gather(*(self.judge(state) for state in states[1:]))
-        return [await shared, *later]
+    def deal(self, places: Mapping[str, int]) -> None:
+        """A response's states share their prefix, so they go to one server."""
+        self.engine.deal(places)
 
     async def _soft(self, judgement: Judgement) -> float | None:
         """The expected score over the eleven answers, after the reasoning that was sampled.
@@ -125,6 +162,30 @@ class Judge:
         keep, candidates = found
         before = (*judgement.prompt_ids, *ids[:keep])
         return soft_score(await self.engine.score(before, candidates, temperature=self.config.temperature))
+
+
+@dataclass
+class TeacherJudge(StateJudge):
+    """The task's exact teacher in the critic's place: its scores, in tenths as a critic gives them.
+
+    It reads what the critic would: problem, partial response and p_bar, never the outcome. No token is
+    generated.
+    """
+
+    teacher: Teacher
+    actor_tokenizer: PreTrainedTokenizerBase
+    config: JudgingConfig
+    icc: IccState
+    seed: tuple[object, ...]
+    final: bool = False
+    budget: Budget | None = None
+
+    async def judge(self, state: State) -> Judgement:
+        """The teacher's score of one state."""
+        partial = state_text(state, self.actor_tokenizer)
+        rng = random.Random(seed_for(*self.seed, _key(state)))
+        words, score = self.teacher.trace(state.rollout.prompt, partial, self.icc.p_bar, rng)
+        return Judgement(state, (), Completion((), (), "stop"), words, score / 10)
 
 
 def _key(state: State) -> str:

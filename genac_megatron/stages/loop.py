@@ -54,6 +54,7 @@ class Loop:
                 yield self.step
         self._mark = {
             "explained_variance": self.run.at.explained_variance,
+            "measured": dict(self.run.at.measured),
             "rows": self.run.gather([dict(self.run.log.counts) if self.run.log is not None else None])[0],
         }
 

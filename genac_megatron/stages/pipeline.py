@@ -188,7 +188,10 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
             try:
                 _stage(run, stage, loop)
             except GateFailed:
-                _save_for_resume(run, stage, loop)
+                if loop.step:
+                    _save_for_resume(run, stage, loop)
+                else:  # an entry gate: nothing of the stage is trained
+                    run.log_step(stage.name, stage.kind, 0, {}, step_done=False)  # what the judging took
                 raise
             loop.end(index)
         resumed = None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from genac_megatron.algorithms.advantages import gated_lam
-from genac_megatron.algorithms.losses import make_ppo_loss, make_reinforce_loss
+from genac_megatron.algorithms.losses import make_ppo_loss
 from genac_megatron.recipe.schema import LossConfig, PolicyStage, PpoStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.ahead import Batches
-from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, critic_samples, trained_figures
+from genac_megatron.stages.batch import Batch, actor_rewards, trained_figures
+from genac_megatron.stages.critic_updates import launch_critic, launch_critic_after
+from genac_megatron.stages.gates import check_entry_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import launch_parts, minibatches, updates
+from genac_megatron.stages.regime import goes_by_monte_carlo, learn_of, trusted_samples
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.under_way import Update, collected
@@ -28,18 +30,22 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
     run.actor.begin_stage(stage.actor_optimizer, total)
     trained = ["actor", "critic"] if stage.train_critic else ["actor"]
     if stage.train_critic:
-        run.critic.begin_stage(stage.critic_optimizer, stage.steps)
+        run.critic.begin_stage(stage.critic_optimizer, stage.steps * stage.critic_updates)
     loop.restore_optimizers()
+    by_monte_carlo = goes_by_monte_carlo(stage.advantage)
+    judged = partial(evaluate, run, stage, monte_carlo=by_monte_carlo)
     if loop.fresh:
-        run.publish("actor", "critic")
-        evaluate(run, stage, "start", 0)
+        run.at.regime = {}
+        run.publish("actor", *([] if run.recipe.judging.teacher else ["critic"]))
+        entered = evaluate(run, stage, "start", 0, monte_carlo=by_monte_carlo or stage.gate.of_monte_carlo)
+        check_entry_gate(run.recipe, stage, entered)
     with Batches(run, stage) as batches:
         for step in loop.steps(stage.steps):
             batch, figures = batches.next(step)
             figures |= train(run, stage, batch, step)
             figures |= run.publish(*trained, step=None if loop.whole(step) else step)
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
-            loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
+            loop.done(step, figures, partial(judged, f"step {step}", step) if due else None)
     evaluate(run, stage, "end", stage.steps, monte_carlo=True)
 
 
@@ -50,30 +56,30 @@ def begin_reference(run: Run, config: LossConfig, loop: Loop) -> None:
 
 
 def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float]:
-    """One update of the actor and, unless it is frozen, of the critic; then p_bar moves on.
-
-    Both at once where they are on disjoint ranks.
+    """One update of the actor and, unless it is frozen, of the critic, both at once where they are on
+    disjoint ranks; or the actor's and then several of the critic. Then p_bar moves on.
     """
-    lam = gated_lam(stage.advantage.lam, stage.advantage.lam_gate, run.at.explained_variance)
-    figures = {"actor/lam": lam, "critic/p_bar": run.icc.p_bar if run.icc else float("nan")}
-    under_way = [launch_actor(run, stage, batch, lam, step)]
-    if stage.train_critic:
+    figures = {"critic/p_bar": run.icc.p_bar if run.icc else float("nan")}
+    update, found = launch_actor(run, stage, batch, step)
+    under_way = [update]
+    if stage.train_critic and stage.critic_updates == 1:
         under_way.append(launch_critic(run, stage, batch))
-    figures |= collected(run, under_way)
+    figures |= found | collected(run, under_way)
+    if stage.train_critic and stage.critic_updates > 1:
+        figures |= collected(run, [launch_critic_after(run, stage, batch)])
+    learn_of(run.at, stage.advantage, batch)
     if run.icc is not None:
         run.icc.update(batch.targets)
     return figures
 
 
-def launch_actor(run: Run, stage: PpoStage, batch: Batch, lam: float, step: int) -> Update:
-    """PPO over the batch's responses, with the generative critic's values."""
-    limit, cache = stage.rollout.max_new_tokens, stage.overlong.cache if stage.overlong else None
-    samples = actor_samples(batch, stage.advantage, lam, stage.actor_loss, limit, cache)
-    update = launch_policy(run, stage, stage.actor_loss, batch, samples, step)
-    if cache is None:
-        return update
-    overlong = mean(actor_rewards(batch, limit, cache).tolist()) - mean(batch.outcomes)
-    return Update(update.passes, lambda: update.figures() | {"actor/overlong": overlong})
+def launch_actor(run: Run, stage: PpoStage, batch: Batch, step: int) -> tuple[Update, dict[str, float]]:
+    """PPO over the batch's responses with the critic's values, as far as they are trusted."""
+    samples, figures = trusted_samples(run.at, stage, batch, step)
+    if stage.overlong is not None:
+        rewards = actor_rewards(batch, stage.rollout.max_new_tokens, stage.overlong.cache)
+        figures["actor/overlong"] = mean(rewards.tolist()) - mean(batch.outcomes)
+    return launch_policy(run, stage, stage.actor_loss, batch, samples, step), figures
 
 
 def launch_policy(
@@ -117,21 +123,3 @@ def add_field(samples: list[Sample], name: str, logprobs: list[list[float]] | No
     """Give samples a field; on ranks that do not train on them (None) they go without."""
     for sample, values in zip(samples, logprobs or (), strict=logprobs is not None):
         sample.fields[name] = values
-
-
-def launch_critic(run: Run, stage: PpoStage, batch: Batch) -> Update:
-    """REINFORCE over the same batch's judgements."""
-    samples = critic_samples(batch, stage.train_states, stage.baseline, stage.critic_loss, stage.train_share)
-    with run.phase("critic_train"):
-        launched = run.critic.launch_step(
-            samples,
-            make_reinforce_loss(stage.critic_loss),
-            temperature=run.recipe.judging.temperature,
-            with_entropy=True,
-        )
-
-    def figures() -> dict[str, float]:
-        result = launched.result()
-        return trained_figures("critic", [result], batch, samples, result.logprobs)
-
-    return Update([launched], figures)

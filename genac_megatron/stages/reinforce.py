@@ -31,7 +31,14 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
     loss = loss if replay is None else replay.loss(loss)
     for step in loop.steps(stage.steps):
         batch, figures = next_batch(run, stage, step)
-        samples = critic_samples(batch, stage.train_states, stage.baseline, stage.loss, stage.train_share)
+        samples = critic_samples(
+            batch,
+            stage.train_states,
+            stage.baseline,
+            stage.loss,
+            stage.train_share,
+            final_weight=run.recipe.judging.states.final_weight,
+        )
         replayed: list[Sample] = []
         if replay is not None:
             samples, replayed = replay.joined(samples, step)

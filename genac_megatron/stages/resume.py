@@ -148,7 +148,8 @@ def before_judging(state: State, mark: Mapping[str, Any], stage: int, step: int)
     """`state` as it was after a stage's last step: a run that is resumed there judges what it has trained
     again. mark: what that judging has changed. What it took stays in the metrics.
     """
-    at = {**state["at"], "stage": stage, "step": step, "explained_variance": mark["explained_variance"]}
+    judged = {key: mark[key] for key in ("explained_variance", "measured") if key in mark}
+    at = {**state["at"], "stage": stage, "step": step, **judged}
     log = state["log"]
     rows = None if log is None else {**mark["rows"], METRICS: log["rows"][METRICS]}
     return {"at": at, "log": None if log is None else {**log, "rows": rows}}

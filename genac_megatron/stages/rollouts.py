@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
-from genac_megatron.stages.judging import Judge, need_room
+from genac_megatron.stages.judging import StateJudge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
 
@@ -34,6 +34,16 @@ class Group:
     prompt: Prompt
     rollouts: list[Rollout] = field(default_factory=list)
     judgements: list[list[Judgement]] = field(default_factory=list)
+    # Of the whole responses, where `judging.states.final` asks for them: the critic learns from these, and no
+    # segment has them as its baseline.
+    finals: list[Judgement] = field(default_factory=list)
+
+    def only(self, kept: Sequence[bool]) -> Group:
+        """The group with the `kept` ones of its responses."""
+        rollouts = [one for one, keep in zip(self.rollouts, kept, strict=True) if keep]
+        judgements = [one for one, keep in zip(self.judgements, kept, strict=True) if keep]
+        finals = [one for one, keep in zip(self.finals, kept, strict=bool(self.finals)) if keep]
+        return Group(self.prompt, rollouts, judgements, finals)
 
 
 @dataclass
@@ -46,7 +56,7 @@ class Generator:
     config: RolloutConfig
     stop_ids: tuple[int, ...]
     seed: tuple[object, ...]
-    judge: Judge | None = None
+    judge: StateJudge | None = None
     positions: int | None = None  # of the actor's model; None: not checked
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
@@ -61,6 +71,8 @@ class Generator:
         finally:
             await _end(shared)
         for rollout, judgements in parts:
+            if self.judge is not None and self.judge.final:
+                group.finals.append(judgements.pop())
             group.rollouts.append(rollout)
             group.judgements.append(judgements)
         return group
@@ -144,14 +156,14 @@ async def groups_of(
     if judge is not None:
         keys = [[f"{p.id}#{sample}" for sample in own] for p, own in zip(prompts, numbers, strict=True)]
         firsts = (place * samples + n for place in places for n in range(samples))
-        judge.engine.deal(dict(zip(chain.from_iterable(keys), firsts, strict=True)))
+        judge.deal(dict(zip(chain.from_iterable(keys), firsts, strict=True)))
         if judge.budget is not None:
             judge.budget.deal(keys, judge.config.max_new_tokens)
     made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
     return list(await asyncio.gather(*made))
 
 
-async def _judged(judge: Judge, group: Group) -> Group:
+async def _judged(judge: StateJudge, group: Group) -> Group:
     shared = asyncio.ensure_future(judge.judge_prompt(group.prompt, group.rollouts[0].sample))
     try:
         judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
@@ -160,11 +172,13 @@ async def _judged(judge: Judge, group: Group) -> Group:
     return Group(group.prompt, group.rollouts, list(judgements))
 
 
-def judge_groups(judge: Judge, groups: Sequence[Group], places: Sequence[int] | None = None) -> list[Group]:
+def judge_groups(
+    judge: StateJudge, groups: Sequence[Group], places: Sequence[int] | None = None
+) -> list[Group]:
     """The same responses with fresh judgements of all their states. `places`: as for `generate`."""
     firsts = range(len(groups)) if places is None else places
     each = max((len(group.rollouts) for group in groups), default=0)
-    judge.engine.deal(
+    judge.deal(
         {
             r.key: first * each + n
             for g, first in zip(groups, firsts, strict=True)

@@ -23,7 +23,7 @@ def sft(run: Run, stage: SftStage, loop: Loop) -> None:
     """At most `epochs` passes over the data in batches; a critic is then held to its parse rate."""
     role = run.roles[stage.role]
     if loop.fresh:
-        run.at.explained_variance = None  # of a critic, or about an actor, that is about to change
+        run.at.forget_critic()
         run.at.heldout = None
         if stage.start_from is not None:
             run.copy_weights(stage.start_from, stage.role)

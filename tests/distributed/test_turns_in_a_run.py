@@ -61,7 +61,7 @@ def recipe_in(folder: Path, *, offload: bool) -> Path:
         "stages": [
             {"kind": "sft", "name": "sft-actor", "role": "actor", "data": "demonstrations", "size": 16,
              "epochs": 1, "batch": 8},
-            {"kind": "ppo", "steps": 2, "eval_every": 1, "rollout": ROLLOUT},
+            {"kind": "ppo", "steps": 2, "eval_every": 1, "rollout": ROLLOUT, "gate": {"action": "off"}},
         ],
         "evaluation": {"prompts": 4, "samples": 1},
         "checkpoint": {"every": 1},

@@ -43,7 +43,9 @@ def recipe(ranks: int, actor: dict[str, Any], critic: dict[str, Any]) -> dict[st
         "world": {"ranks": ranks, "timeout_s": 600},
         "roles": roles,
         "judging": {**RECIPE["judging"], "max_new_tokens": 12},
-        "stages": [{"kind": "ppo", "steps": 2, "minibatches": 2, "rollout": rollout}],
+        "stages": [
+            {"kind": "ppo", "steps": 2, "minibatches": 2, "rollout": rollout, "gate": {"action": "off"}}
+        ],
         "observe": {"tensorboard": False, "plots": False},
     }
 

@@ -43,7 +43,14 @@ def recipe() -> dict[str, Any]:
         "world": {"ranks": 2, "timeout_s": 120},
         "task": {"kind": "jsonl", "path": "data.jsonl", "verifier": "exact", "heldout_size": 1},
         "roles": {"actor": role, "critic": role},
-        "stages": [{"kind": "ppo", "steps": 1, "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8}}],
+        "stages": [
+            {
+                "kind": "ppo",
+                "steps": 1,
+                "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8},
+                "gate": {"action": "off"},
+            }
+        ],
         "observe": {"tensorboard": False, "plots": False},
     }
 

@@ -61,7 +61,8 @@ def recipe(folder: Path, task: dict[str, Any], **changes: Any) -> str:
         "judging": {"template": "brief", "privileged": True, "max_new_tokens": 16,
                     "states": {"max_states": 2, "min_segment": 4}},
         "stages": [
-            {"kind": "ppo", "steps": 3, "rollout": rollout, "eval_every": 0, "overlong": {"cache": 6}}
+            {"kind": "ppo", "steps": 3, "rollout": rollout, "eval_every": 0, "overlong": {"cache": 6},
+             "gate": {"action": "off"}}
         ],
         "evaluation": {"prompts": 6, "samples": 2},
         "checkpoint": {"every": 1},

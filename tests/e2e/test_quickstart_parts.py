@@ -26,7 +26,7 @@ PARTS = {
     "reinforce": (
         "stages.reinforce.steps=1", "stages.reinforce.gate.action=off", f"stages.reinforce.rollout={ROLLOUT}",
     ),
-    "ppo": ("stages.ppo.steps=1", f"stages.ppo.rollout={ROLLOUT}"),
+    "ppo": ("stages.ppo.steps=1", "stages.ppo.gate.action=off", f"stages.ppo.rollout={ROLLOUT}"),
 }  # fmt: skip
 
 

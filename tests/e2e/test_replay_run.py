@@ -12,7 +12,8 @@ from tests.warm import genac
 EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_ffn": 24, "norm_topk": True}
 LAYOUTS = {"actor": {"ep": 2}, "critic": {"tp": 2, "ep": 2}}
 ROLLOUT = {"prompts": 8, "samples": 4, "max_new_tokens": 48}
-STAGES = [{"kind": "ppo", "steps": 1, "minibatches": 2, "eval_every": 0, "rollout": ROLLOUT}]
+STAGES = [{"kind": "ppo", "steps": 1, "minibatches": 2, "eval_every": 0, "rollout": ROLLOUT,
+           "gate": {"action": "off"}}]  # fmt: skip
 
 
 def first_row(folder: Path, replay: bool) -> dict[str, Any]:

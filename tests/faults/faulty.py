@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
     "stages": [
         {**SFT, "name": "sft-actor", "role": "actor", "data": "demonstrations", "size": 1600},
         {**SFT, "name": "sft-critic", "role": "critic", "start_from": "actor", "data": "traces", "size": 480},
-        {"kind": "ppo", "steps": 6, "rollout": ROLLOUT},
+        {"kind": "ppo", "steps": 6, "rollout": ROLLOUT, "gate": {"action": "off"}},
     ],
     "evaluation": {"prompts": 4, "samples": 2},
     # At the save, which a fault's step names; what is written in the background has tests that ask for it.

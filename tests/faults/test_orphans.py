@@ -28,7 +28,7 @@ def test_a_killed_rank_leaves_no_process(tmp_path: Path, asynchronous: str, wher
     Killed amid a save, or amid the rollout after one. There is no launcher, whose end of the rank's session
     would hide what is left.
     """
-    stages = [{"kind": "ppo", "steps": 3, "rollout": ROLLOUT}]
+    stages = [{"kind": "ppo", "steps": 3, "rollout": ROLLOUT, "gate": {"action": "off"}}]
     write_recipe(tmp_path, stages=stages, checkpoint={"every": 1})
     note, mark = tmp_path / "done", str(uuid.uuid4())
     world = {

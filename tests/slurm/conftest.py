@@ -23,7 +23,9 @@ observe: {{tensorboard: false, plots: false, wandb: {{mode: offline}}}}
 """
 # Where the stages before PPO are not the point: random weights will do.
 SHORT = """\
-stages: [{{kind: ppo, steps: {steps}, rollout: {{prompts: 8, samples: 2, max_new_tokens: 16}}}}]
+stages:
+  - {{kind: ppo, steps: {steps}, gate: {{action: "off"}},
+     rollout: {{prompts: 8, samples: 2, max_new_tokens: 16}}}}
 """
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 

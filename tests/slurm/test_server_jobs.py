@@ -58,7 +58,7 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"every": 1},
     "observe": {"tensorboard": False, "plots": False},
     "stages": [
-        {"kind": "ppo", "steps": 4, "eval_every": 0,
+        {"kind": "ppo", "steps": 4, "eval_every": 0, "gate": {"action": "off"},
          "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 24}}
     ],
 }  # fmt: skip

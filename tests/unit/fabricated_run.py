@@ -73,6 +73,9 @@ def rl_row(rng: random.Random, kind: str, step: int) -> dict[str, Any]:
         "judge/parse_rate": min(1.0, 0.985 + step / 2000),
         "judge/score_mean": rate + rng.gauss(0, 0.02),
         "judge/brier": 0.2 - step / 400,
+        "judge/score_entropy": 1.5 + rng.gauss(0, 0.1),
+        "judge/value_first": rate,
+        "judge/value_last": rate + 0.1,
         "critic/entropy": 1.2 - step / 60,
         "parity/critic_mean": 2e-6,
         "parity/critic_p99": 1e-5,
@@ -97,6 +100,8 @@ def rl_row(rng: random.Random, kind: str, step: int) -> dict[str, Any]:
             "parity/actor_max": 1e-4,
             "parity/actor_k3": 2e-11,
             "publish/actor_version": step,
+            "advantage/gap": 0.8 + rng.gauss(0, 0.1),
+            "advantage/within_response": 0.3 + rng.gauss(0, 0.05),
         }
     return row
 

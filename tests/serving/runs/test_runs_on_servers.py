@@ -49,7 +49,8 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"every": 0},
     "observe": {"plots": False},
 }
-PPO = {"kind": "ppo", "eval_every": 0, "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 24}}
+PPO = {"kind": "ppo", "eval_every": 0, "rollout": {"prompts": 4, "samples": 2, "max_new_tokens": 24},
+       "gate": {"action": "off"}}  # fmt: skip
 
 
 def start(folder: Path, stage: dict[str, Any], **changes: Any) -> subprocess.Popen[str]:

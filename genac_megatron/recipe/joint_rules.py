@@ -1,0 +1,131 @@
+"""Rules of joint training: what a critic's values are trusted for, and a teacher in its place. No torch."""
+
+from __future__ import annotations
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.algorithms import OF_MONTE_CARLO, AdvantageConfig, WithScalarCritic
+from genac_megatron.recipe.precision import Where
+from genac_megatron.recipe.schema import (
+    PolicyStage,
+    PpoStage,
+    Recipe,
+    ReinforceStage,
+    SftStage,
+    StageConfig,
+    ValueStage,
+)
+
+Place = tuple[str | int, ...]
+
+
+def check_judging_teacher(recipe: Recipe, has_teacher: bool, where: Where) -> None:
+    """A teacher in the critic's place: the task has one, and nothing is there to train. Raises InputError."""
+    if recipe.judging.teacher is None:
+        return
+    if not has_teacher:
+        raise InputError(
+            "judging.teacher puts the exact teacher in the critic's place, and the task "
+            f"'{recipe.task.kind}' has none",
+            where=where(("judging", "teacher")),
+            way_out="take it out, or choose a task with a teacher: state_tracking, chained_arithmetic, or "
+            "reasoning_gym's tower_of_hanoi",
+        )
+    if "critic" in recipe.roles and recipe.roles["critic"].model.head == "value":
+        raise InputError(
+            "judging.teacher puts the exact teacher in the critic's place, and the critic is a scalar one",
+            where=where(("roles", "critic", "model", "head")),
+            way_out="take the role out, or judging.teacher",
+        )
+    for index, stage in enumerate(recipe.stages):
+        if _trains_critic(stage):
+            raise InputError(
+                f"the stage '{stage.name}' ({stage.kind}) trains a critic, and judging.teacher puts the "
+                "exact teacher, which does not learn, in its place",
+                where=where(("stages", index)),
+                way_out="set train_critic: false" if isinstance(stage, PpoStage) else "take the stage out",
+            )
+
+
+def _trains_critic(stage: StageConfig) -> bool:
+    if isinstance(stage, SftStage):
+        return stage.role == "critic"
+    if isinstance(stage, PpoStage):
+        return stage.train_critic
+    scalar = isinstance(stage, PolicyStage) and isinstance(stage.algorithm, WithScalarCritic)
+    return scalar or isinstance(stage, ReinforceStage | ValueStage)
+
+
+def check_joint(recipe: Recipe, stage: StageConfig, place: Place, where: Where) -> None:
+    """Raises InputError at the first rule of a joint stage that is broken."""
+    if not isinstance(stage, PpoStage):
+        return
+    _check_lambda(recipe, stage.advantage, (*place, "advantage"), where)
+    _check_blend(recipe, stage, (*place, "advantage", "blend"), where)
+    if stage.gate.of_monte_carlo and not recipe.evaluation.mc_states:
+        raise _needs_evaluations("an entry gate by Monte-Carlo values", (*place, "gate"), where)
+    if stage.critic_updates > 1 and not stage.train_critic:
+        raise InputError(
+            f"the stage '{stage.name}' updates the critic {stage.critic_updates} times a step, and does not "
+            "train it (train_critic: false)",
+            where=where((*place, "critic_updates")),
+            way_out="take critic_updates out",
+        )
+
+
+def _check_lambda(recipe: Recipe, config: AdvantageConfig, place: Place, where: Where) -> None:
+    default = AdvantageConfig()
+    if config.lam_schedule is not None and config.lam != default.lam:
+        raise InputError(
+            f"lam {config.lam:g} and lam_schedule both say what lambda is",
+            where=where((*place, "lam")),
+            way_out="keep one of them",
+        )
+    if config.readiness is not None:
+        given = ("lam", "lam_schedule", "lam_gate")
+        other = next((key for key in given if getattr(config, key) != getattr(default, key)), None)
+        if other is not None:
+            raise InputError(
+                f"readiness says each problem's lambda, and {other} that of all",
+                where=where((*place, other)),
+                way_out=f"take {other} out (readiness.lam is that of ready problems), or readiness",
+            )
+    gate = config.gate
+    if gate is None or gate.figure not in OF_MONTE_CARLO:
+        return
+    if gate.of == "batch":
+        raise InputError(
+            f"a batch has no Monte-Carlo values, which {gate.figure} is of",
+            where=where((*place, "lam_gate", "of")),
+            way_out="set of: heldout, or figure: explained_variance or explained_variance_prompt",
+        )
+    if not recipe.evaluation.mc_states:
+        raise _needs_evaluations(f"lam_gate's {gate.figure}", (*place, "lam_gate"), where)
+
+
+def _needs_evaluations(what: str, place: Place, where: Where) -> InputError:
+    return InputError(
+        f"{what} needs evaluation.mc_states, which is 0",
+        where=where(place),
+        way_out="set evaluation.mc_states, for example to 96: each takes evaluation.mc_continuations "
+        "responses at an evaluation",
+    )
+
+
+def _check_blend(recipe: Recipe, stage: PpoStage, place: Place, where: Where) -> None:
+    blend = stage.advantage.blend
+    if blend is None:
+        return
+    if stage.rollout.samples == 1:
+        raise InputError(
+            "blend mixes the critic's value with the mean of a prompt's other responses, and rollout.samples "
+            "is 1",
+            where=where((*place[:2], "rollout", "samples")),
+            way_out="raise it to 2 or more, or take blend out",
+        )
+    if blend.of == "heldout" and blend.weight is None and recipe.evaluation.samples == 1:
+        raise InputError(
+            "blend measures the value against the mean of a prompt's other held-out responses, and "
+            "evaluation.samples is 1",
+            where=where(("evaluation", "samples")),
+            way_out="raise it to 2 or more, or set blend.of: running",
+        )

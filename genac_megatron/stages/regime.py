@@ -1,0 +1,194 @@
+"""How far a joint step trusts its critic: lambda per response, and baselines between value and group.
+
+What they go by was measured before the batch, on other responses: baselines that knew this batch's outcomes
+would be biased. It is in the run's state (`Progression.measured`, `.regime`), so a resumed run goes on alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genac_megatron.algorithms.advantages import (
+    RIGHT,
+    advantage_gap,
+    blend_weight,
+    gated_lam,
+    others_mean,
+    scheduled_lam,
+    variance_within,
+)
+from genac_megatron.algorithms.filters import keep_whole
+from genac_megatron.evaluation import metrics
+from genac_megatron.recipe.algorithms import (
+    LOWER_IS_BETTER,
+    OF_MONTE_CARLO,
+    AdvantageConfig,
+    LamGate,
+    Readiness,
+)
+from genac_megatron.recipe.schema import PpoStage
+from genac_megatron.records import Sample
+from genac_megatron.stages.accuracy import BLEND, blend_errors, pairs_of, within_prompts
+from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples
+from genac_megatron.stages.progression import Progression
+from genac_megatron.stages.runtime import mean
+
+
+def trusted_samples(
+    at: Progression, stage: PpoStage, batch: Batch, step: int
+) -> tuple[list[Sample], dict[str, float]]:
+    """What the actor is trained on, by lambda, baselines and filter of the recipe; and their figures."""
+    config, limit = stage.advantage, stage.rollout.max_new_tokens
+    cache = stage.overlong.cache if stage.overlong is not None else None
+    lams = lambdas(at, config, batch, step)
+    values, figures = baselines(at, config, batch, actor_rewards(batch, limit, cache))
+    lam = lams[0] if len(set(lams)) == 1 else mean(lams)  # a mean of equal figures has its own rounding
+    figures |= {"actor/lam": lam, **_normalised(config)}
+    if config.readiness is not None:
+        figures["actor/ready"] = mean(
+            is_ready(at.regime, config.readiness, g.prompt.id) for g in batch.groups
+        )
+    kept = [True] * len(lams)
+    if stage.overlong_filter:
+        kept = keep_whole([rollout.truncated for rollout in batch.rollouts])
+        figures["actor/filtered"] = 1.0 - mean(kept)
+    nothing = not any(kept)
+    if nothing:
+        kept = [True] * len(lams)
+    taught = batch.only(kept)
+    lams, values = _kept(lams, kept), _kept(values, kept)
+    samples = actor_samples(taught, config, lams, stage.actor_loss, limit, cache, values)
+    if nothing:  # every response was cut off: they teach nothing
+        for sample in samples:
+            sample.fields["advantages"] = [0.0] * sample.trained
+    advantages = [torch.tensor(sample.fields["advantages"]) for sample in samples]
+    gap, within = advantage_gap(advantages, taught.outcomes), variance_within(advantages)
+    found = {"advantage/gap": gap, "advantage/within_response": within}
+    return samples, figures | {key: value for key, value in found.items() if value == value}
+
+
+def _kept(items: Sequence[Any], kept: Sequence[bool]) -> list[Any]:
+    return [item for item, keep in zip(items, kept, strict=True) if keep]
+
+
+def _normalised(config: AdvantageConfig) -> dict[str, float]:
+    how = config.normalise
+    return {"advantage/whitened": float(how == "whiten"), "advantage/centred": float(how != "none")}
+
+
+def goes_by_monte_carlo(config: AdvantageConfig) -> bool:
+    """Whether lambda goes by a figure of Monte-Carlo values, which every evaluation then makes."""
+    return config.gate is not None and config.gate.figure in OF_MONTE_CARLO
+
+
+# --- lambda --------------------------------------------------------------------------------------
+
+
+def lambdas(at: Progression, config: AdvantageConfig, batch: Batch, step: int) -> list[float]:
+    """The lambda of each of the batch's responses, at a step of the stage counted from 1. [B]"""
+    if config.readiness is not None:
+        return [
+            config.readiness.lam if is_ready(at.regime, config.readiness, rollout.prompt.id) else 1.0
+            for rollout in batch.rollouts
+        ]
+    lam = config.lam if config.lam_schedule is None else scheduled_lam(config.lam_schedule, step)
+    if config.gate is not None:
+        lower = config.gate.figure in LOWER_IS_BETTER
+        lam = gated_lam(lam, config.gate.threshold, _figure(at, config.gate), lower=lower)
+    return [lam] * len(batch.rollouts)
+
+
+def _figure(at: Progression, gate: LamGate) -> float | None:
+    """The gate's figure as it was measured last; None where it was not."""
+    if gate.of == "batch":
+        figure: float | None = at.regime.get("batch", {}).get(gate.figure)
+        return figure
+    return at.explained_variance if gate.figure == "explained_variance" else at.measured.get(gate.figure)
+
+
+def is_ready(regime: dict[str, Any], config: Readiness, problem: str) -> bool:
+    """Whether the critic may be trusted on a problem (AC2)."""
+    recent = regime.get("recent", [])[-config.steps :]
+    own = regime.get("problems", {}).get(problem)
+    if own is None or len(recent) < config.steps:
+        return False
+    error, seen_right = own
+    return mean(recent) < config.error and error < config.own_error and bool(seen_right)
+
+
+# --- baselines -----------------------------------------------------------------------------------
+
+
+def baselines(
+    at: Progression, config: AdvantageConfig, batch: Batch, rewards: Tensor
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Per response the baselines of its segments, [N]; figures of the blend. rewards: the actor's, [B]."""
+    values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
+    if config.blend is None:
+        return values, {}
+    weight = config.blend.weight
+    if weight is None:
+        known = at.regime.get("blend") if config.blend.of == "running" else at.measured
+        # The group's mean alone until something is measured.
+        weight = blend_weight(*(known[key] for key in BLEND)) if known and BLEND[0] in known else 0.0
+    sizes = [len(group.rollouts) for group in batch.groups]
+    others = torch.cat([others_mean(of_group) for of_group in rewards.split(sizes)])
+    blended = [
+        (weight * value.double() + (1.0 - weight) * other).float()
+        for value, other in zip(values, others, strict=True)
+    ]
+    return blended, {"actor/value_weight": weight}
+
+
+# --- what a batch teaches about the critic -------------------------------------------------------
+
+
+def learn_of(at: Progression, config: AdvantageConfig, batch: Batch) -> None:
+    """Once the batch is trained on: take its errors into the run's state, for the batches after it."""
+    if not _reads_batches(config):
+        return
+    regime = at.regime
+    if config.gate is not None and config.gate.of == "batch":
+        figure = batch_accuracy(batch)[config.gate.figure]
+        if figure == figure:
+            regime["batch"] = {config.gate.figure: figure}
+    if config.blend is not None and (found := blend_errors(batch.groups)):
+        before, momentum = regime.get("blend"), config.blend.momentum
+        regime["blend"] = found if before is None else {
+            key: momentum * before[key] + (1.0 - momentum) * value for key, value in found.items()
+        }  # fmt: skip
+    if config.readiness is not None:
+        _learn_problems(regime, config.readiness, batch)
+
+
+def _reads_batches(config: AdvantageConfig) -> bool:
+    gate = config.gate
+    running = config.blend is not None and config.blend.weight is None and config.blend.of == "running"
+    return config.readiness is not None or running or (gate is not None and gate.of == "batch")
+
+
+def _learn_problems(regime: dict[str, Any], config: Readiness, batch: Batch) -> None:
+    problems = regime.setdefault("problems", {})
+    errors: dict[str, list[float]] = {}
+    right: dict[str, bool] = {}
+    for group in batch.groups:  # a batch may have a problem twice
+        for rollout, judgements in zip(group.rollouts, group.judgements, strict=True):
+            own = errors.setdefault(rollout.prompt.id, [])
+            own += [(judgement.used - rollout.target) ** 2 for judgement in judgements]
+            right[rollout.prompt.id] = right.get(rollout.prompt.id, False) or rollout.target >= RIGHT
+    for problem, found in errors.items():
+        seen = problems.get(problem, (0.0, False))[1]
+        problems[problem] = [mean(found), bool(seen or right[problem])]
+    everything = [error for found in errors.values() for error in found]
+    regime["recent"] = [*regime.get("recent", []), mean(everything)][-config.steps :]
+
+
+def batch_accuracy(batch: Batch) -> dict[str, float]:
+    """A batch's explained variance of outcomes, and the same within prompts; NaN where outcomes are alike."""
+    pairs = pairs_of(batch.groups)
+    whole = metrics.explained_variance([j.used for j, _ in pairs], [r.target for _, r in pairs])
+    return {"explained_variance": whole, "explained_variance_prompt": within_prompts(batch.groups)}
