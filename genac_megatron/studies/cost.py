@@ -26,7 +26,7 @@ COUNTS = {
     "tokens/value": ("critic", 2),
     "tokens/reference": ("reference", 2),
     "tokens/actor_old": ("actor", 2),  # log-probs before the first of several updates
-    "tokens/actor_new": ("actor", 2),  # after its update, for a critic's importance weights
+    "tokens/moved": ("actor", 2),  # log-probs after its update, for the critic's importance weights
     "tokens/actor_train": ("actor", 6),
     "tokens/critic_train": ("critic", 6),
 }
