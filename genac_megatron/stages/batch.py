@@ -253,9 +253,9 @@ def judge_figures(batch: Batch) -> dict[str, float]:
         "judge/states": float(len(unique)),
         "judge/length_mean": mean(len(j.completion.ids) for j in unique),
         "judge/truncated": mean(j.completion.finish == "length" for j in unique),
-        "judge/score_entropy": entropy(scores),  # nats; 0: all on one score
         "judge/value_first": mean(judgements[0].used for judgements in batch.judgements),
         "judge/value_last": mean(judgements[-1].used for judgements in batch.judgements),
+        **({"judge/score_entropy": entropy(scores)} if scores.sum() else {}),  # nats; 0: all on one score
         **({"judge/final_brier": mean(finals)} if finals else {}),
     }
 
