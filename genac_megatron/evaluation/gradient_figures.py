@@ -48,7 +48,8 @@ class GradientFigures:
         self.chunks /= self.chunks.sum(1, keepdims=True)
         self.blocks = _draws(blocks, draws, seed + 1)
         pairs = 1.0 - (self.chunks**2).sum(1)
-        self.square = _between(self.chunks, self.between) / _positive(pairs)  # |G|^2, [draws + 1]
+        # |G|^2, [draws + 1]; NaN where the reference is too small to show any: then nothing can be said
+        self.square = _positive(_between(self.chunks, self.between) / _positive(pairs))
 
     def reference(self, rollouts: int) -> dict[str, Estimate]:
         """Of the reference itself, of so many rollouts: how sure it is. cosine: of its mean with G."""
@@ -91,7 +92,7 @@ class GradientFigures:
 def agrees(figures: Mapping[str, Estimate]) -> bool:
     """Whether one in the reference's units may be unbiased: size 1 and excess 0 are in wide intervals."""
     size, excess = (_known(figures[name].draws) for name in ("size", "excess"))
-    if not (size.size and excess.size):
+    if not (size.size and excess.size and np.isfinite(figures["size"].value)):
         return False
     low, high = np.quantile(size, [(1 - WIDE) / 2, (1 + WIDE) / 2])
     return bool(low <= 1.0 <= high and np.quantile(excess, (1 - WIDE) / 2) <= 0.0)

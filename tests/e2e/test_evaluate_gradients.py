@@ -74,7 +74,7 @@ def test_a_study_audits_estimators_of_its_base_runs(folder: Path) -> None:
     found = record["report"]["estimators"]
     assert {"rloo", "vc_ppo", "genac-0", "genac-prompt", "exact-0", "exact-1-raw"} <= found.keys()
     assert 0 < record["report"]["success_rate"] < 1
-    assert all(0 < abs(one["cosine"]["value"]) <= 1.5 for one in found.values())
+    assert all({"cosine", "snr", "ratio", "bias"} <= one.keys() for one in found.values())
     assert record["stands_on"].keys() == {"actor", "critic", "scalar"}
     assert "predicted" in (out / "table.md").read_text()
     assert (out / "estimators.png").stat().st_size > 5000
