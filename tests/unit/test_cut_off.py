@@ -13,8 +13,9 @@ from genac_megatron.algorithms.advantages import segment_gae
 from genac_megatron.algorithms.baselines.dapo import overlong_penalty
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.build import for_critics
+from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.rules import check
-from genac_megatron.recipe.schema import AdvantageConfig, CriticLossConfig, LossConfig, Recipe, RolloutConfig
+from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, Recipe, RolloutConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Judgement, Rollout, State
 from genac_megatron.stages.batch import (
