@@ -134,10 +134,10 @@ def test_marks_grow_by_one_ratio_up_to_the_limit(config: StatesConfig, limit: in
     assert len(found) == config.max_states - 1
     assert found == sorted(found)
     assert all(config.min_segment <= mark <= max(limit, config.min_segment) for mark in found)
-    edges = [config.min_segment, *found, limit]
-    if limit > 100 * config.min_segment:
-        ratios = [b / a for a, b in itertools.pairwise(edges)]
-        assert max(ratios) / min(ratios) < 2.5  # whole tokens, so not exactly
+    growth = max(limit / config.min_segment, 1.0)
+    for k, mark in enumerate(found, 1):  # the n-th power of mark k is the k-th of the growth, in whole tokens
+        below, above = (((mark + more) / config.min_segment) ** config.max_states for more in (0, 1))
+        assert below * (1 - 1e-4) <= growth**k <= above
 
 
 def test_marks_of_the_recipes() -> None:
