@@ -79,7 +79,7 @@ def responses(count: int, per_prompt: int, tokens: int) -> list[Rollout]:
         while len(TOKENIZER.encode(text, add_special_tokens=False)) < tokens:
             text += " ".join(rng.choice("abcdefgh") for _ in range(12)) + "\n"
         ids = tuple(TOKENIZER.encode(text, add_special_tokens=False)[:tokens])
-        made.append(Rollout(prompt, sample, Completion(ids, (0.0,) * len(ids), "stop"), text))
+        made.append(Rollout(prompt, sample, Completion(ids, (0.0,) * len(ids), "stop"), text, limit=tokens))
     return made
 
 

@@ -79,6 +79,7 @@ class Rollout:
     outcome: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)  # of the outcome, where its task names some
     critic_outcome: float | None = None  # of a cut-off response, where critics have another rule
+    limit: int | None = None  # tokens that it might have had; None: not known
 
     @property
     def key(self) -> str:

@@ -1,7 +1,9 @@
 """Where a response is cut into segments, and the states before them (no torch).
 
-A state is the prefix strictly before its segment's first token, so its value cannot depend on the
-segment it is the baseline of.
+A state is the prefix strictly before its segment's first token, and whether there is a cut is decided by
+the tokens before it alone. So neither a state's value nor its place can depend on the segment that it is the
+baseline of, and a baseline has no bias, whatever the critic says (tests/unit/test_unbiased_cuts.py sums it
+over every response of a small policy).
 """
 
 from __future__ import annotations
@@ -19,23 +21,37 @@ if TYPE_CHECKING:
 def cut_states(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: StatesConfig) -> list[State]:
     """The states of a response in order of cut; the prompt state (cut 0) first.
 
-    Segments [cut, end) tile the sampled ids exactly. Every segment has at least `min_segment` tokens,
-    unless the whole response is shorter; at most `max_states` states are kept, evenly thinned over
-    the cuts. Cutters: `lines` after a token that holds a line end, `fixed` every `fixed_length`
-    tokens, `low_prob` before a token sampled with probability below `low_prob`.
+    Segments [cut, end) tile the sampled ids exactly. Cutters: `lines` after a token that holds a line end,
+    `fixed` every `fixed_length` tokens, `low_prob` after a token sampled with probability below `low_prob`.
+    Of these places a cut is kept where at least `min_segment` tokens lie between it and the one before, and
+    where as many tokens as `marks` asks of its number have been written: at most `max_states` states.
 
-    The prompt of a state depends on nothing after its cut. *Which* cuts are kept depends on the
-    response's length, as even thinning must.
+    What comes after a cut is never looked at, the response's length included. So the last segment is as short
+    as it happens to be.
     """
     count = len(rollout.completion.ids)
+    earliest = marks(config, rollout.limit)
     cuts = [0]
     for cut in _candidates(rollout, tokenizer, config):
-        if cut - cuts[-1] >= config.min_segment and count - cut >= config.min_segment:
+        if len(cuts) > len(earliest):
+            break
+        if cut >= earliest[len(cuts) - 1] and cut - cuts[-1] >= config.min_segment:
             cuts.append(cut)
-    inner = cuts[1:]
-    kept = [0, *(inner[i] for i in spread(len(inner), config.max_states - 1))]
-    ends = [*kept[1:], count]
-    return [State(rollout, index, cut, end) for index, (cut, end) in enumerate(zip(kept, ends, strict=True))]
+    ends = [*cuts[1:], count]
+    return [State(rollout, index, cut, end) for index, (cut, end) in enumerate(zip(cuts, ends, strict=True))]
+
+
+def marks(config: StatesConfig, limit: int | None) -> list[int]:
+    """How many tokens must have been written before each of the cuts 1 to max_states - 1.
+
+    They grow by one ratio from `min_segment` to `limit`, the tokens that a response may have. How many it
+    will have is not known where a cut is decided: with equal ratios a response of a tenth of the limit keeps
+    some of its cuts as well, with equal steps it would keep none. Without a limit the first cuts are kept.
+    """
+    growth = 1.0 if limit is None else max(limit / config.min_segment, 1.0)
+    states = config.max_states
+    # Down to whole tokens, and not by the last bit of a power.
+    return [int(config.min_segment * growth ** (k / states) + 1e-6) for k in range(1, states)]
 
 
 def state_text(state: State, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -52,7 +68,10 @@ def state_text(state: State, tokenizer: PreTrainedTokenizerBase) -> str:
 def trained_indices(count: int, limit: int) -> list[int]:
     """Which of a response's `count` states are trained on: at most `limit`, the first and last always.
 
-    With `limit` 1 it is the prompt state alone.
+    With `limit` 1 it is the prompt state alone. This looks at the whole response, as it may: what is chosen
+    is what the critic learns from, and no baseline. No critic biases the actor's gradient at lambda 1. But
+    what a critic learns at a state is the mean outcome of the responses that it was chosen in: where some end
+    soon after it, it was their last state and always chosen, and they count more than those that go on.
     """
     if count <= limit:
         return list(range(count))
@@ -85,6 +104,6 @@ def _candidates(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: St
         return list(range(config.fixed_length, len(ids), config.fixed_length))
     if config.cutter == "low_prob":
         logprobs = rollout.completion.logprobs
-        return [i for i in range(1, len(ids)) if math.exp(logprobs[i]) < config.low_prob]
+        return [i + 1 for i in range(len(ids) - 1) if math.exp(logprobs[i]) < config.low_prob]
     ends_line = {i: "\n" in str(tokenizer.decode([i])) for i in set(ids)}
     return [i + 1 for i in range(len(ids) - 1) if ends_line[ids[i]]]

@@ -84,7 +84,7 @@ class Generator:
         seed = seed_for(*self.seed, prompt.id, sample)
         completion = await self.engine.complete(Request(prompt.ids, params, seed, f"{prompt.id}#{sample}"))
         text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
-        rollout = Rollout(prompt, sample, completion, text)
+        rollout = Rollout(prompt, sample, completion, text, limit=self.config.max_new_tokens)
         if self.judge is None or shared is None:
             await self.verify(rollout)
             return rollout, []

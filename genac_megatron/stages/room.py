@@ -108,8 +108,8 @@ class Room:
             self.judged,
             self.judged,
         )
-        # The last state lies a segment before the end. Another tokenizer may cut the response otherwise.
-        response = max(self.judged - judging.states.min_segment, 0) if judging.states.max_states > 1 else 0
+        # The last state may lie a token before the end. Another tokenizer may cut the response otherwise.
+        response = max(self.judged - 1, 0) if judging.states.max_states > 1 else 0
         return len(ids) + response, judging.max_new_tokens
 
 

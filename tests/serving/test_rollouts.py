@@ -152,7 +152,7 @@ def test_groups_are_complete() -> None:
         assert len({rollout.completion.ids for rollout in group.rollouts}) == 3, "samples are drawn apart"
         for rollout, judgements in zip(group.rollouts, group.judgements, strict=True):
             assert rollout.prompt == group.prompt
-            assert 1 <= len(rollout.completion.ids) <= LIMIT
+            assert 1 <= len(rollout.completion.ids) <= LIMIT == rollout.limit
             assert rollout.outcome == TASK.verify(rollout.prompt, rollout.text)
             assert rollout.text == TOKENIZER.decode(rollout.completion.ids, skip_special_tokens=True)
             wanted = cut_states(rollout, TOKENIZER, config)
@@ -228,6 +228,7 @@ def test_a_critic_is_shown_what_is_before_the_cut_and_nothing_behind_it() -> Non
         assert rollout.prompt.problem in shown
         ids = (*rollout.completion.ids[:cut], 5, 5, 5, 5)  # goes on in another way, and succeeds
         other = Rollout(rollout.prompt, rollout.sample, Completion(ids, (-1.0,) * len(ids), "stop"), "", 1.0)
+        other.limit = LIMIT
         (group,) = judge_groups(critic, [Group(rollout.prompt, [other])])
         (same,) = [x for x in group.judgements[0] if x.state.cut == cut]
         assert same.prompt_ids == j.prompt_ids

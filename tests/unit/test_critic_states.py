@@ -26,9 +26,9 @@ configs = st.builds(
 )
 
 
-def rollout(ids: list[int], logprobs: list[float] | None = None) -> Rollout:
+def rollout(ids: list[int], logprobs: list[float] | None = None, limit: int | None = None) -> Rollout:
     completion = Completion(tuple(ids), tuple(logprobs or [-0.1] * len(ids)), "stop")
-    return Rollout(PROMPT, 0, completion, str(TINY.decode(ids, skip_special_tokens=True)))
+    return Rollout(PROMPT, 0, completion, str(TINY.decode(ids, skip_special_tokens=True)), limit=limit)
 
 
 def encode(text: str) -> list[int]:
@@ -41,17 +41,19 @@ tokens = st.lists(
 
 
 @settings(max_examples=300)
-@given(tokens, configs)
-def test_segments_tile_the_response(pairs: list[tuple[int, float]], config: StatesConfig) -> None:
-    made = rollout([p[0] for p in pairs], [p[1] for p in pairs])
+@given(tokens, configs, st.none() | st.integers(80, 200))
+def test_segments_tile_the_response(
+    pairs: list[tuple[int, float]], config: StatesConfig, limit: int | None
+) -> None:
+    made = rollout([p[0] for p in pairs], [p[1] for p in pairs], limit)
     states = cut_states(made, TINY, config)
     assert states[0].cut == 0
     assert states[-1].end == len(pairs)
     assert [s.index for s in states] == list(range(len(states)))
     assert all(a.end == b.cut for a, b in itertools.pairwise(states))
     assert len(states) <= config.max_states
-    if len(states) > 1:
-        assert all(s.end - s.cut >= config.min_segment for s in states)
+    assert all(s.end - s.cut >= config.min_segment for s in states[:-1])
+    assert states[-1].end > states[-1].cut or not pairs
     for state in states[1:]:
         ids, logprobs = made.completion.ids, made.completion.logprobs
         if config.cutter == "lines":
@@ -59,7 +61,7 @@ def test_segments_tile_the_response(pairs: list[tuple[int, float]], config: Stat
         elif config.cutter == "fixed":
             assert state.cut % config.fixed_length == 0
         else:
-            assert math.exp(logprobs[state.cut]) < config.low_prob
+            assert math.exp(logprobs[state.cut - 1]) < config.low_prob
 
 
 def test_lines_cut_after_the_token_with_the_line_end() -> None:
@@ -84,7 +86,28 @@ def test_every_cut_is_found_where_nothing_forbids_it() -> None:
     assert [(s.cut, s.end) for s in fixed] == [(0, 4), (4, 8), (8, 10)]
     low = StatesConfig(cutter="low_prob", low_prob=0.2, min_segment=2)
     unsure = cut_states(rollout(list(range(9)), [-3, -3, -0.1, -3, -0.1, -0.1, -3, -0.1, -3]), TINY, low)
-    assert [s.cut for s in unsure] == [0, 3, 6]
+    assert [s.cut for s in unsure] == [0, 2, 4, 7]  # after the token that nobody expected
+
+
+@pytest.mark.parametrize(
+    ("most", "limit", "lines", "wanted"),
+    [
+        (6, 64, 2, [0, 15, 23]),  # the quickstart: no cut of its responses is lost
+        (6, 64, 5, [0, 15, 23, 31, 39, 47]),
+        (2, 64, 2, [0, 23]),
+        (2, 64, 5, [0, 23]),
+        (4, 128, 1, [0, 22]),  # what is left is the end token: that is not known there
+        (4, 128, 2, [0, 23]),
+        (4, 128, 9, [0, 23, 39, 71]),
+    ],
+)
+def test_few_states_lie_apart_in_long_responses_and_are_there_in_short_ones(
+    most: int, limit: int, lines: int, wanted: list[int]
+) -> None:
+    """Of a response whose lines have 8 tokens, after a first one of 7."""
+    text = "start : a b c d\n" + "1 ab : a b c d\n" * lines + "answer : a b c d\n"
+    made = rollout([*encode(text), TINY.eos_token_id], limit=limit)
+    assert [s.cut for s in cut_states(made, TINY, StatesConfig(max_states=most, min_segment=8))] == wanted
 
 
 def test_an_empty_response_has_its_prompt_state() -> None:
@@ -92,7 +115,7 @@ def test_an_empty_response_has_its_prompt_state() -> None:
 
 
 @given(st.integers(0, 60), st.integers(0, 12))
-def test_thinning_is_even(count: int, limit: int) -> None:
+def test_trained_states_are_evenly_spread(count: int, limit: int) -> None:
     kept = spread(count, limit)
     assert len(kept) == min(count, limit)
     assert kept == sorted(set(kept))

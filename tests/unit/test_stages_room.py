@@ -117,7 +117,7 @@ def test_a_critics_prompt_holds_the_longest_response(tmp_path: Path) -> None:
     icc = IccState(1.0, step=1_000_000)
     alone = len(build_prompt_ids(TINY, run.recipe.judging, icc, prompt, "", 230, 230))
     longer = max(alone, *(len(_prompt_ids(run, n, icc)) for n in range(run.task.train_size)))
-    enough = longer + 230 - 8 + 16
+    enough = longer + 230 - 1 + 16
     fit_task(run, {"actor": 300, "critic": enough}, ("train",))
     with pytest.raises(InputError, match="the critic reads"):
         fit_task(run, {"actor": 300, "critic": enough - 1}, ("train",))
