@@ -166,7 +166,8 @@ class Judge(StateJudge):
 
 @dataclass
 class TeacherJudge(StateJudge):
-    """The task's exact teacher in the critic's place: its scores, in tenths as a critic gives them.
+    """The task's exact teacher in the critic's place: its scores, in tenths as a critic gives them, or with
+    `judging.score: soft` the values that it rounds.
 
     It reads what the critic would: problem, partial response and p_bar, never the outcome. No token is
     generated.
@@ -185,7 +186,10 @@ class TeacherJudge(StateJudge):
         partial = state_text(state, self.actor_tokenizer)
         rng = random.Random(seed_for(*self.seed, _key(state)))
         words, score = self.teacher.trace(state.rollout.prompt, partial, self.icc.p_bar, rng)
-        return Judgement(state, (), Completion((), (), "stop"), words, score / 10)
+        judgement = Judgement(state, (), Completion((), (), "stop"), words, score / 10)
+        if self.config.score == "soft":
+            judgement.soft = self.teacher.value(state.rollout.prompt, partial, self.icc.p_bar)
+        return judgement
 
 
 def _key(state: State) -> str:

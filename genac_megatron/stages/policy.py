@@ -13,6 +13,7 @@ from genac_megatron.algorithms.baselines.dr_grpo import dr_grpo
 from genac_megatron.algorithms.baselines.grpo import grpo
 from genac_megatron.algorithms.baselines.reinforce_pp import reinforce_pp
 from genac_megatron.algorithms.baselines.rloo import rloo
+from genac_megatron.algorithms.filters import keep_whole
 from genac_megatron.recipe.algorithms import (
     Dapo,
     DrGrpo,
@@ -33,7 +34,6 @@ from genac_megatron.stages.batch import (
     response_samples,
     whitened,
 )
-from genac_megatron.stages.filters import untruncated
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import critic_passes, critic_updates, updates
@@ -161,9 +161,9 @@ def launch_actor(
     """
     loss = stage.algorithm.loss
     if stage.overlong_filter:
-        rollouts = batch.rollouts
-        advantages = [a for a, rollout in zip(advantages, rollouts, strict=True) if not rollout.truncated]
-        batch = untruncated(batch)
+        kept = keep_whole([rollout.truncated for rollout in batch.rollouts])
+        advantages = [advantage for advantage, keep in zip(advantages, kept, strict=True) if keep]
+        batch = batch.only(kept)
         if not advantages:
             run.actor.skip(updates(stage))
             return Update([], lambda: {"actor/skipped": 1.0})

@@ -41,7 +41,7 @@ class Group:
     def only(self, kept: Sequence[bool]) -> Group:
         """The group with the `kept` ones of its responses."""
         rollouts = [one for one, keep in zip(self.rollouts, kept, strict=True) if keep]
-        judgements = [one for one, keep in zip(self.judgements, kept, strict=True) if keep]
+        judgements = [one for one, keep in zip(self.judgements, kept, strict=bool(self.judgements)) if keep]
         finals = [one for one, keep in zip(self.finals, kept, strict=bool(self.finals)) if keep]
         return Group(self.prompt, rollouts, judgements, finals)
 

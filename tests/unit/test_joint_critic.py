@@ -253,6 +253,13 @@ def test_the_teacher_judges_a_fixed_actor_as_it_writes_traces_and_generates_noth
     assert group.judgements[0][0] is group.judgements[1][0], "one judgement of the prompt"
     assert group.finals[0].value == 1.0
     assert group.finals[1].value == 0.0
+    exact = replace(judge, config=judging.model_copy(update={"score": "soft"}))
+    (unrounded,) = judge_groups(exact, [group])
+    for soft, rounded in zip(unrounded.judgements[0], group.judgements[0], strict=True):
+        assert soft.value == rounded.value
+        assert soft.soft is not None
+        assert abs(soft.soft - (rounded.value or 0.0)) <= 0.05 + 1e-9
+    assert {j.soft for j in unrounded.judgements[0]} - {j.value for j in unrounded.judgements[0]}
     # Evaluations judge the same states, without whole responses.
     (again,) = judge_groups(replace(judge, final=False), [group])
     assert again.finals == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from genac_megatron.algorithms.filters import keep_whole
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.states import cut_states, state_text
 from genac_megatron.errors import InputError
@@ -19,7 +20,6 @@ from genac_megatron.recipe.tasks import ChainedArithmeticTask, StateTrackingTask
 from genac_megatron.records import Completion, Finish, Request, Rollout, Sample
 from genac_megatron.stages import policy as policy_stage
 from genac_megatron.stages.batch import Batch
-from genac_megatron.stages.filters import untruncated
 from genac_megatron.stages.minibatches import critic_passes, critic_updates, minibatches, updates
 from genac_megatron.stages.policy import train
 from genac_megatron.stages.rollouts import Group
@@ -351,14 +351,15 @@ def test_where_all_are_cut_off_the_actor_is_left_as_it_is(actors: list[list[Samp
     assert "critic/error" in figures
 
 
-def test_untruncated_keeps_judgements_with_their_responses() -> None:
+def test_responses_are_left_out_with_their_judgements() -> None:
     run: Any = FakeRun()
     batch = batch_of(run, 2, 2, cut_off=(0, 2, 3))
+    kept = keep_whole([rollout.truncated for rollout in batch.rollouts])
+    assert [r.key for r in batch.only(kept).rollouts] == ["train/0#1"], "without judgements too"
     for group in batch.groups:
         made: Any = [[f"of {r.key}"] for r in group.rollouts]
         group.judgements = made
-    left = untruncated(batch)
-    assert [r.key for r in left.rollouts] == ["train/0#1"]
+    left = batch.only(kept)
     assert [str(one) for (one,) in left.judgements] == ["of train/0#1"]
     assert left.fresh == batch.fresh
 
