@@ -188,7 +188,9 @@ def test_balance_evenly_over_lengths() -> None:
     for index in range(60):
         lines = 4 if index % 6 else 24  # one response in six is long
         prompt = Prompt(f"train/{index}", (), "p", None)
-        states += states_of(rollout("\n".join("a b" for _ in range(lines)), prompt, 0, float(index % 2)))
+        made = rollout("\n".join("a b" for _ in range(lines)), prompt, 0, float(index % 2))
+        made.limit = 100  # known beforehand, so that long responses have states near their end
+        states += states_of(made)
     lengths = [length(state) for state in states]
     width = (max(lengths) - min(lengths)) / 4
 
@@ -279,7 +281,7 @@ def test_monte_carlo_scores_stand_behind_the_exact_teachers_reasoning() -> None:
     assert task.teacher is not None
     prompt = task.prompt("train", 0)
     states = states_of(rollout(task.teacher.demonstrate(prompt, random.Random(1)), prompt))
-    values = [0.0, 0.25, 0.44, 0.9375, 1.0][: len(states)]
+    values = [0.0, 0.25, 0.44, 0.9375, 1.0, 0.6][: len(states)]
     samples = monte_carlo_samples(states, values, task.teacher, CONTEXT)
     exact = exact_samples(states, task.teacher, CONTEXT)
     for value, sample, other, state in zip(values, samples, exact, states, strict=False):

@@ -253,7 +253,7 @@ def test_the_teacher_judges_a_fixed_actor_as_it_writes_traces_and_generates_noth
     assert group.judgements[0][0] is group.judgements[1][0], "one judgement of the prompt"
     assert group.finals[0].value == 1.0
     assert group.finals[1].value == 0.0
-    exact = replace(judge, config=judging.model_copy(update={"score": "soft"}))
+    exact = replace(judge, final=False, config=judging.model_copy(update={"score": "soft"}))
     (unrounded,) = judge_groups(exact, [group])
     for soft, rounded in zip(unrounded.judgements[0], group.judgements[0], strict=True):
         assert soft.value == rounded.value

@@ -86,7 +86,7 @@ def test_the_critic_is_asked_before_any_verifier_is_done_with_stand_ins_for_engi
     config = JudgingConfig(template="brief", max_new_tokens=9, states=states)
     judge: Any = Judge(critic, TINY, TINY, config, IccState(0.5), (), 64, (0, "judge"))  # type: ignore[arg-type]
     actor: Any = StandInEngine("a b c\nd a b\nc d a\nb c d\n")
-    made = Generator(actor, TINY, task, RolloutConfig(max_new_tokens=64), (), (0,), judge)
+    made = Generator(actor, TINY, task, RolloutConfig(max_new_tokens=17), (), (0,), judge)
     (group,) = generate(made, [task.prompt("train", 0)], 4)
     assert [len(judgements) for judgements in group.judgements] == [4] * 4
     assert len(critic.asked) == every
