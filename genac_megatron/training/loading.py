@@ -203,8 +203,6 @@ def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool
         for group in _groups(saved):
             group.update(own)  # Megatron 0.19 finds a saved group by its learning rates
         role.optimizer.load_state_dict(saved)
-        for group in role.optimizer.param_groups:
-            group.update(own)
         if steps:
             role.scheduler.step(increment=steps)
         return

@@ -118,28 +118,38 @@ def test_a_save_under_way_holds_none_of_the_tensors_that_were_copied(pool: Any, 
 
 
 def faster_case(rank: int, folder: str) -> Any:
-    """A step of a resumed run whose recipe has another learning rate."""
+    """A step of a resumed run whose recipe has another learning rate; the critic's optimizer is not sharded."""
     from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
+    def both(**optimizer: Any) -> dict[str, Any]:
+        whole = {"distributed_optimizer": False}
+        actor = role_config(layout={"tp": 2}, optimizer=optimizer)
+        critic = role_config(layout={"pp": 2}, optimizer=optimizer, training=whole)
+        roles = {"actor": make_role("actor", actor, 4), "critic": make_role("critic", critic, 4, seed=9)}
+        for role in roles.values():
+            role.begin_stage(None, 10)
+        return roles
+
     checkpoints = Checkpoints(Path(folder), keep=2, asynchronous=False)
-    before = roles_of({"tp": 2}, {"pp": 2})
+    before = both()
     step_all(before, 2, 0)
     checkpoints.save("ppo-00002", before, STATE)
     path, _ = checkpoints.newest()
-    rates = {}
+    found = {}
     for lr in (1e-3, 7e-3):
-        roles = roles_of({"tp": 2}, {"pp": 2}, optimizer={"lr": lr, "schedule": "constant"})
+        roles = both(lr=lr, schedule="constant", beta2=0.91)
         load_checkpoint(path, roles)
         load_checkpoint(path, roles, optimizers=True)
         step_all(roles, 1, 2)
-        rates[lr] = [role.optimizer.param_groups[0]["lr"] for role in roles.values()]
-    return rates
+        groups = [group for role in roles.values() for group in role.optimizer.param_groups]
+        found[lr] = {(group["lr"], group["max_lr"], tuple(group["betas"])) for group in groups}
+    return found
 
 
 def test_a_resumed_run_goes_by_its_own_learning_rate(pool: Any, tmp_path: Path) -> None:
     """What a checkpoint keeps of the optimizer is its state: "lower the learning rate" must be a way out."""
-    for rates in pool.run(faster_case, str(tmp_path)):
-        assert rates == {1e-3: [1e-3, 1e-3], 7e-3: [7e-3, 7e-3]}
+    for found in pool.run(faster_case, str(tmp_path)):
+        assert found == {lr: {(lr, lr, (0.9, 0.91))} for lr in (1e-3, 7e-3)}
 
 
 @pytest.mark.extended  # moves of one role, tensor by tensor: test_checkpoint_shards.py
