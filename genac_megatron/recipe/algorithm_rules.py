@@ -131,6 +131,13 @@ def _check_regression(
 
 
 def _check_importance(value: ValueConfig, place: tuple[str | int, ...], where: Where) -> None:
+    if value.importance_limit is not None and value.target != "outcome":
+        raise InputError(
+            f"importance_limit weights outcomes by the moved policy, and the critic is taught {value.target} "
+            "values",
+            where=where((*place, "target")),
+            way_out="set importance_limit: null, or target: outcome",
+        )
     if value.importance_limit is not None and value.lam_critic != 1.0:
         raise InputError(
             "importance_limit weights outcomes by the moved policy, and lam_critic "

@@ -55,21 +55,21 @@ def within_responses(groups: Sequence[Group], known: Mapping[tuple[str, int], Se
     )
 
 
-def blend_errors(groups: Sequence[Group]) -> dict[str, float]:
+def blend_errors(groups: Sequence[Group], rewards: Sequence[float]) -> dict[str, float]:
     """The mean squares that a blend's weight is made of, over all (state, response) pairs (`blend_weight`).
 
-    {} where a prompt has a single response.
+    rewards: the actor's, of each response, in order. {} where a prompt has a single response.
     """
     if not groups or any(len(group.rollouts) < 2 for group in groups):
         return {}
     sums, count = dict.fromkeys(BLEND, 0.0), 0
-    for group in groups:
-        targets = torch.tensor([rollout.target for rollout in group.rollouts], dtype=torch.float64)
-        others = others_mean(targets).tolist()
-        for target, other, judgements in zip(targets.tolist(), others, group.judgements, strict=True):
+    split = torch.tensor(rewards, dtype=torch.float64).split([len(group.rollouts) for group in groups])
+    for group, earned in zip(groups, split, strict=True):
+        others = others_mean(earned).tolist()
+        for reward, other, judgements in zip(earned.tolist(), others, group.judgements, strict=True):
             for judgement in judgements:
-                sums["value_error"] += (target - judgement.used) ** 2
-                sums["group_error"] += (target - other) ** 2
+                sums["value_error"] += (reward - judgement.used) ** 2
+                sums["group_error"] += (reward - other) ** 2
                 sums["group_distance"] += (judgement.used - other) ** 2
                 count += 1
     return {key: value / count for key, value in sums.items()} if count else {}

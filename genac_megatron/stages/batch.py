@@ -213,7 +213,7 @@ def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[st
 def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
     """What the actor and, where it judged, the critic did in this batch."""
     judged = judge_figures(batch) | judge_staleness(batch, run.at.versions) if any(batch.judgements) else {}
-    tell_too_long(run, (judgement for judgements in batch.judgements for judgement in judgements))
+    tell_too_long(run, [*(j for judgements in batch.judgements for j in judgements), *batch.finals])
     return {**rollout_figures(batch, run.at.versions), **judged, **run.serving.figures()}
 
 
@@ -240,7 +240,11 @@ def judge_figures(batch: Batch) -> dict[str, float]:
     pairs = [(j, r.target) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
     base = mean(outcome for _, outcome in pairs)
     scores = score_histogram([j.value for j in {id(j): j for j, _ in pairs}.values() if j.value is not None])
-    finals = [(j.used - r.target) ** 2 for r, j in zip(batch.rollouts, batch.finals, strict=False)]
+    wholes = list(zip(batch.finals, batch.rollouts, strict=bool(batch.finals)))
+    finals = {
+        "judge/final_brier": mean((j.used - r.target) ** 2 for j, r in wholes if not j.skipped),
+        "judge/final_skipped": mean(j.skipped for j, _ in wholes),
+    }
     every = {id(j): j for j, _ in pairs}.values()
     unique = [judgement for judgement in every if not judgement.skipped]
     return {
@@ -256,7 +260,7 @@ def judge_figures(batch: Batch) -> dict[str, float]:
         "judge/value_first": mean(judgements[0].used for judgements in batch.judgements),
         "judge/value_last": mean(judgements[-1].used for judgements in batch.judgements),
         **({"judge/score_entropy": entropy(scores)} if scores.sum() else {}),  # nats; 0: all on one score
-        **({"judge/final_brier": mean(finals)} if finals else {}),
+        **(finals if wholes else {}),
     }
 
 

@@ -18,7 +18,7 @@ from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation import metrics
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
-from genac_megatron.recipe.schema import Recipe, RolloutConfig, SftStage, StageConfig
+from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftStage, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, within_prompts, within_responses
 from genac_megatron.stages.judging import Judge, StateJudge, TeacherJudge
@@ -270,11 +270,17 @@ def _judged(run: Run, stage: StageConfig, groups: list[Group]) -> list[Group]:
 def monte_carlo_draws(
     run: Run, stage: StageConfig, groups: list[Group]
 ) -> dict[tuple[str, int], list[float]]:
-    """Outcomes of fresh continuations from some states, over this rank's share: V(s) is their mean."""
+    """Outcomes of fresh continuations from some states, over this rank's share: V(s) is their mean.
+
+    A gate by what the critic knows within responses needs several states of each: then whole responses are
+    drawn, and states one by one else.
+    """
     config = run.recipe.evaluation
+    gate = stage.advantage.gate if isinstance(stage, PpoStage) else None
+    whole = gate is not None and gate.figure == "explained_variance_response"
     states = [j.state for g in groups for js in g.judgements for j in js if j.state.index > 0]
     states += [group.judgements[0][0].state for group in groups]
-    ranked = sorted((seed_for(run.recipe.seed, "mc", *_key(state)), _key(state)) for state in states)
+    ranked = draw_order(run.recipe.seed, [_key(state) for state in states], whole=whole)
     everywhere = sorted(pair for part in run.gather([ranked]) for pair in part)[: config.mc_states]
     wanted = {key for _, key in everywhere}
     chosen = [state for state in states if _key(state) in wanted]
@@ -285,6 +291,13 @@ def monte_carlo_draws(
     run.count({"verify/late": float(run.task.late - late)})
     run.spend("evaluate", "actor")
     return {_key(state): drawn for state, drawn in zip(chosen, outcomes, strict=True)}
+
+
+def draw_order(
+    seed: int, keys: Iterable[tuple[str, int]], *, whole: bool
+) -> list[tuple[int, tuple[str, int]]]:
+    """(rank, (response, state)) in the order in which states are drawn; `whole`: response by response."""
+    return sorted((seed_for(seed, "mc", *(key[:1] if whole else key)), key) for key in keys)
 
 
 def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -> dict[str, Any]:
@@ -319,7 +332,7 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
         figures["mse_pearson"] = metrics.pearson(scores, metrics.monte_carlo_means(draws))
         figures["explained_variance_response"] = within_responses(groups, known)
     figures["explained_variance_prompt"] = within_prompts(groups)
-    figures |= blend_errors(groups)
+    figures |= blend_errors(groups, [r.outcome for group in groups for r in group.rollouts])
     figures["values"] = used
     figures["errors"] = errors
     figures["outcomes"] = outcomes

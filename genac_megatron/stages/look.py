@@ -27,7 +27,7 @@ from genac_megatron.recipe.tasks import (
     TaskConfig,
     single_tasks,
 )
-from genac_megatron.stages.room import Room, fit_chats, fit_rows, listed, longest
+from genac_megatron.stages.room import fit_chats, fit_rows, listed, room_of
 from genac_megatron.stages.sft_chats import used_conversations
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import FixedTask, Split
@@ -154,7 +154,7 @@ def _fit(task: FixedTask, config: RowsBlock, look: _Look) -> None:
     """Hold the rows to the models that are here, and say how it went."""
     before = len(look.told)
     for split in SPLITS:
-        room = Room(look.recipe, look.positions, look.tokenizers, *longest(look.recipe, split))
+        room = room_of(look.recipe, look.positions, look.tokenizers, split)
         fit_rows(look, task, config, room, split)
     if len(look.told) == before:
         read = " and ".join(name for name in ("actor", "critic") if name in look.positions)

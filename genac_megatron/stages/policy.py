@@ -131,7 +131,7 @@ def train_with_critic(
     lesson = lesson_of(run, stage.rollout, batch, learnt, config, at)
     parts, epochs = critic_passes(stage)
     options = {"parts": parts, "epochs": epochs, "seed": seed_for(*at, "critic")}
-    if config.importance_limit is not None and config.target == "outcome":
+    if config.importance_limit is not None:
         figures = collected(run, [launch_actor(run, stage, batch, advantages, step, whiten=config.whiten)])
         lesson = towards_the_moved(run, batch, lesson, config.importance_limit, stage.rollout.temperature)
         return figures | collected(

@@ -8,13 +8,13 @@ from genac_megatron.algorithms.losses import make_ppo_loss
 from genac_megatron.recipe.schema import LossConfig, PolicyStage, PpoStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.ahead import Batches
-from genac_megatron.stages.batch import Batch, actor_rewards, trained_figures
+from genac_megatron.stages.batch import Batch, trained_figures
 from genac_megatron.stages.critic_updates import launch_critic, launch_critic_after
 from genac_megatron.stages.gates import check_entry_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import launch_parts, minibatches, updates
-from genac_megatron.stages.regime import goes_by_monte_carlo, learn_of, trusted_samples
+from genac_megatron.stages.regime import goes_by_monte_carlo, learn_of, stage_rewards, trusted_samples
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.under_way import Update, collected
@@ -67,18 +67,22 @@ def train(run: Run, stage: PpoStage, batch: Batch, step: int) -> dict[str, float
     figures |= found | collected(run, under_way)
     if stage.train_critic and stage.critic_updates > 1:
         figures |= collected(run, [launch_critic_after(run, stage, batch)])
-    learn_of(run.at, stage.advantage, batch)
+    learn_of(run.at, stage.advantage, batch, stage_rewards(stage, batch))
     if run.icc is not None:
         run.icc.update(batch.targets)
     return figures
 
 
 def launch_actor(run: Run, stage: PpoStage, batch: Batch, step: int) -> tuple[Update, dict[str, float]]:
-    """PPO over the batch's responses with the critic's values, as far as they are trusted."""
+    """PPO over the batch's responses with the critic's values, as far as they are trusted. Where none is left
+    there is no update.
+    """
     samples, figures = trusted_samples(run.at, stage, batch, step)
     if stage.overlong is not None:
-        rewards = actor_rewards(batch, stage.rollout.max_new_tokens, stage.overlong.cache)
-        figures["actor/overlong"] = mean(rewards.tolist()) - mean(batch.outcomes)
+        figures["actor/overlong"] = mean(stage_rewards(stage, batch).tolist()) - mean(batch.outcomes)
+    if not samples:
+        run.actor.skip(updates(stage))
+        return Update([], lambda: {"actor/skipped": 1.0}), figures
     return launch_policy(run, stage, stage.actor_loss, batch, samples, step), figures
 
 

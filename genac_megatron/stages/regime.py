@@ -38,14 +38,23 @@ from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.runtime import mean
 
 
+def stage_rewards(stage: PpoStage, batch: Batch) -> Tensor:
+    """The actor's rewards in a joint stage, [B]."""
+    cache = stage.overlong.cache if stage.overlong is not None else None
+    return actor_rewards(batch, stage.rollout.max_new_tokens, cache)
+
+
 def trusted_samples(
     at: Progression, stage: PpoStage, batch: Batch, step: int
 ) -> tuple[list[Sample], dict[str, float]]:
-    """What the actor is trained on, by lambda, baselines and filter of the recipe; and their figures."""
+    """What the actor is trained on, by lambda, baselines and filter of the recipe; and their figures.
+
+    [] where every response was cut off and these are filtered.
+    """
     config, limit = stage.advantage, stage.rollout.max_new_tokens
     cache = stage.overlong.cache if stage.overlong is not None else None
     lams = lambdas(at, config, batch, step)
-    values, figures = baselines(at, config, batch, actor_rewards(batch, limit, cache))
+    values, figures = baselines(at, config, batch, stage_rewards(stage, batch))
     lam = lams[0] if len(set(lams)) == 1 else mean(lams)  # a mean of equal figures has its own rounding
     figures |= {"actor/lam": lam, **_normalised(config)}
     if config.readiness is not None:
@@ -56,15 +65,11 @@ def trusted_samples(
     if stage.overlong_filter:
         kept = keep_whole([rollout.truncated for rollout in batch.rollouts])
         figures["actor/filtered"] = 1.0 - mean(kept)
-    nothing = not any(kept)
-    if nothing:
-        kept = [True] * len(lams)
+        if not any(kept):
+            return [], figures
     taught = batch.only(kept)
     lams, values = _kept(lams, kept), _kept(values, kept)
     samples = actor_samples(taught, config, lams, stage.actor_loss, limit, cache, values)
-    if nothing:  # every response was cut off: they teach nothing
-        for sample in samples:
-            sample.fields["advantages"] = [0.0] * sample.trained
     advantages = [torch.tensor(sample.fields["advantages"]) for sample in samples]
     gap, within = advantage_gap(advantages, taught.outcomes), variance_within(advantages)
     found = {"advantage/gap": gap, "advantage/within_response": within}
@@ -147,8 +152,11 @@ def baselines(
 # --- what a batch teaches about the critic -------------------------------------------------------
 
 
-def learn_of(at: Progression, config: AdvantageConfig, batch: Batch) -> None:
-    """Once the batch is trained on: take its errors into the run's state, for the batches after it."""
+def learn_of(at: Progression, config: AdvantageConfig, batch: Batch, rewards: Tensor) -> None:
+    """Once the batch is trained on: take its errors into the run's state, for the batches after it.
+
+    rewards: the actor's, [B].
+    """
     if not _reads_batches(config):
         return
     regime = at.regime
@@ -156,7 +164,7 @@ def learn_of(at: Progression, config: AdvantageConfig, batch: Batch) -> None:
         figure = batch_accuracy(batch)[config.gate.figure]
         if figure == figure:
             regime["batch"] = {config.gate.figure: figure}
-    if config.blend is not None and (found := blend_errors(batch.groups)):
+    if config.blend is not None and (found := blend_errors(batch.groups, rewards.tolist())):
         before, momentum = regime.get("blend"), config.blend.momentum
         regime["blend"] = found if before is None else {
             key: momentum * before[key] + (1.0 - momentum) * value for key, value in found.items()

@@ -82,6 +82,7 @@ class Room:
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
     played: int  # tokens of the longest response
     judged: int  # of the longest that the critic reads
+    whole: bool = False  # it reads whole responses too
 
     def lacks(self, prompt: Prompt) -> str:
         """What has no room of this prompt; "" where everything has."""
@@ -110,7 +111,20 @@ class Room:
         )
         # The last state may lie a token before the end. Another tokenizer may cut the response otherwise.
         response = max(self.judged - 1, 0) if judging.states.max_states > 1 else 0
+        if self.whole:
+            response = self.judged
         return len(ids) + response, judging.max_new_tokens
+
+
+def room_of(
+    recipe: Recipe,
+    positions: Mapping[str, int],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    split: Split,
+) -> Room:
+    """What prompts of a split of the recipe's task must fit into."""
+    whole = split == "train" and recipe.judging.states.final  # evaluations ask about states alone
+    return Room(recipe, positions, tokenizers, *longest(recipe, split), whole=whole)
 
 
 def longest(recipe: Recipe, split: Split) -> tuple[int, int]:
@@ -173,14 +187,14 @@ def fit_task(run: Run, positions: Mapping[str, int], splits: Sequence[Split]) ->
 
     Raises InputError that names rows, and where a row's messages are refused by the chat template.
     """
-    first = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, "heldout"))
+    first = room_of(run.recipe, positions, run.tokenizers, "heldout")
     # Whatever the task: a chat template that refuses every prompt is told before anything is built.
     run.together(lambda: first.lacks(run.task.prompt("heldout", 0)) if run.task.heldout_size else "")
     for part, config in zip(run.task.parts, single_tasks(run.recipe.task), strict=True):
         for note in part.fixed.notes if part.fixed is not None else ():
             run.progress.note(f"task: {note}")
         for split in splits:
-            room = Room(run.recipe, positions, run.tokenizers, *longest(run.recipe, split))
+            room = room_of(run.recipe, positions, run.tokenizers, split)
             fit_part(run, part, config, room, split)
     run.task.resized()
 

@@ -118,7 +118,7 @@ def test_a_save_under_way_holds_none_of_the_tensors_that_were_copied(pool: Any, 
 
 
 def faster_case(rank: int, folder: str) -> Any:
-    """A step of a resumed run whose recipe has another learning rate; the critic's optimizer is not sharded."""
+    """A step of a resumed run whose recipe has another rate. The critic's optimizer is not sharded."""
     from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
     def both(**optimizer: Any) -> dict[str, Any]:

@@ -169,7 +169,9 @@ def resumed(rank: int, folder: str, layout: dict[str, Any], training: dict[str, 
         torch.distributed.get_world_size(),
         seed=8,
     )
-    load_checkpoint(Path(folder) / "value-00002", {"critic": role})  # as runs do: frozen weights are in it alone
+    load_checkpoint(
+        Path(folder) / "value-00002", {"critic": role}
+    )  # as runs do: frozen weights are in it alone
     role.begin_stage(None, 10)
     load_checkpoint(Path(folder) / "value-00002", {"critic": role}, optimizers=True)
     return train_values(role, 2, 2), published(role)

@@ -191,6 +191,7 @@ def test_a_whole_response_is_no_segments_baseline(seed: int) -> None:
     figures, before = judge_figures(batch), judge_figures(plain)
     finals = [(j.used - r.target) ** 2 for j, r in zip(batch.finals, batch.rollouts, strict=True)]
     assert figures.pop("judge/final_brier") == pytest.approx(statistics.fmean(finals))
+    assert figures.pop("judge/final_skipped") == 0.0
     assert figures == pytest.approx(before, nan_ok=True)
 
 

@@ -34,6 +34,8 @@ def path(tmp_path: Path) -> Path:
     [
         (["stages.ppo.advantage.blend={}", "stages.ppo.rollout.samples=1"], "blend mixes"),
         (["stages.ppo.advantage.blend={of: heldout}", "evaluation.samples=1"], "evaluation.samples is 1"),
+        (["stages.ppo.advantage.blend={of: heldout}", "evaluation.samples=3", "stages.ppo.rollout.samples=5"],
+         "means of 3 held-out responses"),
         (["stages.ppo.advantage={lam: 0.5, lam_schedule: {steps: 9}}"], "both say what lambda is"),
         (["stages.ppo.advantage={readiness: {}, lam: 0}"], "each problem's lambda, and lam that"),
         (["stages.ppo.advantage={readiness: {}, lam_schedule: {steps: 3}}"], "and lam_schedule that"),
@@ -43,6 +45,17 @@ def path(tmp_path: Path) -> Path:
         (["stages.ppo.gate.pearson=0.9"], "an entry gate by Monte-Carlo values needs"),
         (["stages.ppo.gate.mse=0.04"], "needs evaluation.mc_states, which is 0"),
         (["stages.ppo.train_critic=false", "stages.ppo.critic_updates=2"], "does not train it"),
+        (["stages.ppo.importance_limit=3"], "and critic_updates is 1"),
+        (["stages.ppo.advantage.blend={weight: 0.5, momentum: 0.5}"], "and blend.weight is 0.5"),
+        (["stages.ppo.advantage.blend={weight: 0.5, of: heldout}"], "blend.of is of a weight"),
+        (["stages.ppo.advantage.lam_gate={figure: explained_variance_prompt, threshold: 0, of: batch}",
+          "stages.ppo.rollout.samples=1"], "lambda would be 1 for good"),
+        (["stages.ppo.advantage.lam_gate={figure: explained_variance_prompt, threshold: 0}",
+          "evaluation.samples=1"], "and evaluation.samples is 1: lambda would be 1 for good"),
+        (["judging.teacher=exact", "judging.budget=99", "stages=[{kind: ppo, train_critic: false}]"],
+         "judging.teacher writes none"),
+        (["judging.states.final=true", "stages=[{kind: ppo, train_critic: false}]"],
+         "no stage of this recipe trains one"),
         (["stages.ppo.advantage={whiten: false, normalise: centre}"], "whiten: false and normalise: centre"),
         (["stages.ppo.advantage.normalise=white"], "'whiten', 'centre' or 'none'"),
         (["judging.teacher=exact"], "'traces' (sft) trains a critic"),
@@ -50,6 +63,11 @@ def path(tmp_path: Path) -> Path:
         (["judging.teacher=exact", "stages=[{kind: reinforce}]"], "'reinforce' (reinforce) trains a critic"),
         (
             ["judging.teacher=exact", "roles.critic.model.head=value", "stages=[{kind: value}]"],
+            "the critic is a scalar one",
+        ),
+        (
+            ["judging.teacher=exact", "roles.critic.model.head=logit",
+             "stages=[{kind: ppo, train_critic: false}]"],
             "the critic is a scalar one",
         ),
         (

@@ -95,6 +95,7 @@ def test_a_group_of_one_is_refused_with_a_reason_and_ways_out(path: Path, kind: 
         ([LOGIT], "clip 0.5 is of a squared error"),
         (["stages.0={kind: value}", LOGIT], "clip 0.5 is of a squared error"),
         ([algorithm("{kind: pact, value: {lam_critic: 0.9}}"), LOGIT], "importance_limit weights outcomes"),
+        ([algorithm("{kind: pact, value: {target: exact}}"), LOGIT], "and the critic is taught exact values"),
         (["task={kind: reasoning_gym, name: chain_sum}", algorithm("{kind: vc_ppo, value: {target: exact}}")],
          "the stage 'policy' is to teach exact values, and the task 'reasoning_gym' has no exact teacher"),
         (["task={kind: reasoning_gym, name: chain_sum}",

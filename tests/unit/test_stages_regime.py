@@ -22,6 +22,7 @@ from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.accuracy import blend_errors, within_prompts, within_responses
 from genac_megatron.stages.batch import Batch, actor_samples
+from genac_megatron.stages.heldout import draw_order
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.regime import baselines, is_ready, lambdas, learn_of, trusted_samples
 from genac_megatron.stages.rollouts import Group
@@ -32,6 +33,10 @@ FRACTIONS = st.floats(0, 1, width=32)
 
 def stage(**advantage: Any) -> PpoStage:
     return PpoStage.model_validate({"kind": "ppo", "advantage": advantage})
+
+
+def learned(at: Progression, config: AdvantageConfig, batch: Batch) -> None:
+    learn_of(at, config, batch, torch.tensor(batch.outcomes))
 
 
 def response(prompt: Prompt, sample: int, outcome: float, values: list[float], cut_off: bool = False) -> Any:
@@ -127,13 +132,13 @@ def test_a_gate_by_the_batch_knows_nothing_of_the_batch_at_hand() -> None:
     at, seen = Progression(), []
     for batch in (good, bad, good):
         seen.append(lambdas(at, config, batch, 1)[0])
-        learn_of(at, config, batch)
+        learned(at, config, batch)
     assert seen == [1.0, 0.0, 1.0]
 
 
 def test_nothing_is_kept_of_batches_that_nothing_reads() -> None:
     at = Progression()
-    learn_of(at, stage().advantage, make_batch(3))
+    learned(at, stage().advantage, make_batch(3))
     assert at.regime == {}
 
 
@@ -151,21 +156,21 @@ def test_readiness_by_hand() -> None:
     wrong = group(2, (1.0, [0.5, 0.5]))  # an error of 0.25
     batch = Batch([sure, never, wrong])
     assert lambdas(at, config, batch, 1) == [1.0] * 4, "nothing is known"
-    learn_of(at, config, batch)
+    learned(at, config, batch)
     assert lambdas(at, config, batch, 2) == [1.0] * 4, "one step is not two"
-    learn_of(at, config, batch)
+    learned(at, config, batch)
     assert lambdas(at, config, batch, 3) == [0.0, 0.0, 1.0, 1.0]
     # Its own last error, not its best.
-    learn_of(at, config, Batch([group(0, (0.0, [0.9, 0.9]))]))
+    learned(at, config, Batch([group(0, (0.0, [0.9, 0.9]))]))
     assert not is_ready(at.regime, config.readiness, "train/0")
-    learn_of(at, config, Batch([sure]))
-    learn_of(at, config, Batch([sure]))
+    learned(at, config, Batch([sure]))
+    learned(at, config, Batch([sure]))
     assert is_ready(at.regime, config.readiness, "train/0")
     # A right response that was seen stays seen; a global error that rises closes all.
-    learn_of(at, config, Batch([group(0, (0.0, [0.1, 0.1]))]))
+    learned(at, config, Batch([group(0, (0.0, [0.1, 0.1]))]))
     assert is_ready(at.regime, config.readiness, "train/0")
     for _ in range(2):
-        learn_of(at, config, Batch([group(3, (1.0, [0.0, 0.0]))]))
+        learned(at, config, Batch([group(3, (1.0, [0.0, 0.0]))]))
     assert not is_ready(at.regime, config.readiness, "train/0")
 
 
@@ -178,7 +183,7 @@ def test_readiness_against_a_slow_reference(seed: int, steps: int, error: float,
         batch = make_batch(seed + turn)
         wanted = [slow_lam(history, r.prompt.id, steps, error, own) for r in batch.rollouts]
         assert lambdas(at, config, batch, turn + 1) == wanted
-        learn_of(at, config, batch)
+        learned(at, config, batch)
         history.append(batch)
         # What a checkpoint keeps is all there is.
         saved = json.loads(json.dumps(dataclasses.asdict(at)))
@@ -247,14 +252,14 @@ def test_errors_of_a_blend_by_hand_and_their_moving_average() -> None:
     batch = Batch([group(0, (1.0, [0.5, 0.75]), (0.0, [0.5, 0.25]))])
     # Others' means: 0 and 1. Values' errors .25, .0625, .25, .0625; the group's are 1 throughout.
     first = {"value_error": 0.15625, "group_error": 1.0, "group_distance": (0.25 + 0.5625) / 2}
-    assert blend_errors(batch.groups) == pytest.approx(first)
+    assert blend_errors(batch.groups, batch.outcomes) == pytest.approx(first)
     config = stage(blend={"momentum": 0.5}).advantage
     at, rewards = Progression(), torch.tensor(batch.outcomes)
     assert baselines(at, config, batch, rewards)[1] == {"actor/value_weight": 0.0}, "nothing is measured yet"
-    learn_of(at, config, batch)
+    learned(at, config, batch)
     assert at.regime["blend"] == pytest.approx(first)
     assert baselines(at, config, batch, rewards)[1] == {"actor/value_weight": 1.0}
-    learn_of(at, config, Batch([group(1, (1.0, [0.0, 0.0]), (1.0, [0.0, 0.0]))]))
+    learned(at, config, Batch([group(1, (1.0, [0.0, 0.0]), (1.0, [0.0, 0.0]))]))
     second = {"value_error": 1.0, "group_error": 0.0, "group_distance": 1.0}
     wanted = {key: (first[key] + second[key]) / 2 for key in first}
     assert at.regime["blend"] == pytest.approx(wanted)
@@ -280,6 +285,15 @@ def test_explained_variance_within_prompts_sees_through_a_critic_of_hard_prompts
     exact = group(0, (1.0, [0.5, 1.0]), (0.0, [0.5, 0.0]))
     assert within_prompts([exact]) == pytest.approx(1.0), "the shared prompt state says nothing here"
     assert math.isnan(within_prompts([group(0, (1.0, [0.5, 1.0]))]))
+
+
+def test_states_for_monte_carlo_values_are_drawn_one_by_one_or_by_response() -> None:
+    """Of 256 responses of 5 states 96 states: alone in theirs, mostly, or all of 19 responses and one."""
+    keys = [(f"r{response}", state) for response in range(256) for state in range(5)]
+    for whole, least, most in ((False, 60, 96), (True, 20, 20)):
+        drawn = [key for _, key in draw_order(3, keys, whole=whole)][:96]
+        assert len(set(drawn)) == 96
+        assert least <= len({response for response, _ in drawn}) <= most
 
 
 def test_explained_variance_within_responses_takes_the_draws_noise_off() -> None:
@@ -330,8 +344,7 @@ def test_a_batch_of_cut_off_responses_alone_teaches_the_actor_nothing() -> None:
     with_cut_off(batch, set(range(len(batch.rollouts))))
     given_stage = stage().model_copy(update={"overlong_filter": True})
     samples, figures = trusted_samples(Progression(), given_stage, batch, 1)
-    assert len(samples) == len(batch.rollouts)
-    assert all(set(sample.fields["advantages"]) == {0.0} for sample in samples)
+    assert samples == []
     assert figures["actor/filtered"] == 1.0
 
 
