@@ -299,7 +299,8 @@ class Run:
         """Count what a role's engine has generated since it was last asked, to `phase`; its seconds."""
         stats = self.engines[role].stats()
         self.count({f"tokens/{phase}": stats["tokens"], f"tokens/{phase}_prompt": stats["prompt_tokens"]})
-        self.count({f"unique/{phase}_prompt": stats["unique_prompt_tokens"]})
+        if phase != "evaluate":  # no part of a cost
+            self.count({f"unique/{phase}_prompt": stats["unique_prompt_tokens"]})
         return stats["seconds"]
 
     def count(self, figures: dict[str, float]) -> None:
