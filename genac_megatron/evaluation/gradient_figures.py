@@ -100,7 +100,8 @@ class GradientFigures:
     def _against(self, of: Means, blocks: Floats, cross: Floats) -> dict[str, Estimate]:
         """bias, size and excess, linear in deviations of the means that they are made of. blocks: [K, K];
         cross: [K, R]."""
-        off = of.square * of.mean_square / _positive(of.inner_square) - 1.0
+        inner_square = of.inner_square if of.inner_square > 0 else NAN
+        off = of.square * of.mean_square / inner_square - 1.0
         size = of.inner / of.square
         excess = (of.mean_square - 2.0 * of.inner + of.square) / of.square
         chunks, times = self._chunk_pairs(), self._times()
@@ -114,8 +115,7 @@ class GradientFigures:
             return value - _deviations(times, np.block(parts))
 
         part = (off + 1.0) / of.inner
-        ratios = (of.square / _positive(of.inner_square), of.mean_square / _positive(of.inner_square))
-        off_draws = drawn(float(off), float(ratios[0]), float(-2.0 * part), float(ratios[1]))
+        off_draws = drawn(off, of.square / inner_square, -2.0 * part, of.mean_square / inner_square)
         return {
             "bias": _estimate(np.sign(off_draws) * np.sqrt(np.abs(off_draws))),
             "size": _estimate(drawn(size, 0.0, 1.0 / of.square, -size / of.square)),
@@ -161,7 +161,12 @@ def _deviations(times: Sequence[Floats], moved: Floats) -> Floats:
     A member's own part is a mean over its partners, whose noise is in it: on average two thirds of what draws
     of degenerate pairs vary by, and known from the products of weights, which have the other third.
     """
-    every, own, wide, first = np.concatenate(times, axis=1), 0.0, 0.0, 0
+    every, own, wide, first = (
+        np.concatenate(times, axis=1),
+        np.zeros(len(times[0])),
+        np.zeros(len(times[0])),
+        0,
+    )
     for of_kind in times:
         n = of_kind.shape[1]
         last = first + n
