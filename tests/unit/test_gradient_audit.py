@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genac_megatron.critic.prompt import TEMPLATES
+from genac_megatron.critic.prompt import TEMPLATES, load_template
 from genac_megatron.errors import InputError, StopRequested
 from genac_megatron.evaluation.estimators import choose
 from genac_megatron.evaluation.gradients import (
@@ -222,6 +222,7 @@ def test_the_plan_knows_the_template_the_data_and_the_layout_of_gradients(tmp_pa
     first = plan_of(tmp_path, given, names)
     assert plan_of(tmp_path, given, names) == first
     template.write_text("Look. " + TEMPLATES["brief"])
+    load_template.cache_clear()  # as of another process
     second = plan_of(tmp_path, given, names)
     assert [key for key in first if first[key] != second[key]] == ["judging"]
     rows.write_text("\n".join(line.replace("What is", "What's") for line in lines))

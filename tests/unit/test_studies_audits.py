@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from genac_megatron.recipe.schema import ModelConfig, ModelShape
 from genac_megatron.studies.audits import audit_records, audits_of_other_bases, kept_audits, markdown
 from genac_megatron.studies.collect import curve, record_of
 from genac_megatron.studies.digests import digests_of
-from genac_megatron.studies.runner import Places, tasks_of
+from genac_megatron.studies.runner import Places, _Running, all_tasks, tasks_of
 from genac_megatron.studies.schema import Study, cells_of, read_study
 from genac_megatron.studies.summary import area, areas, at_equal_cost
 from genac_megatron.studies.summary import markdown as cells_markdown
@@ -108,6 +109,40 @@ def test_an_audit_of_other_base_runs_is_not_shown_beside_them(places: Places) ->
     )
     assert not kept_audits(other)
     assert audits_of_other_bases(other) == [("short", 1)]
+
+
+def ended_run(places: Places, name: str, loss: float) -> None:
+    folder = places.run(name, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"actor/loss": loss}) + "\n")
+    places.ended(name, 1).touch()
+    folder.with_name(f"{folder.name}.made_from").write_text(digests_of(places).runs[name])
+
+
+def test_an_audit_or_run_that_began_with_other_base_runs_is_refused_by_name(
+    places: Places, capsys: Any
+) -> None:
+    for name in ("actor", "critic"):
+        ended_run(places, name, 1.0)
+    finish(places, "short", 1, report_of(*kept()))
+    made = {task.key: task for task in all_tasks(places, [1])}
+    for key in ("audit short, seed 1", "critic, seed 1"):
+        running = _Running(replace(made[key], command=("--help",)))  # as the runner starts it
+        assert running.process.wait(120) == 0
+    places.ended("critic", 1).touch()
+    assert made["audit short, seed 1"].done
+    assert tasks_of(places, [1])
+    ended_run(places, "actor", 1.0)  # the same again
+    assert tasks_of(places, [1])
+    ended_run(places, "actor", 1.25)  # another
+    with pytest.raises(InputError, match=r"critic-s1 \(actor\), audit-short-s1 \(actor\)") as caught:
+        tasks_of(places, [1])
+    assert "move them away" in str(caught.value)
+    words = ["study", str(places.file), "--out", str(places.out.parent), "--work", str(places.work.parent)]
+    assert main([*words, "--collect"]) == 2
+    assert "audit-short-s1 (actor)" in capsys.readouterr().err
+    with pytest.raises(InputError, match="audit-short-s1"):
+        _Running(made["audit short, seed 1"])
 
 
 def test_several_seeds_are_shown_by_their_mean(places: Places) -> None:
