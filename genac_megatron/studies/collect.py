@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
+from genac_megatron.recipe.schema import Recipe
 from genac_megatron.studies.cost import total
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
@@ -43,8 +44,8 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
     rows, _ = read_jsonl(folder / METRICS)
     evaluations, _ = read_jsonl(folder / EVALUATIONS)
     recipe = load_recipe(folder / "recipe.yaml")
-    shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
-    figures = _critic(evaluations) | _spent(rows, shapes) | _actor(evaluations)
+    shapes, frozen = _shapes(recipe), _frozen(recipe)
+    figures = _critic(evaluations) | _spent(rows, shapes, frozen) | _actor(evaluations)
     before, missing = _before(places, cell, seed)
     for bank in places.study.banks:
         figures |= scores_of(places, bank, cell.name, seed)
@@ -54,7 +55,7 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
         "options": cell.options,
         "seed": seed,
         "figures": {key: value for key, value in figures.items() if math.isfinite(value)},
-        "curve": curve(rows, evaluations, shapes, before),
+        "curve": curve(rows, evaluations, shapes, before, frozen),
         "stands_on": stands_on(places, cell.spec, seed),
     } | ({"missing": missing} if missing else {})
 
@@ -70,8 +71,8 @@ def _before(places: Places, cell: Cell, seed: int) -> tuple[dict[str, float] | N
     for base in bases:
         folder = places.run(base, seed)
         rows, _ = read_jsonl(folder / METRICS)
-        roles = load_recipe(folder / "recipe.yaml").roles
-        found = _total(rows, {name: read_shape(role.model) for name, role in roles.items()})
+        recipe = load_recipe(folder / "recipe.yaml")
+        found = _total(rows, _shapes(recipe), _frozen(recipe))
         spent = {key: value + found[key] for key, value in spent.items() if key in found}
     return spent, []
 
@@ -88,10 +89,18 @@ def _critics_bases(places: Places, cell: Cell) -> list[str]:
     return sorted(found)
 
 
-def _total(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
+def _shapes(recipe: Recipe) -> dict[str, Shape]:
+    return {name: read_shape(role.model) for name, role in recipe.roles.items()}
+
+
+def _frozen(recipe: Recipe) -> list[str]:
+    return [name for name, role in recipe.roles.items() if role.training.frozen_attention]
+
+
+def _total(rows: list[Record], shapes: Mapping[str, Shape], frozen: Collection[str] = ()) -> dict[str, float]:
     """What rows have spent, and of their tokens those that were decoded: which take nearly all the time."""
     decoded = sum(float(row.get(key) or 0.0) for row in rows for key in DECODED)
-    return {**total(rows, shapes), "decoded": decoded}
+    return {**total(rows, shapes, frozen), "decoded": decoded}
 
 
 def _critic(evaluations: list[Record]) -> dict[str, float]:
@@ -113,13 +122,13 @@ def _actor(evaluations: list[Record]) -> dict[str, float]:
     return {"actor/start": start, "actor/end": end, "actor/gain": end - start}
 
 
-def _spent(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
+def _spent(rows: list[Record], shapes: Mapping[str, Shape], frozen: Collection[str]) -> dict[str, float]:
     """The whole run, and a step of the actor's RL."""
-    whole = {f"cost/{key}": value for key, value in total(rows, shapes).items()}
+    whole = {f"cost/{key}": value for key, value in total(rows, shapes, frozen).items()}
     steps = [row for row in rows if row.get("kind") in ACTOR_KINDS and "actor/loss" in row]
     if not steps:
         return whole
-    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes).items()}
+    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes, frozen).items()}
 
 
 def scores_of(places: Places, bank: str, cell: str, seed: int) -> dict[str, float]:
@@ -141,6 +150,7 @@ def curve(
     evaluations: list[Record],
     shapes: Mapping[str, Shape],
     earlier: Mapping[str, float] | None = MappingProxyType({}),
+    frozen: Collection[str] = (),
 ) -> list[dict[str, float]]:
     """Held-out accuracy after so many steps of the actor's RL, and all that the run had spent by then.
 
@@ -158,7 +168,7 @@ def curve(
         ]
         found = {
             key: value + spent.get(key, 0.0)
-            for key, value in _total(before, shapes).items()
+            for key, value in _total(before, shapes, frozen).items()
             if key not in lacking
         }
         points.append({"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **found})
