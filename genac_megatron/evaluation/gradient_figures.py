@@ -156,11 +156,14 @@ def _cross_pairs(products: Floats, counts: Floats) -> Floats:
 
 def _deviations(times: Sequence[Floats], moved: Floats) -> Floats:
     """How far off a sum over pairs is by chance, in each draw. times: of each kind, [draws + 1, n], less 1;
-    moved: by each pair, [all, all], in their order.
+    moved: by each pair, [all, all], in their order. NaN in draws where a kind has but two members: nothing is
+    known of the spread of one pair.
 
     A member's own part is a mean over its partners, whose noise is in it: on average two thirds of what draws
     of degenerate pairs vary by, and known from the products of weights, which have the other third.
     """
+    if any(of_kind.shape[1] < 3 for of_kind in times):
+        return np.where(np.arange(len(times[0])) > 0, NAN, 0.0)
     every, own, wide, first = (
         np.concatenate(times, axis=1),
         np.zeros(len(times[0])),
@@ -171,7 +174,7 @@ def _deviations(times: Sequence[Floats], moved: Floats) -> Floats:
         n = of_kind.shape[1]
         last = first + n
         # Each is in its partners' mean too, which hides 1 / (n - 1) of it.
-        within = moved[first:last, first:last].sum(1) * (n - 1) / max(n - 2, 1)
+        within = moved[first:last, first:last].sum(1) * (n - 1) / (n - 2)
         part = 2.0 * of_kind @ (within + moved[first:last].sum(1) - moved[first:last, first:last].sum(1))
         own, wide, first = own + part, wide + _student(n) * part, last
     products = np.einsum("di,ij,dj->d", every, moved, every)

@@ -76,6 +76,17 @@ def test_intervals_of_bias_size_and_excess_hold_the_truth(bias: float) -> None:
     assert held["excess"] <= SEEDS - 1 or bias > 0
 
 
+def test_two_chunks_say_nothing_of_their_spread() -> None:
+    chunks, batches = gradients(0, noise=1.0)
+    between, kept = products(chunks[:2], batches, 20)
+    figures = GradientFigures(between, 20, draws=50)
+    found = figures.of(kept, N)
+    for one in (found["size"], found["excess"], figures.reference(64)["cosine"]):
+        assert np.isfinite(one.value)
+        assert np.isnan(one.low)
+    assert agrees(found) is None
+
+
 def test_a_reference_too_small_to_tell_says_so() -> None:
     rng = np.random.default_rng(3)
     for seed in range(50):
