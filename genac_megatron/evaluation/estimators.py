@@ -122,14 +122,27 @@ def _of_critic(who: str, source: Literal["generative", "exact"]) -> list[Estimat
     return made
 
 
-def choose(names: Sequence[str], sources: Sequence[Source]) -> list[Estimator]:
-    """Those named, or all that `sources` allow. Raises InputError for one that is none, or has no source."""
+def sources_of(names: Sequence[str]) -> set[Source]:
+    """What those named need, or all of them. Raises InputError for a name that is none."""
+    every = _named(names)
+    return {every[name].source for name in names or every}
+
+
+def _named(names: Sequence[str]) -> dict[str, Estimator]:
+    """All estimators by name. Raises InputError where one of `names` is none."""
     every = {one.name: one for one in every_estimator()}
     for name in names:
         if name not in every:
             near = difflib.get_close_matches(name, every, 1)
             what = f"'{name}' is no estimator" + (f"; did you mean '{near[0]}'?" if near else "")
             raise InputError(what, where="--estimators", way_out=f"there are: {', '.join(every)}")
+    return every
+
+
+def choose(names: Sequence[str], sources: Sequence[Source]) -> list[Estimator]:
+    """Those named, or all that `sources` allow. Raises InputError for one that is none, or has no source."""
+    every = _named(names)
+    for name in names:
         source = every[name].source
         if source not in sources:
             way_out = f"give it, or leave {name} out"

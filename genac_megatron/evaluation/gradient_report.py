@@ -85,14 +85,13 @@ def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
         head.insert(4, "predicted")
     rows = []
     for name, found in report["estimators"].items():
-        told = "" if "agrees" not in found else "agrees" if found["agrees"] else "DIFFERS"
         row = [
             name,
-            with_interval(found["cosine"]),
-            with_interval(_times(found["snr"], 1000.0)),
-            with_interval(found["ratio"], 2),
-            with_interval(found["bias"], 2),
-            told,
+            _figure(found["cosine"]),
+            _figure(found["snr"], factor=1000.0),
+            _figure(found["ratio"], 2),
+            _figure(found["bias"], 2),
+            told(found),
         ]
         if predicted:
             row.insert(4, f"{predicted[name]:.2f}" if name in predicted else "")
@@ -101,13 +100,30 @@ def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
     text = (
         f"{plan['batches']} batches of {plan['prompts']} prompts x {plan['samples']} responses ({rollouts} "
         f"rollouts), success rate {report['success_rate']:.3f}; reference of {plan['reference']} rollouts, "
-        f"whose cosine with the true gradient is about {with_interval(reference['cosine'])}."
+        f"whose cosine with the true gradient is about {_figure(reference['cosine'])}."
     )
     return f"{text}\n\n{table(head, rows)}"
 
 
-def _times(figure: Mapping[str, Any], factor: float) -> dict[str, float]:
-    return {key: math.nan if value is None else factor * value for key, value in figure.items()}
+def told(found: Mapping[str, Any]) -> str:
+    """Whether an estimator may be unbiased, and how much of an excess would not have been seen."""
+    if "agrees" not in found:
+        return ""
+    if found["agrees"] is None:
+        return "cannot be told"
+    bound = found.get("excess", {}).get("high")
+    return ("agrees" if found["agrees"] else "DIFFERS") + (
+        "" if bound is None else f", excess < {max(bound, 0.0):.2f}"
+    )
+
+
+def _figure(figure: Mapping[str, Any], digits: int = 3, factor: float = 1.0) -> str:
+    """With its interval, and how many draws had none of it: those are not in the interval."""
+    known = {
+        key: math.nan if figure[key] is None else factor * figure[key] for key in ("value", "low", "high")
+    }
+    dropped = f" ({figure['dropped']} of {figure['draws']} draws dropped)" if figure.get("dropped") else ""
+    return with_interval(known, digits) + dropped
 
 
 # --- the plot ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from genac_megatron import __version__
 from genac_megatron.algorithms.losses import make_ppo_loss
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.evaluation.bank import rendered_digest, texts_digest
 from genac_megatron.evaluation.estimators import (
     RAW,
     Estimator,
@@ -36,26 +37,28 @@ from genac_megatron.evaluation.estimators import (
     choose,
     exact_batch,
     reference_samples,
+    sources_of,
 )
 from genac_megatron.evaluation.gradient_report import write_report
 from genac_megatron.evaluation.metrics import Floats
 from genac_megatron.evaluation.parts import Key, Parts, Row
+from genac_megatron.evaluation.scoring import template_digest
 from genac_megatron.evaluation.session import (
     identity,
     made_from,
-    rollout_config,
     stop_if_asked,
     with_roles,
 )
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import read_manifest
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.records import Rollout, Sample
 from genac_megatron.stages.batch import Batch, play, train_prompts
 from genac_megatron.stages.heldout import told_step
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.tasks.tokenizer import prints_date
 from genac_megatron.training.agreement import from_first, gathered
 from genac_megatron.training.layout import World
 from genac_megatron.training.loading import find_checkpoint, load_checkpoint
@@ -64,6 +67,7 @@ FORMAT = 1
 ROWS, VECTORS = "gradients.jsonl", "vectors"
 REFERENCE, BATCHES = 0, 1  # kinds of rows
 SCALAR = "scalar"  # the role of a scalar critic, beside the generative `critic`
+PARTED = ("distributed_optimizer", "overlap_grad_reduce")  # of the actor's training
 BLOCKS = 20  # at most: clusters of the intervals, and what is lost where it is killed
 
 
@@ -113,18 +117,20 @@ def audit_gradients(
 
 
 def _with_roles(recipe: Recipe, options: GradientOptions) -> Recipe:
-    """The actor, and the critics that are asked about."""
-    own = recipe.roles.get("critic")
+    """The actor, and the critics that an estimator asks. Raises InputError for a name that is none."""
+    own, asked = recipe.roles.get("critic"), from_first(lambda: sources_of(options.estimators))
     roles: dict[str, str | None] = {"actor": options.checkpoint}
-    if options.critic is not None or (own is not None and (own.model.hf or own.model.checkpoint)):
+    there = options.critic is not None or (own is not None and (own.model.hf or own.model.checkpoint))
+    if there and "generative" in asked:
         roles["critic"] = options.critic
-    if options.scalar is not None:
+    if options.scalar is not None and "scalar" in asked:
         roles[SCALAR] = None  # its weights are saved as `critic`
     return with_roles(recipe, roles)
 
 
 def check_options(options: GradientOptions, recipe: Recipe) -> None:
-    """Raise InputError for sizes that give no figures, and for a role of the wrong kind. On every rank."""
+    """Raise InputError for sizes that give no figures, for a role of the wrong kind, and for judging of which
+    a critic's values would not be its own or a batch's. On every rank."""
     what = way_out = ""
     if options.chunks < 2 or options.reference % options.chunks or options.reference < 2 * options.chunks:
         what = f"--reference {options.reference} cannot be cut into --chunks {options.chunks}"
@@ -144,6 +150,37 @@ def check_options(options: GradientOptions, recipe: Recipe) -> None:
                     way_out=f"a generative critic is the role `critic`, a scalar one the role `{SCALAR}`",
                 )
             )
+    if "critic" in recipe.roles:
+        _check_judging(recipe)
+
+
+def _check_judging(recipe: Recipe) -> None:
+    """Raise InputError where genac-* would be of other values than a critic's of one batch. On every rank."""
+    if recipe.judging.teacher is not None:
+        raise on_all_ranks(
+            InputError(
+                "judging.teacher puts the exact teacher in the critic's place: genac-* would be its values",
+                where="judging.teacher",
+                way_out="set judging.teacher=null; or name --estimators without genac-*: exact-* are its",
+            )
+        )
+    if recipe.judging.budget is not None:
+        raise on_all_ranks(
+            InputError(
+                "judging.budget deals the critic's tokens over a batch, and here many are played at once",
+                where="judging.budget",
+                way_out="set judging.budget=null, and lower judging.states.max_states for a cheaper critic; "
+                "or name --estimators without genac-*",
+            )
+        )
+
+
+def rollout_of(recipe: Recipe, options: GradientOptions) -> RolloutConfig:
+    """How the actor is sampled: as training does, the recipe's last stage."""
+    config = recipe.stages[-1].rollout
+    if options.max_new_tokens is None:
+        return config
+    return config.model_copy(update={"max_new_tokens": options.max_new_tokens})
 
 
 def _load_scalar(run: Run, source: str) -> None:
@@ -174,25 +211,26 @@ class Audit:
 
     def __init__(self, run: Run, options: GradientOptions, estimators: Sequence[Estimator]) -> None:
         self.run, self.options, self.estimators = run, options, estimators
-        self.config = rollout_config(run.recipe, options.max_new_tokens)
+        self.config = rollout_of(run.recipe, options)
         self.limit, self.seed = self.config.max_new_tokens, (run.recipe.seed, "gradients")
         self.parts = Parts(options.out, ROWS, ("kind", "number"))
         self.reference: Floats = np.zeros((0, 0))
         self.keys: list[Key] = [(REFERENCE, i) for i in range(options.chunks)]
         self.keys += [(BATCHES, i) for i in range(options.blocks)]
+        self.judged = any(one.source == "generative" for one in estimators)
 
     def plan(self) -> dict[str, Any]:
         """What the figures depend on. Collective."""
         run, options, recipe = self.run, self.options, self.run.recipe
-        critic = "critic" in run.roles
         return {
             "format": FORMAT,
             "kind": "gradients",
             "seed": recipe.seed,
             "roles": {name: identity(run, name) for name in run.roles},
             "task": recipe.task.model_dump(mode="json"),
+            **self._prompts(),
             "rollout": self.config.model_dump(mode="json", exclude={"prompts", "samples"}),
-            "judging": recipe.judging.model_dump(mode="json") if critic else None,
+            "judging": self._judging(),
             "states": recipe.judging.states.model_dump(mode="json"),
             "reference": options.reference,
             "chunks": options.chunks,
@@ -201,7 +239,25 @@ class Audit:
             "samples": options.samples,
             "estimators": [one.name for one in self.estimators],
             "ranks": run.actor.layout.dp,
+            # Which weights' gradients a rank keeps.
+            "parts": run.actor.config.training.model_dump(include={*PARTED}),
         }
+
+    def _judging(self) -> dict[str, Any] | None:
+        if not self.judged:
+            return None
+        judging = self.run.recipe.judging
+        digest = self.run.together(lambda: template_digest(judging))
+        return {**judging.model_dump(mode="json", exclude={"teacher", "budget"}), "template": digest}
+
+    def _prompts(self) -> dict[str, str]:
+        """What is asked: a file may be another under its old name, a chat template may print the date."""
+        options, run = self.options, self.run
+        asked = train_prompts(run, 0, options.reference + options.batches * options.prompts)
+        found = {"texts": texts_digest(asked)}
+        if prints_date(run.tokenizers["actor"]):
+            found["rendered"] = rendered_digest([prompt.ids for prompt in asked])
+        return found
 
     def work(self) -> None:
         """Every piece that is not there yet, then the figures. Collective."""
@@ -210,6 +266,8 @@ class Audit:
         if not from_first(lambda: self.parts.complete):
             lost = set().union(*gathered({key for key in known if not self._file(key).exists()}))
             known -= lost
+            if any(key not in known for key in self.keys if key[0] == REFERENCE):
+                known = {key for key in known if key[0] == REFERENCE}  # theirs are products with all of it
             run.together(self._need_room)
             self._tell_repeats()
             self._pieces(REFERENCE, "reference", known)
@@ -273,9 +331,8 @@ class Audit:
         config = self.config.model_copy(update={"prompts": options.prompts, "samples": options.samples})
         at = options.reference + first * options.prompts
         prompts = train_prompts(self.run, at, count * options.prompts)
-        judged = "critic" in self.run.roles
-        whole = play(self.run, prompts, config, (*self.seed, "batches", number), judged=judged)
-        batches = self._cut(self._asked(whole, judged), count)
+        whole = play(self.run, prompts, config, (*self.seed, "batches", number), judged=self.judged)
+        batches = self._cut(self._asked(whole), count)
         sums = np.zeros((len(self.estimators), self.reference.shape[1]))
         inner = np.zeros((count, len(self.estimators), options.chunks + 1))  # with the chunks, and itself
         with self.run.phase("gradients"):
@@ -292,16 +349,16 @@ class Audit:
         }
         return row, sums
 
-    def _asked(self, whole: Batch, judged: bool) -> Played:
-        """The batches with every critic's values of all their states."""
+    def _asked(self, whole: Batch) -> Played:
+        """The batches with the values of all their states by every critic that an estimator asks."""
         assert self.run.icc is not None
         exact = values = None
         if self.run.task.teacher is not None and any(one.source == "exact" for one in self.estimators):
             exact = self.run.together(partial(exact_batch, self.run, whole, self.run.icc.p_bar))
-        if SCALAR in self.run.roles:
+        if any(one.source == "scalar" for one in self.estimators):
             found = self.run.roles[SCALAR].values([_sequence(rollout) for rollout in whole.rollouts])
             values = [torch.tensor(row) for row in found]
-        return Played(whole, whole if judged else None, exact, values)
+        return Played(whole, whole if self.judged else None, exact, values)
 
     def _cut(self, whole: Played, count: int) -> list[Played]:
         """Batches of consecutive prompts."""

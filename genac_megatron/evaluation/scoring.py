@@ -33,7 +33,7 @@ from genac_megatron.evaluation.session import identity, made_from, stop_if_asked
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.lock import Held
 from genac_megatron.observe.runinfo import write_json_atomic
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import JudgingConfig, Recipe
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
@@ -126,15 +126,19 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
             scoring.score(chunks)
 
 
+def template_digest(judging: JudgingConfig) -> str:
+    """Of what a critic's prompt says, wherever its file lies. Raises InputError where it cannot be read."""
+    template = load_template(judging.template, judging.privileged)
+    return hashlib.sha256(f"{template.before}\0{template.after}".encode()).hexdigest()
+
+
 def score_plan(recipe: Recipe, bank: Bank, critic: dict[str, str], scalar: bool) -> dict[str, Any]:
     """What a critic's values of a bank depend on. Raises InputError where the template cannot be read."""
     judging = None
     if not scalar:
         unread = {"states", "teacher", "icc_momentum", "budget", "template", "privileged"}  # in the template
         judging = recipe.judging.model_dump(mode="json", exclude=unread)
-        template = load_template(recipe.judging.template, recipe.judging.privileged)
-        text = f"{template.before}\0{template.after}"
-        judging["template"] = hashlib.sha256(text.encode()).hexdigest()
+        judging["template"] = template_digest(recipe.judging)
     return {
         "format": FORMAT,
         "kind": "scores",

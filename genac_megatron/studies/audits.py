@@ -118,14 +118,23 @@ def _over_seeds(reports: Sequence[Record], predicted: Mapping[str, float]) -> st
             values = [one[key]["value"] for one in each]
             known = [math.nan if value is None else value for value in values]
             row.append(str(mean([1000.0 * value for value in known] if key == "snr" else known)))
-        told = [one["agrees"] for one in each if "agrees" in one]
-        row.append(f"{sum(told)} of {len(told)}" if told else "")
+        row.append(_agreement(each))
         if predicted:
             row.insert(4, f"{predicted[name]:.2f}" if name in predicted else "")
         rows.append(row)
     if predicted:
         head.insert(4, "predicted")
     return f"Mean over {len(reports)} seeds, 95 % intervals.\n\n{table(head, rows)}"
+
+
+def _agreement(each: Sequence[Record]) -> str:
+    """In how many seeds it agrees, of those in which that can be told, and the least that all could see."""
+    known = [one for one in each if one.get("agrees") is not None]
+    if not known:
+        return "cannot be told" if any("agrees" in one for one in each) else ""
+    bounds = [one["excess"]["high"] for one in known if one.get("excess", {}).get("high") is not None]
+    seen = f", excess < {max(0.0, *bounds):.2f}" if bounds else ""
+    return f"{sum(one['agrees'] for one in known)} of {len(known)}{seen}"
 
 
 def draw_audits(study: Study, records: Sequence[Record], folder: Path) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
+from genac_megatron.recipe.schema import Recipe
 from genac_megatron.studies.cost import total
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
 from genac_megatron.studies.runner import Places, made_from, newer
-from genac_megatron.studies.schema import Cell, cells_of
+from genac_megatron.studies.schema import Cell, bases_of, cells_of
 from genac_megatron.studies.standing import stands_on
 
 ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
 DECODED = ("tokens/rollout", "tokens/judge")
+COSTS = ("tokens", "flops", "flops_shared", "seconds", "decoded")
 Record = dict[str, Any]
 
 
@@ -41,8 +44,9 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
     rows, _ = read_jsonl(folder / METRICS)
     evaluations, _ = read_jsonl(folder / EVALUATIONS)
     recipe = load_recipe(folder / "recipe.yaml")
-    shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
-    figures = _critic(evaluations) | _spent(rows, shapes) | _actor(evaluations)
+    shapes, frozen = _shapes(recipe), _frozen(recipe)
+    figures = _critic(evaluations) | _spent(rows, shapes, frozen) | _actor(evaluations)
+    before, missing = _before(places, cell, seed)
     for bank in places.study.banks:
         figures |= scores_of(places, bank, cell.name, seed)
     return {
@@ -51,28 +55,52 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
         "options": cell.options,
         "seed": seed,
         "figures": {key: value for key, value in figures.items() if math.isfinite(value)},
-        "curve": curve(rows, evaluations, shapes, _before(places, cell, seed)),
+        "curve": curve(rows, evaluations, shapes, before, frozen),
         "stands_on": stands_on(places, cell.spec, seed),
-    }
+    } | ({"missing": missing} if missing else {})
 
 
-def _before(places: Places, cell: Cell, seed: int) -> dict[str, float]:
-    """What the base runs of other roles than the actor had spent: a critic's pre-training is its method's."""
-    spent = dict.fromkeys(("tokens", "flops", "seconds", "decoded"), 0.0)
-    for base in sorted({base for role, base in cell.spec.start.items() if role != "actor"}):
+def _before(places: Places, cell: Cell, seed: int) -> tuple[dict[str, float] | None, list[str]]:
+    """What the base runs of other roles than the actor had spent, and those that they start from in turn: a
+    critic's pre-training is its method's. None, and their names, where some of them are not there."""
+    bases = _critics_bases(places, cell)
+    missing = [base for base in bases if not places.has_ended(base, seed)]
+    if missing:
+        return None, missing
+    spent = dict.fromkeys(COSTS, 0.0)
+    for base in bases:
         folder = places.run(base, seed)
-        if places.has_ended(base, seed):
-            rows, _ = read_jsonl(folder / METRICS)
-            roles = load_recipe(folder / "recipe.yaml").roles
-            found = _total(rows, {name: read_shape(role.model) for name, role in roles.items()})
-            spent = {key: value + found[key] for key, value in spent.items()}
-    return spent
+        rows, _ = read_jsonl(folder / METRICS)
+        recipe = load_recipe(folder / "recipe.yaml")
+        found = _total(rows, _shapes(recipe), _frozen(recipe))
+        spent = {key: value + found[key] for key, value in spent.items() if key in found}
+    return spent, []
 
 
-def _total(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
+def _critics_bases(places: Places, cell: Cell) -> list[str]:
+    """Each once, however many start from it."""
+    specs, found = dict(bases_of(places.study)), list[str]()
+    left = [base for role, base in cell.spec.start.items() if role != "actor"]
+    while left:
+        base = left.pop()
+        if base not in found:
+            found.append(base)
+            left += [other for role, other in specs[base].start.items() if role != "actor"]
+    return sorted(found)
+
+
+def _shapes(recipe: Recipe) -> dict[str, Shape]:
+    return {name: read_shape(role.model) for name, role in recipe.roles.items()}
+
+
+def _frozen(recipe: Recipe) -> list[str]:
+    return [name for name, role in recipe.roles.items() if role.training.frozen_attention]
+
+
+def _total(rows: list[Record], shapes: Mapping[str, Shape], frozen: Collection[str] = ()) -> dict[str, float]:
     """What rows have spent, and of their tokens those that were decoded: which take nearly all the time."""
     decoded = sum(float(row.get(key) or 0.0) for row in rows for key in DECODED)
-    return {**total(rows, shapes), "decoded": decoded}
+    return {**total(rows, shapes, frozen), "decoded": decoded}
 
 
 def _critic(evaluations: list[Record]) -> dict[str, float]:
@@ -94,13 +122,13 @@ def _actor(evaluations: list[Record]) -> dict[str, float]:
     return {"actor/start": start, "actor/end": end, "actor/gain": end - start}
 
 
-def _spent(rows: list[Record], shapes: Mapping[str, Shape]) -> dict[str, float]:
+def _spent(rows: list[Record], shapes: Mapping[str, Shape], frozen: Collection[str]) -> dict[str, float]:
     """The whole run, and a step of the actor's RL."""
-    whole = {f"cost/{key}": value for key, value in total(rows, shapes).items()}
+    whole = {f"cost/{key}": value for key, value in total(rows, shapes, frozen).items()}
     steps = [row for row in rows if row.get("kind") in ACTOR_KINDS and "actor/loss" in row]
     if not steps:
         return whole
-    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes).items()}
+    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes, frozen).items()}
 
 
 def scores_of(places: Places, bank: str, cell: str, seed: int) -> dict[str, float]:
@@ -121,13 +149,15 @@ def curve(
     rows: list[Record],
     evaluations: list[Record],
     shapes: Mapping[str, Shape],
-    earlier: Mapping[str, float] | None = None,
+    earlier: Mapping[str, float] | None = MappingProxyType({}),
+    frozen: Collection[str] = (),
 ) -> list[dict[str, float]]:
     """Held-out accuracy after so many steps of the actor's RL, and all that the run had spent by then.
 
-    earlier: what its critic's own base runs had spent.
+    earlier: what its critic's own base runs had spent; None: that is not known, and no cost is in the curve.
     """
-    points, spent = [], earlier or {}
+    points, spent = [], {} if earlier is None else earlier
+    lacking = {*COSTS} if earlier is None else {"flops_shared"} - earlier.keys() if earlier else set[str]()
     for evaluation in evaluations:
         if evaluation.get("kind") not in ACTOR_KINDS:
             continue
@@ -136,6 +166,10 @@ def curve(
         before = rows[:first] + [
             row for row in rows[first:] if row.get("stage") == stage and 0 < row["step"] <= step
         ]
-        found = {key: value + spent.get(key, 0.0) for key, value in _total(before, shapes).items()}
+        found = {
+            key: value + spent.get(key, 0.0)
+            for key, value in _total(before, shapes, frozen).items()
+            if key not in lacking
+        }
         points.append({"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **found})
     return points

@@ -149,6 +149,7 @@ def _write(places: Any, seeds: list[int], console: Any) -> None:
     from genac_megatron.studies.collect import records_of
     from genac_megatron.studies.kept import FIGURES, of_other_bases
     from genac_megatron.studies.plots import draw_all
+    from genac_megatron.studies.runner import all_tasks, refuse_other_bases
     from genac_megatron.studies.summary import markdown
 
     if others := of_other_bases(places) + audits.audits_of_other_bases(places):
@@ -160,6 +161,7 @@ def _write(places: Any, seeds: list[int], console: Any) -> None:
             "or name another --out",
         )
     known = {*seeds, *places.study.seeds, *(seed for _, seed in _kept(places))}
+    refuse_other_bases(all_tasks(places, sorted(known)))
     records, audited = records_of(places, sorted(known)), audits.audit_records(places, sorted(known))
     seeds_done = sorted({record["seed"] for record in [*records, *audited]})
     study = places.study.model_copy(update={"seeds": seeds_done})

@@ -3,6 +3,9 @@
 Weights are those that multiply tokens: all but an untied input embedding. Attention's own products are left
 out (they grow with length: small here), and so are evaluations.
 
+A role whose attention is frozen needs no gradients of those weights: 4 for them in training, as activations
+have theirs all the same.
+
 Prompt tokens are counted in two ways. `flops` has those that were asked for, which an engine without a
 prefix cache reads, as the embedded one: an upper bound for a critic whose states nest. `flops_shared` has
 each prefix once that several prompts of a step begin with, as SGLang's servers read them (where they served:
@@ -11,12 +14,13 @@ what they computed).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.sizes import parameters
+from genac_megatron.models.sizes import attention_parameters, parameters
 
+TRAINING = 6
 # What a row counts: the role whose weights the tokens go through, and FLOPs per weight and token.
 COUNTS = {
     "tokens/rollout": ("actor", 2),
@@ -27,8 +31,8 @@ COUNTS = {
     "tokens/reference": ("reference", 2),
     "tokens/actor_old": ("actor", 2),  # log-probs before the first of several updates
     "tokens/moved": ("actor", 2),  # log-probs after its update, for the critic's importance weights
-    "tokens/actor_train": ("actor", 6),
-    "tokens/critic_train": ("critic", 6),
+    "tokens/actor_train": ("actor", TRAINING),
+    "tokens/critic_train": ("critic", TRAINING),
 }
 SHARED = {"tokens/rollout_prompt": "unique/rollout_prompt", "tokens/judge_prompt": "unique/judge_prompt"}
 APART = ("time/evaluate_s", "time/checkpoint_s")  # what is not the method's
@@ -39,26 +43,42 @@ def multiplied(shape: Shape) -> int:
     return parameters(shape) - (0 if shape.tie else shape.vocab * shape.hidden)
 
 
-def spent(row: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, float]:
-    """Tokens, flops, flops_shared and seconds of a row of metrics; no flops_shared where it does not say."""
+def spent(
+    row: Mapping[str, Any], shapes: Mapping[str, Shape], frozen: Collection[str] = ()
+) -> dict[str, float]:
+    """Tokens, flops, flops_shared and seconds of a row of metrics; no flops_shared where it does not say.
+
+    frozen: roles whose attention is.
+    """
     found = {key: float(row.get(key) or 0.0) for key in COUNTS}
     seconds = float(row.get("time/total_s") or 0.0) - sum(float(row.get(key) or 0.0) for key in APART)
-    sums = {"tokens": sum(found.values()), "flops": _flops(found, shapes), "seconds": max(seconds, 0.0)}
+    sums = {
+        "tokens": sum(found.values()),
+        "flops": _flops(found, shapes, frozen),
+        "seconds": max(seconds, 0.0),
+    }
     if all(SHARED[key] in row for key in SHARED if found[key]):
         once = {key: float(row[unique]) for key, unique in SHARED.items() if found[key]}
-        sums["flops_shared"] = _flops(found | once, shapes)
+        sums["flops_shared"] = _flops(found | once, shapes, frozen)
     return sums
 
 
-def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape]) -> float:
-    return sum(
-        count * COUNTS[key][1] * multiplied(shapes[COUNTS[key][0]]) for key, count in counts.items() if count
-    )
+def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape], frozen: Collection[str]) -> float:
+    found = 0.0
+    for key, count in counts.items():
+        if count:
+            role, each = COUNTS[key]
+            found += count * each * multiplied(shapes[role])
+            if each == TRAINING and role in frozen:
+                found -= count * 2 * attention_parameters(shapes[role], 1, 1)
+    return found
 
 
-def total(rows: Iterable[Mapping[str, Any]], shapes: Mapping[str, Shape]) -> dict[str, float]:
+def total(
+    rows: Iterable[Mapping[str, Any]], shapes: Mapping[str, Shape], frozen: Collection[str] = ()
+) -> dict[str, float]:
     """The same over rows; no flops_shared where one of them has none."""
-    each = [spent(row, shapes) for row in rows]
+    each = [spent(row, shapes, frozen) for row in rows]
     names = ["tokens", "flops", "seconds"]
     if all("flops_shared" in one for one in each):
         names.append("flops_shared")

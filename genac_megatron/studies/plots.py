@@ -59,7 +59,11 @@ def _look(number: int) -> dict[str, Any]:
 def _curves(study: Study, records: Sequence[Record], curve: Curve, figure: Figure) -> None:
     axes, cells = figure.subplots(), best_cells(study, records)
     for number, (label, members) in enumerate(cells.items()):
-        with_curve = [record["curve"] for record in members if len(record["curve"]) > 1]
+        with_curve = [
+            record["curve"]
+            for record in members
+            if len(record["curve"]) > 1 and all(curve.x in point for point in record["curve"])
+        ]
         if not with_curve:
             continue
         length = min(len(points) for points in with_curve)

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from genac_megatron.errors import EXIT_REQUEUE, GenacError, InputError, StopRequ
 from genac_megatron.observe.runinfo import METRICS
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
+from genac_megatron.studies.standing import began_with_others, tell, trained
 
 TAIL = 15  # lines of a failed run that are shown
 LOG, STAMP, ENDED = ".log", ".made_from", ".ended"  # beside what a task makes
@@ -37,6 +39,8 @@ class Task:
     of: Path | None = None  # what it looks at, where that may be made anew: older products are another's
     made_from: str = ""  # digest of its recipes, kept beside what it makes
     ended: Path | None = None  # written once it has ended well: a report can be made of half a run
+    begins_with: Callable[[], dict[str, str]] | None = None  # digests of the base runs that it begins with
+    others: Callable[[], list[str]] | None = None  # those that were made anew since it began
 
     @property
     def folder(self) -> Path:
@@ -124,6 +128,7 @@ def tasks_of(
         before += [_build(places, name, seed) for name in study.banks]
         made += _needed(before, of_cells)
     _refuse_others(made)
+    refuse_other_bases(made)
     return made
 
 
@@ -153,6 +158,27 @@ def _refuse_others(tasks: Sequence[Task]) -> None:
         )
 
 
+def refuse_other_bases(tasks: Sequence[Task]) -> None:
+    """Raise InputError where what a task has made or begun stands on base runs that were made anew since."""
+    found = {task.folder: others for task in tasks if task.others and (others := task.others())}
+    if found:
+        raise InputError(
+            "begun with other base runs than are here now: "
+            + ", ".join(f"{folder.name} ({', '.join(names)})" for folder, names in found.items()),
+            where=str(next(iter(found)).parent),
+            way_out="move them away or remove them, and they are made again; or name another --work",
+        )
+
+
+def all_tasks(places: Places, seeds: Sequence[int]) -> list[Task]:
+    """Every base run, cell, bank and audit of these seeds."""
+    specs = [*bases_of(places.study)]
+    specs += [(cell.name, cell.spec) for cell in cells_of(places.study, str(places.file))]
+    runs = [_run(places, name, spec, seed) for name, spec in specs for seed in seeds]
+    runs += [_build(places, name, seed) for name in places.study.banks for seed in seeds]
+    return runs + [_audit(places, name, seed) for name in places.study.audits for seed in seeds]
+
+
 def _needed(before: Sequence[Task], tasks: Sequence[Task]) -> list[Task]:
     """Tasks, after those of `before` that they need, directly or not. Each task comes after its needs."""
     found = [*tasks]
@@ -174,6 +200,8 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
         log=_beside(folder, LOG),
         resumable=folder / "checkpoints",
         made_from=digests_of(places).runs[name],
+        begins_with=partial(trained, places, [*spec.start.values()], seed),
+        others=partial(began_with_others, places, folder, seed),
     )
 
 
@@ -202,6 +230,8 @@ def _build(places: Places, name: str, seed: int) -> Task:
         ),
         log=_beside(folder, LOG),
         made_from=digests_of(places).banks[name],
+        begins_with=partial(trained, places, [bank.actor], seed),
+        others=partial(began_with_others, places, folder, seed),
     )  # fmt: skip
 
 
@@ -220,6 +250,8 @@ def _audit(places: Places, name: str, seed: int) -> Task:
         ),
         log=_beside(folder, LOG),
         made_from=digests_of(places).audits[name],
+        begins_with=partial(trained, places, audit.bases, seed),
+        others=partial(began_with_others, places, folder, seed),
     )  # fmt: skip
 
 
@@ -298,7 +330,10 @@ class _Running:
 
     def __init__(self, task: Task) -> None:
         begun = task.resumable is not None and any(task.resumable.glob("*/manifest.json"))
+        refuse_other_bases([task])  # of one that was cut off: its base runs may be of this very command
         task.log.parent.mkdir(parents=True, exist_ok=True)
+        if task.begins_with is not None:
+            tell(task.folder, task.begins_with())
         if task.ended is not None:
             task.ended.unlink(missing_ok=True)  # of a run that was removed
         if task.made_from:

@@ -81,7 +81,11 @@ def at_equal_cost(records: Sequence[Record], key: str = "flops") -> dict[tuple[s
     """
     found: dict[tuple[str, int], float] = {}
     for seed in {record["seed"] for record in records}:
-        mine = [record for record in records if record["seed"] == seed and len(record["curve"]) > 1]
+        mine = [
+            record
+            for record in records
+            if record["seed"] == seed and len(record["curve"]) > 1 and _says(record["curve"], key)
+        ]
         if not mine:
             continue
         least = min(record["curve"][-1][key] for record in mine)
@@ -98,7 +102,7 @@ def area(points: Sequence[dict[str, float]], key: str = "steps", until: float | 
     Before the first it is the first's: a critic's pre-training leaves the actor as it is. NaN for a single
     evaluation, one that has no `key`, or a curve that ends before `until`.
     """
-    if len(points) < 2 or any(key not in point for point in points):
+    if len(points) < 2 or not _says(points, key):
         return math.nan
     x = np.array([0.0, *(point[key] for point in points)])
     y = np.array([points[0]["accuracy"], *(point["accuracy"] for point in points)])
@@ -123,16 +127,22 @@ def areas(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, float]]:
             found[record["cell"], seed] = {"actor/area": area(record["curve"])}
         for key, alone in itertools.product(("decoded", "flops"), (False, True)):
             curves = [_from_first(record["curve"], key) if alone else record["curve"] for record in mine]
-            least = min((curve[-1].get(key, math.nan) for curve in curves), default=math.nan)
+            # Those that do not say what they spent are no measure, wherever they stand.
+            least = min((curve[-1][key] for curve in curves if _says(curve, key)), default=math.nan)
             for record, curve in zip(mine, curves, strict=True):
                 name = f"actor/area_{key}{'_alone' if alone else ''}"
                 found[record["cell"], seed][name] = area(curve, key, least)
     return found
 
 
+def _says(points: Sequence[dict[str, float]], key: str) -> bool:
+    """Whether a curve has finite figures of `key` everywhere."""
+    return all(math.isfinite(point.get(key, math.nan)) for point in points)
+
+
 def _from_first(points: Sequence[dict[str, float]], key: str) -> list[dict[str, float]]:
     """The curve without what was spent before its first evaluation."""
-    if any(key not in point for point in points):
+    if not _says(points, key):
         return list(points)
     return [{**point, key: point[key] - points[0][key]} for point in points]
 
@@ -193,9 +203,22 @@ def markdown(study: Study, records: Sequence[Record]) -> str:
         predicted = study.predicted.get(name, {})
         head += ["predicted"] if predicted else []
         for line, row in zip(lines, rows, strict=True):
-            line.append(str(row.get(name, "–")))
+            line.append(_shown(row.get(name), row["seeds"]))
             if predicted:
                 line.append(f"{predicted[row['label']]:+.3f}" if row["label"] in predicted else "")
     chosen = [f"{r['label']}: {r['cell']}" for r in rows if r["cell"] != r["label"]]
     note = f"\nBest of a sweep, by {study.best}: {', '.join(chosen)}.\n" if chosen else ""
+    missing = sorted({f"{r['cell']} ({', '.join(r['missing'])})" for r in records if r.get("missing")})
+    if missing:
+        note += (
+            "\nWhat the critics' base runs that are gone had spent is not known, so there is no accuracy "
+            f"by cost: {'; '.join(missing)}.\n"
+        )
     return f"{table(head, lines)}\n{note}"
+
+
+def _shown(found: Any, seeds: int) -> str:
+    """A mean, and of how many seeds where these are fewer than the row's: so many pairs has a difference."""
+    if not isinstance(found, Mean):
+        return "–"
+    return f"{found} ({found.count} of {seeds})" if 0 < found.count < seeds else str(found)

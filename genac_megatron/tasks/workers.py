@@ -286,7 +286,7 @@ class Shared(Generic[T]):
         return sum(pool.late for pool in self.pools)
 
     def run(self, jobs: Sequence[Any]) -> list[T]:
-        """As `Pool.run`, from any thread; it waits for a pool that is free."""
+        """As `Pool.run`, from any thread; it waits for a pool that is free. None after `close`."""
         if not jobs:
             return []
         pool = self._free.get()
@@ -296,9 +296,12 @@ class Shared(Generic[T]):
             self._free.put(pool)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, whatever they are at: who is in `run` then raises, and starts no further one."""
         for pool in self.pools:
+            pool.end_now()
+        for pool in [self._free.get() for _ in self.pools]:  # once nobody is at it
             pool.close()
+            self._free.put(pool)
 
 
 def _shown(job: Any) -> str:

@@ -286,13 +286,26 @@ class Role:
 
         The parts of the block's ranks, end to end, are the whole gradient in fp32, with zeros between some
         of its tensors; their order is the layout's alone, so inner products of two gradients are sums over
-        ranks of those of the parts. No optimizer is needed. Empty outside the block. Collective over it.
-        Raises InputError for a frozen role, and where weights are cut over ranks (tp, pp, cp, ep): parts
-        would hold some of them twice.
+        ranks of those of the parts. No optimizer is needed. Empty outside the block. Collective over the
+        world. Raises InputError for a frozen role, and where weights are cut over ranks (tp, pp, cp, ep):
+        parts would hold some of them twice; NotFinite, on every rank, where a value of the whole is not.
         """
         self.need_gradients()
-        if not self.active:
-            return torch.empty(0)
+        part, spoilt = torch.empty(0), 0
+        if self.active:
+            part = self._own_part(samples, loss, temperature)
+            told = (~part.isfinite()).sum()
+            dist.all_reduce(told, group=self.groups.intra_dist_opt)
+            spoilt = int(told.item())
+        Launched(self.layout, self.groups, spoilt if self.active else None, self._whole).result()
+        return part
+
+    def _whole(self, spoilt: int) -> None:
+        if spoilt:
+            raise on_all_ranks(NotFinite(f"{self.name}/gradient is not finite in {spoilt} places"))
+
+    def _own_part(self, samples: Sequence[Sample], loss: Loss, temperature: float) -> Tensor:
+        """This rank's part of the loss's gradient. Collective over the block."""
         self.wake()
         self._have_gradients()
         for chunk in self.chunks:

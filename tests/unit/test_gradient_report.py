@@ -53,7 +53,9 @@ def test_a_quieter_estimator_has_the_higher_ratio_and_predictions_stand_beside()
     report = report_of(*kept())
     assert report["base"] == "rloo"
     found = report["estimators"]
-    assert found["rloo"]["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    ratio = found["rloo"]["ratio"]
+    assert [ratio[key] for key in ("value", "low", "high")] == [1.0, 1.0, 1.0]
+    assert 0 < ratio["dropped"] < ratio["draws"] == 1000, "draws in which rloo's own is not above 0"
     assert found["exact-0"]["ratio"]["low"] > 1.5
     assert found["exact-1-raw"]["agrees"]
     assert "agrees" not in found["exact-0"]
@@ -62,6 +64,9 @@ def test_a_quieter_estimator_has_the_higher_ratio_and_predictions_stand_beside()
     assert "predicted" in text.splitlines()[2]
     row = next(line for line in text.splitlines() if line.startswith("| exact-0 "))
     assert [cell.strip() for cell in row.split("|")][5] == "9.00"
+    assert f"({ratio['dropped']} of 1000 draws dropped)" in text
+    excess = found["exact-1-raw"]["excess"]["high"]
+    assert f"agrees, excess < {excess:.2f}" in text, "what it would not have seen stands beside"
     assert "predicted" not in shown(report)
 
 

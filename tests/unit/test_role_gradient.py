@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genac_megatron.algorithms.losses import make_ppo_loss
+from genac_megatron.errors import NotFinite
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.recipe.schema import LossConfig
 from genac_megatron.training.layout import init_world
@@ -61,3 +63,11 @@ def test_a_gradient_is_autograds_by_name() -> None:
     assert largest > 1e-2
     for name, grad in wanted.items():
         torch.testing.assert_close(before[name] - after[name], grad, atol=5e-7, rtol=1e-4, msg=name)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_by_name() -> None:
+    role = make_role("actor", role_config(layout={"count": 1}), init_world().size)
+    samples = make_samples(11, 7)
+    samples[3].fields["advantages"][0] = float("nan")
+    with pytest.raises(NotFinite, match=r"actor/gradient is not finite in \d+ places"):
+        role.gradient(samples, make_ppo_loss(LossConfig()), temperature=TEMPERATURE)

@@ -14,7 +14,7 @@ import yaml
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
-from genac_megatron.models.sizes import parameters
+from genac_megatron.models.sizes import attention_parameters, parameters
 from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import ModelConfig, ModelShape
@@ -201,6 +201,15 @@ def test_flops_are_two_per_weight_forward_and_six_in_training() -> None:
         "flops_shared": 3 * 2 * actor + 5 * 2 * critic + 7 * 6 * actor,
         "seconds": 2.5,
     }
+
+
+def test_frozen_attention_has_no_gradients_of_its_own_weights() -> None:
+    """In training alone, and of that role alone."""
+    shapes = {"actor": shape(True), "critic": shape(True)}
+    row = {"tokens/actor_train": 7.0, "tokens/critic_train": 11.0, "tokens/value": 3.0}
+    whole, frozen = spent(row, shapes), spent(row, shapes, ["critic"])
+    assert whole["flops"] - frozen["flops"] == 11 * 2 * attention_parameters(shapes["critic"], 1, 1) > 0
+    assert total([row, row], shapes, ["critic"])["flops"] == 2 * frozen["flops"]
 
 
 def test_a_prefix_that_prompts_share_is_billed_once_and_as_often_as_it_was_read() -> None:

@@ -15,7 +15,7 @@ from genac_megatron.critic.states import cut_states
 from genac_megatron.recipe.algorithms import RegressionConfig, WithScalarCritic
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.schema import PolicyStage, Recipe, ValueStage
+from genac_megatron.recipe.schema import PolicyStage, Recipe, SftStage, ValueStage
 from genac_megatron.records import Completion, Rollout
 from genac_megatron.studies.runner import Places, tasks_of
 from genac_megatron.studies.schema import read_study
@@ -53,6 +53,38 @@ def test_each_study_for_a_cpu_has_one_for_gpus() -> None:
     names = {path.stem for path in STUDIES}
     for name in ("scaling", "conditioning", "anatomy", "joint"):
         assert {name, f"{name}_gpu"} <= names
+
+
+@pytest.mark.parametrize("name", ["long_few", "long_few_single", "chain_long"])
+def test_a_critic_of_exact_values_goes_on_learning_them(name: str, tmp_path: Path) -> None:
+    found = dict(recipes_of(FOLDER / f"{name}.yaml", tmp_path))
+    stage = found["vc_ppo_exact, seed 1"].stages[0]
+    assert isinstance(stage, PolicyStage)
+    assert isinstance(stage.algorithm, WithScalarCritic)
+    assert (stage.algorithm.kind, stage.algorithm.value.target) == ("vc_ppo", "exact")
+    plain = found["vc_ppo_slow, seed 1"].stages[0]
+    assert isinstance(plain, PolicyStage)
+    assert stage.rollout == plain.rollout
+
+
+def test_nothing_is_predicted_of_chains_by_the_model_of_swaps() -> None:
+    told = {name: read_study(FOLDER / f"{name}.yaml").predicted for name in ("chain_long", "long_few_single")}
+    assert {*told["chain_long"]["actor/area_less_reference"]} == {"genac_lam0", "genac", "reinforce_pp"}
+    assert {*told["long_few_single"]["actor/area_less_reference"]} == {"oracle", "genac_lam0", "genac"}
+
+
+@pytest.mark.parametrize("name", ["scaling_chain", "ood_chain", "chain_long"])
+def test_sft_on_chains_ends_above_the_tasks_own_entropy(name: str, tmp_path: Path) -> None:
+    bases = {
+        key: recipe.stages[0]
+        for key, recipe in recipes_of(FOLDER / f"{name}.yaml", tmp_path)
+        if key.startswith(("actor,", "body-"))
+    }
+    assert bases
+    for stage in bases.values():
+        assert isinstance(stage, SftStage)
+        assert stage.heldout is not None
+        assert (stage.heldout.target, stage.heldout.metric, stage.gate.action) == (0.12, "loss", "warn")
 
 
 def chosen_places(recipe: Recipe) -> list[RegressionConfig]:

@@ -239,3 +239,23 @@ def test_an_answer_that_is_late_is_counted_whichever_pool_it_was_given_to(tmp_pa
     assert shared.late == 2
     assert shared.run([("ok", None)]) == [1.0]
     shared.close()
+
+
+def test_a_thread_that_runs_ends_with_what_is_closed_and_starts_no_other_process(tmp_path: Path) -> None:
+    """Its job's process is lost by the closing: before, that job was tried again in a new one."""
+    shared: Shared[float] = Shared(partial(Workers, obeying, 1, 60.0, "sleeping"))
+    begun = tmp_path / "begun"
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(shared.run, [("sleep", (str(begun), 30.0))])
+        pid, began = written(begun), time.monotonic()
+        begun.unlink()
+        shared.close()
+        with pytest.raises(RuntimeError, match="sleeping was ended"):
+            slow.result(20)
+    assert time.monotonic() - began < 20
+    assert gone(pid)
+    assert not begun.exists(), "the job was begun again"
+    assert [pool._workers for pool in shared.pools] == [[], []]
+    with pytest.raises(RuntimeError, match="sleeping was ended"):
+        shared.run([("ok", None)])
+    shared.close()
