@@ -180,7 +180,7 @@ def task_of(run: Run, config: TaskConfig) -> Task:
         privileged, seed = run.recipe.judging.privileged, run.recipe.seed
         tokenizer = run.tokenizers["actor" if "actor" in run.tokenizers else next(iter(run.tokenizers))]
         run.more_tasks[key] = run.together(lambda: make_task(config, tokenizer, seed, privileged=privileged))
-        read_alike(run.more_tasks[key], run.task)
+    read_alike(run.more_tasks[key], run.task)
     return run.more_tasks[key]
 
 
