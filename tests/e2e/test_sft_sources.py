@@ -120,7 +120,7 @@ def test_a_resumed_stage_replays_the_same_and_goes_back_too(whole: tuple[Path, s
 def test_more_steps_go_on_from_what_was_trained_and_not_from_what_it_went_back_to(
     whole: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """As the same steps in one go. The earlier weights had gone on with the moments of the ones thrown away."""
+    """As the same steps in one go. The earlier weights went on with the moments of the ones thrown away."""
     again, at_once = tmp_path / "again", tmp_path / "at_once"
     for folder in (again, at_once):
         shutil.copytree(whole[0] / "runs", folder / "runs")

@@ -24,6 +24,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftHeldout, SftStage
 from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.records import Completion, Request, Sample
+from genac_megatron.stages import sft_data
 from genac_megatron.stages.batch import supervised
 from genac_megatron.stages.heldout import _trained_targets
 from genac_megatron.stages.sft import part_figures
@@ -477,17 +478,18 @@ def test_a_part_of_the_lengths_that_is_short_is_told_once_with_both_numbers() ->
     assert not any("length_buckets" in note for note in run.notes)
 
 
-def test_sources_draw_their_strengths_apart() -> None:
+def test_sources_draw_their_strengths_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of two sources may have one id; a stage without sources draws as it did."""
-    teacher = {"kind": "exact", "p_bar_range": [0.1, 0.9]}
-    task = {"kind": "state_tracking", "min_swaps": 2, "max_swaps": 3, "heldout_size": 8, "slip_rate": 0.3}
-    tasks = [{**task, "train_size": size} for size in (8, 9)]
-    run = run_of({"size": 60, "teacher": teacher,
-                  "sources": [{"share": 0.5, "task": one} for one in tasks]})  # fmt: skip
-    told: dict[str, dict[str, str]] = {"1": {}, "2": {}}
-    for sample in made_by(run):
-        text = str(TINY.decode(sample.tokens[: sample.start]))
-        told[sample.part][sample.source.split("/", 1)[1]] = text.rsplit("p 0.", 1)[-1][:2]
-    both = told["1"].keys() & told["2"].keys()
-    assert both, "or it shows nothing"
-    assert any(told["1"][key] != told["2"][key] for key in both)
+    seeds: list[object] = []
+    real = sft_data.taught
+
+    def taught(run: Any, order: Any, states: Any, context: Any) -> list[Sample]:
+        seeds.append(context.seed)
+        return real(run, order, states, context)
+
+    monkeypatch.setattr(sft_data, "taught", taught)
+    made_by(run_of({"size": 8, "sources": [{"share": 0.5}, {"share": 0.5}]}))
+    assert len(set(seeds)) == 2
+    seeds.clear()
+    made_by(run_of({"size": 8}))
+    assert seeds == [0]
