@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,15 @@ class Prompt:
     source: str = ""  # of a mixture: the name of the part that it is of
     # What a privileged critic is shown, by template placeholder: reference, rubric. Never the actor.
     privileged: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of its problem's text, whatever the white space: generators make one text under several ids. "" of
+        none.
+        """
+        if not self.problem.strip():
+            return ""
+        return hashlib.sha256(" ".join(self.problem.split()).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,10 @@ class Sample:
     fields: dict[str, list[float]] = field(default_factory=dict)
     experts: Experts | None = field(default=None, compare=False, repr=False)  # of tokens[:-1], to be replayed
     source: str = ""  # what it was made of, a prompt's id for example; "": nothing that others share
+    problem: str = ""  # a digest of its problem's text, which other ids' prompts may have too; "": not known
     part: str = ""  # of a stage's several sources of samples: the name of the one that it is of
+    # The completion as it would stand there with a score of the other form; "": scores have one form
+    otherwise: str = field(default="", compare=False, repr=False)
 
     @property
     def trained(self) -> int:

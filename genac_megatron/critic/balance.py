@@ -40,8 +40,8 @@ def balance(states: Sequence[State], size: int, seed: int = 0, length_buckets: i
         strata[right, _position(state)].append(state)
     piles = [strata[key] for key in sorted(strata)]
     if length_buckets > 1 and states:
-        lengths = [length(state) for state in states]
-        piles = [_even_in_length(pile, min(lengths), max(lengths), length_buckets) for pile in piles]
+        span = shortest_and_longest(states)
+        piles = [_even_in_length(pile, *span, length_buckets) for pile in piles]
     chosen = in_turn(piles)[:size]
     rng.shuffle(chosen)
     return chosen
@@ -103,12 +103,54 @@ def collect(
     return kept, asked
 
 
+def shortest_and_longest(states: Sequence[State]) -> tuple[int, int]:
+    """The range of states' lengths; (0, 0) of none."""
+    lengths = [length(state) for state in states]
+    return min(lengths, default=0), max(lengths, default=0)
+
+
+def scarce_part(
+    chosen: Sequence[State], span: tuple[int, int], buckets: int
+) -> tuple[int, tuple[int, int], int] | None:
+    """Of the parts of the lengths in `span`: (which, from 1; its lengths; how many of `chosen` it has) for
+    the one that has fewest, where it ran out and has less than an even share; None where none did.
+
+    A stratum takes one of each part in turn: one that it has two fewer of than of another ran out.
+    """
+    if buckets < 2 or not chosen:
+        return None
+    strata: dict[tuple[bool, int], Counter[int]] = defaultdict(Counter)
+    for state in chosen:
+        stratum = state.rollout.outcome >= 0.5, _position(state)
+        strata[stratum][_part(state, *span, buckets)] += 1
+    ran_out = {
+        part
+        for counts in strata.values()
+        for part in range(buckets)
+        if counts[part] < max(counts.values()) - 1
+    }
+    totals = sum(strata.values(), Counter[int]())
+    few = [part for part in ran_out if totals[part] < len(chosen) // buckets]
+    if not few:
+        return None
+    least = min(few, key=lambda part: (totals[part], -part))
+    width = max(span[1] - span[0], 1) / buckets
+    edges = (span[0] + math.ceil(least * width), min(span[0] + math.ceil((least + 1) * width) - 1, span[1]))
+    if least == buckets - 1:
+        edges = edges[0], span[1]
+    return least + 1, edges, totals[least]
+
+
 def _even_in_length(pile: Sequence[State], shortest: int, longest: int, buckets: int) -> list[State]:
-    width = max(longest - shortest, 1) / buckets
     parts: dict[int, list[State]] = defaultdict(list)
     for state in pile:
-        parts[min(int((length(state) - shortest) / width), buckets - 1)].append(state)
+        parts[_part(state, shortest, longest, buckets)].append(state)
     return in_turn([parts[key] for key in sorted(parts)])
+
+
+def _part(state: State, shortest: int, longest: int, buckets: int) -> int:
+    width = max(longest - shortest, 1) / buckets
+    return min(int((length(state) - shortest) / width), buckets - 1)
 
 
 def _bucket(value: float) -> int:

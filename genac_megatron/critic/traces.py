@@ -19,7 +19,7 @@ from genac_megatron.critic.score import LEVELS, deciding, format_answer, parse_s
 from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
-from genac_megatron.records import Judgement, Sample, State
+from genac_megatron.records import Judgement, Prompt, Sample, State
 from genac_megatron.tasks.tokenizer import reply_ids, reply_lead, without_opened
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TraceContext:
     judging: JudgingConfig
     icc: IccState
     limit: int  # response tokens the actor may use
-    seed: int = 0
+    seed: int | str = 0
 
     def prompt_ids(self, state: State) -> tuple[int, ...]:
         """The critic's prompt for `state`."""
@@ -54,12 +54,12 @@ def to_sample(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[int],
     text: str,
-    source: str = "",
+    source: str | Prompt = "",
     where: str = "",
 ) -> Sample:
     """prompt + written completion + end token; loss from the completion's first token to the end token.
 
-    `source`: what other samples may share with it, such as the prompt; they are held out together. `where`:
+    `source`: the prompt, or what else other samples may share with it; they are held out together. `where`:
     the text's place, for messages.
 
     Special tokens in `text` are read as plain text, and it begins as the chat template's replies do. What
@@ -76,7 +76,9 @@ def to_sample(
     text = without_opened(tokenizer, prompt_ids, text, where)
     lead = "" if text[:1].isspace() else reply_lead(tokenizer)
     tokens = [*prompt_ids, *reply_ids(tokenizer, prompt_ids, lead + text, split_special_tokens=True), end]
-    return Sample(tokens, start=len(prompt_ids), source=source)
+    if isinstance(source, str):
+        return Sample(tokens, start=len(prompt_ids), source=source)
+    return Sample(tokens, start=len(prompt_ids), source=source.id, problem=source.digest)
 
 
 LATER_STEPS = 100  # steps that a made-up actor may be said to be at
@@ -107,7 +109,7 @@ def exact_samples(
             p_bar = round(rng.uniform(*p_bar_range), 2)
             shown = replace(context, icc=replace(context.icc, p_bar=p_bar, step=rng.randrange(LATER_STEPS)))
         words, score = teacher.trace(state.rollout.prompt, partial, shown.icc.p_bar, rng)
-        samples += _fitting(state, _written(words, score, shown, writes), shown)
+        samples += _fitting(state, words, score, shown, writes)
     return samples
 
 
@@ -130,34 +132,46 @@ def monte_carlo_samples(
             partial = state_text(state, context.actor_tokenizer)
             words, _ = teacher.trace(state.rollout.prompt, partial, context.icc.p_bar, rng)
         score = math.floor((LEVELS - 1) * value + 0.5)
-        samples += _fitting(state, _written(words, score, context, "trace" if words else "score"), context)
+        samples += _fitting(state, words, score, context, "trace" if words else "score")
     return samples
 
 
 def _written(words: str, score: int, shown: TraceContext, writes: str) -> str:
     """A trace's text, or the part of it that `writes` asks for."""
     lines = [] if writes == "score" else [words.rstrip()]
-    if writes == "trace" and score and shown.judging.icc == "on":
+    if score and _repeats(shown, writes):
         lines.append(f"p {shown.icc.p_bar:.2f}")
     if writes != "reasoning":
         lines.append(format_answer(score))
     return "\n".join(lines)
 
 
-def _fitting(state: State, text: str, context: TraceContext) -> list[Sample]:
+def _repeats(shown: TraceContext, writes: str) -> bool:
+    """Whether traces say the success rate again before a score, unless that is 0."""
+    return writes == "trace" and shown.judging.icc == "on"
+
+
+def _fitting(state: State, words: str, score: int, shown: TraceContext, writes: str) -> list[Sample]:
     """The trace as a sample; none where it is longer than the critic may write."""
-    sample = to_sample(context.tokenizer, context.prompt_ids(state), text, state.rollout.prompt.id)
-    return [sample] if sample.trained <= context.judging.max_new_tokens else []
+    text, prompt_ids = _written(words, score, shown, writes), shown.prompt_ids(state)
+    sample = to_sample(shown.tokenizer, prompt_ids, text, state.rollout.prompt)
+    if _repeats(shown, writes):
+        sample.otherwise = _written(words, 0 if score else 1, shown, writes)
+    return [sample] if sample.trained <= shown.judging.max_new_tokens else []
 
 
 def unscored(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:
     """The same trace with no loss on what says which score: `weights` are 0 there, 1 elsewhere.
 
     So it teaches how to reason and where an answer stands, and nothing of what a state is worth. Numbers in
-    the reasoning are learnt as any words.
+    the reasoning are learnt as any words. Where only a score that is not 0 has the success rate before it,
+    what follows the reasoning tells too: the first token there.
     """
     ids = sample.tokens[sample.start :]
     said = deciding(tokenizer, ids)
+    if sample.otherwise:
+        other = to_sample(tokenizer, sample.tokens[: sample.start], sample.otherwise).tokens[sample.start :]
+        said.add(next(n for n, both in enumerate(zip(ids, other, strict=False)) if both[0] != both[1]))
     weights = [0.0 if place in said else 1.0 for place in range(len(ids))]
     return replace(sample, fields={**sample.fields, "weights": weights})
 
@@ -203,6 +217,7 @@ def own_samples(judgements: Sequence[Judgement]) -> list[Sample]:
             tokens=[*judgement.prompt_ids, *judgement.completion.ids],
             start=len(judgement.prompt_ids),
             source=judgement.state.rollout.prompt.id,
+            problem=judgement.state.rollout.prompt.digest,
         )
         for judgement in judgements
     ]
@@ -233,7 +248,7 @@ def endpoint_samples(states: Sequence[State], config: TeacherConfig, context: Tr
         if answer is None or parse_score(answer) is None:
             continue
         text = answer[: answer.rindex(_ANSWER_END) + len(_ANSWER_END)].strip()
-        sample = to_sample(context.tokenizer, context.prompt_ids(state), text, state.rollout.prompt.id)
+        sample = to_sample(context.tokenizer, context.prompt_ids(state), text, state.rollout.prompt)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)
     return samples

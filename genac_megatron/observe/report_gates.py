@@ -56,13 +56,13 @@ def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
 def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
     """(override, what --resume does with it) for a run that the stage's gate has stopped."""
     if isinstance(stage, PpoStage):
-        ways = [
+        begins = [
             (
                 "roles.critic.model.checkpoint=runs/...",
                 "begins with the critic of a run that trained one (a run without a checkpoint of its own)",
             )
         ]
-        return [*ways, *_asks_less(found), (f"stages.{stage.name}.gate.action=warn", "trains as it is")]
+        return [*begins, *_asks_less(found), (f"stages.{stage.name}.gate.action=warn", "trains as it is")]
     if isinstance(stage, SftStage):
         upto = "up to " if stage.heldout is not None else ""
         more, what = f"epochs={2 * stage.epochs}", f"trains {upto}{_count(stage.epochs, 'epoch')} more"
@@ -72,8 +72,14 @@ def ways_on(stage: JudgedStage, found: list[Missed]) -> list[tuple[str, str]]:
         cools = False
     if cools or stage.optimizer is None or stage.optimizer.schedule != "constant":
         what += " (a learning rate that has fallen is higher again)"
-    ways = [(f"stages.{stage.name}.{more}", f"{what}, then judges again"), *_asks_less(found)]
-    return [*ways, (f"stages.{stage.name}.gate.action=warn", "goes on with the next stage as it is")]
+    ways = [(f"stages.{stage.name}.{more}", f"{what}, then judges again")]
+    if isinstance(stage, SftStage) and stage.phased:
+        ways = []  # a curriculum has one pass
+    return [
+        *ways,
+        *_asks_less(found),
+        (f"stages.{stage.name}.gate.action=warn", "goes on with the next stage as it is"),
+    ]
 
 
 def went_on(stage: JudgedStage) -> str:
@@ -115,7 +121,7 @@ def _target(stage: SftStage, figures: Figures) -> Missed | None:
     return Missed(
         f"held-out {heldout.metric} {figure:.3f} is {'above' if loss else 'below'} {target:g}",
         f"{means}: it has not learnt what carries over to new samples",
-        f"more passes ({at}.epochs){waits}, another learning rate ({_lr(stage, stage.role)}); more samples "
+        f"{_passes(stage, waits)}another learning rate ({_lr(stage, stage.role)}); more samples "
         f"({at}.size) in a new run, as these are made when the stage begins",
         _bound(f"{at}.heldout.target", -_lower(-figure) if loss else _lower(figure), figure),
     )
@@ -130,7 +136,7 @@ def _parse_rate(stage: SftStage, figures: Figures) -> Missed | None:
         _nothing_judged(rate)
         or f"{_per_cent(1 - rate)} of the critic's judgements end without a score that can be read, and say "
         "nothing of their state",
-        f"more passes over the traces ({at}.epochs), another learning rate ({_lr(stage, 'critic')}). In a "
+        f"{_passes(stage)}another learning rate ({_lr(stage, 'critic')}). In a "
         f"new run: more traces ({at}.size), and room to finish where judgements are cut off "
         "(judging.max_new_tokens)",
         _bound(f"{at}.gate.parse_rate", _lower(rate), rate),
@@ -284,10 +290,21 @@ def _longer(stage: ReinforceStage | ValueStage) -> str:
 def _better_traces(stage: SftStage) -> str:
     at = f"stages.{stage.name}"
     return (
-        f"more passes over the traces ({at}.epochs), another learning rate ({_lr(stage, 'critic')}). In "
+        f"{_passes(stage)}another learning rate ({_lr(stage, 'critic')}). In "
         f"a new run: another teacher, or, of its own judgements, more to choose from "
         f"({at}.teacher.judgements, {at}.teacher.continuations)"
     )
+
+
+def _passes(stage: SftStage, waits: str = "") -> str:
+    """The advice to train longer; none of a curriculum, which has one pass."""
+    if stage.phased:
+        return ""
+    return f"more passes over the {_made(stage)} (stages.{stage.name}.epochs){waits}, "
+
+
+def _made(stage: SftStage) -> str:
+    return "traces" if stage.data == "traces" else "samples"
 
 
 def _lr(stage: SftStage | ReinforceStage | ValueStage, role: str) -> str:

@@ -52,6 +52,8 @@ def check_teacher(teacher: TeacherConfig, task: TaskConfig, who: str, place: Pla
             where=where(place),
             way_out="add teacher.url and teacher.model",
         )
+    if teacher.kind in ("self", "endpoint"):
+        _check_free(teacher, who, place, where)
     if teacher.kind == "monte_carlo" and teacher.writes == "reasoning":
         raise InputError(
             f"{who} has scores by Monte Carlo, and writes the reasoning alone, which has no score",
@@ -67,11 +69,36 @@ def check_teacher(teacher: TeacherConfig, task: TaskConfig, who: str, place: Pla
         )
 
 
+def _check_free(teacher: TeacherConfig, who: str, place: Place, where: Where) -> None:
+    """A teacher whose words are its own has no keys that say what is written."""
+    says = "the critic's own judgements" if teacher.kind == "self" else "an endpoint's answers"
+    if teacher.writes != "trace":
+        other = "monte_carlo or exact" if teacher.writes == "score" else "exact"
+        raise InputError(
+            f"{who} learns {says} as they are, and asks for a part of them (writes: {teacher.writes})",
+            where=where((*place, "writes")),
+            way_out=f"take writes out, or set teacher.kind: {other}, whose traces have parts",
+        )
+    if teacher.p_bar_range is not None:
+        raise InputError(
+            f"{who} learns {says}, which are about the actor as it is, and shows others (p_bar_range)",
+            where=where((*place, "p_bar_range")),
+            way_out="take p_bar_range out, or set teacher.kind: exact",
+        )
+
+
 def check_sources(recipe: Recipe, stage: SftStage, place: Place, where: Where) -> None:
-    """An SFT stage's sources. Raises InputError."""
+    """An SFT stage's sources, and whether it draws what it says how to draw. Raises InputError."""
+    who = f"the stage '{stage.name}' (sft)"
+    drawing = [source for source in stage.sources if (source.data or stage.data) == "traces"]
+    if stage.length_buckets > 1 and not (drawing if stage.sources else stage.data == "traces"):
+        raise InputError(
+            f"{who} makes no traces, and length_buckets is about the states that these are drawn from",
+            where=where((*place, "length_buckets")),
+            way_out="take length_buckets out, or set data: traces",
+        )
     if not stage.sources:
         return
-    who = f"the stage '{stage.name}' (sft)"
     if stage.data == "jsonl":
         raise InputError(
             f"{who} reads jsonl, and has sources, which are made",
@@ -201,8 +228,9 @@ def _check_source(
             where=where((*place, "data")),
             way_out="name a task that has one, or data: traces",
         )
-    for key, given in (("scored", not source.scored), ("teacher", source.teacher is not None)):
-        if given:
+    given = {key: getattr(source, key) is not None for key in ("teacher", "rollout", "length_buckets")}
+    for key, dead in {"scored": not source.scored, **given}.items():
+        if dead:
             raise InputError(
                 f"{who} is demonstrations, and {key} is about traces",
                 where=where((*place, key)),

@@ -87,8 +87,9 @@ class TeacherConfig(Block):
 
     # monte_carlo: the score is the value by Monte Carlo, the reasoning the exact teacher's, if there is one
     kind: Literal["exact", "self", "endpoint", "monte_carlo"] = "exact"
-    # exact: what of a trace is learnt. The score alone shows what reasoning is worth; the reasoning alone
-    # makes a model that can think about tasks of whose values it has been told nothing.
+    # exact: what of a trace is learnt (monte_carlo: all or the score). The score alone shows what reasoning
+    # is worth; the reasoning alone makes a model that can think about tasks of whose values it has been told
+    # nothing.
     writes: Literal["trace", "score", "reasoning"] = "trace"
     p_bar_range: tuple[Fraction, Fraction] | None = None  # exact: show actors from this range (ICC is learnt)
     continuations: Positive = 8  # self, monte_carlo: continuations per state, whose mean outcome is its value
@@ -127,7 +128,10 @@ class SftSource(Block):
     data: Literal["demonstrations", "traces"] | None = None  # None: the stage's
     # False: whole traces are learnt but for the tokens that say which score: nothing of what states are worth
     scored: bool = True
-    teacher: TeacherConfig | None = None  # None: the stage's
+    # None: the stage's; of a replay, the exact one about the actor as it is (no p_bar_range). Of a task of
+    # the recipe's kind it reads p_bar as the recipe's does, whatever its lengths; of another kind, as the
+    # success rate at that task.
+    teacher: TeacherConfig | None = None
     rollout: RolloutConfig | None = None  # None: the stage's
     length_buckets: Positive | None = None  # None: the stage's
     # Of the pass over the data, the part in which its samples are met: a curriculum. Needs epochs: 1.
@@ -144,7 +148,9 @@ class ReplayConfig(Block):
 
     sources: Annotated[list[SftSource], Field(min_length=1)]
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a step's trained tokens
-    weight: PositiveFloat = 0.1  # of their mean loss (nats a token), which is added to REINFORCE's
+    # of their mean loss (nats a token), which is added to REINFORCE's; at judging.temperature, as all of a
+    # step's log-probs are, where SFT's is at 1
+    weight: PositiveFloat = 0.1
     size: Positive = 2000  # samples, made when the stage begins, from which steps draw
     length_buckets: Positive = 1
 
@@ -185,6 +191,11 @@ class SftStage(Block):
     def teachers(self) -> list[TeacherConfig]:
         """Those of its sources, or its own where it has none."""
         return [source.teacher or self.teacher for source in self.sources] or [self.teacher]
+
+    @property
+    def phased(self) -> bool:
+        """Whether it is a curriculum: it has one pass, and no more are to be had."""
+        return any(source.phase != (0.0, 1.0) for source in self.sources)
 
     @property
     def asks_itself(self) -> bool:

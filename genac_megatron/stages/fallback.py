@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.observe.manifest import read_manifest, survey
 from genac_megatron.recipe.schema import ReinforceStage, SftStage, StageConfig
 from genac_megatron.stages.loop import Loop, run_state
 from genac_megatron.training.agreement import from_first
@@ -62,6 +64,42 @@ def find_weights(run: Run, stage: ReinforceStage) -> Path | None:
         )
         raise on_all_ranks(error)
     return newest[0]
+
+
+def keep_trained(run: Run, stage: ReinforceStage, loop: Loop) -> None:
+    """Before the critic goes back: keep the run as the stage has trained it, with optimizers, where it may be
+    asked for more steps, as the run's last. They go on from there, and not from other weights with these
+    optimizers. Collective.
+    """
+    if run.at.stage + 1 < len(run.recipe.stages):
+        return  # it keeps its length, as others stand on it
+    run.log_step(stage.name, stage.kind, run.at.step, {}, step_done=False)  # what the judging took
+    loop.checkpoints.wait()  # one save at a time
+    folder = trained_folder(run.folder.path, stage.name)
+    limit_s = run.recipe.world.timeout_s
+    loop.keep_judged(Checkpoints(folder, keep=1, asynchronous=False, limit_s=limit_s))
+
+
+def trained_folder(run: Path, stage: str) -> Path:
+    """In a run's folder, where `keep_trained` keeps it."""
+    return run / "trained" / stage
+
+
+def trained_on(state: Mapping[str, Any], stage: str, folder: Path, where: str) -> tuple[Path, dict[str, Any]]:
+    """What a finished run goes on from that is to have more steps, and whose critic had gone back: (the
+    checkpoint that `keep_trained` made, its manifest). Raises InputError where it is gone or of another time.
+    """
+    kept = survey(trained_folder(folder, stage)).newest
+    manifest = read_manifest(kept) if kept is not None else None
+    if kept is None or manifest is None or manifest["state"]["position"] != state["position"]:
+        raise InputError(
+            f"the critic had gone back to earlier weights when stage {stage} was over; what it had trained "
+            "until then, which more steps would go on from, is gone or damaged",
+            where=str(trained_folder(folder, stage)),
+            way_out=f"restore that folder; or move the checkpoint {where} away to go on from the one before, "
+            "or begin a new run (name=...)",
+        )
+    return kept, manifest
 
 
 def go_back(run: Run, stage: ReinforceStage, path: Path) -> None:

@@ -25,6 +25,7 @@ class Loop:
         self.step = 0  # the one that is under way, or the last
         self._mark: dict[str, Any] = {}  # of what judging the stage changes, as of its last step
         self._asked = False  # to stop, at a step where it could not
+        self._went_back = False  # from what is trained, which is kept elsewhere, to earlier weights
 
     @property
     def fresh(self) -> bool:
@@ -125,19 +126,26 @@ class Loop:
         step = self.run.at.step
         self._write(f"{self.stage.name}-{step:05d}", step, judged=self.run.at.stage)
 
+    def keep_judged(self, kept: Checkpoints) -> None:
+        """The same in a folder of its own: a role is about to go back to earlier weights."""
+        step = self.run.at.step
+        self._write(f"{self.stage.name}-{step:05d}", step, judged=self.run.at.stage, to=kept)
+        self._went_back = True
+
     def end(self, index: int) -> None:
         """The stage is over: a checkpoint from which the next one begins. The run's last one keeps what more
-        steps of it need.
+        steps of it need, unless that is kept elsewhere.
         """
         run = self.run
         last = index + 1 == len(run.recipe.stages)
         self.checkpoints.wait()  # a save under way holds what roles let go
-        if not last:
+        goes_on = last and not self._went_back
+        if not goes_on:  # optimizers are of no use to the next stage, nor to other weights
             self._end_roles()
         run.at.stage, run.at.step = index + 1, 0
         run.log_step(self.stage.name, self.stage.kind, self._total, {}, step_done=False)
-        self._write(f"{self.stage.name}-end", self._total, inside=index if last else None)
-        if last:
+        self._write(f"{self.stage.name}-end", self._total, inside=index if goes_on else None)
+        if goes_on:
             self._end_roles()
         if run.stop_requested() and index + 1 < len(run.recipe.stages):
             self._stop(f"stage {self.stage.name}")
@@ -146,7 +154,15 @@ class Loop:
         for role in self.run.roles.values():
             role.end_stage()
 
-    def _write(self, name: str, steps: int, *, judged: int | None = None, inside: int | None = None) -> None:
+    def _write(
+        self,
+        name: str,
+        steps: int,
+        *,
+        judged: int | None = None,
+        inside: int | None = None,
+        to: Checkpoints | None = None,
+    ) -> None:
         """judged: the stage's index, where a resume judges it again. inside: the same, where it may go on."""
         with self.run.phase("checkpoint"):
             state = run_state(self.run, self.stage.name, steps)
@@ -154,7 +170,9 @@ class Loop:
                 state |= before_judging(state, self._mark, judged, steps)
             if inside is not None:
                 state["inside"] = before_judging(state, self._mark, inside, steps)
-            self.checkpoints.save(name, self.run.roles, state)
+            if self._went_back:
+                state["went_back"] = True
+            (to or self.checkpoints).save(name, self.run.roles, state)
 
 
 def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:

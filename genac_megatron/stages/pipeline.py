@@ -28,6 +28,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.stages.fallback import trained_on
 from genac_megatron.stages.loop import Loop, restore_engines, restore_state
 from genac_megatron.stages.policy import policy
 from genac_megatron.stages.ppo import joint_ppo
@@ -35,6 +36,7 @@ from genac_megatron.stages.reinforce import reinforce
 from genac_megatron.stages.resume import check_resumable, to_train_on
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
+from genac_megatron.stages.sft_data import unmade
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.stages.value import value
 from genac_megatron.stages.values import is_scalar, need_same_tokens
@@ -78,10 +80,12 @@ def _run(
         if first:
             _tell_finished(recipe, folder, begun[0])
         return
+    at = begun[1]["state"]["at"] if begun is not None else None
+    left = from_first(lambda: unmade(recipe, folder.path, at))
     log = agree(lambda: begin_logs(recipe, folder, begun, lock) if first else None)
     names = [stage.name for stage in recipe.stages]
     with _reported(log, recipe.observe.plots), Progress(first, name=recipe.name, stages=names) as progress:
-        run = Run(recipe, world, log, progress, stop, resuming=resume)
+        run = Run(recipe, world, log, progress, stop, resuming=resume, unmade=left)
         try:
             if is_scalar(run):
                 need_same_tokens(run)
@@ -94,11 +98,10 @@ def _run(
 def _tell_finished(recipe: Recipe, folder: RunFolder, newest: Path) -> None:
     last = recipe.stages[-1]
     more = "epochs" if isinstance(last, SftStage) else "steps"
-    print(
-        f"the run {recipe.name} has finished ({newest.name}): nothing to do; "
-        f"--resume with more of stages.{last.name}.{more} trains those",
-        flush=True,
-    )
+    way_on = f"; --resume with more of stages.{last.name}.{more} trains those"
+    if isinstance(last, SftStage) and last.phased:
+        way_on = ""  # a curriculum has one pass
+    print(f"the run {recipe.name} has finished ({newest.name}): nothing to do{way_on}", flush=True)
     print(f"report: {_report(folder, recipe.observe.plots)}", flush=True)
 
 
@@ -156,7 +159,11 @@ def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Fo
     manifest = read_manifest(newest)
     state = manifest["state"]
     check_resumable(recipe, state, str(newest))
-    manifest["state"] = to_train_on(recipe, state, str(newest)) or state
+    more = to_train_on(recipe, state, str(newest))
+    manifest["state"] = more or state
+    if more is not None and state.get("went_back"):
+        newest, manifest = trained_on(state, recipe.stages[-1].name, checkpoints.folder.parent, newest.name)
+        check_resumable(recipe, manifest["state"], str(newest))
     for line in passed:
         logger.warning("genac: warning: checkpoint %s; going on from %s", line, newest.name)
     for path in found.unfinished:

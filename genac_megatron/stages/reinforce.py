@@ -8,7 +8,7 @@ from genac_megatron.algorithms.losses import make_reinforce_loss
 from genac_megatron.recipe.schema import ReinforceStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.batch import critic_samples, next_batch, trained_figures
-from genac_megatron.stages.fallback import find_weights, go_back, keep_weights
+from genac_megatron.stages.fallback import find_weights, go_back, keep_trained, keep_weights
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
@@ -57,6 +57,7 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)
     if not check_critic_gate(stage, held_out) and back is not None:
+        keep_trained(run, stage, loop)
         go_back(run, stage, back)
         run.at.explained_variance = None  # of the critic that is gone
         evaluate(run, stage, "fallback", stage.steps, monte_carlo=True)

@@ -118,7 +118,8 @@ def _shown(key: str, value: object) -> str:
 
 def to_train_on(recipe: Recipe, state: State, where: str) -> State | None:
     """The state inside the last stage of a finished run that the recipe has train more of it; None where
-    the run is not finished, or the recipe asks for no more. Raises InputError where it cannot go on.
+    the run is not finished, or the recipe asks for no more. The state as it is, where a critic had gone back
+    to earlier weights and that one is kept elsewhere. Raises InputError where it cannot go on.
     """
     if (state.get("at") or {}).get("stage", 0) < len(recipe.stages):
         return None
@@ -128,6 +129,8 @@ def to_train_on(recipe: Recipe, state: State, where: str) -> State | None:
         done = state["position"][1]
     if done is None or asked == done:
         return None
+    if state.get("went_back"):
+        return state  # stages/fallback.py: trained_on
     if "inside" not in state:
         raise InputError(
             f"the run has finished after {_unit(last)} {done}, the recipe says {asked}; what an earlier "

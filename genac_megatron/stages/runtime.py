@@ -26,7 +26,7 @@ from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
 from genac_megatron.recipe.memory import Share, colocated
-from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig
+from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig, StageConfig
 from genac_megatron.recipe.servers import started_engines
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
@@ -67,9 +67,12 @@ class Run:
         *,
         resuming: bool = False,
         trains: bool = True,
+        unmade: Sequence[StageConfig] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """folder: for what it writes; None: the recipe's run folder."""
+        """unmade: the stages whose SFT data are not made yet; None: all. folder: for what it writes; None:
+        the recipe's run folder.
+        """
         self.recipe, self.world, self.log, self.progress = recipe, world, log, progress
         self.folder = RunFolder(folder or run_path(recipe))
         self.profiler = Profiler(self.folder.path, recipe.observe.profile, world.rank)
@@ -89,7 +92,7 @@ class Run:
             str, Task
         ] = {}  # of SFT stages' sources, by their blocks (stages/sft_orders.py)
         self._need_same_prompts()
-        self._fit_data(resuming, trains)
+        self._fit_data(trains, recipe.stages if unmade is None else unmade)
         self.roles: dict[str, Role] = {}
         self.icc: IccState | None = None
         self.heldout_cache: dict[str, Any] = {}
@@ -112,16 +115,16 @@ class Run:
             way_out = "see that all nodes have the same files, and that it reads nothing that changes"
             raise on_all_ranks(InputError(what, where="task", way_out=way_out))
 
-    def _fit_data(self, resuming: bool, trains: bool) -> None:
-        """Hold the data to the models' positions, before time is spent. A resumed run has its SFT data."""
+    def _fit_data(self, trains: bool, unmade: Sequence[StageConfig]) -> None:
+        """Hold the data to the models' positions, before time is spent: of SFT what is still to be made."""
         roles = self.recipe.roles
         positions = self.together(
             lambda: {n: shape_of(c.model, len(self.tokenizers[n])).max_positions for n, c in roles.items()}
         )
         fit_task(self, positions, ("train", "heldout") if trains else ("heldout",))
-        if trains and not resuming:
-            fit_chats(self, positions, self.recipe.stages)
-            fit_sources(self, positions)
+        if trains:
+            fit_chats(self, positions, unmade)
+            fit_sources(self, positions, unmade)
 
     def _build(self, resuming: bool) -> None:
         shares = self._shares()

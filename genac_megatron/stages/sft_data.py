@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic import traces
-from genac_megatron.critic.balance import balance
+from genac_megatron.critic.balance import balance, scarce_part, shortest_and_longest
 from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.observe.runinfo import write_text_atomic
-from genac_megatron.recipe.schema import Recipe, SftStage
+from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftStage, StageConfig
+from genac_megatron.recipe.source_rules import replayed
 from genac_megatron.recipe.stages import named_sources
 from genac_megatron.records import Sample, State
 from genac_megatron.stages.batch import Batch, play
@@ -33,7 +34,7 @@ def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
 
     A teacher asked again would answer otherwise, a critic that is trained by now judge otherwise.
     """
-    path = run.folder.path / "data" / f"{stage.name}.jsonl"
+    path = kept_path(run.folder.path, stage)
     if not fresh:
         if (kept := from_first(lambda: _read_samples(path))) is not None:
             return kept
@@ -41,6 +42,26 @@ def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
     samples = make_data(run, stage)
     run.together(lambda: _write_samples(path, samples) if run.world.rank == 0 else None)
     return samples
+
+
+def kept_path(folder: Path, stage: SftStage) -> Path:
+    """Where a stage's samples are kept in a run's folder."""
+    return folder / "data" / f"{stage.name}.jsonl"
+
+
+def unmade(recipe: Recipe, folder: Path, at: Mapping[str, Any] | None) -> list[StageConfig]:
+    """The stages whose SFT samples, or those for their replay, a run still has to make that goes on from `at`
+    (a checkpoint's; None: from the beginning). Inside a stage they are made again where they are gone.
+    """
+    if at is None:
+        return recipe.stages
+    left = recipe.stages[at["stage"] :]
+    if left and at["step"]:
+        first = left[0]
+        made = replayed(first) if isinstance(first, ReinforceStage) and first.replay is not None else first
+        if not isinstance(made, SftStage) or kept_path(folder, made).exists():
+            return left[1:]
+    return left
 
 
 def check_room(stage: SftStage, samples: Sequence[Sample], positions: int) -> None:
@@ -121,6 +142,7 @@ def _sample(row: dict[str, Any]) -> Sample:
     if any(len(values) != sample.trained for values in fields.values()):
         raise ValueError("fields")
     sample.source, sample.part = str(row.get("source", "")), str(row.get("part", ""))
+    sample.problem = str(row.get("problem", ""))  # earlier versions did not keep it, and held out by source
     return sample
 
 
@@ -132,6 +154,8 @@ def _write_samples(path: Path, samples: list[Sample]) -> None:
             row["fields"] = sample.fields
         if sample.part:
             row["part"] = sample.part
+        if sample.problem:
+            row["problem"] = sample.problem
         rows.append(row)
     rows[0]["of"] = len(rows)
     write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -174,7 +198,7 @@ def demonstrations(run: Run, order: Order) -> list[Sample]:
             ids = prompt.ids
             if not alike:
                 ids = chat_ids(tokenizer, prompt.messages, prompt.tools, where=prompt.where)
-            samples.append(traces.to_sample(tokenizer, ids, teacher.demonstrate(prompt, rng), prompt.id))
+            samples.append(traces.to_sample(tokenizer, ids, teacher.demonstrate(prompt, rng), prompt))
         return samples
 
     return dealt(run, order.size, write)
@@ -205,12 +229,14 @@ def critic_traces(run: Run, order: Order) -> list[Sample]:
         judging=run.recipe.judging,
         icc=run.icc,
         limit=order.rollout.max_new_tokens,
-        seed=run.recipe.seed,
+        # Prompts of two sources may have the same ids.
+        seed="/".join(map(str, order.seed)) if order.name else run.recipe.seed,
     )
     teacher = order.teacher
     if teacher.kind == "self":
         drawn = _Drawn(run, order)
         samples = own_traces(run, order, drawn.next)
+        drawn.tell_lengths(drawn.asked, drawn.span)
         told = drawn.responses
     else:
         states, told = drawn_states(run, order)
@@ -262,6 +288,7 @@ def drawn_states(run: Run, order: Order) -> tuple[list[State], int]:
             break
         pool += drawn.pool(order.size - len(chosen))
         chosen = drawn.balanced(pool, order.size)
+    drawn.tell_lengths(chosen, shortest_and_longest(pool))
     return chosen, drawn.responses
 
 
@@ -271,6 +298,7 @@ class _Drawn:
     def __init__(self, run: Run, order: Order) -> None:
         self.run, self.order = run, order
         self.responses, self.prompts = 0, 0
+        self.asked, self.span = list[State](), (0, 0)  # what `next` gave, and the lengths that it was from
 
     def pool(self, wanted: int) -> list[State]:
         """All states of as many responses as should give `wanted` and some to spare."""
@@ -293,7 +321,24 @@ class _Drawn:
 
     def next(self, wanted: int) -> list[State]:
         """At most `wanted` balanced states of further responses."""
-        return self.balanced(self.pool(wanted), wanted)
+        pool = self.pool(wanted)
+        shortest, longest = shortest_and_longest(pool)
+        self.span = min(self.span[0] or shortest, shortest), max(self.span[1], longest)
+        chosen = self.balanced(pool, wanted)
+        self.asked += chosen
+        return chosen
+
+    def tell_lengths(self, chosen: Sequence[State], span: tuple[int, int]) -> None:
+        """Say where states of a part of the lengths are too few, and others have their places."""
+        buckets = self.order.length_buckets
+        found = scarce_part(chosen, span, buckets)
+        if found is not None:
+            part, (shortest, longest), count = found
+            self.run.progress.note(
+                f"[{self.order.label}] {count} of {len(chosen)} states are of {shortest} to {longest} "
+                f"tokens, part {part} of {buckets} (length_buckets), where an even share is "
+                f"{len(chosen) // buckets}: there are no more, others have their places"
+            )
 
 
 def batch_states(run: Run, batch: Batch) -> list[State]:

@@ -47,12 +47,13 @@ class Seen:
 def hold_out(samples: Sequence[Sample], heldout: SftHeldout, where: str, seed: int) -> list[list[Sample]]:
     """[samples to train on, samples held out], each in its given order.
 
-    Samples of one source (a prompt and the states of its responses) stay together, so that nothing is held
-    out whose prompt is trained on. Raises InputError where more than half would be held out.
+    Samples of one problem (its text, and the states of all responses to it) stay together, so that nothing
+    is held out whose problem is trained on: generated tasks repeat short ones under other ids, and a stage's
+    sources share them. Raises InputError where more than half would be held out.
     """
     sources: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
-        sources.setdefault(sample.source or f"sample {index}", []).append(index)
+        sources.setdefault(sample.problem or sample.source or f"sample {index}", []).append(index)
     names = random.Random(seed).sample(sorted(sources), len(sources))
     out: set[int] = set()
     for name in names:
@@ -62,7 +63,7 @@ def hold_out(samples: Sequence[Sample], heldout: SftHeldout, where: str, seed: i
     if len(out) < heldout.size or len(out) > LARGEST_SHARE * len(samples):
         error = InputError(
             f"{heldout.size} samples cannot be held out: there are {len(samples)}, of {len(sources)} "
-            "prompts, and at most half of them may be",
+            "different prompts, and at most half of them may be",
             where=f"{where}, heldout.size",
             way_out="lower heldout.size, or give the stage more samples",
         )

@@ -18,6 +18,7 @@ from genac_megatron.recipe.schema import (
     RolloutConfig,
     SftSource,
     SftStage,
+    StageConfig,
     TeacherConfig,
 )
 from genac_megatron.recipe.source_rules import replayed
@@ -26,6 +27,7 @@ from genac_megatron.recipe.tasks import TaskConfig, single_tasks
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.stages.room import Room, fit_part
 from genac_megatron.tasks import Task, make_task
+from genac_megatron.tasks.base import read_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +70,7 @@ class Order:
         """Its samples as the stage keeps them: named, and without the score's loss where it is not scored."""
         made = list(samples) if self.scored else [unscored(tokenizer, sample) for sample in samples]
         source = f"{self.tag}/" if self.tag else ""
-        return [replace(one, part=self.name, source=f"{source}{one.source}") for one in made]
+        return [replace(one, part=self.name, source=f"{source}{one.source}", otherwise="") for one in made]
 
 
 def orders(run: Run, stage: SftStage) -> Iterator[Order]:
@@ -102,7 +104,7 @@ def orders(run: Run, stage: SftStage) -> Iterator[Order]:
             name=name,
             task=task,
             kind=config.kind,
-            tag=f"task{1 + list(run.more_tasks).index(key)}" if own else "",
+            tag=f"task{place_of(run.recipe, config)}" if own else "",
             data=source.data or plain.data,
             size=size,
             first=drawn.get(key, 0),
@@ -146,10 +148,12 @@ def held_out_texts(task: Task) -> frozenset[str]:
 # --- tasks of their own --------------------------------------------------------------------------
 
 
-def own_sources(recipe: Recipe) -> list[tuple[SftStage, SftSource, TaskConfig]]:
-    """Of all stages, the sources of another task than the recipe's."""
+def own_sources(
+    recipe: Recipe, stages: Sequence[StageConfig] | None = None
+) -> list[tuple[SftStage, SftSource, TaskConfig]]:
+    """Of some stages, or all, the sources of another task than the recipe's."""
     found = []
-    for stage in recipe.stages:
+    for stage in recipe.stages if stages is None else stages:
         if isinstance(stage, ReinforceStage) and stage.replay is not None:
             stage = replayed(stage)
         if isinstance(stage, SftStage):
@@ -161,6 +165,12 @@ def own_sources(recipe: Recipe) -> list[tuple[SftStage, SftSource, TaskConfig]]:
     return found
 
 
+def place_of(recipe: Recipe, config: TaskConfig) -> int:
+    """Which of the tasks that the recipe's sources have it is, from 1, whatever a run has made of them."""
+    known = dict.fromkeys(own.model_dump_json() for _, _, own in own_sources(recipe))
+    return 1 + list(known).index(config.model_dump_json())
+
+
 def task_of(run: Run, config: TaskConfig) -> Task:
     """The task of a source, made once; the recipe's own is the run's. Collective."""
     if config == run.recipe.task:
@@ -170,20 +180,39 @@ def task_of(run: Run, config: TaskConfig) -> Task:
         privileged, seed = run.recipe.judging.privileged, run.recipe.seed
         tokenizer = run.tokenizers["actor" if "actor" in run.tokenizers else next(iter(run.tokenizers))]
         run.more_tasks[key] = run.together(lambda: make_task(config, tokenizer, seed, privileged=privileged))
+    read_alike(run.more_tasks[key], run.task)
     return run.more_tasks[key]
 
 
-def fit_sources(run: Run, positions: Mapping[str, int]) -> None:
-    """Make the tasks of all sources, and hold their training prompts to what must fit, before time is spent.
-    Collective. Raises InputError as `fit_task` does.
+def fit_sources(run: Run, positions: Mapping[str, int], unmade: Sequence[StageConfig] | None = None) -> None:
+    """Make the tasks of the sources of stages whose samples are not made yet (None: all), and hold their
+    training prompts to what must fit, before time is spent. Collective. Raises InputError as `fit_task` does.
+
+    Whether a row is left out goes by all stages that have the task: a resumed run draws the same prompts.
     """
+    wanted = {config.model_dump_json() for _, _, config in own_sources(run.recipe, unmade)}
     for stage, source, config in own_sources(run.recipe):
+        if config.model_dump_json() not in wanted:
+            continue
         task = task_of(run, config)
         if (source.data or stage.data) != "traces":
             continue
+        _tell_p_bar(run, stage, source, task)
         tokens = (source.rollout or stage.rollout).max_new_tokens
         room = Room(run.recipe, positions, run.tokenizers, tokens, tokens)
         where = f"stage {stage.name}, sources"
         for part, single in zip(task.parts, single_tasks(config), strict=True):
             fit_part(run, part, single, room, "train", where)
         task.resized()
+
+
+def _tell_p_bar(run: Run, stage: SftStage, source: SftSource, task: Task) -> None:
+    """Say what p_bar is taught to mean where it is not the success rate at the recipe's task."""
+    if not source.scored or source.task is None or (source.teacher or stage.teacher).kind != "exact":
+        return
+    known = {type(part.teacher) for part in run.task.parts}
+    if any(type(part.teacher) not in known for part in task.parts):
+        run.progress.note(
+            f"[{stage.name}] a source is of {source.task.kind}: its scores take the success rate that the "
+            f"critic is told, which is the actor's at {run.recipe.task.kind}, for the one at its own task"
+        )

@@ -56,6 +56,9 @@ class Scored:
 class Teacher(ABC):
     """Writes what models are fine-tuned on, from exact knowledge of the task; never sees an outcome."""
 
+    # Steps of an average response of the task that p_bar is the success rate at; None: it is read otherwise
+    mean_length: float | None = None
+
     @abstractmethod
     def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
         """A response to `prompt`, the task's slips included, without an end token."""
@@ -191,6 +194,16 @@ class Task(ABC):
             random.Random(f"order/{seed}/{epoch}").shuffle(order)
             self._order = ((seed, epoch), order)
         return self._order[1][offset]
+
+
+def read_alike(task: Task, recipes: Task) -> None:
+    """Have the teachers of `task` read p_bar as the success rate at `recipes`, of which critics are told it:
+    at the mean length there, where both are of one kind. One of another kind goes on by its own.
+    """
+    lengths = {type(part.teacher): part.teacher.mean_length for part in recipes.parts if part.teacher}
+    for part in task.parts:
+        if part.teacher is not None:
+            part.teacher.mean_length = lengths.get(type(part.teacher), part.teacher.mean_length)
 
 
 class FixedTask(Task):

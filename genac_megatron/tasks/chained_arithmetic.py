@@ -148,8 +148,10 @@ class ChainedArithmeticTeacher(Teacher):
     follows goes on from it.
     """
 
+    mean_length: float
+
     def __init__(self, slip_rate: float, mean_steps: float) -> None:
-        self.slip_rate, self.mean_steps = slip_rate, mean_steps
+        self.slip_rate, self.mean_length = slip_rate, mean_steps
 
     def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
         chain = parse_chain(prompt.problem)
@@ -202,7 +204,7 @@ class ChainedArithmeticTeacher(Teacher):
 
     def _chance(self, chain: Chain, at: Standing, p_bar: float) -> float:
         """Of the right answer from there."""
-        sure = p_bar ** (1 / self.mean_steps)
+        sure = p_bar ** (1 / self.mean_length)
         return chances(chain, sure)[at.step][at.value]
 
 

@@ -52,10 +52,23 @@ class Mixture(Task):
         self.resized()
         digests = [task.digest for task in tasks]
         self.digest = hashlib.sha256("\n".join(digests).encode()).hexdigest() if any(digests) else ""
+        self._read_alike()
         if all(task.teacher is not None for task in tasks):
             self.teacher = _Teachers(
                 {name: task.teacher for name, task in self._tasks.items() if task.teacher}
             )
+
+    def _read_alike(self) -> None:
+        """Parts of one kind have one success rate, the mixture's: at the mean length of all of them."""
+        kinds: dict[type[Teacher], list[tuple[float, Teacher]]] = {}
+        for task, weight in zip(self.parts, self._weights, strict=True):
+            if task.teacher is not None and task.teacher.mean_length is not None:
+                kinds.setdefault(type(task.teacher), []).append((weight, task.teacher))
+        for several in kinds.values():
+            whole = sum(weight for weight, _ in several)
+            mean = sum(weight * (teacher.mean_length or 0.0) for weight, teacher in several) / whole
+            for _, teacher in several:
+                teacher.mean_length = mean
 
     @property
     def parts(self) -> Sequence[Task]:

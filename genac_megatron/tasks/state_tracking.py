@@ -89,8 +89,10 @@ class StateTrackingTeacher(Teacher):
     which is then lost; what follows goes on from that row, so that the answer is wrong.
     """
 
+    mean_length: float
+
     def __init__(self, slip_rate: float, mean_swaps: float) -> None:
-        self.slip_rate, self.mean_swaps = slip_rate, mean_swaps
+        self.slip_rate, self.mean_length = slip_rate, mean_swaps
 
     def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
         puzzle = parse_puzzle(prompt.problem)
@@ -128,7 +130,7 @@ class StateTrackingTeacher(Teacher):
 
     def _chance(self, left: int, p_bar: float) -> float:
         """That this many lines come out right."""
-        per_line = min(max(p_bar, 1 - SURE), SURE) ** (1 / self.mean_swaps)
+        per_line = min(max(p_bar, 1 - SURE), SURE) ** (1 / self.mean_length)
         return float(per_line**left)
 
 

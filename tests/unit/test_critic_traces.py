@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -18,6 +19,7 @@ import pytest
 from fake_chat import FakeChat, reply
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from genac_megatron.critic.balance import balance, by_value, length
 from genac_megatron.critic.endpoint import ask_endpoint
@@ -38,8 +40,10 @@ from genac_megatron.critic.traces import (
 )
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.schema import JudgingConfig, StatesConfig, TeacherConfig
-from genac_megatron.recipe.tasks import StateTrackingTask
+from genac_megatron.recipe.tasks import StateTrackingTask, TaskConfig
 from genac_megatron.records import Completion, Finish, Judgement, Prompt, Rollout, State
+from genac_megatron.tasks import make_task
+from genac_megatron.tasks.base import Teacher
 from genac_megatron.tasks.state_tracking import StateTracking
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -270,6 +274,55 @@ def test_a_score_in_another_form_counts_whole_and_drafts_too() -> None:
     assert "say" not in "".join(said)
     assert deciding(TINY, TINY.encode("step 3 of 5", add_special_tokens=False)) == set()
     assert deciding(TINY, []) == set()
+
+
+class Scores(Teacher):
+    """A task's own teacher, whose traces end in a score that is given."""
+
+    def __init__(self, teacher: Teacher, score: int) -> None:
+        self.teacher, self.score = teacher, score
+
+    def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
+        return self.teacher.demonstrate(prompt, rng)
+
+    def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
+        return self.teacher.trace(prompt, partial, p_bar, rng)[0], self.score
+
+
+def part(one: list[int], other: list[int]) -> int:
+    """Where two token sequences part."""
+    return next(place for place, both in enumerate(zip(one, other, strict=False)) if both[0] != both[1])
+
+
+@pytest.mark.parametrize("icc", ["on", "off"])
+@pytest.mark.parametrize("by", ["exact", "monte_carlo"])
+@pytest.mark.parametrize("kind", ["state_tracking", "chained_arithmetic"])
+def test_no_token_that_is_learnt_parts_two_traces_of_other_scores(kind: str, by: str, icc: str) -> None:
+    """Only a score that is not 0 has the success rate before it: what follows the reasoning told of 0."""
+    block = {"kind": kind, "train_size": 20, "heldout_size": 4, "slip_rate": 0.3}
+    task = make_task(TypeAdapter(TaskConfig).validate_python(block), TINY, 0)
+    assert task.teacher is not None
+    context = replace(CONTEXT, judging=JUDGING.model_copy(update={"icc": icc}))
+    for index in range(4):
+        prompt = task.prompt("train", index)
+        states = states_of(rollout(task.teacher.demonstrate(prompt, random.Random(index)), prompt))
+        made = []
+        for score in range(11):
+            if by == "exact":
+                samples = exact_samples(states, Scores(task.teacher, score), context)
+            else:
+                samples = monte_carlo_samples(states, [score / 10] * len(states), task.teacher, context)
+            made.append([unscored(TINY, sample) for sample in samples])
+        for several in zip(*made, strict=True):  # of one state
+            for one, other in itertools.permutations(several, 2):
+                place = part(one.tokens, other.tokens)
+                assert one.fields["weights"][place - one.start] == 0.0, TINY.decode(one.tokens[one.start :])
+            for score, one in enumerate(several):
+                said = {place for place, weight in enumerate(one.fields["weights"]) if weight == 0.0}
+                shown = "".join(read(one.tokens[one.start :], said))
+                lead = "" if icc == "off" else "p" if score else "<answer>"
+                assert shown.startswith(f"{lead}{score}"), "and no more than that"
+                assert len(said) == bool(lead) + 1
 
 
 # --- Monte Carlo's values as scores --------------------------------------------------------------

@@ -183,6 +183,22 @@ def test_a_held_out_target_of_any_role(metric: str, target: float, figure: float
     assert "heldout.target=" not in told  # no bound would do
 
 
+def test_a_curriculum_is_not_told_to_train_longer() -> None:
+    """More epochs are refused where a source has a phase (recipe/source_rules.py)."""
+    phased = [{"share": 0.5, "phase": [0.0, 0.5]}, {"share": 0.5}]
+    heldout = {"metric": "loss", "target": 0.1, "patience": 2}
+    block = {"kind": "sft", "role": "critic", "data": "traces", "epochs": 1, "heldout": heldout,
+             "gate": {"brier_below_constant": True}}  # fmt: skip
+    figures = {"eval/critic_parse_rate": 0.9, "heldout/loss": 0.3}
+    told = message(SftStage.model_validate({**block, "sources": phased}), figures)
+    assert "epochs" not in told
+    assert "stages.sft.gate.action=warn" in told
+    assert "another learning rate (roles.critic.optimizer.lr)" in told
+    told = message(SftStage.model_validate({**block, "sources": [{"share": 1}]}), figures)
+    assert "stages.sft.epochs=2" in told
+    assert "more passes over the traces (stages.sft.epochs) with a longer heldout.patience" in told
+
+
 def test_missing_figures_fail_every_gate() -> None:
     """Evaluations drop what is NaN; that must not open a gate."""
     with pytest.raises(GateFailed) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.stages.fallback import trained_folder, trained_on
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.resume import (
     before_judging,
@@ -141,3 +143,26 @@ def test_a_finished_run_of_an_earlier_version_says_why_not(tmp_path: Path) -> No
     with pytest.raises(InputError, match="finished after steps 4, the recipe says 6") as raised:
         to_train_on(recipe(tmp_path, "stages.pg.steps=6"), saved, "there")
     assert "move that checkpoint away" in str(raised.value)
+
+
+def test_a_run_whose_critic_went_back_goes_on_from_what_was_trained(tmp_path: Path) -> None:
+    """That checkpoint is kept elsewhere, whole; the run's last one has earlier weights and no optimizer."""
+    made_with = recipe(tmp_path)
+    saved = state(made_with, 2, 0, went_back=True)
+    assert finished(made_with, saved, "there")
+    more = recipe(tmp_path, "stages.pg.steps=9")
+    assert not finished(more, saved, "there")
+    assert to_train_on(more, saved, "there") == saved, "nothing is taken from the weights it went back to"
+    kept = trained_folder(tmp_path, "pg") / "pg-00004"
+    with pytest.raises(InputError, match="is gone or damaged") as raised:
+        trained_on(saved, "pg", tmp_path, "pg-end")
+    assert "move the checkpoint pg-end away" in str(raised.value)
+    for position, found in ((["pg", 4], True), (["pg", 2], False)):  # the other is of an earlier time
+        kept.mkdir(parents=True, exist_ok=True)
+        manifest = {"format": 1, "serial": 1, "roles": {}, "trained": [], "state": {"position": position}}
+        (kept / "manifest.json").write_text(json.dumps(manifest))
+        if found:
+            assert trained_on(saved, "pg", tmp_path, "pg-end") == (kept, manifest)
+        else:
+            with pytest.raises(InputError, match="is gone or damaged"):
+                trained_on(saved, "pg", tmp_path, "pg-end")

@@ -6,7 +6,9 @@ what they were asked. No model is there.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,19 +16,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import parse_score
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.schema import Recipe, SftStage
+from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftHeldout, SftStage
+from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.records import Completion, Request, Sample
+from genac_megatron.stages import sft_data
 from genac_megatron.stages.batch import supervised
 from genac_megatron.stages.heldout import _trained_targets
 from genac_megatron.stages.sft import part_figures
-from genac_megatron.stages.sft_data import _read_samples, _write_samples, make_data, pass_order
-from genac_megatron.stages.sft_heldout import figures_by_part
-from genac_megatron.stages.sft_orders import held_out_texts, orders, sizes
+from genac_megatron.stages.sft_data import _read_samples, _write_samples, make_data, pass_order, unmade
+from genac_megatron.stages.sft_heldout import figures_by_part, hold_out
+from genac_megatron.stages.sft_orders import fit_sources, held_out_texts, orders, sizes, task_of
 from genac_megatron.tasks import make_task
+from genac_megatron.tasks.base import read_alike
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
 TINY = load_tokenizer("builtin:tiny")
@@ -148,8 +154,9 @@ def test_sources_are_mixed_by_share_and_keep_their_scores_to_themselves() -> Non
         assert (weights is not None) == (sample.part == "long")
         if weights is not None:
             masked = [token for token, w in zip(sample.tokens[sample.start :], weights, strict=True) if not w]
-            assert 1 <= len(masked) <= 2
-            assert str(TINY.decode(masked))[0].isdigit()
+            score = round(10 * (parse_score(text) or 0.0))
+            # What begins with the score: the success rate before it or, of 0, the answer itself.
+            assert str(TINY.decode(masked)) == (f"p{score}" if score else "<answer>0")
     counts = [int(written(s).split(" of ")[1].split()[0]) for s in samples if s.part == "long"]
     assert all(6 <= count <= 8 for count in counts), "of the longer task"
     again = made_by(run_of({"size": 60, "sources": [{"share": 0.6}, long, body]}))
@@ -297,3 +304,192 @@ def test_monte_carlo_scores_are_means_of_continuations() -> None:
     assert all(written(sample).startswith("step ") for sample in samples), "the exact teacher's reasoning"
     bare = run_of({"size": 4, "teacher": {"kind": "monte_carlo", "writes": "score"}})
     assert all(written(sample).startswith("<answer>") for sample in made_by(bare))
+
+
+# --- a resumed run -------------------------------------------------------------------------------
+
+
+def jsonl(folder: Path, name: str, *repeats: int) -> dict[str, Any]:
+    """A source's task whose questions are so many words long."""
+    path = folder / f"{name}.jsonl"
+    lines = (json.dumps({"question": f"{name} {n} " + "a " * n, "answer": "1"}) for n in repeats)
+    path.write_text("\n".join(lines) + "\n")
+    return {"kind": "jsonl", "path": str(path), "verifier": "exact", "heldout_size": 1, "overlong": "drop"}
+
+
+def traces_of(name: str, task: dict[str, Any], tokens: int) -> dict[str, Any]:
+    rollout = {"prompts": 2, "samples": 2, "max_new_tokens": tokens}
+    return {"kind": "sft", "name": name, "role": "critic", "data": "traces", "epochs": 1, "size": 4,
+            "teacher": {"kind": "monte_carlo", "continuations": 2}, "rollout": rollout,
+            "sources": [{"share": 1, "task": task, "rollout": rollout}]}  # fmt: skip
+
+
+def test_a_run_that_is_resumed_before_a_stage_holds_its_sources_to_the_models(tmp_path: Path) -> None:
+    """Rows that have no room with the longest response of any stage are in none, whatever is still to do."""
+    task = jsonl(tmp_path, "rows", 2, 3, 4, 5, 60, 90)
+    other = jsonl(tmp_path, "others", 2, 3, 4)
+    stages = [traces_of("first", task, 200), traces_of("second", task, 150), traces_of("third", other, 9)]
+    positions = {"actor": 260, "critic": 9000}
+    left: dict[int, list[int]] = {}
+    for begin in range(3):
+        run = run_of({})
+        run.recipe = run.recipe.model_copy(
+            update={"stages": [SftStage.model_validate(stage) for stage in stages]}
+        )
+        fit_sources(run, positions, run.recipe.stages[begin:])
+        left[begin] = [one.train_size for one in run.more_tasks.values()]
+        assert any("2 of" in note or "1 of" in note for note in run.notes) == (begin < 2)
+    assert left[0] == [3, 2], (
+        "of six, one is held out; those of 60 and 90 words have no room beside 200 tokens"
+    )
+    assert left[1] == left[0], "though they have beside 150"
+    assert left[2] == [2], "what is over needs nothing any more"
+
+
+def test_what_a_run_still_has_to_make(tmp_path: Path) -> None:
+    run = run_of({})
+    replay = {"kind": "reinforce", "name": "rl", "replay": {"sources": [{"share": 1}]}}
+    stages = [SftStage.model_validate(traces_of(name, LONG, 9)) for name in ("a", "b")]
+    stages.append(ReinforceStage.model_validate(replay))  # type: ignore[arg-type]
+    recipe = run.recipe.model_copy(update={"stages": stages})
+
+    def names(stage: int | None, step: int = 0) -> list[str]:
+        at = None if stage is None else {"stage": stage, "step": step}
+        return [one.name for one in unmade(recipe, tmp_path, at)]
+
+    assert names(None) == names(0) == ["a", "b", "rl"]
+    assert names(0, 3) == ["a", "b", "rl"], "they are gone, and made again"
+    for name in ("a", "rl-replay"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").touch()
+    assert names(0, 3) == ["b", "rl"]
+    assert names(0) == ["a", "b", "rl"], "killed before a checkpoint inside it: it begins again"
+    assert names(1) == ["b", "rl"]
+    assert names(2) == ["rl"]
+    assert names(2, 5) == []
+    assert names(3) == []
+
+
+def test_the_names_of_sources_do_not_go_by_what_a_run_has_made_so_far() -> None:
+    sources = [{"share": 0.5, "task": {**LONG, "train_size": 400}},
+               {"share": 0.5, "task": {**LONG, "min_swaps": 5, "train_size": 400}}]  # fmt: skip
+    run = run_of({"data": "demonstrations", "size": 8, "sources": sources})
+    first = made_by(run)
+    assert [one.source.split("/")[0] for one in first] == ["task1"] * 4 + ["task2"] * 4
+    run.more_tasks = dict(reversed(run.more_tasks.items()))  # as a resume may make them
+    assert made_by(run) == first
+
+
+# --- one problem under several ids -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["demonstrations", "traces"])
+def test_no_held_out_problem_is_trained_on_under_another_id(tmp_path: Path, data: str) -> None:
+    """Two swaps have few texts, so a generated task repeats them; a longer task has them too."""
+    short = {"min_swaps": 1, "max_swaps": 1, "objects": 3, "train_size": 400}
+    long = {"kind": "state_tracking", **short, "max_swaps": 2, "heldout_size": 1}
+    sources = [{"share": 0.5}, {"share": 0.5, "task": long}]
+    run = run_of({"data": data, "size": 120, "sources": sources},
+                 task={"kind": "state_tracking", **short, "heldout_size": 2})  # fmt: skip
+    samples = made_by(run)
+    _write_samples(tmp_path / "data/x.jsonl", samples)
+    kept = _read_samples(tmp_path / "data/x.jsonl")
+    assert kept == samples, "resumed, the same are held out"
+    train, held = hold_out(samples, SftHeldout(size=24), "x", 3)
+
+    def problems(some: list[Sample]) -> set[str]:
+        """The text of each one's problem, out of its prompt."""
+        shown = (str(TINY.decode(one.tokens[: one.start])) for one in some)
+        found = (re.search(r"start : .*\nswaps \d(\n\d [a-c]{2}\b)+", text) for text in shown)
+        return {one[0] for one in found if one}
+
+    assert len({one.source for one in samples}) > len({one.problem for one in samples}), "or it shows nothing"
+    assert 24 <= len(held) < 60
+    assert len(problems(held)) == len({one.problem for one in held})
+    assert not problems(train) & problems(held)
+
+
+# --- what p_bar means ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("state_tracking", "swaps"), ("chained_arithmetic", "steps")])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_source_of_another_length_reads_p_bar_as_the_recipes_task(
+    kind: str, unit: str, mixed: bool
+) -> None:
+    """One problem, one partial response, one p_bar: one score, whichever task it was drawn from."""
+
+    def block(least: int, most: int, **more: Any) -> dict[str, Any]:
+        return {"kind": kind, f"min_{unit}": least, f"max_{unit}": most, "heldout_size": 4, **more}
+
+    def mixture(task: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": "mixture", "parts": [{"name": "only", "task": task}]}
+
+    of_its_own = block(2, 3, train_size=40)
+    task = mixture(of_its_own) if mixed else of_its_own
+    run = run_of({"sources": [{"share": 1, "task": task}]}, task=block(2, 8, train_size=40))
+    source = task_of(run, run.recipe.stages[0].sources[0].task)
+    prompt = source.prompt("train", 0)
+    assert source.teacher is not None
+    for p_bar in (0.2, 0.5, 0.9):
+        theirs = run.task.teacher.value(prompt, "", p_bar)
+        assert source.teacher.value(prompt, "", p_bar) == theirs
+        alone = make_task(run.recipe.stages[0].sources[0].task, TINY, 0).teacher
+        assert alone is not None
+        assert alone.value(prompt, "", p_bar) != theirs, "or it shows nothing"
+
+
+def test_parts_of_one_kind_share_the_mixtures_success_rate() -> None:
+    parts = [{"name": name, "weight": weight, "task": {"kind": "state_tracking", "min_swaps": n,
+              "max_swaps": n, "heldout_size": 4, "train_size": 20}}
+             for name, n, weight in (("short", 2, 3.0), ("long", 6, 1.0))]  # fmt: skip
+    run = run_of({}, task={"kind": "mixture", "parts": parts})
+    assert [part.teacher.mean_length for part in run.task.parts] == [3.0, 3.0]
+    other = make_task(TypeAdapter(TaskConfig).validate_python(LONG), TINY, 0)
+    read_alike(other, run.task)
+    assert other.teacher is not None
+    assert other.teacher.mean_length == 3.0
+
+
+def test_a_scored_source_of_another_kind_is_told() -> None:
+    other = {"kind": "chained_arithmetic", "train_size": 20, "heldout_size": 4}
+    for more, told in (({}, True), ({"scored": False}, False), ({"task": LONG}, False),
+                       ({"teacher": {"kind": "monte_carlo"}}, False)):  # fmt: skip
+        run = run_of({"sources": [{"share": 1, "task": other, **more}]})
+        fit_sources(run, {"actor": 4096, "critic": 4096})
+        assert any("take the success rate" in note for note in run.notes) == told
+
+
+# --- lengths, and draws of a source's own -----------------------------------------------------------
+
+
+def test_a_part_of_the_lengths_that_is_short_is_told_once_with_both_numbers() -> None:
+    task = {**SHORT, "min_swaps": 1, "max_swaps": 8, "train_size": 400}
+    run = run_of({"size": 60, "length_buckets": 5, "sources": [{"share": 1, "task": task}]})
+    made_by(run)
+    [note] = [note for note in run.notes if "length_buckets" in note]
+    count = int(note.split("] ")[1].split()[0])
+    assert "part 5 of 5" in note
+    assert "of 60 states" in note
+    assert "an even share is 12" in note
+    assert 0 < count < 12
+    run = run_of({"size": 60, "sources": [{"share": 1, "task": task}]})
+    made_by(run)
+    assert not any("length_buckets" in note for note in run.notes)
+
+
+def test_sources_draw_their_strengths_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of two sources may have one id; a stage without sources draws as it did."""
+    seeds: list[object] = []
+    real = sft_data.taught
+
+    def taught(run: Any, order: Any, states: Any, context: Any) -> list[Sample]:
+        seeds.append(context.seed)
+        return real(run, order, states, context)
+
+    monkeypatch.setattr(sft_data, "taught", taught)
+    made_by(run_of({"size": 8, "sources": [{"share": 0.5}, {"share": 0.5}]}))
+    assert len(set(seeds)) == 2
+    seeds.clear()
+    made_by(run_of({"size": 8}))
+    assert seeds == [0]
