@@ -16,7 +16,7 @@ import yaml
 
 from tests.warm import Popen, command, environment, genac
 
-UNEQUAL = ("time", "memory/", "tokens/evaluate", "unique/evaluate")
+UNEQUAL = ("time", "memory/", "tokens/evaluate")
 PPO_ONLY = [{"kind": "ppo", "steps": 1, "rollout": {"prompts": 2, "samples": 2, "max_new_tokens": 8},
              "gate": {"action": "off"}}]  # fmt: skip
 
