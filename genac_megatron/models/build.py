@@ -42,7 +42,7 @@ from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.packed_attention import plan_of
+from genac_megatron.models.packed_attention import plan_of, rows_of
 from genac_megatron.models.routing import install
 from genac_megatron.models.sizes import padded_vocab
 from genac_megatron.models.specs import Kind, block_spec, choose, fuse_weight_gradients
@@ -107,21 +107,35 @@ class RoleModel(GPTModel):
         if not self.post_process or labels is None:
             output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
             return output
+        rows_E = rows_of(kwargs.get("packed_seq_params"))
         if self.shape.value:
-            return self.values(hidden_states)
-        return self.score(hidden_states, labels, kwargs.get("loss_mask"))
+            return self.values(hidden_states, rows_E)
+        return self.score(hidden_states, labels, kwargs.get("loss_mask"), rows_E)
 
-    def values(self, hidden_states: Tensor) -> Tensor:
-        """[1, T]: the value of the prefix that ends at each position, from the decoder's output."""
+    def values(self, hidden_states: Tensor, rows_E: Tensor | None = None) -> Tensor:
+        """[1, T]: the value of the prefix that ends at each position, from the decoder's output.
+
+        rows_E: of a pack of trees, the positions that are asked for: [1, E].
+        """
         if self.config.sequence_parallel:
             # Every rank computes the same from all of it, so each keeps its own part of the gradient.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        return self.output_layer(hidden_states.squeeze(1))[None]
+        values_T = self.output_layer(hidden_states.squeeze(1))
+        return (values_T if rows_E is None else values_T.index_select(0, rows_E))[None]
 
-    def score(self, hidden_states: Tensor, labels_1T: Tensor, mask_1T: Tensor | None) -> Tensor:
-        """Log-probs (and entropies) of labels from the decoder's output [T or T / tp, 1, hidden]."""
+    def score(
+        self,
+        hidden_states: Tensor,
+        labels_1T: Tensor,
+        mask_1T: Tensor | None,
+        rows_E: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probs (and entropies) of labels from the decoder's output [T or T / tp, 1, hidden].
+
+        rows_E: of a pack of trees, the position that predicts each of E labels; mask_1T says nothing then.
+        """
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The gradient that comes back is this rank's share of a sum: backward must reduce-scatter it.
@@ -141,7 +155,8 @@ class RoleModel(GPTModel):
             chunk=self.scoring.chunk,
             vocab=self.shape.vocab,
             with_entropy=self.scoring.with_entropy,
-            mask_T=None if mask_1T is None else mask_1T[0].bool(),
+            mask_T=None if mask_1T is None or rows_E is not None else mask_1T[0].bool(),
+            rows_E=rows_E,
         )
         return torch.stack([logp_T] if entropy_T is None else [logp_T, entropy_T])
 

@@ -33,6 +33,7 @@ class TrainingConfig(Block):
     bf16_first_layers: Annotated[int, Field(ge=0)] = 0  # under fp8: layers at the beginning that stay in BF16
     bf16_last_layers: Annotated[int, Field(ge=0)] = 0  # ... and at the end
     tokens_per_microbatch: Positive = 8192
+    share_prefixes: bool = True  # what samples of a micro-batch have in common at their beginning: once
     recompute: Literal["off", "selective", "full"] = "off"
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False

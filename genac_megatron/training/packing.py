@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.packed_attention import TreeShape
 from genac_megatron.records import Sample
 
 Plan = list[list[list[int]]]  # [dp][micro-batch][sample indices]
@@ -72,6 +73,7 @@ def plan_packs(
     multiple: int = 1,
     microbatch_multiple: int = 1,
     sample_multiple: int = 1,
+    costs: Sequence[int] | None = None,
 ) -> Plan:
     """Deal samples out to data-parallel ranks and micro-batches, even in tokens over both.
 
@@ -81,7 +83,7 @@ def plan_packs(
     tokens_per_microbatch once padded to `multiple`, except that a longer sample has one to itself.
     Within a rank the longest micro-batch comes first (memory is tried at once, and ranks in step
     hold alike lengths); where samples are few the last ones may be empty. Deterministic: the same
-    arguments give the same plan on every rank.
+    arguments give the same plan on every rank. costs: what ranks are to be even in; None: lengths.
 
     Longest first to the least loaded (Graham 1969), then swaps: ranks differ by at most the longest
     sample. So do micro-batches, save where that overflows one, and best fit under a bisected
@@ -98,9 +100,11 @@ def plan_packs(
     if min(lengths, default=1) < 1:
         raise InputError(f"sample {lengths.index(min(lengths))} has no input position", where="plan_packs")
     sizes = [_round_up(n, sample_multiple) for n in lengths]
-    longest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    weights = sizes if costs is None else list(costs)
+    dearest_first = sorted(range(len(sizes)), key=lambda i: (-weights[i], i))
     rows = [
-        sorted(row, key=lambda i: (-sizes[i], i)) for row in _level(_spread(longest_first, sizes, dp), sizes)
+        sorted(row, key=lambda i: (-sizes[i], i))
+        for row in _level(_spread(dearest_first, weights, dp), weights)
     ]
     needed = max(len(_best_fit(row, sizes, capacity)) for row in rows)
     count = _round_up(max(needed, 1), microbatch_multiple)
@@ -254,7 +258,11 @@ def packing_stats(
 
 @dataclass
 class Pack:
-    """One micro-batch of T positions. Sequences lie end to end; the tail is padding."""
+    """One micro-batch of T positions. Sequences lie end to end; the tail is padding.
+
+    A pack of trees (training/tree_packs.py) has `tree` and `rows_E`: its sequences are chains, and labels,
+    loss mask and fields are of E edges, one per sample and trained token, in place of the T positions.
+    """
 
     tokens_T: Tensor  # int64
     labels_T: Tensor  # int64: the next token; 0 on padding
@@ -265,6 +273,9 @@ class Pack:
     fields: dict[str, Tensor]  # fp32 [T] each; 0 where loss_mask_T is False
     members: list[tuple[int, int, int]]  # (sample index, its first loss position, trained tokens)
     experts_TLK: Tensor | None = None  # int16, to be replayed; -1 where a router is to choose
+    rows_E: Tensor | None = None  # int64: the position that predicts each edge's label
+    tree: TreeShape | None = None
+    used: int = 0  # positions that are no padding
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on `device`."""
@@ -291,7 +302,7 @@ def build_pack(
     No indices: all padding. Tensors are on the CPU. Raises InputError for a sample that is too
     short, whose start is not in 1..n, or whose field is missing or not one figure per trained token.
     """
-    spans = [_round_up(_positions(samples[i], i), sample_multiple) for i in indices]
+    spans = [_round_up(check_positions(samples[i], i), sample_multiple) for i in indices]
     used = sum(spans)
     length = pack_length(used, multiple=multiple, pad_to=pad_to)
     bounds = [0]
@@ -310,7 +321,7 @@ def build_pack(
         loss = slice(begin + sample.start - 1, begin + len(ids) - 1)
         loss_mask_T[loss] = True
         for name, field_T in fields.items():
-            field_T[loss] = torch.tensor(_figures(sample, name, i), dtype=torch.float32)
+            field_T[loss] = torch.tensor(figures_of(sample, name, i), dtype=torch.float32)
         members.append((i, loss.start, sample.trained))
     for begin, end in pairwise(bounds):
         positions_T[begin:end] = torch.arange(end - begin)
@@ -324,6 +335,7 @@ def build_pack(
         fields=fields,
         members=members,
         experts_TLK=_experts(samples, indices, bounds),
+        used=sum(len(samples[i].tokens) - 1 for i in indices),
     )
 
 
@@ -345,7 +357,8 @@ def _experts(samples: Sequence[Sample], indices: Sequence[int], bounds: Sequence
     return experts_TLK
 
 
-def _positions(sample: Sample, index: int) -> int:
+def check_positions(sample: Sample, index: int) -> int:
+    """Input positions of a sample. Raises InputError where it cannot be laid out."""
     n = len(sample.tokens)
     if n < 2 or not 1 <= sample.start <= n:
         raise InputError(
@@ -356,7 +369,8 @@ def _positions(sample: Sample, index: int) -> int:
     return n - 1
 
 
-def _figures(sample: Sample, name: str, index: int) -> list[float]:
+def figures_of(sample: Sample, name: str, index: int) -> list[float]:
+    """A sample's field `name`. Raises InputError where it is not one figure per trained token."""
     figures = sample.fields.get(name)
     if figures is None or len(figures) != sample.trained:
         found = "is missing" if figures is None else f"has {len(figures)} figures"
@@ -368,10 +382,13 @@ def _figures(sample: Sample, name: str, index: int) -> list[float]:
 
 
 def unpack(pack: Pack, values_T: Tensor) -> dict[int, Tensor]:
-    """Per sample index, the values [trained] of its trained tokens, in order. Views of values_T [T]."""
-    if values_T.shape != pack.tokens_T.shape:
+    """Per sample index, the values [trained] of its trained tokens, in order. Views of values_T.
+
+    values_T: as many as labels_T, of the pack's positions or of its trees' edges.
+    """
+    if values_T.shape != pack.labels_T.shape:
         raise InputError(
-            f"values of shape {tuple(values_T.shape)} for a pack of {len(pack.tokens_T)} positions",
+            f"values of shape {tuple(values_T.shape)} for a pack of {len(pack.labels_T)} positions",
             where="unpack",
         )
     return {index: values_T[first : first + count] for index, first, count in pack.members}

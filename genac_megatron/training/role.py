@@ -22,7 +22,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
@@ -31,12 +30,12 @@ from genac_megatron import platform
 from genac_megatron.errors import GenacError, InputError, NotFinite, on_all_ranks
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.routing import attach, check_experts
 from genac_megatron.observe.profile import mark
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.launched import NEED_FINITE, Launched
 from genac_megatron.training.layout import Layout
+from genac_megatron.training.microbatches import microbatches, packed_params, shares_prefixes
 from genac_megatron.training.offload import (
     HostCopy,
     forget_masters,
@@ -46,7 +45,7 @@ from genac_megatron.training.offload import (
     weights_of,
 )
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
-from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs, unpack
+from genac_megatron.training.packing import Pack, multiple_for, unpack
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 # Of a layer, the attention and the norm before it, which Transformer Engine keeps inside the attention.
@@ -58,7 +57,8 @@ Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-pr
 class StepResult:
     """What a training step did, the same on every rank of the world."""
 
-    stats: dict[str, float]  # the loss's weighted sums over the batch, plus grad_norm, lr, tokens
+    # The loss's weighted sums over the batch, plus grad_norm, lr, tokens, and the computed_share of these
+    stats: dict[str, float]
     logprobs: list[list[float]]  # per sample, of its trained tokens, before the update
 
 
@@ -267,6 +267,7 @@ class Role:
             stats, logprobs = self._collect(outputs, packs, len(samples))
             stats |= {"grad_norm": float(grad_norm or 0.0), "lr": float(lr), "updated": float(bool(ok))}
             stats["tokens"] = float(sum(len(s.tokens) - 1 for s in samples))
+            stats["computed_share"] = stats.pop("computed", 0.0) / max(stats["tokens"], 1.0)
             mine = stats, logprobs
         return Launched(self.layout, self.groups, mine, self._finite)
 
@@ -369,25 +370,15 @@ class Role:
 
     def _packs(self, samples: Sequence[Sample]) -> list[Pack]:
         """This data-parallel rank's micro-batches."""
-        check_experts(samples, self.shape)
-        layout, fields = self.layout, sorted(samples[0].fields) if samples else []
-        plan = plan_packs(
-            [len(s.tokens) - 1 for s in samples],
-            dp=layout.dp,
-            tokens_per_microbatch=self.config.training.tokens_per_microbatch,
+        return microbatches(
+            samples,
+            self.layout,
+            self.groups.dp.rank(),
+            training=self.config.training,
+            shape=self.shape,
             multiple=self.multiple,
-            microbatch_multiple=layout.pp if layout.vpp > 1 else 1,
+            trees=shares_prefixes(self.name, self.config.training, self.shape),
         )
-        pad_to = None
-        gathered = layout.ep > 1 and self.config.training.moe_dispatcher == "allgather"
-        if layout.pp > 1 or gathered:  # stages, or experts' ranks, exchange activations of one known shape
-            pad_to = max(sum(len(samples[i].tokens) - 1 for i in pack) for rank in plan for pack in rank)
-            pad_to = -(-pad_to // self.multiple) * self.multiple
-        mine = plan[self.groups.dp.rank()]
-        return [
-            build_pack(samples, pack, multiple=self.multiple, pad_to=pad_to, field_names=fields)
-            for pack in mine
-        ]
 
     def _run(
         self,
@@ -409,7 +400,7 @@ class Role:
                 None,
                 labels=pack.labels_T[None],
                 loss_mask=pack.loss_mask_T[None],
-                packed_seq_params=attach(_packed(pack), pack.experts_TLK),
+                packed_seq_params=packed_params(pack),
             )
             return output, partial(_apply_loss, loss, pack, scale)
 
@@ -449,6 +440,7 @@ class Role:
         stats: dict[str, float] = {}
         mine: dict[int, list[float]] = {}
         for output, pack in zip(outputs, packs, strict=True):
+            stats["computed"] = stats.get("computed", 0.0) + pack.used
             for key, value in output["stats"].items():
                 stats[key] = stats.get(key, 0.0) + float(value)
             for index, values_T in unpack(pack, output["logp_T"]).items():
@@ -465,16 +457,6 @@ class Role:
         return totals, logprobs
 
 
-def _packed(pack: Pack) -> PackedSeqParams:
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=pack.cu_seqlens,
-        cu_seqlens_kv=pack.cu_seqlens,
-        max_seqlen_q=pack.max_seqlen,
-        max_seqlen_kv=pack.max_seqlen,
-    )
-
-
 def _no_loss(
     logp_T: Tensor, entropy_T: Tensor | None, fields: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -482,7 +464,7 @@ def _no_loss(
 
 
 def _apply_loss(loss: Loss, pack: Pack, scale: float, output: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """`output` is [1 or 2, T]: log-probs and, where asked for, entropies."""
+    """`output` is [1 or 2, T]: log-probs and, where asked for, entropies. Of a pack of trees [1 or 2, E]."""
     logp_T = output[0].float()
     entropy_T = output[1].float() if output.size(0) > 1 else None
     value, stats = loss(logp_T, entropy_T, pack.fields)

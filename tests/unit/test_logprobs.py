@@ -265,3 +265,52 @@ def test_a_label_outside_the_vocabulary_fails(label: int) -> None:
         vocab_parallel_logprobs(hidden, weight, labels, tp_group=None, vocab=10)
     kept = torch.arange(5) != 3
     vocab_parallel_logprobs(hidden, weight, labels, tp_group=None, vocab=10, mask_T=kept)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_several_labels_of_one_row_are_as_many_rows(chunk: int, with_entropy: bool) -> None:
+    """Rows in any order, some asked for twice with one label, some not at all."""
+    hidden, weight, *_ = case(0, 9, 8, 13, 11, torch.float64)
+    rows = torch.tensor([4, 0, 4, 8, 4, 2, 2, 0])
+    labels = torch.tensor([1, 10, 3, 0, 1, 7, 7, 2])
+    g = torch.Generator().manual_seed(1)
+    upstream = torch.randn(2, len(rows), generator=g, dtype=torch.float64)
+    results = []
+    for shared in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        how: dict[str, object] = {"tp_group": None, "temperature": 0.7, "chunk": chunk, "vocab": 11}
+        logp, entropy = vocab_parallel_logprobs(
+            h if shared else h.index_select(0, rows),
+            w,
+            labels,
+            with_entropy=with_entropy,
+            rows_E=rows if shared else None,
+            **how,  # type: ignore[arg-type]
+        )
+        total = logp @ upstream[0]
+        if entropy is not None:
+            total = total + entropy @ upstream[1]
+        total.backward()
+        results.append([logp.detach(), h.grad, w.grad, *([] if entropy is None else [entropy.detach()])])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_no_labels_of_any_row_give_nothing() -> None:
+    hidden, weight, *_ = case(0, 4, 8, 13, 11, torch.float32)
+    empty = torch.zeros(0, dtype=torch.int64)
+    hidden.requires_grad_()
+    logp, _ = vocab_parallel_logprobs(hidden, weight, empty, tp_group=None, vocab=11, rows_E=empty)
+    assert logp.shape == (0,)
+    (logp.sum() * 0.0).backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_rows_that_do_not_meet_the_labels_are_refused() -> None:
+    hidden, weight, labels, *_ = case(0, 4, 8, 13, 11, torch.float32)
+    with pytest.raises(InputError, match=r"rows \(3,\)"):
+        vocab_parallel_logprobs(
+            hidden, weight, labels, tp_group=None, vocab=11, rows_E=torch.zeros(3, dtype=torch.int64)
+        )

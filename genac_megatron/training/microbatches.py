@@ -1,0 +1,132 @@
+"""A batch's micro-batches on one data-parallel rank: flat packs, or trees where samples begin alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from genac_megatron import platform
+from genac_megatron.models.families.base import Shape
+from genac_megatron.models.packed_attention import attach_tree
+from genac_megatron.models.routing import attach, check_experts
+from genac_megatron.models.sizes import parameters
+from genac_megatron.models.specs import choose
+from genac_megatron.recipe.schema import TrainingConfig
+from genac_megatron.records import Sample
+from genac_megatron.training.layout import Layout
+from genac_megatron.training.packing import Pack, Plan, build_pack, plan_packs
+from genac_megatron.training.tree_packs import build_tree_pack
+from genac_megatron.training.trees import Order, forest_of, order_of, plan_trees
+
+logger = logging.getLogger(__name__)
+_told: set[str] = set()  # roles that were told of flat packs
+
+
+def shares_prefixes(name: str, training: TrainingConfig, shape: Shape) -> bool:
+    """Whether role `name` computes shared beginnings once: as its recipe says, where that changes no result.
+
+    Attention over trees is torch's on a CPU; a load-balancing loss counts each sample's tokens. Packs stay
+    flat elsewhere, which is said once.
+    """
+    if not training.share_prefixes:
+        return False
+    if choose(training.specs) != "torch" or platform.device().type != "cpu":
+        reason = "attention over shared prefixes is written for torch's layers on a CPU alone"
+    elif shape.experts and training.moe_aux_loss > 0:
+        reason = "moe_aux_loss counts every sample's tokens"
+    else:
+        return True
+    if name not in _told:
+        _told.add(name)
+        logger.warning("genac: %s trains on flat packs: %s", name, reason)
+    return False
+
+
+def pair_cost(shape: Shape) -> float:
+    """What a query with a key costs in attention, over what a token costs in matrices."""
+    return 2.0 * shape.layers * shape.heads * shape.head_dim / parameters(shape)
+
+
+def microbatches(
+    samples: Sequence[Sample],
+    layout: Layout,
+    dp_rank: int,
+    *,
+    training: TrainingConfig,
+    shape: Shape,
+    multiple: int,
+    trees: bool,
+) -> list[Pack]:
+    """The packs of rank dp_rank, the longest first; a function of its arguments, so ranks need not talk.
+
+    multiple: what a pack's length is a multiple of. trees: samples that begin alike may share (training/
+    trees.py); where that saves too little, and in packs where nobody shares, all is as without.
+    """
+    check_experts(samples, shape)
+    fields = sorted(samples[0].fields) if samples else []
+    lengths = [len(s.tokens) - 1 for s in samples]
+    step = layout.pp if layout.vpp > 1 else 1
+    limit = training.tokens_per_microbatch
+    order: Order | None = None
+    plan: Plan | None = None
+    if trees and min(lengths, default=0) > 0 and limit >= multiple:
+        order = order_of(samples)
+        plan = plan_trees(
+            order,
+            dp=layout.dp,
+            tokens_per_microbatch=limit,
+            multiple=multiple,
+            microbatch_multiple=step,
+            pair_cost=pair_cost(shape),
+        )
+    if plan is None:
+        order = None
+        plan = plan_packs(
+            lengths,
+            dp=layout.dp,
+            tokens_per_microbatch=limit,
+            multiple=multiple,
+            microbatch_multiple=step,
+        )
+    pad_to = None
+    gathered = layout.ep > 1 and training.moe_dispatcher == "allgather"
+    if layout.pp > 1 or gathered:  # stages, or experts' ranks, exchange activations of one known shape
+        pad_to = max(_tokens(pack, lengths, order) for rank in plan for pack in rank)
+        pad_to = -(-pad_to // multiple) * multiple
+    return [_build(samples, pack, order, multiple, pad_to, fields) for pack in plan[dp_rank]]
+
+
+def _tokens(pack: Sequence[int], lengths: Sequence[int], order: Order | None) -> int:
+    """Computed tokens of a pack."""
+    return sum(lengths[i] for i in pack) if order is None else order.size(pack)
+
+
+def _build(
+    samples: Sequence[Sample],
+    pack: Sequence[int],
+    order: Order | None,
+    multiple: int,
+    pad_to: int | None,
+    fields: Sequence[str],
+) -> Pack:
+    if order is not None:
+        forest = forest_of(order, pack)
+        if forest.branched:
+            return build_tree_pack(
+                samples, pack, forest, multiple=multiple, pad_to=pad_to, field_names=fields
+            )
+    return build_pack(samples, pack, multiple=multiple, pad_to=pad_to, field_names=fields)
+
+
+def packed_params(pack: Pack) -> PackedSeqParams:
+    """What a model is told of a pack: its sequences, its trees, the experts to be replayed."""
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pack.cu_seqlens,
+        cu_seqlens_kv=pack.cu_seqlens,
+        max_seqlen_q=pack.max_seqlen,
+        max_seqlen_kv=pack.max_seqlen,
+    )
+    return attach_tree(attach(packed, pack.experts_TLK), pack.tree, pack.rows_E)
