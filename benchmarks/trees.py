@@ -174,11 +174,12 @@ def main() -> None:
                 cell = {"response": response, "states": states, "group": group}
                 rows.append(measure(role, what, cell, samples, options.repeat))
                 print(rows[-1], flush=True)
+                written = save("trees", vars(options) | {"load": os.getloadavg()[0]}, rows)
     print(table(rows))
     long = [row["of limit"] for row in rows if row["response"] >= 3000]
     if long:
         print(f"least of limit at 3,000 and above: {min(long)} (goal >= 0.9)")
-    print("written", save("trees", vars(options) | {"load": os.getloadavg()[0]}, rows).name)
+    print("written", written.name)
 
 
 if __name__ == "__main__":
