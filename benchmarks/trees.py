@@ -127,7 +127,7 @@ def measure(
     for trees in (True, False) * repeat:
         took, stats = update(role, samples, loss, trees)
         seconds[trees] = min(took, seconds.get(trees, took))
-        share = stats["computed_share"] if trees else share
+        share = stats["computed_tokens"] / stats["tokens"] if trees else share
     ratio = seconds[False] / seconds[True]
     return {
         "update": what,

@@ -31,6 +31,7 @@ from genac_megatron.recipe.schema import (
 from genac_megatron.records import Judgement, Prompt, Rollout, Sample
 from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.heldout import judge_for, tell_too_long
+from genac_megatron.stages.minibatches import pop_tokens
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
@@ -448,9 +449,9 @@ def trained_figures(
     stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
     stats = means(stats, sum(sum(sample.fields["weights"]) for sample in samples))
     stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
-    tokens = stats.pop("tokens") * len(results)
+    counts = pop_tokens(role, stats, len(results))
     return {
         **prefixed(role, stats),
-        f"tokens/{role}_train": tokens,
+        **counts,
         **parity_figures(role, samples, logprobs, "parity" if role in batch.fresh else "drift"),
     }

@@ -81,6 +81,18 @@ def critic_updates(stage: PolicyStage | ValueStage) -> int:
     return epochs * min(parts, stage.rollout.prompts * stage.rollout.samples)
 
 
+def pop_tokens(role: str, stats: dict[str, float], updates: int = 1) -> dict[str, float]:
+    """Of `updates` with these mean stats, the tokens trained on, and how many of them were computed.
+
+    unique: a beginning that several samples of a micro-batch share once (training.share_prefixes). Both are
+    taken out of stats.
+    """
+    return {
+        f"tokens/{role}_train": stats.pop("tokens") * updates,
+        f"unique/{role}_train": stats.pop("computed_tokens") * updates,
+    }
+
+
 def _totals(samples: Sequence[Sample]) -> dict[str, float]:
     present = [name for name in NORMALISED if samples and name in samples[0].fields]
     return {name: sum(sum(sample.fields[name]) for sample in samples) for name in present}

@@ -13,6 +13,7 @@ from genac_megatron.stages.fallback import keep_weights
 from genac_megatron.stages.gates import check_sft_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.minibatches import pop_tokens
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_data import check_room, kept_data, pass_order, phases_of, with_room
@@ -74,7 +75,7 @@ def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tupl
         with run.phase(f"{stage.role}_train"):
             result = role.train_step(batch, loss)
         stats = dict(result.stats)
-        tokens = {f"tokens/{stage.role}_train": stats.pop("tokens")}
+        tokens = pop_tokens(stage.role, stats)
         seen = watch.look(step, loop) if watch is not None else {}
         figures = {**prefixed(stage.role, stats), **part_figures(stage.role, batch, result.logprobs)}
         loop.done(step, {**figures, **seen, **tokens}, None)

@@ -18,7 +18,7 @@ from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
 from genac_megatron.records import Completion, Judgement, Rollout, Sample
-from genac_megatron.stages.minibatches import launch_parts, minibatches
+from genac_megatron.stages.minibatches import launch_parts, minibatches, pop_tokens
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
 from genac_megatron.stages.under_way import Update
@@ -162,14 +162,14 @@ def launch_values(
         results = [one.result() for one in launched]
         stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
         stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
-        tokens = stats.pop("tokens") * len(results)
+        tokens = pop_tokens("critic", stats, len(results))
         explained = explained_variance(
             torch.cat(list(values))[trained], torch.cat(list(lesson.targets))[trained]
         )
         return {
             **{f"critic/{key}": value for key, value in stats.items()},
             "critic/explained_variance": float(explained),
-            "tokens/critic_train": tokens,
+            **tokens,
             **dropped,
         }
 

@@ -9,7 +9,7 @@ have theirs all the same.
 Prompt tokens are counted in two ways. `flops` has those that were asked for, which an engine without a
 prefix cache reads, as the embedded one: an upper bound for a critic whose states nest. `flops_shared` has
 each prefix once that several prompts of a step begin with, as SGLang's servers read them (where they served:
-what they computed).
+what they computed), and in training what was computed (`training.share_prefixes`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ COUNTS = {
     "tokens/actor_train": ("actor", TRAINING),
     "tokens/critic_train": ("critic", TRAINING),
 }
+# Training's, where a row says what was computed; of earlier versions' rows all was.
+TRAINED = {f"tokens/{role}_train": f"unique/{role}_train" for role in ("actor", "critic")}
 SHARED = {"tokens/rollout_prompt": "unique/rollout_prompt", "tokens/judge_prompt": "unique/judge_prompt"}
 APART = ("time/evaluate_s", "time/checkpoint_s")  # what is not the method's
 
@@ -59,6 +61,7 @@ def spent(
     }
     if all(SHARED[key] in row for key in SHARED if found[key]):
         once = {key: float(row[unique]) for key, unique in SHARED.items() if found[key]}
+        once |= {key: float(row[unique]) for key, unique in TRAINED.items() if unique in row}
         sums["flops_shared"] = _flops(found | once, shapes, frozen)
     return sums
 

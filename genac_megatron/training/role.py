@@ -57,7 +57,8 @@ Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-pr
 class StepResult:
     """What a training step did, the same on every rank of the world."""
 
-    # The loss's weighted sums over the batch, plus grad_norm, lr, tokens, and the computed_share of these
+    # The loss's weighted sums over the batch, plus grad_norm, lr, tokens, and computed_tokens: of shared
+    # prefixes once
     stats: dict[str, float]
     logprobs: list[list[float]]  # per sample, of its trained tokens, before the update
 
@@ -267,7 +268,6 @@ class Role:
             stats, logprobs = self._collect(outputs, packs, len(samples))
             stats |= {"grad_norm": float(grad_norm or 0.0), "lr": float(lr), "updated": float(bool(ok))}
             stats["tokens"] = float(sum(len(s.tokens) - 1 for s in samples))
-            stats["computed_share"] = stats.pop("computed", 0.0) / max(stats["tokens"], 1.0)
             mine = stats, logprobs
         return Launched(self.layout, self.groups, mine, self._finite)
 
@@ -440,7 +440,7 @@ class Role:
         stats: dict[str, float] = {}
         mine: dict[int, list[float]] = {}
         for output, pack in zip(outputs, packs, strict=True):
-            stats["computed"] = stats.get("computed", 0.0) + pack.used
+            stats["computed_tokens"] = stats.get("computed_tokens", 0.0) + pack.used
             for key, value in output["stats"].items():
                 stats[key] = stats.get(key, 0.0) + float(value)
             for index, values_T in unpack(pack, output["logp_T"]).items():

@@ -123,8 +123,8 @@ def case(rank: int, kind: str, config: Any, experts: bool = False) -> Any:
     entropy = {} if kind == "value" else {"with_entropy": True}
     for step in range(3):
         result = role.train_step(batch(kind, 100 + step, experts), loss_of(kind), **options, **entropy)
-        figures.append({k: v for k, v in result.stats.items() if k not in ("computed_share", "updated")})
-        shares.append(result.stats["computed_share"])
+        figures.append({k: v for k, v in result.stats.items() if k not in ("computed_tokens", "updated")})
+        shares.append(result.stats["computed_tokens"] / result.stats["tokens"])
     return {"before": before, "figures": figures, "shares": shares, "weights": published(role)}
 
 
@@ -189,9 +189,8 @@ def balanced(rank: int) -> float:
     config = config_of("actor", True, layout, moe=True, moe_aux_loss=0.01)
     role = make_role("actor", config, torch.distributed.get_world_size())
     role.begin_stage(None, 10)
-    share: float = role.train_step(batch("actor", 100), loss_of("actor"), with_entropy=True).stats[
-        "computed_share"
-    ]
+    stats = role.train_step(batch("actor", 100), loss_of("actor"), with_entropy=True).stats
+    share: float = stats["computed_tokens"] / stats["tokens"]
     return share
 
 

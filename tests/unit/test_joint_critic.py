@@ -103,7 +103,9 @@ def stand_in_run(moved: float, updates: list[int]) -> Any:
     def launch_step(samples: Any, loss: Any, **options: Any) -> Done:
         updates.append(len(samples))
         logprobs = [list(sample.fields["behaviour"]) for sample in samples]
-        return Done(StepResult({"loss": 0.0, "grad_norm": 1.0, "tokens": 1.0}, logprobs))
+        return Done(
+            StepResult({"loss": 0.0, "grad_norm": 1.0, "tokens": 1.0, "computed_tokens": 1.0}, logprobs)
+        )
 
     def logprobs(samples: Any, temperature: float) -> list[list[float]]:
         return [[x + moved for x in sample.fields["behaviour"]] for sample in samples]

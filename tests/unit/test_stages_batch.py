@@ -288,7 +288,7 @@ def test_supervised_weights_are_the_token_mean(lengths: list[int]) -> None:
 @pytest.mark.parametrize("key", ["grad_norm", "loss"])
 def test_nan_of_any_minibatch_is_told(key: str, spoilt: int) -> None:
     """`max` keeps NaN only where it comes first."""
-    stats = [{"loss": 1.0, "grad_norm": float(i), "tokens": 3.0} for i in range(3)]
+    stats = [{"loss": 1.0, "grad_norm": float(i), "tokens": 3.0, "computed_tokens": 2.0} for i in range(3)]
     stats[spoilt][key] = math.nan
     sample = Sample([1, 2], 1, {"weights": [1.0], "behaviour": [0.0]})
     results = [StepResult(one, [[0.0]]) for one in stats]

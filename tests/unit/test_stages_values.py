@@ -68,7 +68,7 @@ class FakeRun:
 
     def launch_step(self, samples: list[Sample], loss: Any) -> Any:
         self.trained.append(samples)
-        stats = {"error": 0.5, "grad_norm": float(len(self.trained)), "tokens": 7.0}
+        stats = {"error": 0.5, "grad_norm": float(len(self.trained)), "tokens": 7.0, "computed_tokens": 5.0}
         return SimpleNamespace(result=lambda: SimpleNamespace(stats=stats))
 
     def phase(self, name: str) -> Any:
@@ -157,6 +157,7 @@ def test_sp3o_trains_its_places_and_is_measured_there(run: Any, at_cuts: bool) -
     assert [t for t, weight in enumerate(first.fields["weights"]) if weight] == sorted(set(wanted))
     assert abs(figures["critic/explained_variance"]) < 5
     assert figures["tokens/critic_train"] == 7.0
+    assert figures["unique/critic_train"] == 5.0
 
 
 def test_only_right_responses_are_made_likelier() -> None:

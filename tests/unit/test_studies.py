@@ -225,6 +225,13 @@ def test_a_prefix_that_prompts_share_is_billed_once_and_as_often_as_it_was_read(
     assert "flops_shared" not in spent(earlier, shapes), "rows of earlier versions do not say"
     assert "flops_shared" not in total([row, earlier], shapes)
     assert total([row, row], shapes)["flops_shared"] == 2 * found["flops_shared"]
+    trained = row | {"tokens/critic_train": 60.0}
+    assert spent(trained, shapes)["flops_shared"] - found["flops_shared"] == 60 * 6 * critic, (
+        "all were computed"
+    )
+    shared = spent(trained | {"unique/critic_train": 20.0}, shapes)
+    assert shared["flops_shared"] - found["flops_shared"] == 20 * 6 * critic
+    assert shared["flops"] == spent(trained, shapes)["flops"]
     assert total([], shapes) == {"tokens": 0.0, "flops": 0.0, "seconds": 0.0, "flops_shared": 0.0}
 
 

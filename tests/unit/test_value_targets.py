@@ -88,7 +88,7 @@ class FakeRun:
 
     def launch_step(self, samples: list[Sample], loss: Any) -> Any:
         self.trained.append(("critic", samples))
-        stats = {"error": 0.5, "grad_norm": 1.0, "tokens": 7.0}
+        stats = {"error": 0.5, "grad_norm": 1.0, "tokens": 7.0, "computed_tokens": 7.0}
         return SimpleNamespace(result=lambda: SimpleNamespace(stats=stats), spoilt=lambda: False)
 
     async def complete(self, request: Request) -> Completion:
