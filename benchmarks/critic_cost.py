@@ -7,7 +7,8 @@ count of cached tokens takes a chunk of the same prompt for cached). Goal: compu
 
 FLOPs table: a GenAC iteration over one of PPO with a scalar critic of the same size on the same rollouts,
 2 FLOPs per weight and token forward and 6 in training, attention left out. Judging is unique prompt tokens
-plus critic tokens, forward; the scalar critic reads every rollout once forward and trains on it.
+plus critic tokens, forward; the scalar critic reads every rollout once forward and trains on it. trees: each
+prefix that a group's trained samples share is computed once, on both sides (training.share_prefixes).
 
 Iteration table (with --study): a step of joint training over a step of PPO with a real scalar critic, on the
 same prompts and seeds, as a study measured them: tokens, FLOPs, seconds, and both critics' value MSE.
@@ -156,20 +157,26 @@ def flops_row(
         (n, i) for n, count in responding for i in trained_indices(count, train_states) if i
     }
     train_tokens = sum(len(prompts[n][i]) + critic_tokens for n, i in trained)
+    once = unique_tokens(prompts[n][i] for n, i in trained) + critic_tokens * len(trained)
     problem = len(TOKENIZER.encode(rollouts[0].prompt.problem, add_special_tokens=False))
     rollout_tokens = options.per_prompt * (problem + options.tokens)
-    actor = 2 * options.per_prompt * options.tokens + 6 * rollout_tokens
-    generative = actor + 2 * (unique + judged * critic_tokens) + 6 * train_tokens
-    scalar = actor + 2 * rollout_tokens + 6 * rollout_tokens
+    group_once = problem + options.per_prompt * options.tokens
+    writing, judging_tokens = 2 * options.per_prompt * options.tokens, 2 * (unique + judged * critic_tokens)
+    generative = writing + 6 * rollout_tokens + judging_tokens + 6 * train_tokens
+    scalar = writing + 6 * rollout_tokens + 2 * rollout_tokens + 6 * rollout_tokens
+    shared = writing + 6 * group_once + judging_tokens + 6 * once
+    scalar_shared = writing + 6 * group_once + 2 * group_once + 6 * group_once
     return {
         "lever": what,
         "states": states,
         "trained": train_states,
         "of responses": share,
         "critic tokens": critic_tokens,
-        "judging %": round(100 * 2 * (unique + judged * critic_tokens) / generative),
+        "judging %": round(100 * judging_tokens / generative),
         "critic training %": round(100 * 6 * train_tokens / generative),
         "GenAC / scalar PPO": round(generative / scalar, 2),
+        "training, flat / tree": round(train_tokens / once, 2),
+        "trees, GenAC / scalar PPO": round(shared / scalar_shared, 2),
     }
 
 
@@ -236,8 +243,12 @@ def main() -> None:
     parser.add_argument("--per-prompt", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1200, help="of a response")
     parser.add_argument("--critic-tokens", type=int, default=8, help="written per state, for the cache table")
+    parser.add_argument("--counts", action="store_true", help="the FLOPs table alone, without a server")
     parser.add_argument("--study", type=Path, help="the joint study's folder of results")
     options = parser.parse_args()
+    if options.counts:
+        print(table(flops_table(options)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         cache = served(options, Path(folder))
     print(table(cache), end="\n\n")
