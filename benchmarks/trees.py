@@ -12,6 +12,7 @@ Run: python -m benchmarks.trees [--responses 300 3000] [--states 2 4 8] [--group
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import save, table
+from benchmarks.machine import RESULTS, save, table
 from genac_megatron.algorithms.losses import Loss, make_ppo_loss, make_reinforce_loss
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import load_hf_into, random_weights
@@ -157,9 +158,12 @@ def main() -> None:
         "--most", type=int, default=60_000, help="flat tokens of a cell; larger ones are left out"
     )
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--add", action="store_true", help="to the rows of an earlier call")
     options = parser.parse_args()
     torch.set_num_threads(1)
     role, rows = make_role(options), []
+    if options.add:
+        rows = json.loads((RESULTS / "trees.json").read_text())["rows"]
     update(role, actor_samples(100, 4), make_ppo_loss(LossConfig()), True)  # warm
     for response in options.responses:
         for group in options.groups:

@@ -23,6 +23,9 @@ from genac_megatron.errors import InputError
 # A group takes sequences down to this share of its longest, so that padding costs at most (1 / 0.7)^2 - 1 in
 # attention scores, and any below SHORT tokens, where a call costs more than the padding.
 SHARE, SHORT = 0.7, 48
+# Of a pack of trees, those above LONG down to this share: a group's responses are about as long as each
+# other, but the one that the prompt lies with is longer.
+TREE_SHARE, LONG = 0.97, 256
 _ATTRIBUTE, _TREE, _ROWS = "genac_plan", "genac_tree", "genac_rows"
 Cut = tuple[int, int, int, int]
 
@@ -103,20 +106,22 @@ def rows_of(pack: PackedSeqParams | None) -> Tensor | None:
 
 def make_tree_plan(tree: TreeShape, device: torch.device | str = "cpu") -> PackPlan:
     """The plan of chains that see the tokens above them too."""
-    plan = make_plan(tree.bounds, device)
+    plan = make_plan(tree.bounds, device, TREE_SHARE)
     lengths = torch.tensor(tree.bounds).diff()
     above = torch.tensor(tree.firsts).repeat_interleave(lengths)
     plan.positions, plan.cuts = plan.positions + above.to(device), tree.cuts
     return plan
 
 
-def make_plan(bounds: Sequence[int], device: torch.device | str = "cpu") -> PackPlan:
-    """The plan of sequences [bounds[i], bounds[i + 1])."""
+def make_plan(
+    bounds: Sequence[int], device: torch.device | str = "cpu", share_of_long: float = SHARE
+) -> PackPlan:
+    """The plan of sequences [bounds[i], bounds[i + 1]). share_of_long: in the place of SHARE above LONG."""
     spans = sorted((b - a, a) for a, b in pairwise(bounds) if b > a)
     groups: list[_Group] = []
     while spans:
         longest = spans[-1][0]
-        floor = 1 if longest <= SHORT else longest * SHARE
+        floor = 1 if longest <= SHORT else longest * (share_of_long if longest > LONG else SHARE)
         members = []
         while spans and spans[-1][0] >= floor:
             members.append(spans.pop())
