@@ -4,8 +4,9 @@ critic: a REINFORCE update on the judgements of nested states of a group's respo
 the same instructions and problem. actor: a PPO update on the group itself. Both packed to the same limit.
 limit: FLOPs of flat packs over those of trees by counting (6 per weight and token, 12 x layers x heads x
 head_dim per query and key, the output layer at trained tokens alone), each tree uncut.
-of limit: seconds' ratio over it, above 1 where long sequences' attention costs more than it counts for. Goal: at least 0.9 at 3,000 tokens and above. Figures of one thread; flat
-and tree updates take turns, the least of `--repeat` counts.
+of limit: seconds' ratio over it, above 1 where long sequences' attention costs more than it counts for.
+Goal: at least 0.9 at 3,000 tokens and above. Figures of one thread; flat and tree updates take turns, the
+least of `--repeat` counts.
 Run: python -m benchmarks.trees [--responses 300 3000] [--states 2 4 8] [--groups 1 4 8]
 """
 

@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 _told: set[str] = set()  # roles that were told of flat packs
 
 
-def shares_prefixes(name: str, training: TrainingConfig, shape: Shape) -> bool:
+def shares_prefixes(name: str, training: TrainingConfig, shape: Shape, *, tell: bool) -> bool:
     """Whether role `name` computes shared beginnings once: as its recipe says, where that changes no result.
 
     Attention over trees is torch's on a CPU; a load-balancing loss counts each sample's tokens. Packs stay
-    flat elsewhere, which is said once.
+    flat elsewhere, which is said once where `tell` is (on one rank).
     """
     if not training.share_prefixes:
         return False
@@ -38,7 +38,7 @@ def shares_prefixes(name: str, training: TrainingConfig, shape: Shape) -> bool:
         reason = "moe_aux_loss counts every sample's tokens"
     else:
         return True
-    if name not in _told:
+    if tell and name not in _told:
         _told.add(name)
         logger.warning("genac: %s trains on flat packs: %s", name, reason)
     return False

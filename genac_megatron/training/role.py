@@ -377,7 +377,12 @@ class Role:
             training=self.config.training,
             shape=self.shape,
             multiple=self.multiple,
-            trees=shares_prefixes(self.name, self.config.training, self.shape),
+            trees=shares_prefixes(
+                self.name,
+                self.config.training,
+                self.shape,
+                tell=dist.get_rank() == self.layout.first_rank,
+            ),
         )
 
     def _run(

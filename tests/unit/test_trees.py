@@ -12,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from genac_megatron import platform
 from genac_megatron.models.packed_attention import PackPlan, make_tree_plan, packed_sdpa
+from genac_megatron.models.registry import shape_of
+from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Sample
+from genac_megatron.training.microbatches import shares_prefixes
 from genac_megatron.training.packing import Pack, build_pack, plan_packs, unpack
 from genac_megatron.training.tree_packs import build_tree_pack
 from genac_megatron.training.trees import Order, forest_of, order_of, plan_trees
+from tests.distributed.cases import role_config
 
 
 @st.composite
@@ -264,3 +269,18 @@ def test_order_is_by_ids_not_by_their_bytes() -> None:
     samples = [Sample([256, *range(20), 1], 1), Sample([255, *range(20), 1], 1)]
     order: Order = order_of(samples)
     assert order.order == [1, 0]
+
+
+def test_on_a_gpu_that_is_a_mock_packs_stay_flat_which_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape, training = shape_of(role_config().model, 67), TrainingConfig(specs="torch")
+    assert shares_prefixes("a", training, shape, tell=True)
+    assert not shares_prefixes("a", TrainingConfig(share_prefixes=False), shape, tell=True)
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
+    for tell in (False, True, True):
+        assert not shares_prefixes("a", training, shape, tell=tell)
+    assert [r.getMessage() for r in caplog.records] == [
+        "genac: a trains on flat packs: attention over shared prefixes is written for torch's layers on a "
+        "CPU alone"
+    ]
