@@ -7,7 +7,8 @@ code for any processor; `default`, ATen's and oneDNN's plainest with the same MK
 digits of every product, and training carries those into other weights; each run's first losses show that
 they do. As many runs go at once as cores allow. What is done is kept in the results file and not run again
 unless the recipe or what it extends has changed, or with --again; the same command goes on with one
-that was stopped.
+that was stopped. Which runs are of other code than is here now stands below the table, and --stale runs
+those again, one by one: the others stay.
 
 Writes benchmarks/results/quickstart_sweep.json, .md and .png, run by run. Exit code 0: every run ended with 0
 and within BOUNDS; 1: one did not; 2: a wrong argument; 130, 143: stopped. key=value go to every run.
@@ -140,6 +141,14 @@ def digest(overrides: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def sources() -> str:
+    """Of the package's own code: another one may give other figures."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "genac_megatron").rglob("*.py")):
+        found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
 @dataclass
 class Active:
     seed: int
@@ -156,11 +165,16 @@ class Sweep:
         self.results, self.runs, self.overrides = results, runs, list(overrides)
         recipe = load_recipe(str(RECIPE), self.overrides)
         self.ranks = recipe.world.ranks
-        self.digest = digest(self.overrides)
+        self.digest, self.sources = digest(self.overrides), sources()
         kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() and not again else {}
         self.records: dict[str, dict[str, Any]] = {
             key: record for key, record in kept.get("runs", {}).items() if record["recipe"] == self.digest
         }
+
+    def has(self, seed: int, kernels: str, *, stale: bool) -> bool:
+        """Whether a run need not be run; `stale`: of this code only."""
+        record = self.records.get(f"{seed}-{kernels}")
+        return record is not None and not (stale and record.get("sources") != self.sources)
 
     def start(self, seed: int, kernels: str) -> Active:
         folder = self.runs / f"s{seed}-{kernels}"
@@ -187,6 +201,7 @@ class Sweep:
             "seed": active.seed,
             "kernels": active.kernels,
             "recipe": self.digest,
+            "sources": self.sources,
             "code": active.process.returncode,
             "seconds": round(time.monotonic() - active.began, 1),
             "load": round(os.getloadavg()[1], 1),
@@ -201,7 +216,7 @@ class Sweep:
         ordered = dict(sorted(self.records.items(), key=lambda item: (item[1]["seed"], item[1]["kernels"])))
         text = json.dumps({"machine": machine(), "runs": ordered}, indent=1)
         write_text_atomic(self.results, text + "\n")
-        write_text_atomic(self.results.with_suffix(".md"), table(ordered.values()))
+        write_text_atomic(self.results.with_suffix(".md"), table(ordered.values(), self.sources))
         draw(list(ordered.values()), self.results.with_suffix(".png"))
 
 
@@ -212,8 +227,9 @@ def machine() -> dict[str, Any]:
     return {"processor": cpu_model(), "vectors": best, "cores": os.cpu_count()}
 
 
-def table(records: Iterable[Mapping[str, Any]]) -> str:
-    """The runs as a Markdown table, with whether each holds and whether its kernels are its own."""
+def table(records: Iterable[Mapping[str, Any]], code: str) -> str:
+    """The runs as a Markdown table, with whether each holds and whether its kernels are its own; and which
+    are not of this `code` (`sources`)."""
     rows = list(records)
     native = {row["seed"]: row.get("first_losses") for row in rows if row["kernels"] == "native"}
     names = [name.replace("_", " ") for name in COLUMNS]
@@ -229,7 +245,11 @@ def table(records: Iterable[Mapping[str, Any]]) -> str:
         wrong = "; ".join(wrong_with(row)) or "yes"
         lines.append(f"| {row['seed']} | {row['kernels']} | {' | '.join(cells)} | {first} | {wrong} |")
     held = sum(not wrong_with(row) for row in rows)
-    return "\n".join(lines) + f"\n\n{held} of {len(rows)} hold. First loss: of step {FIRST_LOSSES}.\n"
+    text = "\n".join(lines) + f"\n\n{held} of {len(rows)} hold. First loss: of step {FIRST_LOSSES}.\n"
+    old = [f"seed {row['seed']} {row['kernels']}" for row in rows if row.get("sources") != code]
+    return text + (
+        f"Of other code than the rest (--stale runs them again): {', '.join(old)}.\n" if old else ""
+    )
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -261,9 +281,14 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else f"{value:.0f}"
 
 
-def run_all(sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int, asked: Sequence[int]) -> None:
-    """Every run that is left, `jobs` at once. Once signals were `asked`, it ends those that go on."""
-    waiting = [pair for pair in wanted if f"{pair[0]}-{pair[1]}" not in sweep.records]
+def run_all(
+    sweep: Sweep, wanted: Sequence[tuple[int, str]], jobs: int, asked: Sequence[int], *, stale: bool = False
+) -> None:
+    """Every run that is left, `jobs` at once. Once signals were `asked`, it ends those that go on.
+
+    stale: what other code gave is left, too.
+    """
+    waiting = [pair for pair in wanted if not sweep.has(*pair, stale=stale)]
     total, active = len(waiting), list[Active]()
     times: list[float] = []
     print(f"[sweep] {len(wanted) - total} of {len(wanted)} runs are done, {jobs} at a time", flush=True)
@@ -314,6 +339,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-sweep"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="forget the results that are there")
+    parser.add_argument("--stale", action="store_true", help="run again what other code gave")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_args(arguments)
     try:
@@ -343,12 +369,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, stop)
     wanted = [(seed, kernels) for seed in options.seeds for kernels in options.kernels]
     jobs = options.jobs or max(1, (os.cpu_count() or 1) // sweep.ranks)
-    run_all(sweep, wanted, jobs, asked)
+    run_all(sweep, wanted, jobs, asked, stale=options.stale)
     if asked:
         print("[sweep] stopped; the same command goes on", flush=True)
         return 128 + asked[0]
     chosen = [sweep.records[f"{seed}-{kernels}"] for seed, kernels in wanted]
-    print(table(chosen), flush=True)
+    print(table(chosen, sweep.sources), flush=True)
     return 0 if all(not wrong_with(record) for record in chosen) else 1
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-LIMIT = 20.0  # e^20 is beyond any bound; without it exp overflows
+# e^20: beyond any ratio that clipping or a bound lets through. Without it exp overflows and 0 * inf gives NaN
+# gradients.
+LOG_RATIO_LIMIT = 20.0
 
 
 def tail_ratios(new: Sequence[float], old: Sequence[float], cuts: Sequence[int]) -> list[float]:
@@ -18,7 +20,7 @@ def tail_ratios(new: Sequence[float], old: Sequence[float], cuts: Sequence[int])
     for after, before in zip(reversed(new), reversed(old), strict=True):
         sums.append(sums[-1] + after - before)
     sums.reverse()
-    return [math.exp(min(max(sums[cut], -LIMIT), LIMIT)) for cut in cuts]
+    return [math.exp(min(max(sums[cut], -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)) for cut in cuts]
 
 
 def dropped(ratios: Sequence[Sequence[float]], limit: float) -> list[list[float | None]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from genac_megatron.algorithms.baselines.pact import cross_entropy
 from genac_megatron.algorithms.baselines.ppo import value_loss as clipped_value_loss
 from genac_megatron.algorithms.baselines.sao import in_band
+from genac_megatron.algorithms.importance import LOG_RATIO_LIMIT
 from genac_megatron.recipe.algorithms import CriticLossConfig, LossConfig
 
 Stats = dict[str, Tensor]
@@ -32,8 +33,6 @@ WEIGHTED = {
     "ratio", "clip_share", "dual_clip_share", "tis", "tis_clip_share", "kl_behaviour", "kl_reference",
     "entropy", "masked_low_share", "masked_high_share",
 }  # fmt: skip
-# e^20: beyond any ratio that clipping lets through. Without it exp overflows and 0 * inf gives NaN gradients.
-LOG_RATIO_LIMIT = 20.0
 
 
 def token_weights(

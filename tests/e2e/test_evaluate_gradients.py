@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "audit": base["roles"] | {"scalar": value},
     }
     for name, own in stages.items():
-        text = yaml.safe_dump({**base, "name": name, "roles": roles[name], "stages": own})
+        world = {**base["world"], "ranks": 2 if name == "audit" else 1}
+        text = yaml.safe_dump({**base, "name": name, "world": world, "roles": roles[name], "stages": own})
         (path / f"{name}.yaml").write_text(text)
     study = {
         "name": "estimators",

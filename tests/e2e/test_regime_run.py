@@ -23,7 +23,7 @@ def write(folder: Path, stage: dict[str, Any], **changes: Any) -> str:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "runs/run/metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "actor/loss" in row]
+    return [row for row in map(json.loads, lines) if "judge/brier" in row]
 
 
 def ran(done: Done) -> None:
@@ -79,6 +79,7 @@ def test_single_rollouts_with_two_critic_updates_published_every_second_step(tmp
         assert row["actor/lam"] == 0.0
         assert (row["advantage/whitened"], row["advantage/centred"]) == (0.0, 1.0)
         assert 0 <= row["actor/filtered"] <= 1
+        assert ("actor/loss" in row) == (row["actor/filtered"] < 1) == ("actor/skipped" not in row)
         assert row["rollout/mixed_groups"] == 0.0, "a group is a single response"
         assert "judge/final_brier" in row
 

@@ -11,17 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_chat import FakeChat, reply
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from genac_megatron.critic.balance import balance, by_value, length
 from genac_megatron.critic.endpoint import ask_endpoint
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import deciding, parse_score
@@ -153,90 +149,6 @@ def test_a_right_judgement_is_kept_whatever_the_state_is_worth(continuations: in
         assert kept > 0.95, value
     assert not bears_out(1.0, 0.5, config)
     assert not bears_out(0.0, 0.7, config)
-
-
-# --- balance -------------------------------------------------------------------------------------
-
-
-def test_balance_by_outcome_and_position() -> None:
-    states: list[State] = []
-    for index in range(40):
-        prompt = Prompt(f"train/{index}", (), "p", None)
-        for sample in range(4):
-            right = sample == 0 and index < 25  # one in six is right
-            states += states_of(rollout("a b\nc d\ne f\ng h\ni j", prompt, sample, float(right)))
-    chosen = balance(states, 60, seed=1)
-    assert len(chosen) == 60
-    assert all(any(c is s for s in states) for c in chosen)
-
-    def stratum(state: State) -> tuple[float, int]:
-        late = 2 * state.cut >= len(state.rollout.completion.ids)
-        return state.rollout.outcome, 0 if state.cut == 0 else 1 + late
-
-    counts: dict[tuple[float, int], int] = {}
-    for state in chosen:
-        counts[stratum(state)] = counts.get(stratum(state), 0) + 1
-    assert len(counts) == 6
-    assert set(counts.values()) == {10}
-    starts = [(s.rollout.prompt.id, s.rollout.outcome) for s in balance(states, 10_000) if s.cut == 0]
-    assert len(starts) == len(set(starts)) == 40 + 25
-    again = balance(states, 60, seed=1)
-    assert all(a is b for a, b in zip(chosen, again, strict=True))
-    assert any(a is not b for a, b in zip(chosen, balance(states, 60, seed=2), strict=True))
-    assert balance([], 5) == []
-
-
-def test_balance_evenly_over_lengths() -> None:
-    """Most states are short, as long responses are few; in buckets each length has as many."""
-    states: list[State] = []
-    for index in range(60):
-        lines = 4 if index % 6 else 24  # one response in six is long
-        prompt = Prompt(f"train/{index}", (), "p", None)
-        made = rollout("\n".join("a b" for _ in range(lines)), prompt, 0, float(index % 2))
-        made.limit = 100  # known beforehand, so that long responses have states near their end
-        states += states_of(made)
-    lengths = [length(state) for state in states]
-    width = (max(lengths) - min(lengths)) / 4
-
-    def counted(chosen: list[State]) -> Counter[tuple[float, bool, int]]:
-        """Of states behind the prompt, by outcome, half of the response, and quarter of all lengths."""
-        return Counter(
-            (
-                state.rollout.outcome,
-                2 * state.cut < len(state.rollout.completion.ids),
-                min(int((length(state) - min(lengths)) / width), 3),
-            )
-            for state in chosen
-            if state.cut
-        )
-
-    there, taken = counted(states), counted(even := balance(states, 90, seed=1, length_buckets=4))
-    for stratum, count in there.items():
-        most = max(n for other, n in taken.items() if other[:2] == stratum[:2])
-        assert taken[stratum] >= min(count, most - 1), stratum
-    plain = counted(balance(states, 90, seed=1))
-    late = [(right, False, quarter) for right in (0.0, 1.0) for quarter in (2, 3)]
-    assert sum(taken[one] for one in late) > 1.2 * sum(plain[one] for one in late), "long ones are more"
-    later = [state for state in states if state.cut]
-    assert len(even) == len({id(state) for state in even}) == 90
-    assert balance(states, 90, seed=1, length_buckets=1) == balance(states, 90, seed=1)
-    same = balance(later[:1] * 3, 3, length_buckets=5)
-    assert len(same) == 3, "all of one length"
-
-
-@given(
-    st.lists(st.floats(0, 1), max_size=60),
-    st.integers(1, 40),
-)
-def test_values_are_taken_as_evenly_as_they_allow(values: list[float], size: int) -> None:
-    chosen = by_value(list(range(len(values))), values, size, seed=3)
-    assert len(chosen) == len(set(chosen)) == min(size, len(values))
-    parts = [min(int(value * 5 + 1e-9), 4) for value in values]
-    there, taken = Counter(parts), Counter(parts[place] for place in chosen)
-    for part, count in there.items():
-        if taken[part] < count:  # one that has some left has no fewer than any other, but for the last turn
-            assert taken[part] >= max(taken.values()) - 1
-    assert chosen == by_value(list(range(len(values))), values, size, seed=3)
 
 
 # --- what says which score -----------------------------------------------------------------------

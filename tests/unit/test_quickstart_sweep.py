@@ -47,7 +47,7 @@ def test_the_table_tells_kernels_that_are_the_native_ones() -> None:
         {**GOOD, "kernels": "avx2"},
         {**GOOD, "kernels": "default", "first_losses": [6.0, 5.5, 5.123456788], "gain": 0.1},
     ]
-    lines = sweep.table(rows).splitlines()
+    lines = sweep.table([{**row, "sources": "now"} for row in rows], "now").splitlines()
     assert [("(as native)" in line) for line in lines[2:5]] == [False, True, False]
     assert "gain 0.100" in lines[4]
     assert lines[-1].startswith("2 of 3 hold")
@@ -61,6 +61,20 @@ def test_results_of_another_recipe_are_not_taken(tmp_path: Path) -> None:
     assert list(sweep.Sweep(results, tmp_path / "runs", [], again=False).records) == ["1-native"]
     assert not sweep.Sweep(results, tmp_path / "runs", [], again=True).records
     assert not sweep.Sweep(results, tmp_path / "runs", ["stages.ppo.steps=1"], again=False).records
+
+
+def test_what_other_code_gave_stands_and_is_told_and_stale_runs_it_again(tmp_path: Path) -> None:
+    results = tmp_path / "sweep.json"
+    now = sweep.Sweep(results, tmp_path / "runs", [], again=False)
+    mine = {**GOOD, "recipe": now.digest, "sources": now.sources}
+    kept = {"1-native": mine, "2-native": {**mine, "seed": 2, "sources": "of another"}}
+    results.write_text(json.dumps({"runs": kept}))
+    one = sweep.Sweep(results, tmp_path / "runs", [], again=False)
+    pairs = [(1, "native"), (2, "native"), (3, "native")]
+    assert [one.has(*pair, stale=False) for pair in pairs] == [True, True, False]
+    assert [one.has(*pair, stale=True) for pair in pairs] == [True, False, False]
+    last = sweep.table(one.records.values(), one.sources).splitlines()[-1]
+    assert last == "Of other code than the rest (--stale runs them again): seed 2 native."
 
 
 STOP = """

@@ -305,7 +305,8 @@ def test_pact_trains_the_actor_first_and_the_critic_towards_it(actors: list[list
 
 def test_pact_of_exact_values_has_nothing_to_correct(actors: list[list[Sample]]) -> None:
     run: Any = FakeRun(logit=True)
-    train(run, stage_of({"kind": "pact", "value": {"target": "exact"}}), batch_of(run, 2, 2), 1)
+    exact = {"target": "exact", "importance_limit": None}
+    train(run, stage_of({"kind": "pact", "value": exact}), batch_of(run, 2, 2), 1)
     assert [what for what, _ in run.trained] == ["critic", "actor"]
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # beyond any cap; without it exp overflows
+from genac_megatron.algorithms.importance import LOG_RATIO_LIMIT
 
 
 def cross_entropy(logits_T: Tensor, targets_T: Tensor) -> Tensor:
