@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.publication.transport import Named
+from genac_megatron.training.agreement import from_first
 from genac_megatron.training.role import Role
 
 
@@ -38,8 +39,17 @@ class WeightDigest:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def weights_digest(role: Role) -> str:
-    """The digest of a role's weights, on rank 0; of other ranks it means nothing. Collective."""
+def weights_digest(role: Role, *, base: bool = False) -> str:
+    """The digest of a role's weights, on rank 0; of other ranks it means nothing. Collective.
+
+    An adapter's are merged with its base, or are the `base` alone.
+    """
     sink = WeightDigest()
-    Publisher(role, [sink]).publish(0)
+    Publisher(role, [sink], base=base).publish(0)
     return sink.hexdigest()
+
+
+def know_base(role: Role) -> None:
+    """Tell an adapter, on every rank, the digest of the model that it stands beside. Collective."""
+    digest = weights_digest(role, base=True)
+    role.base = from_first(lambda: digest)
