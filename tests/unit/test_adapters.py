@@ -162,7 +162,10 @@ stages:
   - {kind: reinforce}
   - {kind: ppo}
 """
-EXPERTS = "{layers: 2, hidden: 64, ffn: 128, heads: 4, kv_heads: 2, experts: 4, experts_per_token: 2"
+EXPERTS = (
+    "{layers: 2, hidden: 64, ffn: 128, heads: 4, kv_heads: 2, "
+    "experts: 4, experts_per_token: 2, norm_topk: true"
+)
 
 
 @pytest.fixture
