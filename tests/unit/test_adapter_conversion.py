@@ -19,7 +19,7 @@ from genac_megatron.tasks.tokenizer import tokenizer_size
 from genac_megatron.training.checkpoint import Checkpoints
 from genac_megatron.training.layout import init_world
 from tests.distributed.cases import published, train
-from tests.distributed.test_adapters import ALPHA, RANK, SOME, adapted, adapter_role
+from tests.distributed.test_adapter_layouts import ALPHA, RANK, SOME, adapted, adapter_role
 
 
 @pytest.fixture(scope="module")

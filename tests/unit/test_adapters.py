@@ -20,7 +20,7 @@ from genac_megatron.recipe.schema import AdapterConfig, ModelConfig
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import init_world
 from tests.distributed.cases import make_samples, published, train
-from tests.distributed.test_adapters import ADAPTER, SOME, adapted, adapter_role
+from tests.distributed.test_adapter_layouts import ADAPTER, SOME, adapted, adapter_role
 from tests.distributed.test_value import train_values
 
 
