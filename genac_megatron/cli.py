@@ -149,7 +149,8 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
         from genac_megatron.stages.look import look_at_data
 
         for role in recipe.roles.values():
-            check_weights(role.model, resuming=options.resume, planning=True)
+            adapter = role.training.adapter is not None
+            check_weights(role.model, resuming=options.resume, planning=True, adapter=adapter)
         data = look_at_data(recipe)
         print(dump_recipe(recipe))
         print(describe(recipe))

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, GenacError, InputError
 
@@ -60,6 +60,9 @@ def add_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", help="a checkpoint, or a run folder: its newest")
     parser.add_argument("dst", help="the Hugging Face folder to make")
     parser.add_argument("--role", default="actor", help="which role of the checkpoint (default: actor)")
+    parser.add_argument(
+        "--merge", metavar="BASE", help="of an adapter: merge it with the model in this folder"
+    )
     _add_common(parser)
 
 
@@ -121,11 +124,15 @@ def run_to_hf(options: argparse.Namespace) -> int:
     from genac_megatron.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest
 
     path = find_checkpoint(Path(options.src).expanduser())
-    roles = read_manifest(path)["roles"]
+    manifest = read_manifest(path)
+    roles = manifest["roles"]
     if options.role not in roles:
         what = f"it holds no role {options.role}, only {', '.join(sorted(roles))}"
         raise InputError(what, where=str(path), way_out="name one of them with --role")
     shape = Shape(**roles[options.role])
+    said = manifest.get("adapters", {}).get(options.role)
+    if said is not None or options.merge:
+        return _adapter_to_hf(options, path, shape, said)
     assets = of_checkpoint(path, options.role, options.assets)
     job = ToHf(path / WEIGHTS, shape, *_common(options), assets, options.role)
     job.stored.check()
@@ -133,6 +140,36 @@ def run_to_hf(options: argparse.Namespace) -> int:
     _run(job, options)
     if options.verify:
         _verify(job.dst, path, options.role, shape, job)
+    return EXIT_OK
+
+
+def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: Any) -> int:
+    """Adapters as a PEFT folder, or merged with what --merge names."""
+    from genac_megatron.conversion.assets import of_checkpoint
+    from genac_megatron.conversion.to_peft import Adapted, Merged, write_peft
+    from genac_megatron.training.checkpoint import WEIGHTS
+
+    if said is None:
+        what = f"its {options.role} is a whole model, which --merge has nothing to merge with"
+        raise InputError(what, where=str(path), way_out="leave --merge out")
+    adapted = Adapted(path / WEIGHTS, options.role, shape, said)
+    dst, _, _ = common = _common(options)
+    if options.merge is None:
+        for key, default in (("verify", False), ("dtype", "keep")):
+            if getattr(options, key) != default:
+                what = f"--{key} is of whole models, and its {options.role} is an adapter beside one"
+                raise InputError(what, where=str(path), way_out=f"add --merge BASE, or leave --{key} out")
+        write_peft(adapted, dst, None)
+        print(dst)
+        return EXIT_OK
+    adapted.need_language_model()
+    base = Path(options.merge).expanduser()
+    assets = of_checkpoint(path, options.role, options.assets or str(base))
+    assets.check(shape)
+    adapted.need_base(base)
+    if options.verify:
+        raise InputError("--verify reads whole models", where="--verify", way_out="leave it out with --merge")
+    _run(Merged(path / WEIGHTS, shape, *common, assets, options.role, adapted, base), options)
     return EXIT_OK
 
 

@@ -107,8 +107,12 @@ class StoredWeights:
             offsets=torch.Size((*unit.at, *(0 for _ in unit.size))),
             sizes=torch.Size((*[1] * lead, *unit.size)),
         )
+        return self._read(key, entry, wanted).view(unit.size)
+
+    def _read(self, key: str, entry: TensorStorageMetadata, wanted: ChunkStorageMetadata) -> Tensor:
+        """A piece of a stored tensor."""
         items = create_read_items_for_chunk_list(key, entry, [wanted])
-        if sum(math.prod(item.lengths) for item in items) != unit.numel:
+        if sum(math.prod(item.lengths) for item in items) != math.prod(wanted.sizes):
             raise InputError(f"{key} is not whole: pieces are missing", where=str(self.weights))
         tensor = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
         try:
@@ -120,7 +124,15 @@ class StoredWeights:
                 where=", ".join(str(self.weights / file) for file in files),
                 way_out="the file is cut short or damaged: take another checkpoint",
             ) from error
-        return tensor.view(unit.size)
+        return tensor
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor that is stored by itself, no unit of a model. Raises InputError as `get`."""
+        key = f"{self.role}.{name}"
+        entry = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise InputError(f"missing tensor {key}", where=str(self.weights))
+        return self._read(key, entry, ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size))
 
     def _key(self, unit: Unit) -> str:
         return f"{self.role}.{unit.rule.stored}"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
-from genac_megatron.evaluation.fingerprint import tokenizer_digest, weights_digest
+from genac_megatron.evaluation.fingerprint import tokenizer_digest
+from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.agreement import from_first

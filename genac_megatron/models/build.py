@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
+from genac_megatron.models.adapters import Adapters, attach
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import plan_of, rows_of
 from genac_megatron.models.routing import install
@@ -87,6 +88,7 @@ class RoleModel(GPTModel):
     def __init__(self, *args: Any, shape: Shape, specs: Kind, scoring: Scoring, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shape, self.specs, self.scoring = shape, specs, scoring
+        self.adapters: Adapters | None = None
         if shape.value and self.post_process:
             self.output_layer = ValueHead(self.config)
 
@@ -162,18 +164,25 @@ class RoleModel(GPTModel):
 
 
 def build_model(
-    shape: Shape, layout: Layout, groups: ProcessGroupCollection, training: TrainingConfig
+    shape: Shape, layout: Layout, groups: ProcessGroupCollection, training: TrainingConfig, seed: int = 0
 ) -> list[RoleModel]:
     """This rank's model chunks, on its device, weights not yet set (see `load_hf_into`).
 
-    The chunks share one TransformerConfig. Raises InputError where shape, layout and training do not fit.
+    seed: of adapters, which begin by it. The chunks share one TransformerConfig. Raises InputError where
+    shape, layout and training do not fit.
     """
     specs = choose(training.specs)
     check(shape, layout, training, specs)
     config = transformer_config(shape, layout, training, specs)
     scoring = Scoring(chunk=training.logprob_chunk)
-    fused = training.fuse_weight_gradients and not training.frozen
-    return [_chunk(shape, layout, groups, config, specs, scoring, i, fused) for i in range(layout.vpp)]
+    fused = training.fuse_weight_gradients and not (training.frozen or training.adapter)
+    chunks = [_chunk(shape, layout, groups, config, specs, scoring, i, fused) for i in range(layout.vpp)]
+    if training.adapter is not None:
+        for index, chunk in enumerate(chunks):
+            layers = layout.chunk_layers(shape.layers, groups.pp.rank(), index)
+            attach(chunk, layers, shape, training.adapter, seed)
+            chunk.to(platform.device())
+    return chunks
 
 
 def _chunk(

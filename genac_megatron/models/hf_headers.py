@@ -31,21 +31,25 @@ SHOWN_FAULTS = 8
 BLOCK = 1 << 24  # bytes that are compared at a time
 
 
-def begins_with_weights(model: ModelConfig, *, resuming: bool = False) -> bool:
+def begins_with_weights(model: ModelConfig, *, resuming: bool = False, adapter: bool = False) -> bool:
     """Whether a role is given its folder's weights, or random ones, before anything else.
 
-    A checkpoint brings them all, but for a scalar head that a language model's lacks.
+    A checkpoint brings them all, but for a scalar head that a language model's lacks, and an adapter's base.
     """
-    return model.head != "lm" or not (resuming or model.checkpoint is not None)
+    if model.head != "lm" or adapter:
+        return model.head != "lm" or model.base is None
+    return not (resuming or model.checkpoint is not None)
 
 
-def check_weights(model: ModelConfig, *, resuming: bool = False, planning: bool = False) -> None:
+def check_weights(
+    model: ModelConfig, *, resuming: bool = False, planning: bool = False, adapter: bool = False
+) -> None:
     """Raise InputError where a role would read its folder's weights, and they are not those of the model that
     its config.json describes.
 
     planning: a folder without any weights will do.
     """
-    if model.hf is None or not begins_with_weights(model, resuming=resuming):
+    if model.hf is None or not begins_with_weights(model, resuming=resuming, adapter=adapter):
         return
     folder = Path(model.hf).expanduser()
     if not planning or any(folder.glob("*.safetensors*")):

@@ -27,6 +27,7 @@ from genac_megatron.models.sizes import hf_names, hf_size, local_size, padded_vo
 from genac_megatron.platform.fp8 import remember
 
 GetTensor = Callable[[str], Tensor]
+ADAPTERS = "adapters."  # before the names of a model's adapters (models/adapters.py), which are no rule's
 
 
 class ChunkLayout(Protocol):
@@ -121,7 +122,7 @@ def _unflatten(rule: Rule, x: Tensor, shape: Shape) -> Tensor:
 
 
 def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[ParamRule]:
-    """The rule of every parameter of a model chunk (wrapped or not), in the chunk's order.
+    """The rule of every parameter of a model chunk (wrapped or not) but its adapters', in the chunk's order.
 
     layer_offset: global index of the chunk's first layer. Raises InputError naming every parameter that is
     missing, surplus or misshapen.
@@ -136,6 +137,8 @@ def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[Param
     found: list[ParamRule] = []
     faults: list[str] = []
     for name, parameter in model.named_parameters():
+        if name.startswith(ADAPTERS):
+            continue
         found_rule = expected.pop(names.get(name, name), None)
         if found_rule is None:
             faults.append(f"surplus parameter {name}")

@@ -7,6 +7,7 @@ from functools import cache
 
 from genac_megatron.models.families.base import Rule, Shape
 from genac_megatron.models.registry import rules
+from genac_megatron.recipe.schema import AdapterConfig
 
 Size = tuple[int, ...]
 
@@ -98,6 +99,20 @@ def attention_parameters(shape: Shape, tp: int, pp: int) -> int:
         if rule.per_layer and (".self_attention." in rule.name or ".input_layernorm." in rule.name)
     )
     return shape.layers // pp * sum(held)
+
+
+def adapter_parameters(shape: Shape, adapter: AdapterConfig, tp: int, pp: int) -> int:
+    """Parameters of a role's adapters on one rank, cut over `tp` ranks and `pp` stages.
+
+    Of each projection A [rank, in] and B [out, rank]: tensor parallelism cuts the one whose side it cuts.
+    """
+    count = 0
+    for rule in rules(shape):
+        for name in rule.hf if rule.per_layer and rule.name.endswith(".weight") else ():
+            if name.split(".")[-2] in adapter.targets:
+                out, into = hf_size(name, shape)
+                count += adapter.rank * (out // tp + into if rule.tp_axis == 0 else out + into // tp)
+    return shape.layers // pp * count
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
+from genac_megatron.models.adapters import LowRank
 from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.mapping import param_rules, unshard
 from genac_megatron.models.sizes import Size
@@ -41,18 +42,26 @@ class Joiner:
     """This rank's part in joining a role's buckets.
 
     attempt: runs what is local; where it keeps an error and gives None, the rank still takes part in what is
-    collective, so that its peers do not wait for it.
+    collective, so that its peers do not wait for it. Of an adapter each rank merges its own shards, as they
+    go; with `base` they go without.
     """
 
-    def __init__(self, role: Role, attempt: Callable[[Callable[[], Any]], Any] = _at_once) -> None:
+    def __init__(
+        self, role: Role, attempt: Callable[[Callable[[], Any]], Any] = _at_once, *, base: bool = False
+    ) -> None:
         self.role, self.attempt = role, attempt
         self._gathering: Tensor | None = None  # uint8: the shards that come from other ranks
         self._sending: Tensor | None = None  # uint8: what goes out for a shard that could not be made
         self._parameters: dict[tuple[int, str, int | None], Tensor] = {}
+        self._adapters: dict[tuple[int, str, int | None], LowRank] = {}
         for index, model in enumerate(role.models if role.active else []):
             offset = role.layout.chunk_layers(role.shape.layers, role.groups.pp.rank(), index).start
             for found in param_rules(model, offset, role.shape):
-                self._parameters[index, found.rule.name, found.layer] = found.parameter
+                key = index, found.rule.name, found.layer
+                self._parameters[key] = found.parameter
+                adapter = None if base or model.adapters is None else model.adapters.of(*key[1:])
+                if adapter is not None:
+                    self._adapters[key] = adapter
         self._dtype = DTYPES[role.config.training.dtype]
 
     def takes_part(self, bucket: Bucket) -> bool:
@@ -111,7 +120,7 @@ class Joiner:
                     gathering = max(gathering, nbytes)
                 elif first and self._from_others(item):
                     gathering = max(gathering, nbytes * self.role.layout.tp)
-                if mine is not None and (kept_in_fp8(mine) or not mine.is_contiguous()):
+                if mine is not None and not self._as_it_is(item, mine):
                     sending = max(sending, nbytes)
         self._gathering, self._sending = self._bytes(gathering), self._bytes(sending)
 
@@ -136,14 +145,21 @@ class Joiner:
         expert = item.rule.expert is not None and self.role.layout.ep > 1
         return not expert and self.role.layout.tp > 1 and item.rule.tp_axis is not None
 
+    def _as_it_is(self, item: Item, held: Tensor) -> bool:
+        """Whether this rank's shard travels as it lies there."""
+        merges = (item.chunk, item.rule.name, item.layer) in self._adapters
+        return not merges and not kept_in_fp8(held) and held.is_contiguous()
+
     def _mine(self, item: Item) -> Tensor | None:
         """This rank's shard as it travels, contiguous; None where it holds none."""
-        held = self._parameters.get((item.chunk, item.rule.name, item.layer))
+        key = item.chunk, item.rule.name, item.layer
+        held, adapter = self._parameters.get(key), self._adapters.get(key)
         if held is None:
             return None
-        if not kept_in_fp8(held) and held.is_contiguous():
+        if self._as_it_is(item, held):
             return held.detach()
-        made: Tensor | None = self.attempt(lambda: plain(held).detach().contiguous())
+        merge = (lambda weight: weight) if adapter is None else adapter.merged
+        made: Tensor | None = self.attempt(lambda: merge(plain(held).detach()).contiguous())
         if made is not None or self._sending is None:
             return held.detach() if made is None else made
         return self._sending[: held.numel() * held.dtype.itemsize].view(held.dtype).view(held.shape)

@@ -46,7 +46,8 @@ class Publisher:
     """A role's weights to sinks of every rank, or by another transport. `publish` is collective.
 
     bucket_bytes: as for `make_plan`. dtype: of the tensors that travel; None: the role's own. fp8: weights
-    travel in blocks of FP8, as engines with `quantization: fp8` hold them.
+    travel in blocks of FP8, as engines with `quantization: fp8` hold them. An adapter's weights are merged on
+    the way; base: they stay behind.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Publisher:
         transport: Transport | None = None,
         dtype: torch.dtype | None = None,
         fp8: bool = False,
+        base: bool = False,
     ) -> None:
         self.role = role
         self.dtype = dtype or DTYPES[role.config.training.dtype]
@@ -66,7 +68,7 @@ class Publisher:
         # False: a bucket is joined once the one before has arrived; measurements switch it off, too.
         self.overlap = may_overlap(self.transport, platform.device())
         self._one_thread = OneThread()
-        self._joiner = Joiner(role, self.transport.attempt)
+        self._joiner = Joiner(role, self.transport.attempt, base=base)
         layout = role.layout
         self._sources = [layout.rank_of(Coords(0, 0, 0, stage)) for stage in range(layout.pp)]
 

@@ -11,6 +11,7 @@ from genac_megatron.models.blockwise import BLOCK, SCALE_BYTES, in_blocks, scale
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import rules
 from genac_megatron.models.sizes import (
+    adapter_parameters,
     attention_parameters,
     hf_names,
     local_size,
@@ -179,12 +180,16 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
         return Memory(engine)
     layout, training = role.layout, role.training
     count = stage_parameters(shape, layout.tp, layout.pp, place.pp, layout.ep)
+    if training.adapter is not None:
+        count = adapter_parameters(shape, training.adapter, layout.tp, layout.pp)
     if training.frozen_attention:
         count -= attention_parameters(shape, layout.tp, layout.pp)
     stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
     experts = expert_parameters(shape, layout.pp, layout.ep)
     shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)
     weights = weight_bytes(role, shape, place.pp)
+    if training.adapter is not None:
+        weights += count * BYTES[training.dtype]
     if training.frozen:
         return Memory(engine, weights=weights)
     return Memory(
@@ -223,6 +228,12 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
             f"cp {at.cp}, dp {dp}; {role.training.dtype}, fp8 {role.training.fp8}, "
             f"recompute {role.training.recompute}"
         )
+        if (adapter := role.training.adapter) is not None:
+            trained = adapter_parameters(shape, adapter, 1, 1)
+            lines.append(
+                f"    adapters of rank {adapter.rank} on {len(adapter.targets)} projections: "
+                f"{_count(trained)} parameters train, its model is frozen"
+            )
         if role.starts_servers:
             lines.append(
                 f"    {role.engine.engines} SGLang server{'s' if role.engine.engines > 1 else ''} of "

@@ -10,6 +10,7 @@ from pathlib import Path
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
+from genac_megatron.recipe.adapter_rules import check_adapter, check_begins
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
 from genac_megatron.recipe.joint_rules import check_final_state, check_joint, check_judging_teacher
@@ -136,6 +137,7 @@ def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     _check_split(name, shape, role.layout, where)
     check_precision(name, role, shape, where)
     check_quantization(name, role, shape, where)
+    check_adapter(name, role, shape, where)
     if role.engine.routing_replay and shape.experts is None:
         raise InputError(
             f"the engine of '{name}' is to have its experts replayed, and its model has none",
@@ -345,7 +347,8 @@ def _kl_coef(stage: StageConfig) -> float:
 def _check_copy(
     recipe: Recipe, source: str, target: str, who: str, place: Sequence[str | int], where: Where
 ) -> None:
-    """A role that starts as a copy of another has its shape."""
+    """A role that starts as a copy of another has its shape, and weights of its own."""
+    check_begins(target, recipe.roles[target], who, place, where)
     shapes = [read_shape(recipe.roles[name].model) for name in (source, target)]
     if not shapes[1].may_start_from(shapes[0]):
         was, is_ = (dataclasses.asdict(shape) for shape in shapes)

@@ -29,6 +29,7 @@ from genac_megatron.recipe.stages import StageConfig as StageConfig
 from genac_megatron.recipe.stages import TeacherConfig as TeacherConfig
 from genac_megatron.recipe.stages import ValueStage as ValueStage
 from genac_megatron.recipe.tasks import TaskConfig
+from genac_megatron.recipe.training import AdapterConfig as AdapterConfig
 from genac_megatron.recipe.training import OptimizerConfig as OptimizerConfig
 from genac_megatron.recipe.training import ProfileConfig as ProfileConfig
 from genac_megatron.recipe.training import TrainingConfig as TrainingConfig
@@ -66,6 +67,7 @@ class ModelConfig(Block):
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
     chat_template_kwargs: dict[str, Any] = {}  # of its chat template, such as {enable_thinking: false}
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
+    base: str | None = None  # of an adapter: stand beside this role's weights in one; None: hf's, or random
     # value: a scalar critic, trained on the actor's tokens, never served; logit: one that gives the value's
     # log-odds and is trained by cross-entropy
     head: Literal["lm", "value", "logit"] = "lm"

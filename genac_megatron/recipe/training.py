@@ -23,6 +23,24 @@ class OptimizerConfig(Block):
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
 
 
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: list[Target] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class AdapterConfig(Block):
+    """A role trained as low-rank adapters beside a frozen base (LoRA, arXiv 2106.09685), in PEFT's terms."""
+
+    rank: Positive = 32
+    alpha: PositiveFloat = 32.0  # what B A adds to a weight is multiplied by alpha / rank
+    targets: Annotated[list[Target], Field(min_length=1)] = TARGETS  # projections that have an adapter
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input, while it trains
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return self.alpha / self.rank
+
+
 class TrainingConfig(Block):
     """How a role trains: precision, recomputation, micro-batches."""
 
@@ -42,6 +60,7 @@ class TrainingConfig(Block):
     offload: bool = False  # rest in host memory while engines generate: weights, gradients, optimizer states
     frozen: bool = False  # never trained nor served: the reference of kl_coef; no gradients, no optimizer
     frozen_attention: bool = False  # attention and the norm before it are never trained (SAO's critic)
+    adapter: AdapterConfig | None = None  # train adapters alone, beside the role's model as it begins
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
     moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks

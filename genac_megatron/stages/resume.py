@@ -27,6 +27,11 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
         "judging": plain["judging"],
         "stages": stages,
         "roles with frozen_attention": frozen,
+        "adapters": {
+            name: {"rank": found.rank, "alpha": found.alpha, "targets": sorted(found.targets)}
+            for name, role in recipe.roles.items()
+            if (found := role.training.adapter) is not None
+        },
     }
 
 

@@ -23,6 +23,7 @@ from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.publication.digest import know_base
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
 from genac_megatron.recipe.memory import Share, colocated
@@ -41,7 +42,7 @@ from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import prints_date, role_tokenizer, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
-from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
+from genac_megatron.training.checkpoint import find_checkpoint, load_base, load_checkpoint
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.role import Role
@@ -138,6 +139,7 @@ class Run:
         served: dict[str, Served] = {}
         for name, config in self.recipe.roles.items():
             self._build_role(name, config, shapes[name], served, resuming)
+        self._load_bases()
         if not resuming:
             self._start_from_checkpoints()
         for name, config in self.recipe.roles.items():
@@ -182,7 +184,7 @@ class Run:
         """The roles' shapes, and, on a node's first rank, its servers, which start up meanwhile."""
         roles = self.recipe.roles
         for config in roles.values():
-            check_weights(config.model, resuming=resuming)
+            check_weights(config.model, resuming=resuming, adapter=config.training.adapter is not None)
         shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
         served = {n: c.engine for n, c in roles.items() if c.served and c.engine.kind == "sglang"}
         started = {
@@ -198,7 +200,8 @@ class Run:
 
         def build() -> None:
             role = Role(name, config, shape, layout, groups)
-            if role.active and begins_with_weights(config.model, resuming=resuming):
+            adapter = config.training.adapter is not None
+            if role.active and begins_with_weights(config.model, resuming=resuming, adapter=adapter):
                 load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
                 if config.model.hf is not None:
                     need_sound(Path(config.model.hf), {name: role}, NOT_FINITE)
@@ -213,6 +216,16 @@ class Run:
                 f"{name}: trained with fp8 {config.training.fp8}, served with quantization "
                 f"{config.engine.quantization}: parity alarms at {alarm:g} (observe.{key})"
             )
+
+    def _load_bases(self) -> None:
+        """What adapters stand beside: a resumed run's too, as a checkpoint holds the adapters alone."""
+        for name, config in self.recipe.roles.items():
+            if config.training.adapter is None:
+                continue
+            role = self.roles[name]
+            if config.model.base is not None:
+                load_base(from_first(partial(find_checkpoint, Path(config.model.base))), role)
+            know_base(role)
 
     def _start_from_checkpoints(self) -> None:
         """Roles whose recipe names a checkpoint begin with the weights they have in it."""

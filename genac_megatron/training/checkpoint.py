@@ -35,7 +35,6 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError, on_all_ranks
-from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import (
     COMMON,
     FORMAT,
@@ -50,9 +49,10 @@ from genac_megatron.observe.manifest import (
 )
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.megatron import keep_write_errors, own_results_queue, save_options
+from genac_megatron.training.adapted import adapted, saved_parameters
 from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.finite import need_finite
-from genac_megatron.training.loading import find_checkpoint, load_checkpoint, reason
+from genac_megatron.training.loading import find_checkpoint, load_base, load_checkpoint, reason
 from genac_megatron.training.role import Role
 from genac_megatron.training.sharding import ROLES, Sharded, SharedWriting, role_state
 
@@ -61,6 +61,7 @@ __all__ = [
     "complete",
     "find_checkpoint",
     "in_background",
+    "load_base",
     "load_checkpoint",
     "remove_for_good",
 ]
@@ -168,7 +169,7 @@ class Checkpoints:
         shutil.rmtree(part, ignore_errors=True)
         (part / WEIGHTS).mkdir(parents=True)
         need = SPARE_BYTES + sum(
-            parameters(role.shape) * (BYTES_PER_PARAMETER if name in trained else 4)
+            saved_parameters(role) * (BYTES_PER_PARAMETER if name in trained else 4)
             for name, role in roles.items()
         )
         free = shutil.disk_usage(self.folder).free
@@ -331,6 +332,7 @@ def _seal(
         "format": FORMAT,
         "serial": serial,
         "roles": {name: dataclasses.asdict(role.shape) for name, role in roles.items()},
+        "adapters": {name: found for name, role in roles.items() if (found := adapted(role))},
         "trained": trained,
         "state": dict(state),
         "files": files_of(part),

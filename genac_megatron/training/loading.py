@@ -20,6 +20,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.manifest import COMMON, MANIFEST, WEIGHTS, complete, read_manifest
 from genac_megatron.platform.fp8 import remember
+from genac_megatron.training.adapted import check_adapter
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.role import Role
@@ -39,13 +40,23 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
     """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
 
     roles: by their names in the checkpoint. The layout may differ from the one that saved. A scalar critic
-    may take a language model's weights: it keeps its own head. Raises InputError where it does not fit.
+    may take a language model's weights: it keeps its own head. An adapter takes an adapter of the same base.
+    Raises InputError where it does not fit.
     """
-    manifest, common = agree(lambda: _read_small(path, roles, optimizers), partial(_unreadable, path))
+    _load(path, roles, optimizers, base=False)
+
+
+def load_base(path: Path, role: Role) -> None:
+    """The whole model that an adapter stands beside, by the role's name. Collective; raises InputError."""
+    _load(path, {role.name: role}, False, base=True)
+
+
+def _load(path: Path, roles: Mapping[str, Role], optimizers: bool, *, base: bool) -> None:
+    manifest, common = agree(lambda: _read_small(path, roles, optimizers, base), partial(_unreadable, path))
     chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
     bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
     request = {
-        name: _request(name, role, optimizers, head=name not in bodies)
+        name: _request(name, role, optimizers, head=name not in bodies, base=base)
         for name, role in chosen.items()
         if role.active
     }
@@ -70,9 +81,9 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
         agree(lambda: need_sound(path, chosen))
 
 
-def _request(name: str, role: Role, optimizers: bool, *, head: bool) -> Sharded:
+def _request(name: str, role: Role, optimizers: bool, *, head: bool, base: bool) -> Sharded:
     """What this rank asks a checkpoint for: the role's weights, or its optimizer's states."""
-    state = role_state(role, optimizer=optimizers, loading=True, head=head, saved_as=name)
+    state = role_state(role, optimizer=optimizers, loading=True, head=head, saved_as=name, base=base)
     if optimizers:
         state = {OPTIMIZER: state[OPTIMIZER]}
     sharded: Sharded = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))[0]
@@ -102,13 +113,16 @@ def _take_unsaved(role: Sharded, saved: set[str]) -> Sharded:
     return unsaved
 
 
-def _read_small(path: Path, roles: Mapping[str, Role], optimizers: bool) -> tuple[dict[str, Any], Sharded]:
+def _read_small(
+    path: Path, roles: Mapping[str, Role], optimizers: bool, base: bool
+) -> tuple[dict[str, Any], Sharded]:
     """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
     manifest = read_manifest(path)
     if missing := sorted(set(roles) - set(manifest["roles"])):
         raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
     for name, role in roles.items():
         _check_shape(path, name, manifest["roles"][name], role.shape, body=not optimizers)
+        check_adapter(path, name, manifest.get("adapters", {}).get(name), role, base=base)
     return manifest, torch.load(path / COMMON, map_location="cpu", weights_only=False)
 
 
@@ -208,7 +222,7 @@ def _put(role: Role, state: Sharded, optimizers: bool, steps: int, *, head: bool
         return
     for index, model in enumerate(role.models):
         tensors = state[f"model{index}"]
-        model.load_state_dict(tensors, strict=head)
+        model.load_state_dict(tensors, strict=head and role.config.training.adapter is None)
         for name, parameter in model.named_parameters():
             if name in tensors:
                 remember(parameter, tensors[name])

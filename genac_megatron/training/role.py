@@ -46,10 +46,9 @@ from genac_megatron.training.offload import (
 )
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, multiple_for, unpack
+from genac_megatron.training.trained import is_trained
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-# Of a layer, the attention and the norm before it, which Transformer Engine keeps inside the attention.
-ATTENTION = (".self_attention.", ".input_layernorm.")
 Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-probs per sample
 
 
@@ -77,8 +76,9 @@ class Role:
         self.scheduler: Any = None
         self.optimizer_config: OptimizerConfig = config.optimizer
         self.serial = 0  # changes whenever the weights do, on every rank of the world
+        self.base = ""  # of an adapter: the digest of the model that it stands beside, once that is loaded
         if self.active:
-            self._models = build_model(shape, layout, groups, config.training)
+            self._models = build_model(shape, layout, groups, config.training, config.model.init_seed)
             self.model_config = self._models[0].config
             self.chunks = [self._wrap(model, index) for index, model in enumerate(self._models)]
             self._connect()
@@ -95,17 +95,15 @@ class Role:
             from megatron.core.transformer.module import Float16Module
 
             model = Float16Module(self.model_config, model)
+        for name, parameter in model.named_parameters():  # before DDP and the optimizer, which hold no other
+            parameter.requires_grad_(is_trained(name, training, self.shape))
         if training.frozen:
-            return model.requires_grad_(False)
-        if training.frozen_attention:  # before DDP and the optimizer: they hold what is trained alone
-            for name, parameter in model.named_parameters():
-                if any(part in name for part in ATTENTION):
-                    parameter.requires_grad_(False)
+            return model
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=training.distributed_optimizer,
             overlap_grad_reduce=training.overlap_grad_reduce,
             grad_reduce_in_fp32=True,
-            fp8_param_gather=training.fp8_param,
+            fp8_param_gather=training.fp8_param and training.adapter is None,
             check_for_nan_in_grad=False,  # the step looks at the gradient norm instead
         )
         return DistributedDataParallel(

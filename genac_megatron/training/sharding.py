@@ -31,9 +31,11 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError
+from genac_megatron.models.mapping import ADAPTERS
 from genac_megatron.platform import optimizer_shards
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.role import Role
+from genac_megatron.training.trained import beside_base
 
 Sharded = dict[str, Any]
 
@@ -42,11 +44,18 @@ OPTIMIZER = "optimizer"  # in a role's state, beside its models
 
 
 def role_state(
-    role: Role, *, optimizer: bool, loading: bool = False, head: bool = True, saved_as: str | None = None
+    role: Role,
+    *,
+    optimizer: bool,
+    loading: bool = False,
+    head: bool = True,
+    saved_as: str | None = None,
+    base: bool = False,
 ) -> Sharded:
     """The sharded state of a role on this rank, with its output layer or without; empty outside its block.
 
-    saved_as: the role's name in the checkpoint; None: its own.
+    saved_as: the role's name in the checkpoint; None: its own. Of an adapter it is what stands beside its
+    base, or, asked for the `base`, that model.
     Its tensors are views of the role's own, so that what is loaded into them is in place. Not collective.
     """
     if not role.active:
@@ -57,6 +66,10 @@ def role_state(
     for index, model in enumerate(role.models):
         state = model.sharded_state_dict(metadata=dict(metadata))
         kept = {key: value for key, value in state.items() if head or not key.startswith("output_layer.")}
+        if base:
+            kept = {key: value for key, value in kept.items() if not key.startswith(ADAPTERS)}
+        elif role.config.training.adapter is not None:
+            kept = {key: value for key, value in kept.items() if beside_base(key, role.shape)}
         models[f"model{index}"] = kept
         add_prefix_for_sharding(models[f"model{index}"], f"{saved_as or role.name}.")
     if not optimizer or role.optimizer is None:

@@ -20,7 +20,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def digest_case(rank: int, config: Any) -> Any:
     import torch
 
-    from genac_megatron.evaluation.fingerprint import weights_digest
+    from genac_megatron.publication.digest import weights_digest
 
     role = make_role("actor", config, torch.distributed.get_world_size())
     role.begin_stage(None, 10)
@@ -34,7 +34,7 @@ def head_case(rank: int, config: Any) -> Any:
     """A scalar critic's digest covers its head: one that differs in the head alone has another."""
     import torch
 
-    from genac_megatron.evaluation.fingerprint import weights_digest
+    from genac_megatron.publication.digest import weights_digest
 
     role = make_role("critic", config, 4)
     first = weights_digest(role)

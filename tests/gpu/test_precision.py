@@ -109,6 +109,26 @@ def test_frozen_attention_trains_the_same_parameters_under_te() -> None:
     check(curve(STEPS, **BF16, frozen_attention=True), wanted, LOSS_BF16, NORM_BF16)
 
 
+ADAPTER = {"rank": 8, "alpha": 16.0}
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("recompute", ["off", "full"])
+def test_adapters_train_the_same_under_te(recompute: str) -> None:
+    """There the norm before a layer is inside it: the adapter must be given what the weight multiplies."""
+    wanted = curve(STEPS, **FP32, adapter=ADAPTER)
+    check(curve(STEPS, **BF16, adapter=ADAPTER, recompute=recompute), wanted, LOSS_BF16, NORM_BF16)
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("kept", [False, True])
+def test_adapters_train_beside_a_base_in_fp8(kept: bool) -> None:
+    here("blockwise")
+    wanted = curve(STEPS, **FP32, adapter=ADAPTER)
+    found = curve(STEPS, **BF16, fp8="blockwise", fp8_param=kept, adapter=ADAPTER)
+    check(found, wanted, LOSS_FP8, NORM_FP8)
+
+
 def test_mxfp8_is_refused_off_blackwell_before_anything_is_built() -> None:
     if not refusal_here("mxfp8"):
         pytest.skip("this GPU has mxfp8")

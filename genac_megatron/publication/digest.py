@@ -1,0 +1,55 @@
+"""Which weights: a digest that is the same in every layout and wherever files lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from genac_megatron.publication.publisher import Publisher
+from genac_megatron.publication.transport import Named
+from genac_megatron.training.agreement import from_first
+from genac_megatron.training.role import Role
+
+
+class WeightDigest:
+    """A sink of a publication that hashes every tensor by its Hugging Face name, on rank 0."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    @property
+    def reads(self) -> bool:
+        """Nothing goes to other ranks."""
+        return dist.get_rank() == 0
+
+    @torch.no_grad()
+    def load_weights(self, version: int, tensors: Iterable[Named], *, final: bool = True) -> None:
+        """Take a bucket in."""
+        for name, tensor in tensors:
+            digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            self._found[name] = digest.hexdigest()
+
+    def hexdigest(self) -> str:
+        """Of all tensors, whatever the order they came in."""
+        text = "\n".join(f"{name} {digest}" for name, digest in sorted(self._found.items()))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def weights_digest(role: Role, *, base: bool = False) -> str:
+    """The digest of a role's weights, on rank 0; of other ranks it means nothing. Collective.
+
+    An adapter's are merged with its base, or are the `base` alone.
+    """
+    sink = WeightDigest()
+    Publisher(role, [sink], base=base).publish(0)
+    return sink.hexdigest()
+
+
+def know_base(role: Role) -> None:
+    """Tell an adapter, on every rank, the digest of the model that it stands beside. Collective."""
+    digest = weights_digest(role, base=True)
+    role.base = from_first(lambda: digest)

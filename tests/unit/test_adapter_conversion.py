@@ -1,0 +1,86 @@
+"""`genac convert to-hf` of adapters: a PEFT folder, or merged with the base that they were trained beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genac_megatron.cli import main
+from genac_megatron.conversion.safetensors_file import write_safetensors
+from genac_megatron.models.mapping import random_weights
+from genac_megatron.models.registry import hf_config
+from genac_megatron.models.sizes import hf_names
+from genac_megatron.tasks.tokenizer import tokenizer_size
+from genac_megatron.training.checkpoint import Checkpoints
+from genac_megatron.training.layout import init_world
+from tests.distributed.cases import published, train
+from tests.distributed.test_adapter_layouts import ALPHA, RANK, SOME, adapted, adapter_role
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint of an actor's adapters, the folder of its base, and what the trainer publishes."""
+    init_world()
+    folder = tmp_path_factory.mktemp("made")
+    vocab = tokenizer_size("builtin:tiny")
+    role = adapter_role(adapted({"count": 1}, SOME, shape={"vocab": vocab}))
+    role.begin_stage(None, 10)
+    train(role, 2)
+    Checkpoints(folder, 2, False).save("ppo-00002", {"actor": role}, {})
+    for seed in (3, 4):
+        write_base(folder / f"base{seed}", role.shape, seed)
+    return folder, role.shape, published(role, 1 << 17)
+
+
+def write_base(folder: Path, shape: Any, seed: int) -> None:
+    folder.mkdir()
+    get, names = random_weights(shape, seed), hf_names(shape)
+    tensors = ((name, get(name)) for name in names)
+    write_safetensors(folder / "model.safetensors", list(names.items()), torch.float32, tensors)
+    (folder / "config.json").write_text(json.dumps(hf_config(shape)))
+
+
+def convert(folder: Path, dst: Path, *more: str) -> int:
+    return main(["convert", "to-hf", str(folder / "ppo-00002"), str(dst), "--quiet", *more])
+
+
+def test_a_peft_folder_has_what_was_trained(made: Any, tmp_path: Path) -> None:
+    """Its parts, by PEFT's names, make of the base what is published."""
+    folder, shape, wanted = made
+    assert convert(folder, tmp_path / "peft") == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", RANK, ALPHA)
+    assert config["target_modules"] == sorted(SOME["targets"])
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    get = random_weights(shape, 3)
+    assert len(found) == 2 * 4 * 3  # A and B, layers, projections
+    for name, weight in wanted.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" in found:
+            delta = found.pop(f"{stem}.lora_B.weight") @ found.pop(f"{stem}.lora_A.weight")
+            torch.testing.assert_close(get(name) + ALPHA / RANK * delta, weight, atol=1e-6, rtol=0, msg=name)
+    assert not found
+    assert convert(folder, tmp_path / "peft") == 2  # it exists
+
+
+def test_a_merged_folder_is_what_is_published(made: Any, tmp_path: Path) -> None:
+    folder, _, wanted = made
+    given = ("--merge", str(folder / "base3"), "--assets", "builtin:tiny")
+    assert convert(folder, tmp_path / "whole", *given) == 0
+    found = load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+def test_what_cannot_be_converted(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _, _ = made
+    assert convert(folder, tmp_path / "x", "--merge", str(folder / "base4"), "--assets", "builtin:tiny") == 2
+    assert "not the model that actor's adapter was trained beside" in capsys.readouterr().err
+    assert convert(folder, tmp_path / "x", "--verify") == 2
+    assert "--verify is of whole models" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

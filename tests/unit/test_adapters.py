@@ -1,0 +1,240 @@
+"""Adapters on one rank: what trains, what it takes, what is published; tests/distributed has the layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from genac_megatron.errors import InputError
+from genac_megatron.models.mapping import random_weights
+from genac_megatron.models.registry import shape_of
+from genac_megatron.models.sizes import adapter_parameters, hf_names
+from genac_megatron.publication.digest import weights_digest
+from genac_megatron.recipe.estimate import Place, describe, memory_of
+from genac_megatron.recipe.loader import check, load_recipe
+from genac_megatron.recipe.schema import AdapterConfig, ModelConfig
+from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
+from genac_megatron.training.layout import init_world
+from tests.distributed.cases import make_samples, published, train
+from tests.distributed.test_adapter_layouts import ADAPTER, SOME, adapted, adapter_role
+from tests.distributed.test_value import train_values
+
+
+def begun(adapter: Any = None, **training: Any) -> Any:
+    init_world()
+    role = adapter_role(adapted({"count": 1}, adapter, training=training))
+    role.begin_stage(None, 10)
+    return role
+
+
+def test_an_adapter_begins_as_its_base() -> None:
+    """B is 0; A is drawn by projection and seed, within +-1 / sqrt(its columns)."""
+    from tests.distributed.cases import make_role
+
+    init_world()
+    role, base = (make_role("actor", adapted({"count": 1}), 1), make_role("actor", role_alone(), 1))
+    assert role.logprobs(make_samples(5, 7)) == base.logprobs(make_samples(5, 7))
+    (adapters,) = (model.adapters for model in role.models)
+    assert [part.place.key for part in adapters.parts[:4]] == [
+        *("0_linear_qkv", "0_linear_proj", "0_linear_fc1", "0_linear_fc2")
+    ]
+    for part in adapters.parts:
+        assert all(not b.any() for b in part.B)
+        bound = part.A.size(1) ** -0.5
+        assert 0.8 * bound < part.A.abs().max() <= bound
+        assert len({tuple(a.flatten().tolist()) for a in part.A.split(4)}) == len(part.B)
+
+
+def role_alone(**overrides: Any) -> Any:
+    from tests.distributed.cases import role_config
+
+    return role_config(layout={"count": 1}, **overrides)
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adapters_alone_have_gradients_masters_and_moments(adapter: Any, dtype: str) -> None:
+    role = begun(adapter, dtype=dtype)
+    (model,) = role.models
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {name for name, _ in model.named_parameters() if name.startswith("adapters.")}
+    count = sum(parameter.numel() for parameter in model.adapters.parameters())
+    assert count == adapter_parameters(role.shape, AdapterConfig(**adapter), 1, 1)
+    held = sum(p.numel() for part in role.optimizer.param_groups for p in part["params"])
+    buffers = sum(buffer.grad_data.numel() for buffer in role._buffers())
+    for found in (held, buffers):
+        assert count <= found < count + 1024 * len(trains)  # padded
+    estimate = memory_of(role.config, role.shape, Place(0, 0, 0, 0), 1)
+    moments = 8 if dtype == "fp32" else 12
+    assert (estimate.gradients, estimate.optimizer) == (4 * count, moments * count)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert estimate.weights == weights
+
+
+def test_what_is_published_is_merged_from_its_base() -> None:
+    """W + alpha / rank B A, projection by projection, by PEFT's names for their parts."""
+    role = begun(SOME)
+    train(role, 2)
+    get = random_weights(role.shape, 3)
+    found = published(role)
+    wanted = {name: get(name) for name in hf_names(role.shape)}
+    (model,) = role.models
+    for part in model.adapters.parts:
+        for a, b, name in zip(part.A.split(part.rank), part.B, part.place.projections, strict=True):
+            wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + 2.0 * b.detach() @ a.detach()
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=0, msg=name)
+    assert weights_digest(role, base=True) == role.base != weights_digest(role)
+
+
+def test_a_merged_model_gives_the_same_logprobs() -> None:
+    """bf16 too: there merged weights have bf16's rounding, which the sum of both products has not."""
+    from genac_megatron.publication.publisher import Publisher, RoleSink
+    from tests.distributed.cases import make_role
+
+    for dtype, close in (("fp32", 2e-6), ("bf16", 0.1)):
+        role = begun(dtype=dtype)
+        train(role, 2)
+        merged = make_role("merged", role_alone(training={"dtype": dtype}), 1, seed=8)
+        Publisher(role, [RoleSink(merged)]).publish(1)
+        pairs = zip(role.logprobs(make_samples(5, 7)), merged.logprobs(make_samples(5, 7)), strict=True)
+        for mine, theirs in pairs:
+            assert mine == pytest.approx(theirs, abs=close)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_rested_and_a_resumed_adapter_go_on_as_they_would(tmp_path: Path, distributed: bool) -> None:
+    role = begun(distributed_optimizer=distributed)
+    train(role, 2)
+    Checkpoints(tmp_path, 2, False).save("ppo-00002", {"actor": role}, {})
+    role.rest()
+    role.wake()
+    whole, ended = train(role, 2, 2), published(role)
+    again = begun(distributed_optimizer=distributed)
+    load_checkpoint(tmp_path / "ppo-00002", {"actor": again})
+    load_checkpoint(tmp_path / "ppo-00002", {"actor": again}, optimizers=True)
+    assert train(again, 2, 2) == whole
+    found = published(again)
+    assert all(torch.equal(found[name], weight) for name, weight in ended.items())
+
+
+def test_a_scalar_head_trains_beside_adapters(tmp_path: Path) -> None:
+    """No base has one: it is in the checkpoint, as PEFT's modules_to_save are."""
+    init_world()
+    config = adapted({"count": 1})
+    model = config.model.model_copy(update={"head": "value"})
+    made = [adapter_role(config.model_copy(update={"model": model})) for _ in range(2)]
+    for role in made:
+        role.begin_stage(None, 10)
+    role, again = made
+    (bare,) = role.models
+    trains = {name.partition(".")[0] for name, p in bare.named_parameters() if p.requires_grad}
+    assert trains == {"adapters", "output_layer"}
+    losses = [train_values(role, 1)[0][0] for _ in range(6)]  # of one batch
+    assert losses[-1] < losses[0]
+    Checkpoints(tmp_path, 2, False).save("value-00003", {"actor": role}, {})
+    load_checkpoint(tmp_path / "value-00003", {"actor": again})
+    load_checkpoint(tmp_path / "value-00003", {"actor": again}, optimizers=True)
+    assert train_values(again, 1, 3) == train_values(role, 1, 3)
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: tiny
+roles:
+  actor: &role
+    model:
+      family: qwen3
+      tokenizer: builtin:tiny
+      shape: {layers: 4, hidden: 64, ffn: 128, heads: 4, kv_heads: 2}
+    training: {adapter: {rank: 8}}
+  critic: *role
+task: {kind: state_tracking}
+stages:
+  - {kind: sft, name: demos, role: actor, data: demonstrations}
+  - {kind: sft, name: traces, role: critic, data: traces}
+  - {kind: reinforce}
+  - {kind: ppo}
+"""
+EXPERTS = (
+    "{layers: 2, hidden: 64, ffn: 128, heads: 4, kv_heads: 2, "
+    "experts: 4, experts_per_token: 2, norm_topk: true"
+)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_of_two_adapters(recipe: Path) -> None:
+    found = load_recipe(recipe)
+    check(found)
+    adapter = found.roles["critic"].training.adapter
+    assert adapter is not None
+    assert (adapter.rank, adapter.alpha, adapter.scale, len(adapter.targets)) == (8, 32.0, 4.0, 7)
+    assert "adapters of rank 8 on 7 projections: 32.8 k parameters train" in describe(found)
+    check(load_recipe(recipe, ["roles.critic.model.base=runs/before", "roles.actor.training.adapter=null"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["roles.actor.model.family=qwen3_moe", f"roles.actor.model.shape={EXPERTS}, expert_ffn: 32}}"],
+            ("a mixture of 4 experts", "take adapter out"),
+        ),
+        (["roles.critic.training.frozen=true"], ("is frozen and has an adapter", "training.frozen")),
+        (["roles.critic.training.frozen_attention=true"], ("the whole model is frozen", "frozen_attention")),
+        (["roles.actor.training.adapter.targets=[q_proj, q_proj]"], ("names q_proj twice", "targets")),
+        (["roles.actor.training.adapter.dropout=0.1"], ("dropout 0.1, which is not built", "dropout")),
+        (["stages.1.start_from=actor"], ("'critic' is an adapter", "roles.critic.model (hf or base)")),
+        (
+            ["roles.actor.training.adapter=null", "roles.actor.model.base=runs/x"],
+            ("names a base, which is an adapter's", "call it checkpoint"),
+        ),
+        (["roles.actor.training.adapter.targets=[]"], ("at least 1 item", "targets")),
+        (["roles.actor.training.adapter.targets=[lm_head]"], ("q_proj", "targets")),
+        (["roles.actor.training.adapter.rank=0"], ("greater than or equal to 1", "rank")),
+        (["roles.actor.training.adapter.alpha=0"], ("greater than 0", "alpha")),
+    ],
+    ids=[
+        "experts",
+        "frozen",
+        "attention",
+        "twice",
+        "dropout",
+        "from",
+        "base",
+        "none",
+        "head",
+        "rank",
+        "alpha",
+    ],
+)
+def test_what_an_adapter_cannot_go_beside(recipe: Path, overrides: list[str], words: Any) -> None:
+    with pytest.raises(InputError) as raised:
+        check(load_recipe(recipe, overrides))
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_experts_are_refused_where_a_model_is_built_too() -> None:
+    from genac_megatron.models.adapters import attach
+
+    model = ModelConfig.model_validate(
+        {
+            "family": "qwen3_moe",
+            "tokenizer": "builtin:tiny",
+            "shape": yaml.safe_load(EXPERTS + ", expert_ffn: 32}"),
+        }
+    )
+    with pytest.raises(InputError, match="a mixture of experts"):
+        attach(None, range(2), shape_of(model, 67), AdapterConfig(), 0)
