@@ -15,6 +15,8 @@ from tests.warm import genac
 pytestmark = pytest.mark.timeout(900)
 ROLLOUT = {"prompts": 4, "samples": 2, "max_new_tokens": 40}
 OPTIONS = ["--reference", "64", "--chunks", "4", "--batches", "6", "--prompts", "4", "--samples", "2"]
+# One of each source, lambda and form: all that are possible is what a choice of none means (unit tests).
+ASKED = ["rloo", "vc_ppo", "genac-0", "genac-prompt", "exact-0", "exact-1-raw"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "audits": {
             "short": {"recipe": "audit.yaml", "actor": "actor", "critic": "critic", "scalar": "scalar",
-                      "options": OPTIONS, "predicted": {"exact-0": 3.0}},
+                      "options": [*OPTIONS, "--estimators", ",".join(ASKED)], "predicted": {"exact-0": 3.0}},
         },
     }  # fmt: skip
     (path / "study.yaml").write_text(yaml.safe_dump(study))
@@ -73,7 +75,7 @@ def test_a_study_audits_estimators_of_its_base_runs(folder: Path) -> None:
     out = folder / "experiments" / "estimators"
     (record,) = json.loads((out / "figures.json").read_text())["audits"]
     found = record["report"]["estimators"]
-    assert {"rloo", "vc_ppo", "genac-0", "genac-prompt", "exact-0", "exact-1-raw"} <= found.keys()
+    assert found.keys() == set(ASKED)
     assert 0 < record["report"]["success_rate"] < 1
     assert all({"cosine", "snr", "ratio", "bias"} <= one.keys() for one in found.values())
     assert record["stands_on"].keys() == {"actor", "critic", "scalar"}

@@ -51,7 +51,7 @@ def test_every_run_of_a_study_loads_and_fits(
 
 def test_each_study_for_a_cpu_has_one_for_gpus() -> None:
     names = {path.stem for path in STUDIES}
-    for name in ("scaling", "conditioning", "anatomy", "joint"):
+    for name in ("scaling", "conditioning", "anatomy", "joint", "estimators", "long_few", "ood"):
         assert {name, f"{name}_gpu"} <= names
 
 
