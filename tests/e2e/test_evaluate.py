@@ -38,6 +38,7 @@ def recipe_file(folder: Path) -> Path:
     for stage in (actor, critic):
         stage["rollout"]["max_new_tokens"] = 40
     recipe["evaluation"]["mc_states"] = 0
+    recipe["checkpoint"] = {"every": 0}  # each costs more than a step
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

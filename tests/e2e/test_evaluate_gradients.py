@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         role["layout"] = {}
         role["training"]["tokens_per_microbatch"] = 4096
     base["evaluation"] = {"prompts": 4, "samples": 2}
+    base["checkpoint"] = {"every": 0}  # each costs more than a step
     actor, critic, *_ = base["stages"]
     optimizer = {"lr": 4e-3, "schedule": "cosine", "warmup_steps": 10, "beta2": 0.98}
     short = {"epochs": 1, "heldout": None, "optimizer": optimizer, "rollout": ROLLOUT}
