@@ -181,9 +181,7 @@ def test_a_killed_rank_loses_nothing_and_leaves_nothing_behind(whole: Path, tmp_
     """kill -9 between two checkpoints: the run ends with that said, and resumes to the same figures."""
     recipe = str(write_recipe(tmp_path))
     with (tmp_path / "output").open("w") as output:
-        process = Popen(
-            command("run", recipe), cwd=tmp_path, env=environment(), stdout=output, stderr=output
-        )
+        process = Popen(command("run", recipe), cwd=tmp_path, env=environment(), stdout=output, stderr=output)
         metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
         give_up = time.monotonic() + 300
         family: list[psutil.Process] = []

@@ -6,7 +6,8 @@
 Importing takes each rank of a cold command some ten seconds of a core, which is most of a run of a few tiny
 steps. Everything else is as in a cold one: its working directory, environment, output, exit code, signals and
 processes (a launcher's ranks are forked in turn). One run from beginning to end is started cold
-(tests/e2e/test_run.py), and so are Slurm's jobs (one has a rank killed), tests/faults and the README's commands.
+(tests/e2e/test_run.py), and so are Slurm's jobs (a rank of one is killed), tests/faults and the README's
+commands.
 """
 
 from __future__ import annotations
