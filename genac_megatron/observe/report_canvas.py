@@ -152,7 +152,7 @@ def bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.set_xlabel("step, over all stages")
+    axes.set_xlabel("step, over all stages" + (" (each as wide as the others)" if len(spans) > 1 else ""))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -180,7 +180,9 @@ def stage_lines(axes: Axes, run: RunData, key: str, colour: str, label: str | No
 
 
 def per_cent(axes: Axes) -> None:
-    """Label the vertical axis, which holds shares, in per cent."""
+    """Label the vertical axis, which holds shares, in per cent, and leave out what no share can be."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 1.0 + 0.03 * (1.0 - max(low, 0.0))))  # room for a mark at 100 %
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
 
 

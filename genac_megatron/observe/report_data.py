@@ -81,6 +81,10 @@ class RunData:
                 spans.append(StageSpan(name, str(row.get("kind")), *found[name]))
         return spans
 
+    def steps(self, span: StageSpan) -> int:
+        """How many steps of a stage are logged: its end's evaluation is a further row of the last one."""
+        return len({row.get("step") for row in self.metrics[span.first : span.last]})
+
     def position(self, row: Row) -> float:
         """Where an evaluation lies on the axis of all steps: steps done before it."""
         for span in self.spans:
@@ -197,7 +201,7 @@ def summarise(run: RunData) -> dict[str, Any]:
     where its name is one that scripts rely on; totals are sums over all stages' rows."""
     summary: dict[str, Any] = {
         "run/name": run.recipe.get("name", run.path.name),
-        "run/steps": len(run.metrics),
+        "run/steps": sum(map(run.steps, run.spans)),
     }
     summary.update(_actor(run))
     summary.update(_critic(run))

@@ -38,6 +38,7 @@ _FIGURES = (
     ("score_entropy", "entropy of scores, nats", 2),
 )  # fmt: skip
 _SHOWN_PER_KIND = 2
+PARSED = 0.5  # below this share of readable judgements, a critic's figures are not its own
 
 
 def page(
@@ -75,7 +76,7 @@ def _text(value: Any, digits: int = 3, per_cent: bool = False) -> str:
 
 
 def _head(run: RunData, summary: Mapping[str, Any]) -> str:
-    stages = " → ".join(f"{s.name} ({s.last - s.first} steps)" for s in run.spans if s.last > s.first)
+    stages = " → ".join(f"{s.name} ({run.steps(s)} steps)" for s in run.spans if s.last > s.first)
     times = run.series("time")[1]
     when = (
         datetime.fromtimestamp(times[-1], UTC).strftime("last step %Y-%m-%d %H:%M UTC") if times.size else ""
@@ -151,7 +152,12 @@ def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
             )
     if not math.isnan(number(s["critic/parse_rate"])):
         tiles.append(
-            _tile("Judgements that parse", _text(s["critic/parse_rate"], per_cent=True), "last evaluation")
+            _tile(
+                "Judgements that parse",
+                _text(s["critic/parse_rate"], per_cent=True),
+                "last evaluation",
+                None if number(s["critic/parse_rate"]) >= PARSED else False,
+            )
         )
     if not math.isnan(p99 := number(s["parity/logp_p99"])):
         alarm = _parity_alarm(run.recipe)
@@ -198,9 +204,11 @@ def _plot(plot: Plot) -> str:
     light, dark = (base64.b64encode(image).decode() for image in (plot.light, plot.dark))
     caption = f"<figcaption>{escape(plot.caption)}</figcaption>" if plot.caption else ""
     return (
-        f"<figure class=card id={plot.id}><h3>{escape(plot.title)}</h3><picture>"
+        f"<figure class=card id={plot.id}><h3>{escape(plot.title)}</h3>"
+        f'<label><input type=checkbox aria-label="Enlarge: {escape(plot.title)}"><picture>'
         f'<source media="(prefers-color-scheme:dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img alt="{escape(plot.title)}" src="data:image/png;base64,{light}"></picture>{caption}</figure>'
+        f'<img alt="{escape(plot.title)}" src="data:image/png;base64,{light}"></picture></label>'
+        f"{caption}</figure>"
     )
 
 
@@ -210,17 +218,33 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def _cell(text: str, unread: bool) -> str:
+    return f"<span class=bad>{text}</span>" if unread and text != "–" else text
+
+
+def _unread(s: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """What figures are of where most judgements have no score."""
+    rates = [f"{_text(s[f'critic/parse_rate_{kind}'], per_cent=True)} after {kind}" for kind in kinds]
+    if not rates:
+        return ""
+    return (
+        f"<p class=bad>Of the judgements only {', '.join(rates)} have a score that can be read. Figures in "
+        "this colour are mostly of the values that were used in place of the others.</p>"
+    )
+
+
 def _headlines(s: Mapping[str, Any]) -> str:
     known = [k for k in KINDS if not math.isnan(number(s.get(f"critic/brier_{k}")))]
+    unread = [k for k in known if number(s.get(f"critic/parse_rate_{k}")) < PARSED]
     rows = []
     for name, label, digits in _FIGURES:
         cells = [_text(s.get(f"critic/{name}_{kind}"), digits) for kind in known]
         if any(cell != "–" for cell in cells):
-            rows.append([label, *cells])
+            rows.append([label, *map(_cell, cells, [kind in unread for kind in known])])
     critic = ""
     if rows:
         critic = "<section><h2>The critic after each stage</h2><div class=card>"
-        critic += _table(["", *known], rows) + "</div></section>"
+        critic += _table(["", *known], rows) + _unread(s, unread) + "</div></section>"
     phases = [
         key[len("share/time_") :] for key in s if key.startswith("share/time_") and key != "share/time_other"
     ]

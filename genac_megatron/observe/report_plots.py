@@ -352,16 +352,15 @@ def costs(figure: Figure, run: RunData, theme: Theme) -> bool:
             panels.append((totals, unit))
     if not panels:
         return False
-    names = list(dict.fromkeys(p for totals, _ in panels for phases in totals for p in phases))
-    names.sort(key=lambda name: name == "other")
-    colours = {
-        n: theme.soft if n == "other" else theme.phases[i % len(theme.phases)] for i, n in enumerate(names)
-    }
-    figure.set_figheight(1.2 + len(panels) * (0.75 + 0.34 * len(spans)))
+    names = _named(panels, len(theme.phases))
+    colours = {"other": theme.soft, **dict(zip(names, theme.phases, strict=False))}
+    if any(_part(phases, "other", names) for totals, _ in panels for phases in totals):
+        names.append("other")
+    figure.set_figheight(1.0 + 0.2 * len(names) / 2 + len(panels) * (0.75 + 0.34 * len(spans)))
     for axes, (totals, unit) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
         left = np.zeros(len(spans))
         for name in names:
-            share = np.array([phases.get(name, 0.0) for phases in totals])
+            share = np.array([_part(phases, name, names) for phases in totals])
             axes.barh(range(len(spans)), share, 0.62, left=left, color=colours[name], label=name)
             left += share
         axes.set_yticks(range(len(spans)), [s.name for s in spans])
@@ -371,8 +370,28 @@ def costs(figure: Figure, run: RunData, theme: Theme) -> bool:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
         axes.xaxis.set_major_locator(MaxNLocator(6))
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     return True
+
+
+def _named(panels: Sequence[tuple[list[dict[str, float]], str]], most: int) -> list[str]:
+    """Phases in order of first sight, as many as there are colours, those with the largest shares."""
+    shares: dict[str, float] = {}
+    for totals, _ in panels:
+        whole = sum(sum(phases.values()) for phases in totals) or 1.0
+        for name in dict.fromkeys(p for phases in totals for p in phases):
+            own = sum(phases.get(name, 0.0) for phases in totals) / whole
+            shares[name] = max(own, shares.get(name, 0.0))
+    shares.pop("other", None)
+    kept = sorted(shares, key=lambda name: -shares[name])[:most]
+    return [name for name in shares if name in kept]
+
+
+def _part(phases: dict[str, float], name: str, names: Sequence[str]) -> float:
+    """A phase's figure; of `other`, all that has no colour."""
+    if name == "other":
+        return sum(value for phase, value in phases.items() if phase == name or phase not in names)
+    return phases.get(name, 0.0)
 
 
 def _short(value: float) -> str:
@@ -409,7 +428,7 @@ PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
     (
         "critic_error",
         "Critic: error against the best constant",
-        "Below the dashed line the critic knows more than the mean outcome. Band: 95 % interval, prompts "
+        "A critic below the dashed line knows more than the mean outcome. Band: 95 % interval, prompts "
         "resampled. In ppo the actor moves, and the constant with it.",
         3.3,
         critic_error,
@@ -425,7 +444,7 @@ PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
     (
         "scores",
         "Critic: scores given",
-        "At the end of each stage. All on one score: the critic has collapsed.",
+        "At the end of each stage. A critic that gives all states one score tells them not apart.",
         3.3,
         scores,
     ),
@@ -439,16 +458,16 @@ PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
     (
         "position",
         "Critic: value along the response",
-        "Last evaluation. The lines part where the critic sees how a response will end. Band: two standard "
-        "errors.",
+        "Last evaluation. Lines apart: the critic sees how a response will end. Band: two standard errors.",
         3.3,
         value_by_position,
     ),
     (
         "credit",
         "Critic: what it gives the actor",
-        "The advantage gap by outcome: below 0 the actor is taught what fails. Without variance within "
-        "responses the critic is a baseline and no more; on one score (entropy 0) it has collapsed.",
+        "Gap: mean advantage of right less that of wrong responses, above 0 where the actor is taught what "
+        "succeeds. Share within: how much of the advantages' variance lies within responses, none for a "
+        "baseline per prompt. Entropy: of a batch's scores, 0 where all are one.",
         6.5,
         credit,
     ),

@@ -26,12 +26,14 @@ from fabricated_run import (
     rollout_rows,
     write_lines,
 )
+from matplotlib.figure import Figure
 
 from genac_megatron.errors import GateFailed, GenacError, InputError, StopRequested
 from genac_megatron.observe.report import write_report
+from genac_megatron.observe.report_canvas import per_cent
 from genac_megatron.observe.report_data import brier_interval, read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import chosen_rollouts, page, segments
-from genac_megatron.observe.report_plots import PLOTS, draw_all
+from genac_megatron.observe.report_plots import PLOTS, _named, _part, draw_all
 
 PROMISED = (
     "actor/accuracy_sft",
@@ -225,6 +227,57 @@ def test_tokens_of_evaluations_are_a_phase_of_their_own(tmp_path: Path) -> None:
     assert summary["tokens/total"] == before + 1000
     shown = page(data, summary, None, [], what_is_missing(data))
     assert re.search(r"evaluate</td>.*?<td[^>]*>700</td>", shown), "the table of phases has it"
+
+
+def test_a_stages_end_is_no_step_of_its_own(tmp_path: Path) -> None:
+    """Its evaluation is logged in a further row of the last step."""
+    run = fabricate(tmp_path / "run")
+    rows = metric_rows(random.Random(0))
+    last = max(i for i, row in enumerate(rows) if row["stage"] == "sft-actor")
+    end = {key: rows[last][key] for key in ("stage", "kind", "step", "time")} | {"tokens/evaluate": 10}
+    write_lines(run / "metrics.jsonl", [*rows[: last + 1], end, *rows[last + 1 :]])
+    summary, text = seen(run)
+    assert summary["run/steps"] == 74
+    assert f"sft-actor ({rows[last]['step']} steps)" in text
+
+
+def test_a_critic_that_cannot_be_read_is_said_to_be_none(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run")
+    assert "have a score that can be read" not in seen(run)[1]
+    evaluations = evaluation_rows(0)
+    for row in evaluations:
+        if row["kind"] == "ppo":
+            row["critic"]["parse_rate"] = 0.125
+    write_lines(run / "evaluations.jsonl", evaluations)
+    data = read_run(run)
+    summary = summarise(data)
+    shown = page(data, summary, [], [], what_is_missing(data))
+    assert "only 12.5 % after ppo have a score that can be read" in Document(shown).text
+    assert f"<span class=bad>{summary['critic/ece_ppo']:.4f}</span>" in shown
+    assert f"<span class=bad>{summary['critic/ece_reinforce']:.4f}</span>" not in shown
+    assert "<b class=bad>12.5 %</b>" in shown
+
+
+def test_phases_beyond_the_colours_are_one(tmp_path: Path) -> None:
+    """Every colour once, the small ones together, and nothing lost."""
+    totals = [{f"phase{i}": float(i + 1) for i in range(14)} | {"other": 3.0}]
+    named = _named([(totals, "seconds")], 10)
+    assert named == [f"phase{i}" for i in range(4, 14)]
+    drawn = {name: _part(totals[0], name, named) for name in [*named, "other"]}
+    assert drawn["other"] == 3.0 + 1 + 2 + 3 + 4
+    assert sum(drawn.values()) == sum(totals[0].values())
+
+
+def test_an_axis_of_shares_shows_no_more_than_there_can_be() -> None:
+    for values, wanted in (
+        ([0.0, 0.0], (0.0, 0.055)),
+        ([0.2, 1.0], (0.16, 1.0252)),
+        ([0.0, 1.0], (0.0, 1.03)),
+    ):
+        axes = Figure().subplots()
+        axes.plot([0, 1], values)
+        per_cent(axes)
+        assert axes.get_ylim() == pytest.approx(wanted, abs=1e-9)
 
 
 def seen(run: Path) -> tuple[dict[str, Any], str]:
