@@ -50,7 +50,13 @@ def synced(told: str) -> list[int]:
 def steps_in(data: bytes) -> list[int]:
     """The rows that a W&B run's file holds."""
     # Of each record the key, its field's tag and length, and the value as JSON: in history and in summary.
-    return sorted({int(number) for number in re.findall(rb"global_step\x82\x01.(\d+)", data)})
+    # What follows the value may look like a digit.
+    found = re.finditer(rb"(?s)global_step\x82\x01(.)", data)
+    return sorted({int(data[one.end() : one.end() + one[1][0]]) for one in found})
+
+
+def test_a_row_ends_where_its_length_says() -> None:
+    assert steps_in(b"global_step\x82\x01\x0212\x00global_step\x82\x01\x0121") == [2, 12]
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------
