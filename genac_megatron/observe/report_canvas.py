@@ -182,7 +182,8 @@ def stage_lines(axes: Axes, run: RunData, key: str, colour: str, label: str | No
 def per_cent(axes: Axes) -> None:
     """Label the vertical axis, which holds shares, in per cent, and leave out what no share can be."""
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.0), min(high, 1.0 + 0.03 * (1.0 - max(low, 0.0))))  # room for a mark at 100 %
+    low = max(low, 0.0)
+    axes.set_ylim(low, min(high, 1.0 + 0.03 * (1.0 - low)))  # room for a mark at 100 %
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
 
 

@@ -352,15 +352,13 @@ def costs(figure: Figure, run: RunData, theme: Theme) -> bool:
             panels.append((totals, unit))
     if not panels:
         return False
-    names = _named(panels, len(theme.phases))
+    names = _fold_small([totals for totals, _ in panels], len(theme.phases))
     colours = {"other": theme.soft, **dict(zip(names, theme.phases, strict=False))}
-    if any(_part(phases, "other", names) for totals, _ in panels for phases in totals):
-        names.append("other")
     figure.set_figheight(1.0 + 0.2 * len(names) / 2 + len(panels) * (0.75 + 0.34 * len(spans)))
     for axes, (totals, unit) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
         left = np.zeros(len(spans))
         for name in names:
-            share = np.array([_part(phases, name, names) for phases in totals])
+            share = np.array([phases.get(name, 0.0) for phases in totals])
             axes.barh(range(len(spans)), share, 0.62, left=left, color=colours[name], label=name)
             left += share
         axes.set_yticks(range(len(spans)), [s.name for s in spans])
@@ -374,24 +372,23 @@ def costs(figure: Figure, run: RunData, theme: Theme) -> bool:
     return True
 
 
-def _named(panels: Sequence[tuple[list[dict[str, float]], str]], most: int) -> list[str]:
-    """Phases in order of first sight, as many as there are colours, those with the largest shares."""
+def _fold_small(panels: Sequence[list[dict[str, float]]], most: int) -> list[str]:
+    """Add to `other` all phases but the `most` with the largest shares of a panel; return who is left.
+
+    Names are in order of first sight, `other` last.
+    """
     shares: dict[str, float] = {}
-    for totals, _ in panels:
+    for totals in panels:
         whole = sum(sum(phases.values()) for phases in totals) or 1.0
         for name in dict.fromkeys(p for phases in totals for p in phases):
             own = sum(phases.get(name, 0.0) for phases in totals) / whole
             shares[name] = max(own, shares.get(name, 0.0))
-    shares.pop("other", None)
-    kept = sorted(shares, key=lambda name: -shares[name])[:most]
-    return [name for name in shares if name in kept]
-
-
-def _part(phases: dict[str, float], name: str, names: Sequence[str]) -> float:
-    """A phase's figure; of `other`, all that has no colour."""
-    if name == "other":
-        return sum(value for phase, value in phases.items() if phase == name or phase not in names)
-    return phases.get(name, 0.0)
+    there = shares.pop("other", 0.0) > 0 or len(shares) > most
+    kept = set(sorted(shares, key=lambda name: -shares[name])[:most])
+    for phases in (phases for totals in panels for phases in totals):
+        rest = sum(phases.pop(name) for name in list(phases) if name not in kept)
+        phases["other"] = rest
+    return [name for name in shares if name in kept] + ["other"] * there
 
 
 def _short(value: float) -> str:

@@ -22,23 +22,26 @@ pytestmark = pytest.mark.timeout(900)  # the first test trains; every test start
 PROMPTS = ("--prompts", "8", "--continuations", "8", "--chunk", "1", "--limit", "64")
 
 
-def recipe_file(folder: Path) -> Path:
-    """The tiny run's recipe with an actor that is right now and then."""
+def able_recipe() -> dict[str, Any]:
+    """The tiny run's recipe with two SFT stages, after which the actor is right now and then."""
     recipe: dict[str, Any] = json.loads(json.dumps(RECIPE))
     for role in recipe["roles"].values():
         role["model"]["shape"] |= {"hidden": 64, "ffn": 128, "rope_theta": 100.0, "init_std": 0.08}
         role["layout"] = {}
         role["training"]["tokens_per_microbatch"] = 4096
     recipe["stages"] = recipe["stages"][:2]
-    actor, critic = recipe["stages"]
     optimizer = {"lr": 4e-3, "schedule": "cosine", "warmup_steps": 10, "beta2": 0.98}
-    short = {"epochs": 1, "batch": 16, "optimizer": optimizer, "heldout": None}
-    actor |= {"size": 1600, **short}
-    critic |= {"size": 160, **short}
-    for stage in (actor, critic):
+    for stage, size in zip(recipe["stages"], (1600, 160), strict=True):
+        stage |= {"size": size, "epochs": 1, "batch": 16, "optimizer": optimizer, "heldout": None}
         stage["rollout"]["max_new_tokens"] = 40
-    recipe["evaluation"]["mc_states"] = 0
     recipe["checkpoint"] = {"every": 0}  # each costs more than a step
+    return recipe
+
+
+def recipe_file(folder: Path) -> Path:
+    """That recipe, evaluated without Monte Carlo."""
+    recipe = able_recipe()
+    recipe["evaluation"]["mc_states"] = 0
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests.e2e.test_run import RECIPE
+from tests.e2e.test_evaluate import able_recipe
 from tests.warm import genac
 
 pytestmark = pytest.mark.timeout(900)
@@ -23,20 +22,12 @@ ASKED = ["rloo", "vc_ppo", "genac-0", "genac-prompt", "exact-0", "exact-1-raw"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An actor that is right now and then, critics after a step or two, and the audit's recipe."""
     path = tmp_path_factory.mktemp("audit")
-    base: dict[str, Any] = json.loads(json.dumps(RECIPE))
-    for role in base["roles"].values():
-        role["model"]["shape"] |= {"hidden": 64, "ffn": 128, "rope_theta": 100.0, "init_std": 0.08}
-        role["layout"] = {}
-        role["training"]["tokens_per_microbatch"] = 4096
-    base["evaluation"] = {"prompts": 4, "samples": 2}
-    base["checkpoint"] = {"every": 0}  # each costs more than a step
-    actor, critic, *_ = base["stages"]
-    optimizer = {"lr": 4e-3, "schedule": "cosine", "warmup_steps": 10, "beta2": 0.98}
-    short = {"epochs": 1, "heldout": None, "optimizer": optimizer, "rollout": ROLLOUT}
+    base = able_recipe() | {"evaluation": {"prompts": 4, "samples": 2}}
+    actor, critic = base["stages"]
     value = {**base["roles"]["critic"], "model": {**base["roles"]["critic"]["model"], "head": "value"}}
     stages = {
-        "actor": [actor | short | {"size": 1600, "batch": 16}],
-        "critic": [critic | short | {"size": 160, "batch": 16}],
+        "actor": [actor],
+        "critic": [critic],
         "scalar": [{"kind": "value", "steps": 2, "start_from": "actor", "rollout": ROLLOUT,
                     "gate": {"action": "off"}}],
         "audit": [{"kind": "sft", "name": "sampling", "role": "actor", "data": "demonstrations",

@@ -33,7 +33,7 @@ from genac_megatron.observe.report import write_report
 from genac_megatron.observe.report_canvas import per_cent
 from genac_megatron.observe.report_data import brier_interval, read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import chosen_rollouts, page, segments
-from genac_megatron.observe.report_plots import PLOTS, _named, _part, draw_all
+from genac_megatron.observe.report_plots import PLOTS, _fold_small, draw_all
 
 PROMISED = (
     "actor/accuracy_sft",
@@ -261,11 +261,16 @@ def test_a_critic_that_cannot_be_read_is_said_to_be_none(tmp_path: Path) -> None
 def test_phases_beyond_the_colours_are_one(tmp_path: Path) -> None:
     """Every colour once, the small ones together, and nothing lost."""
     totals = [{f"phase{i}": float(i + 1) for i in range(14)} | {"other": 3.0}]
-    named = _named([(totals, "seconds")], 10)
-    assert named == [f"phase{i}" for i in range(4, 14)]
-    drawn = {name: _part(totals[0], name, named) for name in [*named, "other"]}
+    before = sum(totals[0].values())
+    *named, last = _fold_small([totals], 10)
+    assert (named, last) == ([f"phase{i}" for i in range(4, 14)], "other")
+    drawn = {name: totals[0][name] for name in [*named, "other"]}
     assert drawn["other"] == 3.0 + 1 + 2 + 3 + 4
-    assert sum(drawn.values()) == sum(totals[0].values())
+    assert sum(drawn.values()) == before
+
+
+def test_where_every_phase_has_a_colour_there_is_no_other() -> None:
+    assert _fold_small([[{"a": 1.0}, {"b": 2.0}]], 2) == ["a", "b"]
 
 
 def test_an_axis_of_shares_shows_no_more_than_there_can_be() -> None:
