@@ -22,13 +22,11 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.adapters import Place, places
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
-from genac_megatron.models.sizes import Size, hf_names, hf_size
+from genac_megatron.models.peft import CONFIG, WEIGHTS, peft_config, peft_names, peft_sizes
+from genac_megatron.models.sizes import hf_names
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.publication.digest import WeightDigest
 from genac_megatron.recipe.schema import AdapterConfig
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # PEFT's, before the names of the model's modules
 
 
 @dataclass(frozen=True)
@@ -96,43 +94,16 @@ def write_peft(adapted: Adapted, dst: Path, base: str | None) -> None:
     part = dst.with_name(dst.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write_safetensors(part / WEIGHTS, list(_sizes(adapted)), DTYPES[adapted.said["dtype"]], _tensors(adapted))
+    sizes = list(peft_sizes(adapted.shape, adapted.config, range(adapted.shape.layers)))
+    write_safetensors(part / WEIGHTS, sizes, DTYPES[adapted.said["dtype"]], _tensors(adapted))
     write_json_atomic(part / CONFIG, peft_config(adapted.config, base))
     os.replace(part, dst)
-
-
-def _sizes(adapted: Adapted) -> Iterator[tuple[str, Size]]:
-    rank = adapted.config.rank
-    for name in (name for place in adapted.places for name in place.projections):
-        out, into = hf_size(f"{name}.weight", adapted.shape)
-        yield f"{PREFIX}{name}.lora_A.weight", (rank, into)
-        yield f"{PREFIX}{name}.lora_B.weight", (out, rank)
 
 
 def _tensors(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
     for place in adapted.places:
         for name, (a, b) in adapted.parts(place).items():
-            yield f"{PREFIX}{name}.lora_A.weight", a
-            yield f"{PREFIX}{name}.lora_B.weight", b
-
-
-def peft_config(adapter: AdapterConfig, base: str | None) -> dict[str, Any]:
-    """adapter_config.json, as PEFT and SGLang read it."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(adapter.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
+            yield from zip(peft_names(name), (a, b), strict=True)
 
 
 @dataclass
