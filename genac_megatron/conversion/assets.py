@@ -15,7 +15,8 @@ from genac_megatron.errors import InputError
 from genac_megatron.links import refuse_unreadable
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import hf_config, shape_from_folder
-from genac_megatron.observe.runinfo import RunFolder, write_json_atomic
+from genac_megatron.observe.runinfo import RunFolder, write_json_atomic, write_text_atomic
+from genac_megatron.tasks.chat_template import template_text
 from genac_megatron.tasks.tokenizer import (
     BUILTIN,
     CONFIG,
@@ -27,6 +28,7 @@ from genac_megatron.tasks.tokenizer import (
     stop_token_ids,
 )
 
+TEMPLATE = "chat_template.jinja"
 HF = "hf"  # a converted checkpoint's folder of these
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -41,6 +43,7 @@ class Assets:
 
     tokenizer: Path  # a folder with tokenizer.json
     config: Path | None  # a folder with config.json; None: it is made of the shape
+    template: str | None = None  # the recipe's chat template, in the place of the tokenizer's
 
     def check(self, shape: Shape) -> None:
         """Raise InputError where tokenizer or config are not those of a model of `shape`."""
@@ -63,7 +66,9 @@ class Assets:
                 shutil.copytree(source, folder / name, dirs_exist_ok=True)
             elif source.exists():
                 shutil.copyfile(source, folder / name)
-        ends = {} if self._names_ends else _ends(self.tokenizer, self.config)
+        if self.template is not None:
+            write_text_atomic(folder / TEMPLATE, template_text(self.template))
+        ends = {} if self._names_ends else _ends(self.tokenizer, self.config, self.template)
         config, generation = {**hf_config(shape), **ends}, {}
         if self.config is not None:
             config = _read(self.config / CONFIG)
@@ -102,10 +107,10 @@ def _added_ids(tokenizer: Path) -> set[int]:
     return {token["id"] for token in _read(tokenizer / "tokenizer.json").get("added_tokens", [])}
 
 
-def _ends(tokenizer: Path, config: Path | None) -> dict[str, Any]:
+def _ends(tokenizer: Path, config: Path | None, template: str | None) -> dict[str, Any]:
     """Token ids that begin, end and pad, from the tokenizer and what the model's folder says."""
     model = None if config is None else str(config)
-    loaded = load_tokenizer(str(tokenizer), model)
+    loaded = load_tokenizer(str(tokenizer), model, None, template)
     stops = list(stop_token_ids(loaded, model))
     ids = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": loaded.pad_token_id}
     return ids if loaded.bos_token_id is None else {"bos_token_id": loaded.bos_token_id, **ids}
@@ -136,7 +141,8 @@ def of_checkpoint(path: Path, role: str, given: str | None = None) -> Assets:
     tokenizer = _place(str(model["tokenizer"])) if model.get("tokenizer") else hf
     if tokenizer is None:
         raise InputError(f"the recipe names no tokenizer for {role}", where=str(path), way_out="use --assets")
-    return Assets(tokenizer, hf)
+    template = model.get("chat_template")
+    return Assets(tokenizer, hf, None if template is None else str(template))
 
 
 def _place(given: str) -> Path:

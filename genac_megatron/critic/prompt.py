@@ -262,7 +262,9 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     where = str(tokenizer.name_or_path)
     if not tokenizer.chat_template:
         raise InputError(
-            "the critic's tokenizer has no chat template", where=where, way_out="add one to its folder"
+            "the critic's tokenizer has no chat template",
+            where=where,
+            way_out="give roles.critic.model.chat_template, or add one to its folder",
         )
     messages = [{"role": "user", "content": _CONTENT_MARK}]
     text = chat_text(tokenizer, messages)

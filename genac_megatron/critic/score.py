@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from genac_megatron.records import Judgement
+from genac_megatron.tasks.answers import after_reasoning
 from genac_megatron.tasks.tokenizer import encode_after
 
 if TYPE_CHECKING:
@@ -25,9 +26,14 @@ def format_answer(score: int) -> str:
     return f"<answer>{score}</answer>"
 
 
-def parse_score(text: str) -> float | None:
-    """v in {0, 0.1, ..., 1} from the last `<answer>int</answer>`; None where it is absent or not 0..10."""
-    found = _ANSWER.findall(text)
+def parse_score(text: str, opened: bool = False) -> float | None:
+    """v in {0, 0.1, ..., 1} from the last `<answer>int</answer>`; None where it is absent or not 0..10.
+
+    Reasoning between tags is none of the answer: what stands after it counts, nothing where it is not closed.
+    `opened`: the prompt had opened it already.
+    """
+    said = after_reasoning(text, opened)
+    found = [] if said is None else _ANSWER.findall(said)
     if not found:
         return None
     last = found[-1]

@@ -46,6 +46,7 @@ class GenerativeValues:
             limit=bank.limit,
             seed=(run.recipe.seed, "bank", "critic"),
             positions=run.critic.shape.max_positions,
+            reasoning_tags=run.recipe.roles["critic"].model.reasoning_tags,
         )
 
     def __call__(self, states: Sequence[BankState]) -> list[Valued]:
@@ -129,5 +130,8 @@ def critic_of(run: Run, bank: Bank, actor: ModelConfig) -> ValueOf:
 def _as_read(run: Run, actor: ModelConfig) -> PreTrainedTokenizerBase:
     """A scalar critic's tokenizer with the actor's chat template variables: it renders no prompt itself."""
     critic = run.recipe.roles["critic"].model
-    variables = {"chat_template_kwargs": actor.chat_template_kwargs}
+    variables = {
+        "chat_template_kwargs": actor.chat_template_kwargs,
+        "chat_template": actor.chat_template,
+    }
     return role_tokenizer("critic", critic.model_copy(update=variables))

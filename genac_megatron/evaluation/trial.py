@@ -211,7 +211,8 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
         run.publish("actor")
         model, source = identity(run, "actor"), made_from(recipe, "actor")
         for name in options.names:
-            made = partial(make_benchmark, name, options.paths.get(name), run.tokenizers["actor"])
+            tags = recipe.roles["actor"].model.reasoning_tags
+            made = partial(make_benchmark, name, options.paths.get(name), run.tokenizers["actor"], tags)
             task = run.task if name == options.names[0] else run.together(made)
             trial = run.together(partial(Trial, options, name, task, model, sampling, source))
             _on_engines(run, trial, config)

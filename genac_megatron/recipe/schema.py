@@ -58,6 +58,9 @@ class ModelShape(Block):
     norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
 
 
+Tag = Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+
 class ModelConfig(Block):
     """Which model: a Hugging Face folder, or a family and a shape with random weights."""
 
@@ -65,7 +68,12 @@ class ModelConfig(Block):
     family: str | None = None  # llama, qwen2, qwen3, ...: a row of models/registry.py
     shape: ModelShape | None = None
     tokenizer: str | None = None  # a folder, or builtin:tiny; None: the hf folder's
+    # A Jinja file, or a template's text: in the place of the tokenizer's, or where it has none (base models)
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}  # of its chat template, such as {enable_thinking: false}
+    # What opens and closes its reasoning, where no known family writes so (docs/tasks.md has those that are
+    # told from an answer by themselves)
+    reasoning_tags: tuple[Tag, Tag] | None = None
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
     base: str | None = None  # of an adapter: stand beside this role's weights in one; None: hf's, or random
     # value: a scalar critic, trained on the actor's tokens, never served; logit: one that gives the value's

@@ -203,6 +203,7 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...], *, final: bool = F
         seed=seed,
         positions=run.critic.shape.max_positions,
         final=final,
+        reasoning_tags=run.recipe.roles["critic"].model.reasoning_tags,
     )
 
 

@@ -20,6 +20,7 @@ from genac_megatron.serving.engine import Engine
 from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Teacher
+from genac_megatron.tasks.reasoning import Tags, opened_reasoning, usual, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +93,7 @@ class Judge(StateJudge):
     positions: int | None = None  # of the critic's model; None: not checked
     budget: Budget | None = None
     final: bool = False
+    reasoning_tags: Tags | None = None  # the critic's
 
     async def judge(self, state: State) -> Judgement:
         """One critic completion for one state, parsed; none where the budget is spent, or where the prompt
@@ -104,8 +106,10 @@ class Judge(StateJudge):
         completion = await self._paid(state, prompt_ids)
         if completion is None:
             return Judgement(state, (), Completion((), (), "abort"), "", None, skipped=True)
-        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
-        judgement = Judgement(state, prompt_ids, completion, text, parse_score(text))
+        text = written(self.tokenizer, completion.ids, self.reasoning_tags)
+        opened = opened_reasoning(self.tokenizer, prompt_ids, self.reasoning_tags)
+        value = parse_score(usual(text, self.reasoning_tags), opened)
+        judgement = Judgement(state, prompt_ids, completion, text, value)
         if self.config.score == "soft":
             judgement.soft = await self._soft(judgement)
         return judgement

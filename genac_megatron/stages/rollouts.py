@@ -19,6 +19,7 @@ from genac_megatron.serving.engine import Engine
 from genac_megatron.stages.judging import StateJudge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
+from genac_megatron.tasks.reasoning import written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ class Generator:
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
         seed = seed_for(*self.seed, prompt.id, sample)
         completion = await self.engine.complete(Request(prompt.ids, params, seed, f"{prompt.id}#{sample}"))
-        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        text = written(self.tokenizer, completion.ids, self.task.reasoning_tags)
         rollout = Rollout(prompt, sample, completion, text, limit=self.config.max_new_tokens)
         if self.judge is None or shared is None:
             await self.verify(rollout)
@@ -203,7 +204,7 @@ def continue_states(generator: Generator, states: Sequence[State], count: int) -
         seed = seed_for(*generator.seed, key)
         completion = await generator.engine.complete(Request((*rollout.prompt.ids, *kept), params, seed, key))
         ids = (*kept, *completion.ids)
-        text = generator.tokenizer.decode(ids, skip_special_tokens=True)
+        text = written(generator.tokenizer, ids, generator.task.reasoning_tags)
         whole = Rollout(rollout.prompt, sample, Completion(ids, (), completion.finish), text)
         await generator.verify(whole)
         return whole.target

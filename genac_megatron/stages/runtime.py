@@ -377,10 +377,16 @@ class Run:
             task.close()
 
 
+def speaker_of(recipe: Recipe) -> RoleConfig:
+    """The role that reads the task's prompts: the actor, else the first."""
+    return recipe.roles.get("actor") or next(iter(recipe.roles.values()))
+
+
 def begun_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The recipe's task. Raises InputError where it is wrong, or lacks what a privileged critic needs."""
     judging = recipe.judging
-    task = make_task(recipe.task, tokenizer, recipe.seed, privileged=judging.privileged)
+    tags = speaker_of(recipe).model.reasoning_tags
+    task = make_task(recipe.task, tokenizer, recipe.seed, privileged=judging.privileged, reasoning_tags=tags)
     if judging.privileged:
         try:
             _need_privileged(load_template(judging.template, True), task)

@@ -214,7 +214,7 @@ def reads_alike(recipe: Recipe, role: str) -> bool:
     """Whether a role reads chats as the actor does, whose ids prompts have."""
     speaker = recipe.roles.get("actor") or next(iter(recipe.roles.values()))
     mine, its = (
-        (model.tokenizer or model.hf, model.chat_template_kwargs)
+        (model.tokenizer or model.hf, model.chat_template_kwargs, model.chat_template)
         for model in (recipe.roles[role].model, speaker.model)
     )
     return mine == its

@@ -179,7 +179,10 @@ def task_of(run: Run, config: TaskConfig) -> Task:
     if key not in run.more_tasks:
         privileged, seed = run.recipe.judging.privileged, run.recipe.seed
         tokenizer = run.tokenizers["actor" if "actor" in run.tokenizers else next(iter(run.tokenizers))]
-        run.more_tasks[key] = run.together(lambda: make_task(config, tokenizer, seed, privileged=privileged))
+        tags = run.task.reasoning_tags
+        run.more_tasks[key] = run.together(
+            lambda: make_task(config, tokenizer, seed, privileged=privileged, reasoning_tags=tags)
+        )
     read_alike(run.more_tasks[key], run.task)
     return run.more_tasks[key]
 

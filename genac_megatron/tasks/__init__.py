@@ -16,11 +16,17 @@ __all__ = ["Problem", "Task", "Teacher", "make_task"]
 
 
 def make_task(
-    config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, seed: int, *, privileged: bool = False
+    config: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    *,
+    privileged: bool = False,
+    reasoning_tags: tuple[str, str] | None = None,
 ) -> Task:
     """The task that a recipe's `task` block describes; `seed` fixes its problems and its split.
 
     `privileged`: its prompts carry what a privileged critic is shown. Without a tokenizer they have no ids.
+    `reasoning_tags`: what opens and closes the actor's reasoning, where no known family writes so.
 
     Raises InputError where its data is missing or wrong, where it has no verifier, or where a reward of the
     user's own fails on its first samples.
@@ -31,24 +37,35 @@ def make_task(
     if isinstance(config, MixtureTask):
         from genac_megatron.tasks.mixture import make_mixture
 
-        return make_mixture(config, partial(make_task, tokenizer=tokenizer, seed=seed, privileged=privileged))
+        make = partial(
+            make_task, tokenizer=tokenizer, seed=seed, privileged=privileged, reasoning_tags=reasoning_tags
+        )
+        mixture = make_mixture(config, make)
+        mixture.reasoning_tags = reasoning_tags
+        return mixture
     own = getattr(config, "verifier", None)
     if not isinstance(own, OwnReward):
-        task = _make_task(config, tokenizer, seed)
+        task = _make_task(config, tokenizer, seed, reasoning_tags)
         task.success, task.reveals = config.success or task.success, privileged
+        task.reasoning_tags = reasoning_tags
         return task
     from genac_megatron.tasks.own_reward import OwnRewarded
 
     if not isinstance(config, PythonTask):  # whose references may be other than text
         # The task's own verifier is never asked: the one that needs nothing stands in.
         config = config.model_copy(update={"verifier": "exact"})
-    inner = _make_task(config, tokenizer, seed)
+    inner = _make_task(config, tokenizer, seed, reasoning_tags)
     inner.success, inner.reveals = config.success or inner.success, privileged
-    return OwnRewarded(inner, own)
+    task = OwnRewarded(inner, own)
+    task.reasoning_tags = reasoning_tags
+    return task
 
 
 def _make_task(
-    config: PartTask | BenchmarkTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
+    config: PartTask | BenchmarkTask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    reasoning_tags: tuple[str, str] | None,
 ) -> Task:
     from genac_megatron.recipe.tasks import (
         BenchmarkTask,
@@ -84,7 +101,7 @@ def _make_task(
     if isinstance(config, BenchmarkTask):
         from genac_megatron.tasks.benchmarks import make_benchmark
 
-        return make_benchmark(config.name, config.path, tokenizer)
+        return make_benchmark(config.name, config.path, tokenizer, reasoning_tags)
     if isinstance(config, RubricTask):
         from genac_megatron.tasks.rubric import make_rubric_task
 

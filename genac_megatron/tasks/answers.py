@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MARKED: tuple[AnswerForm, ...] = ("boxed", "tag", "line", "sentence")  # where a recipe names no forms
 EXACT: tuple[AnswerForm, ...] = (*MARKED, "last_line")  # the same for the verifier `exact`
 
-_REASONING = re.compile(
+REASONING = re.compile(
     r"<(?P<a>/?)(?:think|thinking|thoughts?|reasoning|seed:think|longcat_think)>"
     r"|\[(?P<b>/?)THINK\]|◁(?P<c>/?)think▷"
     r"|<\|(?P<d>begin|end)_of_thought\|>|<\|(?P<e>START|END)_THINKING\|>",
@@ -166,7 +166,7 @@ def after_reasoning(text: str, opened: bool = False) -> str | None:
     if _CHANNEL_BEGUN in text or _BARE_CHANNELS.match(text):
         said = _final_channel(text)
         return None if said is None else after_reasoning(said)
-    last = _last(_REASONING, text)
+    last = _last(REASONING, text)
     if last is None:
         return None if opened else text
     closing = any((last[group] or "").lower() in ("/", "end") for group in "abcde")
@@ -206,9 +206,12 @@ def _without_turn_ends(text: str) -> str:
     return text
 
 
-def last_tagged(text: str) -> str | None:
-    """What the last <answer>...</answer> after the reasoning holds, as it is; None where there is none."""
-    answer = after_reasoning(text)
+def last_tagged(text: str, opened: bool = False) -> str | None:
+    """What the last <answer>...</answer> after the reasoning holds, as it is; None where there is none.
+
+    `opened`: the prompt had opened the reasoning already.
+    """
+    answer = after_reasoning(text, opened)
     marks = [] if answer is None else list(_tags(answer))
     return marks[-1].said if marks else None
 

@@ -89,6 +89,7 @@ class Task(ABC):
 
     teacher: Teacher | None = None
     success: str = ""  # what counts as success, as the critic is told
+    reasoning_tags: tuple[str, str] | None = None  # the actor's own, beside those of known families
     reveals = False  # whether prompts carry what a privileged critic is shown
     digest = ""  # of prompts that another's code makes: ranks and resumed runs must have the same ones
 

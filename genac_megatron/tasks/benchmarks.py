@@ -103,8 +103,14 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def make_benchmark(name: str, path: str | None, tokenizer: PreTrainedTokenizerBase | None) -> Task:
+def make_benchmark(
+    name: str,
+    path: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reasoning_tags: tuple[str, str] | None = None,
+) -> Task:
     """The benchmark as a task without a training split. `path`: read questions there, not by name.
+    reasoning_tags: the actor's own (tasks/reasoning.py).
 
     Raises InputError where the benchmark is unknown or its data is missing.
     """
@@ -112,9 +118,11 @@ def make_benchmark(name: str, path: str | None, tokenizer: PreTrainedTokenizerBa
     if benchmark.suite:
         if path is not None:
             raise InputError(f"{name} is generated: it reads no path", where="benchmark")
-        return GymSuite(benchmark.suite, tokenizer)
+        return GymSuite(benchmark.suite, tokenizer, reasoning_tags)
     problems = _questions(name, benchmark, path)
-    return Questions([], problems, benchmark.verifier, tokenizer)
+    task = Questions([], problems, benchmark.verifier, tokenizer)
+    task.reasoning_tags = reasoning_tags
+    return task
 
 
 class Questions(QuestionTask):
@@ -127,8 +135,14 @@ class Questions(QuestionTask):
 class GymSuite(Task):
     """Problems of several reasoning-gym tasks, one task after another."""
 
-    def __init__(self, names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        reasoning_tags: tuple[str, str] | None = None,
+    ) -> None:
         super().__init__(tokenizer, 0, GYM_SIZE * len(names))
+        self.reasoning_tags = reasoning_tags
         self.names = list(names)
         self._tasks = [
             ReasoningGym(
@@ -138,6 +152,8 @@ class GymSuite(Task):
             )
             for name in names
         ]
+        for task in self._tasks:
+            task.reasoning_tags = reasoning_tags
 
     def _problem(self, split: Split, index: int) -> Problem:
         which, number = divmod(index, GYM_SIZE)

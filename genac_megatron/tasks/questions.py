@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import BOXED, AnswerForm, DatasetTask, JsonlTask
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.answers import final_answer, opens_reasoning
+from genac_megatron.tasks.answers import final_answer
 from genac_megatron.tasks.base import FixedTask, Problem, split_problems
 from genac_megatron.tasks.fields import (
     MISSING,
@@ -25,6 +25,7 @@ from genac_megatron.tasks.fields import (
     with_system,
 )
 from genac_megatron.tasks.grading import make_grader
+from genac_megatron.tasks.reasoning import opened_reasoning, usual
 from genac_megatron.tasks.rows import Located, Row
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ CHOICES_KEYS = ("choices", "options")
 LETTER = re.compile(r"\(?[A-J]\)?", re.IGNORECASE)
 # A list of messages as Python writes it, which is no JSON.
 PYTHONS = re.compile(r"\[\{'(?:role|content|from|value)':")
-PROMPT_END = 16  # tokens of a prompt's end in which a template may open the reasoning
 
 
 class QuestionTask(FixedTask):
@@ -67,7 +67,12 @@ class QuestionTask(FixedTask):
     def verify_many(self, pairs: Sequence[tuple[Prompt, str]], cut_off: Collection[int] = ()) -> list[float]:
         """Outcomes in order. Of responses that were cut off only what is closed counts (final_answer)."""
         answers = [
-            final_answer(text, self._grader.forms, place not in cut_off, self._opened(prompt))
+            final_answer(
+                usual(text, self.reasoning_tags),
+                self._grader.forms,
+                place not in cut_off,
+                self._opened(prompt),
+            )
             for place, (prompt, text) in enumerate(pairs)
         ]
         references = [prompt.reference for prompt, _ in pairs]
@@ -77,7 +82,7 @@ class QuestionTask(FixedTask):
         """Whether the chat template has opened the reasoning that a response then only closes."""
         if self.tokenizer is None or not prompt.ids:
             return False
-        return opens_reasoning(str(self.tokenizer.decode(prompt.ids[-PROMPT_END:])))
+        return opened_reasoning(self.tokenizer, prompt.ids, self.reasoning_tags)
 
 
 def need_verifier(config: JsonlTask | DatasetTask) -> str:

@@ -14,6 +14,7 @@ from genac_megatron.records import Prompt
 from genac_megatron.tasks.answers import last_tagged
 from genac_megatron.tasks.base import GeneratedTask, Problem
 from genac_megatron.tasks.hanoi import HanoiTeacher
+from genac_megatron.tasks.reasoning import opened_reasoning, usual
 from genac_megatron.tasks.workers import TIME_LIMIT_S, Shared, Workers
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ class ReasoningGym(GeneratedTask):
 
     def verify(self, prompt: Prompt, text: str) -> float:
         """reasoning-gym's score of the last <answer>; 0 or 1 by `pass_score` where `binary` is on."""
-        answer = last_tagged(text)
+        opened = self.tokenizer is not None and opened_reasoning(
+            self.tokenizer, prompt.ids, self.reasoning_tags
+        )
+        answer = last_tagged(usual(text, self.reasoning_tags), opened)
         if answer is None:
             return 0.0
         (score,) = self._scorer.run([(answer.strip(), prompt.reference)])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.links import refuse_unreadable
+from genac_megatron.tasks.chat_template import set_template_variables, template_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +24,6 @@ TINY_FOLDER = Path(__file__).parent / "tiny_tokenizer"
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 SHOWN_TOKENS = 4
 MARK = "GENACCONTENTMARK"
-# Variables and functions that transformers gives to a chat template: not a recipe's.
-RENDERED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"}
 TAIL = 64  # tokens of a prompt's end that are looked at
 # The end of a prompt that has opened a tag for the answer, and perhaps closed it again.
 OPENED = re.compile(r"<(?P<name>[A-Za-z_]\w*)>(?P<gap>\s*)(?P<closing></(?P=name)>)?(?P<after>\s*)\Z")
@@ -85,14 +84,17 @@ def check_rows(spec: str, rows: int, where: str) -> None:
 
 
 def load_tokenizer(
-    spec: str, model: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+    spec: str,
+    model: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder, or `builtin:tiny`; it always has an end and a padding token.
 
     Its eos_token is the one that ends a turn (`set_ends`), whatever its folder says. model: the model's
-    folder, where it is another one. chat_template_kwargs: variables of its chat template, which then has them
-    set. Nothing is fetched. Raises InputError where the folder holds no tokenizer or no end token, or the
-    template does not read a variable.
+    folder, where it is another one. chat_template: in the place of its own (`template_text`).
+    chat_template_kwargs: variables of its chat template, which then has them set. Nothing is fetched. Raises
+    InputError where the folder holds no tokenizer or no end token, or the template does not read a variable.
     """
     from transformers import AutoTokenizer
 
@@ -119,6 +121,8 @@ def load_tokenizer(
                 "and take auto_map out of tokenizer_config.json"
             )
         raise InputError(f"cannot load a tokenizer: {why}", where=str(folder), way_out=way_out) from error
+    if chat_template is not None:
+        tokenizer.chat_template = template_text(chat_template)
     if chat_template_kwargs:
         set_template_variables(tokenizer, chat_template_kwargs)
     set_ends(tokenizer, model)
@@ -136,7 +140,7 @@ def role_tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
             where=f"roles.{name}.model.tokenizer",
             way_out="name a tokenizer folder, or builtin:tiny",
         )
-    return load_tokenizer(spec, model.hf, model.chat_template_kwargs)
+    return load_tokenizer(spec, model.hf, model.chat_template_kwargs, model.chat_template)
 
 
 def chat_ids(
@@ -167,7 +171,7 @@ def chat_text(
         raise InputError(
             "the tokenizer has no chat template",
             where=folder,
-            way_out="put a chat_template.jinja beside tokenizer.json",
+            way_out="put a chat_template.jinja beside tokenizer.json, or give model.chat_template",
         )
     try:
         text = tokenizer.apply_chat_template(
@@ -381,48 +385,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **variables: An
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
     return text if isinstance(text, str) else None
-
-
-def set_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
-    """Set variables at the head of the chat template, so that whoever renders it has them.
-
-    Raises InputError where the template reads no variable of that name.
-    """
-    template, where = tokenizer.chat_template, str(tokenizer.name_or_path)
-    if not isinstance(template, str):
-        raise InputError(
-            "chat_template_kwargs need one chat template",
-            where=where,
-            way_out="put a chat_template.jinja beside tokenizer.json",
-        )
-    read = _variables(template)
-    for name in variables:
-        if name not in read:
-            known = ", ".join(sorted(read)) or "none"
-            raise InputError(
-                f"chat_template_kwargs sets '{name}', which its chat template does not read",
-                where=where,
-                way_out=f"take it out, or correct its name: the template's variables are {known}",
-            )
-    # A literal of Python is one of Jinja. transformers' Jinja takes the line's end away with the block.
-    head = "".join(f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
-    tokenizer.chat_template = head + template
-
-
-def _variables(template: str) -> set[str]:
-    """What a recipe may set of what a chat template reads. Raises InputError where it is no template."""
-    from jinja2 import Environment, TemplateError, meta
-
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag that transformers adds
-    try:
-        read = meta.find_undeclared_variables(
-            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-        )
-    except TemplateError as error:
-        raise InputError(
-            f"its chat template cannot be read: {error}", where="chat_template_kwargs"
-        ) from error
-    return {str(name) for name in read} - RENDERED
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
