@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Rule, Shape
-from genac_megatron.models.mapping import shard
+from genac_megatron.models.mapping import beside_base, shard
 from genac_megatron.models.registry import rules
 from genac_megatron.models.sizes import hf_size
 from genac_megatron.recipe.schema import AdapterConfig
@@ -83,6 +83,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.place, self.group, self.rank, self.scale = place, group, adapter.rank, adapter.scale
         self.sequence_parallel = bool(config.sequence_parallel)
+        self.on = True  # off: the base alone
         tp = group.size()
         # Of this rank's part of the layer, which fuses whole key-value groups.
         self.shape = replace(shape, heads=shape.heads // tp, kv_heads=shape.kv_heads // tp)
@@ -171,6 +172,11 @@ class Adapters(nn.Module):
     def parts(self) -> list[LowRank]:
         return [part for part in self.children() if isinstance(part, LowRank)]
 
+    def switch(self, on: bool) -> None:
+        """Add what they give, or leave the model as its base."""
+        for part in self.parts:
+            part.on = on
+
     def of(self, name: str, layer: int | None) -> LowRank | None:
         """The adapter beside a weight, by its rule's name and global layer; None where it has none."""
         return next((p for p in self.parts if (p.place.rule.name, p.place.layer) == (name, layer)), None)
@@ -213,8 +219,32 @@ def attach(model: Any, layers: Sequence[int], shape: Shape, adapter: AdapterConf
         model.embedding.register_forward_hook(_asking)
 
 
+def stand_on(model: Any, other: Any, shape: Shape) -> None:
+    """Give a model chunk another's base in the place of its own: the very same parameters.
+
+    Each chunk has its own layers around them, and so its own groups, hooks, adapters and head. Raises
+    InputError naming a parameter that the other lacks, or has in another size.
+    """
+    theirs = dict(other.named_parameters())
+    for name, own in list(model.named_parameters()):
+        if beside_base(name, shape):
+            continue
+        found = theirs.get(name)
+        if found is None or (found.shape, found.dtype) != (own.shape, own.dtype):
+            has = "none" if found is None else f"{tuple(found.shape)} in {found.dtype}"
+            raise InputError(
+                f"it has {name} of {tuple(own.shape)} in {own.dtype}, the base that it is to share {has}",
+                where="model.share",
+                way_out="give both roles one model, layout and training.dtype",
+            )
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, found)
+
+
 def _adding(part: LowRank) -> Any:
     def add(linear: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not part.on:
+            return output
         given, *rest = output  # Megatron's layers give (output, bias)
         return given + part(_input(linear, args[0])), *rest
 

@@ -24,6 +24,7 @@ the schedule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
-from genac_megatron.models.adapters import Adapters, attach
+from genac_megatron.models.adapters import Adapters, attach, stand_on
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import plan_of, rows_of
 from genac_megatron.models.routing import install
@@ -164,19 +165,28 @@ class RoleModel(GPTModel):
 
 
 def build_model(
-    shape: Shape, layout: Layout, groups: ProcessGroupCollection, training: TrainingConfig, seed: int = 0
+    shape: Shape,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    training: TrainingConfig,
+    seed: int = 0,
+    base: Sequence[RoleModel] | None = None,
 ) -> list[RoleModel]:
     """This rank's model chunks, on its device, weights not yet set (see `load_hf_into`).
 
-    seed: of adapters, which begin by it. The chunks share one TransformerConfig. Raises InputError where
-    shape, layout and training do not fit.
+    seed: of adapters, which begin by it. base: another role's chunks, whose base they stand on. The chunks
+    share one TransformerConfig. Raises InputError where shape, layout and training do not fit.
     """
     specs = choose(training.specs)
     check(shape, layout, training, specs)
     config = transformer_config(shape, layout, training, specs)
     scoring = Scoring(chunk=training.logprob_chunk)
     fused = training.fuse_weight_gradients and not (training.frozen or training.adapter)
-    chunks = [_chunk(shape, layout, groups, config, specs, scoring, i, fused) for i in range(layout.vpp)]
+    chunks = []
+    for index in range(layout.vpp):
+        chunks.append(_chunk(shape, layout, groups, config, specs, scoring, index, fused))
+        if base is not None:  # at once, so that no second copy is there of more than a chunk
+            stand_on(chunks[-1], base[index], shape)
     if training.adapter is not None:
         for index, chunk in enumerate(chunks):
             layers = layout.chunk_layers(shape.layers, groups.pp.rank(), index)

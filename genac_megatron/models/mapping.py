@@ -155,6 +155,12 @@ def param_rules(chunk: nn.Module, layer_offset: int, shape: Shape) -> list[Param
     return found
 
 
+def beside_base(name: str, shape: Shape) -> bool:
+    """Whether a parameter is no part of an adapter's base: the adapters, and a scalar head."""
+    dotted = f".{name}"
+    return f".{ADAPTERS}" in dotted or (shape.value and ".output_layer." in dotted)
+
+
 def _expected(
     model: Any, layer_offset: int, shape: Shape
 ) -> Iterator[tuple[tuple[str, ...], Rule, int | None]]:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.recipe.precision import Where
-from genac_megatron.recipe.schema import RoleConfig
+from genac_megatron.recipe.schema import Recipe, RoleConfig
+from genac_megatron.recipe.sharing import OWN
+
+# What is of the one base, or of where its parts lie. offload: it leaves the device with all that stand on it.
+OF_LAYOUT = ("first_rank", "tp", "pp", "vpp", "cp", "ep")
+OF_TRAINING = (
+    *("dtype", "specs", "fp8", "fp8_param", "fp8_amax_history", "bf16_first_layers", "bf16_last_layers"),
+    "offload",
+)
 
 
 def check_adapter(name: str, role: RoleConfig, shape: Shape, where: Where) -> None:
@@ -52,6 +60,48 @@ def check_adapter(name: str, role: RoleConfig, shape: Shape, where: Where) -> No
             "take dropout out",
             "dropout",
         )
+
+
+def check_share(recipe: Recipe, name: str, where: Where) -> None:
+    """Raise InputError where a role cannot stand on the base of the one that it names."""
+    role, place = recipe.roles[name], ("roles", name)
+    share = role.model.share
+    if share is None:
+        return
+
+    def refuse(key: Sequence[str], what: str, way_out: str) -> InputError:
+        return InputError(f"'{name}' {what}", where=where((*place, *key)), way_out=way_out)
+
+    other = recipe.roles.get(share)
+    at = ("model", "share")
+    if other is None or share == name:
+        others = ", ".join(known for known in recipe.roles if known != name)
+        raise refuse(at, f"is to share the base of '{share}'", f"name another role: {others}")
+    if other.model.share is not None:
+        what = f"is to share the base of '{share}', which stands on that of '{other.model.share}' itself"
+        raise refuse(at, what, f"share: {other.model.share}")
+    for known, config in ((name, role), (share, other)):
+        if config.training.adapter is None:
+            raise refuse(
+                at,
+                f"is to share the base of '{share}', and '{known}' trains it whole",
+                f"give roles.{known}.training an adapter, or roles.{name} a model of its own",
+            )
+    mine, theirs = role.model.model_dump(exclude={*OWN}), other.model.model_dump(exclude={*OWN})
+    for key in (key for key in mine if mine[key] != theirs[key]):
+        what = f"shares the base of '{share}' and has another model.{key}: {mine[key]} ({theirs[key]})"
+        raise refuse(("model", key), what, f"take {key} out of roles.{name}.model")
+    world = recipe.world.ranks
+    counts = [config.layout.count or world - config.layout.first_rank for config in (role, other)]
+    for block, keys in (("layout", OF_LAYOUT), ("training", OF_TRAINING)):
+        for key in keys:
+            was, is_ = (getattr(getattr(config, block), key) for config in (role, other))
+            if was != is_:
+                what = f"shares the base of '{share}' and has another {block}.{key}: {was} ({is_})"
+                raise refuse((block, key), what, f"set roles.{name}.{block}.{key}: {is_}")
+    if counts[0] != counts[1]:
+        what = f"shares the base of '{share}', on {counts[0]} ranks ({counts[1]})"
+        raise refuse(("layout", "count"), what, f"give both the same ranks: leave roles.{name}.layout out")
 
 
 def check_begins(name: str, role: RoleConfig, who: str, place: Sequence[str | int], where: Where) -> None:

@@ -64,7 +64,7 @@ def _check_overlong(
 
 
 def _check_reference(recipe: Recipe, stage: StageConfig, place: tuple[str | int, ...], where: Where) -> None:
-    """A KL term needs a frozen reference, and nothing else may be frozen."""
+    """A KL term needs a frozen reference, an adapter's base at the least; nothing else may be frozen."""
     for name in ("actor", "critic"):
         if name in recipe.roles and recipe.roles[name].training.frozen:
             raise InputError(
@@ -77,6 +77,8 @@ def _check_reference(recipe: Recipe, stage: StageConfig, place: tuple[str | int,
         actors = stage.algorithm.loss
     if actors is None or not actors.kl_coef:
         return
+    if "reference" not in recipe.roles and recipe.roles["actor"].training.adapter is not None:
+        return  # its base is the reference
     check_role(recipe, "reference", f"kl_coef of the stage '{stage.name}'", place, where)
     if not recipe.roles["reference"].training.frozen:
         raise InputError(

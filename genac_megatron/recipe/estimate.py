@@ -20,6 +20,7 @@ from genac_megatron.models.sizes import (
 )
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
+    AdapterConfig,
     LayoutConfig,
     PolicyStage,
     PpoStage,
@@ -29,6 +30,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.recipe.sharing import owner_of
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Of the scales, per element of a copy: blocks of 128 x 128 with 4 bytes, of 32 with one.
@@ -123,8 +125,8 @@ def fp8_parameters(role: RoleConfig, shape: Shape, pp: int) -> int:
     return max(layers, 0) * sum(math.prod(local_size(rule, shape, layout.tp)) for rule in held)
 
 
-def weight_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
-    """A role's weights on a rank of stage `pp`.
+def weight_bytes(role: RoleConfig, shape: Shape, pp: int, *, shared: bool = False) -> float:
+    """A role's weights on a rank of stage `pp`, but for adapters. shared: it stands on another role's.
 
     Under FP8 Transformer Engine (2.12) keeps of each weight what the forward pass reads row by row and, where
     it is trained, what the backward pass reads column by column: a second copy of one byte each, as Hopper's
@@ -137,6 +139,8 @@ def weight_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     count = stage_parameters(shape, layout.tp, layout.pp, pp, layout.ep)
     fp8 = fp8_parameters(role, shape, pp)
     copies = (1 if training.frozen else 2) * (1 + FP8_SCALE_BYTES.get(training.fp8, 0.0))
+    if shared:  # its layers have FP8 copies of their own, unless the weights lie in FP8 themselves
+        return 0.0 if training.fp8_param else fp8 * copies
     kept = count - fp8 if training.fp8_param else count
     return kept * BYTES[training.dtype] + fp8 * copies
 
@@ -167,8 +171,11 @@ def engine_bytes(role: RoleConfig, shape: Shape) -> float:
     return float((parameters(shape) + cache) * BYTES[role.engine.dtype])
 
 
-def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -> Memory:
+def memory_of(
+    role: RoleConfig, shape: Shape, place: Place | None, world: int, *, shared: bool = False
+) -> Memory:
     """The parts of one role's memory on one rank, in bytes; `place` is None outside the role's layout.
+    shared: it stands on another role's base, which is counted there.
 
     Weights as `weight_bytes` says; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
     under bf16, fp32 master weights, divided over the data- and context-parallel ranks where the optimizer
@@ -187,7 +194,7 @@ def memory_of(role: RoleConfig, shape: Shape, place: Place | None, world: int) -
     stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
     experts = expert_parameters(shape, layout.pp, layout.ep)
     shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)
-    weights = weight_bytes(role, shape, place.pp)
+    weights = weight_bytes(role, shape, place.pp, shared=shared)
     if training.adapter is not None:
         weights += count * BYTES[training.dtype]
     if training.frozen:
@@ -229,11 +236,7 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
             f"recompute {role.training.recompute}"
         )
         if (adapter := role.training.adapter) is not None:
-            trained = adapter_parameters(shape, adapter, 1, 1)
-            lines.append(
-                f"    adapters of rank {adapter.rank} on {len(adapter.targets)} projections: "
-                f"{_count(trained)} parameters train, its model is frozen"
-            )
+            lines.append(f"    {adapter_told(adapter, shape, owner_of(recipe, name))}")
         if role.starts_servers:
             lines.append(
                 f"    {role.engine.engines} SGLang server{'s' if role.engine.engines > 1 else ''} of "
@@ -242,6 +245,16 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
                 f"{_limits(recipe, role)}"
             )
     return lines
+
+
+def adapter_told(adapter: AdapterConfig, shape: Shape, owner: str | None) -> str:
+    """What of a role trains. owner: the role whose base it shares."""
+    trained, whole = adapter_parameters(shape, adapter, 1, 1), parameters(shape)
+    base = "its model is frozen" if owner is None else f"on the frozen model of '{owner}', held once"
+    return (
+        f"adapters of rank {adapter.rank} on {len(adapter.targets)} projections: {_count(trained)} "
+        f"parameters train ({100 * trained / whole:.2g} % of its {_count(whole)}), {base}"
+    )
 
 
 def _limits(recipe: Recipe, role: RoleConfig) -> str:
@@ -263,7 +276,8 @@ def _describe_ranks(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
         total, lines = 0.0, []
         for name, role in recipe.roles.items():
             place = place_of(role.layout, rank, recipe.world.ranks)
-            memory = memory_of(role, shapes[name], place, recipe.world.ranks)
+            shared = owner_of(recipe, name) is not None
+            memory = memory_of(role, shapes[name], place, recipe.world.ranks, shared=shared)
             total += memory.total
             lines.append(f"{name:<10} {_describe_place(place, memory)}, engine {_size(memory.engine)}")
         totals.append(total)

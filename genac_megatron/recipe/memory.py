@@ -28,6 +28,7 @@ from genac_megatron.models.sizes import largest_parameter
 from genac_megatron.recipe.estimate import BYTES, Memory, Place, memory_of, served_bytes
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import EngineConfig, Recipe, RoleConfig, SftStage
+from genac_megatron.recipe.sharing import owner_of
 
 GIB = 2.0**30
 # A rank's CUDA context, NCCL's and cuBLAS's buffers, and the allocator's waste.
@@ -199,7 +200,8 @@ class _Parts:
         activations = staging = 0.0
         for name, role in self.recipe.roles.items():
             place = tenants.places.get(name)
-            memory = memory_of(role, self.shapes[name], place, self.world)
+            shared = owner_of(self.recipe, name) is not None
+            memory = memory_of(role, self.shapes[name], place, self.world, shared=shared)
             if phase != Phase.START:
                 yield f"{name} engine", memory.engine
                 yield from _held(name, role, memory, phase)

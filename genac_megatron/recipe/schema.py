@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+from genac_megatron.recipe.sharing import inherited
 from genac_megatron.recipe.stages import CriticGate as CriticGate
 from genac_megatron.recipe.stages import EntryGate as EntryGate
 from genac_megatron.recipe.stages import PolicyStage as PolicyStage
@@ -76,6 +77,7 @@ class ModelConfig(Block):
     reasoning_tags: tuple[Tag, Tag] | None = None
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
     base: str | None = None  # of an adapter: stand beside this role's weights in one; None: hf's, or random
+    share: str | None = None  # of an adapter: stand on the base of this role, which keeps the only copy of it
     # value: a scalar critic, trained on the actor's tokens, never served; logit: one that gives the value's
     # log-odds and is trained by cross-entropy
     head: Literal["lm", "value", "logit"] = "lm"
@@ -301,6 +303,11 @@ class Recipe(Block):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_shared_models(cls, recipe: Any) -> Any:
+        return inherited(recipe)
 
     def parity_alarm(self, role: str) -> tuple[str, float]:
         """The key of `observe` that says where a role's parity alarms, and its value."""

@@ -50,8 +50,10 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
 
 
 def begin_reference(run: Run, config: LossConfig, loop: Loop) -> None:
-    """The reference of a KL term is the actor as the stage finds it. Collective."""
-    if config.kl_coef and loop.fresh:
+    """The reference of a KL term is the actor as the stage finds it; of an adapter without a role for it, its
+    base. Collective.
+    """
+    if config.kl_coef and loop.fresh and REFERENCE in run.roles:
         run.copy_weights("actor", REFERENCE)
 
 
@@ -100,7 +102,10 @@ def launch_policy(
     if config.kl_coef:
         run.count_sequences("reference", samples)
         with run.phase("reference"):
-            reference = run.roles[REFERENCE].launch_logprobs(samples, temperature=temperature)
+            frozen = run.roles.get(REFERENCE)
+            reference = (frozen or run.actor).launch_logprobs(
+                samples, temperature=temperature, base=frozen is None
+            )
             add_field(samples, "reference", reference.for_ranks_of(run.actor.layout))
     before: Launched[list[list[float]]] | None = None
     with run.phase("actor_train"):

@@ -29,6 +29,7 @@ from genac_megatron.recipe import memory
 from genac_megatron.recipe.memory import Share, colocated
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig, StageConfig
 from genac_megatron.recipe.servers import started_engines
+from genac_megatron.recipe.sharing import in_order, owner_of
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Fleet
@@ -137,8 +138,8 @@ class Run:
             for made in servers.values():
                 made.release(CACHE, WEIGHTS)
         served: dict[str, Served] = {}
-        for name, config in self.recipe.roles.items():
-            self._build_role(name, config, shapes[name], served, resuming)
+        for name in in_order(self.recipe):
+            self._build_role(name, self.recipe.roles[name], shapes[name], served, resuming)
         self._load_bases()
         if not resuming:
             self._start_from_checkpoints()
@@ -199,9 +200,12 @@ class Run:
         groups = layout.groups()
 
         def build() -> None:
-            role = Role(name, config, shape, layout, groups)
+            owner = owner_of(self.recipe, name)
+            beside = None if owner is None else self.roles[owner]
+            role = Role(name, config, shape, layout, groups, beside=beside)
             adapter = config.training.adapter is not None
-            if role.active and begins_with_weights(config.model, resuming=resuming, adapter=adapter):
+            own = beside is None or config.model.head != "lm"
+            if role.active and own and begins_with_weights(config.model, resuming=resuming, adapter=adapter):
                 load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
                 if config.model.hf is not None:
                     need_sound(Path(config.model.hf), {name: role}, NOT_FINITE)
@@ -219,13 +223,18 @@ class Run:
 
     def _load_bases(self) -> None:
         """What adapters stand beside: a resumed run's too, as a checkpoint holds the adapters alone."""
-        for name, config in self.recipe.roles.items():
+        for name in in_order(self.recipe):
+            config, owner = self.recipe.roles[name], owner_of(self.recipe, name)
             if config.training.adapter is None:
                 continue
             role = self.roles[name]
-            if config.model.base is not None:
-                load_base(from_first(partial(find_checkpoint, Path(config.model.base))), role)
-            know_base(role)
+            if config.model.base is not None and owner is None:
+                path = from_first(partial(find_checkpoint, Path(config.model.base)))
+                load_base(path, role, config.model.share or name)
+            if owner is not None and role.shape == self.roles[owner].shape:
+                role.base = self.roles[owner].base
+            else:
+                know_base(role)
 
     def _start_from_checkpoints(self) -> None:
         """Roles whose recipe names a checkpoint begin with the weights they have in it."""

@@ -46,9 +46,11 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
     _load(path, roles, optimizers, base=False)
 
 
-def load_base(path: Path, role: Role) -> None:
-    """The whole model that an adapter stands beside, by the role's name. Collective; raises InputError."""
-    _load(path, {role.name: role}, False, base=True)
+def load_base(path: Path, role: Role, name: str) -> None:
+    """The whole model that an adapter stands beside: role `name` of a checkpoint. Collective; raises
+    InputError.
+    """
+    _load(path, {name: role}, False, base=True)
 
 
 def _load(path: Path, roles: Mapping[str, Role], optimizers: bool, *, base: bool) -> None:

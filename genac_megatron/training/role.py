@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from genac_megatron import platform
-from genac_megatron.errors import GenacError, InputError, NotFinite, on_all_ranks
+from genac_megatron.errors import InputError, NotFinite, on_all_ranks
 from genac_megatron.models.build import build_model
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.profile import mark
@@ -36,16 +37,10 @@ from genac_megatron.records import Sample
 from genac_megatron.training.launched import NEED_FINITE, Launched
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.microbatches import microbatches, packed_params, shares_prefixes
-from genac_megatron.training.offload import (
-    HostCopy,
-    forget_masters,
-    forget_passes,
-    states_of,
-    storages_of,
-    weights_of,
-)
+from genac_megatron.training.offload import forget_masters, forget_passes
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, multiple_for, unpack
+from genac_megatron.training.resting import Resting
 from genac_megatron.training.trained import is_trained
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -62,23 +57,34 @@ class StepResult:
     logprobs: list[list[float]]  # per sample, of its trained tokens, before the update
 
 
-class Role:
+class Role(Resting):
     """One trained model: its chunks on this rank, optimizer, schedule. Inactive outside its block."""
 
-    def __init__(self, name: str, config: RoleConfig, shape: Shape, layout: Layout, groups: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: RoleConfig,
+        shape: Shape,
+        layout: Layout,
+        groups: Any,
+        *,
+        beside: Role | None = None,
+    ) -> None:
+        """beside: the role whose base this one's adapters stand on, the very same parameters, in a layout
+        that agrees (recipe/adapter_rules.py); None: it has a model of its own.
+        """
+        super().__init__(None if beside is None else beside.memory)
         self.name, self.config, self.shape, self.layout, self.groups = name, config, shape, layout, groups
         self.active = groups is not None
         self.chunks: list[Any] = []
-        self._models: list[Any] = []
-        self._weights, self._states = HostCopy(), HostCopy()
-        self.resting = False
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.optimizer_config: OptimizerConfig = config.optimizer
         self.serial = 0  # changes whenever the weights do, on every rank of the world
         self.base = ""  # of an adapter: the digest of the model that it stands beside, once that is loaded
         if self.active:
-            self._models = build_model(shape, layout, groups, config.training, config.model.init_seed)
+            base = None if beside is None else beside.models
+            self._models = build_model(shape, layout, groups, config.training, config.model.init_seed, base)
             self.model_config = self._models[0].config
             self.chunks = [self._wrap(model, index) for index, model in enumerate(self._models)]
             self._connect()
@@ -170,68 +176,6 @@ class Role:
         self.serial += 1
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
-
-    # --- memory --------------------------------------------------------------------------------
-
-    @property
-    def models(self) -> list[Any]:
-        """The bare models of this rank's chunks, none outside the block. Asked for, a resting role wakes."""
-        self.wake()
-        return self._models
-
-    def rest(self) -> None:
-        """Give the device's memory back until `wake`, but for what passes need besides (NCCL, FP8 histories).
-
-        Weights, fp32 masters and moments go to host memory, pinned where there is a GPU; gradients, which no
-        step leaves to the next, are dropped. At rest it does nothing. Not collective. Raises GenacError where
-        there is no host memory for it: nothing has moved then.
-
-        Whatever needs the weights wakes the role: passes, stages, `models`. So order is for memory's sake.
-        """
-        if not self.active or self.resting:
-            return
-        forget_passes(self._models)
-        gradients = [buffer.grad_data for buffer in self._buffers()]
-        weights = [*weights_of(self._models, self._buffers())]
-        states = [*states_of(self.optimizer)] if self.optimizer is not None else []
-        apart = storages_of(states, [*weights, *gradients])  # fp32 weights are their own masters
-        self._weights.take(storages_of(weights, gradients))
-        try:
-            self._states.take(apart)
-        except GenacError:
-            self._weights.give_back()
-            raise
-        self._drop_gradients()
-        self.resting = True
-        platform.empty_cache()
-
-    def wake(self) -> None:
-        """Take the device's memory again, everything as it was and where it was. Awake it does nothing.
-
-        Not collective. Where the device has no room torch's error is raised; it may be asked again.
-        """
-        if self.resting:
-            self._weights.give_back()
-            self._states.give_back()
-            if self.optimizer is not None:
-                self._have_gradients()
-            self.resting = False
-
-    def _buffers(self) -> list[Any]:
-        """DDP's flat buffers of weights and gradients on this rank."""
-        ddp = [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
-        return [buffer for chunk in ddp for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-
-    def _drop_gradients(self) -> None:
-        for buffer in self._buffers():
-            buffer.grad_data.untyped_storage().resize_(0)
-
-    def _have_gradients(self) -> None:
-        """All zero, where they were dropped."""
-        for gradients in (buffer.grad_data for buffer in self._buffers()):
-            if not gradients.untyped_storage().nbytes():
-                gradients.untyped_storage().resize_(gradients.nbytes)
-                gradients.zero_()
 
     # --- passes --------------------------------------------------------------------------------
 
@@ -342,18 +286,32 @@ class Role:
 
     @torch.no_grad()
     def launch_logprobs(
-        self, samples: Sequence[Sample], *, temperature: float = 1.0
+        self, samples: Sequence[Sample], *, temperature: float = 1.0, base: bool = False
     ) -> Launched[list[list[float]]]:
-        """Per sample, the log-probs of its trained tokens under the current weights."""
+        """Per sample, the log-probs of its trained tokens under the current weights.
+
+        base: under those that an adapter stands beside.
+        """
         mine: Passed | None = None
         if self.active:
             self.wake()
             for chunk in self.chunks:
                 chunk.eval()
-            with mark(f"{self.name} forward"):
+            with mark(f"{self.name} forward"), self._without_adapters(base):
                 outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
             mine = self._collect(outputs, packs, len(samples))
         return Launched(self.layout, self.groups, mine, lambda passed: passed[1])
+
+    @contextmanager
+    def _without_adapters(self, off: bool) -> Iterator[None]:
+        adapters = [model.adapters for model in self._models if off]
+        for each in adapters:
+            each.switch(False)
+        try:
+            yield
+        finally:
+            for each in adapters:
+                each.switch(True)
 
     def logprobs(self, samples: Sequence[Sample], *, temperature: float = 1.0) -> list[list[float]]:
         """`launch_logprobs` and its result. Collective over the world."""

@@ -31,11 +31,10 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError
-from genac_megatron.models.mapping import ADAPTERS
+from genac_megatron.models.mapping import ADAPTERS, beside_base
 from genac_megatron.platform import optimizer_shards
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.role import Role
-from genac_megatron.training.trained import beside_base
 
 Sharded = dict[str, Any]
 

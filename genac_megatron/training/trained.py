@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.mapping import ADAPTERS
+from genac_megatron.models.mapping import beside_base
 from genac_megatron.recipe.schema import TrainingConfig
 
 # Of a layer, the attention and the norm before it, which Transformer Engine keeps inside the attention.
@@ -17,9 +17,3 @@ def is_trained(name: str, training: TrainingConfig, shape: Shape) -> bool:
     if training.adapter is not None:
         return beside_base(name, shape)
     return not (training.frozen_attention and any(part in name for part in ATTENTION))
-
-
-def beside_base(name: str, shape: Shape) -> bool:
-    """Whether a parameter is no part of an adapter's base: the adapters, and a scalar head."""
-    dotted = f".{name}"
-    return f".{ADAPTERS}" in dotted or (shape.value and ".output_layer." in dotted)

@@ -306,7 +306,7 @@ def begun_beside(rank: int, folder: str) -> Any:
     from genac_megatron.training.checkpoint import load_base
 
     role = make_role("actor", adapted({"count": 2, "pp": 2}), 4)
-    load_base(Path(folder) / "ppo-00002", role)
+    load_base(Path(folder) / "ppo-00002", role, "actor")
     return base_of(role), published(role)
 
 

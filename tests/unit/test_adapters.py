@@ -15,7 +15,7 @@ from genac_megatron.models.registry import shape_of
 from genac_megatron.models.sizes import adapter_parameters, hf_names
 from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.estimate import Place, describe, memory_of
-from genac_megatron.recipe.loader import check, load_recipe
+from genac_megatron.recipe.loader import check, dump_recipe, load_recipe
 from genac_megatron.recipe.schema import AdapterConfig, ModelConfig
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import init_world
@@ -181,7 +181,7 @@ def test_a_recipe_of_two_adapters(recipe: Path) -> None:
     adapter = found.roles["critic"].training.adapter
     assert adapter is not None
     assert (adapter.rank, adapter.alpha, adapter.scale, len(adapter.targets)) == (8, 32.0, 4.0, 7)
-    assert "adapters of rank 8 on 7 projections: 32.8 k parameters train" in describe(found)
+    assert "adapters of rank 8 on 7 projections: 32.8 k parameters train (" in describe(found)
     check(load_recipe(recipe, ["roles.critic.model.base=runs/before", "roles.actor.training.adapter=null"]))
 
 
@@ -224,6 +224,61 @@ def test_what_an_adapter_cannot_go_beside(recipe: Path, overrides: list[str], wo
     with pytest.raises(InputError) as raised:
         check(load_recipe(recipe, overrides))
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+SHARED = [
+    "roles.critic.model={share: actor}",
+    "roles.critic.training={adapter: {rank: 4}}",
+    "stages.1.rollout.max_new_tokens=64",
+]
+
+
+def test_a_recipe_of_two_roles_on_one_base(recipe: Path, tmp_path: Path) -> None:
+    """The critic has the actor's model and layout; the report says who trains what; memory counts it once."""
+    found = load_recipe(recipe, [*SHARED, "world.ranks=4", "roles.actor.layout={tp: 2, count: 2}"])
+    actor, critic = found.roles["actor"], found.roles["critic"]
+    assert critic.model.model_copy(update={"share": None}) == actor.model
+    assert (critic.layout, critic.training.adapter.rank) == (actor.layout, 4)  # type: ignore[union-attr]
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_recipe(found))
+    assert load_recipe(again) == found
+    shape = shape_of(actor.model, 67)
+    adapters = 2 * adapter_parameters(shape, critic.training.adapter, 2, 1)  # type: ignore[arg-type]
+    assert memory_of(critic, shape, Place(0, 0, 0, 0), 4, shared=True).weights == adapters
+    text = describe(found)
+    assert "16.4 k parameters train" in text
+    assert "on the frozen model of 'actor', held once" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["roles.critic.model.share=judge"], ("the base of 'judge'", "name another role: actor")),
+        (["roles.critic.model.share=critic"], ("the base of 'critic'", "name another role: actor")),
+        (["roles.critic.training.adapter=null"], ("'critic' trains it whole", "model of its own")),
+        (["roles.actor.training.adapter=null"], ("'actor' trains it whole", "model of its own")),
+        (["roles.critic.model.init_seed=3"], ("another model.init_seed: 3 (0)", "take init_seed out")),
+        (["roles.critic.layout={tp: 2}", "world.ranks=2"], ("layout.tp: 2 (1)", "roles.critic.layout.tp: 1")),
+        (["roles.critic.layout={count: 1}", "world.ranks=2"], ("on 1 ranks (2)", "the same ranks")),
+        (["roles.critic.training.dtype=fp32"], ("training.dtype: fp32 (bf16)", "dtype: bf16")),
+        (["roles.critic.training.offload=true"], ("training.offload: True (False)", "offload: False")),
+        (
+            ["roles.judge={model: {share: critic}, training: {adapter: {}}}"],
+            ("which stands on that of 'actor' itself", "share: actor"),
+        ),
+    ],
+    ids=["unknown", "itself", "whole", "owner", "model", "tp", "count", "dtype", "offload", "chain"],
+)
+def test_a_base_is_shared_by_roles_that_agree(recipe: Path, overrides: list[str], words: Any) -> None:
+    with pytest.raises(InputError) as raised:
+        load_recipe(recipe, [*SHARED, *overrides])
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_kl_term_needs_no_reference_beside_an_adapter(recipe: Path) -> None:
+    load_recipe(recipe, [*SHARED, "stages.3.actor_loss={kl_coef: 0.1}"])
+    with pytest.raises(InputError, match="needs a role 'reference'"):
+        load_recipe(recipe, ["roles.actor.training.adapter=null", "stages.3.actor_loss={kl_coef: 0.1}"])
 
 
 def test_experts_are_refused_where_a_model_is_built_too() -> None:

@@ -1,0 +1,48 @@
+"""Roles that stand on another's frozen base: what they take over from its block of the recipe. No torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.schema import Recipe
+
+OWN = ("share", "head", "checkpoint", "peft")  # of a model's block that shares a base: its alone
+
+
+def inherited(recipe: Any) -> Any:
+    """A recipe's plain data in which such a role has the other's model, and its layout where it has none.
+
+    Resolved again they are the same. What is no recipe's data is given back as it is.
+    """
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("roles"), dict):
+        return recipe
+    roles = dict(recipe["roles"])
+    for name, role in roles.items():
+        model = role.get("model") if isinstance(role, dict) else None
+        other = roles.get(model.get("share")) if isinstance(model, dict) else None
+        if not isinstance(other, dict) or not isinstance(model, dict) or other is role:
+            continue
+        theirs = other.get("model")
+        shared = (
+            {key: value for key, value in theirs.items() if key not in OWN}
+            if isinstance(theirs, dict)
+            else {}
+        )
+        made = {**role, "model": {**copy.deepcopy(shared), **model}}
+        if "layout" in other:
+            made.setdefault("layout", copy.deepcopy(other["layout"]))
+        roles[name] = made
+    return {**recipe, "roles": roles}
+
+
+def owner_of(recipe: Recipe, name: str) -> str | None:
+    """The role whose base a role stands on; None: it has one of its own, as by itself in an evaluation."""
+    share = recipe.roles[name].model.share
+    return share if share in recipe.roles else None
+
+
+def in_order(recipe: Recipe) -> list[str]:
+    """The roles, those with a base of their own first: they are built in this order."""
+    return sorted(recipe.roles, key=lambda name: owner_of(recipe, name) is not None)
