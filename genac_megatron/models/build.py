@@ -255,9 +255,12 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
     for what in ("heads", "kv_heads") if shape.experts else ("heads", "kv_heads", "ffn"):
         if getattr(shape, what) % layout.tp:
             raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
-    if layout.cp > 1:
+    if specs == "torch" and shape.heads // layout.tp % layout.cp:
+        # Transformer Engine's ring has no such limit.
         raise InputError(
-            "cp > 1 is not built yet: packs are not cut over context-parallel ranks", where=where
+            f"{shape.heads} heads cannot be cut by tp {layout.tp} x cp {layout.cp} with torch's layers",
+            where=where,
+            way_out=f"choose tp and cp whose product divides {shape.heads}",
         )
     _check_experts(shape, layout, where)
     if training.fp8 != "off" and specs != "te":

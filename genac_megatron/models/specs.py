@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from genac_megatron import platform
 from genac_megatron.errors import InputError
+from genac_megatron.models.context_parallel import exchanged_sdpa
 from genac_megatron.models.packed_attention import packed_sdpa, plan_of, sdpa
 
 Kind = Literal["torch", "te"]
@@ -122,15 +123,11 @@ class SDPACoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        **unused: Any,  # cp_comm_type, pg_collection and such: they concern context parallelism
+        pg_collection: Any = None,
+        **unused: Any,  # cp_comm_type and such
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise InputError(
-                f"cp {config.context_parallel_size} needs Transformer Engine's attention",
-                where="torch specs",
-                way_out="set cp: 1, or train on a GPU machine with Transformer Engine",
-            )
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -146,9 +143,15 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, heads, d] or, packed, [T, heads, d]; key and value with kv_heads.
 
-        Returns [s, b, heads d] or [T, heads d]. Always causal: attention_mask is not looked at.
+        Returns [s, b, heads d] or [T, heads d]. Always causal: attention_mask is not looked at. Under context
+        parallelism T is what this rank holds of the pack.
         """
         dropout = self.dropout if self.training else 0.0
+        if self.cp_group is not None:
+            out = exchanged_sdpa(
+                query, key, value, packed_seq_params, self.cp_group, scale=self.scale, dropout=dropout
+            )
+            return out.flatten(1)
         if packed_seq_params is not None:
             plan = plan_of(packed_seq_params, query.device)
             return packed_sdpa(query, key, value, plan, scale=self.scale, dropout=dropout).flatten(1)

@@ -82,7 +82,6 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
     for name, role in recipe.roles.items():
         check_share(recipe, name, where)
         _check_layout(recipe, name, role.layout, where)
-        _check_training(name, role, where)
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)
         _check_nodes(name, role.engine, where)
@@ -123,19 +122,10 @@ def _check_layout(recipe: Recipe, name: str, layout: LayoutConfig, where: Where)
         )
 
 
-def _check_training(name: str, role: RoleConfig, where: Where) -> None:
-    training = role.training
-    if role.layout.cp > 1 and training.specs == "torch":
-        raise InputError(
-            f"'{name}' asks for cp {role.layout.cp} with torch's layers, which cannot",
-            where=where(("roles", name, "layout", "cp")),
-            way_out="set specs: te, or cp: 1",
-        )
-
-
 def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     shape = read_shape(role.model, lambda key: where(("roles", name, "model", *([key] if key else []))))
     _check_split(name, shape, role.layout, where)
+    _check_context(name, shape, role, where)
     check_precision(name, role, shape, where)
     check_quantization(name, role, shape, where)
     check_adapter(name, role, shape, where)
@@ -165,6 +155,17 @@ def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) ->
             f"pp * vpp = {layout.pp} * {layout.vpp} = {chunks} of '{name}' does not divide its "
             f"model's {shape.layers} layers",
             where=where((*place, "pp")),
+        )
+
+
+def _check_context(name: str, shape: Shape, role: RoleConfig, where: Where) -> None:
+    """Torch's layers attend with a share of the heads; Transformer Engine's ring has no such limit."""
+    layout = role.layout
+    if role.training.specs == "torch" and shape.heads // layout.tp % layout.cp:
+        raise InputError(
+            f"cp {layout.cp} of '{name}' does not divide its {shape.heads} heads / tp {layout.tp}",
+            where=where(("roles", name, "layout", "cp")),
+            way_out=f"choose tp and cp whose product divides {shape.heads}",
         )
 
 

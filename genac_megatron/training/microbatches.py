@@ -16,7 +16,7 @@ from genac_megatron.models.specs import choose
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
-from genac_megatron.training.packing import Pack, Plan, build_pack, plan_packs
+from genac_megatron.training.packing import Pack, Plan, build_pack, plan_packs, sample_multiple_for
 from genac_megatron.training.tree_packs import build_tree_pack
 from genac_megatron.training.trees import Order, forest_of, order_of, plan_trees
 
@@ -24,16 +24,19 @@ logger = logging.getLogger(__name__)
 _told: set[str] = set()  # roles that were told of flat packs
 
 
-def shares_prefixes(name: str, training: TrainingConfig, shape: Shape, *, tell: bool) -> bool:
+def shares_prefixes(name: str, training: TrainingConfig, shape: Shape, *, cp: int = 1, tell: bool) -> bool:
     """Whether role `name` computes shared beginnings once: as its recipe says, where that changes no result.
 
-    Attention over trees is torch's on a CPU; a load-balancing loss counts each sample's tokens. Packs stay
-    flat elsewhere, which is said once where `tell` is (on one rank).
+    Attention over trees is torch's on a CPU; context parallelism cuts each sample by itself; a load-balancing
+    loss counts each sample's tokens. Packs stay flat elsewhere, which is said once where `tell` is (on one
+    rank).
     """
     if not training.share_prefixes:
         return False
     if choose(training.specs) != "torch" or platform.device().type != "cpu":
         reason = "attention over shared prefixes is written for torch's layers on a CPU alone"
+    elif cp > 1:
+        reason = "context parallelism cuts each sample by itself"
     elif shape.experts and training.moe_aux_loss > 0:
         reason = "moe_aux_loss counts every sample's tokens"
     else:
@@ -53,6 +56,7 @@ def microbatches(
     samples: Sequence[Sample],
     layout: Layout,
     dp_rank: int,
+    cp_rank: int = 0,
     *,
     training: TrainingConfig,
     shape: Shape,
@@ -61,12 +65,15 @@ def microbatches(
 ) -> list[Pack]:
     """The packs of rank dp_rank, the longest first; a function of its arguments, so ranks need not talk.
 
+    Under context parallelism they are cut to what cp_rank holds.
+
     multiple: what a pack's length is a multiple of. trees: samples that begin alike may share (training/
     trees.py); where that saves too little, and in packs where nobody shares, all is as without.
     """
     check_experts(samples, shape)
     fields = sorted(samples[0].fields) if samples else []
     lengths = [len(s.tokens) - 1 for s in samples]
+    filled = sample_multiple_for(layout.cp)
     step = layout.pp if layout.vpp > 1 else 1
     limit = training.tokens_per_microbatch
     order: Order | None = None
@@ -89,18 +96,20 @@ def microbatches(
             tokens_per_microbatch=limit,
             multiple=multiple,
             microbatch_multiple=step,
+            sample_multiple=filled,
         )
     pad_to = None
     gathered = layout.ep > 1 and training.moe_dispatcher == "allgather"
     if layout.pp > 1 or gathered:  # stages, or experts' ranks, exchange activations of one known shape
-        pad_to = max(_tokens(pack, lengths, order) for rank in plan for pack in rank)
+        pad_to = max(_tokens(pack, lengths, order, filled) for rank in plan for pack in rank)
         pad_to = -(-pad_to // multiple) * multiple
-    return [_build(samples, pack, order, multiple, pad_to, fields) for pack in plan[dp_rank]]
+    packs = [_build(samples, pack, order, multiple, filled, pad_to, fields) for pack in plan[dp_rank]]
+    return [pack.cut(layout.cp, cp_rank) for pack in packs]
 
 
-def _tokens(pack: Sequence[int], lengths: Sequence[int], order: Order | None) -> int:
-    """Computed tokens of a pack."""
-    return sum(lengths[i] for i in pack) if order is None else order.size(pack)
+def _tokens(pack: Sequence[int], lengths: Sequence[int], order: Order | None, filled: int) -> int:
+    """Computed positions of a pack, samples filled up to multiples of `filled`."""
+    return sum(-(-lengths[i] // filled) * filled for i in pack) if order is None else order.size(pack)
 
 
 def _build(
@@ -108,6 +117,7 @@ def _build(
     pack: Sequence[int],
     order: Order | None,
     multiple: int,
+    filled: int,
     pad_to: int | None,
     fields: Sequence[str],
 ) -> Pack:
@@ -117,7 +127,9 @@ def _build(
             return build_tree_pack(
                 samples, pack, forest, multiple=multiple, pad_to=pad_to, field_names=fields
             )
-    return build_pack(samples, pack, multiple=multiple, pad_to=pad_to, field_names=fields)
+    return build_pack(
+        samples, pack, multiple=multiple, pad_to=pad_to, field_names=fields, sample_multiple=filled
+    )
 
 
 def packed_params(pack: Pack) -> PackedSeqParams:

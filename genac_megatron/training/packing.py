@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.context_parallel import share_of
 from genac_megatron.models.packed_attention import TreeShape
 from genac_megatron.records import Sample
 
@@ -276,6 +277,19 @@ class Pack:
     rows_E: Tensor | None = None  # int64: the position that predicts each edge's label
     tree: TreeShape | None = None
     used: int = 0  # positions that are no padding
+    share: Tensor | None = None  # int64: which positions of the pack are here, one cp rank's; None: all
+
+    def cut(self, cp: int, rank: int) -> Pack:
+        """What context-parallel rank `rank` holds of a flat pack; cu_seqlens and members stay the whole's."""
+        if cp == 1:
+            return self
+        share = share_of(self.cu_seqlens.tolist(), cp, rank)
+        names = ("tokens_T", "labels_T", "positions_T", "loss_mask_T", "experts_TLK")
+        cut: dict[str, Any] = {
+            name: x.index_select(0, share) for name in names if (x := getattr(self, name)) is not None
+        }
+        fields = {name: x_T.index_select(0, share) for name, x_T in self.fields.items()}
+        return replace(self, **cut, fields=fields, share=share)
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on `device`."""
@@ -384,11 +398,12 @@ def figures_of(sample: Sample, name: str, index: int) -> list[float]:
 def unpack(pack: Pack, values_T: Tensor) -> dict[int, Tensor]:
     """Per sample index, the values [trained] of its trained tokens, in order. Views of values_T.
 
-    values_T: as many as labels_T, of the pack's positions or of its trees' edges.
+    values_T: of the whole pack's positions, or of its trees' edges.
     """
-    if values_T.shape != pack.labels_T.shape:
+    count = len(pack.labels_T) if pack.share is None else int(pack.cu_seqlens[-1])
+    if values_T.shape != (count,):
         raise InputError(
-            f"values of shape {tuple(values_T.shape)} for a pack of {len(pack.labels_T)} positions",
+            f"values of shape {tuple(values_T.shape)} for a pack of {count} positions",
             where="unpack",
         )
     return {index: values_T[first : first + count] for index, first, count in pack.members}

@@ -30,6 +30,7 @@ from torch import Tensor
 from genac_megatron import platform
 from genac_megatron.errors import InputError, NotFinite, on_all_ranks
 from genac_megatron.models.build import build_model
+from genac_megatron.models.context_parallel import whole_of
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.profile import mark
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
@@ -330,6 +331,7 @@ class Role(Resting):
             samples,
             self.layout,
             self.groups.dp.rank(),
+            self.groups.cp.rank(),
             training=self.config.training,
             shape=self.shape,
             multiple=self.multiple,
@@ -337,6 +339,7 @@ class Role(Resting):
                 self.name,
                 self.config.training,
                 self.shape,
+                cp=self.layout.cp,
                 tell=dist.get_rank() == self.layout.first_rank,
             ),
         )
@@ -373,9 +376,9 @@ class Role(Resting):
             "data_iterator": iterators if self.layout.vpp > 1 else iterators[0],
             "model": self.chunks if self.layout.vpp > 1 else self.chunks[0],
             "num_microbatches": len(packs),
-            "seq_length": packs[0].tokens_T.numel(),
+            "seq_length": packs[0].tokens_T.numel() * self.layout.cp,  # the schedule divides it again
             "micro_batch_size": 1,
-            "decoder_seq_length": packs[0].tokens_T.numel(),
+            "decoder_seq_length": packs[0].tokens_T.numel() * self.layout.cp,
             "forward_only": forward_only,
             "pg_collection": self.groups,
         }
@@ -395,19 +398,21 @@ class Role(Resting):
     # --- results -------------------------------------------------------------------------------
 
     def _collect(self, outputs: list[dict[str, Any]], packs: list[Pack], count: int) -> Passed:
-        """Sums of stats and per-sample log-probs over the data-parallel group, on the last stage."""
+        """Sums of stats and per-sample log-probs over data- and context-parallel ranks, on the last stage."""
         if not self.layout.is_last_stage(self.groups):
             return {}, []
         stats: dict[str, float] = {}
         mine: dict[int, list[float]] = {}
+        first = self.groups.cp.rank() == 0
         for output, pack in zip(outputs, packs, strict=True):
-            stats["computed_tokens"] = stats.get("computed_tokens", 0.0) + pack.used
+            stats["computed_tokens"] = stats.get("computed_tokens", 0.0) + pack.used * first
             for key, value in output["stats"].items():
                 stats[key] = stats.get(key, 0.0) + float(value)
-            for index, values_T in unpack(pack, output["logp_T"]).items():
+            whole_T = whole_of(output["logp_T"], pack.share, int(pack.cu_seqlens[-1]), self.groups.cp)
+            for index, values_T in unpack(pack, whole_T).items():
                 mine[index] = values_T.tolist()
-        parts: list[Any] = [None] * self.layout.dp
-        dist.all_gather_object(parts, (stats, mine), group=self.groups.dp)
+        parts: list[Any] = [None] * (self.layout.dp * self.layout.cp)
+        dist.all_gather_object(parts, (stats, mine if first else {}), group=self.groups.dp_cp)
         totals: dict[str, float] = {}
         logprobs: list[list[float]] = [[] for _ in range(count)]
         for part_stats, part_logprobs in parts:

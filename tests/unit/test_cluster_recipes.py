@@ -18,7 +18,8 @@ from genac_megatron.recipe.schema import Recipe
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))
 NAME = re.compile(
-    r"(sft|reinforce|ppo|pipeline)-([a-z0-9.-]+)-(\d+)n(\d+)g-(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:ep(\d+))?)(-fp8)?"
+    r"(sft|reinforce|ppo|pipeline)-([a-z0-9.-]+)-(\d+)n(\d+)g-"
+    r"(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:cp(\d+))?(?:ep(\d+))?)(-32k)?(-fp8)?"
 )
 
 
@@ -47,13 +48,14 @@ def test_recipe(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert misfits(recipe) == []
     match = NAME.fullmatch(name)
     assert match is not None
-    stage, model, nodes, gpus, layout, tp, pp, ep, fp8 = match.groups()
+    stage, model, nodes, gpus, layout, tp, pp, cp, ep, _, fp8 = match.groups()
     where = placement(recipe)
     assert (where.nodes, where.gpus_per_node) == (int(nodes), int(gpus))
     assert script.kind_of(recipe) == stage
     for role in recipe.roles.values():
         assert Path(role.model.hf or "").name.lower() == model
-        assert [role.layout.tp, role.layout.pp, role.layout.ep] == [int(size or 1) for size in (tp, pp, ep)]
+        sizes = [getattr(role.layout, axis) for axis in ("tp", "pp", "cp", "ep")]
+        assert sizes == [int(size or 1) for size in (tp, pp, cp, ep)]
         assert layout != "dp1"
         assert role.training.fp8 == ("blockwise" if fp8 else "off")
     need, has = heaviest(recipe)[1], gpu("h100-80g").memory_gib

@@ -98,6 +98,9 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}",
          "has 'critic' start from 'actor', and their shapes differ: hidden 60 and 64, heads 3 and 4"),
         ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide"),
+        ("roles.actor={layout: {cp: 4}, training: {specs: torch}, model: {family: qwen3, "
+         "tokenizer: 'builtin:tiny', shape: {layers: 4, hidden: 96, ffn: 128, heads: 6, kv_heads: 2}}}",
+         "cp 4 of 'actor' does not divide its 6 heads / tp 1"),
         ("roles.actor.layout.vpp=2", "without pipeline stages"),
         ("roles.critic.engine.routing_replay=true", "experts replayed, and its model has none"),
         ("stages.3.rollout.max_new_tokens=4096", "no room for a prompt in the 4096 positions of actor's"),
