@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from genac_megatron.errors import InputError
+from genac_megatron.models.dropout import Dropout, install
 from genac_megatron.models.families.base import Rule, Shape
 from genac_megatron.models.mapping import beside_base, shard
 from genac_megatron.models.registry import rules
@@ -85,6 +86,7 @@ class LowRank(nn.Module):
         self.sequence_parallel = bool(config.sequence_parallel)
         self.on = True  # off: the base alone
         tp = group.size()
+        self.dropout = _dropout(place, shape, adapter, group, self.sequence_parallel)
         # Of this rank's part of the layer, which fuses whole key-value groups.
         self.shape = replace(shape, heads=shape.heads // tp, kv_heads=shape.kv_heads // tp)
         self.rows = [hf_size(name, shape)[0] // (tp if place.column else 1) for name in place.rule.hf]
@@ -107,6 +109,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] as the layer is given it -> what is added to its output."""
+        if self.dropout is not None and self.training:
+            x = self.dropout(x)
         z = F.linear(x, self.A) * self.scale
         if self.place.column and self.sequence_parallel:
             z = gather_from_sequence_parallel_region(z, tensor_parallel_output_grad=True, group=self.group)
@@ -144,6 +148,16 @@ class LowRank(nn.Module):
         return (weight.float() + self.scale * whole).to(weight.dtype)
 
     @torch.no_grad()
+    def take(self, get: Callable[[str], tuple[Tensor, Tensor]]) -> None:
+        """Begin with given weights. get(projection): its whole A [rank, in] and B [out, rank]."""
+        tp, at = self.group.size(), self.group.rank()
+        parts = zip(self.place.projections, self.A.split(self.rank), self.B, strict=True)
+        for name, part, mine in parts:
+            a, b = get(name)
+            part.copy_(a if self.place.column else a.chunk(tp, dim=1)[at])
+            mine.copy_(b.chunk(tp)[at] if self.place.column else b)
+
+    @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """B is 0, so the model begins as its base; A as PEFT's, uniform in +-1 / sqrt(columns).
 
@@ -157,6 +171,18 @@ class LowRank(nn.Module):
             whole = torch.rand(self.rank, columns, generator=generator).mul_(2).sub_(1)
             whole.div_(math.sqrt(columns))
             part.copy_(whole if self.place.column else whole.chunk(tp, dim=1)[at])
+
+
+def _dropout(
+    place: Place, shape: Shape, adapter: AdapterConfig, group: Any, sequence_parallel: bool
+) -> Dropout | None:
+    """Of a layer's input, once for all projections that it fuses, as they read it once."""
+    if not adapter.dropout:
+        return None
+    columns = hf_size(place.rule.hf[0], shape)[1]
+    first = 0 if place.column else columns // group.size() * group.rank()
+    share = (group.rank(), group.size()) if place.column and sequence_parallel else (0, 1)
+    return Dropout(adapter.dropout, place.key, first, share)
 
 
 class Adapters(nn.Module):
@@ -215,6 +241,10 @@ def attach(model: Any, layers: Sequence[int], shape: Shape, adapter: AdapterConf
         linear.register_forward_hook(_adding(part))
         made.append(part)
     model.adapters = Adapters(made, adapter)
+    for local, layer in enumerate(layers):
+        drops = [part.dropout for part in made if part.place.layer == layer and part.dropout is not None]
+        if drops:
+            install(model.decoder.layers[local], drops)
     if model.pre_process and model.config.recompute_granularity == "full":
         model.embedding.register_forward_hook(_asking)
 

@@ -120,16 +120,7 @@ class HfHeaders:
 
     def _file(self, path: Path) -> Header:
         if path not in self._open:
-            try:
-                with safe_open(str(path), framework="np"):
-                    pass  # the library has looked at the header, and whether the file is as long as it says
-                self._open[path] = Header.of(path)
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"cannot be read ({error})",
-                    where=str(path),
-                    way_out="the file is missing, cut short or not safetensors: fetch the folder again",
-                ) from error
+            self._open[path] = open_header(path)
         return self._open[path]
 
     @property
@@ -248,3 +239,17 @@ class Header(NamedTuple):
             entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         return cls(path, 8 + length, entries)
+
+
+def open_header(path: Path) -> Header:
+    """The header of a safetensors file. Raises InputError."""
+    try:
+        with safe_open(str(path), framework="np"):
+            pass  # the library has looked at the header, and whether the file is as long as it says
+        return Header.of(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot be read ({error})",
+            where=str(path),
+            way_out="the file is missing, cut short or not safetensors: fetch the folder again",
+        ) from error

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.peft_folder import PeftHeaders
 from genac_megatron.recipe.precision import Where
-from genac_megatron.recipe.schema import Recipe, RoleConfig
+from genac_megatron.recipe.schema import AdapterConfig, ModelConfig, Recipe, RoleConfig
 from genac_megatron.recipe.sharing import OWN
+from genac_megatron.recipe.training import TARGETS
 
 # What is of the one base, or of where its parts lie. offload: it leaves the device with all that stand on it.
 OF_LAYOUT = ("first_rank", "tp", "pp", "vpp", "cp", "ep")
@@ -22,12 +24,14 @@ OF_TRAINING = (
 def check_adapter(name: str, role: RoleConfig, shape: Shape, where: Where) -> None:
     """Raise InputError where a role's adapter cannot be, or a key beside it says nothing."""
     training, adapter = role.training, role.training.adapter
-    if adapter is None and role.model.base is not None:
-        raise InputError(
-            f"'{name}' names a base, which is an adapter's",
-            where=where(("roles", name, "model", "base")),
-            way_out="call it checkpoint, or give the role a training.adapter",
-        )
+    for key, instead in (("base", "call it checkpoint"), ("peft", "take it out")):
+        if adapter is None and getattr(role.model, key) is not None:
+            what = "a base, which is an adapter's" if key == "base" else "an adapter's folder to begin with"
+            raise InputError(
+                f"'{name}' names {what}",
+                where=where(("roles", name, "model", key)),
+                way_out=f"{instead}, or give the role a training.adapter",
+            )
     if adapter is None:
         return
     place = ("roles", name, "training")
@@ -52,14 +56,30 @@ def check_adapter(name: str, role: RoleConfig, shape: Shape, where: Where) -> No
     twice = [target for target, times in Counter(adapter.targets).items() if times > 1]
     if twice:
         raise refuse("adapter", f"names {twice[0]} twice", "name each projection once", "targets")
-    if adapter.dropout:
-        raise refuse(
-            "adapter",
-            f"asks for dropout {adapter.dropout:g}, which is not built: what it trains would be another "
-            "model than the one that generated",
-            "take dropout out",
-            "dropout",
+    if role.model.peft is not None:
+        _check_peft(name, role.model, adapter, shape, where)
+
+
+def _check_peft(name: str, model: ModelConfig, adapter: AdapterConfig, shape: Shape, where: Where) -> None:
+    """The folder holds an adapter of this model, the very one that the role trains on."""
+    place = ("roles", name, "model", "peft")
+    if model.checkpoint is not None:
+        raise InputError(
+            f"'{name}' has a checkpoint and a PEFT folder to begin with",
+            where=where(place),
+            way_out="take one of them out",
         )
+    folder = PeftHeaders(model.peft or "")
+    found = folder.adapter()
+    same = (found.rank, found.alpha, set(found.targets)) == (adapter.rank, adapter.alpha, {*adapter.targets})
+    if not same:
+        targets = "" if len(found.targets) == len(TARGETS) else f", targets: [{', '.join(found.targets)}]"
+        raise InputError(
+            f"'{name}' trains another adapter than the one in {model.peft}",
+            where=where(("roles", name, "training", "adapter")),
+            way_out=f"set adapter: {{rank: {found.rank}, alpha: {found.alpha:g}{targets}}}",
+        )
+    folder.check(shape)
 
 
 def check_share(recipe: Recipe, name: str, where: Where) -> None:

@@ -46,6 +46,7 @@ from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import find_checkpoint, load_base, load_checkpoint
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.layout import Layout, World
+from genac_megatron.training.loading import load_peft
 from genac_megatron.training.role import Role
 
 if TYPE_CHECKING:
@@ -237,11 +238,13 @@ class Run:
                 know_base(role)
 
     def _start_from_checkpoints(self) -> None:
-        """Roles whose recipe names a checkpoint begin with the weights they have in it."""
+        """Roles whose recipe names a checkpoint, or an adapter's folder, begin with the weights in it."""
         for name, config in self.recipe.roles.items():
             if config.model.checkpoint is not None:
                 path = from_first(partial(find_checkpoint, Path(config.model.checkpoint)))
                 load_checkpoint(path, {name: self.roles[name]})
+            elif config.model.peft is not None:
+                load_peft(Path(config.model.peft), self.roles[name])
 
     # --- the actor and the critic ----------------------------------------------------------------
 

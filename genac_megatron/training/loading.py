@@ -13,11 +13,14 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.hf_folder import read_tensor
+from genac_megatron.models.peft_folder import PeftHeaders
 from genac_megatron.observe.manifest import COMMON, MANIFEST, WEIGHTS, complete, read_manifest
 from genac_megatron.platform.fp8 import remember
 from genac_megatron.training.adapted import check_adapter
@@ -51,6 +54,25 @@ def load_base(path: Path, role: Role, name: str) -> None:
     InputError.
     """
     _load(path, {name: role}, False, base=True)
+
+
+def load_peft(path: Path, role: Role) -> None:
+    """Begin an adapter with the one in a PEFT folder. Collective; raises InputError."""
+
+    def load() -> None:
+        folder = PeftHeaders(path)
+        folder.check(role.shape)
+
+        def get(projection: str) -> tuple[Tensor, Tensor]:
+            a, b = (read_tensor(*folder.entry(projection, part)) for part in "AB")
+            return a, b
+
+        for part in (part for model in role.models for part in model.adapters.parts):
+            part.take(get)
+        role.refresh_master()
+        need_sound(path, {role.name: role})
+
+    agree(load)
 
 
 def _load(path: Path, roles: Mapping[str, Role], optimizers: bool, *, base: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from genac_megatron import platform
+from genac_megatron.models.dropout import attach_keys, token_keys
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import attach_tree
 from genac_megatron.models.routing import attach, check_experts
@@ -132,8 +133,11 @@ def _build(
     )
 
 
-def packed_params(pack: Pack) -> PackedSeqParams:
-    """What a model is told of a pack: its sequences, its trees, the experts to be replayed."""
+def packed_params(pack: Pack, dropping: int | None = None) -> PackedSeqParams:
+    """What a model is told of a pack: its sequences, its trees, the experts to be replayed.
+
+    dropping: the optimizer's step whose dropout its adapters have; None: none.
+    """
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=pack.cu_seqlens,
@@ -141,4 +145,7 @@ def packed_params(pack: Pack) -> PackedSeqParams:
         max_seqlen_q=pack.max_seqlen,
         max_seqlen_kv=pack.max_seqlen,
     )
+    if dropping is not None:
+        keys_T = token_keys(pack.tokens_T, pack.positions_T, pack.cu_seqlens, pack.tree, dropping)
+        attach_keys(packed, keys_T)
     return attach_tree(attach(packed, pack.experts_TLK), pack.tree, pack.rows_E)

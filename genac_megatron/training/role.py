@@ -355,6 +355,7 @@ class Role(Resting):
     ) -> tuple[list[dict[str, Any]], list[Pack]]:
         packs = [pack.to(platform.device()) for pack in self._packs(samples)]
         scale = float(len(packs) * self.layout.dp)  # undoes the schedule's and DDP's means
+        dropping = None if forward_only else self._dropping()
 
         def forward_step(packs_left: Iterator[Pack], model: Any) -> tuple[Tensor, Any]:
             pack = next(packs_left)
@@ -364,7 +365,7 @@ class Role(Resting):
                 None,
                 labels=pack.labels_T[None],
                 loss_mask=pack.loss_mask_T[None],
-                packed_seq_params=packed_params(pack),
+                packed_seq_params=packed_params(pack, dropping),
             )
             return output, partial(_apply_loss, loss, pack, scale)
 
@@ -394,6 +395,13 @@ class Role(Resting):
             scale_loss = self.optimizer.scale_loss if self.optimizer is not None else None
             self.model_config.grad_scale_func = scale_loss
         return schedule(**arguments), packs
+
+    def _dropping(self) -> int | None:
+        """The step whose dropout adapters have: the schedule's, which a resumed run has too."""
+        adapter = self.config.training.adapter
+        if adapter is None or not adapter.dropout:
+            return None
+        return 0 if self.scheduler is None else int(self.scheduler.num_steps)
 
     # --- results -------------------------------------------------------------------------------
 

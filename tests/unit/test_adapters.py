@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.estimate import Place, describe, memory_of
 from genac_megatron.recipe.loader import check, dump_recipe, load_recipe
 from genac_megatron.recipe.schema import AdapterConfig, ModelConfig
+from genac_megatron.records import Sample
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import init_world
 from tests.distributed.cases import make_samples, published, train
@@ -143,6 +145,160 @@ def test_a_scalar_head_trains_beside_adapters(tmp_path: Path) -> None:
     assert train_values(again, 1, 3) == train_values(role, 1, 3)
 
 
+# --- dropout -------------------------------------------------------------------------------------
+
+DROPPING = {**ADAPTER, "dropout": 0.25}
+
+
+def test_a_share_of_an_adapters_inputs_is_dropped_anew_in_every_step() -> None:
+    """By token, feature and step; the base's log-probs, and those that are only read, drop nothing."""
+    from genac_megatron.models.dropout import Dropout, token_keys
+
+    tokens, positions = torch.randint(0, 67, (400,)), torch.arange(200).repeat(2)
+    bounds = torch.tensor([0, 200, 400])
+    kept = []
+    for step in (0, 1):
+        drop = Dropout(0.25, "0_linear_qkv", 0, (0, 1))
+        drop.keys_T = token_keys(tokens, positions, bounds, None, step)
+        kept.append(drop(torch.ones(400, 1, 256))[:, 0])
+        assert kept[-1].unique().tolist() == [0.0, pytest.approx(4 / 3)]
+        shares = (kept[-1] == 0).float()
+        assert shares.mean() == pytest.approx(0.25, abs=0.005)
+        assert shares.mean(0).sub(0.25).abs().max() < 0.1  # of every feature
+        assert shares.mean(1).sub(0.25).abs().max() < 0.13  # of every token
+    assert ((kept[0] == 0) & (kept[1] == 0)).float().mean() == pytest.approx(0.0625, abs=0.005)
+    other = Dropout(0.25, "0_linear_fc1", 0, (0, 1))
+    other.keys_T = token_keys(tokens, positions, bounds, None, 0)
+    both = (kept[0] == 0) & (other(torch.ones(400, 1, 256))[:, 0] == 0)
+    assert both.float().mean() == pytest.approx(0.0625, abs=0.005)
+
+
+def test_dropout_is_of_training_alone() -> None:
+    dropping, plain = begun(DROPPING), begun()
+    assert dropping.logprobs(make_samples(5, 7)) == plain.logprobs(make_samples(5, 7))
+    assert train(dropping, 1) != train(plain, 1)
+
+
+def test_a_beginning_that_samples_share_is_dropped_alike_once_and_apart() -> None:
+    """So trees change no result; and another step drops others."""
+    from genac_megatron.algorithms.losses import make_sft_loss
+
+    first = list(range(30, 54))
+    samples = [Sample([*first, *range(n, n + 6)], 24, {"weights": [1 / 36] * 6}) for n in range(6)]
+    figures = []
+    for share in (True, False):
+        role = begun(DROPPING, share_prefixes=share)
+        results = [role.train_step(samples, make_sft_loss()) for _ in range(2)]
+        figures.append([(r.stats["loss"], r.stats["grad_norm"], r.stats["computed_tokens"]) for r in results])
+    trees, flat = figures
+    for (loss, norm, tokens), (loss_ref, norm_ref, all_tokens) in zip(trees, flat, strict=True):
+        assert loss == pytest.approx(loss_ref, abs=2e-6)
+        assert norm == pytest.approx(norm_ref, rel=1e-5)
+        assert tokens < all_tokens
+
+
+# --- PEFT's folders ------------------------------------------------------------------------------
+
+
+def peft_folder(folder: Path, role: Any, spell: Any = lambda name: name, **config: Any) -> dict[str, Any]:
+    """What a role has trained as PEFT would save it, under names as `spell` has them; the tensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for part in (part for model in role.models for part in model.adapters.parts):
+        for a, b, name in zip(part.A.split(part.rank), part.B, part.place.projections, strict=True):
+            tensors[spell(f"base_model.model.{name}.lora_A.weight")] = a.detach().clone()
+            tensors[spell(f"base_model.model.{name}.lora_B.weight")] = b.detach().clone()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter = role.config.training.adapter
+    plain = {
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "target_modules": "all-linear",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**plain, **config}))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name,
+        lambda name: name.replace(".weight", ".default.weight"),
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace("base_model.model.model.", "base_model.model."),
+    ],
+    ids=["peft", "state", "bare", "headless"],
+)
+def test_an_adapter_begins_with_a_peft_folder(tmp_path: Path, spell: Any) -> None:
+    from genac_megatron.training.loading import load_peft
+
+    trained = begun(SOME)
+    train(trained, 2)
+    peft_folder(tmp_path / "peft", trained, spell)
+    role = begun(SOME)
+    load_peft(tmp_path / "peft", role)
+    found, wanted = published(role), published(trained)
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert role.serial == 1
+
+
+def test_a_recipe_begins_with_a_peft_folder_of_its_adapter(recipe: Path, tmp_path: Path) -> None:
+    """Of the same rank, alpha and projections, which the message says."""
+    folder = tmp_path / "peft"
+    role = begun(SOME)
+    given = [
+        f"roles.actor.model.peft={folder}",
+        "roles.actor.model.shape={layers: 4, hidden: 32, ffn: 64, heads: 4, kv_heads: 2, head_dim: 8}",
+    ]
+    words = "roles.actor.training.adapter={rank: 4, alpha: 8, targets: [v_proj, o_proj, up_proj]}"
+    tensors = peft_folder(folder, role)
+    load_recipe(recipe, [*given, words])
+    rs = "roles.actor.training.adapter={rank: 4, alpha: 16, targets: [v_proj, o_proj, up_proj]}"
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True})
+    )
+    load_recipe(recipe, [*given, rs])
+    assert "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight" in tensors
+    for overrides, told in (
+        (given, "set adapter: {rank: 4, alpha: 16, targets: [v_proj, o_proj, up_proj]}"),
+        ([given[0], rs], "expected (4, 64)"),
+        ([*given, rs, "roles.actor.model.checkpoint=runs/x"], "a checkpoint and a PEFT folder"),
+        ([*given, "roles.actor.training.adapter=null"], "names an adapter's folder"),
+        ([given[1], rs, "roles.actor.model.peft=nowhere"], "nowhere"),
+    ):
+        with pytest.raises(InputError) as raised:
+            load_recipe(recipe, overrides)
+        assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "spell", "words"),
+    [
+        ({"use_dora": True}, None, "use_dora is True"),
+        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save is ['lm_head']"),
+        ({"rank_pattern": {"q_proj": 8}}, None, "rank_pattern"),
+        ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
+        ({}, ".lora_A.weight .lora_magnitude_vector.weight", "is no projection's lora_A or lora_B"),
+        ({}, "layers.3. layers.9.", "model.layers.3.self_attn.v_proj.lora_A is missing"),
+    ],
+    ids=["dora", "saved", "pattern", "kind", "tensor", "layer"],
+)
+def test_a_peft_folder_of_another_kind_is_refused_by_name(
+    tmp_path: Path, config: Any, spell: str | None, words: str
+) -> None:
+    from genac_megatron.models.peft_folder import PeftHeaders
+
+    role = begun(SOME)
+    change = (lambda name: name) if spell is None else (lambda name: name.replace(*spell.split()))
+    peft_folder(tmp_path / "peft", role, change, **config)
+    with pytest.raises(InputError) as raised:
+        PeftHeaders(tmp_path / "peft").check(role.shape)
+    assert words in str(raised.value)
+
+
 # --- rules ---------------------------------------------------------------------------------------
 
 RECIPE = """\
@@ -195,7 +351,7 @@ def test_a_recipe_of_two_adapters(recipe: Path) -> None:
         (["roles.critic.training.frozen=true"], ("is frozen and has an adapter", "training.frozen")),
         (["roles.critic.training.frozen_attention=true"], ("the whole model is frozen", "frozen_attention")),
         (["roles.actor.training.adapter.targets=[q_proj, q_proj]"], ("names q_proj twice", "targets")),
-        (["roles.actor.training.adapter.dropout=0.1"], ("dropout 0.1, which is not built", "dropout")),
+        (["roles.actor.training.adapter.dropout=1.0"], ("less than 1", "dropout")),
         (["stages.1.start_from=actor"], ("'critic' is an adapter", "roles.critic.model (hf or base)")),
         (
             ["roles.actor.training.adapter=null", "roles.actor.model.base=runs/x"],
