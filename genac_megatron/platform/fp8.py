@@ -100,6 +100,21 @@ def plain(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def as_set(parameter: Tensor) -> Tensor:
+    """The values that a parameter was set to, while it remembers them; else `plain`."""
+    asked = getattr(parameter, "get_high_precision_init_val", None)
+    remembered: Tensor | None = None if asked is None else asked()
+    return plain(parameter) if remembered is None else remembered.to(parameter.device)
+
+
+def forget(parameters: Iterable[Any]) -> None:
+    """Let parameters that have no master weight forget what they were set to: it lies in host memory."""
+    for parameter in (parameter for parameter in parameters if not parameter.requires_grad):
+        asked = getattr(parameter, "get_high_precision_init_val", None)
+        if asked is not None and asked() is not None:
+            parameter.clear_high_precision_init_val()
+
+
 def data_tensors(value: Any) -> list[Tensor]:
     """The tensors that hold a tensor's bytes: itself or, of one in FP8, its data and scales."""
     from megatron.core import fp8_utils
@@ -120,9 +135,9 @@ def ready_for_master(parameters: Iterable[Any]) -> None:
     """Before an optimizer is made: parameters in FP8 that remember nothing remember what they hold.
 
     Megatron forgets the values after it made its first optimizer, and would fail at a second one: a stage's
-    master weights then begin from the FP8 weights that the stage before left.
+    master weights then begin from the FP8 weights that the stage before left. Frozen ones have none.
     """
-    for parameter in parameters:
+    for parameter in (parameter for parameter in parameters if parameter.requires_grad):
         asked = getattr(parameter, "get_high_precision_init_val", None)
         if asked is not None and asked() is None:
             remember(parameter, plain(parameter))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+from genac_megatron.platform.fp8 import forget
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.publication.transport import Named
 from genac_megatron.training.agreement import from_first
@@ -50,6 +51,10 @@ def weights_digest(role: Role, *, base: bool = False) -> str:
 
 
 def know_base(role: Role) -> None:
-    """Tell an adapter, on every rank, the digest of the model that it stands beside. Collective."""
+    """Tell an adapter, on every rank, the digest of the model that it stands beside. Collective.
+
+    Of one that is kept in FP8 it is that of the weights which were loaded, as a folder of them has it.
+    """
     digest = weights_digest(role, base=True)
     role.base = from_first(lambda: digest)
+    forget(parameter for model in role.models for parameter in model.parameters())

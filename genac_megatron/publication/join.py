@@ -21,7 +21,7 @@ from genac_megatron.models.adapters import LowRank
 from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.mapping import param_rules, unshard
 from genac_megatron.models.sizes import Size
-from genac_megatron.platform.fp8 import kept_in_fp8, plain
+from genac_megatron.platform.fp8 import as_set, kept_in_fp8, plain
 from genac_megatron.publication.plan import Bucket, Item, Place
 from genac_megatron.publication.quantize import quantize
 from genac_megatron.publication.transport import view_of
@@ -50,6 +50,7 @@ class Joiner:
         self, role: Role, attempt: Callable[[Callable[[], Any]], Any] = _at_once, *, base: bool = False
     ) -> None:
         self.role, self.attempt = role, attempt
+        self._plain = as_set if base else plain  # a base in FP8 is known by what it was made of
         self._gathering: Tensor | None = None  # uint8: the shards that come from other ranks
         self._sending: Tensor | None = None  # uint8: what goes out for a shard that could not be made
         self._parameters: dict[tuple[int, str, int | None], Tensor] = {}
@@ -159,7 +160,7 @@ class Joiner:
         if self._as_it_is(item, held):
             return held.detach()
         merge = (lambda weight: weight) if adapter is None else adapter.merged
-        made: Tensor | None = self.attempt(lambda: merge(plain(held).detach()).contiguous())
+        made: Tensor | None = self.attempt(lambda: merge(self._plain(held).detach()).contiguous())
         if made is not None or self._sending is None:
             return held.detach() if made is None else made
         return self._sending[: held.numel() * held.dtype.itemsize].view(held.dtype).view(held.shape)

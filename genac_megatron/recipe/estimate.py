@@ -35,6 +35,9 @@ from genac_megatron.recipe.sharing import owner_of
 BYTES = {"fp32": 4, "bf16": 2}
 # Of the scales, per element of a copy: blocks of 128 x 128 with 4 bytes, of 32 with one.
 FP8_SCALE_BYTES = {"blockwise": SCALE_BYTES / BLOCK**2, "mxfp8": 1 / 32}
+# What a projection reads: those of one layer share it.
+READS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "up", "up_proj": "up",
+         "down_proj": "down"}  # fmt: skip
 SHOWN_RANKS = 16  # more ranks than this are shown by their first and their heaviest
 
 
@@ -84,13 +87,18 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     dropout and scores, with a gated MLP.) Full recomputation keeps h per layer, and one layer's worth once;
     selective recomputation redoes attention's core alone, which keeps nothing here.
     Under 1F1B stage i of p holds p - i micro-batches; interleaving v chunks multiplies by 1 + (p-1)/(p v).
-    The last stage adds three fp32 copies of a chunk's logits shard.
+    The last stage adds three fp32 copies of a chunk's logits shard. With dropout an adapter's input is there
+    twice, and a byte for each element says what was dropped.
     """
     layout, training = role.layout, role.training
     sequence_parallel = layout.tp > 1 if layout.sequence_parallel is None else layout.sequence_parallel
     stream = shape.hidden / (layout.tp if sequence_parallel else 1)
     attention = 2 * (shape.q_size + shape.kv_size) / layout.tp
     per_layer = 4 * stream + attention + 3 * shape.ffn / layout.tp
+    if training.adapter is not None and training.adapter.dropout:
+        inputs = {"qkv": stream, "o": shape.q_size / layout.tp, "up": stream, "down": shape.ffn / layout.tp}
+        read = {READS[target] for target in training.adapter.targets}
+        per_layer += sum(inputs[key] for key in read) * (1 + 1 / BYTES[training.dtype])
     layers = shape.layers // layout.pp
     in_flight = (layout.pp - pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp) if layout.vpp > 1 else 1)
     if training.recompute == "full":

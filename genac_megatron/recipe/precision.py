@@ -55,7 +55,7 @@ def check_precision(name: str, role: RoleConfig, shape: Shape, where: Where) -> 
             )
     if training.fp8_param and fp8 not in KEPT:
         raise refuse("fp8_param", f"keeps its weights in fp8 under {fp8}", f"set fp8: {' or '.join(KEPT)}")
-    if training.fp8_param and not training.distributed_optimizer:
+    if training.fp8_param and not training.distributed_optimizer and training.adapter is None:
         raise refuse(
             "fp8_param",
             "keeps its weights in fp8 without fp32 master weights",

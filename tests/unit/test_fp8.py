@@ -235,6 +235,35 @@ def test_what_a_stand_in_keeps_in_fp8_is_saved_in_full(halved: Any, tmp_path: Pa
     torch.testing.assert_close(stored.get(unit), value.view(unit.size))
 
 
+def test_a_base_that_a_stand_in_keeps_in_fp8_is_known_by_what_was_loaded(halved: Any) -> None:
+    """So a checkpoint beside it names the folder that it came from; then host memory has it no more."""
+    from genac_megatron.publication.digest import know_base
+
+    plain = make_role("actor", role_config(layout={"count": 1}, training={"adapter": {"rank": 2}}), 1)
+    role = make_role("actor", plain.config, 1)
+    know_base(plain)
+    parameter: Any = standing_in(
+        dict(role.models[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"]
+    )
+    fp8.remember(parameter, parameter)
+    parameter.data /= 3  # as rounding to another form leaves it
+    parameter.halved = True
+    know_base(role)
+    assert role.base == plain.base
+    assert parameter.get_high_precision_init_val() is None
+    role.begin_stage(None, 10)  # a frozen parameter has no master weight to remember anything for
+    assert parameter.get_high_precision_init_val() is None
+    know_base(role)
+    assert role.base != plain.base
+
+
+def test_fp8_weights_beside_adapters_need_no_master_weights() -> None:
+    adapter = {"adapter": {"rank": 8}, "fp8": "blockwise", "fp8_param": True, "distributed_optimizer": False}
+    role = role_of(adapter, {}, {})
+    check_precision("actor", role, shape_of(role.model, 128), nowhere)
+    assert megatron_config(**adapter).fp8_param
+
+
 # --- the layers' own states in checkpoints ------------------------------------------------------------
 
 
