@@ -43,7 +43,12 @@ python:
 
 .PHONY: quickstart
 quickstart: python ## Train an actor and a generative critic on this machine (ENGINE=sglang: on real servers)
-	@$(serving) $(genac) run recipes/$(QUICKSTART).yaml $(ARGS)
+	@export GENAC_TYPED="make quickstart$(if $(filter sglang,$(ENGINE)), ENGINE=sglang)"; \
+		$(serving) $(genac) run recipes/$(QUICKSTART).yaml $(ARGS)
+
+.PHONY: genac
+genac: python ## Any command of genac, such as ARGS='report runs/quickstart'
+	@export GENAC_TYPED="make genac"; $(genac) $(ARGS)
 
 .PHONY: quickstart-sweep
 quickstart-sweep: python ## The quickstart over seeds and processor kernels, into benchmarks/results (goes on where it was stopped)

@@ -26,9 +26,12 @@ from genac_megatron.errors import (
     StopRequested,
 )
 from genac_megatron.evaluation import command as evaluation
-from genac_megatron.launch import Launcher, adopt_slurm, check_world, in_world, rank_command
+from genac_megatron.launch import LAUNCHER, Launcher, adopt_slurm, check_world, in_world, rank_command
+from genac_megatron.observe.ending import Ending
 from genac_megatron.observe.lock import run_lock
+from genac_megatron.observe.origin import TYPED, Origin, typed
 from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.recipe.document import files
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.studies import command as studies
 
@@ -77,10 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `genac`; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(_options_first(given))
+    endings: list[Ending] = []  # of the run, once it is about to begin
+    code = _done(options, given, endings)
+    for ending in endings:
+        ending.tell(code)
+    return code
+
+
+def _done(options: argparse.Namespace, given: list[str], endings: list[Ending]) -> int:
+    """Do what a command asks for; its exit code, all that went wrong told."""
     try:
         match options.command:
             case "run":
-                return _run(options, given)
+                return _run(options, given, endings)
             case "parity":
                 return _parity(options, given)
             case "evaluate":
@@ -138,7 +150,7 @@ def _options_first(given: list[str]) -> list[str]:
     return [given[0], *flags, *(word for word in given[1:] if not word.startswith("-"))]
 
 
-def _run(options: argparse.Namespace, given: list[str]) -> int:
+def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -> int:
     profile = ["observe.profile.on=true"] if options.profile else []
     recipe = load_recipe(options.recipe, [*profile, *options.overrides])
     if options.dry_run:
@@ -160,14 +172,18 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
         run_lock(run_path(recipe)).refuse()
-    return _in_ranks(recipe, given, _run_job(options), run_path(recipe))
+    if LAUNCHER not in os.environ and _rank_name() in (None, "rank 0"):  # else the launcher has the last word
+        os.environ[TYPED] = typed()  # ranks are not begun as this process was
+        endings.append(Ending(run_path(recipe), plots=recipe.observe.plots))
+    origin = Origin(given, options.recipe, options.overrides, files(Path(options.recipe)))
+    return _in_ranks(recipe, given, _run_job(options, origin), run_path(recipe))
 
 
-def _run_job(options: argparse.Namespace) -> Job:
+def _run_job(options: argparse.Namespace, origin: Origin) -> Job:
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.stages.pipeline import run_recipe
 
-        run_recipe(recipe, world, stop, resume=options.resume)
+        run_recipe(recipe, world, stop, resume=options.resume, origin=origin)
 
     return job
 

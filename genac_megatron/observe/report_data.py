@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation import metrics as figures
+from genac_megatron.observe.history import attempts, history, meaning
 from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, StageConfig
@@ -63,6 +64,7 @@ class RunData:
     evaluations: list[Row]
     rollouts: list[Row]
     unreadable: dict[str, int]  # log: lines that are no JSON object
+    attempts: list[tuple[Row, Row | None]] = field(default_factory=list)  # starts and their ends
 
     @cached_property
     def spans(self) -> list[StageSpan]:
@@ -190,7 +192,8 @@ def read_run(path: str | Path) -> RunData:
     unique = {(e.get("stage"), e.get("name"), e.get("step")): e for e in rows[EVALUATIONS]}
     last = set(map(id, unique.values()))
     evaluations = [e for e in rows[EVALUATIONS] if id(e) in last]
-    return RunData(folder.path, recipe, rows[METRICS], evaluations, rows[ROLLOUTS], unreadable)
+    begun = attempts(history(folder))
+    return RunData(folder.path, recipe, rows[METRICS], evaluations, rows[ROLLOUTS], unreadable, begun)
 
 
 # --- the summary ---------------------------------------------------------------------------------
@@ -203,6 +206,7 @@ def summarise(run: RunData) -> dict[str, Any]:
         "run/name": run.recipe.get("name", run.path.name),
         "run/steps": sum(map(run.steps, run.spans)),
     }
+    summary.update(_origin(run))
     summary.update(_actor(run))
     summary.update(_critic(run))
     summary.update(_training(run))
@@ -216,6 +220,18 @@ def summarise(run: RunData) -> dict[str, Any]:
     summary["report/complete"] = not missing
     summary["report/missing"] = "; ".join(missing)
     return summary
+
+
+def _origin(run: RunData) -> Row:
+    """What the last attempt came from, and how it ended."""
+    start, end = run.attempts[-1] if run.attempts else ({}, None)
+    code = None if end is None else int(end["code"])
+    return {
+        **{f"run/{key}": start.get(key) for key in ("version", "commit", "dirty", "command", "host")},
+        "run/attempts": len(run.attempts),
+        "run/exit_code": code,
+        "run/ended": None if code is None else meaning(code),
+    }
 
 
 def accuracy_interval(row: Row) -> tuple[float, float]:

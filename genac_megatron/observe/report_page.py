@@ -15,6 +15,7 @@ import yaml
 from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, RunData, failed_gates, number
 from genac_megatron.observe.report_gates import ways_on, went_on
+from genac_megatron.observe.report_origin import end_card, origins
 from genac_megatron.recipe.schema import ObserveConfig
 
 if TYPE_CHECKING:
@@ -51,12 +52,14 @@ def page(
     """The whole document. plots: None where they were not asked for."""
     body = "".join((
         _head(run, summary),
+        end_card(run),
         "".join(map(_gate, failed_gates(run))),
         _missing(missing, absent),
         _tiles(run, summary),
         _plots(plots),
         _headlines(summary),
         _rollouts(run),
+        origins(run),
         _folds(run, summary),
     ))  # fmt: skip
     title = escape(str(summary["run/name"]))

@@ -162,7 +162,7 @@ class RunFolder:
         """
         if counts is None:
             for log in LOGS:
-                _set_aside(self.path / log)
+                set_aside(self.path / log)
             return dict.fromkeys(LOGS, 0)
         return {log: self._cut(log, counts.get(log)) for log in LOGS}
 
@@ -190,10 +190,11 @@ def run_path(recipe: Recipe) -> Path:
     return Path(recipe.runs) / recipe.name
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> Path | None:
+    """Rename a file to its name with the first free number; None where there is nothing in it."""
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return None
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
-    path.replace(aside)
+    return path.replace(aside)

@@ -85,6 +85,14 @@ def gpu_bytes() -> float:
     return float(torch.cuda.get_device_properties(device()).total_memory)
 
 
+def gpu_names() -> list[str]:
+    """The GPUs that this process sees, by name."""
+    import torch
+
+    count = torch.cuda.device_count() if device().type == "cuda" else 0
+    return [torch.cuda.get_device_name(i) for i in range(count)]
+
+
 @functools.cache
 def megatron_version() -> tuple[int, int]:
     """(major, minor) of the installed megatron-core. Raises PackageNotFoundError where it is missing."""

@@ -159,6 +159,16 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
     return merge(merged, own)
 
 
+def files(path: Path) -> dict[str, str]:
+    """The text of a recipe file that `read` has read, and of all that it extends."""
+    text = path.read_text(encoding="utf-8")
+    found = {str(path): text}
+    extends = plain(parse(text, str(path), path.parent)).get("extends") or []
+    for base in extends if isinstance(extends, list) else [extends]:
+        found |= files(path.parent / base)
+    return found
+
+
 def merge(base: Entry, over: Entry) -> Entry:
     """`over` on top of `base`: mappings merge key by key, all else is replaced, lists too.
 

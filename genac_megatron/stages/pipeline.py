@@ -11,13 +11,24 @@ from typing import Any
 
 import torch.distributed as dist
 
-from genac_megatron.errors import GateFailed, GenacError, InputError, NotFinite, on_all_ranks
+from genac_megatron import platform
+from genac_megatron.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    GateFailed,
+    GenacError,
+    InputError,
+    NotFinite,
+    on_all_ranks,
+)
+from genac_megatron.observe.history import note_end, note_start, other_values
 from genac_megatron.observe.lock import SILENT_S, FolderLock, run_lock
 from genac_megatron.observe.manifest import read_manifest
 from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.observe.origin import Origin
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
-from genac_megatron.observe.runinfo import RunFolder, run_path, write_text_atomic
+from genac_megatron.observe.runinfo import METRICS, RunFolder, run_path, set_aside, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
 from genac_megatron.recipe.schema import (
     PolicyStage,
@@ -49,23 +60,32 @@ logger = logging.getLogger(__name__)
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its manifest
 
 
-def run_recipe(recipe: Recipe, world: World, stop: StopFlag, *, resume: bool) -> None:
+def run_recipe(
+    recipe: Recipe, world: World, stop: StopFlag, *, resume: bool, origin: Origin | None = None
+) -> None:
     """Run every stage that is left, and write the report. The same call on every rank of the world.
 
-    Rank 0 holds the run folder meanwhile. Raises InputError where another run does, GateFailed and
-    StopRequested, from where --resume goes on, and any other GenacError of its stages.
+    origin: what it was asked for, noted in the run folder, which rank 0 holds meanwhile. Raises InputError
+    where another run holds it, GateFailed and StopRequested, from where --resume goes on, and any other
+    GenacError of its stages.
     """
     folder = RunFolder(run_path(recipe))
     lock = run_lock(folder.path, min(SILENT_S, recipe.world.timeout_s / 2))
     from_first(lock.acquire)
     try:
-        _run(recipe, world, stop, folder, lock, resume=resume)
+        _run(recipe, world, stop, folder, lock, resume, origin or Origin(()))
     finally:
         lock.release()
 
 
 def _run(
-    recipe: Recipe, world: World, stop: StopFlag, folder: RunFolder, lock: FolderLock, *, resume: bool
+    recipe: Recipe,
+    world: World,
+    stop: StopFlag,
+    folder: RunFolder,
+    lock: FolderLock,
+    resume: bool,
+    origin: Origin,
 ) -> None:
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -82,7 +102,7 @@ def _run(
         return
     at = begun[1]["state"]["at"] if begun is not None else None
     left = from_first(lambda: unmade(recipe, folder.path, at))
-    log = agree(lambda: begin_logs(recipe, folder, begun, lock) if first else None)
+    log = agree(lambda: begin_logs(recipe, folder, begun, lock, origin) if first else None)
     names = [stage.name for stage in recipe.stages]
     with _reported(log, recipe.observe.plots), Progress(first, name=recipe.name, stages=names) as progress:
         run = Run(recipe, world, log, progress, stop, resuming=resume, unmade=left)
@@ -102,30 +122,41 @@ def _tell_finished(recipe: Recipe, folder: RunFolder, newest: Path) -> None:
     if isinstance(last, SftStage) and last.phased:
         way_on = ""  # a curriculum has one pass
     print(f"the run {recipe.name} has finished ({newest.name}): nothing to do{way_on}", flush=True)
-    print(f"report: {_report(folder, recipe.observe.plots)}", flush=True)
+    if others := other_values(folder.resolved_recipe(), recipe.model_dump(mode="json")):
+        print(f"  other values than it was run with, not used: {'; '.join(others)}", flush=True)
+    page = _report(folder, recipe.observe.plots)
+    print(f"  run folder: {folder.path}\n  report:     {page}", flush=True)
 
 
 @contextmanager
 def _reported(log: MetricsLog | None, plots: bool) -> Iterator[None]:
-    """Rank 0, which has the log, writes the run's report, also where the run ends with an error that all
-    ranks have or its own, and has logged anything by then. Where it is written is said last.
+    """Rank 0, which has the log, notes how the run ends and writes its report, also where it ends with an
+    error and has logged anything by then. What the launcher says last (observe/ending.py) goes by both.
     """
-    before = log.rows if log is not None else 0
     try:
         yield
-    except GenacError as error:
-        if log is not None and log.rows > before:
-            try:
-                error.add(f"report: {_report(log.folder, plots)}")
-            except Exception as failed:  # the run's own error is the one to tell
-                why = (str(failed) or type(failed).__name__).splitlines()[0]
-                logger.warning("genac: warning: the report could not be written: %s", why)
-        if error.agreed and dist.get_world_size() > 1:
+    except Exception as error:
+        if log is not None:
+            code = error.exit_code if isinstance(error, GenacError) else EXIT_FAILED
+            _close(log.folder, code, str(error) or type(error).__name__, plots and log.rows > 0)
+        if isinstance(error, GenacError) and error.agreed and dist.get_world_size() > 1:
             with suppress(RuntimeError):  # a rank that is lost; else the first to leave would end rank 0
                 dist.barrier()
         raise
     if log is not None:
-        print(f"report: {_report(log.folder, plots)}", flush=True)
+        note_end(log.folder, EXIT_OK)
+        _report(log.folder, plots)
+
+
+def _close(folder: RunFolder, code: int, told: str, plots: bool) -> None:
+    """The same after an error, which is the one to tell."""
+    try:
+        note_end(folder, code, told)
+        if folder.rows(METRICS)[0]:
+            _report(folder, plots)
+    except Exception as failed:
+        why = (str(failed) or type(failed).__name__).splitlines()[0]
+        logger.warning("genac: warning: the report could not be written: %s", why)
 
 
 def _report(folder: RunFolder, plots: bool) -> Path:
@@ -171,13 +202,29 @@ def where_to_begin(recipe: Recipe, checkpoints: Checkpoints, resume: bool) -> Fo
     return newest, manifest
 
 
-def begin_logs(recipe: Recipe, folder: RunFolder, begun: Found | None, lock: FolderLock) -> MetricsLog:
-    """The run's logs, ending where training goes on; written to only while the folder is `lock`'s."""
+def begin_logs(
+    recipe: Recipe, folder: RunFolder, begun: Found | None, lock: FolderLock, origin: Origin
+) -> MetricsLog:
+    """The run's logs, ending where training goes on; written to only while the folder is `lock`'s.
+
+    What a resumed run has other values of than before is said, and the recipe of before is kept.
+    """
     resume = begun[1]["state"]["log"] if begun is not None else None
+    plain = recipe.model_dump(mode="json")
     log = MetricsLog(
         folder.path, recipe.observe, resume, name=recipe.name, recipe=recipe.model_dump(), guard=lock.check
     )
+    others = other_values(folder.resolved_recipe(), plain)
+    if others:
+        kept = set_aside(folder.recipe)
+    if others and begun is not None:
+        logger.warning(
+            "genac: goes on with other values than before (%s has those): %s", kept, "; ".join(others)
+        )
     write_text_atomic(folder.recipe, dump_recipe(recipe))
+    gpus = platform.gpu_names()
+    at = None if begun is None else begun[0].name
+    note_start(folder, origin, ranks=recipe.world.ranks, gpus=gpus, resumed_from=at, changed_values=others)
     return log
 
 

@@ -80,7 +80,7 @@ def again(failed: tuple[Path, Done], tmp_path: Path) -> Path:
 
 
 def test_a_person_reads_what_it_means_what_helps_and_how_to_go_on(failed: tuple[Path, Done]) -> None:
-    _, done = failed
+    folder, done = failed
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stderr.count("genac: error") == 1
     message = done.stderr[done.stderr.index("genac: error") :]
@@ -88,7 +88,12 @@ def test_a_person_reads_what_it_means_what_helps_and_how_to_go_on(failed: tuple[
     assert "parse rate 0.000 is below 0.98" in message
     for words in ("means:", "helps:", "--resume", "stages.sft-critic.epochs=2", "gate.action=warn"):
         assert words in message
-    assert message.rstrip().endswith("report: runs/run/report/index.html")
+    words = done.stderr[done.stderr.index("genac: ended: a gate is not reached after ") :]
+    assert "\n  run folder: runs/run\n  report:     runs/run/report/index.html\n" in words
+    way = "-m genac_megatron run " + str(folder / "recipe.yaml") + " stages.sft-critic.epochs=2 --resume"
+    first = words.splitlines()[3]
+    assert first.startswith("  to go on:   ")
+    assert first.endswith(way)
 
 
 def test_the_report_is_there_and_shows_it(failed: tuple[Path, Done]) -> None:
@@ -118,7 +123,8 @@ def test_with_warn_it_goes_on_at_once(failed: tuple[Path, Done], again: Path) ->
     assert trained(again) == trained(failed[0]), "no step was trained again"
     assert len(trained(again, "ppo")) == 1
     assert "gate not reached: parse rate 0.000" in done.stderr
-    assert done.stdout.rstrip().endswith("report: runs/run/report/index.html")
+    assert "genac: done after " in done.stdout
+    assert "report:     runs/run/report/index.html" in done.stdout
     figures = summary(again)
     assert figures["gate/stopped"] is None
     assert "sft-critic: parse rate" in figures["gate/failed"], "a gate that only warns is seen too"

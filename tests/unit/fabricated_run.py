@@ -217,3 +217,14 @@ def fabricate(path: Path, seed: int = 0) -> Path:
     write_lines(path / "evaluations.jsonl", evaluation_rows(seed))
     write_lines(path / "rollouts.jsonl", rollout_rows())
     return path
+
+
+def part(path: Path, *, steps: int, evaluations: int, rollouts: int, recipe: bool = True) -> Path:
+    """A run that was stopped: its first rows only."""
+    fabricate(path)
+    write_lines(path / "metrics.jsonl", metric_rows(random.Random(0))[:steps])
+    write_lines(path / "evaluations.jsonl", evaluation_rows(0)[:evaluations])
+    write_lines(path / "rollouts.jsonl", rollout_rows()[:rollouts])
+    if not recipe:
+        (path / "recipe.yaml").unlink()
+    return path

@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,17 +24,20 @@ from fabricated_run import (
     evaluation_rows,
     fabricate,
     metric_rows,
-    rollout_rows,
+    part,
     write_lines,
 )
 from matplotlib.figure import Figure
 
 from genac_megatron.errors import GateFailed, GenacError, InputError, StopRequested
+from genac_megatron.observe.history import attempts, history, meaning, note_start
+from genac_megatron.observe.origin import Origin
 from genac_megatron.observe.report import write_report
 from genac_megatron.observe.report_canvas import per_cent
 from genac_megatron.observe.report_data import brier_interval, read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import chosen_rollouts, page, segments
 from genac_megatron.observe.report_plots import PLOTS, _fold_small, draw_all
+from genac_megatron.observe.runinfo import RunFolder
 
 PROMISED = (
     "actor/accuracy_sft",
@@ -157,17 +161,6 @@ def test_summary_totals(summary: dict[str, Any]) -> None:
     assert summary["publish/seconds"] == 25.0
     assert summary["memory/peak_gib"] == pytest.approx(2.3)
     assert summary["report/complete"] is True
-
-
-def part(path: Path, *, steps: int, evaluations: int, rollouts: int, recipe: bool = True) -> Path:
-    """A run that was stopped: its first rows only."""
-    fabricate(path)
-    write_lines(path / "metrics.jsonl", metric_rows(random.Random(0))[:steps])
-    write_lines(path / "evaluations.jsonl", evaluation_rows(0)[:evaluations])
-    write_lines(path / "rollouts.jsonl", rollout_rows()[:rollouts])
-    if not recipe:
-        (path / "recipe.yaml").unlink()
-    return path
 
 
 def test_a_run_in_its_first_stage(tmp_path: Path) -> None:
@@ -361,63 +354,63 @@ def test_a_held_out_target_that_was_missed_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def reported(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """End a run that has logged `rows` with an error, or without, on the only rank."""
+def reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """End a run that has logged `rows` with an error, or without, on the only rank: the reports written."""
     from genac_megatron.stages import pipeline
 
-    def end(error: Exception | None, rows: int, written: Path | Exception) -> None:
-        def report(log: object, plots: bool) -> Path:
-            if isinstance(written, Exception):
-                raise written
-            return written
+    folder = RunFolder(tmp_path / "runs/x").create()
+    note_start(folder, Origin(["run", "x.yaml"], "x.yaml"))
+
+    def end(error: Exception | None, rows: int, failure: Exception | None = None) -> list[str]:
+        written = []
+
+        def report(of: RunFolder, plots: bool) -> None:
+            if failure is not None:
+                raise failure
+            _, noted = attempts(history(of))[-1]
+            assert noted is not None
+            written.append(meaning(noted["code"]))
 
         monkeypatch.setattr(pipeline, "_report", report)
         monkeypatch.setattr(pipeline.dist, "get_world_size", lambda: 1)
-        log = SimpleNamespace(rows=7, folder=None)
-        with pipeline._reported(cast(Any, log), True):
-            log.rows += rows
+        for step in range(rows):
+            folder.append("metrics.jsonl", {"stage": "sft", "step": step})
+        log = cast(Any, SimpleNamespace(rows=rows, folder=folder))
+        with suppress(GenacError, ValueError), pipeline._reported(log, True):
             if error is not None:
                 raise error
+        return written
 
     return end
 
 
-PAGE = Path("runs/x/report/index.html")
-
-
-@pytest.mark.parametrize("kind", [GateFailed, StopRequested, GenacError])
-def test_a_run_that_ends_with_an_error_has_its_report(
-    kind: type[GenacError], reported: Callable[..., None]
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (GateFailed("low"), "ended: a gate is not reached"),
+        (StopRequested("as asked"), "stopped as asked, with a checkpoint"),
+        (GenacError("full"), "failed"),
+        (ValueError("a fault of ours"), "failed"),
+        (None, "done"),
+    ],
+)
+def test_a_run_notes_its_end_before_its_report_is_written(
+    error: Exception | None, said: str, reported: Callable[..., list[str]]
 ) -> None:
-    with pytest.raises(kind) as caught:
-        reported(kind("something is wrong", where="here", way_out="mend it"), 1, PAGE)
-    assert str(caught.value).splitlines() == [
-        "here: something is wrong", "  way out: mend it", f"  report: {PAGE}"
-    ]  # fmt: skip
+    assert reported(error, 1) == [said]
 
 
-def test_where_nothing_was_logged_there_is_no_report(reported: Callable[..., None]) -> None:
-    with pytest.raises(InputError) as caught:
-        reported(InputError("no"), 0, AssertionError("not to be written"))
-    assert str(caught.value) == "no"
+def test_where_nothing_was_logged_there_is_no_report(reported: Callable[..., list[str]]) -> None:
+    assert reported(InputError("no"), 0) == []
 
 
-def test_a_report_that_fails_hides_no_error(
-    reported: Callable[..., None], caplog: pytest.LogCaptureFixture
+def test_a_report_that_fails_is_said(
+    reported: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(GateFailed) as caught:
-        reported(GateFailed("not reached"), 1, ValueError("odd\nand long"))
-    assert str(caught.value) == "not reached"
+    reported(GateFailed("not reached"), 1, ValueError("odd\nand long"))
     assert [record.getMessage() for record in caplog.records] == [
         "genac: warning: the report could not be written: odd"
     ]
-
-
-def test_a_run_that_ends_well_says_where_its_report_is(
-    reported: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    reported(None, 1, PAGE)
-    assert capsys.readouterr().out == f"report: {PAGE}\n"
 
 
 def test_only_a_recipe(tmp_path: Path) -> None:
