@@ -132,7 +132,7 @@ from genac_megatron.platform.megatron import install
 install()
 from genac_megatron.stages import pipeline
 
-def run_recipe(recipe, world, stop, *, resume):
+def run_recipe(recipe, world, stop, *, resume, origin):
     from genac_megatron.training import checkpoint
     from tests.distributed.test_checkpoint_faults import STATE, roles_of
     roles = roles_of(2)

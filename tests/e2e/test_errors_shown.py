@@ -91,11 +91,11 @@ import genac_megatron.errors
 def fail(*_):
     raise {error}
 if rank == {rank}:
-    def broken(recipe, world, stop, *, resume):
+    def broken(recipe, world, stop, *, resume, origin):
         import torch.distributed as dist
         fail()
 else:
-    def broken(recipe, world, stop, *, resume):
+    def broken(recipe, world, stop, *, resume, origin):
         import torch.distributed as dist
         dist.barrier()
 real = cli._rank
