@@ -129,6 +129,7 @@ class Judgement:
     used: float = 0.0  # what advantages use: value or soft, or the fallback where neither parses
     skipped: bool = False  # never asked: the budget of critic tokens was spent, or no room (`too_long`)
     too_long: bool = False  # never asked: the prompt around the response left no room in the critic's model
+    certain: float | None = None  # never asked: the outcome that all others of the response's group had
     weight: float = 0.0  # REINFORCE weight: R_v minus its leave-one-out baseline
 
 

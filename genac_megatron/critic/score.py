@@ -195,13 +195,13 @@ def fill_used(
 ) -> list[float]:
     """Set and return `used` for the judgements of one response, in order of their states.
 
-    The parsed value (or the soft one, where asked for and there); where nothing parses, the previous
-    state's, and p_bar before the first: 0 would hand the segment before it a bogus malus and its own
-    a bogus bonus.
+    The parsed value (or the soft one, where asked for and there), or the outcome that was certain; where
+    nothing parses, the previous state's, and p_bar before the first: 0 would hand the segment before it a
+    bogus malus and its own a bogus bonus.
     """
     last = p_bar
     for judgement in judgements:
-        value = judgement.value
+        value = judgement.value if judgement.certain is None else judgement.certain
         if score == "soft" and judgement.soft is not None:
             value = judgement.soft
         last = last if value is None else value

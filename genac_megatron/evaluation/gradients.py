@@ -173,6 +173,15 @@ def _check_judging(recipe: Recipe) -> None:
                 "or name --estimators without genac-*",
             )
         )
+    if recipe.judging.certain != "judged":
+        raise on_all_ranks(
+            InputError(
+                "judging.certain leaves responses out whose group ended alike, and here every one is judged: "
+                "genac-* would be other estimates than training has",
+                where="judging.certain",
+                way_out="set judging.certain=judged, or name --estimators without genac-*",
+            )
+        )
 
 
 def rollout_of(recipe: Recipe, options: GradientOptions) -> RolloutConfig:
@@ -248,7 +257,10 @@ class Audit:
             return None
         judging = self.run.recipe.judging
         digest = self.run.together(lambda: template_digest(judging))
-        return {**judging.model_dump(mode="json", exclude={"teacher", "budget"}), "template": digest}
+        return {
+            **judging.model_dump(mode="json", exclude={"teacher", "budget", "certain"}),
+            "template": digest,
+        }
 
     def _prompts(self) -> dict[str, str]:
         """What is asked: a file may be another under its old name, a chat template may print the date."""

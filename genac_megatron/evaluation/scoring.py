@@ -136,7 +136,7 @@ def score_plan(recipe: Recipe, bank: Bank, critic: dict[str, str], scalar: bool)
     """What a critic's values of a bank depend on. Raises InputError where the template cannot be read."""
     judging = None
     if not scalar:
-        unread = {"states", "teacher", "icc_momentum", "budget", "template", "privileged"}  # in the template
+        unread = {"states", "teacher", "icc_momentum", "budget", "certain", "template", "privileged"}
         judging = recipe.judging.model_dump(mode="json", exclude=unread)
         judging["template"] = template_digest(recipe.judging)
     return {

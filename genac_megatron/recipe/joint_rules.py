@@ -72,6 +72,52 @@ def check_judging_teacher(recipe: Recipe, has_teacher: bool, where: Where) -> No
             )
 
 
+def check_certain(recipe: Recipe, where: Where) -> None:
+    """Responses whose outcome is certain are left out where that means something. Raises InputError."""
+    if recipe.judging.certain == "judged":
+        return
+    said = "judging.certain: left_out leaves responses out of judging whose group ended alike"
+    joint = [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, PpoStage)]
+    if not joint:
+        raise InputError(
+            f"{said}, in joint stages, and this recipe has none",
+            where=where(("judging", "certain")),
+            way_out="take it out: elsewhere a critic learns from every response",
+        )
+    if recipe.judging.teacher is not None:
+        raise InputError(
+            f"{said}, for the critic's tokens; judging.teacher writes none",
+            where=where(("judging", "certain")),
+            way_out="take one of them out",
+        )
+    for index, stage in joint:
+        _check_left_out(recipe, stage, said, ("stages", index), where)
+
+
+def _check_left_out(recipe: Recipe, stage: PpoStage, said: str, place: Place, where: Where) -> None:
+    samples, blend = stage.rollout.samples, stage.advantage.blend
+    if samples < 3:
+        raise InputError(
+            f"{said}, by its other responses; with rollout.samples {samples} these are "
+            f"{'always alike' if samples == 2 else 'none'}, and nothing would ever be judged",
+            where=where((*place, "rollout", "samples")),
+            way_out="raise it to 3 or more, or take judging.certain out",
+        )
+    if stage.advantage.readiness is not None:
+        raise InputError(
+            f"{said}, and readiness goes by the critic's error at every problem that is played: one that is "
+            "always solved would never be ready",
+            where=where((*place, "advantage", "readiness")),
+            way_out="take one of them out",
+        )
+    if blend is not None and blend.weight is None and blend.of == "heldout":
+        raise InputError(
+            f"{said}, and blend's weight is measured on held-out responses, of which none is left out",
+            where=where((*place, "advantage", "blend", "of")),
+            way_out="set blend.of: running, or blend.weight; or take judging.certain out",
+        )
+
+
 def _trains_critic(stage: StageConfig) -> bool:
     if isinstance(stage, SftStage):
         return stage.role == "critic"

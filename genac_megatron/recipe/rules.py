@@ -13,7 +13,12 @@ from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.adapter_rules import check_adapter, check_begins, check_share
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
-from genac_megatron.recipe.joint_rules import check_final_state, check_joint, check_judging_teacher
+from genac_megatron.recipe.joint_rules import (
+    check_certain,
+    check_final_state,
+    check_joint,
+    check_judging_teacher,
+)
 from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
@@ -249,6 +254,7 @@ def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
 def _check_judging(recipe: Recipe, where: Where) -> None:
     check_judging_teacher(recipe, has_teacher(recipe.task), where)
     check_final_state(recipe, where)
+    check_certain(recipe, where)
     budget, longest = recipe.judging.budget, recipe.judging.max_new_tokens
     if budget is not None and budget // recipe.world.ranks < longest:
         raise InputError(

@@ -236,6 +236,9 @@ class JudgingConfig(Block):
     score: Literal["sampled", "soft"] = "sampled"  # soft: its expectation, at the same temperature
     # Critic tokens per batch, dealt over responses beforehand; states beyond them take the fallback value.
     budget: Positive | None = None
+    # left_out: in joint stages no response is judged whose group's other responses all ended alike: what they
+    # ended with is its baseline (stages/certain.py)
+    certain: Literal["judged", "left_out"] = "judged"
     states: StatesConfig = StatesConfig()
 
 

@@ -17,12 +17,13 @@ MEASURED = ("explained_variance_prompt", "explained_variance_response", "mse", *
 
 
 def pairs_of(groups: Sequence[Group]) -> list[tuple[Judgement, Rollout]]:
-    """Every state that was judged with the response that it is of."""
+    """Every state with the response that it is of; none of responses that were left out as certain."""
     return [
         (judgement, rollout)
         for group in groups
         for rollout, judgements in zip(group.rollouts, group.judgements, strict=True)
         for judgement in judgements
+        if judgement.certain is None
     ]
 
 
@@ -67,7 +68,7 @@ def blend_errors(groups: Sequence[Group], rewards: Sequence[float]) -> dict[str,
     for group, earned in zip(groups, split, strict=True):
         others = others_mean(earned).tolist()
         for reward, other, judgements in zip(earned.tolist(), others, group.judgements, strict=True):
-            for judgement in judgements:
+            for judgement in (j for j in judgements if j.certain is None):
                 sums["value_error"] += (reward - judgement.used) ** 2
                 sums["group_error"] += (reward - other) ** 2
                 sums["group_distance"] += (judgement.used - other) ** 2

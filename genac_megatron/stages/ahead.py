@@ -25,7 +25,7 @@ from genac_megatron.stages.batch import (
     gathered_batch,
     generator_for,
     is_judged,
-    judges_whole,
+    judged_responses,
     next_batch,
     next_prompts,
     train_prompts,
@@ -115,8 +115,8 @@ class Batches:
         run, stage = self.run, self.stage
         prompts = train_prompts(run, run.at.cursor, stage.rollout.prompts)
         seed = (run.recipe.seed, stage.name, step)
-        final = judges_whole(run, stage)
-        generator = generator_for(run, stage.rollout, seed, judged=is_judged(stage), final=final)
+        which = judged_responses(run, stage)
+        generator = generator_for(run, stage.rollout, seed, judged=is_judged(stage), **which)
         if generator.judge is not None:
             generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
         share, turns, places = run.share(prompts), run.share(repeats(prompts)), run.places(len(prompts))

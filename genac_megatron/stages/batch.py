@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ from genac_megatron.tasks.base import Task
 from genac_megatron.training.role import StepResult
 
 RolloutStage = ReinforceStage | PpoStage | ValueStage | PolicyStage  # the actor's responses are its data
+
+
+class Judged(TypedDict, total=False):
+    """Which responses are judged, where any are (`generator_for`)."""
+
+    final: bool
+    leaves_certain: bool
 
 
 @dataclass
@@ -106,11 +114,13 @@ def generator_for(
     *,
     judged: bool = True,
     final: bool = False,
+    leaves_certain: bool = False,
     task: Task | None = None,
 ) -> Generator:
     """The actor and, where asked for, the critic as they are now, ready to play training prompts.
 
-    final: whole responses are judged too. task: whose prompts they are, where it is not the run's.
+    final: whole responses are judged too. leaves_certain: but none whose outcome is certain. task: whose
+    prompts they are, where it is not the run's.
     """
     judge = None
     if judged:
@@ -128,6 +138,7 @@ def generator_for(
         seed=(*seed, "actor"),
         judge=judge,
         positions=run.actor.shape.max_positions,
+        leaves_certain=leaves_certain,
     )
 
 
@@ -138,14 +149,15 @@ def play(
     seed: tuple[object, ...],
     *,
     judged: bool = True,
-    final: bool = False,
     task: Task | None = None,
+    **judging: Unpack[Judged],
 ) -> Batch:
-    """Roll out `prompts` over all ranks and, where asked for, have every state judged. Collective.
+    """Roll out `prompts` over all ranks and, where asked for, have their states judged. Collective.
 
-    task: whose prompts they are, where it is not the run's.
+    task: whose prompts they are, where it is not the run's. judging: `final` and `leaves_certain`, as for
+    `generator_for`.
     """
-    generator = generator_for(run, config, seed, judged=judged, final=final, task=task)
+    generator = generator_for(run, config, seed, judged=judged, task=task, **judging)
     began, late = time.perf_counter(), generator.task.late
     turns = repeats(prompts)
     share, mine_turns, places = run.share(prompts), run.share(turns), run.places(len(prompts))
@@ -197,24 +209,33 @@ def is_judged(stage: StageConfig) -> bool:
     return isinstance(stage, ReinforceStage | PpoStage)
 
 
-def judges_whole(run: Run, stage: StageConfig) -> bool:
-    """Whether whole responses are judged too: where the recipe says so and a critic learns from it."""
+def judged_responses(run: Run, stage: StageConfig) -> Judged:
+    """Which of a stage's responses are judged, as `generator_for` is told.
+
+    final: whole ones too, where the recipe says so and a critic learns from it. leaves_certain: in joint
+    stages of a recipe that says so.
+    """
+    joint = isinstance(stage, PpoStage)
     learns = isinstance(stage, ReinforceStage) or (isinstance(stage, PpoStage) and stage.train_critic)
-    return run.recipe.judging.states.final and learns
+    return Judged(
+        final=run.recipe.judging.states.final and learns,
+        leaves_certain=joint and run.recipe.judging.certain == "left_out",
+    )
 
 
 def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[str, float]]:
     """Play the stage's next prompts, judged where it has a generative critic; the batch and its figures."""
     prompts, seed = next_prompts(run, stage.rollout.prompts), (run.recipe.seed, stage.name, step)
-    judged, final = is_judged(stage), judges_whole(run, stage)
-    batch = play(run, prompts, stage.rollout, seed, judged=judged, final=final)
+    judged = is_judged(stage)
+    batch = play(run, prompts, stage.rollout, seed, judged=judged, **judged_responses(run, stage))
     return batch, batch_figures(run, batch)
 
 
 def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
     """What the actor and, where it judged, the critic did in this batch."""
     judged = judge_figures(batch) | judge_staleness(batch, run.at.versions) if any(batch.judgements) else {}
-    tell_too_long(run, [*(j for judgements in batch.judgements for j in judgements), *batch.finals])
+    every = [*(j for judgements in batch.judgements for j in judgements), *batch.finals]
+    tell_too_long(run, [judgement for judgement in every if judgement.certain is None])
     return {**rollout_figures(batch, run.at.versions), **judged, **run.serving.figures()}
 
 
@@ -237,11 +258,22 @@ def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, floa
 
 
 def judge_figures(batch: Batch) -> dict[str, float]:
-    """How well the critic judged this batch, over all (state, outcome) pairs."""
-    pairs = [(j, r.target) for r, js in zip(batch.rollouts, batch.judgements, strict=True) for j in js]
+    """How well the critic judged this batch, over all (state, outcome) pairs of responses that were not left
+    out; and the share of those that were, where there are any.
+    """
+    rows = list(zip(batch.rollouts, batch.judgements, strict=True))
+    found = [(rollout, judgements) for rollout, judgements in rows if judgements[0].certain is None]
+    left = {} if len(found) == len(rows) else {"judge/certain": 1.0 - len(found) / len(rows)}
+    if not found:
+        return left
+    pairs = [(judgement, rollout.target) for rollout, judgements in found for judgement in judgements]
     base = mean(outcome for _, outcome in pairs)
     scores = score_histogram([j.value for j in {id(j): j for j, _ in pairs}.values() if j.value is not None])
-    wholes = list(zip(batch.finals, batch.rollouts, strict=bool(batch.finals)))
+    wholes = [
+        (final, rollout)
+        for final, rollout in zip(batch.finals, batch.rollouts, strict=bool(batch.finals))
+        if final.certain is None
+    ]
     finals = {
         "judge/final_brier": mean((j.used - r.target) ** 2 for j, r in wholes if not j.skipped),
         "judge/final_skipped": mean(j.skipped for j, _ in wholes),
@@ -258,10 +290,11 @@ def judge_figures(batch: Batch) -> dict[str, float]:
         "judge/states": float(len(unique)),
         "judge/length_mean": mean(len(j.completion.ids) for j in unique),
         "judge/truncated": mean(j.completion.finish == "length" for j in unique),
-        "judge/value_first": mean(judgements[0].used for judgements in batch.judgements),
-        "judge/value_last": mean(judgements[-1].used for judgements in batch.judgements),
+        "judge/value_first": mean(judgements[0].used for _, judgements in found),
+        "judge/value_last": mean(judgements[-1].used for _, judgements in found),
         **({"judge/score_entropy": entropy(scores)} if scores.sum() else {}),  # nats; 0: all on one score
         **(finals if wholes else {}),
+        **left,
     }
 
 

@@ -16,8 +16,12 @@ Ratios = list[list[float | None]]
 
 
 def launch_critic(run: Run, stage: PpoStage, batch: Batch) -> Update:
-    """REINFORCE over the batch's judgements, once."""
-    return _launch(run, stage, batch, critic_batch(run, stage, batch, None), 1)
+    """REINFORCE over the batch's judgements, once. Where none of it is trained on there is no update."""
+    samples = critic_batch(run, stage, batch, None)
+    if not samples:
+        run.critic.skip(1)
+        return Update([], lambda: {"critic/skipped": 1.0})
+    return _launch(run, stage, batch, samples, 1)
 
 
 def launch_critic_after(run: Run, stage: PpoStage, batch: Batch) -> Update:

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
+from genac_megatron.stages.certain import Others, PromptState, left_out, let_go
 from genac_megatron.stages.judging import StateJudge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Group:
     """A prompt, its responses, and per response the judgements of its states in order of cut.
 
-    The prompt state's judgement is one object, shared by the whole group.
+    The prompt state's judgement is one object, shared by all responses of the group that are judged.
     """
 
     prompt: Prompt
@@ -59,18 +60,24 @@ class Generator:
     seed: tuple[object, ...]
     judge: StateJudge | None = None
     positions: int | None = None  # of the actor's model; None: not checked
+    leaves_certain: bool = False  # responses whose outcome is certain are not judged (stages/certain.py)
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""
         need_room(prompt, self.config.max_new_tokens, self.positions)
         group = Group(prompt)
-        shared = None
-        if self.judge is not None:
-            shared = asyncio.ensure_future(self.judge.judge_prompt(prompt, samples.start))
-        try:
-            parts = await asyncio.gather(*(self._response(prompt, s, shared) for s in samples))
-        finally:
-            await _end(shared)
+        if self.judge is None:
+            parts = await asyncio.gather(*(self._unjudged(prompt, s) for s in samples))
+        else:
+            first = PromptState(self.judge, prompt, samples.start)
+            others = Others(samples) if self.leaves_certain else None
+            if others is None:
+                first.begin()
+            try:
+                made = (self._judged(prompt, s, self.judge, first, others) for s in samples)
+                parts = await asyncio.gather(*made)
+            finally:
+                await first.end()
         for rollout, judgements in parts:
             if self.judge is not None and self.judge.final:
                 group.finals.append(judgements.pop())
@@ -78,23 +85,39 @@ class Generator:
             group.judgements.append(judgements)
         return group
 
-    async def _response(
-        self, prompt: Prompt, sample: int, shared: asyncio.Future[Judgement] | None
-    ) -> tuple[Rollout, list[Judgement]]:
+    async def _sampled(self, prompt: Prompt, sample: int) -> Rollout:
+        """A response that is not verified yet."""
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
         seed = seed_for(*self.seed, prompt.id, sample)
         completion = await self.engine.complete(Request(prompt.ids, params, seed, f"{prompt.id}#{sample}"))
         text = written(self.tokenizer, completion.ids, self.task.reasoning_tags)
-        rollout = Rollout(prompt, sample, completion, text, limit=self.config.max_new_tokens)
-        if self.judge is None or shared is None:
+        return Rollout(prompt, sample, completion, text, limit=self.config.max_new_tokens)
+
+    async def _unjudged(self, prompt: Prompt, sample: int) -> tuple[Rollout, list[Judgement]]:
+        rollout = await self._sampled(prompt, sample)
+        await self.verify(rollout)
+        return rollout, []
+
+    async def _judged(
+        self, prompt: Prompt, sample: int, judge: StateJudge, first: PromptState, others: Others | None
+    ) -> tuple[Rollout, list[Judgement]]:
+        """A response and its judgements, which its verification need not wait for, nor they for it: but for
+        the others' outcomes, where certain ones are left out.
+        """
+        rollout = await self._sampled(prompt, sample)
+        if others is not None:
             await self.verify(rollout)
-            return rollout, []
-        judging = asyncio.ensure_future(self.judge.judge_response(rollout, shared))
+            others.tell(rollout)
+            certain = await others.certain(sample)
+            if certain is not None:
+                return rollout, left_out(rollout, certain, final=judge.final)
+            return rollout, await judge.judge_response(rollout, first.begin())
+        judging = asyncio.ensure_future(judge.judge_response(rollout, first.begin()))
         try:
             await self.verify(rollout)
             return rollout, await judging
         finally:
-            await _end(judging)
+            await let_go(judging)
 
     async def verify(self, rollout: Rollout) -> None:
         """Set the rollout's outcome, and the critic's, by the recipe's rules for cut-off responses."""
@@ -107,13 +130,6 @@ class Generator:
         rollout.outcome = outcome if actor == "verify" else 0.0
         if critic != "same":
             rollout.critic_outcome = outcome if critic == "verify" else 0.0
-
-
-async def _end(task: asyncio.Future[Any] | None) -> None:
-    """Let go of a task: one that nobody waits for any more would tell of its failure on its own."""
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def repeats(prompts: Sequence[Prompt]) -> list[int]:
@@ -169,7 +185,7 @@ async def _judged(judge: StateJudge, group: Group) -> Group:
     try:
         judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
     finally:
-        await _end(shared)
+        await let_go(shared)
     return Group(group.prompt, group.rollouts, list(judgements))
 
 

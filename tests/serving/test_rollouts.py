@@ -139,6 +139,45 @@ def unique(groups: Sequence[Group]) -> list[Judgement]:
     return list({id(j): j for group in groups for js in group.judgements for j in js}.values())
 
 
+class Starts(Task):
+    """A task whose outcomes differ within a group, or do not."""
+
+    def _problem(self, split: Any, index: int) -> Problem:
+        return Problem("anything", "")
+
+    def verify(self, prompt: Prompt, text: str) -> float:
+        return float(prompt.id != "train/0" and zlib.crc32(text.encode()) % 3 == 0)
+
+
+def test_responses_whose_outcome_is_certain_are_not_judged() -> None:
+    """What is judged all the same is judged as if all were; a group's prompt state where anybody is."""
+    found: dict[bool, list[Group]] = {}
+    for leaves in (False, True):
+        made = generator(random_engine(1), judge(random_engine(2), max_new_tokens=4))
+        made.task, made.leaves_certain = Starts(TOKENIZER, 1, 1), leaves
+        assert made.judge is not None
+        made.judge.final = True
+        found[leaves] = generate(made, prompts(5), 4)
+    kinds = set()
+    for whole, group in zip(found[False], found[True], strict=True):
+        outcomes = [rollout.outcome for rollout in group.rollouts]
+        assert outcomes == [rollout.outcome for rollout in whole.rollouts]
+        kinds.add(sum(outcomes))
+        firsts = {id(judgements[0]) for judgements in group.judgements if judgements[0].certain is None}
+        assert len(firsts) == (len(set(outcomes)) > 1)
+        for n, (judgements, final) in enumerate(zip(group.judgements, group.finals, strict=True)):
+            rest = {*outcomes[:n], *outcomes[n + 1 :]}
+            if len(rest) > 1:
+                assert [j.text for j in judgements] == [j.text for j in whole.judgements[n]]
+                assert (final.text, final.certain) == (whole.finals[n].text, None)
+                continue
+            length = len(group.rollouts[n].completion.ids)
+            assert [(j.state.cut, j.state.end, j.certain) for j in judgements] == [(0, length, *rest)]
+            assert (final.state.cut, final.skipped, final.certain) == (length, True, *rest)
+    assert 0.0 in kinds
+    assert len(kinds) > 1
+
+
 # --- groups --------------------------------------------------------------------------------------
 
 
