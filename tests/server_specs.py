@@ -7,7 +7,7 @@ from pathlib import Path
 
 from genac_megatron.cluster.placement import placement
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.recipe.servers import node_servers, plan_gpus, started_engines
+from genac_megatron.recipe.servers import node_servers, plan_gpus, served_adapters, started_engines
 from genac_megatron.serving.sglang.cores import Topology, deal_cores
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.serving.sglang.server import ServerSpec
@@ -30,6 +30,7 @@ def specs_of(recipe: Recipe, folder: Path) -> Iterator[tuple[int, ServerSpec]]:
         cores = deal_cores(node_servers(engines, node, gpu=True), NODE)
         for role, engine in engines.items():
             more = {"node": node, "places": plan[role], "cores": cores}
+            more["adapters"] = served_adapters(recipe, role)
             fleet = Fleet(role, engine, {"model_type": "llama"}, folder / "m", folder, "cuda", **more)
             for index in fleet._here():
                 yield node, fleet._spec(index, 20_000 + index)

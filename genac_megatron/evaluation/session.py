@@ -9,6 +9,7 @@ from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
+from genac_megatron.recipe.sharing import only
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.agreement import from_first
 
@@ -33,7 +34,7 @@ def with_roles(recipe: Recipe, checkpoints: Mapping[str, str | None]) -> Recipe:
             model = config.model.model_copy(update={"checkpoint": checkpoint})
             config = config.model_copy(update={"model": model})
         roles[role] = config
-    return recipe.model_copy(update={"roles": roles})
+    return only(recipe, roles)
 
 
 def rollout_config(recipe: Recipe, max_new_tokens: int | None) -> RolloutConfig:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from genac_megatron import platform
 from genac_megatron.errors import InputError
+from genac_megatron.publication.adapter_fleet import AdapterPublisher
 from genac_megatron.publication.disk import Disk
 from genac_megatron.publication.fleet import FleetTransport, wire_dtype
 from genac_megatron.publication.group import Group
@@ -38,11 +39,38 @@ def fleet_publisher(
     After servers were restarted: `publisher.transport.set_endpoints(...)`, then
     `publisher.publish(version, only=names)`.
     """
+    return _publisher(role, endpoints, _folder(role, folder, run_name), gpus)
+
+
+def adapter_publisher(
+    role: Role,
+    endpoints: Sequence[Endpoint],
+    folder: Path,
+    gpus: Mapping[str, Sequence[int]] | None = None,
+    *,
+    run_name: str = "run",
+    held: set[Endpoint],
+    in_use: Callable[[], set[int]],
+) -> AdapterPublisher:
+    """An AdapterPublisher of `role` (engine.enable_lora), by the arguments of both."""
+    base = _publisher(role, endpoints, _folder(role, folder, run_name), gpus, base=True)
+    return AdapterPublisher(role, base, endpoints, held, in_use)
+
+
+def _publisher(
+    role: Role,
+    endpoints: Sequence[Endpoint],
+    folder: Path,
+    gpus: Mapping[str, Sequence[int]] | None,
+    *,
+    base: bool = False,
+) -> Publisher:
     config = role.config.publication
     bucket_bytes = None if config.bucket_mib is None else config.bucket_mib << 20
-    transport = _transport(role, endpoints, folder, gpus, run_name)
+    transport = _transport(role, endpoints, folder, gpus)
     fp8 = role.config.engine.quantization == "fp8"
-    return Publisher(role, bucket_bytes=bucket_bytes, transport=transport, dtype=wire_dtype(role), fp8=fp8)
+    dtype = wire_dtype(role)
+    return Publisher(role, bucket_bytes=bucket_bytes, transport=transport, dtype=dtype, fp8=fp8, base=base)
 
 
 def _transport(
@@ -50,7 +78,6 @@ def _transport(
     endpoints: Sequence[Endpoint],
     folder: Path,
     gpus: Mapping[str, Sequence[int]] | None,
-    run_name: str,
 ) -> FleetTransport:
     config = role.config.publication
     cuda = platform.device().type == "cuda"
@@ -60,9 +87,7 @@ def _transport(
         near = gpus is not None if cuda else all(gathered(here))
         choice = "tensor" if near else "group"
     if choice == "disk":
-        # A folder of its own, as it is emptied.
-        own = Path(config.folder) / f"genac-{run_name}-{role.name}" if config.folder else folder
-        return Disk(role, endpoints, config, own)
+        return Disk(role, endpoints, config, folder)
     if choice == "group":
         return Group(role, endpoints, config)
     if not cuda:
@@ -74,3 +99,9 @@ def _transport(
             way_out="group, or place the engines on the trainer's GPUs",
         )
     return DeviceTensors(role, endpoints, config, gpus)
+
+
+def _folder(role: Role, folder: Path, run_name: str) -> Path:
+    """Where files go: a folder of the run's and role's own, as it is emptied."""
+    named = role.config.publication.folder
+    return Path(named) / f"genac-{run_name}-{role.name}" if named else folder

@@ -19,6 +19,7 @@ from genac_megatron.recipe.joint_rules import (
     check_joint,
     check_judging_teacher,
 )
+from genac_megatron.recipe.lora_rules import check_lora
 from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
@@ -90,6 +91,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)
         _check_nodes(name, role.engine, where)
+        check_lora(recipe, name, role, where)
     check_task(recipe.task, ("task",), where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
-from genac_megatron.recipe.sharing import inherited
+from genac_megatron.recipe.sharing import inherited, lent
 from genac_megatron.recipe.stages import CriticGate as CriticGate
 from genac_megatron.recipe.stages import EntryGate as EntryGate
 from genac_megatron.recipe.stages import PolicyStage as PolicyStage
@@ -111,6 +111,8 @@ class EngineConfig(Block):
     routing_replay: bool = False  # of experts: the trainer sends tokens to those that this engine chose
 
     # What follows is for sglang. Servers are started here, unless `urls` names some.
+    enable_lora: bool = False  # servers load the role's adapters beside its base; no: merged weights
+    share: str | None = None  # generate on the servers of this role, which hold the adapters of both
     engines: Positive = 1  # servers
     nodes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]  # as many servers on each
     tp: Positive = 1  # tensor-parallel ranks of each
@@ -201,7 +203,8 @@ class RoleConfig(Block):
     @property
     def starts_servers(self) -> bool:
         """Whether a run starts SGLang servers for it."""
-        return self.served and self.engine.kind == "sglang" and not self.engine.urls
+        engine = self.engine
+        return self.served and engine.kind == "sglang" and not engine.urls and engine.share is None
 
 
 # --- the critic's game ---------------------------------------------------------------------------
@@ -310,8 +313,8 @@ class Recipe(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_shared_models(cls, recipe: Any) -> Any:
-        return inherited(recipe)
+    def _with_shared(cls, recipe: Any) -> Any:
+        return lent(inherited(recipe))
 
     def parity_alarm(self, role: str) -> tuple[str, float]:
         """The key of `observe` that says where a role's parity alarms, and its value."""

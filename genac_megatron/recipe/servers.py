@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from genac_megatron.recipe.schema import EngineConfig, Recipe
+from genac_megatron.recipe.schema import AdapterConfig, EngineConfig, Recipe
 
 Plan = dict[str, list[list[int]]]  # role -> server -> the GPUs of its ranks, in order, on its node
 
@@ -38,6 +38,14 @@ def plan_gpus(engines: Mapping[str, EngineConfig]) -> Plan:
 def started_engines(recipe: Recipe) -> dict[str, EngineConfig]:
     """The engines whose servers the run starts, by role."""
     return {name: role.engine for name, role in recipe.roles.items() if role.starts_servers}
+
+
+def served_adapters(recipe: Recipe, role: str) -> list[AdapterConfig]:
+    """What a role's servers load beside their base: its adapters and those of roles that share them."""
+    if not recipe.roles[role].engine.enable_lora:
+        return []
+    sharing = (config for name, config in recipe.roles.items() if role in (name, config.engine.share))
+    return [config.training.adapter for config in sharing if config.training.adapter is not None]
 
 
 def node_servers(engines: Mapping[str, EngineConfig], node: int, *, gpu: bool) -> dict[str, list[int]]:

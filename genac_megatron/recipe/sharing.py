@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genac_megatron.recipe.schema import Recipe
+    from genac_megatron.recipe.schema import Recipe, RoleConfig
 
 OWN = ("share", "head", "checkpoint", "peft")  # of a model's block that shares a base: its alone
 
@@ -35,6 +36,34 @@ def inherited(recipe: Any) -> Any:
             made.setdefault("layout", copy.deepcopy(other["layout"]))
         roles[name] = made
     return {**recipe, "roles": roles}
+
+
+def lent(recipe: Any) -> Any:
+    """A recipe's plain data in which a role that shares another's servers has its engine too.
+
+    Resolved again they are the same. What is no recipe's data is given back as it is.
+    """
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("roles"), dict):
+        return recipe
+    roles = dict(recipe["roles"])
+    for name, role in recipe["roles"].items():
+        engine = role.get("engine") if isinstance(role, dict) else None
+        other = roles.get(engine.get("share")) if isinstance(engine, dict) else None
+        theirs = other.get("engine") if isinstance(other, dict) else None
+        if isinstance(engine, dict) and isinstance(theirs, dict):
+            roles[name] = {**role, "engine": {**copy.deepcopy(theirs), **engine}}
+    return {**recipe, "roles": roles}
+
+
+def only(recipe: Recipe, roles: Mapping[str, RoleConfig]) -> Recipe:
+    """The recipe with these roles alone. One whose servers would be an absent role's has some of its own."""
+    made = {
+        name: role
+        if role.engine.share in roles
+        else role.model_copy(update={"engine": role.engine.model_copy(update={"share": None})})
+        for name, role in roles.items()
+    }
+    return recipe.model_copy(update={"roles": made})
 
 
 def owner_of(recipe: Recipe, name: str) -> str | None:

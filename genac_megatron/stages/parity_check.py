@@ -12,6 +12,7 @@ import numpy as np
 from genac_megatron.errors import GateFailed, InputError, on_all_ranks
 from genac_megatron.observe.runinfo import run_path, write_json_atomic
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.sharing import only
 from genac_megatron.records import Completion, Request, Sample, SamplingParams
 from genac_megatron.stages.parity import engine_sample, parity_figures
 from genac_megatron.stages.runtime import Run
@@ -44,7 +45,7 @@ def check_parity(
     if role not in recipe.roles:
         what = f"the recipe has no role '{role}'"
         raise on_all_ranks(InputError(what, where="parity", way_out=f"one of: {', '.join(recipe.roles)}"))
-    recipe = recipe.model_copy(update={"roles": {role: recipe.roles[role]}})
+    recipe = only(recipe, {role: recipe.roles[role]})
     with session(recipe, world, stop, "parity", folder) as run:
         run.publish(role)
         pairs = run.gather(_sampled(run, role, prompts, max_new_tokens))

@@ -28,14 +28,14 @@ from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
 from genac_megatron.recipe.memory import Share, colocated
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig, StageConfig
-from genac_megatron.recipe.servers import started_engines
+from genac_megatron.recipe.servers import served_adapters, started_engines
 from genac_megatron.recipe.sharing import in_order, owner_of
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine
-from genac_megatron.serving.sglang.fleet import Fleet
+from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.room import fit_chats, fit_task
-from genac_megatron.stages.served import Fleets, InRanks, OnServers, Served, nodes_of_ranks
+from genac_megatron.stages.served import BesideBase, Fleets, InRanks, OnServers, Served, nodes_of_ranks
 from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.sft_orders import fit_sources
@@ -144,12 +144,39 @@ class Run:
         self._load_bases()
         if not resuming:
             self._start_from_checkpoints()
-        for name, config in self.recipe.roles.items():
-            if config.served and config.engine.kind == "sglang":
-                if name not in servers:
-                    servers[name] = Servers(config.engine, fleets.get(name))
-                served[name] = OnServers(self.roles[name], servers[name], self.folder)
+        self._serve(servers, fleets, served)
         self.serving = Serving(self.roles, served, self.at, self.progress)
+
+    def _serve(
+        self, servers: dict[str, Servers], fleets: Mapping[str, Fleet], served: dict[str, Served]
+    ) -> None:
+        """The roles that SGLang serves, each on its own servers or on another's."""
+        bases: dict[str, set[Endpoint]] = {}  # by the owner of the servers: those that hold the base
+        for name, config in self.recipe.roles.items():
+            if not (config.served and config.engine.kind == "sglang"):
+                continue
+            role, owner = self.roles[name], config.engine.share or name
+            if owner not in servers:
+                servers[owner] = Servers(config.engine, fleets.get(owner))
+            if config.engine.enable_lora:
+                self._need_same_base(role, self.roles[owner])
+                held = bases.setdefault(owner, set())
+                served[name] = BesideBase(role, servers[owner], self.folder, held)
+            else:
+                served[name] = OnServers(role, servers[owner], self.folder)
+
+    @staticmethod
+    def _need_same_base(role: Role, owner: Role) -> None:
+        """Raise InputError where servers would hold a base that is not the role's. The same on every rank."""
+        if role.base != owner.base:
+            raise on_all_ranks(
+                InputError(
+                    f"{role.name} shares the servers of {owner.name}, and its adapter is beside another "
+                    f"base: {role.base:.12}, not {owner.base:.12}",
+                    where=f"roles.{role.name}.engine.share",
+                    way_out="give both roles the same model, or each servers of its own",
+                )
+            )
 
     def _shares(self) -> dict[str, Share]:
         """What servers get of their GPUs; nothing on a CPU. Collective.
@@ -188,9 +215,14 @@ class Run:
         for config in roles.values():
             check_weights(config.model, resuming=resuming, adapter=config.training.adapter is not None)
         shapes = {name: shape_of(config.model, len(self.tokenizers[name])) for name, config in roles.items()}
-        served = {n: c.engine for n, c in roles.items() if c.served and c.engine.kind == "sglang"}
+        served = {
+            n: c.engine
+            for n, c in roles.items()
+            if c.served and c.engine.kind == "sglang" and c.engine.share is None
+        }
         started = {
-            n: self._fleets.start(n, c, hf_config(shapes[n]), shares.get(n)) for n, c in served.items()
+            n: self._fleets.start(n, c, hf_config(shapes[n]), shares.get(n), served_adapters(self.recipe, n))
+            for n, c in served.items()
         }
         return shapes, {name: fleet for name, fleet in started.items() if fleet is not None}
 

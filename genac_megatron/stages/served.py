@@ -17,11 +17,12 @@ from genac_megatron.cluster.network import fabric_address
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import hf_config
 from genac_megatron.observe.runinfo import RunFolder
-from genac_megatron.publication.factory import fleet_publisher
+from genac_megatron.publication.adapter_fleet import AdapterPublisher
+from genac_megatron.publication.factory import adapter_publisher, fleet_publisher
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.recipe.memory import Share
-from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import node_servers, plan_gpus
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
@@ -47,10 +48,19 @@ class Served(Protocol):
     """One role's engine, as this rank sees it, and what brings weights to it."""
 
     engine: Engine
-    publisher: Publisher
+
+    @property
+    def publisher(self) -> Publisher | AdapterPublisher:
+        """What brings weights to it."""
+        ...
 
     def restart_lost(self) -> list[str]:
-        """Replace the servers that were lost; their names. They hold no weights yet. Collective."""
+        """Replace the servers that were lost; the names of those that lack weights now. Collective."""
+        ...
+
+    @property
+    def lacking(self) -> list[str]:
+        """Servers that were replaced for another role, which lack this one's weights."""
         ...
 
     def restarts(self) -> int:
@@ -91,6 +101,7 @@ class InRanks:
     """An embedded engine in every rank."""
 
     bare = sleeps = doubted = False
+    lacking: list[str] = []
 
     def __init__(self, role: Role) -> None:
         self.engine: Engine = EmbeddedEngine(hf_config(role.shape), role.config.engine, platform.device())
@@ -117,15 +128,15 @@ class InRanks:
 
 
 class OnServers:
-    """SGLang servers."""
+    """SGLang servers that hold the role's weights."""
+
+    publisher: Publisher | AdapterPublisher
 
     def __init__(self, role: Role, servers: Servers, folder: RunFolder) -> None:
         self._servers = servers
-        engine = SglangEngine(servers.clients, role.config.engine, role.shape, first=dist.get_rank())
-        self.engine: Engine = engine
-        _tell_of_files(role.name, engine)
+        self.engine: Engine = _engine(role, servers)
         gpus = shared_gpus(servers.endpoints, role.config.engine)
-        scratch = folder.path / "serving" / role.name / "weights"
+        scratch = _scratch(role, folder)
         self.publisher = fleet_publisher(role, servers.endpoints, scratch, gpus, run_name=folder.unique_name)
 
     @property
@@ -136,7 +147,12 @@ class OnServers:
     def doubted(self) -> bool:
         return self._servers.doubted
 
+    @property
+    def lacking(self) -> list[str]:
+        return []
+
     def restart_lost(self) -> list[str]:
+        assert isinstance(self.publisher, Publisher)
         transport = self.publisher.transport
         assert isinstance(transport, FleetTransport)
         lost = self._servers.replace_lost(transport.lost)
@@ -165,6 +181,50 @@ class OnServers:
         self.engine.close()
 
 
+class BesideBase(OnServers):
+    """SGLang servers that hold a base and load the role's adapters, and those of roles that share them.
+
+    held: the endpoints that have the base, the same set for all roles on them.
+    """
+
+    def __init__(self, role: Role, servers: Servers, folder: RunFolder, held: set[Endpoint]) -> None:
+        self._servers, self._owner = servers, role.config.engine.share is None
+        engine = _engine(role, servers, adapter=role.name)
+        self.engine = engine
+        gpus = shared_gpus(servers.endpoints, role.config.engine)
+        self._adapters = self.publisher = adapter_publisher(
+            *(role, servers.endpoints, _scratch(role, folder), gpus),
+            run_name=folder.unique_name,
+            held=held,
+            in_use=engine.in_use,
+        )
+
+    @property
+    def lacking(self) -> list[str]:
+        if self._servers.endpoints != self._adapters.endpoints:
+            self._adapters.set_endpoints(self._servers.endpoints)
+        return self._adapters.lacking
+
+    def restart_lost(self) -> list[str]:
+        lost = self._servers.replace_lost(self._adapters.lost)
+        return sorted({*lost, *self.lacking})
+
+    def restarts(self) -> int:
+        return self._servers.restarts if self._owner else 0  # each counts once
+
+
+def _engine(role: Role, servers: Servers, adapter: str | None = None) -> SglangEngine:
+    made = SglangEngine(
+        servers.clients, role.config.engine, role.shape, first=dist.get_rank(), adapter=adapter
+    )
+    _tell_of_files(role.name, made)
+    return made
+
+
+def _scratch(role: Role, folder: RunFolder) -> Path:
+    return folder.path / "serving" / role.name / "weights"
+
+
 class Fleets:
     """The servers of a run on this node, on its first rank; they start while the trainer builds its models.
 
@@ -185,12 +245,17 @@ class Fleets:
         self._masks = [mask for node, mask in masks if node == self._node]
 
     def start(
-        self, role: str, config: EngineConfig, model: Mapping[str, object], share: Share | None = None
+        self,
+        role: str,
+        config: EngineConfig,
+        model: Mapping[str, object],
+        share: Share | None = None,
+        adapters: Sequence[AdapterConfig] = (),
     ) -> Fleet | None:
         """Begin to start this node's share of a role's servers; None on a rank that owns none.
 
-        share: what a server gets of its GPUs; None on a CPU. Raises InputError where the world lacks a node
-        that the recipe names.
+        share: what a server gets of its GPUs; None on a CPU. adapters: that they load beside their base.
+        Raises InputError where the world lacks a node that the recipe names.
         """
         if max(config.nodes) >= self._nodes:
             raise InputError(
@@ -214,6 +279,7 @@ class Fleets:
             cores=self._cores,
             share=share,
             neighbours=tuple(self._started),
+            adapters=adapters,
         )
         self._started.append(fleet)
         if not config.urls:

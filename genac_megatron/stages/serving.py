@@ -114,8 +114,8 @@ class Serving:
 
     def _bring(self, name: str, version: int, only: list[str] | None = None) -> dict[str, float]:
         """The role's weights to its engines, or to `only` the servers named. Collective."""
-        served = self.served[name]
-        if self.roles[name].config.publication.mode == "drain":
+        served, config = self.served[name], self.roles[name].config
+        if config.publication.mode == "drain" and not config.engine.enable_lora:
             self.wait_settled()
         while True:
             self.turns.publish(name)
@@ -145,10 +145,12 @@ class Serving:
         return self.served[name].restart_lost()
 
     def _give_missing(self) -> None:
-        """Weights for the engines that gave them up with their memory."""
+        """Weights for the engines that gave them up with their memory, or were replaced for another role."""
         for name, served in self.served.items():
             if served.bare:
                 self._give_again(name, None)
+            elif lacking := served.lacking:
+                self._give_again(name, list(lacking))
 
     def _heal(self) -> bool:
         """Replace lost servers and give them the weights that the others have; whether any was lost."""

@@ -60,6 +60,7 @@ class FakeRole:
         self.config = SimpleNamespace(
             training=SimpleNamespace(offload=offload),
             publication=SimpleNamespace(every=1, mode="drain"),
+            engine=SimpleNamespace(enable_lora=False),
         )
         gpu.take(f"{name} role")
 
@@ -131,6 +132,7 @@ class FakeServed:
         self.servers, self.publisher = servers, publisher
         self.engine = SimpleNamespace(version=-1)
 
+    lacking: tuple[str, ...] = ()
     bare = property(lambda self: self.servers.bare)
     sleeps = property(lambda self: self.servers.sleeps)
     doubted = property(lambda self: self.servers.doubted)

@@ -47,6 +47,8 @@ IMPORTED_ONCE = (  # what a server's processes import, the table of models inclu
     "models.registry",
 )
 MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")  # files of sglang/srt/models that our families need
+LORA = ("layers", "backend.torch_backend")  # files of sglang/srt/lora that pin memory on a CPU too
+PINNING = ("tensor", "zeros", "empty")  # what they ask for with `pin_memory`
 PAUSED = ("_record_scheduler_state_for_paused_engine", "maybe_sleep_on_idle")  # of SGLang's scheduler
 KEY = "GENAC_SERVER_KEY"
 CORES = "GENAC_SERVER_CORES"
@@ -140,6 +142,25 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """There is nothing to run."""
 
 
+class Unpinned(types.ModuleType):
+    """Stands for torch in a module that asks for pinned host memory: here it gets plain memory."""
+
+    def __init__(self, torch: types.ModuleType) -> None:
+        super().__init__(torch.__name__)
+        self._torch = torch
+
+    def __getattr__(self, name: str) -> Any:
+        made = found = getattr(self._torch, name)
+        if name in PINNING:
+
+            def made(*args: Any, **kwargs: Any) -> Any:
+                kwargs.pop("pin_memory", None)
+                return found(*args, **kwargs)
+
+        setattr(self, name, made)
+        return made
+
+
 def fill_gaps() -> list[str]:
     """Fill what SGLang imports and a machine without CUDA lacks; the names of the gaps that were there.
 
@@ -149,6 +170,8 @@ def fill_gaps() -> list[str]:
       naming the library's operators nms and qnms. Gone where torch's build is torchvision's.
     - allocator: the host memory allocator of the routed-experts capturer knows no device "cpu" (it would pin
       memory). Gone once SGLang's table has one.
+    - pinned: adapters (LORA) put small tensors in pinned host memory, which torch refuses where there is no
+      accelerator. Gone once SGLang asks whether there is one, or torch pins nothing then.
 
     And `spawn` as the start method of SGLang's processes: each would import SGLang again, half a minute on
     two cores. Forked ones inherit it; nothing of torch has run by then. Not a gap, only faster.
@@ -174,6 +197,13 @@ def fill_gaps() -> list[str]:
     if "cpu" not in common.ALLOC_MEMORY_FUNCS:
         gaps.append("allocator")
         common.ALLOC_MEMORY_FUNCS["cpu"] = lambda size, dtype, *_, **__: torch.empty(size, dtype=dtype)
+    try:
+        torch.zeros(1).pin_memory()
+    except RuntimeError:
+        gaps.append("pinned")
+        torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign,assignment]
+        for module in LORA:
+            vars(importlib.import_module(f"sglang.srt.lora.{module}"))["torch"] = Unpinned(torch)
     real: Callable[..., None] = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: real("fork", force=force)  # type: ignore[assignment]
     return gaps

@@ -86,6 +86,7 @@ class ServerClient:
         rid: str | None = None,
         candidates: Sequence[int] | Sequence[Sequence[int]] | None = None,
         experts: bool = False,
+        adapter: str | None = None,
     ) -> list[Generated]:
         """Samples of one prompt (`sampling["n"]` of them), or of each of several, in their order.
 
@@ -93,15 +94,22 @@ class ServerClient:
         log-probs at each new position are wanted. rid: to abort it by; SGLang aborts every request whose id
         *starts* with the one given. experts: those that tokens were sent to are wanted (a server that was
         not started for it returns none). limit_s: without a sign that the server works (pulse.py): what
-        it does for others in between does not count. Raises ServerError where anything at all goes wrong, the
-        limit included.
+        it does for others in between does not count. adapter: the name of the one that generates; None: the
+        model itself. Raises ServerError where anything at all goes wrong, the limit included.
         """
         body: dict[str, Any] = {"input_ids": _lists(ids), "sampling_params": dict(sampling)}
         body |= {"return_logprob": True} | ({"rid": rid} if rid is not None else {})
         body |= {"return_routed_experts": True} if experts else {}
+        body |= {"lora_path": adapter} if adapter is not None else {}
         if candidates is not None:
             body["token_ids_logprob"] = _lists(candidates)
-        reply = await self._ask("/generate", body, limit_s, patient=True)
+        try:
+            reply = await self._ask("/generate", body, limit_s, patient=True)
+        except ServerError as error:
+            if adapter is None or adapter not in error.body:
+                raise
+            # It was restarted and does not hold the adapter yet: another may.
+            raise self._error("/generate", error.body, retryable=True) from error
         try:
             return [_generated(one) for one in (reply if isinstance(reply, list) else [reply])]
         except (LookupError, TypeError, ValueError) as error:
@@ -225,6 +233,37 @@ class ServerClient:
         """
         body = {"model_path": folder, "load_format": load_format}
         self._update("/update_weights_from_disk", body, version, limit_s, flush=flush)
+
+    def load_adapter(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        blobs: Sequence[str],
+        *,
+        checksums: Mapping[str, str] | None = None,
+        limit_s: float = WEIGHTS_S,
+    ) -> None:
+        """Load an adapter under a name that it does not hold: a flat bucket per rank, each whole.
+
+        config: PEFT's adapter_config.json. checksums: sha256 of every tensor, which the server compares with
+        what has arrived: where one differs its process ends.
+        """
+        body = {"lora_name": name, "config_dict": dict(config), "serialized_named_tensors": list(blobs)}
+        body |= {"load_format": "flattened_bucket"}
+        body |= {} if checksums is None else {"expected_checksums": dict(checksums)}
+        self.post("/load_lora_adapter_from_tensors", body, limit_s)
+
+    def unload_adapter(self, name: str, *, limit_s: float = CONTROL_S) -> None:
+        """Let an adapter go. It waits for requests that name it, and loads and unloads wait for it."""
+        self.post("/unload_lora_adapter", {"lora_name": name}, limit_s)
+
+    def adapters(self, *, limit_s: float = CONTROL_S) -> list[str]:
+        """The names of the adapters that it holds."""
+        reply = self._object("/v1/models", limit_s)
+        try:
+            return [str(card["id"]) for card in reply["data"] if card.get("parent") is not None]
+        except (LookupError, TypeError) as error:
+            raise self._error("/v1/models", f"no list of models: {reply}", retryable=False) from error
 
     def init_group(
         self,

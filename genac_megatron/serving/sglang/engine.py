@@ -10,8 +10,8 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion, Finish, Request
 from genac_megatron.serving.engine import Engine, check_ids, check_request
 from genac_megatron.serving.experts import as_experts
+from genac_megatron.serving.sglang.adapters import adapter_name
 from genac_megatron.serving.sglang.client import Generated, ServerClient, ServerError
 from genac_megatron.serving.sglang.loading import Loader
 from genac_megatron.serving.sglang.routing import Route, Router, group_of
@@ -41,6 +42,13 @@ MORE_FILES = (
 )
 T = TypeVar("T")
 _group: ContextVar[str] = ContextVar("group", default="")  # of this task's last request
+
+
+class Weights(NamedTuple):
+    """What an attempt is made with: the version, and its adapter's name where servers load adapters."""
+
+    version: int
+    adapter: str | None
 
 
 @dataclass(eq=False)
@@ -66,14 +74,26 @@ class SglangEngine(Engine):
 
     Completions carry the version of every token, so weights may change while requests run. `load_weights`
     sends them by value in requests; a publication with a transport of its own sets `version` instead.
+
+    Where servers load adapters an attempt names the newest as it begins and ends on it: it has one version.
     """
 
     def __init__(
-        self, clients: Sequence[ServerClient], config: EngineConfig, shape: Shape, *, first: int = 0
+        self,
+        clients: Sequence[ServerClient],
+        config: EngineConfig,
+        shape: Shape,
+        *,
+        first: int = 0,
+        adapter: str | None = None,
     ) -> None:
-        """first: the server that takes the first group of requests that was not dealt."""
+        """first: the server that takes the first group of requests that was not dealt. adapter: the role
+        whose adapters servers load (serving/sglang/adapters.py); None: they hold its whole weights.
+        """
         self.clients, self.config, self.shape, self.vocab = list(clients), config, shape, shape.vocab
         self.version = -1
+        self._adapter = adapter
+        self._using: dict[int, int] = {}  # attempts under way, by version
         self.in_flight = min(config.max_in_flight, connections_each(len(self.clients)))
         self._router = Router(self.clients, self.in_flight, first)
         self._loader = Loader(self.clients, hf_names(shape), fp8=config.quantization == "fp8")
@@ -92,8 +112,8 @@ class SglangEngine(Engine):
         _group.set(group)
         live = Live(request.key)
 
-        async def attempt(route: Route) -> Generated | None:
-            return await self._generate(route.client, request, live)
+        async def attempt(route: Route, weights: Weights) -> Generated | None:
+            return await self._generate(route.client, request, live, weights)
 
         live.work = asyncio.ensure_future(self._attempts(attempt, group, where))
         self._live.add(live)
@@ -128,12 +148,12 @@ class SglangEngine(Engine):
             for at, token in enumerate(tokens):
                 wanted.setdefault(tuple(tokens[:at]), set()).add(token)
 
-        async def attempt(route: Route) -> dict[tuple[int, ...], dict[int, float]]:
+        async def attempt(route: Route, weights: Weights) -> dict[tuple[int, ...], dict[int, float]]:
             # Requests in flight together share no prefix: the shortest goes ahead and fills the cache.
             found: dict[tuple[int, ...], dict[int, float]] = {}
             order = sorted(wanted, key=len)
             for prefixes in (order[:1], order[1:]):
-                found |= await self._next_logprobs(route.client, ids, prefixes, wanted, temperature)
+                found |= await self._next_logprobs(route.client, ids, prefixes, wanted, temperature, weights)
             return found
 
         found = await self._attempts(attempt, _group.get(), "score")
@@ -143,12 +163,18 @@ class SglangEngine(Engine):
         """Have the server that takes `key`'s group read ids into its prefix cache."""
         check_ids(ids, self.vocab, "warm")
 
-        async def attempt(route: Route) -> Generated:
-            nothing_new = {"max_new_tokens": 0}
-            (sample,) = await route.client.generate(ids, nothing_new, limit_s=self.config.request_timeout_s)
+        async def attempt(route: Route, weights: Weights) -> Generated:
+            nothing_new, limit_s = {"max_new_tokens": 0}, self.config.request_timeout_s
+            (sample,) = await route.client.generate(
+                ids, nothing_new, limit_s=limit_s, adapter=weights.adapter
+            )
             return sample
 
         self._count(await self._attempts(attempt, group_of(key), f"reading ahead for {key!r}"))
+
+    def in_use(self) -> set[int]:
+        """Versions that requests under way were begun with."""
+        return set(self._using)
 
     def deal(self, numbers: Mapping[str, int]) -> None:
         self._router.deal(numbers)
@@ -208,7 +234,7 @@ class SglangEngine(Engine):
                 "the engine has no weights", where=where, way_out="publish the role's weights to it first"
             )
 
-    async def _attempts(self, attempt: Callable[[Route], Awaitable[T]], group: str, where: str) -> T:
+    async def _attempts(self, attempt: Callable[[Route, Weights], Awaitable[T]], group: str, where: str) -> T:
         """What the first successful attempt returns."""
         failures: list[str] = []
         files = False
@@ -219,8 +245,10 @@ class SglangEngine(Engine):
             if self._busy == 0:
                 self._busy_since = time.perf_counter()
             self._busy += 1
+            weights = self._weights()
+            self._using[weights.version] = self._using.get(weights.version, 0) + 1
             try:
-                return await attempt(route)
+                return await attempt(route, weights)
             except ServerError as error:
                 if not error.retryable:
                     raise InputError(f"refused: {error.what}", where=f"{where} at {error.server}") from error
@@ -230,6 +258,7 @@ class SglangEngine(Engine):
                     self._router.rest(route)
             finally:
                 self._router.give_back(route)
+                self._let_go(weights.version)
                 self._busy -= 1
                 if self._busy == 0:
                     self._stats["seconds"] += time.perf_counter() - self._busy_since
@@ -238,7 +267,19 @@ class SglangEngine(Engine):
             raise InputError(told, where=where, way_out=MORE_FILES)
         raise PeerLost(told, where=where)
 
-    async def _generate(self, client: ServerClient, request: Request, live: Live) -> Generated | None:
+    def _weights(self) -> Weights:
+        """What a request that begins now is asked of."""
+        version = self.version
+        return Weights(version, None if self._adapter is None else adapter_name(self._adapter, version))
+
+    def _let_go(self, version: int) -> None:
+        self._using[version] -= 1
+        if not self._using[version]:
+            del self._using[version]
+
+    async def _generate(
+        self, client: ServerClient, request: Request, live: Live, weights: Weights
+    ) -> Generated | None:
         """One attempt; None where it was aborted and nothing came of it."""
         live.client, live.rid = client, uuid.uuid4().hex  # of one length: none is the start of another
         try:
@@ -249,6 +290,7 @@ class SglangEngine(Engine):
                 limit_s=limit_s,
                 rid=live.rid,
                 experts=self.config.routing_replay,
+                adapter=weights.adapter,
             )
             _check_versions(client, sample)
             if sample.finish == "abort" and not live.aborted:  # a publication that failed ends all requests
@@ -259,7 +301,7 @@ class SglangEngine(Engine):
             raise
         finally:
             live.client = None
-        return sample
+        return sample if weights.adapter is None else _of_version(sample, weights.version)
 
     def _experts(self, request: Request, sample: Generated) -> Experts | None:
         """Which experts every token that was read went to. Raises InputError where the server sent none."""
@@ -287,6 +329,7 @@ class SglangEngine(Engine):
         prefixes: Sequence[tuple[int, ...]],
         wanted: dict[tuple[int, ...], set[int]],
         temperature: float,
+        weights: Weights,
     ) -> dict[tuple[int, ...], dict[int, float]]:
         """After ids + each prefix: the log-probs of the tokens that are wanted there."""
         if not prefixes:
@@ -296,6 +339,7 @@ class SglangEngine(Engine):
             {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True},
             limit_s=self.config.request_timeout_s,
             candidates=[sorted(wanted[prefix]) for prefix in prefixes],
+            adapter=weights.adapter,
         )
         found = {}
         for prefix, sample in zip(prefixes, samples, strict=True):
@@ -340,6 +384,11 @@ def _sampling(request: Request) -> dict[str, Any]:
     # ignore_eos would switch these off too; the model's own are switched off where the server is started.
     stops = {"stop_token_ids": list(params.stop_token_ids)} if params.stop_token_ids else {"ignore_eos": True}
     return sampling | stops
+
+
+def _of_version(sample: Generated, version: int) -> Generated:
+    """A server's own spans are of its base, which stays: all of an adapter's tokens have its version."""
+    return replace(sample, spans=((str(version), len(sample.ids)),) if sample.ids else ())
 
 
 def _check_versions(client: ServerClient, sample: Generated) -> None:

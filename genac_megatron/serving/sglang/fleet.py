@@ -21,8 +21,9 @@ from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.memory import Share
-from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import plan_gpus
+from genac_megatron.serving.sglang.adapters import lora_arguments
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.cores import as_list
 from genac_megatron.serving.sglang.free_memory import free_bytes
@@ -62,7 +63,8 @@ class Fleet:
     node: counted from 0; host: the address that its servers bind to. places: of every server of the role, its
     GPUs (recipe/servers.py); None: as if there were no other role. cores: by a server's name, the hardware
     threads that it runs on; None: this process's. share: what a server gets of each GPU; None on a CPU.
-    neighbours: fleets that started before, perhaps on the same GPUs.
+    neighbours: fleets that started before, perhaps on the same GPUs. adapters: of the roles whose adapters
+    these servers load; none: they hold whole weights.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Fleet:
         cores: Mapping[str, Sequence[int]] | None = None,
         share: Share | None = None,
         neighbours: Sequence[Fleet] = (),
+        adapters: Sequence[AdapterConfig] = (),
     ) -> None:
         self.name, self.config, self.device = name, config, device
         self.node, self.host = node, host
@@ -91,6 +94,7 @@ class Fleet:
         self._uuids: dict[str, str] = {}  # of those names
         self._starting: list[Server] = []  # not known to be healthy yet
         self._share, self._neighbours = share, neighbours
+        self._lora = lora_arguments(adapters, gpu=device == "cuda")
         if not config.urls:
             if device == "cuda":
                 self._choose_gpus(plan_gpus({name: config})[name] if places is None else places)
@@ -274,7 +278,7 @@ class Fleet:
             mem_fraction=config.mem_fraction or CPU_FRACTION,
             max_running=config.max_batch if gpu else config.batch,
             max_tokens=config.max_batch_tokens if gpu else config.batch_tokens,
-            args=(*memory_saver, *replay, *fp8, *arguments_on(gpus), *config.args),
+            args=(*memory_saver, *replay, *fp8, *self._lora, *arguments_on(gpus), *config.args),
             env=env,
             cores=tuple(self._cores.get(f"{self.name}/{index}", ())),
         )

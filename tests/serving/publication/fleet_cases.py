@@ -35,7 +35,13 @@ class Servers:
         self.running: dict[str, Server] = {}
 
     def start(
-        self, *, family: str = "qwen3", tie: bool = True, tps: tuple[int, ...] = (1,), **shape_of_it: Any
+        self,
+        *,
+        family: str = "qwen3",
+        tie: bool = True,
+        tps: tuple[int, ...] = (1,),
+        args: tuple[str, ...] = (),
+        **shape_of_it: Any,
     ) -> list[Endpoint]:
         """One new server for each of the tensor-parallel sizes, all at once."""
         count = len(self.running)
@@ -46,7 +52,12 @@ class Servers:
         made = []
         for index, (port, tp) in enumerate(zip(spare_ports(len(tps)), tps, strict=True)):
             spec = ServerSpec(
-                f"tiny/{count + index}", model, port, dtype="fp32", tp=tp, max_running=16, max_tokens=8192
+                *(f"tiny/{count + index}", model, port),
+                dtype="fp32",
+                tp=tp,
+                max_running=16,
+                max_tokens=8192,
+                args=args,
             )
             server = Server(spec, self.folder / f"server-{count + index}.log", zygote=self.zygote)
             server.start()

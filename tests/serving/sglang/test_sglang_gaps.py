@@ -20,7 +20,7 @@ found = [torch.version.cuda, filled, len(boot.other_models()), methods]
 def test_the_import_gaps_are_still_there(zygote: AskingZygote) -> None:
     cuda, gaps, others, methods = zygote.ask(PROBE)
     # A CUDA build of torch, which some indexes offer to a CPU too, comes with triton and suits torchvision.
-    wanted = ["triton", "sgl_kernel", "torchvision", "allocator"]
+    wanted = ["triton", "sgl_kernel", "torchvision", "allocator", "pinned"]
     assert others > 100, "SGLang's models are elsewhere now: see boot.other_models"
     assert gaps == [gap for gap in wanted if cuda is None or gap not in ("triton", "torchvision")]
     assert methods == list(PAUSED), "its loop has changed: see boot.rest_while_paused"
