@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from genac_megatron.models.sizes import (
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
     AdapterConfig,
+    EngineConfig,
     LayoutConfig,
     PolicyStage,
     PpoStage,
@@ -30,6 +32,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.recipe.servers import lora_slots, served_adapters, widest
 from genac_megatron.recipe.sharing import owner_of
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -160,6 +163,14 @@ def served_bytes(role: RoleConfig, shape: Shape) -> float:
     return float(plain + fp8 + scales * SCALE_BYTES) / role.engine.tp
 
 
+def slot_bytes(adapters: Sequence[AdapterConfig], shape: Shape, engine: EngineConfig) -> float:
+    """What a server rank holds for adapters to decode with; nothing where it loads none."""
+    if not adapters:
+        return 0.0
+    each = adapter_parameters(shape, widest(adapters), engine.tp, 1)
+    return float(lora_slots(adapters) * each * BYTES[engine.dtype])
+
+
 @cache
 def _fp8_served(shape: Shape) -> tuple[int, int]:
     """Weights that an FP8 server holds in blocks, and their scales."""
@@ -252,7 +263,20 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
                 f"{role.engine.quantization}: weights {_size(served_bytes(role, shape))} on each, "
                 f"{_limits(recipe, role)}"
             )
+        if role.engine.enable_lora:
+            lines.append(f"    {_served_told(recipe, name, shape)}")
     return lines
+
+
+def _served_told(recipe: Recipe, name: str, shape: Shape) -> str:
+    """What of a role reaches its servers."""
+    engine = recipe.roles[name].engine
+    if engine.share is not None:
+        return f"served by the servers of '{engine.share}', which load its adapters"
+    adapters = served_adapters(recipe, name)
+    room = _size(slot_bytes(adapters, shape, engine))
+    plural = "s" if len(adapters) > 1 else ""
+    return f"servers hold the base and load adapters of {len(adapters)} role{plural} beside it ({room})"
 
 
 def adapter_told(adapter: AdapterConfig, shape: Shape, owner: str | None) -> str:

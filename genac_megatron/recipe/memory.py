@@ -25,9 +25,10 @@ from enum import StrEnum
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import largest_parameter
-from genac_megatron.recipe.estimate import BYTES, Memory, Place, memory_of, served_bytes
+from genac_megatron.recipe.estimate import BYTES, Memory, Place, memory_of, served_bytes, slot_bytes
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import EngineConfig, Recipe, RoleConfig, SftStage
+from genac_megatron.recipe.servers import served_adapters
 from genac_megatron.recipe.sharing import owner_of
 
 GIB = 2.0**30
@@ -238,7 +239,8 @@ class _Parts:
             cache = min(cache, engine.max_batch_tokens * token)
         least = token * longest(self.recipe, name)
         runtime = self._runtime(name, least / token)
-        return Share(name, served_bytes(role, shape), cache, least, token, runtime)
+        weights = served_bytes(role, shape) + slot_bytes(served_adapters(self.recipe, name), shape, engine)
+        return Share(name, weights, cache, least, token, runtime)
 
     def _runtime(self, name: str, length: float) -> float:
         """What a server's rank holds beside weights and KV cache: its libraries, one layer of a prefill, the

@@ -6,10 +6,11 @@ GPUs are numbers among the job's on a node, as CUDA_VISIBLE_DEVICES lists them t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig, Recipe
 
+VERSIONS_AT_ONCE = 2  # of a role's adapters that a server decodes with: the newest, and the one before
 Plan = dict[str, list[list[int]]]  # role -> server -> the GPUs of its ranks, in order, on its node
 
 
@@ -46,6 +47,17 @@ def served_adapters(recipe: Recipe, role: str) -> list[AdapterConfig]:
         return []
     sharing = (config for name, config in recipe.roles.items() if role in (name, config.engine.share))
     return [config.training.adapter for config in sharing if config.training.adapter is not None]
+
+
+def lora_slots(adapters: Sequence[AdapterConfig]) -> int:
+    """How many adapters of these roles a server decodes with at once, the base itself being one."""
+    return VERSIONS_AT_ONCE * len(adapters) + 1
+
+
+def widest(adapters: Sequence[AdapterConfig]) -> AdapterConfig:
+    """What every slot has room for: the largest rank on all their projections."""
+    targets = sorted({target for adapter in adapters for target in adapter.targets})
+    return AdapterConfig(rank=max(adapter.rank for adapter in adapters), targets=targets)
 
 
 def node_servers(engines: Mapping[str, EngineConfig], node: int, *, gpu: bool) -> dict[str, list[int]]:

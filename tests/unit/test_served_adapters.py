@@ -9,6 +9,7 @@ import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
+from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
 from genac_megatron.recipe.schema import AdapterConfig
 from genac_megatron.recipe.servers import served_adapters, started_engines
@@ -126,6 +127,9 @@ def test_two_roles_on_one_fleet(recipe: Path, tmp_path: Path) -> None:
     assert list(started_engines(found)) == ["actor"]
     assert [adapter.rank for adapter in served_adapters(found, "actor")] == [8, 16]
     assert actor.model_copy(update={"share": "actor"}) == critic
+    told = describe(found)
+    assert "servers hold the base and load adapters of 2 roles beside it" in told
+    assert "served by the servers of 'actor', which load its adapters" in told
     again = tmp_path / "resolved.yaml"
     again.write_text(dump_recipe(found))
     assert load_recipe(again) == found

@@ -11,8 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from genac_megatron.recipe.schema import AdapterConfig
-
-AT_ONCE = 2  # versions of a role that decode together: the newest, and the one before
+from genac_megatron.recipe.servers import lora_slots, widest
 
 
 def adapter_name(role: str, version: int) -> str:
@@ -34,12 +33,12 @@ def lora_arguments(adapters: Sequence[AdapterConfig], *, gpu: bool) -> tuple[str
     """
     if not adapters:
         return ()
-    targets = sorted({target for adapter in adapters for target in adapter.targets})
-    ranks = ("--max-lora-rank", str(max(adapter.rank for adapter in adapters)))
-    slots = ("--max-loras-per-batch", str(AT_ONCE * len(adapters) + 1))
+    room = widest(adapters)
+    ranks = ("--max-lora-rank", str(room.rank))
+    slots = ("--max-loras-per-batch", str(lora_slots(adapters)))
     backend = () if gpu else ("--lora-backend", "torch_native")  # the others are written in Triton
     strict = "--lora-strict-loading"  # a projection that the model lacks is an error, and not left out
-    return ("--enable-lora", *ranks, *slots, *backend, strict, "--lora-target-modules", *targets)
+    return ("--enable-lora", *ranks, *slots, *backend, strict, "--lora-target-modules", *room.targets)
 
 
 @dataclass(frozen=True)
