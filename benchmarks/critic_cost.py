@@ -5,10 +5,9 @@ so what counts is the tokens, not the words). unique: tokens of the prompts' pre
 cache can compute; computed: the new tokens of its prefill batches, as the server logs them (a reply's own
 count of cached tokens takes a chunk of the same prompt for cached). Goal: computed / unique at most 1.05.
 
-FLOPs table: a GenAC iteration over one of PPO with a scalar critic of the same size on the same rollouts,
-2 FLOPs per weight and token forward and 6 in training, attention left out. Judging is unique prompt tokens
-plus critic tokens, forward; the scalar critic reads every rollout once forward and trains on it. trees: each
-prefix that a group's trained samples share is computed once, on both sides (training.share_prefixes).
+FLOPs table: a GenAC step over one of PPO with a scalar critic of the same size on the same rollouts, by
+counting, for each lever of a recipe (benchmarks/critic_counts.py says how). With --counts it alone, without a
+server: it goes into results/critic_levers.json and docs/performance.md.
 
 Iteration table (with --study): a step of joint training over a step of PPO with a real scalar critic, on the
 same prompts and seeds, as a study measured them: tokens, FLOPs, seconds, and both critics' value MSE.
@@ -30,10 +29,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.critic_counts import Group, length_table, lever_table, write
 from benchmarks.machine import save, table
 from genac_megatron.cluster.network import spare_ports
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.states import cut_states, trained_indices, trained_responses
+from genac_megatron.critic.states import cut_states
 from genac_megatron.models.mapping import random_weights
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.models.sizes import hf_names
@@ -77,8 +77,11 @@ def responses(count: int, per_prompt: int, tokens: int) -> list[Rollout]:
             words = " ".join(rng.choice("abcdefgh") for _ in range(PROBLEM_WORDS))
             prompt = Prompt(f"train/{group}", (), f"problem {group} : {words}", None)
         text = ""
-        while len(TOKENIZER.encode(text, add_special_tokens=False)) < tokens:
-            text += " ".join(rng.choice("abcdefgh") for _ in range(12)) + "\n"
+        count = 0
+        while count < tokens:
+            line = " ".join(rng.choice("abcdefgh") for _ in range(12)) + "\n"
+            count += len(TOKENIZER.encode(line, add_special_tokens=False))
+            text += line
         ids = tuple(TOKENIZER.encode(text, add_special_tokens=False)[:tokens])
         made.append(Rollout(prompt, sample, Completion(ids, (0.0,) * len(ids), "stop"), text, limit=tokens))
     return made
@@ -136,62 +139,6 @@ def cache_row(
     }
 
 
-def flops_row(
-    what: str,
-    states: int,
-    critic_tokens: int,
-    options: argparse.Namespace,
-    train_states: int = 4,
-    share: float = 1.0,
-) -> dict[str, Any]:
-    """FLOPs per weight and response: generation and training of the actor, then either critic."""
-    judging = JudgingConfig(states=StatesConfig(max_states=states, min_segment=16))
-    judge = Judge(None, TOKENIZER, TOKENIZER, judging, IccState(0.5), (), 4096, (0,))  # type: ignore[arg-type]
-    rollouts = responses(options.per_prompt, options.per_prompt, options.tokens)
-    cut = [cut_states(r, TOKENIZER, judging.states) for r in rollouts]
-    prompts = [{state.index: judge.prompt_ids(state) for state in states} for states in cut]
-    unique = unique_tokens(ids for each in prompts for ids in each.values())
-    judged = 1 + sum(len(states) - 1 for states in cut)
-    responding = [(n, len(cut[n])) for n in trained_responses(len(cut), share)]
-    trained = {(0, 0)} | {
-        (n, i) for n, count in responding for i in trained_indices(count, train_states) if i
-    }
-    train_tokens = sum(len(prompts[n][i]) + critic_tokens for n, i in trained)
-    once = unique_tokens(prompts[n][i] for n, i in trained) + critic_tokens * len(trained)
-    problem = len(TOKENIZER.encode(rollouts[0].prompt.problem, add_special_tokens=False))
-    rollout_tokens = options.per_prompt * (problem + options.tokens)
-    group_once = problem + options.per_prompt * options.tokens
-    writing, judging_tokens = 2 * options.per_prompt * options.tokens, 2 * (unique + judged * critic_tokens)
-    generative = writing + 6 * rollout_tokens + judging_tokens + 6 * train_tokens
-    scalar = writing + 6 * rollout_tokens + 2 * rollout_tokens + 6 * rollout_tokens
-    shared = writing + 6 * group_once + judging_tokens + 6 * once
-    scalar_shared = writing + 6 * group_once + 2 * group_once + 6 * group_once
-    return {
-        "lever": what,
-        "states": states,
-        "trained": train_states,
-        "of responses": share,
-        "critic tokens": critic_tokens,
-        "judging %": round(100 * judging_tokens / generative),
-        "critic training %": round(100 * 6 * train_tokens / generative),
-        "GenAC / scalar PPO": round(generative / scalar, 2),
-        "training, flat / tree": round(train_tokens / once, 2),
-        "trees, GenAC / scalar PPO": round(shared / scalar_shared, 2),
-    }
-
-
-def flops_table(options: argparse.Namespace) -> list[dict[str, Any]]:
-    return [
-        flops_row("defaults", 8, 256, options),
-        flops_row("fewer states", 4, 256, options),
-        flops_row("fewer states", 2, 256, options),
-        flops_row("shorter reasoning", 4, 64, options),
-        flops_row("fewer trained states", 4, 256, options, train_states=2),
-        flops_row("fewer trained responses", 4, 256, options, share=0.5),
-        flops_row("fewer states, shorter, half trained", 2, 64, options, share=0.5),
-    ]
-
-
 def served(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The cache table, from a server of its own."""
     (folder / "config.json").write_text(json.dumps(hf_config(SHAPE)))
@@ -241,24 +188,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--responses", type=int, default=12)
     parser.add_argument("--per-prompt", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8, help="responses to a prompt, for the FLOPs table")
     parser.add_argument("--tokens", type=int, default=1200, help="of a response")
     parser.add_argument("--critic-tokens", type=int, default=8, help="written per state, for the cache table")
     parser.add_argument("--counts", action="store_true", help="the FLOPs table alone, without a server")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1200, 3000, 8000], help="by length")
     parser.add_argument("--study", type=Path, help="the joint study's folder of results")
     options = parser.parse_args()
+    flops = lever_table(Group(responses(options.group, options.group, options.tokens)))
     if options.counts:
-        print(table(flops_table(options)))
+        groups = [Group(responses(options.group, options.group, n)) for n in options.lengths]
+        lengths = length_table(groups)
+        print(table(flops), table(lengths), sep="\n\n")
+        settings = {"per_prompt": options.group, "tokens": options.tokens}
+        print(write(settings, flops, lengths))
         return
     with tempfile.TemporaryDirectory() as folder:
         cache = served(options, Path(folder))
     print(table(cache), end="\n\n")
-    flops = flops_table(options)
     print(table(flops), end="\n\n")
     measured = iteration_table(options.study) if options.study else []
     if measured:
         print(table(measured))
     given = {**vars(options), "study": options.study and options.study.name}
-    print(save("critic_cost", given, [*cache, *flops, *measured]))
+    print(save("critic_cost", given, [*cache, *measured]))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def launch_critic_after(run: Run, stage: PpoStage, batch: Batch) -> Update:
     corrects for that, as for an engine's log-probs.
     """
     plain = [engine_sample(rollout.prompt.ids, rollout.completion) for rollout in batch.rollouts]
-    run.count_sequences("moved", plain)
+    counted = run.count_sequences("moved", plain)
     with run.phase("moved"):
-        now = run.actor.logprobs(plain, temperature=stage.rollout.temperature)
+        now = run.actor.logprobs(plain, temperature=stage.rollout.temperature, counted=counted)
     every = [
         tail_ratios(new, rollout.completion.logprobs, [judgement.state.cut for judgement in judgements])
         for new, rollout, judgements in zip(now, batch.rollouts, batch.judgements, strict=True)

@@ -100,19 +100,19 @@ def launch_policy(
     temperature = stage.rollout.temperature
     loss = make_ppo_loss(config)
     if config.kl_coef:
-        run.count_sequences("reference", samples)
+        counted = run.count_sequences("reference", samples)
         with run.phase("reference"):
             frozen = run.roles.get(REFERENCE)
             reference = (frozen or run.actor).launch_logprobs(
-                samples, temperature=temperature, base=frozen is None
+                samples, temperature=temperature, base=frozen is None, counted=counted
             )
             add_field(samples, "reference", reference.for_ranks_of(run.actor.layout))
     before: Launched[list[list[float]]] | None = None
     with run.phase("actor_train"):
         parts = [samples]
         if stage.epochs * stage.minibatches > 1:
-            run.count_sequences("actor_old", samples)
-            before = run.actor.launch_logprobs(samples, temperature=temperature)
+            counted = run.count_sequences("actor_old", samples)
+            before = run.actor.launch_logprobs(samples, temperature=temperature, counted=counted)
             add_field(samples, "old", before.for_ranks_of(run.actor.layout))
             seed = seed_for(run.recipe.seed, stage.name, step)
             constant = config.aggregate == "constant"

@@ -368,9 +368,14 @@ class Run:
         for key, value in figures.items():
             self._spent[key] = self._spent.get(key, 0.0) + value
 
-    def count_sequences(self, phase: str, samples: Sequence[Sample]) -> None:
-        """Count the tokens of a forward pass over `samples`, the same on every rank, to `phase`."""
-        self.count({f"tokens/{phase}": sum(len(sample.tokens) for sample in samples) / self.world.size})
+    def count_sequences(self, phase: str, samples: Sequence[Sample]) -> Callable[[float], None]:
+        """Count the tokens of a forward pass over `samples`, the same on every rank, to `phase`.
+
+        What is returned takes how many of them were computed (`Role.launch_logprobs`), for unique/: a
+        beginning that several samples share counts once there.
+        """
+        self.count({f"tokens/{phase}": sum(len(sample.tokens) - 1 for sample in samples) / self.world.size})
+        return lambda computed: self.count({f"unique/{phase}": computed})
 
     def note(self, figures: dict[str, float]) -> None:
         """Figures for the next row that has none of its own by these names. The same on every rank."""

@@ -135,9 +135,10 @@ def towards_the_moved(run: Run, batch: Batch, lesson: Lesson, cap: float, temper
     for rollout in batch.rollouts:
         prompt, completion = rollout.prompt.ids, rollout.completion
         samples.append(Sample([*prompt, *completion.ids], len(prompt), experts=completion.experts))
-    run.count_sequences("moved", samples)
+    counted = run.count_sequences("moved", samples)
     with run.phase("moved"):
-        now = [torch.tensor(logp) for logp in run.actor.logprobs(samples, temperature=temperature)]
+        found = run.actor.logprobs(samples, temperature=temperature, counted=counted)
+        now = [torch.tensor(logp) for logp in found]
     behaviour = [torch.tensor(rollout.completion.logprobs) for rollout in batch.rollouts]
     targets, kept = moved_targets(lesson.targets, now, behaviour, cap)
     return replace(lesson, targets=targets, kept=kept)

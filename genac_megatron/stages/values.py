@@ -58,8 +58,8 @@ def response_values(run: Run, rollouts: Sequence[Rollout], phase: str = "value")
     phase: what its tokens are counted to.
     """
     samples = [_sequence(rollout) for rollout in rollouts]
-    run.count_sequences(phase, samples)
-    return [torch.tensor(values) for values in run.critic.values(samples)]
+    counted = run.count_sequences(phase, samples)
+    return [torch.tensor(values) for values in run.critic.values(samples, counted=counted)]
 
 
 def _sequence(rollout: Rollout) -> Sample:

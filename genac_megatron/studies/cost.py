@@ -6,10 +6,13 @@ out (they grow with length: small here), and so are evaluations.
 A role whose attention is frozen needs no gradients of those weights: 4 for them in training, as activations
 have theirs all the same.
 
+Of the trainer's passes those tokens count that were computed: a beginning that samples of a micro-batch share
+counts once (`training.share_prefixes`); in rows of earlier versions every token was.
+
 Prompt tokens are counted in two ways. `flops` has those that were asked for, which an engine without a
 prefix cache reads, as the embedded one: an upper bound for a critic whose states nest. `flops_shared` has
 each prefix once that several prompts of a step begin with, as SGLang's servers read them (where they served:
-what they computed), and in training what was computed (`training.share_prefixes`).
+what they computed).
 """
 
 from __future__ import annotations
@@ -34,8 +37,11 @@ COUNTS = {
     "tokens/actor_train": ("actor", TRAINING),
     "tokens/critic_train": ("critic", TRAINING),
 }
-# Training's, where a row says what was computed; of earlier versions' rows all was.
-TRAINED = {f"tokens/{role}_train": f"unique/{role}_train" for role in ("actor", "critic")}
+# Of the trainer's passes, where a row says what was computed.
+PASSES = {
+    f"tokens/{phase}": f"unique/{phase}"
+    for phase in ("value", "reference", "actor_old", "moved", "actor_train", "critic_train")
+}
 SHARED = {"tokens/rollout_prompt": "unique/rollout_prompt", "tokens/judge_prompt": "unique/judge_prompt"}
 APART = ("time/evaluate_s", "time/checkpoint_s")  # what is not the method's
 
@@ -52,7 +58,7 @@ def spent(
 
     frozen: roles whose attention is.
     """
-    found = {key: float(row.get(key) or 0.0) for key in COUNTS}
+    found = {key: float(row.get(PASSES.get(key, key), row.get(key)) or 0.0) for key in COUNTS}
     seconds = float(row.get("time/total_s") or 0.0) - sum(float(row.get(key) or 0.0) for key in APART)
     sums = {
         "tokens": sum(found.values()),
@@ -61,7 +67,6 @@ def spent(
     }
     if all(SHARED[key] in row for key in SHARED if found[key]):
         once = {key: float(row[unique]) for key, unique in SHARED.items() if found[key]}
-        once |= {key: float(row[unique]) for key, unique in TRAINED.items() if unique in row}
         sums["flops_shared"] = _flops(found | once, shapes, frozen)
     return sums
 
@@ -71,6 +76,7 @@ def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape], frozen: Col
     for key, count in counts.items():
         if count:
             role, each = COUNTS[key]
+            role = role if role in shapes else "actor"  # whose adapter's base is its reference
             found += count * each * multiplied(shapes[role])
             if each == TRAINING and role in frozen:
                 found -= count * 2 * attention_parameters(shapes[role], 1, 1)

@@ -45,6 +45,7 @@ from genac_megatron.training.resting import Resting
 from genac_megatron.training.trained import is_trained
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+Counted = Callable[[float], None]
 Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-probs per sample
 
 
@@ -287,11 +288,17 @@ class Role(Resting):
 
     @torch.no_grad()
     def launch_logprobs(
-        self, samples: Sequence[Sample], *, temperature: float = 1.0, base: bool = False
+        self,
+        samples: Sequence[Sample],
+        *,
+        temperature: float = 1.0,
+        base: bool = False,
+        counted: Counted | None = None,
     ) -> Launched[list[list[float]]]:
         """Per sample, the log-probs of its trained tokens under the current weights.
 
-        base: under those that an adapter stands beside.
+        base: under those that an adapter stands beside. counted: is told on one rank how many tokens all
+        ranks together computed.
         """
         mine: Passed | None = None
         if self.active:
@@ -301,6 +308,8 @@ class Role(Resting):
             with mark(f"{self.name} forward"), self._without_adapters(base):
                 outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
             mine = self._collect(outputs, packs, len(samples))
+            if counted is not None and dist.get_rank() == self.layout.output_rank:
+                counted(mine[0]["computed_tokens"])
         return Launched(self.layout, self.groups, mine, lambda passed: passed[1])
 
     @contextmanager
@@ -314,13 +323,16 @@ class Role(Resting):
             for each in adapters:
                 each.switch(True)
 
-    def logprobs(self, samples: Sequence[Sample], *, temperature: float = 1.0) -> list[list[float]]:
+    def logprobs(self, samples: Sequence[Sample], **how: Any) -> list[list[float]]:
         """`launch_logprobs` and its result. Collective over the world."""
-        return self.launch_logprobs(samples, temperature=temperature).result()
+        return self.launch_logprobs(samples, **how).result()
 
-    def values(self, samples: Sequence[Sample]) -> list[list[float]]:
-        """Per sample, a scalar critic's value of the prefix strictly before each of its trained tokens."""
-        outputs = self.logprobs(samples)
+    def values(self, samples: Sequence[Sample], **how: Any) -> list[list[float]]:
+        """Per sample, a scalar critic's value of the prefix strictly before each of its trained tokens.
+
+        how: as for `launch_logprobs`.
+        """
+        outputs = self.logprobs(samples, **how)
         if not self.shape.logit:
             return outputs
         return [torch.tensor(logits).sigmoid().tolist() for logits in outputs]

@@ -118,8 +118,13 @@ def case(rank: int, kind: str, config: Any, experts: bool = False) -> Any:
     role = make_role("actor", config, torch.distributed.get_world_size())
     role.begin_stage(None, 10)
     options: dict[str, Any] = {} if kind == "value" else {"temperature": 0.8}
-    before = role.logprobs(batch(kind, 5, experts), **options)
-    figures, shares = [], []
+    counts: list[float] = []
+    samples = batch(kind, 5, experts)
+    before = role.logprobs(samples, **options, counted=counts.append)
+    told: list[list[float]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(told, counts)
+    (computed,) = (count for own in told for count in own)  # by one rank, of all
+    figures, shares = [], [computed / sum(len(sample.tokens) - 1 for sample in samples)]
     entropy = {} if kind == "value" else {"with_entropy": True}
     for step in range(3):
         result = role.train_step(batch(kind, 100 + step, experts), loss_of(kind), **options, **entropy)
@@ -135,7 +140,7 @@ def flat(pool: Any) -> dict[str, Any]:
 
 
 def check(got: Any, wanted: Any, *, close: float, loss: float, norm: float, weight: float) -> None:
-    assert wanted["shares"] == [1.0] * 3
+    assert wanted["shares"] == [1.0] * 4, "of a forward pass and three steps"
     assert all(0.3 < share < 0.9 for share in got["shares"]), got["shares"]
     assert len(got["before"]) == len(wanted["before"])
     for mine, theirs in zip(got["before"], wanted["before"], strict=True):

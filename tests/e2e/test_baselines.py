@@ -142,7 +142,8 @@ def test_one_response_per_prompt_trains_by_a_critic_of_log_odds(alone: Path) -> 
         assert row["tokens/rollout"] > 8 * 2  # continuations too
     for row in by_stage["pact"][:2]:
         assert 0 <= row["critic/dropped_share"] < 1
-        assert row["tokens/moved"] > 0
+        assert 0 < row["unique/moved"] <= row["tokens/moved"]
+        assert 0 < row["unique/value"] <= row["tokens/value"]
         assert math.isfinite(row["actor/grad_norm"])
     for row in by_stage["sao"][:2]:
         assert {"actor/masked_low_share", "actor/masked_high_share"} <= row.keys()

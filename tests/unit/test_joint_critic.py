@@ -107,7 +107,7 @@ def stand_in_run(moved: float, updates: list[int]) -> Any:
             StepResult({"loss": 0.0, "grad_norm": 1.0, "tokens": 1.0, "computed_tokens": 1.0}, logprobs)
         )
 
-    def logprobs(samples: Any, temperature: float) -> list[list[float]]:
+    def logprobs(samples: Any, temperature: float, counted: Any) -> list[list[float]]:
         return [[x + moved for x in sample.fields["behaviour"]] for sample in samples]
 
     return SimpleNamespace(

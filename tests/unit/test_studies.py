@@ -231,8 +231,19 @@ def test_a_prefix_that_prompts_share_is_billed_once_and_as_often_as_it_was_read(
     )
     shared = spent(trained | {"unique/critic_train": 20.0}, shapes)
     assert shared["flops_shared"] - found["flops_shared"] == 20 * 6 * critic
-    assert shared["flops"] == spent(trained, shapes)["flops"]
+    assert shared["flops"] - found["flops"] == 20 * 6 * critic, "no engine's cache has a part in it"
+    assert shared["tokens"] - found["tokens"] == 20.0
     assert total([], shapes) == {"tokens": 0.0, "flops": 0.0, "seconds": 0.0, "flops_shared": 0.0}
+
+
+def test_the_trainers_forward_passes_count_what_they_computed() -> None:
+    shapes = {role: shape(True) for role in ("actor", "critic", "reference")}
+    each = 2 * multiplied(shapes["actor"])
+    for phase in ("value", "reference", "actor_old", "moved"):
+        row = {f"tokens/{phase}": 50.0}
+        assert spent(row, shapes)["flops"] == 50 * each
+        found = spent(row | {f"unique/{phase}": 30.0}, shapes)
+        assert found == {"tokens": 30.0, "flops": 30 * each, "flops_shared": 30 * each, "seconds": 0.0}
 
 
 def test_a_curve_counts_what_was_spent_before_each_evaluation() -> None:

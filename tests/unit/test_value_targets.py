@@ -78,10 +78,10 @@ class FakeRun:
     def spend(self, phase: str, role: str) -> None: ...
 
     # --- its models
-    def values(self, samples: list[Sample]) -> list[list[float]]:
+    def values(self, samples: list[Sample], counted: Any = None) -> list[list[float]]:
         return [[0.25] * sample.trained for sample in samples]
 
-    def logprobs(self, samples: list[Sample], temperature: float) -> list[list[float]]:
+    def logprobs(self, samples: list[Sample], temperature: float, counted: Any) -> list[list[float]]:
         """The actor has doubled its first token's chance, and made the second ten times as likely."""
         self.trained.append(("new logprobs", samples))
         return [[-2.0 + math.log(2), -2.0 + math.log(10), *[-2.0] * (s.trained - 2)] for s in samples]
