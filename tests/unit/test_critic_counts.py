@@ -58,7 +58,7 @@ def test_levers_lower_what_they_should() -> None:
     rows = {what: lever_row(what, levers, OF)["FLOPs ÷ PPO"] for what, levers in ROWS.items()}
     whole = rows["defaults"]
     assert rows["prompt state judged for each response (not a choice)"] > whole < rows["soft scores"]
-    for what in ("half of the responses trained", "certain outcomes left out", "four states"):
+    for what in ("half of the responses trained", "certain outcomes left out", "two states"):
         assert rows[what] < whole
     assert rows["critic published every 4 steps"] == whole
     row = lever_row("", Levers(every=4), OF)
