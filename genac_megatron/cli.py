@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +29,7 @@ from genac_megatron.observe.ending import Ending
 from genac_megatron.observe.lock import run_lock
 from genac_megatron.observe.origin import TYPED, Origin, typed
 from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.observe.voice import one_voice
 from genac_megatron.recipe.document import files
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.studies import command as studies
@@ -229,9 +228,7 @@ def _rank(recipe: Recipe, job: Job, folder: Path) -> int:
     platform.raise_open_files()
     torch.set_num_threads(recipe.world.threads)
     install()  # before anything imports megatron.core
-    # What is missing and what it costs is said once, by `genac doctor`, not by each rank.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    one_voice()
     from genac_megatron.stages.stopping import StopFlag
 
     return _joined(recipe, job, StopFlag().install(), folder)
@@ -267,6 +264,7 @@ def _joined(recipe: Recipe, job: Job, stop: StopFlag, folder: Path) -> int:
         try:
             with uncollected():
                 import genac_megatron.stages.runtime  # noqa: F401  what every job needs
+            one_voice()
             job(recipe, world, stop)
         except StopRequested:
             dist.barrier()  # srun ends the others once one has left

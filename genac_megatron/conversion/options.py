@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, GenacError, InputError
+from genac_megatron.observe.voice import one_voice
 
 if TYPE_CHECKING:
     from genac_megatron.conversion.job import Conversion
@@ -99,6 +100,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_to_megatron(options: argparse.Namespace) -> int:
     """Hugging Face to Megatron. Raises InputError."""
+    one_voice()
     from genac_megatron.conversion.assets import of_folder
     from genac_megatron.conversion.to_megatron import ToMegatron
     from genac_megatron.models.registry import shape_from_folder
@@ -118,6 +120,7 @@ def run_to_megatron(options: argparse.Namespace) -> int:
 
 def run_to_hf(options: argparse.Namespace) -> int:
     """Megatron to Hugging Face. Raises InputError."""
+    one_voice()
     from genac_megatron.conversion.assets import of_checkpoint
     from genac_megatron.conversion.to_hf import ToHf
     from genac_megatron.models.families.base import Shape
@@ -175,6 +178,7 @@ def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: 
 
 def run_inspect(options: argparse.Namespace) -> int:
     """`genac inspect`; its exit code. Raises InputError."""
+    one_voice()
     from genac_megatron.conversion.inspect import describe, inspect
     from genac_megatron.training.checkpoint import find_checkpoint
 

@@ -1,11 +1,12 @@
 """What a person watches: pipeline, stage and phase with the time they still need.
 
-On a terminal a live block of three lines; elsewhere one line of text per step. Other ranks than the one
-with the display use `Progress(False)`: silent, but their phases are timed too.
+On a terminal a live block of three lines; elsewhere a line a minute, and one at a stage's first and last
+step. Other ranks than the one with the display use `Progress(False)`: silent, but their phases are timed too.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,8 @@ SHOWN = (
 )
 _ROOM = 6  # figures on a line
 _WINDOW = 10  # steps that a step's expected duration is the mean of
-_SILENT_GROUPS = ("time", "tokens", "memory", "publish")
+_SILENT_GROUPS = ("time", "tokens", "memory", "publish", "unique")
+QUIET_S = 60.0  # without a terminal: between lines that only say how far it is
 
 
 def format_duration(seconds: float) -> str:
@@ -66,6 +68,7 @@ class _Stage:
     def __init__(self, name: str, total: int, done: int, now: float) -> None:
         self.name, self.total, self.done = name, total, done
         self.began = self.last = now
+        self.first = done + 1  # of its steps in this run
         self._recent: deque[float] = deque(maxlen=_WINDOW)
 
     def advance(self, step: int, now: float) -> None:
@@ -123,6 +126,8 @@ class Progress:
         self._figures: list[tuple[str, str]] = []
         self._live: Live | None = None
         self._ticks = 0  # phases begun or ended, and steps
+        self._said = clock()  # the last line
+        self._over = threading.Event()
 
     def __enter__(self) -> Progress:
         global _current
@@ -132,6 +137,8 @@ class Progress:
                 get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False
             )
             self._live.start()
+        elif self._enabled:
+            threading.Thread(target=self._tell_each_minute, name="progress", daemon=True).start()
         return self
 
     def __exit__(
@@ -139,9 +146,15 @@ class Progress:
     ) -> None:
         global _current
         _current = None
+        self._over.set()
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether it draws on a terminal, through which nothing else may write."""
+        return self._live is not None
 
     def snapshot(self) -> dict[str, Any]:
         """Where this rank is, as plain data; safe to call from another thread. Durations in seconds."""
@@ -183,7 +196,9 @@ class Progress:
             parts.append(f"{stage.seconds_per_step:.3g} s/step")
         if eta is not None:
             parts.append(f"eta {format_duration(eta)}")
-        self._line(f"[{stage.name} {step}/{stage.total}] " + " · ".join(parts))
+        text = f"[{stage.name} {step}/{stage.total}] " + " · ".join(parts)
+        if step in (stage.first, stage.total) or now - self._said >= QUIET_S:
+            self._line(text)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -209,7 +224,22 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._enabled:
+            self._said = self._clock()
             self._console.print(Text(text), soft_wrap=True)
+
+    def _tell_each_minute(self) -> None:
+        """Where no step ends for long: how long its phase has taken so far."""
+        while not self._over.wait(QUIET_S / 4):
+            if self._clock() - self._said >= QUIET_S:
+                self._line(self._where())
+
+    def _where(self) -> str:
+        now, stage, phases = self._clock(), self._stage, list(self._phases)
+        at = self._name or "starting"
+        if stage is not None:
+            at = f"{stage.name} {stage.done}/{stage.total}"
+        parts = [f"{name} for {format_duration(now - begin)}" for name, begin in phases]
+        return f"[{at}] " + (" · ".join(parts) or f"{format_duration(now - self._began)} so far")
 
     # --- how it looks ----------------------------------------------------------------------------
 
@@ -224,6 +254,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         if self._enabled and self._live is None:
+            self._said = self._clock()
             self._console.print(Text(text), soft_wrap=True)
 
     def _render(self) -> RenderableType:
@@ -250,7 +281,8 @@ class Progress:
             grid.add_row(*self._phase_row(stage.name, name, now - begin, depth))
         lines: list[RenderableType] = [grid]
         if self._figures:
-            lines.append(Text("  " + " · ".join(f"{n} {t}" for n, t in self._figures), style="dim"))
+            figures = "  " + " · ".join(f"{n} {t}" for n, t in self._figures)
+            lines.append(Text(figures, style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
     def _pace(self, stage: _Stage, now: float) -> str:

@@ -120,9 +120,8 @@ def bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
 
     A stage of fifty dear steps is as much worth seeing as one of a thousand cheap ones.
     """
-    end = max(len(run.metrics), 1)
-    spans = [span for span in run.spans if span.last > span.first]
-    edges = [spans[0].first, *(span.last for span in spans)] if spans else [0, end]
+    spans = [span for span in run.spans if span.end > span.begin]
+    edges = [spans[0].begin, *(span.end for span in spans)] if spans else [0, 1]
     places = np.linspace(0.0, 1.0, len(edges))
     if len(spans) > 1:
         axes.set_xscale(
@@ -130,13 +129,13 @@ def bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
             functions=(lambda x: np.interp(x, edges, places), lambda y: np.interp(y, places, edges)),
         )
     for span in spans:
-        axes.axvspan(span.first, span.last, color=theme.of(span.kind), alpha=0.07, linewidth=0)
-        if span.first:
-            axes.axvline(span.first, color=theme.soft, alpha=0.35, linewidth=0.8)
+        axes.axvspan(span.begin, span.end, color=theme.of(span.kind), alpha=0.07, linewidth=0)
+        if span.begin:
+            axes.axvline(span.begin, color=theme.soft, alpha=0.35, linewidth=0.8)
         if names and 1.0 / len(spans) >= 0.015 * len(span.name):
             axes.annotate(
                 span.name,
-                (float(np.interp((span.first + span.last) / 2, edges, places)), 1.0),
+                (float(np.interp((span.begin + span.end) / 2, edges, places)), 1.0),
                 xycoords="axes fraction",
                 xytext=(0, 3),
                 textcoords="offset points",
@@ -152,7 +151,7 @@ def bands(axes: Axes, run: RunData, theme: Theme, names: bool = True) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.set_xlabel("step, over all stages" + (" (each as wide as the others)" if len(spans) > 1 else ""))
+    axes.set_xlabel("step, over all stages" + (" (stages drawn equally wide)" if len(spans) > 1 else ""))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -168,7 +167,7 @@ def stage_lines(axes: Axes, run: RunData, key: str, colour: str, label: str | No
     """A figure over all steps, each stage a line of its own: faint as logged, strong as running mean."""
     x, y = run.series(key)
     for span in run.spans:
-        inside = (x > span.first) & (x <= span.last)
+        inside = (x > span.begin) & (x <= span.end)
         if not inside.any():
             continue
         if inside.sum() > 40:

@@ -46,12 +46,14 @@ def groups(value: Any) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class StageSpan:
-    """A stage's rows on the axis of all steps: rows first+1 .. last."""
+    """A stage's rows, first+1 .. last, and where it lies on the axis of all steps: from begin to end."""
 
     name: str
     kind: str
     first: int
     last: int
+    begin: int
+    end: int
 
 
 @dataclass
@@ -75,33 +77,50 @@ class RunData:
             name = str(row.get("stage"))
             found.setdefault(name, [i, i])[1] = i + 1
             kinds.setdefault(name, str(row.get("kind")))
-        spans = [StageSpan(n, kinds[n], a, b) for n, (a, b) in found.items()]
+        spans, end = [], 0
+        for name, (first, last) in found.items():
+            begin, end = end, end + len(_steps(self.metrics[first:last]))
+            spans.append(StageSpan(name, kinds[name], first, last, begin, end))
         for row in self.evaluations:
             name = str(row.get("stage"))
             if name not in found:
                 found[name] = [len(self.metrics)] * 2
-                spans.append(StageSpan(name, str(row.get("kind")), *found[name]))
+                rows = len(self.metrics)
+                spans.append(StageSpan(name, str(row.get("kind")), rows, rows, end, end))
         return spans
 
+    @cached_property
+    def places(self) -> list[int]:
+        """Where each row of metrics lies on the axis of all steps: how many are done by then. What a stage
+        spends before its first step, or after its last, is no step.
+        """
+        at = [0] * len(self.metrics)
+        for span in self.spans:
+            seen: dict[Any, None] = {}
+            for i in range(span.first, span.last):
+                seen |= _steps(self.metrics[i : i + 1])
+                at[i] = span.begin + len(seen)
+        return at
+
     def steps(self, span: StageSpan) -> int:
-        """How many steps of a stage are logged: its end's evaluation is a further row of the last one."""
-        return len({row.get("step") for row in self.metrics[span.first : span.last]})
+        """How many steps of a stage are logged."""
+        return span.end - span.begin
 
     def position(self, row: Row) -> float:
         """Where an evaluation lies on the axis of all steps: steps done before it."""
         for span in self.spans:
             if span.name == row.get("stage"):
                 done = [
-                    i + 1
+                    self.places[i]
                     for i in range(span.first, span.last)
                     if number(self.metrics[i].get("step")) <= number(row.get("step"))
                 ]
-                return float(max(done, default=span.first))
-        return float(len(self.metrics))
+                return float(max(done, default=span.begin))
+        return float(self.places[-1] if self.places else 0)
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(axis position, value) of the rows that have a finite figure under this name."""
-        points = [(i + 1, number(row.get(key))) for i, row in enumerate(self.metrics)]
+        points = [(self.places[i], number(row.get(key))) for i, row in enumerate(self.metrics)]
         kept = [p for p in points if not math.isnan(p[1])]
         return np.array([p[0] for p in kept], dtype=float), np.array([p[1] for p in kept], dtype=float)
 
@@ -163,6 +182,11 @@ class RunData:
         """The actor's last evaluation after a joint step."""
         after = [e for e in self.acted() if e.get("kind") == "ppo" and not is_start(e)]
         return after[-1] if after else None
+
+
+def _steps(rows: Iterable[Row]) -> dict[Any, None]:
+    """The steps that rows are of, each once, in order."""
+    return {row.get("step"): None for row in rows if row.get("step") != 0}
 
 
 def is_start(row: Row) -> bool:

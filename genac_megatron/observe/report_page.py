@@ -39,6 +39,7 @@ _FIGURES = (
     ("score_entropy", "entropy of scores, nats", 2),
 )  # fmt: skip
 _SHOWN_PER_KIND = 2
+UNEQUAL = 3  # times as long as another: worth a word
 PARSED = 0.5  # below this share of readable judgements, a critic's figures are not its own
 
 
@@ -56,7 +57,7 @@ def page(
         "".join(map(_gate, failed_gates(run))),
         _missing(missing, absent),
         _tiles(run, summary),
-        _plots(plots),
+        _plots(run, plots),
         _headlines(summary),
         _rollouts(run),
         origins(run),
@@ -194,13 +195,27 @@ def _parity_alarm(recipe: Mapping[str, Any]) -> float:
     return number(observe.get(key) or getattr(ObserveConfig(), key))
 
 
-def _plots(plots: Sequence[Plot] | None) -> str:
+def _plots(run: RunData, plots: Sequence[Plot] | None) -> str:
     if plots is None:
         return (
             "<p class=soft>The recipe wants no plots (observe.plots). <code>genac report</code> with this "
             "run's folder draws them.</p>"
         )
-    return f"<h2>Plots</h2><div class=plots>{''.join(map(_plot, plots))}</div>" if plots else ""
+    if not plots:
+        return ""
+    return f"<h2>Plots</h2>{_lengths(run)}<div class=plots>{''.join(map(_plot, plots))}</div>"
+
+
+def _lengths(run: RunData) -> str:
+    """That stages are drawn equally wide, where they are of unequal length."""
+    steps = {span.name: run.steps(span) for span in run.spans if run.steps(span)}
+    if not steps or max(steps.values()) < UNEQUAL * min(steps.values()):
+        return ""
+    told = ", ".join(f"{escape(name)} {count:,}" for name, count in steps.items())
+    return (
+        f"<p class=soft>Stages are drawn equally wide, though they are not equally long (steps: {told}): a "
+        "curve's slope in one says nothing beside that in another.</p>"
+    )
 
 
 def _plot(plot: Plot) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import time
 
 import pytest
 from rich.console import Console
 
+from genac_megatron.observe import progress as progress_module
 from genac_megatron.observe.progress import Progress, format_duration, shown_figures
 from genac_megatron.observe.timer import PhaseTimer
 
@@ -73,6 +77,78 @@ def test_a_line_per_step_with_the_time_left() -> None:
     assert lines[2] == "published actor 3"
     assert lines[3].startswith("[ppo 12/12]")
     assert lines[3].endswith("eta 0s")
+
+
+def test_many_steps_are_a_line_a_minute_and_the_stages_ends() -> None:
+    clock = Clock()
+    progress, out = text_progress(clock)
+    with progress:
+        progress.stage("sft", 1000)
+        for step in range(1, 1001):
+            clock.now += 0.5
+            progress.step(step, {"actor/loss": 1.0, "unique/actor_train": 9.0})
+    lines = out.getvalue().splitlines()
+    steps = [int(line.split()[1].split("/")[0]) for line in lines[1:]]
+    assert steps == [1, *range(121, 1000, 120), 1000]
+    assert max(map(len, lines)) < 60, "figures that tell a person nothing are left out"
+
+
+def test_a_step_that_takes_long_says_each_minute_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the thread itself, with a shorter minute."""
+    monkeypatch.setattr(progress_module, "QUIET_S", 0.02)
+    progress, out = text_progress(Clock())
+    progress._clock = time.monotonic
+    with progress:
+        progress.stage("ppo", 3)
+        with progress.phase("evaluate"):
+            deadline = time.monotonic() + 20
+            while "evaluate for" not in out.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert "[ppo 0/3] evaluate for 0s" in out.getvalue()
+    said = out.getvalue()
+    time.sleep(0.1)
+    assert out.getvalue() == said, "it ends with the run"
+
+
+def test_figures_take_one_line_however_narrow_the_terminal() -> None:
+    clock = Clock()
+    progress = Progress(stages=["sft"], console=Console(file=io.StringIO(), force_terminal=True), clock=clock)
+    progress.stage("sft", 3)
+    progress.step(1, {f"actor/figure{i}": 1.0 for i in range(6)})
+    narrow = Console(file=io.StringIO(), width=40, record=True)
+    narrow.print(progress._render())
+    assert len(narrow.export_text().splitlines()) == 3
+
+
+def loggers_of(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+
+def test_warnings_of_all_loggers_speak_with_one_voice() -> None:
+    """In a process of its own, with handlers as transformers and a careless library add them."""
+    done = loggers_of("""
+import io, logging
+logging.basicConfig()
+library = logging.getLogger("transformers")
+library.addHandler(logging.StreamHandler()); library.propagate = False
+from rich.console import Console
+from genac_megatron.observe import progress as progress_module
+from genac_megatron.observe.progress import Progress
+from genac_megatron.observe.voice import one_voice
+one_voice(); one_voice()
+for _ in range(2):
+    logging.getLogger("transformers.x").warning("an old %s", "key")
+    logging.getLogger("genac_megatron.stages").warning("a gate")
+logging.getLogger("megatron.core").warning("no Apex")
+out = io.StringIO()
+with Progress(console=Console(file=out, force_terminal=True, width=60)):
+    logging.getLogger("genac_megatron.stages").warning("genac: warning: above the bars")
+print(out.getvalue().count("genac: warning: above the bars"))
+""")
+    assert done.stderr.splitlines() == [
+        "genac: warning of transformers: an old key", "genac: warning: a gate", "genac: warning: a gate"
+    ]  # fmt: skip
+    assert done.stdout == "1\n"
 
 
 def test_steps_done_before_a_resume_do_not_make_the_estimate_rosy() -> None:

@@ -34,9 +34,9 @@ from genac_megatron.observe.history import attempts, history, meaning, note_star
 from genac_megatron.observe.origin import Origin
 from genac_megatron.observe.report import write_report
 from genac_megatron.observe.report_canvas import per_cent
-from genac_megatron.observe.report_data import brier_interval, read_run, summarise, what_is_missing
+from genac_megatron.observe.report_data import RunData, brier_interval, read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import chosen_rollouts, page, segments
-from genac_megatron.observe.report_plots import PLOTS, _fold_small, draw_all
+from genac_megatron.observe.report_plots import PLOTS, Plot, _fold_small, draw_all
 from genac_megatron.observe.runinfo import RunFolder
 
 PROMISED = (
@@ -474,6 +474,41 @@ def test_evaluations_lie_where_their_step_is(run: Path) -> None:
     assert at["ppo", "end"] == 74
     assert [s.kind for s in data.spans] == [s["kind"] for s in RECIPE["stages"]]  # type: ignore[index]
     assert data.series("time")[1][0] > T0
+
+
+def test_what_a_stage_spends_outside_of_its_steps_is_no_step(tmp_path: Path) -> None:
+    """Judging before the first step and after the last has a row; the axis ends at the steps' number."""
+    run = fabricate(tmp_path / "run")
+    rows = metric_rows(random.Random(0))
+    ends = [i for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1]["stage"] != row["stage"]]
+    for i in reversed(ends):
+        spent = {key: rows[i][key] for key in ("stage", "kind", "step")} | {
+            "time": 1.0,
+            "time/evaluate_s": 2.0,
+        }
+        rows.insert(i + 1, spent)
+        if rows[i]["stage"] == "ppo":
+            rows.insert(i - 29, spent | {"step": 0})
+    write_lines(run / "metrics.jsonl", rows)
+    data = read_run(run)
+    assert [data.steps(span) for span in data.spans] == [12, 12, 20, 30]
+    assert data.series("critic/loss")[0].max() == data.spans[-1].end == 74
+    assert {row["name"]: data.position(row) for row in data.evaluations if row["stage"] == "ppo"} == {
+        "start": 44, "step 10": 54, "step 20": 64, "end": 74
+    }  # fmt: skip
+    assert summarise(data)["run/steps"] == 74
+    assert "Stages are drawn equally wide" not in drawn(data)
+
+
+def drawn(data: RunData) -> str:
+    """The page's text with one plot in it."""
+    return Document(page(data, summarise(data), [Plot("a", "b", "c", b"", b"")], [], [])).text
+
+
+def test_unequal_stages_are_said(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run")
+    write_lines(run / "metrics.jsonl", metric_rows(random.Random(0))[8:])
+    assert "(steps: sft-actor 4, sft-critic 12, reinforce 20, ppo 30)" in drawn(read_run(run))
 
 
 def test_segments_give_the_response_back() -> None:
