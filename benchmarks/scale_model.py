@@ -134,7 +134,7 @@ class Work:
 def active_parameters(shape: Shape) -> float:
     """Weights that a token meets: no embedding, of the experts those that it goes to."""
     count = parameters(shape) - (0 if shape.tie else shape.vocab * shape.hidden)
-    experts = expert_parameters(shape, 1, 1)
+    experts = expert_parameters(shape, shape.layers, 1)
     return count - experts + experts * (shape.experts_per_token or 0) / (shape.experts or 1)
 
 
@@ -158,7 +158,7 @@ def reduce_s(weights: float, dp: int, bandwidth: float, latency: float) -> float
 
 def decode_s(shape: Shape, tp: int, together: float, length: float, assumed: Assumed) -> float:
     """One decoding step of `together` requests with `length` tokens in their caches."""
-    experts = BF16 * expert_parameters(shape, 1, 1)
+    experts = BF16 * expert_parameters(shape, shape.layers, 1)
     weights = BF16 * (parameters(shape) - (0 if shape.tie else shape.vocab * shape.hidden)) - experts
     if shape.experts:
         met = 1 - (1 - (shape.experts_per_token or 0) / shape.experts) ** together

@@ -45,6 +45,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.adapters import Adapters, attach, stand_on
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import plan_of, rows_of
+from genac_megatron.models.pipeline import StageLayout
 from genac_megatron.models.routing import install
 from genac_megatron.models.sizes import padded_vocab
 from genac_megatron.models.specs import Kind, block_spec, choose, fuse_weight_gradients
@@ -179,7 +180,7 @@ def build_model(
     """
     specs = choose(training.specs)
     check(shape, layout, training, specs)
-    config = transformer_config(shape, layout, training, specs)
+    config = transformer_config(shape, layout, training, specs, groups.pp.rank())
     scoring = Scoring(chunk=training.logprob_chunk)
     fused = training.fuse_weight_gradients and not (training.frozen or training.adapter)
     chunks = []
@@ -249,9 +250,7 @@ def _mark_experts(model: RoleModel) -> None:
 def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -> None:
     """Raise InputError where a layout cannot cut this shape, or the machine cannot do what is asked."""
     where = f"layout of {layout.name}"
-    stages = layout.pp * layout.vpp
-    if shape.layers % stages:
-        raise InputError(f"{shape.layers} layers cannot be cut in pp x vpp = {stages}", where=where)
+    layout.chunk_layers(shape.layers, 0, 0)  # raises where they cannot be cut so
     for what in ("heads", "kv_heads") if shape.experts else ("heads", "kv_heads", "ffn"):
         if getattr(shape, what) % layout.tp:
             raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
@@ -287,9 +286,9 @@ def _check_experts(shape: Shape, layout: Layout, where: str) -> None:
 
 
 def transformer_config(
-    shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind
+    shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind, stage: int = 0
 ) -> TransformerConfig:
-    """Megatron's configuration of a role."""
+    """Megatron's configuration of a role, on a rank of pipeline stage `stage`."""
     fused = specs == "te"
     dtype = DTYPES[training.dtype]
     arguments: dict[str, Any] = {
@@ -325,7 +324,14 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
     }
     arguments |= _experts(shape, training, fused)
-    return TransformerConfig(**arguments, **_parallel(layout, dtype), **_precision(training))
+    arguments |= _parallel(layout, dtype) | _precision(training)
+    if layout.pipeline_model_parallel_layout is not None:
+        arguments["pipeline_model_parallel_layout"] = StageLayout(
+            layout.pipeline_model_parallel_layout, layout.pp, stage
+        )
+    if training.variable_seq_lengths:
+        arguments |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    return TransformerConfig(**arguments)
 
 
 def _experts(shape: Shape, training: TrainingConfig, fused: bool) -> dict[str, Any]:

@@ -91,18 +91,18 @@ def largest_parameter(shape: Shape) -> int:
 
 
 @cache
-def attention_parameters(shape: Shape, tp: int, pp: int) -> int:
+def attention_parameters(shape: Shape, tp: int, layers: int) -> int:
     """Of `stage_parameters`, those of attention and the norm before it, which may be frozen."""
     held = (
         math.prod(local_size(rule, shape, tp))
         for rule in rules(shape)
         if rule.per_layer and (".self_attention." in rule.name or ".input_layernorm." in rule.name)
     )
-    return shape.layers // pp * sum(held)
+    return layers * sum(held)
 
 
-def adapter_parameters(shape: Shape, adapter: AdapterConfig, tp: int, pp: int) -> int:
-    """Parameters of a role's adapters on one rank, cut over `tp` ranks and `pp` stages.
+def adapter_parameters(shape: Shape, adapter: AdapterConfig, tp: int, layers: int) -> int:
+    """Parameters of a role's adapters on one rank with `layers` layers, cut over `tp` ranks.
 
     Of each projection A [rank, in] and B [out, rank]: tensor parallelism cuts the one whose side it cuts.
     """
@@ -112,14 +112,17 @@ def adapter_parameters(shape: Shape, adapter: AdapterConfig, tp: int, pp: int) -
             if name.split(".")[-2] in adapter.targets:
                 out, into = hf_size(name, shape)
                 count += adapter.rank * (out // tp + into if rule.tp_axis == 0 else out + into // tp)
-    return shape.layers // pp * count
+    return layers * count
 
 
 @cache
-def stage_parameters(shape: Shape, tp: int, pp: int, stage: int, ep: int = 1) -> int:
+def stage_parameters(
+    shape: Shape, tp: int, pp: int, stage: int, ep: int = 1, layers: int | None = None
+) -> int:
     """Parameters on one rank of pipeline stage `stage` of `pp`, cut over `tp` ranks, experts over `ep`.
 
-    The last stage of several keeps its own copy of a tied embedding.
+    layers: of that stage; None: as many as of each. The last stage of several keeps its own copy of a tied
+    embedding.
     """
     first, last = stage == 0, stage == pp - 1
     here = {"embedding": first, "decoder": last, "output_layer": last and not (shape.tie and first)}
@@ -129,7 +132,7 @@ def stage_parameters(shape: Shape, tp: int, pp: int, stage: int, ep: int = 1) ->
         if rule.expert is not None and rule.expert >= (shape.experts or 0) // ep:
             continue  # on another rank
         if rule.per_layer:
-            count += shape.layers // pp * held
+            count += (shape.layers // pp if layers is None else layers) * held
         elif here[rule.room]:
             count += held
     return count

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.peft_folder import PeftHeaders
+from genac_megatron.recipe import pipeline
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import AdapterConfig, ModelConfig, Recipe, RoleConfig
 from genac_megatron.recipe.sharing import OWN
 from genac_megatron.recipe.training import TARGETS
 
 # What is of the one base, or of where its parts lie. offload: it leaves the device with all that stand on it.
-OF_LAYOUT = ("first_rank", "tp", "pp", "vpp", "cp", "ep")
+OF_LAYOUT = ("first_rank", "tp", "pp", "vpp", "cp", "ep", pipeline.KEY)
 OF_TRAINING = (
     *("dtype", "specs", "fp8", "fp8_param", "fp8_amax_history", "bf16_first_layers", "bf16_last_layers"),
     "offload",

@@ -19,6 +19,7 @@ from genac_megatron.models.sizes import (
     parameters,
     stage_parameters,
 )
+from genac_megatron.recipe.pipeline import stage_layers
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
     AdapterConfig,
@@ -102,7 +103,7 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
         inputs = {"qkv": stream, "o": shape.q_size / layout.tp, "up": stream, "down": shape.ffn / layout.tp}
         read = {READS[target] for target in training.adapter.targets}
         per_layer += sum(inputs[key] for key in read) * (1 + 1 / BYTES[training.dtype])
-    layers = shape.layers // layout.pp
+    layers = stage_layers(layout, shape.layers, pp)
     in_flight = (layout.pp - pp) * (1 + (layout.pp - 1) / (layout.pp * layout.vpp) if layout.vpp > 1 else 1)
     if training.recompute == "full":
         held = layers * stream * in_flight + per_layer
@@ -114,10 +115,10 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     return total
 
 
-def expert_parameters(shape: Shape, pp: int, ep: int) -> int:
-    """Parameters of the experts on one rank: gate, up and down projection of each."""
+def expert_parameters(shape: Shape, layers: int, ep: int) -> int:
+    """Parameters of the experts on one rank with `layers` layers: gate, up and down projection of each."""
     each = 3 * shape.hidden * (shape.expert_ffn or 0)
-    return each * (shape.experts or 0) // ep * shape.layers // pp
+    return each * (shape.experts or 0) // ep * layers
 
 
 def fp8_parameters(role: RoleConfig, shape: Shape, pp: int) -> int:
@@ -126,7 +127,7 @@ def fp8_parameters(role: RoleConfig, shape: Shape, pp: int) -> int:
     layout, training = role.layout, role.training
     if training.fp8 == "off":
         return 0
-    layers = shape.layers // layout.pp
+    layers = stage_layers(layout, shape.layers, pp)
     if pp == 0:
         layers -= training.bf16_first_layers
     if pp == layout.pp - 1:
@@ -147,7 +148,8 @@ def weight_bytes(role: RoleConfig, shape: Shape, pp: int, *, shared: bool = Fals
     (`TransformerEngineBaseModule.get_weight_workspace`). fp32 masters are the optimizer's, as ever.
     """
     layout, training = role.layout, role.training
-    count = stage_parameters(shape, layout.tp, layout.pp, pp, layout.ep)
+    layers = stage_layers(layout, shape.layers, pp)
+    count = stage_parameters(shape, layout.tp, layout.pp, pp, layout.ep, layers)
     fp8 = fp8_parameters(role, shape, pp)
     copies = (1 if training.frozen else 2) * (1 + FP8_SCALE_BYTES.get(training.fp8, 0.0))
     if shared:  # its layers have FP8 copies of their own, unless the weights lie in FP8 themselves
@@ -205,13 +207,14 @@ def memory_of(
     if place is None:
         return Memory(engine)
     layout, training = role.layout, role.training
-    count = stage_parameters(shape, layout.tp, layout.pp, place.pp, layout.ep)
+    layers = stage_layers(layout, shape.layers, place.pp)
+    count = stage_parameters(shape, layout.tp, layout.pp, place.pp, layout.ep, layers)
     if training.adapter is not None:
-        count = adapter_parameters(shape, training.adapter, layout.tp, layout.pp)
+        count = adapter_parameters(shape, training.adapter, layout.tp, layers)
     if training.frozen_attention:
-        count -= attention_parameters(shape, layout.tp, layout.pp)
+        count -= attention_parameters(shape, layout.tp, layers)
     stage_ranks = ranks_of(layout, world) // layout.pp if training.distributed_optimizer else 0
-    experts = expert_parameters(shape, layout.pp, layout.ep)
+    experts = expert_parameters(shape, layers, layout.ep)
     shares = (count - experts) / max(1, stage_ranks // layout.tp) + experts / max(1, stage_ranks // layout.ep)
     weights = weight_bytes(role, shape, place.pp, shared=shared)
     if training.adapter is not None:
@@ -281,7 +284,7 @@ def _served_told(recipe: Recipe, name: str, shape: Shape) -> str:
 
 def adapter_told(adapter: AdapterConfig, shape: Shape, owner: str | None) -> str:
     """What of a role trains. owner: the role whose base it shares."""
-    trained, whole = adapter_parameters(shape, adapter, 1, 1), parameters(shape)
+    trained, whole = adapter_parameters(shape, adapter, 1, shape.layers), parameters(shape)
     base = "its model is frozen" if owner is None else f"on the frozen model of '{owner}', held once"
     return (
         f"adapters of rank {adapter.rank} on {len(adapter.targets)} projections: {_count(trained)} "

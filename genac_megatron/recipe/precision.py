@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from genac_megatron.errors import InputError
 from genac_megatron.models.blockwise import BLOCK, cut_sides
 from genac_megatron.models.families.base import Shape
+from genac_megatron.recipe.pipeline import stage_layers
 from genac_megatron.recipe.schema import RoleConfig
 
 Where = Callable[[Sequence[str | int]], str]
@@ -45,8 +46,8 @@ def check_precision(name: str, role: RoleConfig, shape: Shape, where: Where) -> 
             "keeps layers in BF16 under delayed scaling, which cannot",
             "set fp8: tensorwise or blockwise",
         )
-    each = shape.layers // role.layout.pp
-    for key in ("bf16_first_layers", "bf16_last_layers"):
+    for key, stage in (("bf16_first_layers", 0), ("bf16_last_layers", role.layout.pp - 1)):
+        each = stage_layers(role.layout, shape.layers, stage)
         if getattr(training, key) > each:
             raise refuse(
                 key,

@@ -22,6 +22,7 @@ from genac_megatron.recipe.joint_rules import (
 from genac_megatron.recipe.lora_rules import check_lora
 from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.own_rules import check_privileged
+from genac_megatron.recipe.pipeline import chunk_layers
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
 from genac_megatron.recipe.schema import (
     EngineConfig,
@@ -133,6 +134,7 @@ def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     shape = read_shape(role.model, lambda key: where(("roles", name, "model", *([key] if key else []))))
     _check_split(name, shape, role.layout, where)
     _check_context(name, shape, role, where)
+    _check_lengths(name, shape, role, where)
     check_precision(name, role, shape, where)
     check_quantization(name, role, shape, where)
     check_adapter(name, role, shape, where)
@@ -156,12 +158,21 @@ def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) ->
                 where=where((*place, "tp")),
                 way_out=f"tp must divide heads {shape.heads}, kv_heads {shape.kv_heads} and ffn {shape.ffn}",
             )
-    chunks = layout.pp * layout.vpp
-    if shape.layers % chunks:
+    try:
+        chunk_layers(shape.layers, layout.pp, layout.vpp, layout.pipeline_model_parallel_layout)
+    except InputError as error:
         raise InputError(
-            f"pp * vpp = {layout.pp} * {layout.vpp} = {chunks} of '{name}' does not divide its "
-            f"model's {shape.layers} layers",
-            where=where((*place, "pp")),
+            f"'{name}': {error.what}", where=where((*place, error.where)), way_out=error.way_out
+        ) from None
+
+
+def _check_lengths(name: str, shape: Shape, role: RoleConfig, where: Where) -> None:
+    training = role.training
+    if shape.experts and training.variable_seq_lengths and training.moe_dispatcher == "allgather":
+        raise InputError(
+            f"'{name}' has variable_seq_lengths, and the allgather dispatcher of experts wants one length",
+            where=where(("roles", name, "training", "variable_seq_lengths")),
+            way_out="set moe_dispatcher: alltoall, or leave variable_seq_lengths out",
         )
 
 

@@ -93,6 +93,8 @@ class LayoutConfig(Block):
     tp: Positive = 1
     pp: Positive = 1
     vpp: Positive = 1  # model chunks per pipeline stage
+    # Which layers each stage has, such as Et*3|t*4|t*3L (recipe/pipeline.py); None: as many in each
+    pipeline_model_parallel_layout: str | None = None
     cp: Positive = 1
     ep: Positive = 1
     sequence_parallel: bool | None = None  # None: on where tp > 1

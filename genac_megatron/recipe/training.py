@@ -52,6 +52,9 @@ class TrainingConfig(Block):
     bf16_last_layers: Annotated[int, Field(ge=0)] = 0  # ... and at the end
     tokens_per_microbatch: Positive = 8192
     share_prefixes: bool = True  # what samples of a micro-batch have in common at their beginning: once
+    # Of pipelines: each micro-batch at its own length, which stages tell each other first; false: all are
+    # padded to the longest
+    variable_seq_lengths: bool = False
     recompute: Literal["off", "selective", "full"] = "off"
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False

@@ -79,7 +79,7 @@ def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape], frozen: Col
             role = role if role in shapes else "actor"  # whose adapter's base is its reference
             found += count * each * multiplied(shapes[role])
             if each == TRAINING and role in frozen:
-                found -= count * 2 * attention_parameters(shapes[role], 1, 1)
+                found -= count * 2 * attention_parameters(shapes[role], 1, shapes[role].layers)
     return found
 
 

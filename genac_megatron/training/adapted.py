@@ -27,7 +27,11 @@ def adapted(role: Role) -> dict[str, Any] | None:
 def saved_parameters(role: Role) -> int:
     """How many numbers of a role's weights a checkpoint holds."""
     adapter = role.config.training.adapter
-    return parameters(role.shape) if adapter is None else adapter_parameters(role.shape, adapter, 1, 1)
+    return (
+        parameters(role.shape)
+        if adapter is None
+        else adapter_parameters(role.shape, adapter, 1, role.shape.layers)
+    )
 
 
 def check_adapter(path: Path, name: str, saved: Mapping[str, Any] | None, role: Role, *, base: bool) -> None:

@@ -38,6 +38,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from genac_megatron import platform
 from genac_megatron.errors import InputError
 from genac_megatron.launch import MEETING
+from genac_megatron.recipe import pipeline
 from genac_megatron.recipe.schema import LayoutConfig
 
 GRID = ("tp", "cp", "dp", "pp")  # fastest first
@@ -187,6 +188,7 @@ class Layout:
     cp: int = 1
     ep: int = 1
     sequence_parallel: bool = False
+    pipeline_model_parallel_layout: str | None = None  # which layers each stage has; None: as many in each
 
     def __post_init__(self) -> None:
         where = f"layout of {self.name}"
@@ -215,7 +217,7 @@ class Layout:
                 way_out="set world.ranks, first_rank and count so that the block lies in the world",
             )
         parallel = config.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
-        sizes = config.model_dump(include={"first_rank", "tp", "pp", "vpp", "cp", "ep"})
+        sizes = config.model_dump(include={"first_rank", "tp", "pp", "vpp", "cp", "ep", pipeline.KEY})
         return cls(name=name, count=count, sequence_parallel=parallel, **sizes)
 
     @property
@@ -262,9 +264,8 @@ class Layout:
 
     def chunk_layers(self, layers: int, pp: int, chunk: int) -> range:
         """Global indices of the layers in model chunk `chunk` (0..vpp-1) of pipeline stage `pp`."""
-        each = layers // (self.pp * self.vpp)
-        first = chunk * (layers // self.vpp) + pp * each
-        return range(first, first + each)
+        chunks = pipeline.chunk_layers(layers, self.pp, self.vpp, self.pipeline_model_parallel_layout)
+        return chunks[chunk * self.pp + pp]
 
     def groups(self) -> ProcessGroupCollection | None:
         """This layout's process groups, or None on a rank outside the block.

@@ -101,7 +101,8 @@ def microbatches(
         )
     pad_to = None
     gathered = layout.ep > 1 and training.moe_dispatcher == "allgather"
-    if layout.pp > 1 or gathered:  # stages, or experts' ranks, exchange activations of one known shape
+    one_shape = layout.pp > 1 and not training.variable_seq_lengths
+    if one_shape or gathered:  # stages, or experts' ranks, exchange activations of one known shape
         pad_to = max(_tokens(pack, lengths, order, filled) for rank in plan for pack in rank)
         pad_to = -(-pad_to // multiple) * multiple
     packs = [_build(samples, pack, order, multiple, filled, pad_to, fields) for pack in plan[dp_rank]]

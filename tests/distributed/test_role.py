@@ -167,3 +167,29 @@ def test_without_clipping_the_gradient_norm_is_still_measured(pool: Any, distrib
     for name, weight in results[1e9]["weights"].items():
         assert torch.equal(results[0.0]["weights"][name], weight), name
     assert any(not torch.equal(results[0.5]["weights"][n], w) for n, w in results[0.0]["weights"].items())
+
+
+UNEVEN: dict[str, dict[str, Any]] = {
+    "pp2": {"count": 2, "pp": 2, "pipeline_model_parallel_layout": "Et|t*3L"},
+    "tp2-pp2": {"count": 4, "tp": 2, "pp": 2, "pipeline_model_parallel_layout": "Ettt|tL"},
+    "pp3": {"count": 3, "pp": 3, "pipeline_model_parallel_layout": "Et|tt|tL"},
+}
+
+
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_stages_of_unlike_length_train_like_one_rank(pool: Any, reference: Any, layout: str) -> None:
+    for result in pool.run(train_case, role_config(layout=UNEVEN[layout])):
+        check(result, reference["qwen3", True])
+
+
+def test_chunks_of_unlike_length_train_like_one_rank(pool: Any) -> None:
+    wanted = pool.run(train_case, role_config(shape={"layers": 6}, layout={"count": 1}))[0]
+    layout = {"count": 2, "pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "Et|tt|tt|tL"}
+    check(pool.run(train_case, role_config(shape={"layers": 6}, layout=layout))[0], wanted)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2", "tp2-pp2"])
+def test_micro_batches_of_unlike_length_train_like_one_rank(pool: Any, reference: Any, layout: str) -> None:
+    config = role_config(layout=LAYOUTS[layout], training={"variable_seq_lengths": True})
+    for result in pool.run(train_case, config):
+        check(result, reference["qwen3", True])

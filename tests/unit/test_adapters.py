@@ -65,7 +65,7 @@ def test_adapters_alone_have_gradients_masters_and_moments(adapter: Any, dtype: 
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trains == {name for name, _ in model.named_parameters() if name.startswith("adapters.")}
     count = sum(parameter.numel() for parameter in model.adapters.parameters())
-    assert count == adapter_parameters(role.shape, AdapterConfig(**adapter), 1, 1)
+    assert count == adapter_parameters(role.shape, AdapterConfig(**adapter), 1, role.shape.layers)
     held = sum(p.numel() for part in role.optimizer.param_groups for p in part["params"])
     buffers = sum(buffer.grad_data.numel() for buffer in role._buffers())
     for found in (held, buffers):
@@ -399,7 +399,7 @@ def test_a_recipe_of_two_roles_on_one_base(recipe: Path, tmp_path: Path) -> None
     again.write_text(dump_recipe(found))
     assert load_recipe(again) == found
     shape = shape_of(actor.model, 67)
-    adapters = 2 * adapter_parameters(shape, critic.training.adapter, 2, 1)  # type: ignore[arg-type]
+    adapters = 2 * adapter_parameters(shape, critic.training.adapter, 2, shape.layers)  # type: ignore[arg-type]
     assert memory_of(critic, shape, Place(0, 0, 0, 0), 4, shared=True).weights == adapters
     text = describe(found)
     assert "16.4 k parameters train" in text

@@ -97,7 +97,11 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.layout.tp=4", "kv_heads 2"),
         ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}",
          "has 'critic' start from 'actor', and their shapes differ: hidden 60 and 64, heads 3 and 4"),
-        ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide"),
+        ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide the model's 4 layers"),
+        ("roles.actor.layout={pp: 4, pipeline_model_parallel_layout: Ett|tL}", "2 stages, and pp * vpp = 4"),
+        ("roles.actor.layout={pp: 2, pipeline_model_parallel_layout: Ett|tL}", "has 3 layers, the model 4"),
+        ("roles.actor.layout={pp: 2, pipeline_model_parallel_layout: Et*4|L}", "a stage without a layer"),
+        ("roles.actor.layout={pp: 2, pipeline_model_parallel_layout: ttt|tL}", "is not an E"),
         ("roles.actor={layout: {cp: 4}, training: {specs: torch}, model: {family: qwen3, "
          "tokenizer: 'builtin:tiny', shape: {layers: 4, hidden: 96, ffn: 128, heads: 6, kv_heads: 2}}}",
          "cp 4 of 'actor' does not divide its 6 heads / tp 1"),
@@ -321,3 +325,15 @@ def test_who_starts_as_a_copy_has_the_shape_of_it(tmp_path: Path, role: str, tol
         load_recipe(path, [f"roles.{role}.model.shape.layers=3"])
     assert told in str(raised.value)
     assert "recipe.yaml:" in str(raised.value)
+
+
+def test_experts_of_allgather_want_one_length(tmp_path: Path) -> None:
+    path = tmp_path / "experts.yaml"
+    path.write_text(
+        RECIPE.replace("family: qwen3", "family: qwen3_moe").replace(
+            "kv_heads: 2}", "kv_heads: 2, experts: 4, experts_per_token: 2, expert_ffn: 24, norm_topk: true}"
+        )
+    )
+    allgather = "roles.actor.training={moe_dispatcher: allgather, variable_seq_lengths: true}"
+    with pytest.raises(InputError, match="wants one length"):
+        check(load_recipe(path, [allgather]))
