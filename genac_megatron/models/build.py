@@ -251,9 +251,11 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
     """Raise InputError where a layout cannot cut this shape, or the machine cannot do what is asked."""
     where = f"layout of {layout.name}"
     layout.chunk_layers(shape.layers, 0, 0)  # raises where they cannot be cut so
-    for what in ("heads", "kv_heads") if shape.experts else ("heads", "kv_heads", "ffn"):
+    for what in ("heads",) if shape.experts else ("heads", "ffn"):
         if getattr(shape, what) % layout.tp:
             raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
+    if shape.kv_heads % layout.tp and layout.tp % shape.kv_heads:
+        raise InputError(f"kv_heads {shape.kv_heads} cannot be shared by tp {layout.tp}", where=where)
     if specs == "torch" and shape.heads // layout.tp % layout.cp:
         # Transformer Engine's ring has no such limit.
         raise InputError(

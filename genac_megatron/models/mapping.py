@@ -6,7 +6,8 @@ pure and copy values bit for bit. To be cut by tensor parallelism a fused tensor
 share is one slice of one axis:
 
     copy      the tensor itself; axis `tp_axis`
-    qkv       [kv_heads, (heads / kv_heads + 2) head_dim, ...]: a group's queries, its key, its value; axis 0
+    qkv       [kv_heads, (heads / kv_heads + 2) head_dim, ...]: a group's queries, its key, its value; axis 0,
+              which for more ranks than kv_heads is that of as many equal runs of rows
     gate_up   [2, ffn, ...]: gate, up; axis 1
 """
 
@@ -85,6 +86,8 @@ def shard(rule: Rule, hf: Sequence[Tensor], shape: Shape, tp_rank: int, tp: int)
     if rule.padded:
         whole = nn.functional.pad(whole, (0, 0, 0, padded_vocab(shape, tp) - shape.vocab))
     axis = _axis(rule)
+    if rule.fuse == "qkv" and tp > shape.kv_heads:
+        whole = whole.reshape(tp, -1, *whole.shape[2:])
     if axis is not None:
         each = whole.size(axis) // tp
         whole = whole.narrow(axis, tp_rank * each, each)
@@ -99,6 +102,8 @@ def unshard(
     layer: the global layer of a per-layer rule. A parameter that is not cut takes the first shard.
     """
     axis = _axis(rule)
+    if rule.fuse == "qkv" and len(shards) > shape.kv_heads:
+        shards = [torch.cat(tuple(shards))]
     parts = [_unflatten(rule, x, shape) for x in (shards if axis is not None else shards[:1])]
     whole = parts[0] if len(parts) == 1 or axis is None else torch.cat(parts, dim=axis)
     if rule.padded:

@@ -25,6 +25,7 @@ from genac_megatron import platform
 from genac_megatron.errors import InputError
 from genac_megatron.models.context_parallel import exchanged_sdpa
 from genac_megatron.models.packed_attention import packed_sdpa, plan_of, sdpa
+from genac_megatron.models.repeated_heads import RepeatedHeads
 
 Kind = Literal["torch", "te"]
 
@@ -41,11 +42,25 @@ def choose(specs: Literal["auto", "torch", "te"]) -> Kind:
 def block_spec(config: TransformerConfig, kind: Kind, pp_rank: int, vp_stage: int | None) -> Any:
     """The decoder's submodules for one model chunk: TransformerBlockSubmodules."""
     if kind == "te":
-        return get_gpt_decoder_block_spec(
+        block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
         )
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec(config)] * layers, layer_norm=TorchNorm)
+    else:
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+        block = TransformerBlockSubmodules(
+            layer_specs=[torch_layer_spec(config)] * layers, layer_norm=TorchNorm
+        )
+    if config.num_query_groups < config.tensor_model_parallel_size:
+        block = dataclasses.replace(block, layer_specs=[*map(_repeating, block.layer_specs)])
+    return block
+
+
+def _repeating(layer: ModuleSpec) -> ModuleSpec:
+    """The layer with attention whose ranks share key-value heads."""
+    attention = dataclasses.replace(layer.submodules.self_attention, module=RepeatedHeads)
+    return dataclasses.replace(
+        layer, submodules=dataclasses.replace(layer.submodules, self_attention=attention)
+    )
 
 
 def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:

@@ -46,6 +46,13 @@ def check_adapter(name: str, role: RoleConfig, shape: Shape, where: Where) -> No
             f"is a mixture of {shape.experts} experts ({shape.family}), whose layers have no adapters here",
             "take adapter out, or use a dense model",
         )
+    if role.layout.tp > shape.kv_heads:
+        raise InputError(
+            f"'{name}' has an adapter, and tp {role.layout.tp} for {shape.kv_heads} heads of keys: ranks "
+            "that share one hold no whole projection of it",
+            where=where(("roles", name, "layout", "tp")),
+            way_out=f"lower tp to {shape.kv_heads}, or take the adapter out",
+        )
     if training.frozen:
         raise refuse("frozen", "is frozen and has an adapter to train", "take one of them out")
     if training.frozen_attention:

@@ -86,7 +86,8 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
 
     Per token and layer, in elements of the training dtype, with attention that keeps no scores:
     residual stream and norm inputs and outputs 4h, divided by tp under sequence parallelism;
-    queries, keys, values and the attention's output (2 heads + 2 kv_heads) head_dim / tp;
+    queries, keys, values and the attention's output (2 heads + 2 kv_heads) head_dim / tp, of keys a head at
+    least;
     gate, up and their product 3 ffn / tp. (After Korthikanti et al. 2022, arXiv 2205.05198, section 4, less
     dropout and scores, with a gated MLP.) Full recomputation keeps h per layer, and one layer's worth once;
     selective recomputation redoes attention's core alone, which keeps nothing here.
@@ -97,7 +98,7 @@ def activation_bytes(role: RoleConfig, shape: Shape, pp: int) -> float:
     layout, training = role.layout, role.training
     sequence_parallel = layout.tp > 1 if layout.sequence_parallel is None else layout.sequence_parallel
     stream = shape.hidden / (layout.tp if sequence_parallel else 1)
-    attention = 2 * (shape.q_size + shape.kv_size) / layout.tp
+    attention = 2 * (shape.q_size / layout.tp + shape.kv_size / min(layout.tp, shape.kv_heads))
     per_layer = 4 * stream + attention + 3 * shape.ffn / layout.tp
     if training.adapter is not None and training.adapter.dropout:
         inputs = {"qkv": stream, "o": shape.q_size / layout.tp, "up": stream, "down": shape.ffn / layout.tp}

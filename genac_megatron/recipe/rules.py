@@ -150,14 +150,20 @@ def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) ->
     place = ("roles", name, "layout")
     _check_experts(name, shape, layout, where)
     # Experts are not cut by tp: their model's ffn is nobody's.
-    sizes = (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn", shape.ffn))
-    for what, size in sizes[:2] if shape.experts else sizes:
+    sizes = (("heads", shape.heads), ("ffn", shape.ffn))
+    for what, size in sizes[:1] if shape.experts else sizes:
         if size % layout.tp:
             raise InputError(
                 f"tp {layout.tp} of '{name}' does not divide its model's {what} {size}",
                 where=where((*place, "tp")),
-                way_out=f"tp must divide heads {shape.heads}, kv_heads {shape.kv_heads} and ffn {shape.ffn}",
+                way_out=f"tp must divide heads {shape.heads} and ffn {shape.ffn}",
             )
+    if shape.kv_heads % layout.tp and layout.tp % shape.kv_heads:
+        raise InputError(
+            f"tp {layout.tp} of '{name}' neither divides its model's kv_heads {shape.kv_heads} nor is a "
+            "multiple of them",
+            where=where((*place, "tp")),
+        )
     try:
         chunk_layers(shape.layers, layout.pp, layout.vpp, layout.pipeline_model_parallel_layout)
     except InputError as error:

@@ -188,6 +188,19 @@ def test_chunks_of_unlike_length_train_like_one_rank(pool: Any) -> None:
     check(pool.run(train_case, role_config(shape={"layers": 6}, layout=layout))[0], wanted)
 
 
+REPEATED = [("qwen3", {"tp": 2}, 1), ("qwen2", {"count": 2, "tp": 2}, 1), ("qwen3", {"tp": 4}, 2)]
+
+
+@pytest.mark.parametrize(("family", "layout", "kv_heads"), REPEATED, ids=["dp2", "biases", "half"])
+def test_ranks_that_share_a_head_of_keys_train_like_one_rank(
+    pool: Any, family: str, layout: dict[str, Any], kv_heads: int
+) -> None:
+    shape = {"kv_heads": kv_heads}
+    wanted = pool.run(train_case, role_config(family=family, shape=shape, layout={"count": 1}))[0]
+    for result in pool.run(train_case, role_config(family=family, shape=shape, layout=layout)):
+        check(result, wanted)
+
+
 @pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2", "tp2-pp2"])
 def test_micro_batches_of_unlike_length_train_like_one_rank(pool: Any, reference: Any, layout: str) -> None:
     config = role_config(layout=LAYOUTS[layout], training={"variable_seq_lengths": True})

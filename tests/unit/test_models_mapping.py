@@ -37,7 +37,8 @@ def shapes(draw: st.DrawFn) -> tuple[Shape, int]:
     """A shape of any family, and a tp that can cut it."""
     tp = draw(st.sampled_from([1, 2, 4]))
     name = draw(st.sampled_from(sorted(FAMILIES)))
-    kv_heads = tp * draw(st.integers(1, 2))
+    kv_heads = draw(st.sampled_from([*{max(1, tp // 2), tp, 2 * tp}]))
+    shared = max(1, tp // kv_heads)  # ranks of a head of keys
     return (
         dataclasses.replace(
             TINY,
@@ -45,7 +46,7 @@ def shapes(draw: st.DrawFn) -> tuple[Shape, int]:
             layers=draw(st.integers(1, 2)),
             hidden=draw(st.integers(1, 9)),
             ffn=tp * draw(st.integers(1, 4)),
-            heads=kv_heads * draw(st.integers(1, 3)),
+            heads=kv_heads * shared * draw(st.integers(1, 3)),
             kv_heads=kv_heads,
             head_dim=2 * draw(st.integers(1, 3)),
             vocab=draw(st.integers(1, 30)),

@@ -141,7 +141,7 @@ def test_the_distributed_optimizer_divides_its_state_over_data_parallel_ranks():
 
 
 def test_every_rank_of_the_world_holds_an_engine():
-    config, whole = role(tp=2, pp=2), read_shape(role().model)
+    config, whole = role(tp=2), read_shape(role().model)
     config = config.model_copy(update={"engine": EngineConfig(dtype="fp32", max_batch_tokens=10)})
     outside = memory_of(config, whole, None, 8)
     cache = 10 * 2 * 3 * 2 * 8  # tokens; keys and values; layers; kv_heads; head_dim

@@ -94,7 +94,6 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.layout.tp=3", "4 ranks, no multiple of tp * pp * cp = 3 * 1 * 1 = 3"),
         ("roles.actor.layout.first_rank=4", "a world of 4"),
         ("roles.actor.layout={first_rank: 2, count: 4}", "ranks 2 to 5"),
-        ("roles.actor.layout.tp=4", "kv_heads 2"),
         ("roles.actor.model.shape={layers: 4, hidden: 60, ffn: 128, heads: 3, kv_heads: 3}",
          "has 'critic' start from 'actor', and their shapes differ: hidden 60 and 64, heads 3 and 4"),
         ("roles.actor.layout={tp: 2, pp: 2, vpp: 4}", "does not divide the model's 4 layers"),
@@ -337,3 +336,9 @@ def test_experts_of_allgather_want_one_length(tmp_path: Path) -> None:
     allgather = "roles.actor.training={moe_dispatcher: allgather, variable_seq_lengths: true}"
     with pytest.raises(InputError, match="wants one length"):
         check(load_recipe(path, [allgather]))
+
+
+def test_adapters_want_whole_heads_of_keys(path: Path) -> None:
+    check(load_recipe(path, ["roles.actor.layout.tp=4"]))
+    with pytest.raises(InputError, match="tp 4 for 2 heads of keys"):
+        check(load_recipe(path, ["roles.actor.layout.tp=4", "roles.actor.training.adapter={rank: 2}"]))
