@@ -3,7 +3,7 @@
 #
 #   tools/gpu_minutes.sh 1                    facts parity fp8 tests | ipc server serverfp8   (two lanes at once)
 #   tools/gpu_minutes.sh 2                    train logprobs publish joint accuracy memory    (one after the other)
-#   tools/gpu_minutes.sh facts server ...     steps by name, one after the other
+#   tools/gpu_minutes.sh facts server ...     steps by name, one after the other (serverlora by name alone: adapters)
 #   tools/gpu_minutes.sh --tiny ...           the same on a CPU: it tries the plumbing, figures say nothing
 #
 #   --bundles FOLDER   te.tar.xz and sgl.tar.xz there, site-packages for a base Python (GENAC_MINUTES_PYTHON, default
@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
         *) names+=("$1"); shift ;;
     esac
 done
-known="facts parity fp8 tests ipc server serverfp8 train train8b train1b train0b logprobs publish joint accuracy memory"
+known="facts parity fp8 tests ipc server serverfp8 serverlora train train8b train1b train0b logprobs publish joint accuracy memory"
 [ ${#names[@]} -gt 0 ] || fail "no step named" "tools/gpu_minutes.sh 1, or some of: $known"
 for name in "${names[@]}"; do
     case " 1 2 $known " in *" $name "*) ;; *) fail "there is no step $name" "1, 2 or some of: $known" ;; esac
@@ -150,6 +150,7 @@ run_step() {
         ipc) pytests ipc 60 tests/gpu/test_gpu_publication.py::test_another_process_reads_what_a_device_bucket_holds ;;
         server) minutes server 190 ;;
         serverfp8) minutes serverfp8 140 ;;
+        serverlora) minutes serverlora 170 ;;
         train) minutes train8b 95; minutes train1b 60; minutes train0b 45 ;;
         train8b|train1b|train0b) minutes "$1" 110 ;;
         joint) minutes joint 170 ;;

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from genac_megatron.models.families.base import Shape
 from genac_megatron.publication.plan import Bucket, Item
+from genac_megatron.serving.sglang.adapters import CPU_FFN_MULTIPLE
 
 Sums = dict[str, str]  # an engine rank's parameter -> 16 hex digits
 VOCAB_MULTIPLE = 64
-CPU_FFN_MULTIPLE = 32  # a CPU server pads the width of feed-forward layers to it, per rank
 
 
 class RankSums:

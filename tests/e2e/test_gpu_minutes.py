@@ -143,10 +143,10 @@ def test_without_an_interpreter_it_names_the_ways_to_one(tmp_path: Path) -> None
 @pytest.mark.extended  # the other steps: each is a benchmark or a test that has a tiny run of its own
 @pytest.mark.timeout(1500)
 def test_every_step_that_a_cpu_has_goes_well(tmp_path: Path) -> None:
-    steps = ["facts", "ipc", "tests", "parity", "fp8", "serverfp8", "server"]
+    steps = ["facts", "ipc", "tests", "parity", "fp8", "serverfp8", "server", "serverlora"]
     steps += ["train", "logprobs", "publish", "joint", "accuracy", "memory"]
     if "GENAC_SERVE_PYTHON" not in os.environ:
-        steps = [step for step in steps if step not in ("facts", "server")]
+        steps = [step for step in steps if step not in ("facts", "server", "serverlora")]
     done = call("--tiny", "--out", str(tmp_path), "--scale", "10", "--limit", "1400", *steps)
     assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()[-6000:]
     assert all(row.get("ok", True) for row in rows_of(tmp_path))

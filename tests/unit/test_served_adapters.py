@@ -11,12 +11,13 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
-from genac_megatron.recipe.schema import AdapterConfig
+from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import served_adapters, started_engines
 from genac_megatron.recipe.sharing import only
-from genac_megatron.serving.sglang.adapters import Changes, changes, lora_arguments, version_of
+from genac_megatron.serving.sglang.adapters import Changes, changes, lora_arguments, refusal, version_of
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
+from genac_megatron.serving.sglang.fleet import Fleet
 
 OURS = [f"actor@{version}" for version in range(1, 9)]
 
@@ -61,6 +62,21 @@ def test_what_servers_are_started_with() -> None:
         "--lora-target-modules o_proj q_proj v_proj"
     )
     assert "--lora-backend torch_native" in " ".join(lora_arguments(two, gpu=False))
+
+
+def test_a_width_that_a_cpu_server_pads_is_refused(tmp_path: Path) -> None:
+    attention, all_of_it = [AdapterConfig(targets=["q_proj"])], [AdapterConfig()]
+    assert refusal(all_of_it, 40, 1, gpu=False).startswith(
+        "on a CPU SGLang pads the ffn 40 to a multiple of 32"
+    )
+    assert refusal(all_of_it, 96, 2, gpu=False)
+    assert not any(
+        [refusal(all_of_it, 40, 1, gpu=True), refusal(attention, 40, 1, gpu=False),
+         refusal(all_of_it, 96, 1, gpu=False), refusal([], 40, 1, gpu=False)]
+    )  # fmt: skip
+    config = EngineConfig(kind="sglang", enable_lora=True)
+    with pytest.raises(InputError, match=r"roles\.actor\.engine\.enable_lora"):
+        Fleet("actor", config, {"intermediate_size": 40}, tmp_path, tmp_path, "cpu", adapters=all_of_it)
 
 
 def test_an_attempt_keeps_the_version_that_it_began_with(recipe: Path) -> None:

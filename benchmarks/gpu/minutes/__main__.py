@@ -19,6 +19,7 @@ STEPS = {
     "fp8": ("layers", "fp8"),
     "server": ("servers", "run"),
     "serverfp8": ("servers", "run_fp8"),
+    "serverlora": ("servers", "run_lora"),
     "train8b": ("figures", "train"),
     "train1b": ("figures", "train"),
     "train0b": ("figures", "train"),

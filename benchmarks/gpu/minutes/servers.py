@@ -23,10 +23,13 @@ from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.models.registry import hf_config
-from genac_megatron.publication.factory import fleet_publisher
-from genac_megatron.recipe.estimate import BYTES, served_bytes
+from genac_megatron.publication.adapter_fleet import AdapterPublisher
+from genac_megatron.publication.factory import adapter_publisher, fleet_publisher
+from genac_megatron.publication.publisher import Publisher
+from genac_megatron.recipe.estimate import BYTES, served_bytes, slot_bytes
 from genac_megatron.recipe.memory import CONTEXT_GIB, GIB, SERVER_GIB
 from genac_megatron.records import Request, Sample, SamplingParams
+from genac_megatron.serving.sglang.adapters import lora_arguments
 from genac_megatron.serving.sglang.boot import group_members
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine
@@ -44,11 +47,14 @@ BLOCKS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Served:
-    """A role, its server and what publishes to it."""
+ADAPTER: dict[str, Any] = {"rank": 16, "alpha": 32.0}
 
-    def __init__(self, step: Step, quantization: str, folder: Path) -> None:
-        self.tiny, self.quantization, self.folder = step.tiny, quantization, folder
+
+class Served:
+    """A role, its server and what publishes to it. lora: the server loads the role's adapters."""
+
+    def __init__(self, step: Step, quantization: str, folder: Path, *, lora: bool = False) -> None:
+        self.tiny, self.quantization, self.folder, self.lora = step.tiny, quantization, folder, lora
         self.log = step.logs / f"{step.name}.server.log"
         torch.set_num_threads(1)
         init_world()
@@ -59,6 +65,8 @@ class Served:
         )
         device = "cpu" if step.tiny else "cuda"
         args = () if step.tiny else (*SERVER_ARGS, "--mm-feature-transport", "cpu")  # text: no GPU for images
+        self.adapters = [self.role.config.training.adapter] if self.role.config.training.adapter else []
+        args = (*args, *lora_arguments(self.adapters, gpu=not step.tiny))
         self.spec = ServerSpec(
             "actor/0", folder, spare_ports(1)[0], dtype=self.role.config.training.dtype, device=device,
             mem_fraction=0.3, max_running=64, max_tokens=4096 if step.tiny else 65_536, args=args,
@@ -75,7 +83,13 @@ class Served:
             dtype=dtype,
             specs="auto",
             sizes=smol(self.tiny) if plain else BLOCKS,
-            engine={"kind": "sglang", "quantization": self.quantization, "dtype": dtype},
+            engine={
+                "kind": "sglang",
+                "quantization": self.quantization,
+                "dtype": dtype,
+                "enable_lora": self.lora,
+            },
+            **({"adapter": ADAPTER} if self.lora else {}),
         )
         config = role.config
         block = config.publication.model_copy(update=publication)
@@ -96,12 +110,19 @@ class Served:
         """Three times; the first is verified tensor by tensor."""
         endpoint = Endpoint(self.spec.name, self.spec.url, self.spec.key, 1, self.spec.device)
         gpus = None if self.tiny else {self.spec.name: [0]}
-        self.publisher = fleet_publisher(self.role, [endpoint], self.folder / "weights", gpus)
-        found: Figures = {"transport": type(self.publisher.transport).__name__}
+        client = ServerClient(self.spec.url, self.spec.key, name=self.spec.name)
+        adapter = self.role.name if self.lora else None
+        self.engine = SglangEngine([client], self.role.config.engine, self.role.shape, adapter=adapter)
+        to: Any = (self.role, [endpoint], self.folder / "weights", gpus)
+        self.publisher: Publisher | AdapterPublisher = (
+            adapter_publisher(*to, held=set(), in_use=self.engine.in_use)
+            if self.lora
+            else fleet_publisher(*to)
+        )
+        base = self.publisher.base if isinstance(self.publisher, AdapterPublisher) else self.publisher
+        found: Figures = {"transport": type(base.transport).__name__}
         for version in (1, 2, 3):
             found[f"v{version}"] = self._sent(version)
-        client = ServerClient(self.spec.url, self.spec.key, name=self.spec.name)
-        self.engine = SglangEngine([client], self.role.config.engine, self.role.shape)
         self.engine.version = 3
         return found
 
@@ -139,7 +160,7 @@ class Served:
         client.close()
         role, shape = self.role, self.role.shape
         cache = 2 * tokens * shape.layers * shape.kv_size * BYTES[role.config.engine.dtype]
-        weights = served_bytes(role.config, shape)
+        weights = served_bytes(role.config, shape) + slot_bytes(self.adapters, shape, role.config.engine)
         whole = self._server_bytes()
         found = {"server_gib": beside(SERVER_GIB, (whole - cache - weights) / GIB)}
         said = re.search(r"Load weight begin\. avail mem=([0-9.]+) GB", self.log.read_text(errors="replace"))
@@ -201,18 +222,18 @@ def _used_gib() -> float:
 
 
 @contextmanager
-def served(step: Step, quantization: str) -> Iterator[Served]:
+def served(step: Step, quantization: str, *, lora: bool = False) -> Iterator[Served]:
     with tempfile.TemporaryDirectory(prefix="genac-") as folder:
-        found = Served(step, quantization, Path(folder))
+        found = Served(step, quantization, Path(folder), lora=lora)
         try:
             yield found
         finally:
             found.close()
 
 
-def run(step: Step, quantization: str = "off") -> bool:
+def run(step: Step, quantization: str = "off", *, lora: bool = False) -> bool:
     """One after the other, and no further after a failure: each needs what came before it."""
-    with served(step, quantization) as found:
+    with served(step, quantization, lora=lora) as found:
         acts = (
             ("start", found.start),
             ("publish", found.publish),
@@ -223,7 +244,7 @@ def run(step: Step, quantization: str = "off") -> bool:
             ("memory flat", found.flat),
             ("memory beside weights and cache", found.held),
         )
-        well = step.chain([(f"{quantization}: {what}", act) for what, act in acts])
+        well = step.chain([(f"{'lora' if lora else quantization}: {what}", act) for what, act in acts])
         if not well and found.log.exists():
             print("\n".join(found.log.read_text(errors="replace").splitlines()[-80:]))
     return well
@@ -235,3 +256,8 @@ def run_fp8(step: Step) -> bool:
         step.say("fp8", ok=True, left_out="SGLang serves FP8 on GPUs alone")
         return True
     return run(step, "fp8")
+
+
+def run_lora(step: Step) -> bool:
+    """The same with adapters that the server loads beside the base (`engine.enable_lora`)."""
+    return run(step, lora=True)

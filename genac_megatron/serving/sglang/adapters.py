@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from genac_megatron.recipe.schema import AdapterConfig
 from genac_megatron.recipe.servers import lora_slots, widest
 
+CPU_FFN_MULTIPLE = 32  # a CPU server pads the width of feed-forward layers to it, per rank
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
 
 def adapter_name(role: str, version: int) -> str:
     """What servers call a version of a role's adapter."""
@@ -39,6 +42,21 @@ def lora_arguments(adapters: Sequence[AdapterConfig], *, gpu: bool) -> tuple[str
     backend = () if gpu else ("--lora-backend", "torch_native")  # the others are written in Triton
     strict = "--lora-strict-loading"  # a projection that the model lacks is an error, and not left out
     return ("--enable-lora", *ranks, *slots, *backend, strict, "--lora-target-modules", *room.targets)
+
+
+def refusal(adapters: Sequence[AdapterConfig], ffn: int, tp: int, *, gpu: bool) -> str:
+    """Why a server of `tp` ranks could not load these adapters; "" where it can.
+
+    A CPU server pads feed-forward layers, and an adapter's tensors not: it would end at the first request.
+    """
+    inside = {target for adapter in adapters for target in adapter.targets} & set(FEED_FORWARD)
+    multiple = CPU_FFN_MULTIPLE * tp
+    if gpu or not inside or ffn % multiple == 0:
+        return ""
+    return (
+        f"on a CPU SGLang pads the ffn {ffn} to a multiple of {multiple}, and loads no adapters of "
+        f"{', '.join(sorted(inside))} beside it"
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import plan_gpus
-from genac_megatron.serving.sglang.adapters import lora_arguments
+from genac_megatron.serving.sglang.adapters import lora_arguments, refusal
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.cores import as_list
 from genac_megatron.serving.sglang.free_memory import free_bytes
@@ -95,6 +95,13 @@ class Fleet:
         self._starting: list[Server] = []  # not known to be healthy yet
         self._share, self._neighbours = share, neighbours
         self._lora = lora_arguments(adapters, gpu=device == "cuda")
+        why = refusal(adapters, int(hf_config.get("intermediate_size", 0)), config.tp, gpu=device == "cuda")
+        if why:
+            raise InputError(
+                f"the servers of '{name}': {why}",
+                where=f"roles.{name}.engine.enable_lora",
+                way_out="give training.adapter other targets, or take enable_lora out",
+            )
         if not config.urls:
             if device == "cuda":
                 self._choose_gpus(plan_gpus({name: config})[name] if places is None else places)

@@ -26,9 +26,9 @@ NEW = 5
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9], [2, 7, 1, 8]]
 
 
-def adapted(layout: dict[str, Any] | None = None, **publication: Any) -> Any:
+def adapted(layout: dict[str, Any] | None = None, **model: Any) -> Any:
     """A tiny role that is an adapter, whose servers load it."""
-    config = config_of(layout, training={"adapter": ADAPTER}, publication={**LIMITS, **publication})
+    config = config_of(layout, training={"adapter": ADAPTER}, publication=LIMITS, **model)
     engine = config.engine.model_copy(update={"enable_lora": True})
     return config.model_copy(update={"engine": engine})
 

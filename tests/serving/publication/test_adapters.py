@@ -73,6 +73,18 @@ def test_servers_say_what_base_and_adapters_say(pool: Any, beside: list[Endpoint
         assert gap(merged(config, seed), PROMPTS[0], list(answer.ids), list(answer.logprobs)) <= TOLERANCE
 
 
+@pytest.mark.extended  # whole weights, and how adapters are joined, are tested by family elsewhere
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_other_families(pool: Any, servers: Servers, tmp_path: Path, family: str) -> None:
+    """Biases, no QK norm, an output layer of its own."""
+    model = {"family": family, "tie": False}
+    config = adapted({"count": 2, "tp": 2}, **model)
+    with servers.fresh(args=ARGUMENTS, **model) as endpoints:
+        pool.run(both_case, config, endpoints, str(tmp_path), [("actor", 1), ("actor", 2)])
+        for name, seed in ((None, None), ("actor@2", 2)):
+            assert worst(config, seed, sampled(endpoints[0], name)) <= TOLERANCE
+
+
 def test_under_load(pool: Any, beside: list[Endpoint], tmp_path: Path) -> None:
     """No request is lost, and each is of one version from its first token to its last."""
     config, versions = adapted({"count": 2, "tp": 2}), list(range(20, 26))
