@@ -33,6 +33,7 @@ from genac_megatron.observe.voice import one_voice
 from genac_megatron.recipe.document import files
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.studies import command as studies
+from genac_megatron.tracing import command as tracing
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     commands.add_parser("doctor", help="check this machine's packages")
     evaluation.add_commands(commands)
+    tracing.add_command(commands)
     studies.add_command(commands)
     cluster.add_commands(commands)
     conversion.add_convert(commands)
@@ -96,6 +98,8 @@ def _done(options: argparse.Namespace, given: list[str], endings: list[Ending]) 
                 return _parity(options, given)
             case "evaluate":
                 return evaluation.run_command(options, given, _in_ranks)
+            case "traces":
+                return tracing.run_command(options, given, _in_ranks)
             case "convert":
                 return conversion.run_convert(options)
             case "inspect":

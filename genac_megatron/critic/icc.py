@@ -44,6 +44,7 @@ class IccState:
     step: int = 0
     momentum: float = 0.9
     seed: int = 0  # of the draws of the shuffled mode
+    actor: str | None = None  # its name, where a run has several; None: judging.actor_name
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.p_bar <= 1.0:
@@ -79,7 +80,7 @@ class IccState:
         p_bar = self.p_bar
         if judging.icc == "shuffled":
             p_bar = random.Random(f"{self.seed}/{self.step}/{key}").random()
-        return IccBlock(judging.actor_name, p_bar, self.step, used, limit)
+        return IccBlock(self.actor or judging.actor_name, p_bar, self.step, used, limit)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint needs, as plain numbers."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from genac_megatron.critic.endpoint import ask_endpoint
+from genac_megatron.critic.endpoint import answers_of
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import build_prompt_ids, prompt_text
 from genac_megatron.critic.score import LEVELS, deciding, format_answer, parse_score
@@ -20,6 +20,7 @@ from genac_megatron.critic.states import state_text
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
 from genac_megatron.records import Judgement, Prompt, Sample, State
+from genac_megatron.tasks.answers import REASONING, after_reasoning
 from genac_megatron.tasks.tokenizer import reply_ids, reply_lead, without_opened
 
 if TYPE_CHECKING:
@@ -239,16 +240,34 @@ def endpoint_messages(state: State, context: TraceContext) -> list[dict[str, str
 def endpoint_samples(states: Sequence[State], config: TeacherConfig, context: TraceContext) -> list[Sample]:
     """Traces of a chat endpoint; answers that don't parse or are too long for the critic are left out.
 
-    What follows the last answer tag is cut off. Raises what `ask_endpoint` raises.
+    Raises what `answers_of` raises.
     """
     batch = [endpoint_messages(state, context) for state in states]
-    answers = ask_endpoint(config, batch, context.judging.max_new_tokens)
+    answers = answers_of(config, batch, context.judging.max_new_tokens)
     samples = []
     for state, answer in zip(states, answers, strict=True):
-        if answer is None or parse_score(answer) is None:
+        text = None if answer is None else learnt_text(answer.text, answer.reasoning, config.learn_reasoning)
+        if text is None:
             continue
-        text = answer[: answer.rindex(_ANSWER_END) + len(_ANSWER_END)].strip()
         sample = to_sample(context.tokenizer, context.prompt_ids(state), text, state.rollout.prompt)
         if sample.trained <= context.judging.max_new_tokens:
             samples.append(sample)
     return samples
+
+
+def learnt_text(text: str | None, reasoning: str = "", learn_reasoning: bool = False) -> str | None:
+    """What is learnt of somebody's answer, up to the end of its last answer tag; None where none parses.
+
+    Reasoning between tags, or told apart from the text, is left out, or learnt before it in <think> tags.
+    """
+    said = None if text is None or parse_score(text) is None else after_reasoning(text)
+    if text is None or said is None or _ANSWER_END not in said:
+        return None
+    if learn_reasoning and not reasoning and said != text:
+        reasoning = REASONING.sub("", text[: len(text) - len(said)])
+    words = said[: said.rindex(_ANSWER_END) + len(_ANSWER_END)].strip()
+    return (
+        f"<think>\n{reasoning.strip()}\n</think>\n\n{words}"
+        if learn_reasoning and reasoning.strip()
+        else words
+    )

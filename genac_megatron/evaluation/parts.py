@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -66,6 +67,13 @@ class Parts:
             write_json_atomic(self.folder / PLAN, wanted)
         if self.complete:
             return self._by_key(self.read()[1])
+        return self._so_far()
+
+    def so_far(self) -> list[Row]:
+        """The rows of unfinished work, for who only reads them."""
+        return list(self._so_far().values())
+
+    def _so_far(self) -> dict[Key, Row]:
         files = sorted((self.folder / PARTS).glob("*.jsonl"))
         return self._by_key(row for file in files for row in read_jsonl(file)[0])
 
@@ -108,6 +116,8 @@ class Parts:
                 self._file = self.folder / PARTS / f"{rank:05d}-{number:03d}.jsonl"
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise GenacError(
                 f"cannot be written: {error.strerror or error}",

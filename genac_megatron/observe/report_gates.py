@@ -20,6 +20,7 @@ from genac_megatron.recipe.schema import (
 
 JudgedStage = SftStage | ReinforceStage | ValueStage | PpoStage
 Figures = Mapping[str, float]
+SFT_RANKING = 0.5  # of a critic that copied scores, where the recipe does not say
 PARSED = 0.98  # below this, judgements without a score weigh on the Brier score
 
 
@@ -43,6 +44,7 @@ def missed(stage: StageConfig, figures: Figures) -> list[Missed]:
         found = [_target(stage, figures)]
         if stage.role == "critic":
             found += [_parse_rate(stage, figures), _brier(stage, figures) if asks_for_brier(stage) else None]
+            found.append(_ranking(stage, figures))
     elif isinstance(stage, ReinforceStage | ValueStage):
         asked = stage.gate.brier_below_constant
         found = [_brier(stage, figures) if asked else None, _auc(stage, figures), _ranking(stage, figures)]
@@ -144,9 +146,16 @@ def _parse_rate(stage: SftStage, figures: Figures) -> Missed | None:
 
 
 def asks_for_brier(stage: SftStage) -> bool:
-    """Whether an SFT stage's critic must be better than a constant; unless said, where it taught itself."""
+    """Whether an SFT stage's critic must be better than a constant; unless said, where it copied scores."""
     asked = stage.gate.brier_below_constant
-    return stage.asks_itself if asked is None else asked
+    return stage.copies if asked is None else asked
+
+
+def asked_ranking(stage: SftStage | ReinforceStage | ValueStage) -> float | None:
+    """What the ranking within a prompt must be above; None: it is not asked for."""
+    if isinstance(stage, SftStage) and stage.gate.ranking is None:
+        return SFT_RANKING if stage.copies else None
+    return stage.gate.ranking
 
 
 def _brier(stage: SftStage | ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
@@ -192,11 +201,13 @@ def _auc(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
     )
 
 
-def _ranking(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
+def _ranking(stage: SftStage | ReinforceStage | ValueStage, figures: Figures) -> Missed | None:
     ranking, at = figures.get("eval/critic_ranking_prompt", math.nan), f"stages.{stage.name}"
-    if ranking > stage.gate.ranking:
+    asked = asked_ranking(stage)
+    unsaid = isinstance(stage, SftStage) and stage.gate.ranking is None and math.isnan(ranking)
+    if asked is None or unsaid or ranking > asked:
         return None
-    what = f"ranking accuracy within a prompt {ranking:.3f} is not above {stage.gate.ranking:g}"
+    what = f"ranking accuracy within a prompt {ranking:.3f} is not above {asked:g}"
     if math.isnan(ranking):
         means = (
             "there is none: no held-out prompt has both right and wrong responses with states after the "
@@ -208,8 +219,10 @@ def _ranking(stage: ReinforceStage | ValueStage, figures: Figures) -> Missed | N
         what,
         f"of a right and a wrong response to one prompt, the critic scores the right one higher in "
         f"{_per_cent(ranking)} of cases (a coin: 50 %): it may know hard prompts, but not good responses",
-        f"more responses to a prompt ({at}.rollout.samples){states}, more steps ({at}.steps); the figure is "
-        "rough where few are held out (evaluation.prompts)",
+        f"{_better_traces(stage)}; the figure is rough where few are held out (evaluation.prompts)"
+        if isinstance(stage, SftStage)
+        else f"more responses to a prompt ({at}.rollout.samples){states}, more steps ({at}.steps); the "
+        "figure is rough where few are held out (evaluation.prompts)",
         _bound(f"{at}.gate.ranking", _lower(ranking, 2), ranking),
     )
 

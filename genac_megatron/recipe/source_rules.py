@@ -7,7 +7,7 @@ from collections import Counter
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftSource, SftStage, TeacherConfig
-from genac_megatron.recipe.stages import named_sources, sources_of
+from genac_megatron.recipe.stages import COPIED, named_sources, sources_of
 from genac_megatron.recipe.task_rules import check_task
 from genac_megatron.recipe.tasks import (
     BenchmarkTask,
@@ -52,7 +52,14 @@ def check_teacher(teacher: TeacherConfig, task: TaskConfig, who: str, place: Pla
             where=where(place),
             way_out="add teacher.url and teacher.model",
         )
-    if teacher.kind in ("self", "endpoint"):
+    if (teacher.kind == "file") != (teacher.path is not None):
+        what = "the traces of a file, and names none" if teacher.path is None else "no file, and names one"
+        raise InputError(
+            f"{who} asks for {what}",
+            where=where((*place, "path")),
+            way_out="set teacher.kind: file and teacher.path, as `genac traces` has written it",
+        )
+    if teacher.kind in COPIED:
         _check_free(teacher, who, place, where)
     if teacher.kind == "monte_carlo" and teacher.writes == "reasoning":
         raise InputError(
@@ -71,7 +78,9 @@ def check_teacher(teacher: TeacherConfig, task: TaskConfig, who: str, place: Pla
 
 def _check_free(teacher: TeacherConfig, who: str, place: Place, where: Where) -> None:
     """A teacher whose words are its own has no keys that say what is written."""
-    says = "the critic's own judgements" if teacher.kind == "self" else "an endpoint's answers"
+    says = {"self": "the critic's own judgements", "file": "a file's traces"}.get(
+        teacher.kind, "an endpoint's answers"
+    )
     if teacher.writes != "trace":
         other = "monte_carlo or exact" if teacher.writes == "score" else "exact"
         raise InputError(
@@ -89,6 +98,7 @@ def _check_free(teacher: TeacherConfig, who: str, place: Place, where: Where) ->
 
 def check_sources(recipe: Recipe, stage: SftStage, place: Place, where: Where) -> None:
     """An SFT stage's sources, and whether it draws what it says how to draw. Raises InputError."""
+    check_actors(recipe, stage, place, where)
     who = f"the stage '{stage.name}' (sft)"
     drawing = [source for source in stage.sources if (source.data or stage.data) == "traces"]
     if stage.length_buckets > 1 and not (drawing if stage.sources else stage.data == "traces"):
@@ -116,8 +126,38 @@ def check_sources(recipe: Recipe, stage: SftStage, place: Place, where: Where) -
         )
 
 
+def check_actors(recipe: Recipe, stage: SftStage | ReinforceStage, place: Place, where: Where) -> None:
+    """A stage's several actors can be told apart, and are played. Raises InputError."""
+    actors, own = stage.actors, recipe.judging.actor_name
+    if not actors:
+        return
+    if isinstance(stage, SftStage) and (stage.role != "critic" or stage.data != "traces"):
+        raise InputError(
+            f"the stage '{stage.name}' has actors, and only traces for the critic are of their states",
+            where=where((*place, "actors")),
+            way_out="take actors out",
+        )
+    for name, times in Counter(actor.name for actor in actors).items():
+        if times > 1:
+            raise InputError(
+                f"{times} actors of the stage '{stage.name}' are called '{name}', as the critic is told",
+                where=where((*place, "actors")),
+                way_out="give each a name of its own",
+            )
+    for index, actor in enumerate(actors):
+        if (actor.checkpoint is None) != (actor.name == own):
+            which = "names no checkpoint: it is the run's own" if actor.checkpoint is None else "is another's"
+            raise InputError(
+                f"the actor '{actor.name}' of the stage '{stage.name}' {which}, and the run's own is called "
+                f"'{own}'",
+                where=where((*place, "actors", index)),
+                way_out=f"call the run's own '{own}' (judging.actor_name), and others otherwise",
+            )
+
+
 def check_replay(recipe: Recipe, stage: ReinforceStage, place: Place, where: Where) -> None:
-    """A REINFORCE stage's replay, and what its gate goes back to. Raises InputError."""
+    """A REINFORCE stage's actors, its replay, and what its gate goes back to. Raises InputError."""
+    check_actors(recipe, stage, place, where)
     _check_fallback(recipe, stage, (*place, "gate"), where)
     replay = stage.replay
     if replay is None:

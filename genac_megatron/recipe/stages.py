@@ -36,9 +36,11 @@ class RolloutConfig(Block):
 class SftGate(Block):
     action: Gate = "stop"
     parse_rate: Fraction = 0.98
-    # The critic's Brier score below the best constant's; None: asked for where its teacher is `self`, which
-    # a critic that says the same of every state would pass by its form alone.
+    # The critic's Brier score below the best constant's, and its ranking within a prompt; None: asked for
+    # (the ranking above 0.5) where its teacher's words are their own (self, endpoint, file), as a critic that
+    # says the same of every state would pass by its form alone.
     brier_below_constant: bool | None = None
+    ranking: Fraction | None = None
 
 
 class CriticBounds(Block):
@@ -86,7 +88,8 @@ class TeacherConfig(Block):
     """Where the critic's SFT traces come from (method §4)."""
 
     # monte_carlo: the score is the value by Monte Carlo, the reasoning the exact teacher's, if there is one
-    kind: Literal["exact", "self", "endpoint", "monte_carlo"] = "exact"
+    # file: what `genac traces` has kept
+    kind: Literal["exact", "self", "endpoint", "monte_carlo", "file"] = "exact"
     # exact: what of a trace is learnt (monte_carlo: all or the score). The score alone shows what reasoning
     # is worth; the reasoning alone makes a model that can think about tasks of whose values it has been told
     # nothing.
@@ -104,6 +107,28 @@ class TeacherConfig(Block):
     timeout_s: PositiveFloat = 120.0
     concurrency: Positive = 8
     attempts: Positive = 4  # per request, the first included
+    # endpoint: of an answer, the reasoning that it hides among them; None: judging.max_new_tokens
+    max_tokens: Positive | None = None
+    # Of models that reason: low, medium, high. With it the limit is asked for as max_completion_tokens, and
+    # no temperature is sent unless one is given here, as those refuse the others
+    reasoning_effort: str | None = None
+    limit_name: Literal["max_tokens", "max_completion_tokens"] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None  # None: 1, or, with reasoning_effort, not sent
+    # endpoint, file: what it reasons apart from its answer is learnt too, between <think> tags
+    learn_reasoning: bool = False
+    # Dollars for a million tokens that are read, and for a million that are written: cost is shown
+    price: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    path: str | None = None  # file
+
+
+class ActorConfig(Block):
+    """One of several actors, whose states a critic learns on: so that it learns what it is told of them."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^\n{}]+$")]  # as the critic is told
+    checkpoint: str | None = None  # of a run: its newest, or one; None: the run's own actor, as it is
+
+
+COPIED = ("self", "endpoint", "file")  # teachers whose judgements are learnt as they are
 
 
 class SftHeldout(Block):
@@ -178,6 +203,9 @@ class SftStage(Block):
     # fall, so that short ones are most
     length_buckets: Positive = 1
     rollout: RolloutConfig = RolloutConfig()  # traces: how the actor's states are made
+    # traces: whose states; [] is the run's own actor. Each has as many, and its own name and success rate in
+    # what the critic is told
+    actors: list[ActorConfig] = []
     optimizer: OptimizerConfig | None = None  # None: the role's
     heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
     gate: SftGate = SftGate()
@@ -198,6 +226,11 @@ class SftStage(Block):
         return any(source.phase != (0.0, 1.0) for source in self.sources)
 
     @property
+    def copies(self) -> bool:
+        """Whether any of its traces' scores are somebody's own words, and not worked out from the task."""
+        return self.data == "traces" and any(one.kind in COPIED for one in self.teachers)
+
+    @property
     def asks_itself(self) -> bool:
         """Whether any of its traces are the critic's own."""
         return self.data == "traces" and any(teacher.kind == "self" for teacher in self.teachers)
@@ -210,6 +243,8 @@ class ReinforceStage(Block):
     name: str = "reinforce"
     steps: Positive = 50
     rollout: RolloutConfig = RolloutConfig()
+    # Whose responses the steps have, in turn, as for sft; [] is the run's own actor. Evaluations are of that
+    actors: list[ActorConfig] = []
     train_states: Positive = 4  # at most this many states per response are trained
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the responses: the rest only gets values
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"

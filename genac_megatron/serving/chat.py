@@ -39,7 +39,9 @@ class Answer:
 
     text: str | None
     finish: str  # "stop", "length", or whatever else the endpoint says
-    tokens: int  # of the completion; 0 where the endpoint does not count them
+    tokens: int  # of the completion, hidden ones among them; 0 where the endpoint does not count them
+    reasoning: str = ""  # what it says of its reasoning apart from the text
+    read: int = 0  # tokens of the chat
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,19 @@ class ChatEndpoint:
                 way_out="unset it, or name the endpoint's host in NO_PROXY",
             ) from error
 
-    def ask(self, messages: Messages, max_tokens: int, temperature: float = 1.0, **more: object) -> Reply:
-        """The answer to one chat; Unanswered after `attempts` failures. more: other fields of the request.
+    def ask(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        temperature: float | None = 1.0,
+        *,
+        limit_name: str = "max_tokens",
+        **more: object,
+    ) -> Reply:
+        """The answer to one chat; Unanswered after `attempts` failures.
+
+        temperature: None: not sent. limit_name: what the endpoint calls max_tokens. more: other fields of the
+        request.
 
         Refusal: the endpoint will not answer this chat (4xx), others it may. Raises InputError where the
         address, the model or the key is refused.
@@ -127,8 +140,8 @@ class ChatEndpoint:
         body = {
             "model": self.model,
             "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": temperature,
+            limit_name: max_tokens,
+            **({} if temperature is None else {"temperature": temperature}),
             **more,
         }
         wait, failed = FIRST_WAIT_S, Unanswered("it was not asked")
@@ -148,7 +161,15 @@ class ChatEndpoint:
                 wait *= 2
         return failed
 
-    def ask_all(self, batch: Sequence[Messages], max_tokens: int, temperature: float = 1.0) -> list[Reply]:
+    def ask_all(
+        self,
+        batch: Sequence[Messages],
+        max_tokens: int,
+        temperature: float | None = 1.0,
+        *,
+        limit_name: str = "max_tokens",
+        **more: object,
+    ) -> list[Reply]:
         """`ask` for each chat, in order, at most `concurrency` open at once; an InputError ends them all."""
         ended = threading.Event()
 
@@ -156,7 +177,7 @@ class ChatEndpoint:
             if ended.is_set():
                 return Unanswered("it was not asked")
             try:
-                return self.ask(messages, max_tokens, temperature)
+                return self.ask(messages, max_tokens, temperature, limit_name=limit_name, **more)
             except InputError:
                 ended.set()
                 raise
@@ -227,8 +248,10 @@ class ChatEndpoint:
         try:
             body = response.json()
             choice = body["choices"][0]
-            content = choice["message"]["content"]
-            tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+            message, usage = choice["message"], body.get("usage") or {}
+            content = message["content"]
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
+            tokens, read = (int(usage.get(f"{what}_tokens") or 0) for what in ("completion", "prompt"))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
                 f"the {self.who}'s answer is not an OpenAI chat completion",
@@ -236,7 +259,8 @@ class ChatEndpoint:
                 way_out=f"{self.names.url} must be the base, for example http://host:port/v1",
             ) from error
         text = content if isinstance(content, str) else None
-        return Answer(text, str(choice.get("finish_reason") or "stop"), tokens)
+        told = reasoning if isinstance(reasoning, str) else ""
+        return Answer(text, str(choice.get("finish_reason") or "stop"), tokens, told, read)
 
 
 def _check_address(url: str, name: str) -> None:

@@ -7,7 +7,7 @@ differences between critics are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,26 @@ def _trained_targets(run: Run, stage: StageConfig, targets: list[float]) -> list
     return [target for part in run.gather([mine]) for target in part]
 
 
+def held_out_targets(run: Run, stage: StageConfig) -> list[float]:
+    """What critics are to predict of the current actor's held-out responses, as the stage's training samples
+    them: of all ranks. Collective.
+    """
+    held = held_out(run, stage)
+    mine = [rollout.target for group in held.groups for rollout in group.rollouts]
+    return _trained_targets(run, stage, [target for part in run.gather([mine]) for target in part])
+
+
 def told_step(recipe: Recipe) -> int:
     """Steps of RL that the recipe's actor has had since its last SFT; 0 where no run has made it."""
     checkpoint = recipe.roles["actor"].model.checkpoint
     if checkpoint is None:
         return 0
-    state = read_manifest(find_checkpoint(Path(checkpoint))).get("state") or {}
+    return told_step_of(read_manifest(find_checkpoint(Path(checkpoint))))
+
+
+def told_step_of(manifest: Mapping[str, Any]) -> int:
+    """The same of a checkpoint's manifest."""
+    state = manifest.get("state") or {}
     return int(((state.get("at") or {}).get("icc") or {}).get("step", 0))
 
 

@@ -21,6 +21,8 @@ class Progression:
     heldout: dict[str, Any] | None = None  # of an SFT stage that looks at held-out samples: what it has seen
     explained_variance: float | None = None  # the critic's, held-out, as it was measured last
     measured: dict[str, float] = field(default_factory=dict)  # more such figures (stages/heldout.py)
+    # By "stage/actor": what the critic is told of each of a stage's several actors (stages/strengths.py)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
     regime: dict[str, Any] = field(default_factory=dict)  # of a joint stage: its critic's errors so far
 
     def measure(self, figures: dict[str, Any], names: Iterable[str]) -> None:

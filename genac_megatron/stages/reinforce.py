@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 from genac_megatron.algorithms.losses import make_reinforce_loss
@@ -14,6 +15,7 @@ from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.replay import Replay
 from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.strengths import Cast
 
 
 def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
@@ -27,10 +29,13 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         run.publish("actor", "critic")
         evaluate(run, stage, "start", 0)
     replay = Replay(run, stage, fresh=loop.fresh) if stage.replay is not None else None
+    cast = Cast(run, stage, stage.actors)
     loss = make_reinforce_loss(stage.loss)
     loss = loss if replay is None else replay.loss(loss)
     for step in loop.steps(stage.steps):
-        batch, figures = next_batch(run, stage, step)
+        actor = stage.actors[(step - 1) % len(stage.actors)] if stage.actors else None
+        with cast.playing(actor) if actor is not None else nullcontext() as met:
+            batch, figures = next_batch(run, stage, step)
         samples = critic_samples(
             batch,
             stage.train_states,
@@ -50,8 +55,9 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         figures |= trained_figures("critic", [result], batch, samples, own)
         if replay is not None:
             figures |= replay.figures(replayed, others)
-        if run.icc is not None:
-            run.icc.update(batch.targets, advance=False)
+        told = run.icc if actor is None else met
+        if told is not None:  # each actor has a success rate of its own
+            told.update(batch.targets, advance=False)
         figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)

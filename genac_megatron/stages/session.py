@@ -16,8 +16,12 @@ from genac_megatron.training.layout import World
 
 
 @contextmanager
-def session(recipe: Recipe, world: World, stop: StopFlag, name: str, folder: Path) -> Iterator[Run]:
+def session(
+    recipe: Recipe, world: World, stop: StopFlag, name: str, folder: Path, *, trains: bool = False
+) -> Iterator[Run]:
     """The run, whose heartbeats, logs and servers' files are in `folder`. Collective.
+
+    trains: it plays training prompts, which are held to the models too.
 
     Rank 0 holds the folder meanwhile. Raises InputError where the same command is under way.
     """
@@ -26,7 +30,7 @@ def session(recipe: Recipe, world: World, stop: StopFlag, name: str, folder: Pat
     from_first(lock.acquire)
     try:
         with Progress(world.rank == 0, name=recipe.name, stages=[name]) as progress:
-            run = Run(recipe, world, None, progress, stop, trains=False, folder=folder)
+            run = Run(recipe, world, None, progress, stop, trains=trains, unmade=[], folder=folder)
             try:
                 yield run
             finally:

@@ -6,12 +6,14 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic import traces
 from genac_megatron.critic.balance import balance, scarce_part, shortest_and_longest
 from genac_megatron.critic.states import cut_states
+from genac_megatron.critic.trace_rows import file_samples, read_traces
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftStage, StageConfig
@@ -25,6 +27,7 @@ from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.stages.sft_orders import WHOLE, Order, order_prompts, orders
+from genac_megatron.stages.strengths import Cast
 from genac_megatron.tasks.tokenizer import chat_ids
 from genac_megatron.training.agreement import from_first
 
@@ -221,7 +224,24 @@ def reads_alike(recipe: Recipe, role: str) -> bool:
 
 
 def critic_traces(run: Run, order: Order) -> list[Sample]:
-    """Traces over states of the current actor, balanced by outcome and position."""
+    """Traces over states of the current actor, balanced by outcome and position; of each of the stage's
+    actors as many, where it has some.
+    """
+    if not order.actors or order.teacher.kind == "file":
+        return _of_actor(run, order)
+    assert order.played_in is not None
+    cast = Cast(run, order.played_in, order.actors)
+    samples: list[Sample] = []
+    for place, actor in enumerate(order.actors):
+        size = (place + 1) * order.size // len(order.actors) - place * order.size // len(order.actors)
+        if size:
+            part = replace(order, size=size, seed=(*order.seed, actor.name), actors=())
+            with cast.playing(actor):
+                samples += _of_actor(run, part)
+    return samples
+
+
+def _of_actor(run: Run, order: Order) -> list[Sample]:
     assert run.icc is not None
     context = traces.TraceContext(
         tokenizer=run.tokenizers[order.role],
@@ -233,8 +253,10 @@ def critic_traces(run: Run, order: Order) -> list[Sample]:
         seed="/".join(map(str, order.seed)) if order.name else run.recipe.seed,
     )
     teacher = order.teacher
+    if teacher.kind == "file":
+        return run.together(lambda: of_file(run, order))
     if teacher.kind == "self":
-        drawn = _Drawn(run, order)
+        drawn = Drawn(run, order)
         samples = own_traces(run, order, drawn.next)
         drawn.tell_lengths(drawn.asked, drawn.span)
         told = drawn.responses
@@ -246,6 +268,17 @@ def critic_traces(run: Run, order: Order) -> list[Sample]:
         raise on_all_ranks(InputError(what, where=order.where))
     run.progress.note(f"[{order.label}] {len(samples)} traces from {told} responses")
     return samples
+
+
+def of_file(run: Run, order: Order) -> list[Sample]:
+    """The first `order.size` traces of a file that `genac traces` has written. Raises InputError."""
+    path = str(order.teacher.path)
+    rows = read_traces(path)
+    made = file_samples(rows[: order.size], run.tokenizers[order.role], run.recipe.judging, order.teacher)
+    if not made:
+        raise InputError("no trace in it parses and fits into judging.max_new_tokens", where=path)
+    run.progress.note(f"[{order.label}] {len(made)} of {len(rows)} traces of {path} (size {order.size})")
+    return made
 
 
 def taught(run: Run, order: Order, states: list[State], context: traces.TraceContext) -> list[Sample]:
@@ -280,7 +313,7 @@ def drawn_states(run: Run, order: Order) -> tuple[list[State], int]:
     Of a source whose responses are shorter than was reckoned, more are drawn: its share is to be what the
     recipe says.
     """
-    drawn = _Drawn(run, order)
+    drawn = Drawn(run, order)
     pool = drawn.pool(order.size)
     chosen = drawn.balanced(pool, order.size)
     for _ in range(ROUNDS - 1 if order.name else 0):
@@ -292,7 +325,7 @@ def drawn_states(run: Run, order: Order) -> tuple[list[State], int]:
     return chosen, drawn.responses
 
 
-class _Drawn:
+class Drawn:
     """States of the actor's responses to an order's prompts, one batch of them after another. Collective."""
 
     def __init__(self, run: Run, order: Order) -> None:

@@ -22,7 +22,7 @@ from genac_megatron.recipe.schema import (
     TeacherConfig,
 )
 from genac_megatron.recipe.source_rules import replayed
-from genac_megatron.recipe.stages import named_sources
+from genac_megatron.recipe.stages import ActorConfig, named_sources
 from genac_megatron.recipe.tasks import TaskConfig, single_tasks
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.stages.room import Room, fit_part
@@ -55,6 +55,8 @@ class Order:
     length_buckets: int
     scored: bool
     seed: tuple[object, ...]
+    actors: tuple[ActorConfig, ...] = ()  # whose states; (): the run's own actor's
+    played_in: StageConfig | None = None  # the stage whose actors they are
 
     @property
     def label(self) -> str:
@@ -90,6 +92,8 @@ def orders(run: Run, stage: SftStage) -> Iterator[Order]:
         length_buckets=stage.length_buckets,
         scored=True,
         seed=(run.recipe.seed, stage.name),
+        actors=tuple(stage.actors),
+        played_in=stage,
     )
     if not stage.sources:
         yield plain
