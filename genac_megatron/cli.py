@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder")
     commands.add_parser("doctor", help="check this machine's packages")
     evaluation.add_commands(commands)
+    evaluation.add_score(commands)
     tracing.add_command(commands)
     studies.add_command(commands)
     cluster.add_commands(commands)
@@ -98,6 +99,8 @@ def _done(options: argparse.Namespace, given: list[str], endings: list[Ending]) 
                 return _parity(options, given)
             case "evaluate":
                 return evaluation.run_command(options, given, _in_ranks)
+            case "score":
+                return evaluation.run_score(options, given, _in_ranks)
             case "traces":
                 return tracing.run_command(options, given, _in_ranks)
             case "convert":

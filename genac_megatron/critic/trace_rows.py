@@ -78,9 +78,9 @@ def critic_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, judging: Judging
     return build_prompt_ids(tokenizer, judging, told(row), prompt, row["partial"], row["used"], row["limit"])
 
 
-def messages(row: Row, judging: JudgingConfig) -> list[dict[str, str]]:
+def messages(row: Row, judging: JudgingConfig, as_it_is: bool = False) -> list[dict[str, str]]:
     """The chat that an endpoint is shown; `brief`, for models that are trained on it, as `standard`."""
-    if judging.template == "brief":
+    if judging.template == "brief" and not as_it_is:
         judging = judging.model_copy(update={"template": "standard"})
     parts = prompt_text(judging, told(row), shown_prompt(row), row["partial"], row["used"], row["limit"])
     return [{"role": "user", "content": "".join(parts)}]

@@ -106,6 +106,8 @@ def _add_task(kinds: Any) -> None:
     task.add_argument("--problems", type=_positive, help="the first so many")
     task.add_argument("--max-new-tokens", type=_positive, help="of a response")
     task.add_argument("--temperature", type=float, help="else the recipe's evaluation.temperature, or 1")
+    task.add_argument("--critic", metavar="RUN", help="whose critic values samples: best@k, weighted@k")
+    task.add_argument("--p-bar", type=float, help="the success rate that it is told; else as its run told it")
     task.add_argument("--seed", type=_seed, default=0, help="of the samples")
 
 
@@ -123,6 +125,64 @@ def _add_gradients(kinds: Any) -> None:
     audit.add_argument("--samples", type=_positive, default=2, help="responses to each of them")
     audit.add_argument("--estimators", help="for example rloo,genac-0,exact-0; else all that can be made")
     audit.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
+
+
+def add_score(commands: Any) -> None:
+    """Add `score` to the command line's subparsers."""
+    command = commands.add_parser("score", help="a critic's values of any transcripts (docs/evaluation.md)")
+    command.add_argument("source", help="JSONL: problem and response, or messages")
+    _add_recipe(command)
+    command.add_argument("--out", required=True, help="JSONL: the same rows with value")
+    command.add_argument("--checkpoint", help="the critic's: a run folder, or one checkpoint of it")
+    command.add_argument("--p-bar", type=float, help="the actor's success rate, where rows do not say")
+    command.add_argument("--step", type=int, help="its step of training, likewise")
+    command.add_argument("--limit", type=_positive, default=4096, help="tokens of a response, likewise")
+    command.add_argument("--judgements", type=_positive, default=1, help="of a state: their mean counts")
+    command.add_argument("--lines", action="store_true", help="values of prefixes too, at line ends")
+    command.add_argument("--url", help="a server that has the critic: its base, .../v1")
+    command.add_argument("--model", help="its model")
+    command.add_argument("--api-key-env", help="the environment variable that holds its key")
+
+
+def run_score(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
+    """Run `genac score ...`; the exit code."""
+    from genac_megatron.recipe.schema import TeacherConfig
+
+    recipe = _recipe(options)
+    if options.p_bar is not None and not 0 <= options.p_bar <= 1:
+        raise InputError(f"{options.p_bar} is no success rate", where="--p-bar", way_out="from 0 to 1")
+
+    def wanted() -> Any:
+        from genac_megatron.evaluation.score import ScoreOptions
+
+        return ScoreOptions(
+            Path(options.source),
+            Path(options.out),
+            options.checkpoint,
+            options.p_bar,
+            options.step,
+            options.limit,
+            options.judgements,
+            options.lines,
+        )
+
+    if options.url is not None:
+        from genac_megatron.evaluation.score import score_by_server
+
+        server = TeacherConfig(
+            kind="endpoint", url=options.url, model=options.model, api_key_env=options.api_key_env
+        )
+        server = server.model_copy(update={"temperature": recipe.judging.temperature})
+        score_by_server(recipe, wanted(), server)
+        return EXIT_OK
+    folder = RunFolder(run_path(recipe)).beside("score", given)
+
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.evaluation.score import score
+
+        score(recipe, world, stop, wanted(), folder)
+
+    return in_ranks(recipe, given, job, folder)
 
 
 def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
@@ -223,6 +283,8 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
         temperature=options.temperature,
         seed=options.seed,
         checkpoint=options.checkpoint,
+        critic=options.critic,
+        p_bar=options.p_bar,
     )
     _check_task(options)
     if options.url is not None:
@@ -251,7 +313,10 @@ def _check_task(options: argparse.Namespace) -> None:
             "genac evaluate task math500 --url http://host:port/v1 --model NAME --out FOLDER",
         )
     if options.url is not None:
-        kind, other = "a server (--url)", {"--checkpoint": options.checkpoint, "--override": options.override}
+        kind, other = (
+            "a server (--url)",
+            {"--checkpoint": options.checkpoint, "--override": options.override, "--critic": options.critic},
+        )
         way_out = "leave it out; a server's model is named by --model"
     else:
         kind = "a recipe"

@@ -29,6 +29,8 @@ from genac_megatron.evaluation import metrics
 from genac_megatron.evaluation.intervals import Resampled, plain
 from genac_megatron.evaluation.parts import MANIFEST, PARTS, Parts, Row
 from genac_megatron.evaluation.tables import table, with_interval
+from genac_megatron.evaluation.trial_paths import paths_of as paths_of
+from genac_megatron.evaluation.votes import vote_table, votes_of
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
 from genac_megatron.records import Prompt
 from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply, Unanswered
@@ -61,6 +63,8 @@ class TrialOptions:
     temperature: float | None = None
     seed: int = 0
     checkpoint: str | None = None
+    critic: str | None = None  # a run whose critic votes: of the recipe's role
+    p_bar: float | None = None  # that it is told; None: as its own run told it
     chunk: int = 256  # requests of a rank at a time, and lost where it is killed
     draws: int = 2000  # bootstrap
 
@@ -88,6 +92,7 @@ class Trial:
         self, options: TrialOptions, name: str, task: Task, model: Row, sampling: Row, made_from: Row
     ) -> None:
         self.options, self.name, self.task, self.made_from = options, name, task, made_from
+        self.sampling = sampling
         self.parts = Parts(options.out / name, SAMPLES, ("index", "sample"))
         count = task.heldout_size if options.problems is None else min(options.problems, task.heldout_size)
         self.prompts = [task.prompt("heldout", index) for index in range(count)]
@@ -196,11 +201,17 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
 
     Raises InputError where a benchmark's data is missing, StopRequested where it was asked to stop.
     """
-    from genac_megatron.evaluation.session import identity, made_from, rollout_config, with_role
+    from genac_megatron.evaluation.score import ScoreOptions, needs_critic, told_by
+    from genac_megatron.evaluation.session import identity, made_from, rollout_config, with_roles
     from genac_megatron.recipe.tasks import BenchmarkTask
     from genac_megatron.stages.session import session
 
-    recipe = with_role(recipe, "actor", options.checkpoint)
+    roles, told = {"actor": options.checkpoint}, None
+    if options.critic is not None:
+        needs_critic(recipe)
+        told = told_by(recipe, ScoreOptions(options.out, options.out, options.critic, options.p_bar))
+        roles["critic"] = options.critic
+    recipe = with_roles(recipe, roles)
     first = BenchmarkTask(kind="benchmark", name=options.names[0], path=options.paths.get(options.names[0]))
     recipe = recipe.model_copy(update={"task": first})
     config = rollout_config(recipe, options.max_new_tokens)
@@ -208,7 +219,8 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
         config = config.model_copy(update={"temperature": options.temperature})
     sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     with session(recipe, world, stop, "benchmarks", folder) as run:
-        run.publish("actor")
+        run.publish(*roles)
+        votes: dict[str, Row] = {}
         model, source = identity(run, "actor"), made_from(recipe, "actor")
         for name in options.names:
             tags = recipe.roles["actor"].model.reasoning_tags
@@ -216,8 +228,12 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
             task = run.task if name == options.names[0] else run.together(made)
             trial = run.together(partial(Trial, options, name, task, model, sampling, source))
             _on_engines(run, trial, config)
+            if told is not None:
+                votes[name] = votes_of(run, trial, told)
         if world.rank == 0:
             print(write_summary(options.out), flush=True)
+            if votes:
+                print(vote_table(votes), flush=True)
 
 
 def _on_engines(run: Run, trial: Trial, config: Any) -> None:
@@ -478,18 +494,3 @@ def _digest(prompts: Sequence[Prompt]) -> str:
         text = f"{prompt.messages}{prompt.reference}{prompt.ids or ''}"
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def paths_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """NAME=PATH pairs; a bare PATH where there is one benchmark. Raises InputError."""
-    found = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals and len(names) == 1:
-            name, path = names[0], text
-        if name not in names:
-            raise InputError(
-                f"--path {text} is for none of {', '.join(names)}", way_out="write --path BENCHMARK=FILE"
-            )
-        found[name] = path
-    return found

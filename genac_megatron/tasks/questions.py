@@ -61,6 +61,11 @@ class QuestionTask(FixedTask):
     def late(self) -> int:
         return self._grader.late
 
+    @property
+    def forms(self) -> Sequence[AnswerForm]:
+        """Where a final answer may stand."""
+        return self._grader.forms
+
     def verify(self, prompt: Prompt, text: str) -> float:
         return self.verify_many([(prompt, text)])[0]
 

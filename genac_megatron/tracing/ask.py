@@ -69,8 +69,12 @@ def ask_endpoint_about(
     concurrency: int,
     keep: Keep,
     stopped: Callable[[], bool] = lambda: False,
+    *,
+    as_it_is: bool = False,
 ) -> None:
     """Ask an endpoint about each; `keep` has every answer before another request takes its place.
+
+    as_it_is: it is a critic, and has the recipe's template, `brief` too.
 
     Raises InputError where the key, the model or all requests are refused, PeerLost where requests had no
     answer in the end: what was answered is kept.
@@ -86,7 +90,7 @@ def ask_endpoint_about(
                     while len(open_) < concurrency and not stopped() and not replies.hopeless:
                         if (asked := next(left, None)) is None:
                             break
-                        open_[pool.submit(endpoint.ask, messages(asked[0], judging))] = asked
+                        open_[pool.submit(endpoint.ask, messages(asked[0], judging, as_it_is))] = asked
                     if not open_:
                         break
                     for future in wait(open_, return_when=FIRST_COMPLETED).done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections import Counter
@@ -34,7 +35,7 @@ def asking(url: str) -> dict[str, Any]:
     sft = {"kind": "sft", "name": "sft-critic", "role": "critic", "data": "traces", "size": 16, "epochs": 1,
            "batch": 4, "rollout": ROLLOUT, "actors": ACTORS, "teacher": teacher,
            "gate": {"action": "off"}}  # fmt: skip
-    return {**SMALL, "stages": [sft]}
+    return {**SMALL, "judging": {**SMALL["judging"], "max_new_tokens": 40}, "stages": [sft]}
 
 
 def write(folder: Path, name: str, recipe: dict[str, Any]) -> str:
@@ -104,8 +105,6 @@ def _train(folder: Path, count: int) -> None:
     steps = [row for row in whole if row["stage"] == "reinforce" and "critic/lr" in row]
     assert len(steps) == 3
     # Resumed behind the first step of the other actor: as if it had not been stopped.
-    import shutil
-
     for path in (folder / "runs/run/checkpoints").iterdir():
         if path.name.startswith("reinforce-") and not path.name.endswith("00001"):
             shutil.rmtree(path)
@@ -113,3 +112,30 @@ def _train(folder: Path, count: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "early: success rate" not in done.stdout  # it is in the checkpoint
     assert rows(folder) == whole
+    _after_training(folder)
+
+
+def _after_training(folder: Path) -> None:
+    """The run's critic values transcripts, and votes on a benchmark's samples."""
+    (folder / "some.jsonl").write_text(
+        "".join(json.dumps({"problem": f"{n}?", "response": f"is {n}"}) + "\n" for n in range(3))
+    )
+    done = genac(
+        "score", "some.jsonl", "train.yaml", "--checkpoint", "runs/run", "--out", "scored.jsonl", cwd=folder
+    )
+    # A critic of a few steps may write no score at all: then that is said.
+    assert done.returncode == 0 or "no judgement parses" in done.stderr, done.stdout + done.stderr
+    found = [json.loads(line) for line in (folder / "scored.jsonl").read_text().splitlines()]
+    assert [row["problem"] for row in found] == ["0?", "1?", "2?"]
+    assert all(row["value"] is None or 0 <= row["value"] <= 1 for row in found)
+    questions = "".join(json.dumps({"question": f"{n}+1?", "answer": str(n + 1)}) + "\n" for n in range(2))
+    (folder / "q.jsonl").write_text(questions)
+    done = genac(
+        "evaluate", "task", "gsm8k", "train.yaml", "--checkpoint", "runs/run", "--critic", "runs/run",
+        "--path", "q.jsonl", "--samples", "2", "--max-new-tokens", "8", "--out", "bench", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weighted@k" in done.stdout
+    votes = json.loads((folder / "bench/gsm8k/votes.json").read_text())
+    assert votes["k"] == 2
+    assert set(votes) >= {"best@2", "maj@2", "weighted@2", "parsed"}
