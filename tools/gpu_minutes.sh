@@ -146,7 +146,7 @@ run_step() {
         parity) minutes parity 90 ;;
         fp8) minutes fp8 100 ;;
         tests) pytests tests 170 tests/gpu/test_precision.py tests/gpu/test_gpu_logprobs.py \
-            tests/gpu/test_gpu_rest.py tests/gpu/test_world.py ;;
+            tests/gpu/test_gpu_rest.py tests/gpu/test_gpu_trees.py tests/gpu/test_world.py ;;
         ipc) pytests ipc 60 tests/gpu/test_gpu_publication.py::test_another_process_reads_what_a_device_bucket_holds ;;
         server) minutes server 190 ;;
         serverfp8) minutes serverfp8 140 ;;

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +44,11 @@ from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.models.adapters import Adapters, attach, stand_on
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.packed_attention import plan_of, rows_of
+from genac_megatron.models.packed_attention import plan_of, rows_of, tree_of
 from genac_megatron.models.pipeline import StageLayout
 from genac_megatron.models.routing import install
 from genac_megatron.models.sizes import padded_vocab
-from genac_megatron.models.specs import Kind, block_spec, choose, fuse_weight_gradients
+from genac_megatron.models.specs import Kind, block_spec, choose, fuse_weight_gradients, tree_way
 from genac_megatron.platform.fp8 import refusal_here
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.training.layout import Layout
@@ -95,10 +95,12 @@ class RoleModel(GPTModel):
             self.output_layer = ValueHead(self.config)
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Under torch specs the packed attention rotates queries and keys itself, from tables made once."""
+        """Under torch specs the packed attention rotates queries and keys itself, from tables made once; so
+        does attention over trees under any, as positions run along a tree's paths.
+        """
         prepared = super()._preprocess(*args, **kwargs)
         packed = kwargs.get("packed_seq_params")
-        if packed is None or self.specs != "torch":
+        if packed is None or (self.specs != "torch" and tree_of(packed) is None):
             return tuple(prepared)
         hidden, freqs, *rest = prepared
         plan_of(packed, freqs.device).set_rope(freqs)
@@ -181,11 +183,11 @@ def build_model(
     specs = choose(training.specs)
     check(shape, layout, training, specs)
     config = transformer_config(shape, layout, training, specs, groups.pp.rank())
-    scoring = Scoring(chunk=training.logprob_chunk)
+    scoring, trees = Scoring(chunk=training.logprob_chunk), tree_way(training)
     fused = training.fuse_weight_gradients and not (training.frozen or training.adapter)
     chunks = []
     for index in range(layout.vpp):
-        chunks.append(_chunk(shape, layout, groups, config, specs, scoring, index, fused))
+        chunks.append(_chunk(shape, layout, groups, config, specs, scoring, index, fused, trees))
         if base is not None:  # at once, so that no second copy is there of more than a chunk
             stand_on(chunks[-1], base[index], shape)
     if training.adapter is not None:
@@ -205,12 +207,13 @@ def _chunk(
     scoring: Scoring,
     index: int,
     fused: bool,
+    trees: Literal["cpu", "flex", "merged"] | None,
 ) -> RoleModel:
     pp_rank = groups.pp.rank()
     vp_stage = index if layout.vpp > 1 else None
     model = RoleModel(
         config=config,
-        transformer_layer_spec=block_spec(config, specs, pp_rank, vp_stage),
+        transformer_layer_spec=block_spec(config, specs, pp_rank, vp_stage, trees),
         vocab_size=padded_vocab(shape, layout.tp),
         max_sequence_length=shape.max_positions,
         pre_process=pp_rank == 0 and index == 0,
@@ -264,6 +267,12 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
             way_out=f"choose tp and cp whose product divides {shape.heads}",
         )
     _check_experts(shape, layout, where)
+    if tree_way(training) == "merged" and training.dtype == "fp32" and platform.device().type != "cpu":
+        raise InputError(
+            "merged calls of flash attention take half precision, and the dtype is fp32",
+            where="training.tree_attention",
+            way_out="set it to flex, or auto",
+        )
     if training.fp8 != "off" and specs != "te":
         # Without Transformer Engine Megatron ignores fp8 without a word.
         raise InputError(

@@ -104,6 +104,11 @@ def rows_of(pack: PackedSeqParams | None) -> Tensor | None:
     return getattr(pack, _ROWS, None)
 
 
+def tree_of(pack: PackedSeqParams | None) -> TreeShape | None:
+    """How a pack of trees hangs together; None: a flat one."""
+    return getattr(pack, _TREE, None)
+
+
 def make_tree_plan(tree: TreeShape, device: torch.device | str = "cpu") -> PackPlan:
     """The plan of chains that see the tokens above them too."""
     plan = make_plan(tree.bounds, device, TREE_SHARE)

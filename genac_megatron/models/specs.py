@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from genac_megatron import platform
 from genac_megatron.errors import InputError
 from genac_megatron.models.context_parallel import exchanged_sdpa
+from genac_megatron.models.flex_trees import How, with_trees
 from genac_megatron.models.packed_attention import packed_sdpa, plan_of, sdpa
 from genac_megatron.models.repeated_heads import RepeatedHeads
+from genac_megatron.recipe.schema import TrainingConfig
 
 Kind = Literal["torch", "te"]
 
@@ -39,8 +41,26 @@ def choose(specs: Literal["auto", "torch", "te"]) -> Kind:
     return "te" if specs == "te" or (specs == "auto" and platform.has_te()) else "torch"
 
 
-def block_spec(config: TransformerConfig, kind: Kind, pp_rank: int, vp_stage: int | None) -> Any:
-    """The decoder's submodules for one model chunk: TransformerBlockSubmodules."""
+def tree_way(training: TrainingConfig) -> Literal["cpu", "flex", "merged"] | None:
+    """What computes attention over packs of trees here; None: packs are flat.
+
+    cpu: our packed attention's own, of torch's layers on a CPU.
+    """
+    if not training.share_prefixes or training.tree_attention == "flat":
+        return None
+    if training.tree_attention != "auto":
+        return training.tree_attention
+    return "cpu" if choose(training.specs) == "torch" and platform.device().type == "cpu" else "flex"
+
+
+def block_spec(
+    config: TransformerConfig,
+    kind: Kind,
+    pp_rank: int,
+    vp_stage: int | None,
+    trees: Literal["cpu", "flex", "merged"] | None = None,
+) -> Any:
+    """The decoder's submodules for one model chunk: TransformerBlockSubmodules. trees: a `tree_way`."""
     if kind == "te":
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
@@ -50,9 +70,12 @@ def block_spec(config: TransformerConfig, kind: Kind, pp_rank: int, vp_stage: in
         block = TransformerBlockSubmodules(
             layer_specs=[torch_layer_spec(config)] * layers, layer_norm=TorchNorm
         )
+    made = block.layer_specs
     if config.num_query_groups < config.tensor_model_parallel_size:
-        block = dataclasses.replace(block, layer_specs=[*map(_repeating, block.layer_specs)])
-    return block
+        made = [*map(_repeating, made)]
+    if trees in ("flex", "merged"):
+        made = [_tree_layer(spec, trees) for spec in made]
+    return dataclasses.replace(block, layer_specs=made)
 
 
 def _repeating(layer: ModuleSpec) -> ModuleSpec:
@@ -60,6 +83,17 @@ def _repeating(layer: ModuleSpec) -> ModuleSpec:
     attention = dataclasses.replace(layer.submodules.self_attention, module=RepeatedHeads)
     return dataclasses.replace(
         layer, submodules=dataclasses.replace(layer.submodules, self_attention=attention)
+    )
+
+
+def _tree_layer(spec: ModuleSpec, how: How) -> ModuleSpec:
+    """A layer's spec whose core attention takes packs of trees too."""
+    attention = spec.submodules.self_attention
+    core = with_trees(attention.submodules.core_attention, how)
+    inner = dataclasses.replace(attention.submodules, core_attention=core)
+    attention = dataclasses.replace(attention, submodules=inner)
+    return dataclasses.replace(
+        spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
     )
 
 

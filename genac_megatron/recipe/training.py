@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 
@@ -52,6 +52,9 @@ class TrainingConfig(Block):
     bf16_last_layers: Annotated[int, Field(ge=0)] = 0  # ... and at the end
     tokens_per_microbatch: Positive = 8192
     share_prefixes: bool = True  # what samples of a micro-batch have in common at their beginning: once
+    # What computes attention over them. auto: on a CPU torch's kernel there, else flex. flex: FlexAttention;
+    # merged: flash attention's calls, merged by log-sum-exp (half precision); flat: nothing is shared
+    tree_attention: Literal["auto", "flex", "merged", "flat"] = "auto"
     # Of pipelines: each micro-batch at its own length, which stages tell each other first; false: all are
     # padded to the longest
     variable_seq_lengths: bool = False
@@ -67,6 +70,14 @@ class TrainingConfig(Block):
     specs: Literal["auto", "torch", "te"] = "auto"  # layer specs: te where Transformer Engine is
     moe_aux_loss: Annotated[float, Field(ge=0)] = 0.0  # of experts: coefficient of the load-balancing loss
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach experts on other ranks
+
+    @model_validator(mode="after")
+    def _trees(self) -> Self:
+        if not self.share_prefixes and self.tree_attention in ("flex", "merged"):
+            raise ValueError(
+                f"tree_attention: {self.tree_attention} is of shared prefixes, and share_prefixes is false"
+            )
+        return self
 
 
 class ProfileConfig(Block):

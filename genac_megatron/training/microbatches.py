@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from genac_megatron import platform
 from genac_megatron.models.dropout import attach_keys, token_keys
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import attach_tree
 from genac_megatron.models.routing import attach, check_experts
 from genac_megatron.models.sizes import parameters
-from genac_megatron.models.specs import choose
+from genac_megatron.models.specs import tree_way
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
@@ -28,15 +27,12 @@ _told: set[str] = set()  # roles that were told of flat packs
 def shares_prefixes(name: str, training: TrainingConfig, shape: Shape, *, cp: int = 1, tell: bool) -> bool:
     """Whether role `name` computes shared beginnings once: as its recipe says, where that changes no result.
 
-    Attention over trees is torch's on a CPU; context parallelism cuts each sample by itself; a load-balancing
-    loss counts each sample's tokens. Packs stay flat elsewhere, which is said once where `tell` is (on one
-    rank).
+    Context parallelism cuts each sample by itself; a load-balancing loss counts each sample's tokens: there
+    packs stay flat, which is said once where `tell` is (on one rank).
     """
-    if not training.share_prefixes:
+    if tree_way(training) is None:
         return False
-    if choose(training.specs) != "torch" or platform.device().type != "cpu":
-        reason = "attention over shared prefixes is written for torch's layers on a CPU alone"
-    elif cp > 1:
+    if cp > 1:
         reason = "context parallelism cuts each sample by itself"
     elif shape.experts and training.moe_aux_loss > 0:
         reason = "moe_aux_loss counts every sample's tokens"

@@ -174,6 +174,16 @@ def test_values_and_traces_too(pool: Any, flat: Any, kind: str, layout: str) -> 
         check(got, flat[kind], close=LOSS, loss=LOSS, norm=NORM, weight=WEIGHT)
 
 
+@pytest.mark.parametrize("how", ["flex", "merged"])
+@pytest.mark.parametrize("layout", ["one", "tp2-sp"])
+def test_the_ways_of_a_gpu_train_like_flat_packs(pool: Any, flat: Any, how: str, layout: str) -> None:
+    """FlexAttention, and merged calls, behind the layer's own attention: here of torch's layers, on a CPU."""
+    config = config_of("critic", True, LAYOUTS.get(layout, {"count": 1}), tree_attention=how)
+    check(
+        pool.run(case, "critic", config)[0], flat["critic"], close=LOSS, loss=LOSS, norm=NORM, weight=WEIGHT
+    )
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_trees_train_like_flat_packs(pool: Any, flat: Any, recompute: str) -> None:
     got = pool.run(case, "critic", config_of("critic", True, LAYOUTS["tp2-sp"], recompute=recompute))[0]

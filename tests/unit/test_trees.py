@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genac_megatron import platform
+from genac_megatron.errors import InputError
+from genac_megatron.models.build import check
 from genac_megatron.models.packed_attention import PackPlan, make_tree_plan, packed_sdpa
 from genac_megatron.models.registry import shape_of
+from genac_megatron.models.specs import tree_way
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Sample
+from genac_megatron.training.layout import Layout
 from genac_megatron.training.microbatches import shares_prefixes
 from genac_megatron.training.packing import Pack, build_pack, plan_packs, unpack
 from genac_megatron.training.tree_packs import build_tree_pack
@@ -271,16 +275,29 @@ def test_order_is_by_ids_not_by_their_bytes() -> None:
     assert order.order == [1, 0]
 
 
-def test_on_a_gpu_that_is_a_mock_packs_stay_flat_which_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_computes_attention_over_trees_with_a_mock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = TrainingConfig(specs="torch")
+    assert tree_way(auto) == "cpu"
+    assert tree_way(TrainingConfig(specs="torch", tree_attention="merged")) == "merged"
+    assert tree_way(TrainingConfig(share_prefixes=False)) is None
+    assert tree_way(TrainingConfig(tree_attention="flat")) is None
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
+    assert tree_way(auto) == "flex"
+    fp32 = TrainingConfig(specs="torch", tree_attention="merged", dtype="fp32")
+    shape, layout = shape_of(role_config().model, 67), Layout("a", 0, 1)
+    with pytest.raises(InputError, match="take half precision, and the dtype is fp32"):
+        check(shape, layout, fp32, "torch")
+    check(shape, layout, TrainingConfig(tree_attention="merged", dtype="bf16"), "torch")
+    with pytest.raises(ValueError, match="and share_prefixes is false"):
+        TrainingConfig(share_prefixes=False, tree_attention="flex")
+
+
+def test_where_packs_stay_flat_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     shape, training = shape_of(role_config().model, 67), TrainingConfig(specs="torch")
     assert shares_prefixes("a", training, shape, tell=True)
     assert not shares_prefixes("a", TrainingConfig(share_prefixes=False), shape, tell=True)
-    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
     for tell in (False, True, True):
-        assert not shares_prefixes("a", training, shape, tell=tell)
+        assert not shares_prefixes("a", training, shape, cp=2, tell=tell)
     assert [r.getMessage() for r in caplog.records] == [
-        "genac: a trains on flat packs: attention over shared prefixes is written for torch's layers on a "
-        "CPU alone"
+        "genac: a trains on flat packs: context parallelism cuts each sample by itself"
     ]
