@@ -170,7 +170,7 @@ def slot_bytes(adapters: Sequence[AdapterConfig], shape: Shape, engine: EngineCo
     """What a server rank holds for adapters to decode with; nothing where it loads none."""
     if not adapters:
         return 0.0
-    each = adapter_parameters(shape, widest(adapters), engine.tp, 1)
+    each = adapter_parameters(shape, widest(adapters), engine.tp, shape.layers)
     return float(lora_slots(adapters) * each * BYTES[engine.dtype])
 
 

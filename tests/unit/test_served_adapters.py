@@ -9,8 +9,9 @@ import pytest
 
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
-from genac_megatron.recipe.estimate import describe
+from genac_megatron.recipe.estimate import describe, slot_bytes
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
+from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import served_adapters, started_engines
 from genac_megatron.recipe.sharing import only
@@ -146,6 +147,11 @@ def test_two_roles_on_one_fleet(recipe: Path, tmp_path: Path) -> None:
     told = describe(found)
     assert "servers hold the base and load adapters of 2 roles beside it" in told
     assert "served by the servers of 'actor', which load its adapters" in told
+    shape = read_shape(found.roles["actor"].model)
+    assert (shape.q_size, shape.kv_size) == (64, 32)
+    each = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)  # q, o; k, v; gate, up, down: the critic's targets
+    held = slot_bytes(served_adapters(found, "actor"), shape, actor)
+    assert held == 5 * 16 * 4 * each * 2  # slots, the larger rank, layers, bf16
     again = tmp_path / "resolved.yaml"
     again.write_text(dump_recipe(found))
     assert load_recipe(again) == found

@@ -23,6 +23,7 @@ SEED = 5  # of the base
 ADAPTER = {"rank": 4, "alpha": 8.0}
 LIMITS = {"control_s": 30.0, "send_s": 30.0}
 NEW = 5
+SCORED = [[7, 2], [7, 5], [4]]  # continuations of the first prompt
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9], [2, 7, 1, 8]]
 
 
@@ -69,11 +70,16 @@ def merged(config: Any, seed: int | None) -> Any:
 
 
 @torch.no_grad()
+def forced(model: Any, prompt: list[int], ids: list[int]) -> list[float]:
+    """log p of each token given all before it."""
+    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    found: list[float] = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    return found
+
+
 def gap(model: Any, prompt: list[int], ids: list[int], logprobs: list[float]) -> float:
     """Largest difference of sampled tokens' log-probs from a model's."""
-    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-    wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-    return max(abs(a - b) for a, b in zip(wanted.tolist(), logprobs, strict=True))
+    return max(abs(a - b) for a, b in zip(forced(model, prompt, ids), logprobs, strict=True))
 
 
 def sampled(endpoint: Endpoint, adapter: str | None, new: int = NEW) -> list[Generated]:
@@ -123,7 +129,7 @@ def both_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, st
 def load_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, versions: list[int]) -> Any:
     """Version after version while the first rank's engine is asked without a break.
 
-    Its completions, and after each publication the names that the servers hold.
+    Its completions, after each publication the names that the servers hold, and the scores of SCORED then.
     """
     import torch.distributed as dist
 
@@ -168,8 +174,15 @@ def load_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, ve
     if rank == 0:
         thread.join(120.0)
         assert not thread.is_alive()
+    scores = asyncio.run(scored(engine)) if rank == 0 else []
     publisher.close()
-    return [(prompt, list(c.ids), list(c.logprobs), c.spans, c.finish) for prompt, c in done], held
+    return [(prompt, list(c.ids), list(c.logprobs), c.spans, c.finish) for prompt, c in done], held, scores
+
+
+async def scored(engine: Any) -> list[float]:
+    await engine.warm(PROMPTS[0])
+    found: list[float] = await engine.score(PROMPTS[0], SCORED)
+    return found
 
 
 def disturbed_case(

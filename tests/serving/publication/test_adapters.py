@@ -18,9 +18,11 @@ from tests.serving.publication.adapter_cases import (
     ADAPTER,
     NEW,
     PROMPTS,
+    SCORED,
     adapted,
     both_case,
     disturbed_case,
+    forced,
     gap,
     load_case,
     merged,
@@ -46,7 +48,7 @@ def test_servers_say_what_base_and_adapters_say(pool: Any, beside: list[Endpoint
     results = pool.run(both_case, config, beside, str(tmp_path), steps)
     assert all(result == results[0] for result in results)
     shape = shape_of(config.model, VOCAB)
-    adapter = 4 * adapter_parameters(shape, config.training.adapter, 1, 1)
+    adapter = 4 * adapter_parameters(shape, config.training.adapter, 1, shape.layers)
     base = 4 * parameters(shape)
     assert [figures["bytes"] for figures, _ in results[0]] == [base + adapter, adapter, adapter, adapter]
     held = [names for _, (names, _) in results[0]]
@@ -88,7 +90,7 @@ def test_other_families(pool: Any, servers: Servers, tmp_path: Path, family: str
 def test_under_load(pool: Any, beside: list[Endpoint], tmp_path: Path) -> None:
     """No request is lost, and each is of one version from its first token to its last."""
     config, versions = adapted({"count": 2, "tp": 2}), list(range(20, 26))
-    done, held = pool.run(load_case, config, beside, str(tmp_path), versions)[0]
+    done, held, scores = pool.run(load_case, config, beside, str(tmp_path), versions)[0]
     assert len(done) >= 4 * len(versions) // 2
     models = {version: merged(config, version) for version in versions}
     for prompt, ids, logprobs, spans, finish in done:
@@ -100,6 +102,8 @@ def test_under_load(pool: Any, beside: list[Endpoint], tmp_path: Path) -> None:
         assert f"actor@{version}" in names
         assert len([name for name in names if name.startswith("actor@")]) <= 4
     print(len(done), "requests", held[-1])
+    wanted = [sum(forced(models[versions[-1]], PROMPTS[0], tokens)) for tokens in SCORED]
+    assert scores == pytest.approx(wanted, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("how", ["altered", pytest.param("killed", marks=pytest.mark.extended)])

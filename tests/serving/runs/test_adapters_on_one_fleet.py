@@ -63,7 +63,7 @@ def test_two_adapters_on_one_server(tmp_path: Path, overlap: bool) -> None:
     model, adapter = recipe.roles["critic"].model, recipe.roles["critic"].training.adapter
     assert adapter is not None
     shape = shape_of(model, tokenizer_size("builtin:tiny", ""))
-    small, base = 4 * adapter_parameters(shape, adapter, 1, 1), 4 * parameters(shape)
+    small, base = 4 * adapter_parameters(shape, adapter, 1, shape.layers), 4 * parameters(shape)
     bytes_ = {row[f"publish/{role}_bytes"] for row in steps for role in ("actor", "critic")}
     assert bytes_ <= {small, small + base}
     assert small in bytes_
