@@ -32,6 +32,7 @@ from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.observe.voice import one_voice
 from genac_megatron.recipe.document import files
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.stages.inputs import need_inputs
 from genac_megatron.studies import command as studies
 from genac_megatron.tracing import command as tracing
 
@@ -159,6 +160,7 @@ def _options_first(given: list[str]) -> list[str]:
 def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -> int:
     profile = ["observe.profile.on=true"] if options.profile else []
     recipe = load_recipe(options.recipe, [*profile, *options.overrides])
+    need_inputs(recipe, resume=options.resume, planning=options.dry_run)
     if options.dry_run:
         from genac_megatron.cluster.placement import describe_memory
         from genac_megatron.models.hf_headers import check_weights

@@ -124,7 +124,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
     from genac_megatron.conversion.assets import of_checkpoint
     from genac_megatron.conversion.to_hf import ToHf
     from genac_megatron.models.families.base import Shape
-    from genac_megatron.training.checkpoint import WEIGHTS, find_checkpoint, read_manifest
+    from genac_megatron.observe.manifest import WEIGHTS, find_checkpoint, read_manifest
 
     path = find_checkpoint(Path(options.src).expanduser())
     manifest = read_manifest(path)
@@ -180,7 +180,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     """`genac inspect`; its exit code. Raises InputError."""
     one_voice()
     from genac_megatron.conversion.inspect import describe, inspect
-    from genac_megatron.training.checkpoint import find_checkpoint
+    from genac_megatron.observe.manifest import find_checkpoint
 
     found = inspect(find_checkpoint(Path(options.checkpoint).expanduser()), options.role)
     print(json.dumps(found, indent=2) if options.json else describe(found))

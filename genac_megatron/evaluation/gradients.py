@@ -50,7 +50,7 @@ from genac_megatron.evaluation.session import (
     with_roles,
 )
 from genac_megatron.models.sizes import parameters
-from genac_megatron.observe.manifest import read_manifest
+from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.records import Rollout, Sample
 from genac_megatron.stages.batch import Batch, play, train_prompts
@@ -61,7 +61,7 @@ from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks.tokenizer import prints_date
 from genac_megatron.training.agreement import from_first, gathered
 from genac_megatron.training.layout import World
-from genac_megatron.training.loading import find_checkpoint, load_checkpoint
+from genac_megatron.training.loading import load_checkpoint
 
 FORMAT = 1
 ROWS, VECTORS = "gradients.jsonl", "vectors"

@@ -162,7 +162,9 @@ def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
         raise InputError(
             f"cannot read {path}: {reason}",
             where=where,
-            way_out="hf is a local folder with config.json, safetensors and a tokenizer",
+            way_out="hf is a local folder with config.json, safetensors and a tokenizer. To fetch one: "
+            f"hf download OWNER/{Path(folder).name} --local-dir {folder} (a dry run needs no safetensors: "
+            "--exclude '*.safetensors')",
         ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None

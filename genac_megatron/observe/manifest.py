@@ -109,3 +109,17 @@ def survey(folder: Path) -> Survey:
 def complete(folder: Path) -> list[Path]:
     """The folder's whole checkpoints, oldest first."""
     return survey(folder).whole
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself where it is a checkpoint, else a run folder's newest complete one. Raises InputError."""
+    if (path / MANIFEST).exists():
+        return path
+    found = complete(path / "checkpoints") or complete(path)
+    if not found:
+        raise InputError(
+            "no complete checkpoint there",
+            where=str(path),
+            way_out="give a run folder, or one checkpoint of it",
+        )
+    return found[-1]

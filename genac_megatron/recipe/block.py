@@ -13,6 +13,6 @@ Gate = Literal["stop", "warn", "off"]
 
 
 class Block(BaseModel):
-    """A recipe block: closed (an unknown key is an error) and frozen."""
+    """A recipe block: closed (an unknown key is an error) and frozen; its numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

@@ -8,7 +8,8 @@ absolute or relative to the current directory, as in a shell.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +25,19 @@ from genac_megatron.recipe.schema import Recipe
 __all__ = ["check", "dump_recipe", "load_recipe"]
 
 SHOWN_ERRORS = 5
+SHOWN_VALUE = 60  # characters
+WORDS = {  # of pydantic's kinds of errors; a kind that is not here keeps its own words
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "string": "must be text",
+    "bool": "must be true or false",
+    "list": "must be a list",
+    "tuple": "must be a list",
+    "model": "must be a block of keys",
+    "dict": "must be a block of keys",
+    "finite": "must be a finite number",
+}
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 Location = Sequence[str | int]
 
 
@@ -39,6 +53,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(document.plain(root))
     except ValidationError as error:
         raise _explain(root, error) from None
+    _no_true_numbers(root, recipe)
     check(recipe, lambda location: _find(root, location).where)
     return recipe
 
@@ -46,6 +61,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; `load_recipe` reads it back to the same."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100, allow_unicode=True)
+
+
+def _no_true_numbers(entry: Entry, read: Any, path: str = "") -> None:
+    """Python's True is 1, and pydantic takes it for one: raise InputError where a value is so read."""
+    if isinstance(entry.value, bool) and not isinstance(read, bool):
+        raise InputError(
+            f"'{path}' must not be true or false (it is {entry.value!r})",
+            where=entry.where,
+            way_out=f"give it a value such as {read!r}",
+        )
+    if isinstance(entry.value, list) and isinstance(read, Sequence):
+        children: Iterable[tuple[str, Entry, Any]] = (
+            (str(i), child, one) for i, (child, one) in enumerate(zip(entry.value, read, strict=False))
+        )
+    elif isinstance(entry.value, dict):
+        get = read.get if isinstance(read, Mapping) else lambda key: getattr(read, key, None)
+        children = ((key, child, get(key)) for key, child in entry.value.items())
+    else:
+        return
+    for key, child, one in children:
+        _no_true_numbers(child, one, f"{path}.{key}".removeprefix("."))
 
 
 def _explain(root: Entry, error: ValidationError) -> InputError:
@@ -75,9 +111,41 @@ def _explain_one(root: Entry, detail: Any) -> tuple[str, str, str]:
         what = f"'{path}' has an unknown kind '{context.get('tag')}'"
         tags = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         return _find(root, (*location, "kind")).where, what, _nearest(str(context.get("tag")), tags)
-    message = str(detail["msg"])
+    what, way_out = in_words(kind, context, str(detail["msg"]), detail["input"])
+    return entry.where, f"'{path}' {what} (it is {_short(detail['input'])})", way_out
+
+
+def in_words(kind: str, context: Mapping[str, Any], message: str, value: Any) -> tuple[str, str]:
+    """What a value must be and the way out, for one of pydantic's errors."""
+    if kind == "literal_error":
+        known = [word.strip(" '") for word in re.split(r", | or ", str(context.get("expected", "")))]
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.6)
+        what = f"must be one of {', '.join(known)}" if len(known) > 1 else f"must be {known[0]}"
+        return what, f"did you mean '{near[0]}'?" if near else ""
+    if bounds := [f"{word} {context[key]}" for key, word in BOUNDS.items() if key in context]:
+        return f"must be {' and '.join(bounds)}", ""
+    if "min_length" in context or "max_length" in context:
+        few = "min_length" in context
+        count = context["min_length" if few else "max_length"]
+        return (
+            f"must have {'at least' if few else 'at most'} {count} {'entry' if count == 1 else 'entries'}",
+            "",
+        )
+    first = kind.split("_")[0]
+    if first in WORDS and kind != "model_attributes":
+        return WORDS[first], ""
+    if kind == "string_pattern_mismatch":
+        return f"must be of the form {context.get('pattern')}", ""
+    if kind == "value_error":
+        said = str(context.get("error", message)).removeprefix("Value error, ")
+        return (said if said.startswith("must ") else f"is wrong: {said}"), ""
     message = message[:1].lower() + message[1:]
-    return entry.where, f"'{path}': {message} (it is {detail['input']!r})", ""
+    return f"is wrong: {message.removeprefix('input ')}", ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
 
 
 def _child(entry: Entry, part: str | int) -> Entry | None:

@@ -14,6 +14,12 @@ LONGEST = 200  # bytes; file systems allow 255, and files have more in their nam
 
 def check_names(recipe: Recipe, where: Callable[[Sequence[str | int]], str]) -> None:
     """Raise InputError where a name is not one that a folder or file can have. `where`: of a key."""
+    if recipe.name.startswith("/"):  # also what ./ and ../ have become
+        raise InputError(
+            f"the run's name is a path, {recipe.name[:LONGEST]!r}",
+            where=where(("name",)),
+            way_out="give it a plain name; `runs` is the folder that it lies in, and may be anywhere",
+        )
     for part in recipe.name.split("/"):
         if why := _wrong_with(part):
             raise InputError(

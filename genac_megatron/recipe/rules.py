@@ -37,6 +37,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.recipe.size_rules import check_sizes
 from genac_megatron.recipe.source_rules import (
     check_replay,
     check_sources,
@@ -96,6 +97,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
     check_task(recipe.task, ("task",), where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
+    check_sizes(recipe, where)
 
 
 def _check_layout(recipe: Recipe, name: str, layout: LayoutConfig, where: Where) -> None:

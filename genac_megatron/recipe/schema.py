@@ -6,6 +6,7 @@ One recipe names the world, the roles, the task, and a list of stages. Unknown k
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -288,13 +289,23 @@ class WorldConfig(Block):
     timeout_s: PositiveFloat = 1800.0  # of every collective
 
 
+def _slurm_time(text: str) -> str:
+    """One of the forms that sbatch's --time takes."""
+    if not re.fullmatch(r"\d+|(\d+:)?\d+:\d{1,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", text):
+        raise ValueError("no time that Slurm knows: write hours:minutes:seconds, days-hours or minutes")
+    return text
+
+
+SlurmTime = Annotated[str, AfterValidator(_slurm_time)]
+
+
 class ClusterConfig(Block):
     """Where the recipe is meant to run: `genac slurm` works nodes and tasks out from it."""
 
     gpu: str | None = None  # a row of cluster/gpus.py, such as h100-80g; None: ranks are CPU processes
     ranks_per_node: Positive = 8  # each has a GPU of its own where `gpu` is named
     cpus_per_rank: Positive = 8
-    time_limit: str = "24:00:00"  # in Slurm's format
+    time_limit: SlurmTime = "24:00:00"  # hours:minutes:seconds, or another of Slurm's forms
 
 
 class Recipe(Block):
@@ -302,7 +313,7 @@ class Recipe(Block):
 
     name: str
     runs: Annotated[str, AfterValidator(os.path.expanduser)] = "runs"  # the run folder is <runs>/<name>
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     world: WorldConfig = WorldConfig()
     cluster: ClusterConfig = ClusterConfig()
     roles: dict[str, RoleConfig]

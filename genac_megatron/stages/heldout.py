@@ -16,7 +16,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation import metrics
-from genac_megatron.observe.manifest import read_manifest
+from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
 from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftStage, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
@@ -29,7 +29,6 @@ from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.values import is_scalar, judged_by_values
 from genac_megatron.training.agreement import from_first
-from genac_megatron.training.checkpoint import find_checkpoint
 
 
 @dataclass

@@ -19,6 +19,7 @@ from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.hf_headers import begins_with_weights, check_weights
 from genac_megatron.models.mapping import GetTensor, load_hf_into, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
@@ -43,7 +44,7 @@ from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import prints_date, role_tokenizer, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
-from genac_megatron.training.checkpoint import find_checkpoint, load_base, load_checkpoint
+from genac_megatron.training.checkpoint import load_base, load_checkpoint
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.loading import load_peft
@@ -95,6 +96,11 @@ class Run:
             str, Task
         ] = {}  # of SFT stages' sources, by their blocks (stages/sft_orders.py)
         self._need_same_prompts()
+        if trains and recipe.evaluation.prompts > self.task.heldout_size:
+            progress.note(
+                f"evaluation.prompts is {recipe.evaluation.prompts}, and {self.task.heldout_size} are held "
+                "out: evaluations are of those"
+            )
         self._fit_data(trains, recipe.stages if unmade is None else unmade)
         self.roles: dict[str, Role] = {}
         self.icc: IccState | None = None

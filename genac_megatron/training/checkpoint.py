@@ -52,14 +52,13 @@ from genac_megatron.platform.megatron import keep_write_errors, own_results_queu
 from genac_megatron.training.adapted import adapted, saved_parameters
 from genac_megatron.training.agreement import agree, gathered, lost_peer
 from genac_megatron.training.finite import need_finite
-from genac_megatron.training.loading import find_checkpoint, load_base, load_checkpoint, reason
+from genac_megatron.training.loading import load_base, load_checkpoint, reason
 from genac_megatron.training.role import Role
 from genac_megatron.training.sharding import ROLES, Sharded, SharedWriting, role_state
 
 __all__ = [
     "Checkpoints",
     "complete",
-    "find_checkpoint",
     "in_background",
     "load_base",
     "load_checkpoint",

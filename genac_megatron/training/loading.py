@@ -21,7 +21,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import read_tensor
 from genac_megatron.models.peft_folder import PeftHeaders
-from genac_megatron.observe.manifest import COMMON, MANIFEST, WEIGHTS, complete, read_manifest
+from genac_megatron.observe.manifest import COMMON, WEIGHTS, read_manifest
 from genac_megatron.platform.fp8 import remember
 from genac_megatron.training.adapted import check_adapter
 from genac_megatron.training.agreement import agree, lost_peer
@@ -196,20 +196,6 @@ def _check_shape(path: Path, name: str, saved: Mapping[str, Any], shape: Shape, 
             where=str(path),
             way_out="use the recipe that made the checkpoint",
         )
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself where it is a checkpoint, else the newest complete one of a run folder."""
-    if (path / MANIFEST).exists():
-        return path
-    found = complete(path / "checkpoints") or complete(path)
-    if not found:
-        raise InputError(
-            "no complete checkpoint there",
-            where=str(path),
-            way_out="give a run folder, or one checkpoint of it",
-        )
-    return found[-1]
 
 
 def _with_own(saved: Any, own: Any) -> Any:

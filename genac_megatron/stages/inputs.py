@@ -1,0 +1,73 @@
+"""What a recipe names outside of itself, looked at before any rank starts: the run folder, what it resumes,
+the critic's template, checkpoints to begin with. No torch. (Data: stages/look.py and stages/room.py.)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from genac_megatron.critic.prompt import load_template
+from genac_megatron.errors import InputError
+from genac_megatron.observe.manifest import find_checkpoint
+from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.recipe.schema import Recipe
+
+
+def need_inputs(recipe: Recipe, *, resume: bool, planning: bool) -> None:
+    """Raise InputError at the first that is not there, or cannot be used.
+
+    planning: checkpoints may be still to come, as those of a job before.
+    """
+    path = run_path(recipe)
+    _need_folder(path)
+    if resume and not planning:
+        _need_a_run(path)
+    critic = recipe.roles.get("critic")
+    if critic is not None and critic.served:
+        load_template(recipe.judging.template, recipe.judging.privileged)
+    if not resume and not planning:
+        _need_checkpoints(recipe)
+
+
+def _need_folder(path: Path) -> None:
+    """A folder that is there, or can be made, and written to."""
+    there = next(one for one in (path, *path.absolute().parents) if one.exists() or one.is_symlink())
+    what = ""
+    if not there.is_dir():
+        what = "a file, and no folder" if there.exists() else "a link to nothing"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        what = "not to be written to"
+    if what:
+        raise InputError(
+            f"{there} is {what}: no run folder can be made",
+            where=str(path),
+            way_out="name another folder with runs=..., or another run with name=...",
+        )
+
+
+def _need_a_run(path: Path) -> None:
+    """Something to resume; what is damaged of it is the run's to say."""
+    checkpoints = RunFolder(path).checkpoints
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return
+    begun = path.is_dir()
+    raise InputError(
+        f"there is {'no checkpoint yet' if begun else 'no such run'}, so nothing to resume",
+        where=str(path),
+        way_out="run it without --resume"
+        + ("" if begun else ", or name the run that you mean (name=..., runs=...)"),
+    )
+
+
+def _need_checkpoints(recipe: Recipe) -> None:
+    for name, role in recipe.roles.items():
+        for key in ("checkpoint", "base"):
+            named = getattr(role.model, key)
+            if named is None:
+                continue
+            try:
+                find_checkpoint(Path(named).expanduser())
+            except InputError as error:
+                where = f"roles.{name}.model.{key}, {error.where}"
+                raise InputError(error.what, where=where, way_out=error.way_out) from None
