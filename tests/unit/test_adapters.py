@@ -357,10 +357,10 @@ def test_a_recipe_of_two_adapters(recipe: Path) -> None:
             ["roles.actor.training.adapter=null", "roles.actor.model.base=runs/x"],
             ("names a base, which is an adapter's", "call it checkpoint"),
         ),
-        (["roles.actor.training.adapter.targets=[]"], ("at least 1 item", "targets")),
+        (["roles.actor.training.adapter.targets=[]"], ("at least 1 entry", "targets")),
         (["roles.actor.training.adapter.targets=[lm_head]"], ("q_proj", "targets")),
-        (["roles.actor.training.adapter.rank=0"], ("greater than or equal to 1", "rank")),
-        (["roles.actor.training.adapter.alpha=0"], ("greater than 0", "alpha")),
+        (["roles.actor.training.adapter.rank=0"], ("at least 1", "rank")),
+        (["roles.actor.training.adapter.alpha=0"], ("more than 0", "alpha")),
     ],
     ids=[
         "experts",

@@ -392,7 +392,7 @@ def test_a_path_in_a_recipe_is_relative_to_it(recipe: Callable[[Any], Path], tmp
         ({"python": "./rewards.py:score", "parts": {"a b": 1}}, r"'task.verifier.parts.a b"),
         ({"python": "./rewards.py:score", "timeout": 3}, "'task.verifier.timeout'\n.*timeout_s"),
         ({"parts": {"a": 1}}, "'task.verifier.python' is missing"),
-        ("maths", r"'task.verifier.*': input should be 'math' or 'exact'"),
+        ("maths", r"'task.verifier.*' must be one of math, exact"),
     ],
 )
 def test_a_recipe_is_told_where(

@@ -42,8 +42,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("name=''", "has an empty part"), ("name=a//b", "has an empty part"), ("name=/tmp/x", "empty part"),
-        ("name=.", "no folder of its own"), ("name=../up", "empty part"), ("name=a/..", "no fold"),
+        ("name=''", "has an empty part"), ("name=a//b", "has an empty part"), ("name=/tmp/x", "is a path"),
+        ("name=.", "no folder of its own"), ("name=../up", "is a path"), ("name=a/..", "no fold"),
         ('name="a\\nb"', "line break"), ('name="a\\0b"', "control character"), ("name=a\udce4", "not YAML"),
         (f"name={'n' * 201}", "longer than 200 bytes"), ("name=a/" + 67 * "\u2602", "longer than 200"),
         ("stages.0.name=a/b", "has a slash"), ("stages.0.name=.a", "begins with a dot"),
@@ -161,8 +161,8 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.engine={kind: sglang, engines: 2, tp: 2, gpus: [0, 1]}", "names 2 GPUs, its 2 servers"),
         ("stages.3.critic_loss.clip_low=0.1", "unknown key 'stages.3.critic_loss.clip_low'"),
         ("stages.2.loss.kl_coef=0.1", "unknown key 'stages.2.loss.kl_coef'"),
-        ("stages.2.loss.aggregate=constant", "'token' or 'sequence'"),
-        ("stages.3.actor_loss.dual_clip=0.9", "greater than 1"),
+        ("stages.2.loss.aggregate=constant", "one of token, sequence"),
+        ("stages.3.actor_loss.dual_clip=0.9", "more than 1"),
         ("stages=[{kind: policy, algorithm: {kind: grpo}, critic_optimizer: {lr: 1e-5}}]", "no critic that"),
         ("stages=[{kind: policy, algorithm: {kind: dapo, overlong: {cache: 200}}, rollout: "
          "{max_new_tokens: 100}}]", "lower algorithm.overlong.cache, for example to 25"),
