@@ -218,9 +218,9 @@ def test_figures_are_told_by_part() -> None:
 @pytest.mark.parametrize(
     ("parts", "why"),
     [
-        ([], "at least 1 entry"),
+        ([], "at least 1 item"),
         ([{"name": "a b", "task": SWAPS}], "match pattern"),
-        ([{"name": "a", "weight": 0, "task": SWAPS}], "more than 0"),
+        ([{"name": "a", "weight": 0, "task": SWAPS}], "greater than 0"),
         (
             [{"name": "a", "task": {"kind": "benchmark", "name": "gsm8k"}}],
             "does not match any of the expected",
