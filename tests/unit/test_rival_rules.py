@@ -106,7 +106,7 @@ def test_a_group_of_one_is_refused_with_a_reason_and_ways_out(path: Path, kind: 
           "roles.actor.engine.kind=sglang"], "while the next batch is generated"),
         ([algorithm("{kind: vc_ppo, value: {by_spread: true}}")], "by_spread compares the returns"),
         ([algorithm("{kind: sao, loss: {band: [1.2, 6]}}"), FROZEN], "below 1 and its second above"),
-        ([algorithm("{kind: vc_ppo, value: {target: truth}}")], "'outcome', 'exact' or 'monte_carlo'"),
+        ([algorithm("{kind: vc_ppo, value: {target: truth}}")], "one of outcome, exact, monte_carlo"),
         ([algorithm("{kind: grpo, value: {target: exact}}"), "stages.0.rollout.samples=4"], "unknown key"),
         (["stages.0={kind: reinforce}", LOGIT], "needs a language model as its critic"),
     ],
