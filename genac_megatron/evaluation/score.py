@@ -22,7 +22,7 @@ from genac_megatron.critic.verdicts import Row
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.parts import Parts
 from genac_megatron.evaluation.session import identity, stop_if_asked, with_role
-from genac_megatron.observe.manifest import read_manifest
+from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
@@ -30,7 +30,6 @@ from genac_megatron.records import Prompt
 from genac_megatron.tasks.tokenizer import role_tokenizer
 from genac_megatron.tracing.ask import Asked, ask_critic_about, ask_endpoint_about
 from genac_megatron.training.agreement import from_first
-from genac_megatron.training.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

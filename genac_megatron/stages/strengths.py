@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.observe.manifest import read_manifest
+from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import StageConfig
 from genac_megatron.recipe.stages import ActorConfig
 from genac_megatron.stages.heldout import held_out_targets, told_step, told_step_of
 from genac_megatron.training.agreement import from_first
-from genac_megatron.training.checkpoint import find_checkpoint, load_checkpoint
+from genac_megatron.training.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor

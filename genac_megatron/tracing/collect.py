@@ -24,7 +24,7 @@ from genac_megatron.critic.trace_rows import as_state, plain, state_row
 from genac_megatron.critic.verdicts import Row, accepted, bucket, evenly, monte_carlo
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.session import stop_if_asked, with_roles
-from genac_megatron.observe.manifest import MANIFEST
+from genac_megatron.observe.manifest import MANIFEST, find_checkpoint
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, SftStage
 from genac_megatron.recipe.stages import ActorConfig
@@ -56,7 +56,6 @@ from genac_megatron.tracing.filter import (
     parts_of,
 )
 from genac_megatron.training.agreement import from_first
-from genac_megatron.training.checkpoint import find_checkpoint
 from genac_megatron.training.layout import World
 
 FORMAT = 1
