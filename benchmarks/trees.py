@@ -7,7 +7,9 @@ head_dim per query and key, the output layer at trained tokens alone), each tree
 of limit: seconds' ratio over it, above 1 where long sequences' attention costs more than it counts for.
 Goal: at least 0.9 at 3,000 tokens and above. Figures of one thread; flat and tree updates take turns, the
 least of `--repeat` counts.
-Run: python -m benchmarks.trees [--responses 300 3000] [--states 2 4 8] [--groups 1 4 8]
+--small: samples as short as the quickstart's (192 judgements of 60 to 140 tokens, 48 responses; hidden 128).
+--planner: what the planner makes of 1,024 samples, without a model (benchmarks/tree_plans.py).
+Run: python -m benchmarks.trees [--small | --planner] [--responses 300 3000] [--states 2 4 8] [--groups 1 4 8]
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import RESULTS, save, table
+from benchmarks.tree_plans import LIMIT, plan_rows
 from genac_megatron.algorithms.losses import Loss, make_ppo_loss, make_reinforce_loss
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import load_hf_into, random_weights
@@ -58,6 +61,21 @@ def actor_samples(response: int, group: int) -> list[Sample]:
     rng = random.Random(1)
     prompt = ids(rng, PROMPT)
     return weighed([Sample([*prompt, *ids(rng, response)], PROMPT) for _ in range(group)], rng)
+
+
+def small_samples() -> tuple[list[Sample], list[Sample]]:
+    """Judgements and responses as short as the quickstart's: 12 prompts, 4 responses, 4 states of each."""
+    rng = random.Random(2)
+    judged, written = [], []
+    for _ in range(12):
+        prompt = ids(rng, 30)
+        for _ in range(4):
+            body = ids(rng, rng.randint(48, 64))
+            written.append(Sample([*prompt, *body], len(prompt)))
+            for k in range(4):
+                shown = [*prompt, *body[: len(body) * k // 4], *ids(rng, COUNT_LINE)]
+                judged.append(Sample([*shown, *ids(rng, rng.randint(24, 48))], len(shown)))
+    return weighed(judged, rng), weighed(written, rng)
 
 
 def weighed(samples: list[Sample], rng: random.Random) -> list[Sample]:
@@ -146,7 +164,7 @@ def measure(
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--responses", type=int, nargs="+", default=[300, 3000, 8000], help="tokens")
     parser.add_argument("--states", type=int, nargs="*", default=[2, 4, 8])
@@ -159,10 +177,24 @@ def main() -> None:
         "--most", type=int, default=60_000, help="flat tokens of a cell; larger ones are left out"
     )
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="samples as short as the quickstart's")
+    parser.add_argument("--planner", action="store_true", help="plans of 1,024 samples, no model")
     parser.add_argument("--add", action="store_true", help="to the rows of an earlier call")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    of_rows = ("responses", "states", "groups", "most", "add")
+    if options.planner:
+        rows = plan_rows()
+        print(table(rows), save("trees_planner", {"tokens_per_microbatch": LIMIT}, rows).name, sep="\n")
+        return
+    if options.small:
+        options.hidden, options.layers = 128, 2
+        role, rows = make_role(options), []
+        update(role, actor_samples(100, 4), make_ppo_loss(LossConfig()), True)  # warm
+        for what, samples in zip(("critic", "actor"), small_samples(), strict=True):
+            rows.append(measure(role, what, {"samples": len(samples)}, samples, options.repeat))
+        print(table(rows), save("trees_small", {"repeat": options.repeat}, rows).name, sep="\n")
+        return
+    of_rows = ("responses", "states", "groups", "most", "add", "small", "planner")
     settings = {key: value for key, value in vars(options).items() if key not in of_rows}
     role, rows = make_role(options), []
     if options.add:

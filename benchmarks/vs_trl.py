@@ -10,7 +10,11 @@ The goal is held against processor time (of the process tree: the difference of 
 between them), which other programs disturb little; wall time is the median step without a run's first two.
 Both are per sampled token too, as lengths differ by chance. Peak memory is the process's largest resident
 set; `libraries` is what a process has that imported the same and no more.
-Run: python -m benchmarks.vs_trl
+
+A group's prompt is computed once on our side (training.share_prefixes; `computed` is the share of a step's
+trained tokens that was). --shots puts solved problems before each, the same on both sides: a longer prompt to
+share. --flat adds our side without sharing.
+Run: python -m benchmarks.vs_trl [--shots 8] [--flat]
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ("grpo", "rloo")
 GOAL = 0.7
 WARM = 2  # steps of each run whose wall time does not count
+HELD = 16  # held-out problems
 FEW = 3  # steps of the short runs
 MODELS: dict[str, dict[str, Any]] = {
     "0.2 M": {"layers": 2, "hidden": 96, "ffn": 256, "heads": 3, "kv_heads": 3, "head_dim": 32},
@@ -63,8 +68,11 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_prompts(path: Path, count: int) -> None:
-    """The task's training prompts as text, and their answers."""
+def write_prompts(folder: Path, count: int, shots: int = 0) -> dict[str, Any]:
+    """prompts.json: training prompts as text, and their answers, for TRL. The task's block of our recipe.
+
+    shots: solved problems before each one; the task is then of the file tasks.jsonl, with the same prompts.
+    """
     from pydantic import TypeAdapter
 
     from genac_megatron.recipe.tasks import TaskConfig
@@ -72,12 +80,25 @@ def write_prompts(path: Path, count: int) -> None:
     from genac_megatron.tasks.tokenizer import BUILTIN, load_tokenizer
 
     tokenizer = load_tokenizer(BUILTIN)
-    task = make_task(TypeAdapter(TaskConfig).validate_python(TASK), tokenizer, 1)
+    block = TASK
+    task = make_task(TypeAdapter(TaskConfig).validate_python(block), tokenizer, 1)
+    if shots:
+        solved = [task.prompt("train", count + HELD + n) for n in range(shots)]
+        before = "".join(f"{one.problem}\n{one.reference}\n" for one in solved)
+        asked = [task.prompt("train", n) for n in range(count + HELD)]
+        lines = [{"question": before + one.problem, "answer": str(one.reference)} for one in asked]
+        path = folder / "tasks.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        block = {
+            "kind": "jsonl", "path": str(path), "heldout_size": HELD, "verifier": "exact", "instruction": "",
+        }  # fmt: skip
+        task = make_task(TypeAdapter(TaskConfig).validate_python(block), tokenizer, 1)
     rows = []
     for index in range(count):
         prompt = task.prompt("train", index)
         rows.append({"prompt": tokenizer.decode(prompt.ids), "answer": str(prompt.reference)})
-    path.write_text(json.dumps(rows))
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    return block
 
 
 def environment() -> dict[str, str]:
@@ -94,18 +115,34 @@ def checked(command: list[str], folder: Path) -> tuple[str, float]:
     return done.stdout, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def run_ours(
+def run_flat(
     algorithm: str, model: Path, folder: Path, options: argparse.Namespace, steps: int
+) -> dict[str, Any]:
+    """`run_ours` with each prompt computed for each of its responses."""
+    return run_ours(algorithm, model, folder, options, steps, share=False)
+
+
+def run_ours(
+    algorithm: str,
+    model: Path,
+    folder: Path,
+    options: argparse.Namespace,
+    steps: int,
+    share: bool = True,
 ) -> dict[str, Any]:
     """`genac run` of one policy stage; its steps' seconds and sampled tokens."""
     recipe = {
         "name": "run",
         "world": {"ranks": 1, "threads": 1},
-        "task": TASK,
+        "task": options.task,
         "roles": {
             "actor": {
                 "model": {"hf": str(model)},
-                "training": {"dtype": "fp32", "tokens_per_microbatch": options.tokens_per_microbatch},
+                "training": {
+                    "dtype": "fp32",
+                    "tokens_per_microbatch": options.tokens_per_microbatch,
+                    "share_prefixes": share,
+                },
                 "engine": {"dtype": "fp32", "max_batch": options.prompts * options.samples},
                 "optimizer": {"lr": options.lr, "weight_decay": 0.0},
             }
@@ -135,6 +172,8 @@ def run_ours(
     return {
         "seconds": [row["time/total_s"] for row in rows],
         "tokens": [row["tokens/rollout"] for row in rows],
+        "computed": sum(row["unique/actor_train"] for row in rows)
+        / sum(row["tokens/actor_train"] for row in rows),
         "peak_gib": rows[-1]["memory/peak_gib"],
         "cpu_s": cpu_s,
     }
@@ -192,6 +231,7 @@ def row_of(
         "step_s": round(statistics.median(seconds), 3),
         "cpu_s": round(cpu_s, 3),
         "tokens a step": round(tokens),
+        "computed": round(statistics.mean(run.get("computed", 1.0) for run in runs), 2),
         "ms a token": round(1000 * statistics.median(seconds) / tokens, 4),
         "cpu ms a token": round(1000 * cpu_s / tokens, 4),
         "peak_GiB": round(max(run["peak_gib"] for run in runs), 3),
@@ -201,27 +241,29 @@ def row_of(
 
 def measure(name: str, algorithm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per side, for one model and algorithm."""
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
-    short: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
-    pythons = {"ours": sys.executable, "trl": options.trl_python}
+    sides = {"ours": run_ours, **({"ours, flat": run_flat} if options.flat else {}), "trl": run_trl}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    short: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory(prefix="genac-") as scratch:
         model = Path(scratch) / "model"
         make_model(model, MODELS[name])
-        write_prompts(model / "prompts.json", options.prompts * (options.steps + 1))
+        options.task = write_prompts(model, options.prompts * (options.steps + 1), options.shots)
         for turn in range(options.rounds):
-            for side, run in (("ours", run_ours), ("trl", run_trl)):
+            for side, run in sides.items():
                 for runs, steps in ((short, FEW), (found, options.steps)):
-                    folder = Path(scratch) / f"{side}-{turn}-{steps}"
+                    folder = Path(scratch) / f"{side.replace(', ', '-')}-{turn}-{steps}"
                     folder.mkdir()
                     runs[side].append(run(algorithm, model, folder, options, steps))
-        bases = {side: libraries(pythons[side], IMPORTS[side], Path(scratch)) for side in found}
+        ours = libraries(sys.executable, IMPORTS["ours"], Path(scratch))
+        theirs_gib = libraries(options.trl_python, IMPORTS["trl"], Path(scratch))
+        bases = {side: theirs_gib if side == "trl" else ours for side in sides}
     rows = [row_of(name, algorithm, side, found[side], short[side], bases[side]) for side in found]
-    mine, theirs = rows
+    theirs = rows[-1]
     for row in rows:
         row["time, of TRL's"] = round(row["cpu ms a token"] / theirs["cpu ms a token"], 3)
         row["wall time, of TRL's"] = round(row["ms a token"] / theirs["ms a token"], 3)
         row["memory, of TRL's"] = round(row["peak_GiB"] / theirs["peak_GiB"], 3)
-    return [mine, theirs]
+    return rows
 
 
 def trl_python() -> str:
@@ -239,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=15, help="of each long run")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-6, help="so small that the model stays as it is")
+    parser.add_argument("--shots", type=int, default=0, help="solved problems before each: a longer prompt")
+    parser.add_argument("--flat", action="store_true", help="our side without shared prompts too")
     parser.add_argument("--model", choices=list(MODELS), help="default: all")
     parser.add_argument("--trl-python", help="an interpreter that has TRL; default: tools/env.py's")
     parser.add_argument("--no-save", action="store_true", help="a try")
@@ -248,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in [options.model] if options.model else MODELS:
         for algorithm in ALGORITHMS:
             rows += measure(name, algorithm, options)
-            print(table(rows[-2:]), flush=True)
+            print(table(rows[-(3 if options.flat else 2) :]), flush=True)
     print(table(rows))
     for row in rows:
         if row["side"] == "ours":
@@ -256,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
                 met = "met" if row[what] <= GOAL else "missed"
                 print(f"{row['model']} {row['algorithm']}: {what}: {row[what]} (goal <= {GOAL}: {met})")
     if not options.no_save:
-        settings = {key: value for key, value in vars(options).items() if key != "trl_python"}
+        settings = {key: value for key, value in vars(options).items() if key not in ("trl_python", "task")}
         settings |= {"trl": "1.16.0", "models": MODELS, "load": round(os.getloadavg()[0], 1)}
         print("written", save("vs_trl", settings, rows).name)
 
