@@ -127,3 +127,22 @@ def test_a_teacher_judges_where_there_is_no_critic_and_a_resume_goes_on_alike(tm
     assert len(states[0]["problems"]) == 6, "each problem has its last error"
     evaluations = (whole / "runs/run/evaluations.jsonl").read_text().splitlines()
     assert all(json.loads(line)["critic"]["parse_rate"] == 1.0 for line in evaluations)
+
+
+def test_an_actor_that_is_never_right_is_not_judged_where_certain_outcomes_are_left_out(
+    tmp_path: Path,
+) -> None:
+    """No critic token in training and no update of the critic; its evaluations judge all the same."""
+    stage = {"steps": 2, "gate": {"action": "off"}, "rollout": {**ROLLOUT, "prompts": 2, "samples": 3}}
+    judging = {**SMALL["judging"], "certain": "left_out"}
+    ran(genac("run", write(tmp_path, stage, judging=judging, checkpoint={"every": 0}), cwd=tmp_path))
+    lines = (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if "judge/certain" in row]
+    assert len(found) == 2
+    for row in found:
+        assert (row["judge/certain"], row["critic/skipped"], row["rollout/mixed_groups"]) == (1.0, 1.0, 0.0)
+        assert row.get("tokens/judge", 0.0) == 0.0
+        assert "judge/brier" not in row
+        assert row["actor/loss"] == 0.0, "every advantage is 0"
+    evaluations = (tmp_path / "runs/run/evaluations.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["critic"]["brier"] >= 0 for line in evaluations)
