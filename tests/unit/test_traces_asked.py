@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 from fake_chat import FakeChat, question, reply
 
+from genac_megatron.critic.score import parse_score
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.evaluation.parts import Parts
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
+from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.serving import chat
-from genac_megatron.tracing.ask import Spent, ask_endpoint_about
+from genac_megatron.tasks import make_task
+from genac_megatron.tasks.tokenizer import load_tokenizer
+from genac_megatron.tracing.ask import Spent, ask_endpoint_about, ask_exact_about
 
 Row = dict[str, Any]
 JUDGING = JudgingConfig(template="brief", max_new_tokens=32)
@@ -121,6 +125,25 @@ def test_a_refused_key_ends_it_and_what_is_under_way_is_kept(fake_chat: Callable
         ask_endpoint_about(asked(40), teacher(server), JUDGING, 2, kept.append)
     assert 0 in {row["state"] for row in kept}
     assert len(server.bodies) < 10
+
+
+def test_the_exact_teacher_reads_the_rate_of_the_rows_actor() -> None:
+    config = StateTrackingTask(kind="state_tracking", objects=3, heldout_size=4)
+    task = make_task(config, load_tokenizer("builtin:tiny"), 0)
+    rows = [
+        {"state": n, "prompt_id": f"train/{n}", "partial": "", "p_bar": rate}
+        for n in range(3)
+        for rate in (0.2, 0.9)
+    ]
+    kept: list[Row] = []
+    ask_exact_about(task, [(row, 0) for row in rows], ("s",), kept.append, JUDGING)
+    for row, answer in zip(rows, kept, strict=True):
+        value = answer["value"]
+        assert parse_score(answer["text"]) == value
+        exact = task.teacher.value(task.prompt("train", row["state"]), "", row["p_bar"])  # type: ignore[union-attr]
+        assert abs(value - exact) <= 0.05 + 1e-9
+        assert f"p {row['p_bar']:.2f}" in answer["text"]
+    assert all(kept[n]["value"] < kept[n + 1]["value"] for n in (0, 2, 4))
 
 
 KILLED = """
