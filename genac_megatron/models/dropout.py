@@ -28,23 +28,25 @@ MIX_64 = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 
 MIX_32 = ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)))
 
 
-def token_keys(
-    tokens_T: Tensor, positions_T: Tensor, bounds: Tensor, tree: TreeShape | None, step: int
-) -> Tensor:
-    """int32 [T]: of each token of a pack with what stands before it, at an optimizer's step.
+def prefixes_of(tokens_T: Tensor, positions_T: Tensor, bounds: Tensor, tree: TreeShape | None) -> Tensor:
+    """int64 [T]: a hash of each token of a pack with all that stand before it in its sequence.
 
     bounds: int [n + 1], where sequences, or a forest's chains, begin and end. positions_T: in the sequence,
     of a chain's those above it counted.
     """
-    powers = torch.full((int(positions_T.max()) + 1,), PRIME, dtype=torch.int64, device=tokens_T.device)
+    powers = torch.full((int(positions_T.max()) + 1,), PRIME, dtype=torch.int64)
     parts_T = _mixed_64(tokens_T + 1) * powers.cumprod(0)[positions_T]
     ends_T = parts_T.cumsum(0)
-    begins = bounds[:-1].long()
-    before = (ends_T - parts_T)[begins.clamp(max=len(tokens_T) - 1)]
-    keys_T = ends_T - before.repeat_interleave(bounds.diff().long())
+    before = (ends_T - parts_T)[bounds[:-1].long().clamp(max=len(tokens_T) - 1)]
+    prefixes_T = ends_T - before.repeat_interleave(bounds.diff().long())
     for q, q_end, k, k_end in tree.cuts if tree is not None else ():
-        keys_T[q:q_end] += parts_T[k:k_end].sum()
-    mixed_T = _mixed_64(keys_T + _mixed_64(torch.tensor(step + 1)).item())
+        prefixes_T[q:q_end] += parts_T[k:k_end].sum()
+    return prefixes_T
+
+
+def token_keys(prefixes_T: Tensor, step: int) -> Tensor:
+    """int32 [T]: `prefixes_of` at an optimizer's step."""
+    mixed_T = _mixed_64(prefixes_T + _mixed_64(torch.tensor(step + 1)).item())
     return (mixed_T & 0xFFFFFFFF).to(torch.int32)  # the lower half, as it is
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from genac_megatron.models.dropout import attach_keys, token_keys
+from genac_megatron.models.dropout import attach_keys, prefixes_of, token_keys
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import attach_tree
 from genac_megatron.models.routing import attach, check_experts
@@ -102,6 +102,9 @@ def microbatches(
         pad_to = max(_tokens(pack, lengths, order, filled) for rank in plan for pack in rank)
         pad_to = -(-pad_to // multiple) * multiple
     packs = [_build(samples, pack, order, multiple, filled, pad_to, fields) for pack in plan[dp_rank]]
+    if training.adapter is not None and training.adapter.dropout:
+        for pack in packs:
+            pack.prefixes_T = prefixes_of(pack.tokens_T, pack.positions_T, pack.cu_seqlens, pack.tree)
     return [pack.cut(layout.cp, cp_rank) for pack in packs]
 
 
@@ -142,7 +145,6 @@ def packed_params(pack: Pack, dropping: int | None = None) -> PackedSeqParams:
         max_seqlen_q=pack.max_seqlen,
         max_seqlen_kv=pack.max_seqlen,
     )
-    if dropping is not None:
-        keys_T = token_keys(pack.tokens_T, pack.positions_T, pack.cu_seqlens, pack.tree, dropping)
-        attach_keys(packed, keys_T)
+    if dropping is not None and pack.prefixes_T is not None:
+        attach_keys(packed, token_keys(pack.prefixes_T, dropping))
     return attach_tree(attach(packed, pack.experts_TLK), pack.tree, pack.rows_E)

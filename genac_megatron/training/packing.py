@@ -277,6 +277,7 @@ class Pack:
     rows_E: Tensor | None = None  # int64: the position that predicts each edge's label
     tree: TreeShape | None = None
     used: int = 0  # positions that are no padding
+    prefixes_T: Tensor | None = None  # int64: of each token with those before it, for adapters that drop
     share: Tensor | None = None  # int64: which positions of the pack are here, one cp rank's; None: all
 
     def cut(self, cp: int, rank: int) -> Pack:
@@ -284,7 +285,7 @@ class Pack:
         if cp == 1:
             return self
         share = share_of(self.cu_seqlens.tolist(), cp, rank)
-        names = ("tokens_T", "labels_T", "positions_T", "loss_mask_T", "experts_TLK")
+        names = ("tokens_T", "labels_T", "positions_T", "loss_mask_T", "experts_TLK", "prefixes_T")
         cut: dict[str, Any] = {
             name: x.index_select(0, share) for name in names if (x := getattr(self, name)) is not None
         }

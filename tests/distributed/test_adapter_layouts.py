@@ -67,6 +67,7 @@ def adapter_case(rank: int, config: Any) -> Any:
     }
 
 
+CP = {"cp2": {"count": 2, "cp": 2}}
 CASES = {
     "qwen3": {},
     "some": {"adapter": SOME},
@@ -99,15 +100,15 @@ def reference(pool: Any) -> Any:
         ("llama", "tp2-pp2", "off"),
         ("qwen2", "tp2-offset", "off"),
         ("dropout", "tp2-sp", "full"),
-        ("dropout", "dp2", "off"),
         ("dropout", "tp2-pp2", "off"),
+        ("dropout", "cp2", "off"),
     ],
 )
 def test_a_layout_trains_adapters_like_one_rank(
     pool: Any, reference: Any, case: str, layout: str, recompute: str
 ) -> None:
     wanted = reference(case)
-    config = adapted(LAYOUTS[layout], training={"recompute": recompute}, **CASES[case])
+    config = adapted({**LAYOUTS, **CP}[layout], training={"recompute": recompute}, **CASES[case])
     for got in pool.run(adapter_case, config):
         assert got["untouched"]
         assert got["digest"] == wanted["digest"]

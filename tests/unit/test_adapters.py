@@ -152,14 +152,14 @@ DROPPING = {**ADAPTER, "dropout": 0.25}
 
 def test_a_share_of_an_adapters_inputs_is_dropped_anew_in_every_step() -> None:
     """By token, feature and step; the base's log-probs, and those that are only read, drop nothing."""
-    from genac_megatron.models.dropout import Dropout, token_keys
+    from genac_megatron.models.dropout import Dropout, prefixes_of, token_keys
 
     tokens, positions = torch.randint(0, 67, (400,)), torch.arange(200).repeat(2)
     bounds = torch.tensor([0, 200, 400])
-    kept = []
+    prefixes, kept = prefixes_of(tokens, positions, bounds, None), []
     for step in (0, 1):
         drop = Dropout(0.25, "0_linear_qkv", 0, (0, 1))
-        drop.keys_T = token_keys(tokens, positions, bounds, None, step)
+        drop.keys_T = token_keys(prefixes, step)
         kept.append(drop(torch.ones(400, 1, 256))[:, 0])
         assert kept[-1].unique().tolist() == [0.0, pytest.approx(4 / 3)]
         shares = (kept[-1] == 0).float()
@@ -168,7 +168,7 @@ def test_a_share_of_an_adapters_inputs_is_dropped_anew_in_every_step() -> None:
         assert shares.mean(1).sub(0.25).abs().max() < 0.13  # of every token
     assert ((kept[0] == 0) & (kept[1] == 0)).float().mean() == pytest.approx(0.0625, abs=0.005)
     other = Dropout(0.25, "0_linear_fc1", 0, (0, 1))
-    other.keys_T = token_keys(tokens, positions, bounds, None, 0)
+    other.keys_T = token_keys(prefixes, 0)
     both = (kept[0] == 0) & (other(torch.ones(400, 1, 256))[:, 0] == 0)
     assert both.float().mean() == pytest.approx(0.0625, abs=0.005)
 
