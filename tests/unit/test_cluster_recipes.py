@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))
 NAME = re.compile(
     r"(sft|reinforce|ppo|pipeline)-([a-z0-9.-]+)-(\d+)n(\d+)g-"
-    r"(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:cp(\d+))?(?:ep(\d+))?)(-32k)?(-fp8)?"
+    r"(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:cp(\d+))?(?:ep(\d+))?)(-32k)?(-lora)?(-fp8)?"
 )
 
 
@@ -40,6 +40,17 @@ def test_every_model_has_every_stage_in_both_precisions() -> None:
             assert have == {name.lower() for name in MODELS}
 
 
+def test_adapters_on_one_base_take_fewer_nodes() -> None:
+    """8B on one, 32B on two, 70B on four, where whole models take two, five and nine."""
+    seen = [match.groups() for match in map(NAME.fullmatch, RECIPES) if match]
+    nodes = {model: int(count) for _, model, count, *_, lora, fp8 in seen if lora and fp8}
+    assert nodes == {"qwen3-8b": 1, "qwen3-32b": 2, "llama-3.1-70b": 4}
+    whole = {
+        model: int(count) for kind, model, count, *_, lora, fp8 in seen if kind == "pipeline" and not lora
+    }
+    assert {model: whole[model] for model in nodes} == {"qwen3-8b": 2, "qwen3-32b": 5, "llama-3.1-70b": 9}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
@@ -48,7 +59,7 @@ def test_recipe(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert misfits(recipe) == []
     match = NAME.fullmatch(name)
     assert match is not None
-    stage, model, nodes, gpus, layout, tp, pp, cp, ep, _, fp8 = match.groups()
+    stage, model, nodes, gpus, layout, tp, pp, cp, ep, _, lora, fp8 = match.groups()
     where = placement(recipe)
     assert (where.nodes, where.gpus_per_node) == (int(nodes), int(gpus))
     assert script.kind_of(recipe) == stage
@@ -58,6 +69,10 @@ def test_recipe(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert sizes == [int(size or 1) for size in (tp, pp, cp, ep)]
         assert layout != "dp1"
         assert role.training.fp8 == ("blockwise" if fp8 else "off")
+        assert (role.training.adapter is not None) == bool(lora)
+    assert [role.model.share for role in recipe.roles.values()] == (
+        [None, "actor"] if lora else [None] * len(recipe.roles)
+    )
     need, has = heaviest(recipe)[1], gpu("h100-80g").memory_gib
     assert 0.2 * has < need <= has * (1 + 1e-9), "it fits, and is no waste"
     _check_memory(recipe)
