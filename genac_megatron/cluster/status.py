@@ -13,6 +13,8 @@ from typing import Any
 from genac_megatron.cluster.heartbeat import STALL, behind, describe, read_beats, silent
 from genac_megatron.errors import EXIT_LOST, EXIT_OK, InputError
 from genac_megatron.observe.progress import format_duration
+from genac_megatron.observe.runinfo import RunFolder
+from genac_megatron.recipe.trains import trains
 
 LOOK_S = 2.0
 READS_PER_S = 50.0  # of heartbeats
@@ -41,6 +43,7 @@ def status(run: Path) -> tuple[str, int]:
     if not beats:
         return f"{run.name}: attempt {folder.name} has no heartbeats yet", EXIT_OK
     lines = [f"{run.name}: attempt {folder.name}, {len(beats)} rank(s)", line(beats)]
+    lines += [f"  {role}: {told}" for role, told in trains(RunFolder(run).resolved_recipe()).items()]
     ill = [beat for beat in beats if silent(beat) or beat.get("stalled")]
     shown = _chosen(beats, ill)
     lines += [_row(beat) for beat in shown]

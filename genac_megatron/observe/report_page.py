@@ -17,6 +17,7 @@ from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, Ru
 from genac_megatron.observe.report_gates import ways_on, went_on
 from genac_megatron.observe.report_origin import end_card, origins
 from genac_megatron.recipe.schema import ObserveConfig
+from genac_megatron.recipe.trains import trains
 
 if TYPE_CHECKING:
     from genac_megatron.observe.report_plots import Plot
@@ -90,7 +91,9 @@ def _head(run: RunData, summary: Mapping[str, Any]) -> str:
         model = (role or {}).get("model") or {}
         roles.append(f"{name}: {model.get('hf') or model.get('family') or '?'}")
     line = " · ".join(escape(part) for part in (stages, ", ".join(roles), when) if part)
-    return f"<h1>{escape(str(summary['run/name']))}</h1><p class=soft>{line}</p>"
+    told = "; ".join(f"{name}: {text}" for name, text in trains(run.recipe).items())
+    told = f"<p class=soft>{escape(told)}</p>" if told else ""
+    return f"<h1>{escape(str(summary['run/name']))}</h1><p class=soft>{line}</p>{told}"
 
 
 def _gate(failed: FailedGate) -> str:

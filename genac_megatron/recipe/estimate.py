@@ -249,7 +249,7 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
         last = at.first_rank + count - 1
         dp = count // (at.tp * at.pp * at.cp)
         lines.append(
-            f"  {name}: {shape.family}, {_count(parameters(shape))} parameters ({shape.layers} layers, "
+            f"  {name}: {shape.family}, {count_told(parameters(shape))} parameters ({shape.layers} layers, "
             f"hidden {shape.hidden}, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab:,}"
             f"{', tied' if shape.tie else ''})"
         )
@@ -283,14 +283,16 @@ def _served_told(recipe: Recipe, name: str, shape: Shape) -> str:
     return f"servers hold the base and load adapters of {len(adapters)} role{plural} beside it ({room})"
 
 
-def adapter_told(adapter: AdapterConfig, shape: Shape, owner: str | None) -> str:
-    """What of a role trains. owner: the role whose base it shares."""
-    trained, whole = adapter_parameters(shape, adapter, 1, shape.layers), parameters(shape)
-    base = "its model is frozen" if owner is None else f"on the frozen model of '{owner}', held once"
-    return (
-        f"adapters of rank {adapter.rank} on {len(adapter.targets)} projections: {_count(trained)} "
-        f"parameters train ({100 * trained / whole:.2g} % of its {_count(whole)}), {base}"
-    )
+def adapter_told(adapter: AdapterConfig, shape: Shape | None, owner: str | None) -> str:
+    """What of a role trains; without figures where its shape is not known. owner: whose base it shares."""
+    text = f"adapters of rank {adapter.rank} on {len(adapter.targets)} projections"
+    if shape is not None:
+        trained, whole = adapter_parameters(shape, adapter, 1, shape.layers), parameters(shape)
+        share = f"{100 * trained / whole:.2g} % of its {count_told(whole)}"
+        text += f": {count_told(trained)} parameters train ({share})"
+    if owner is None:
+        return f"{text}, its model is frozen"
+    return f"{text}, on the frozen model of '{owner}', held once"
 
 
 def _limits(recipe: Recipe, role: RoleConfig) -> str:
@@ -363,7 +365,7 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
     rollout = stage.rollout
     responses = rollout.prompts * rollout.samples
     if isinstance(stage, ValueStage | PolicyStage):
-        tokens = _count(responses * rollout.max_new_tokens)
+        tokens = count_told(responses * rollout.max_new_tokens)
         return f"{stage.steps} steps; a step generates {tokens} actor tokens ({responses:,} responses)"
     # The prompt state is judged once for its whole group of samples.
     trains = not isinstance(stage, PpoStage) or stage.train_critic
@@ -373,19 +375,21 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
     if judging.states.final and trains:
         states, trained = states + responses, trained + learnt
     written = 0 if judging.teacher else states * judging.max_new_tokens
+    generated = count_told(responses * rollout.max_new_tokens)
     text = (
-        f"{stage.steps} steps; a step generates {_count(responses * rollout.max_new_tokens)} actor tokens "
-        f"({responses:,} responses) and {_count(written)} critic tokens ({states:,} states)"
+        f"{stage.steps} steps; a step generates {generated} actor tokens ({responses:,} responses) "
+        f"and {count_told(written)} critic tokens ({states:,} states)"
     )
     if trains:
         times = stage.critic_updates if isinstance(stage, PpoStage) else 1
-        text += f", trains {_count(trained * judging.max_new_tokens * times)} critic tokens"
+        text += f", trains {count_told(trained * judging.max_new_tokens * times)} critic tokens"
     if isinstance(stage, PpoStage):
-        text += f" and {_count(responses * rollout.max_new_tokens * stage.epochs)} actor tokens"
+        text += f" and {count_told(responses * rollout.max_new_tokens * stage.epochs)} actor tokens"
     return text
 
 
-def _count(number: float) -> str:
+def count_told(number: float) -> str:
+    """A number with three digits and a unit."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

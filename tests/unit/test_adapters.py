@@ -18,6 +18,7 @@ from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.estimate import Place, describe, memory_of
 from genac_megatron.recipe.loader import check, dump_recipe, load_recipe
 from genac_megatron.recipe.schema import AdapterConfig, ModelConfig
+from genac_megatron.recipe.trains import trains
 from genac_megatron.records import Sample
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 from genac_megatron.training.layout import init_world
@@ -404,6 +405,20 @@ def test_a_recipe_of_two_roles_on_one_base(recipe: Path, tmp_path: Path) -> None
     text = describe(found)
     assert "16.4 k parameters train" in text
     assert "on the frozen model of 'actor', held once" in text
+
+
+def test_status_and_report_say_what_trains(recipe: Path, tmp_path: Path) -> None:
+    """Also where the model's folder is not here, and of a recipe that has roles of another version."""
+    plain = yaml.safe_load(dump_recipe(load_recipe(recipe, SHARED)))
+    plain["roles"]["old"] = {"model": {"unknown": 1}}
+    plain["roles"]["teacher"] = {"model": {"hf": str(tmp_path / "nowhere")}}
+    shared = "adapters of rank 4 on 7 projections: 16.4 k parameters train (9.6 % of its 171 k), "
+    assert trains(plain) == {
+        "actor": "adapters of rank 8 on 7 projections: 32.8 k parameters train (19 % of its 171 k), "
+        "its model is frozen",
+        "critic": shared + "on the frozen model of 'actor', held once",
+        "teacher": "all of its parameters train",
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from genac_megatron.cluster import status
 from genac_megatron.cluster.heartbeat import (
@@ -175,9 +176,12 @@ def test_a_stall_names_phase_rank_and_node(tmp_path: Path) -> None:
 
 def test_status(tmp_path: Path) -> None:
     folder_of(tmp_path, [beat(0), beat(1)])
+    role = {"model": {"hf": "elsewhere"}, "training": {"adapter": {"rank": 8, "targets": ["q_proj"]}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"roles": {"actor": role}}))
     text, code = status.status(tmp_path)
     assert code == 0
     assert "attempt 7-r0, 2 rank(s)" in text
+    assert "actor: adapters of rank 8 on 1 projections, its model is frozen" in text
     assert "[2/2] stage ppo, step 3 of 5, phase rollout; 30 s/step; stage ends in 1m30s" in text
 
 
