@@ -33,6 +33,12 @@ def check_adapter(name: str, role: RoleConfig, shape: Shape, where: Where) -> No
                 where=where(("roles", name, "model", key)),
                 way_out=f"{instead}, or give the role a training.adapter",
             )
+    if role.model.base is None and role.model.base_role is not None:
+        raise InputError(
+            f"'{name}' has a base_role and no base in which it is one",
+            where=where(("roles", name, "model", "base_role")),
+            way_out="name a checkpoint or run in base, or take base_role out",
+        )
     if adapter is None:
         return
     place = ("roles", name, "training")

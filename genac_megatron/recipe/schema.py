@@ -78,6 +78,7 @@ class ModelConfig(Block):
     reasoning_tags: tuple[Tag, Tag] | None = None
     checkpoint: str | None = None  # start from this role's weights in a checkpoint, or a run's newest
     base: str | None = None  # of an adapter: stand beside this role's weights in one; None: hf's, or random
+    base_role: str | None = None  # what the role is called in `base`; None: as it is here
     share: str | None = None  # of an adapter: stand on the base of this role, which keeps the only copy of it
     peft: str | None = None  # of an adapter: begin with the one in this folder of PEFT's
     # value: a scalar critic, trained on the actor's tokens, never served; logit: one that gives the value's

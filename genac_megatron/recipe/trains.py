@@ -43,6 +43,6 @@ def _told(role: RoleConfig, shape: Shape | None) -> str:
         return "all but its attention trains" if training.frozen_attention else "all of its parameters train"
     count = parameters(shape)
     if training.frozen_attention:
-        left = count_told(count - attention_parameters(shape, 1, 1))
+        left = count_told(count - attention_parameters(shape, 1, shape.layers))
         return f"all but its attention: {left} of its {count_told(count)} parameters train"
     return f"all of its {count_told(count)} parameters train"

@@ -269,7 +269,7 @@ class Run:
             role = self.roles[name]
             if config.model.base is not None and owner is None:
                 path = from_first(partial(find_checkpoint, Path(config.model.base)))
-                load_base(path, role, config.model.share or name)
+                load_base(path, role, config.model.base_role or config.model.share or name)
             if owner is not None and role.shape == self.roles[owner].shape:
                 role.base = self.roles[owner].base
             else:

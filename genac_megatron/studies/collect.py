@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.studies.cost import total
+from genac_megatron.studies.cost import Weights, total, weights_of
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
 from genac_megatron.studies.runner import Places, made_from, newer
@@ -24,6 +24,7 @@ ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
 DECODED = ("tokens/rollout", "tokens/judge")
 COSTS = ("tokens", "flops", "flops_shared", "seconds", "decoded")
 Record = dict[str, Any]
+Shapes = Mapping[str, Shape]
 
 
 def records_of(places: Places, seeds: list[int]) -> list[Record]:
@@ -44,8 +45,8 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
     rows, _ = read_jsonl(folder / METRICS)
     evaluations, _ = read_jsonl(folder / EVALUATIONS)
     recipe = load_recipe(folder / "recipe.yaml")
-    shapes, frozen = _shapes(recipe), _frozen(recipe)
-    figures = _critic(evaluations) | _spent(rows, shapes, frozen) | _actor(evaluations)
+    shapes, weights = _shapes(recipe), _weights(recipe)
+    figures = _critic(evaluations) | _spent(rows, shapes, weights) | _actor(evaluations)
     before, missing = _before(places, cell, seed)
     for bank in places.study.banks:
         figures |= scores_of(places, bank, cell.name, seed)
@@ -55,7 +56,7 @@ def record_of(places: Places, cell: Cell, seed: int) -> Record:
         "options": cell.options,
         "seed": seed,
         "figures": {key: value for key, value in figures.items() if math.isfinite(value)},
-        "curve": curve(rows, evaluations, shapes, before, frozen),
+        "curve": curve(rows, evaluations, shapes, before, weights),
         "stands_on": stands_on(places, cell.spec, seed),
     } | ({"missing": missing} if missing else {})
 
@@ -72,7 +73,7 @@ def _before(places: Places, cell: Cell, seed: int) -> tuple[dict[str, float] | N
         folder = places.run(base, seed)
         rows, _ = read_jsonl(folder / METRICS)
         recipe = load_recipe(folder / "recipe.yaml")
-        found = _total(rows, _shapes(recipe), _frozen(recipe))
+        found = _total(rows, _shapes(recipe), _weights(recipe))
         spent = {key: value + found[key] for key, value in spent.items() if key in found}
     return spent, []
 
@@ -93,14 +94,16 @@ def _shapes(recipe: Recipe) -> dict[str, Shape]:
     return {name: read_shape(role.model) for name, role in recipe.roles.items()}
 
 
-def _frozen(recipe: Recipe) -> list[str]:
-    return [name for name, role in recipe.roles.items() if role.training.frozen_attention]
+def _weights(recipe: Recipe) -> dict[str, Weights]:
+    return {n: weights_of(role.training, read_shape(role.model)) for n, role in recipe.roles.items()}
 
 
-def _total(rows: list[Record], shapes: Mapping[str, Shape], frozen: Collection[str] = ()) -> dict[str, float]:
+def _total(
+    rows: list[Record], shapes: Mapping[str, Shape], weights: Mapping[str, Weights]
+) -> dict[str, float]:
     """What rows have spent, and of their tokens those that were decoded: which take nearly all the time."""
     decoded = sum(float(row.get(key) or 0.0) for row in rows for key in DECODED)
-    return {**total(rows, shapes, frozen), "decoded": decoded}
+    return {**total(rows, shapes, weights), "decoded": decoded}
 
 
 def _critic(evaluations: list[Record]) -> dict[str, float]:
@@ -122,13 +125,15 @@ def _actor(evaluations: list[Record]) -> dict[str, float]:
     return {"actor/start": start, "actor/end": end, "actor/gain": end - start}
 
 
-def _spent(rows: list[Record], shapes: Mapping[str, Shape], frozen: Collection[str]) -> dict[str, float]:
+def _spent(
+    rows: list[Record], shapes: Mapping[str, Shape], weights: Mapping[str, Weights]
+) -> dict[str, float]:
     """The whole run, and a step of the actor's RL."""
-    whole = {f"cost/{key}": value for key, value in total(rows, shapes, frozen).items()}
+    whole = {f"cost/{key}": value for key, value in total(rows, shapes, weights).items()}
     steps = [row for row in rows if row.get("kind") in ACTOR_KINDS and "actor/loss" in row]
     if not steps:
         return whole
-    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes, frozen).items()}
+    return whole | {f"step/{key}": value / len(steps) for key, value in total(steps, shapes, weights).items()}
 
 
 def scores_of(places: Places, bank: str, cell: str, seed: int) -> dict[str, float]:
@@ -150,7 +155,7 @@ def curve(
     evaluations: list[Record],
     shapes: Mapping[str, Shape],
     earlier: Mapping[str, float] | None = MappingProxyType({}),
-    frozen: Collection[str] = (),
+    weights: Mapping[str, Weights] = MappingProxyType({}),
 ) -> list[dict[str, float]]:
     """Held-out accuracy after so many steps of the actor's RL, and all that the run had spent by then.
 
@@ -168,7 +173,7 @@ def curve(
         ]
         found = {
             key: value + spent.get(key, 0.0)
-            for key, value in _total(before, shapes, frozen).items()
+            for key, value in _total(before, shapes, weights).items()
             if key not in lacking
         }
         points.append({"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **found})

@@ -3,8 +3,9 @@
 Weights are those that multiply tokens: all but an untied input embedding. Attention's own products are left
 out (they grow with length: small here), and so are evaluations.
 
-A role whose attention is frozen needs no gradients of those weights: 4 for them in training, as activations
-have theirs all the same.
+Weights that are frozen, attention's or a whole base's, need no gradients of their own: 4 for them in
+training, as activations have theirs all the same. Adapters' parameters count as weights in the trainer's
+passes; engines have them merged, and a KL term's base goes without.
 
 Of the trainer's passes those tokens count that were computed: a beginning that samples of a micro-batch share
 counts once (`training.share_prefixes`); in rows of earlier versions every token was.
@@ -17,13 +18,15 @@ what they computed).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.sizes import attention_parameters, parameters
+from genac_megatron.models.sizes import adapter_parameters, attention_parameters, parameters
+from genac_megatron.recipe.schema import TrainingConfig
 
 TRAINING = 6
+BASES = {"reference": "actor"}  # whose base plays a role that a recipe has not
 # What a row counts: the role whose weights the tokens go through, and FLOPs per weight and token.
 COUNTS = {
     "tokens/rollout": ("actor", 2),
@@ -43,7 +46,22 @@ PASSES = {
     for phase in ("value", "reference", "actor_old", "moved", "actor_train", "critic_train")
 }
 SHARED = {"tokens/rollout_prompt": "unique/rollout_prompt", "tokens/judge_prompt": "unique/judge_prompt"}
+BESIDE = {*PASSES} - {"tokens/reference"}  # with adapters beside weights
 APART = ("time/evaluate_s", "time/checkpoint_s")  # what is not the method's
+
+
+class Weights(NamedTuple):
+    """What of a role's weights costs otherwise than a whole model's that is trained."""
+
+    frozen: int = 0  # without gradients
+    beside: int = 0  # adapters', besides the model's
+
+
+def weights_of(training: TrainingConfig, shape: Shape) -> Weights:
+    """Of a role, by how it is trained."""
+    if training.adapter is not None:
+        return Weights(multiplied(shape), adapter_parameters(shape, training.adapter, 1, shape.layers))
+    return Weights(attention_parameters(shape, 1, shape.layers) if training.frozen_attention else 0)
 
 
 def multiplied(shape: Shape) -> int:
@@ -52,42 +70,53 @@ def multiplied(shape: Shape) -> int:
 
 
 def spent(
-    row: Mapping[str, Any], shapes: Mapping[str, Shape], frozen: Collection[str] = ()
+    row: Mapping[str, Any], shapes: Mapping[str, Shape], weights: Mapping[str, Weights] | None = None
 ) -> dict[str, float]:
     """Tokens, flops, flops_shared and seconds of a row of metrics; no flops_shared where it does not say.
 
-    frozen: roles whose attention is.
+    weights: of roles that are not trained whole.
     """
     found = {key: float(row.get(PASSES.get(key, key), row.get(key)) or 0.0) for key in COUNTS}
     seconds = float(row.get("time/total_s") or 0.0) - sum(float(row.get(key) or 0.0) for key in APART)
     sums = {
         "tokens": sum(found.values()),
-        "flops": _flops(found, shapes, frozen),
+        "flops": _flops(found, shapes, weights or {}),
         "seconds": max(seconds, 0.0),
     }
     if all(SHARED[key] in row for key in SHARED if found[key]):
         once = {key: float(row[unique]) for key, unique in SHARED.items() if found[key]}
-        sums["flops_shared"] = _flops(found | once, shapes, frozen)
+        sums["flops_shared"] = _flops(found | once, shapes, weights or {})
     return sums
 
 
-def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape], frozen: Collection[str]) -> float:
+def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape], weights: Mapping[str, Weights]) -> float:
     found = 0.0
     for key, count in counts.items():
         if count:
             role, each = COUNTS[key]
+<<<<<<< HEAD
             role = role if role in shapes else "actor"  # whose adapter's base is its reference
             found += count * each * multiplied(shapes[role])
             if each == TRAINING and role in frozen:
                 found -= count * 2 * attention_parameters(shapes[role], 1, shapes[role].layers)
+=======
+            apart = weights.get(role, Weights())
+            found += count * each * multiplied(shapes[role if role in shapes else BASES[role]])
+            if each == TRAINING:
+                found -= count * 2 * apart.frozen
+            if key in BESIDE:
+                found += count * each * apart.beside
+>>>>>>> aef9476 (Study of adapters: whole models, a critic's adapter, both on one base; costs count adapters' FLOPs; a base may be another role's)
     return found
 
 
 def total(
-    rows: Iterable[Mapping[str, Any]], shapes: Mapping[str, Shape], frozen: Collection[str] = ()
+    rows: Iterable[Mapping[str, Any]],
+    shapes: Mapping[str, Shape],
+    weights: Mapping[str, Weights] | None = None,
 ) -> dict[str, float]:
     """The same over rows; no flops_shared where one of them has none."""
-    each = [spent(row, shapes, frozen) for row in rows]
+    each = [spent(row, shapes, weights) for row in rows]
     names = ["tokens", "flops", "seconds"]
     if all("flops_shared" in one for one in each):
         names.append("flops_shared")

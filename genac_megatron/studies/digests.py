@@ -45,7 +45,9 @@ def digests_of(places: Places) -> Digests:
 
     def whole(spec: RunSpec) -> Content:
         start = {role: base(name) for role, name in spec.start.items()}
-        return {"recipe": _merged(places, str(spec.recipe), spec.set), "start": start}
+        content = {"recipe": _merged(places, str(spec.recipe), spec.set), "start": start}
+        beside = {role: base(name) for role, name in spec.beside.items()}
+        return content | ({"beside": beside} if beside else {})
 
     banks = {
         name: {

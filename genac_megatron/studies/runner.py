@@ -195,18 +195,19 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
         key=f"{name}, seed {seed}",
         makes=(folder, places.ended(name, seed)),
         ended=places.ended(name, seed),
-        needs=tuple(places.ended(base, seed) for base in spec.start.values()),
+        needs=tuple(places.ended(base, seed) for base in spec.runs),
         command=("run", str(places.recipe(spec)), *command),
         log=_beside(folder, LOG),
         resumable=folder / "checkpoints",
         made_from=digests_of(places).runs[name],
-        begins_with=partial(trained, places, [*spec.start.values()], seed),
+        begins_with=partial(trained, places, spec.runs, seed),
         others=partial(began_with_others, places, folder, seed),
     )
 
 
 def _settings(places: Places, spec: RunSpec, seed: int) -> list[str]:
     starts = [f"roles.{role}.model.checkpoint={places.run(base, seed)}" for role, base in spec.start.items()]
+    starts += [f"roles.{role}.model.base={places.run(base, seed)}" for role, base in spec.beside.items()]
     return [f"seed={seed}", *places.study.set, *spec.set, *starts, *places.overrides]
 
 

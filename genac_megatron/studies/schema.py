@@ -13,7 +13,8 @@
     audits:                                # estimators of one actor's gradient, beside cells or without any
       short: {recipe: audit.yaml, actor: actor, critic: critic, predicted: {exact-0: 3.3}}
 
-Paths are relative to the file. `start` names, per role, the base run whose weights it begins with. With
+Paths are relative to the file. `start` names, per role, the base run whose weights it begins with, `beside`
+the one whose model its adapters stand beside. With
 `extends: FILE` in the same folder, mappings are merged with that file's key by key, null takes one out.
 """
 
@@ -37,7 +38,13 @@ class RunSpec(Block):
     recipe: str | None = None
     set: list[str] = []  # overrides: key.path=value
     start: dict[str, str] = {}  # role: a base run; {axis} stands for the option's name
+    beside: dict[str, str] = {}  # role: the base run whose model its adapters stand beside
     label: str | None = None  # cells of one label compete: the best stands for them; None: its own name
+
+    @property
+    def runs(self) -> list[str]:
+        """The base runs that it needs."""
+        return [*self.start.values(), *self.beside.values()]
 
 
 class BaseRun(RunSpec):
@@ -166,7 +173,7 @@ def _check_names(study: Study, where: str) -> None:
     known: list[str] = []
     for name, spec in bases_of(study):
         # Those before it: they are made in this order.
-        _need(spec.start.values(), known, f"the base run '{name}' starts from", "base run before it", where)
+        _need(spec.runs, known, f"the base run '{name}' starts from", "base run before it", where)
         known.append(name)
     for name, bank in study.banks.items():
         _need([bank.actor], known, f"the bank '{name}' is of the actor", "base run", where)
@@ -210,7 +217,7 @@ def cells_of(study: Study, where: str = "") -> list[Cell]:
     for cell in made:
         if cell.spec.recipe is None:
             raise InputError(f"the cell '{cell.name}' has no recipe", where=where)
-        _need(cell.spec.start.values(), bases, f"the cell '{cell.name}' starts from", "base run", where)
+        _need(cell.spec.runs, bases, f"the cell '{cell.name}' starts from", "base run", where)
     return made
 
 
@@ -225,12 +232,13 @@ def swept(study: Study, seeds: list[int]) -> tuple[list[int], list[int]]:
 def _combined(chosen: list[tuple[str, tuple[str, RunSpec]]]) -> Cell:
     names = {axis: option for axis, (option, _) in chosen}
     labels = {axis: spec.label or option for axis, (option, spec) in chosen}
-    recipe, settings, start = None, list[str](), dict[str, str]()
+    recipe, settings, start, beside = None, list[str](), dict[str, str](), dict[str, str]()
     for _, (_, spec) in chosen:
         recipe = spec.recipe or recipe
         settings += spec.set
         start |= {role: _filled(base, names) for role, base in spec.start.items()}
-    spec = RunSpec(recipe=recipe, set=settings, start=start)
+        beside |= {role: _filled(base, names) for role, base in spec.beside.items()}
+    spec = RunSpec(recipe=recipe, set=settings, start=start, beside=beside)
     return Cell(name="-".join(names.values()), label="-".join(labels.values()), options=labels, spec=spec)
 
 
@@ -250,7 +258,7 @@ def bases_of(study: Study) -> list[tuple[str, RunSpec]]:
             names = dict(zip(base.over, (option for option, _ in options), strict=True))
             settings = [*base.set, *(text for _, spec in options for text in spec.set)]
             start = {role: _filled(other, names) for role, other in base.start.items()}
-            made.append(
-                ("-".join([name, *names.values()]), RunSpec(recipe=base.recipe, set=settings, start=start))
-            )
+            beside = {role: _filled(other, names) for role, other in base.beside.items()}
+            spec = RunSpec(recipe=base.recipe, set=settings, start=start, beside=beside)
+            made.append(("-".join([name, *names.values()]), spec))
     return made

@@ -26,7 +26,7 @@ TELLING = ("/loss", "/grad_norm")  # figures of a step that no two trainings hav
 def stands_on(places: Places, spec: RunSpec, seed: int) -> dict[str, str]:
     """A digest of the training of each base run that a cell begins with or its banks are of, if there."""
     actors = (bank.actor for bank in places.study.banks.values())
-    return trained(places, [*spec.start.values(), *actors], seed)
+    return trained(places, [*spec.runs, *actors], seed)
 
 
 def trained(places: Places, names: Iterable[str], seed: int) -> dict[str, str]:

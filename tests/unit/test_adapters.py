@@ -126,6 +126,19 @@ def test_a_rested_and_a_resumed_adapter_go_on_as_they_would(tmp_path: Path, dist
     assert all(torch.equal(found[name], weight) for name, weight in ended.items())
 
 
+def test_a_base_may_be_another_roles_of_a_checkpoint(tmp_path: Path) -> None:
+    from genac_megatron.training.checkpoint import load_base
+    from tests.distributed.cases import make_role
+
+    init_world()
+    whole = make_role("actor", role_alone(), 1, seed=9)
+    Checkpoints(tmp_path, 2, False).save("sft-00001", {"actor": whole}, {}, optimizers=False)
+    critic = make_role("critic", adapted({"count": 1}), 1)
+    load_base(tmp_path / "sft-00001", critic, "actor")
+    wanted = published(whole)
+    assert all(torch.equal(weight, wanted[name]) for name, weight in published(critic).items())
+
+
 def test_a_scalar_head_trains_beside_adapters(tmp_path: Path) -> None:
     """No base has one: it is in the checkpoint, as PEFT's modules_to_save are."""
     init_world()
@@ -349,6 +362,7 @@ def test_a_recipe_of_two_adapters(recipe: Path) -> None:
             ["roles.actor.model.family=qwen3_moe", f"roles.actor.model.shape={EXPERTS}, expert_ffn: 32}}"],
             ("a mixture of 4 experts", "take adapter out"),
         ),
+        (["roles.critic.model.base_role=actor"], ("no base in which it is one", "take base_role out")),
         (["roles.critic.training.frozen=true"], ("is frozen and has an adapter", "training.frozen")),
         (["roles.critic.training.frozen_attention=true"], ("the whole model is frozen", "frozen_attention")),
         (["roles.actor.training.adapter.targets=[q_proj, q_proj]"], ("names q_proj twice", "targets")),
@@ -365,6 +379,7 @@ def test_a_recipe_of_two_adapters(recipe: Path) -> None:
     ],
     ids=[
         "experts",
+        "base role",
         "frozen",
         "attention",
         "twice",

@@ -14,12 +14,12 @@ import yaml
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import shape_of
-from genac_megatron.models.sizes import attention_parameters, parameters
+from genac_megatron.models.sizes import adapter_parameters, attention_parameters, parameters
 from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
-from genac_megatron.recipe.schema import ModelConfig, ModelShape
+from genac_megatron.recipe.schema import AdapterConfig, ModelConfig, ModelShape, TrainingConfig
 from genac_megatron.studies.collect import curve
-from genac_megatron.studies.cost import multiplied, spent, total
+from genac_megatron.studies.cost import multiplied, spent, total, weights_of
 from genac_megatron.studies.plots import draw_all
 from genac_megatron.studies.runner import Places, tasks_of
 from genac_megatron.studies.schema import Bank, Study, bases_of, cells_of, read_study, swept
@@ -207,13 +207,32 @@ def test_frozen_attention_has_no_gradients_of_its_own_weights() -> None:
     """In training alone, and of that role alone."""
     shapes = {"actor": shape(True), "critic": shape(True)}
     row = {"tokens/actor_train": 7.0, "tokens/critic_train": 11.0, "tokens/value": 3.0}
-    whole, frozen = spent(row, shapes), spent(row, shapes, ["critic"])
+    weights = {"critic": weights_of(TrainingConfig(frozen_attention=True), shapes["critic"])}
+    whole, frozen = spent(row, shapes), spent(row, shapes, weights)
     assert (
         whole["flops"] - frozen["flops"]
         == 11 * 2 * attention_parameters(shapes["critic"], 1, shapes["critic"].layers)
         > 0
     )
-    assert total([row, row], shapes, ["critic"])["flops"] == 2 * frozen["flops"]
+    assert total([row, row], shapes, weights)["flops"] == 2 * frozen["flops"]
+
+
+def test_an_adapters_step_costs_two_thirds_and_its_own_parameters() -> None:
+    """Engines have it merged, and its base is the reference, without it."""
+    shapes = {"actor": shape(True)}
+    adapter = AdapterConfig(rank=2, targets=["q_proj", "down_proj"])
+    weights = {"actor": weights_of(TrainingConfig(adapter=adapter), shapes["actor"])}
+    count, own = (
+        multiplied(shapes["actor"]),
+        adapter_parameters(shapes["actor"], adapter, 1, shapes["actor"].layers),
+    )
+    for key, each, beside in (
+        ("tokens/actor_train", 4 * count, 6 * own),
+        ("tokens/actor_old", 2 * count, 2 * own),
+        ("tokens/rollout", 2 * count, 0),
+        ("tokens/reference", 2 * count, 0),
+    ):
+        assert spent({key: 7.0}, shapes, weights)["flops"] == 7 * (each + beside), key
 
 
 def test_a_prefix_that_prompts_share_is_billed_once_and_as_often_as_it_was_read() -> None:

@@ -55,6 +55,24 @@ def test_each_study_for_a_cpu_has_one_for_gpus() -> None:
         assert {name, f"{name}_gpu"} <= names
 
 
+def test_adapters_of_a_study_stand_beside_its_base_runs(tmp_path: Path) -> None:
+    found = {
+        key.partition(",")[0]: recipe.roles for key, recipe in recipes_of(FOLDER / "adapters.yaml", tmp_path)
+    }
+    actor = str(tmp_path / "adapters" / "actor-s1")
+    for name, roles in found.items():
+        for role, config in roles.items():
+            whole = config.training.adapter is None
+            began = config.model.checkpoint if whole else config.model.base
+            assert began == (None if name == "actor" or (whole and role == "critic") else actor), (name, role)
+    assert [name for name, roles in found.items() if "critic" in roles and roles["critic"].model.share] == [
+        *("both_r8", "both_r32", "both_r32_lr")
+    ]
+    apart, shared = found["apart_r32"]["critic"], found["both_r32"]["critic"]
+    assert apart.training == shared.training
+    assert apart.model.init_seed == shared.model.init_seed
+
+
 @pytest.mark.parametrize("name", ["long_few", "long_few_single", "chain_long"])
 def test_a_critic_of_exact_values_goes_on_learning_them(name: str, tmp_path: Path) -> None:
     found = dict(recipes_of(FOLDER / f"{name}.yaml", tmp_path))
