@@ -26,7 +26,6 @@ from genac_megatron.models.sizes import adapter_parameters, attention_parameters
 from genac_megatron.recipe.schema import TrainingConfig
 
 TRAINING = 6
-BASES = {"reference": "actor"}  # whose base plays a role that a recipe has not
 # What a row counts: the role whose weights the tokens go through, and FLOPs per weight and token.
 COUNTS = {
     "tokens/rollout": ("actor", 2),
@@ -94,19 +93,13 @@ def _flops(counts: Mapping[str, float], shapes: Mapping[str, Shape], weights: Ma
     for key, count in counts.items():
         if count:
             role, each = COUNTS[key]
-<<<<<<< HEAD
             role = role if role in shapes else "actor"  # whose adapter's base is its reference
-            found += count * each * multiplied(shapes[role])
-            if each == TRAINING and role in frozen:
-                found -= count * 2 * attention_parameters(shapes[role], 1, shapes[role].layers)
-=======
             apart = weights.get(role, Weights())
-            found += count * each * multiplied(shapes[role if role in shapes else BASES[role]])
+            found += count * each * multiplied(shapes[role])
             if each == TRAINING:
                 found -= count * 2 * apart.frozen
             if key in BESIDE:
                 found += count * each * apart.beside
->>>>>>> aef9476 (Study of adapters: whole models, a critic's adapter, both on one base; costs count adapters' FLOPs; a base may be another role's)
     return found
 
 
