@@ -145,6 +145,15 @@ def of_checkpoint(path: Path, role: str, given: str | None = None) -> Assets:
     return Assets(tokenizer, hf, None if template is None else str(template))
 
 
+def trained_from(path: Path, role: str) -> str | None:
+    """The Hugging Face folder that a role of a checkpoint began with, by its run's recipe; None: it has none.
+
+    With a `base` it began with another checkpoint's weights.
+    """
+    model = _recipe_model(path, role) or {}
+    return None if model.get("base") or not model.get("hf") else str(model["hf"])
+
+
 def _place(given: str) -> Path:
     return TINY_FOLDER if given == BUILTIN else Path(given).expanduser()
 

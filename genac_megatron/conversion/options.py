@@ -148,7 +148,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
 
 def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: Any) -> int:
     """Adapters as a PEFT folder, or merged with what --merge names."""
-    from genac_megatron.conversion.assets import of_checkpoint
+    from genac_megatron.conversion.assets import of_checkpoint, trained_from
     from genac_megatron.conversion.to_peft import Adapted, Merged, write_peft
     from genac_megatron.training.checkpoint import WEIGHTS
 
@@ -162,7 +162,7 @@ def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: 
             if getattr(options, key) != default:
                 what = f"--{key} is of whole models, and its {options.role} is an adapter beside one"
                 raise InputError(what, where=str(path), way_out=f"add --merge BASE, or leave --{key} out")
-        write_peft(adapted, dst, None)
+        write_peft(adapted, dst, trained_from(path, options.role))
         print(dst)
         return EXIT_OK
     adapted.need_language_model()
