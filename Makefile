@@ -134,6 +134,10 @@ bench: python ## Measure the figures that the README states
 	@$(serve) py="$$($(PYTHON) tools/env.py cpu)" && for script in benchmarks/*.py; do \
 		echo "== $$script"; "$$py" "$$script" $(ARGS) || exit 1; done
 
+.PHONY: reference
+reference: python ## Make docs/reference.md anew from the recipe's schema
+	@$(call in,cpu) -m tools.recipe_reference
+
 .PHONY: lock
 lock: python ## Resolve requirements/cpu.lock and cpu-next.lock anew from pyproject.toml
 	@$(PYTHON) tools/lock.py

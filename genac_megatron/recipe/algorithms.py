@@ -28,7 +28,7 @@ class CriticLossConfig(Block):
     """A generative critic's REINFORCE loss."""
 
     tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
-    entropy_coef: float = 0.0
+    entropy_coef: float = 0.0  # of the tokens' entropy, which is rewarded
     # token: mean over tokens; sequence: mean over judgements of their means
     aggregate: Literal["token", "sequence"] = "token"
 
@@ -36,13 +36,13 @@ class CriticLossConfig(Block):
 class LossConfig(Block):
     """The actor's PPO loss."""
 
-    clip_low: Fraction = 0.2
-    clip_high: PositiveFloat = 0.2
+    clip_low: Fraction = 0.2  # a ratio below 1 - clip_low teaches no more where the advantage is negative
+    clip_high: PositiveFloat = 0.2  # nor one above 1 + clip_high where it is positive
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0  # with 1 or less nothing would be unlearnt
     tis_cap: PositiveFloat | None = 2.0  # truncated importance sampling; None: off
     # In the place of these four: tokens whose ratio to the engine's probability leaves it are masked (SAO)
     band: Band | None = None
-    entropy_coef: float = 0.0
+    entropy_coef: float = 0.0  # of the tokens' entropy, which is rewarded
     kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of the divergence from the role `reference`
     nll_coef: Annotated[float, Field(ge=0)] = 0.0  # of right responses' negative log-likelihood (VAPO)
     nll_from: Fraction = 1.0  # the outcome from which a response is right; lower where outcomes are graded
@@ -54,10 +54,10 @@ class LossConfig(Block):
 class LamSchedule(Block):
     """lambda from `start` to `end` over a stage's first steps."""
 
-    shape: Literal["linear", "cosine"] = "linear"
-    start: Fraction = 1.0
-    end: Fraction = 0.0
-    steps: Positive
+    shape: Literal["linear", "cosine"] = "linear"  # of the way between
+    start: Fraction = 1.0  # lambda at the first step
+    end: Fraction = 0.0  # and from `steps` on
+    steps: Positive  # of the stage
 
 
 LOWER_IS_BETTER = ("mse",)  # figures of a gate that open it below their threshold
@@ -71,10 +71,11 @@ class LamGate(Block):
     Monte-Carlo values within responses, and their mean squared error (a threshold that is not to be reached).
     """
 
+    # of an evaluation or a batch, as said above
     figure: Literal[
         "explained_variance", "explained_variance_prompt", "explained_variance_response", "mse"
     ] = "explained_variance"
-    threshold: float
+    threshold: float  # at which it opens
     # heldout: of the last evaluation; batch: of the batch before this one, whose outcomes it knows nothing of
     of: Literal["heldout", "batch"] = "heldout"
 
@@ -87,10 +88,10 @@ class Readiness(Block):
     and a right response to it was seen.
     """
 
-    steps: Positive = 5
-    error: PositiveFloat = 0.20
-    own_error: PositiveFloat = 0.18
-    lam: Fraction = 0.0
+    steps: Positive = 5  # over which the error is a mean
+    error: PositiveFloat = 0.20  # of all problems, below
+    own_error: PositiveFloat = 0.18  # of the problem itself, below
+    lam: Fraction = 0.0  # of ready problems
 
 
 class BlendConfig(Block):
@@ -107,8 +108,8 @@ class BlendConfig(Block):
 class AdvantageConfig(Block):
     """Segment-level GAE (method §3)."""
 
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
+    gamma: Fraction = 1.0  # discount per segment
+    lam: Fraction = 0.95  # GAE's lambda, per segment
     lam_schedule: LamSchedule | None = None  # in lam's place
     # lam is 1 unless the gate is open; a number: the held-out explained variance that opens it; None: no gate
     lam_gate: float | LamGate | None = 0.2
@@ -149,7 +150,7 @@ class RegressionConfig(Block):
     target: Literal["outcome", "exact", "monte_carlo"] = "outcome"
     continuations: Positive = 8  # monte_carlo: of each cut; of a prompt once
 
-    gamma: Fraction = 1.0
+    gamma: Fraction = 1.0  # discount per token
     lam_critic: Fraction = 1.0  # of the returns that it learns; 1: the outcome itself
     clip: PositiveFloat | None = 0.5  # how far a value may move from that before the step; None: any way
     at: list[Fraction] = []  # where in a response it is trained, as shares of its length; none: everywhere
@@ -162,12 +163,12 @@ class RegressionConfig(Block):
 class ValueConfig(RegressionConfig):
     """A scalar critic's regression, and the actor's token-level GAE from its values."""
 
-    lam_actor: Fraction = 1.0
+    lam_actor: Fraction = 1.0  # GAE's lambda of the actor's advantages, per token
     length_alpha: PositiveFloat | None = None  # actor's lambda is 1 - 1 / (alpha length) instead (VAPO)
     # The critic is trained after the actor, on outcomes weighted by the ratio of what this has become to what
     # drew the token; tokens whose ratio is above are dropped (PACT: 6). None: beside it, unweighted
     importance_limit: PositiveFloat | None = None
-    whiten: bool = True
+    whiten: bool = True  # advantages get mean 0, deviation 1 over the batch's tokens
 
 
 # --- losses and values by algorithm --------------------------------------------------------------
@@ -315,7 +316,7 @@ class ReinforcePlusPlus(Block):
     """REINFORCE++ (2501.03262): returns whitened over the batch; `baseline`: less the group's mean first."""
 
     kind: Literal["reinforce_pp"]
-    baseline: bool = False
+    baseline: bool = False  # take off the group's mean first
     loss: LossConfig = LossConfig()
 
 

@@ -42,21 +42,21 @@ from genac_megatron.recipe.training import TrainingConfig as TrainingConfig
 class ModelShape(Block):
     """The sizes of a GPT-class model, in Hugging Face's terms; the last four are of a mixture of experts."""
 
-    layers: Positive
-    hidden: Positive
-    ffn: Positive
-    heads: Positive
-    kv_heads: Positive
+    layers: Positive  # of the transformer
+    hidden: Positive  # width of the residual stream
+    ffn: Positive  # width of the MLP
+    heads: Positive  # of attention's queries
+    kv_heads: Positive  # of its keys and values; fewer than heads: grouped
     head_dim: Positive | None = None  # None: hidden / heads
     vocab: Positive | None = None  # None: the tokenizer's size
-    tie_embeddings: bool = True
-    rope_theta: PositiveFloat = 10_000.0
-    norm_eps: PositiveFloat = 1e-6
-    max_positions: Positive = 4096
-    init_std: PositiveFloat = 0.02
+    tie_embeddings: bool = True  # one matrix for input and output tokens
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotary positions
+    norm_eps: PositiveFloat = 1e-6  # of RMS norms
+    max_positions: Positive = 4096  # the longest sequence
+    init_std: PositiveFloat = 0.02  # of random weights
     experts: Positive | None = None  # a mixture of experts: how many per layer
-    experts_per_token: Positive | None = None
-    expert_ffn: Positive | None = None
+    experts_per_token: Positive | None = None  # how many of them a token goes to
+    expert_ffn: Positive | None = None  # width of an expert's MLP
     norm_topk: bool | None = None  # the chosen experts' weights are made to sum to 1
 
 
@@ -84,34 +84,34 @@ class ModelConfig(Block):
     # value: a scalar critic, trained on the actor's tokens, never served; logit: one that gives the value's
     # log-odds and is trained by cross-entropy
     head: Literal["lm", "value", "logit"] = "lm"
-    init_seed: int = 0
+    init_seed: int = 0  # of random weights
 
 
 class LayoutConfig(Block):
     """A role's block of ranks and its parallel sizes in it. dp = count / (tp * pp * cp)."""
 
-    first_rank: Annotated[int, Field(ge=0)] = 0
+    first_rank: Annotated[int, Field(ge=0)] = 0  # of the world
     count: Positive | None = None  # None: all ranks from first_rank on
-    tp: Positive = 1
-    pp: Positive = 1
+    tp: Positive = 1  # tensor-parallel size
+    pp: Positive = 1  # pipeline stages
     vpp: Positive = 1  # model chunks per pipeline stage
     # Which layers each stage has, such as Et*3|t*4|t*3L (recipe/pipeline.py); None: as many in each
     pipeline_model_parallel_layout: str | None = None
-    cp: Positive = 1
-    ep: Positive = 1
+    cp: Positive = 1  # context-parallel size: a pack's tokens are dealt out
+    ep: Positive = 1  # expert-parallel size
     sequence_parallel: bool | None = None  # None: on where tp > 1
 
 
 class EngineConfig(Block):
     """What generates with the role's weights: a model in every rank, or SGLang's servers."""
 
-    kind: Literal["embedded", "sglang"] = "embedded"
+    kind: Literal["embedded", "sglang"] = "embedded"  # a model in every rank, or SGLang's servers
     dtype: Literal["fp32", "bf16"] = "bf16"  # of activations, and of the weights that are not quantized
     quantization: Literal["off", "fp8"] = "off"  # of the served weights: fp8 in blocks (models/blockwise.py)
     # Requests decoded together, per engine, and their prompt + new tokens together: an SGLang server's KV
     # cache. None: 64 and 65,536; of a server on a GPU its own, as much as its memory holds.
     max_batch: Positive | None = None
-    max_batch_tokens: Positive | None = None
+    max_batch_tokens: Positive | None = None  # as said above
     routing_replay: bool = False  # of experts: the trainer sends tokens to those that this engine chose
 
     # What follows is for sglang. Servers are started here, unless `urls` names some.
@@ -217,15 +217,16 @@ class RoleConfig(Block):
 class StatesConfig(Block):
     """Where a response is cut into segments (method §3)."""
 
+    # at line ends, every fixed_length tokens, or where the actor was unsure
     cutter: Literal["lines", "fixed", "low_prob"] = "lines"
-    max_states: Positive = 8
+    max_states: Positive = 8  # per response, the prompt state included
     min_segment: Positive = 8  # tokens
-    fixed_length: Positive = 128
-    low_prob: Fraction = 0.2
+    fixed_length: Positive = 128  # tokens, of the cutter fixed
+    low_prob: Fraction = 0.2  # the cutter low_prob: a segment ends with a token below it
     # The whole response, before its outcome is known, is judged too: the critic learns from it, with this
     # weight beside a segment's state (hamishivi/open-instruct: 4), and it is no segment's baseline.
     final: bool = False
-    final_weight: PositiveFloat = 1.0
+    final_weight: PositiveFloat = 1.0  # of that judgement
 
 
 class JudgingConfig(Block):
@@ -235,11 +236,12 @@ class JudgingConfig(Block):
     teacher: Literal["exact"] | None = None
     template: str = "standard"  # standard, brief, or a path to a template file
     privileged: bool = False  # the critic is shown the reference, or the rubric, which the actor never is
-    actor_name: str = "actor"
+    actor_name: str = "actor"  # in the critic's prompt
+    # in-context conditioning: the critic is told the actor's success rate, nothing, or one drawn at random
     icc: Literal["on", "off", "shuffled"] = "on"
-    icc_momentum: Fraction = 0.9
-    temperature: PositiveFloat = 1.0
-    max_new_tokens: Positive = 1024
+    icc_momentum: Fraction = 0.9  # of the moving success rate
+    temperature: PositiveFloat = 1.0  # of the critic's samples
+    max_new_tokens: Positive = 1024  # of a judgement
     score: Literal["sampled", "soft"] = "sampled"  # soft: its expectation, at the same temperature
     # Critic tokens per batch, dealt over responses beforehand; states beyond them take the fallback value.
     budget: Positive | None = None
@@ -255,27 +257,33 @@ class JudgingConfig(Block):
 class EvaluationConfig(Block):
     """Held-out evaluation: actor accuracy, and the critic on states of held-out rollouts."""
 
-    prompts: Positive = 64
-    samples: Positive = 4
-    temperature: PositiveFloat = 1.0
+    prompts: Positive = 64  # held-out ones
+    samples: Positive = 4  # responses to each
+    temperature: PositiveFloat = 1.0  # of the actor
     mc_states: Annotated[int, Field(ge=0)] = 0  # states whose value is also estimated by Monte Carlo
     mc_continuations: Annotated[int, Field(ge=2)] = 16  # continuations per such state
 
 
 class CheckpointConfig(Block):
+    """When the run is saved."""
+
     every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end of a stage
-    keep: Positive = 2
+    keep: Positive = 2  # how many complete ones stay
     asynchronous: bool | None = None  # training goes on while it is written; None: on Linux
 
 
 class WandbConfig(Block):
-    mode: Literal["off", "offline", "online"] = "off"
-    project: str = "genac"
-    entity: str | None = None
+    """Weights & Biases."""
+
+    mode: Literal["off", "offline", "online"] = "off"  # offline: kept in the run folder, for `wandb sync`
+    project: str = "genac"  # of W&B
+    entity: str | None = None  # of W&B; None: your default
 
 
 class ObserveConfig(Block):
-    tensorboard: bool = True
+    """Where figures go, and when a run warns."""
+
+    tensorboard: bool = True  # event files in the run folder
     wandb: WandbConfig = WandbConfig()
     shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable per evaluation
     plots: bool = True  # in the report that a run writes at its end: some seconds
@@ -285,7 +293,9 @@ class ObserveConfig(Block):
 
 
 class WorldConfig(Block):
-    ranks: Positive = 1
+    """The processes that a run is."""
+
+    ranks: Positive = 1  # processes that train, of all nodes
     threads: Positive = 1  # CPU threads per rank
     timeout_s: PositiveFloat = 1800.0  # of every collective
 

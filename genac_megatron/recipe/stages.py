@@ -25,8 +25,8 @@ class RolloutConfig(Block):
 
     prompts: Positive = 128  # per step
     samples: Positive = 8  # responses per prompt
-    temperature: PositiveFloat = 1.0
-    max_new_tokens: Positive = 1024
+    temperature: PositiveFloat = 1.0  # of the actor
+    max_new_tokens: Positive = 1024  # of a response
     # What a cut-off response earns. verify: what an answer that is closed in it earns (docs/tasks.md).
     truncated_outcome: Literal["verify", "zero"] = "verify"
     # ... and what critics are to predict of it. The actor's accuracy and its advantages go by the one above.
@@ -34,25 +34,25 @@ class RolloutConfig(Block):
 
 
 class SftGate(Block):
-    action: Gate = "stop"
-    parse_rate: Fraction = 0.98
+    action: Gate = "stop"  # where the gate is missed: end the run, say so, or do not look
+    parse_rate: Fraction = 0.98  # of a critic's scores, at least
     # The critic's Brier score below the best constant's, and its ranking within a prompt; None: asked for
     # (the ranking above 0.5) where its teacher's words are their own (self, endpoint, file), as a critic that
     # says the same of every state would pass by its form alone.
     brier_below_constant: bool | None = None
-    ranking: Fraction | None = None
+    ranking: Fraction | None = None  # of one prompt's responses; None: as said above
 
 
 class CriticBounds(Block):
     """What a critic must have reached."""
 
-    brier_below_constant: bool = True
-    auc: Fraction = 0.65
-    ranking: Fraction = 0.5
+    brier_below_constant: bool = True  # its Brier score is below the best constant's
+    auc: Fraction = 0.65  # more than this
+    ranking: Fraction = 0.5  # of one prompt's responses, more than this
 
 
 class CriticGate(CriticBounds):
-    action: Gate = "stop"
+    action: Gate = "stop"  # where the gate is missed: end the run, say so, or do not look
 
 
 class ReinforceGate(CriticBounds):
@@ -71,12 +71,12 @@ class EntryGate(Block):
 
     action: Gate | None = None  # None: as the critic's last gate in the recipe says; stop where it has none
     parse_rate: Fraction = 0.0  # at least; of none at all it is never reached
-    brier_below_constant: bool = False
+    brier_below_constant: bool = False  # its Brier score is below the best constant's
     auc: Fraction | None = None  # more than this; None: not asked for
     ranking: Fraction | None = None  # within a prompt, likewise
     mse: PositiveFloat | None = None  # to Monte-Carlo values, at most; with the next two evaluation.mc_states
     pearson: Fraction | None = None  # with Monte-Carlo values, at least
-    spearman: Fraction | None = None
+    spearman: Fraction | None = None  # likewise
 
     @property
     def of_monte_carlo(self) -> bool:
@@ -99,20 +99,20 @@ class TeacherConfig(Block):
     judgements: Positive = 1  # self: per state, of which the nearest to the value is looked at
     # self: kept where |v - value| is at most tolerance_floor + tolerance_errors standard errors of the value
     tolerance_floor: Fraction = 0.05
-    tolerance_errors: Annotated[float, Field(ge=0)] = 2.0
+    tolerance_errors: Annotated[float, Field(ge=0)] = 2.0  # as said above
     rounds: Positive = 4  # self: at most so many times further states are drawn, until `size` are accepted
     url: str | None = None  # endpoint: OpenAI-compatible base URL
-    model: str | None = None
+    model: str | None = None  # endpoint: its name there
     api_key_env: str | None = None  # name of the environment variable with the key
-    timeout_s: PositiveFloat = 120.0
-    concurrency: Positive = 8
+    timeout_s: PositiveFloat = 120.0  # of a request
+    concurrency: Positive = 8  # requests at a time
     attempts: Positive = 4  # per request, the first included
     # endpoint: of an answer, the reasoning that it hides among them; None: judging.max_new_tokens
     max_tokens: Positive | None = None
     # Of models that reason: low, medium, high. With it the limit is asked for as max_completion_tokens, and
     # no temperature is sent unless one is given here, as those refuse the others
     reasoning_effort: str | None = None
-    limit_name: Literal["max_tokens", "max_completion_tokens"] | None = None
+    limit_name: Literal["max_tokens", "max_completion_tokens"] | None = None  # None: as said above
     temperature: Annotated[float, Field(ge=0)] | None = None  # None: 1, or, with reasoning_effort, not sent
     # endpoint, file: what it reasons apart from its answer is learnt too, between <think> tags
     learn_reasoning: bool = False
@@ -134,7 +134,7 @@ COPIED = ("self", "endpoint", "file")  # teachers whose judgements are learnt as
 class SftHeldout(Block):
     """Samples of an SFT stage that are not trained on: when it ends, and which weights it keeps."""
 
-    size: Positive = 128
+    size: Positive = 128  # samples
     every: Positive = 50  # steps between looks at them
     metric: Literal["loss", "exact_match"] = "loss"  # nats a token; a completion word for word
     target: PositiveFloat | None = None  # good enough: the stage cools down and ends; the gate asks for it
@@ -177,16 +177,17 @@ class ReplayConfig(Block):
     # step's log-probs are, where SFT's is at 1
     weight: PositiveFloat = 0.1
     size: Positive = 2000  # samples, made when the stage begins, from which steps draw
-    length_buckets: Positive = 1
+    length_buckets: Positive = 1  # as an sft stage's
 
 
 class SftStage(Block):
     """Supervised fine-tuning of one role, loss on the completion only."""
 
     kind: Literal["sft"]
-    name: str = "sft"
-    role: str
+    name: str = "sft"  # of the stage, in logs, checkpoints and overrides
+    role: str  # which is trained
     start_from: str | None = None  # begin from a copy of this role's current weights
+    # made by the task, by a teacher of critics, or conversations of a file
     data: Literal["demonstrations", "traces", "jsonl"]
     path: str | None = None  # jsonl: lines of {"messages": [...], "tools": [...]}
     size: Positive | None = (
@@ -240,13 +241,14 @@ class ReinforceStage(Block):
     """REINFORCE pre-training of the critic, actor frozen."""
 
     kind: Literal["reinforce"]
-    name: str = "reinforce"
-    steps: Positive = 50
+    name: str = "reinforce"  # of the stage
+    steps: Positive = 50  # updates, each on a fresh batch
     rollout: RolloutConfig = RolloutConfig()
     # Whose responses the steps have, in turn, as for sft; [] is the run's own actor. Evaluations are of that
     actors: list[ActorConfig] = []
     train_states: Positive = 4  # at most this many states per response are trained
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the responses: the rest only gets values
+    # taken off a judgement's reward: the batch's others' mean of the same outcome, or nothing
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     loss: CriticLossConfig = CriticLossConfig()
     replay: ReplayConfig | None = None  # SFT samples that each step's loss has besides
@@ -259,20 +261,20 @@ class PpoStage(Block):
     """Joint training: actor by PPO, critic by REINFORCE, both published every step."""
 
     kind: Literal["ppo"]
-    name: str = "ppo"
-    steps: Positive = 100
+    name: str = "ppo"  # of the stage
+    steps: Positive = 100  # batches
     rollout: RolloutConfig = RolloutConfig()
-    train_states: Positive = 4
-    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
-    train_critic: bool = True
+    train_states: Positive = 4  # as for reinforce
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # as for reinforce
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"  # as for reinforce
+    train_critic: bool = True  # no: the critic stays as it is
     # Updates of the critic per step, on the step's judgements. From 2 on the actor is trained first, and a
     # judgement is weighted by how much likelier the moved actor goes on as the old one did (PACT, 2609.26355)
     critic_updates: Positive = 1
     importance_limit: PositiveFloat = 6.0  # judgements beyond this weight are left out
     overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
-    minibatches: Positive = 1
-    epochs: Positive = 1
+    minibatches: Positive = 1  # parts of a batch, an update each
+    epochs: Positive = 1  # passes over a batch
     overlong: OverlongConfig | None = None  # half of it is added to the actor's outcome, none to the critic's
     overlong_filter: bool = False  # cut-off responses teach the critic alone (EasyPPO, 2609.36802)
     advantage: AdvantageConfig = AdvantageConfig()
@@ -280,7 +282,7 @@ class PpoStage(Block):
     critic_loss: CriticLossConfig = CriticLossConfig()
     actor_optimizer: OptimizerConfig | None = None
     critic_optimizer: OptimizerConfig | None = None
-    eval_every: Annotated[int, Field(ge=0)] = 10
+    eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the ends
     gate: EntryGate = EntryGate()  # what the critic must be when the stage begins
 
 
@@ -288,14 +290,14 @@ class ValueStage(Block):
     """Value pre-training of a scalar critic on the frozen actor's outcomes (VC-PPO; VAPO's warm-up)."""
 
     kind: Literal["value"]
-    name: str = "value"
+    name: str = "value"  # of the stage
     start_from: str | None = None  # begin from a copy of this role's current weights, the head apart
-    steps: Positive = 50
+    steps: Positive = 50  # batches
     rollout: RolloutConfig = RolloutConfig()
     value: RegressionConfig = RegressionConfig()
-    minibatches: Positive = 1
+    minibatches: Positive = 1  # parts of a batch, an update each
     optimizer: OptimizerConfig | None = None
-    eval_every: Annotated[int, Field(ge=0)] = 10
+    eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end
     gate: CriticGate = CriticGate(action="warn")
 
 
@@ -303,19 +305,19 @@ class PolicyStage(Block):
     """RL of the actor by an algorithm without a generative critic."""
 
     kind: Literal["policy"]
-    name: str = "policy"
+    name: str = "policy"  # of the stage
     algorithm: Algorithm
     start_from: str | None = None  # a scalar critic begins from a copy of this role's weights, the head apart
-    steps: Positive = 100
+    steps: Positive = 100  # batches
     rollout: RolloutConfig = RolloutConfig()
     overlap: bool = False  # as for ppo
-    minibatches: Positive = 1
-    epochs: Positive = 1
+    minibatches: Positive = 1  # parts of a batch, an update each
+    epochs: Positive = 1  # passes over a batch
     actor_optimizer: OptimizerConfig | None = None
     # Cut-off responses are left out of the actor's loss and whitening; a critic learns from them (EasyPPO)
     overlong_filter: bool = False
     critic_optimizer: OptimizerConfig | None = None  # of a scalar critic
-    eval_every: Annotated[int, Field(ge=0)] = 10
+    eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the ends
 
 
 StageConfig = Annotated[

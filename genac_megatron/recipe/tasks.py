@@ -65,11 +65,11 @@ class StateTrackingTask(TaskBlock):
     """Follow swaps of k objects; the answer is the whole final arrangement."""
 
     kind: Literal["state_tracking"]
-    objects: Annotated[int, Field(ge=2, le=8)] = 4
-    min_swaps: Positive = 2
-    max_swaps: Positive = 5
-    train_size: Positive = 20_000
-    heldout_size: Positive = 256
+    objects: Annotated[int, Field(ge=2, le=8)] = 4  # that are swapped
+    min_swaps: Positive = 2  # per problem
+    max_swaps: Positive = 5  # per problem
+    train_size: Positive = 20_000  # problems
+    heldout_size: Positive = 256  # problems
     slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
 
 
@@ -77,11 +77,11 @@ class ChainedArithmeticTask(TaskBlock):
     """A digit carried through steps modulo 10; the answer is the last digit."""
 
     kind: Literal["chained_arithmetic"]
-    min_steps: Positive = 2
+    min_steps: Positive = 2  # per problem
     max_steps: Annotated[int, Field(ge=1, le=26)] = 5  # each has a letter
     operations: Annotated[str, Field(pattern=r"^[-+*]+$")] = "+-*"  # each step's is drawn from these
-    train_size: Positive = 20_000
-    heldout_size: Positive = 256
+    train_size: Positive = 20_000  # problems
+    heldout_size: Positive = 256  # problems
     slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
 
 
@@ -89,11 +89,12 @@ class JsonlTask(QuestionsBlock):
     """One object per line: a question, a reference answer, optionally a split."""
 
     kind: Literal["jsonl"]
-    path: str
+    path: str  # of the rows (docs/tasks.md)
     heldout_path: str | None = None  # None: a seeded share of path
-    heldout_size: Positive = 256
+    heldout_size: Positive = 256  # rows of that share
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
+    # how an answer is held to the reference: math, exact, or a function of yours; to be set
     verifier: Verifier | None = None
     # None: boxed, tag, line, sentence; with `exact` the last line too
     answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
@@ -104,14 +105,15 @@ class DatasetTask(QuestionsBlock):
     """A Hugging Face dataset by name or local folder."""
 
     kind: Literal["datasets"]
-    name: str
-    config: str | None = None
-    split: str = "train"
+    name: str  # of a data set, or a file or folder
+    config: str | None = None  # of the data set
+    split: str = "train"  # to train on
     heldout_split: str | None = None  # None: a seeded share of split
-    heldout_size: Positive = 256
+    heldout_size: Positive = 256  # rows of that share
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
+    # how an answer is held to the reference: math, exact, or a function of yours; to be set
     verifier: Verifier | None = None
     # None: boxed, tag, line, sentence; with `exact` the last line too
     answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
@@ -122,12 +124,13 @@ class ReasoningGymTask(TaskBlock):
     """A reasoning-gym task by name."""
 
     kind: Literal["reasoning_gym"]
-    name: str
-    options: dict[str, int | float | str | bool] = {}
-    train_size: Positive = 20_000
-    heldout_size: Positive = 256
+    name: str  # of reasoning-gym's task
+    options: dict[str, int | float | str | bool] = {}  # of it
+    train_size: Positive = 20_000  # problems
+    heldout_size: Positive = 256  # problems
     pass_score: Fraction = 0.99  # scores below count as 0, at or above as 1
     binary: bool = True  # False: keep the score in [0, 1] as the outcome
+    # behind each problem
     instruction: str = "Think step by step, then give the final answer as <answer>...</answer>."
 
 
@@ -135,7 +138,7 @@ class BenchmarkTask(TaskBlock):
     """A named benchmark (tasks/benchmarks.py), all of it held out: for evaluations, never for training."""
 
     kind: Literal["benchmark"]
-    name: str
+    name: str  # of the benchmark (docs/evaluation.md)
     path: str | None = None  # a local file or folder in the dataset's own form; None: by its name
 
 
@@ -143,13 +146,13 @@ class JudgeConfig(Block):
     """A model behind an OpenAI-compatible endpoint that scores whole responses."""
 
     url: str  # the base, for example http://host:port/v1
-    model: str
+    model: str  # its name there
     api_key_env: str | None = None  # name of the environment variable with the key
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: PositiveFloat = 120.0  # of a request
     concurrency: Positive = 16  # per rank
     attempts: Positive = 4  # per response, the first included
-    max_tokens: Positive = 512
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_tokens: Positive = 512  # of a judgement
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # of the judge
     failed_outcome: Fraction = 0.0  # of a response that no attempt could score; they are counted
     give_up: Positive = 32  # failures in a row, on a rank, that end the run
 
@@ -160,12 +163,12 @@ class RubricTask(RowsBlock):
     kind: Literal["rubric"]
     path: str  # JSONL: a prompt (text, or a list of chat messages) and perhaps a rubric of its own
     heldout_path: str | None = None  # None: a seeded share of path
-    heldout_size: Positive = 256
-    prompt_key: str = "prompt"
-    rubric_key: str = "rubric"
+    heldout_size: Positive = 256  # rows of that share
+    prompt_key: str = "prompt"  # of a row's prompt
+    rubric_key: str = "rubric"  # of a row's rubric
     rubric: str | None = None  # of items that have none
     scale: Positive = 10  # the judge's best score
-    instruction: str = ""
+    instruction: str = ""  # behind each prompt
     judge: JudgeConfig
 
 
@@ -176,8 +179,8 @@ class PythonTask(RowsBlock):
     path: str  # a Python file, or the name of a module
     prompts: str  # its function
     heldout_size: Positive = 256  # a seeded share, where no prompt says that it is held out
-    instruction: str = ""
-    verifier: Verifier | None = None
+    instruction: str = ""  # behind each prompt
+    verifier: Verifier | None = None  # math, exact, or a function of yours
     timeout_s: PositiveFloat = 600.0  # for the function to give all prompts
 
 
@@ -198,14 +201,14 @@ class MixturePart(Block):
 
     name: Annotated[str, Field(pattern=r"^[\w-]+$")]  # in figures and in prompts' ids
     weight: PositiveFloat = 1.0  # of all training prompts, weight / the sum of weights are its
-    task: PartTask
+    task: PartTask  # any but a benchmark or a mixture
 
 
 class MixtureTask(TaskBlock):
     """Several tasks in one run, drawn by weight."""
 
     kind: Literal["mixture"]
-    parts: Annotated[list[MixturePart], Field(min_length=1)]
+    parts: Annotated[list[MixturePart], Field(min_length=1)]  # its tasks
 
 
 TaskConfig = Annotated[

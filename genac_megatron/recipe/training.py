@@ -12,14 +12,14 @@ from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
 class OptimizerConfig(Block):
     """AdamW under Megatron's distributed optimizer."""
 
-    lr: PositiveFloat = 1e-6
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = 1e-6  # the largest learning rate: after warm-up
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # what linear and cosine schedules end at
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the stage's updates
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # updates in which lr rises from 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # decoupled, as in AdamW
+    beta1: Fraction = 0.9  # of the mean of gradients
+    beta2: Fraction = 0.95  # of the mean of their squares
+    eps: PositiveFloat = 1e-8  # added to the denominator
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest gradient norm; 0: no clipping
 
 
@@ -30,7 +30,7 @@ TARGETS: list[Target] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "u
 class AdapterConfig(Block):
     """A role trained as low-rank adapters beside a frozen base (LoRA, arXiv 2106.09685), in PEFT's terms."""
 
-    rank: Positive = 32
+    rank: Positive = 32  # of A and B
     alpha: PositiveFloat = 32.0  # what B A adds to a weight is multiplied by alpha / rank
     targets: Annotated[list[Target], Field(min_length=1)] = TARGETS  # projections that have an adapter
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input, while it trains
@@ -45,12 +45,12 @@ class TrainingConfig(Block):
     """How a role trains: precision, recomputation, micro-batches."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; master weights are fp32
-    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"  # one of Megatron's recipes
     fp8_param: bool = False  # weights are kept, and gathered over data-parallel ranks, in FP8
     fp8_amax_history: Positive = 1024  # delayed: past steps whose largest value sets a scale
     bf16_first_layers: Annotated[int, Field(ge=0)] = 0  # under fp8: layers at the beginning that stay in BF16
     bf16_last_layers: Annotated[int, Field(ge=0)] = 0  # ... and at the end
-    tokens_per_microbatch: Positive = 8192
+    tokens_per_microbatch: Positive = 8192  # a pack's length at most; memory goes by it
     share_prefixes: bool = True  # what samples of a micro-batch have in common at their beginning: once
     # What computes attention over them. auto: on a CPU torch's kernel there, else flex. flex: FlexAttention;
     # merged: flash attention's calls, merged by log-sum-exp (half precision); flat: nothing is shared
@@ -58,9 +58,10 @@ class TrainingConfig(Block):
     # Of pipelines: each micro-batch at its own length, which stages tell each other first; false: all are
     # padded to the longest
     variable_seq_lengths: bool = False
+    # activations that are computed again in the backward pass, to save memory
     recompute: Literal["off", "selective", "full"] = "off"
-    distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
+    distributed_optimizer: bool = True  # optimizer states are dealt out over data-parallel ranks
+    overlap_grad_reduce: bool = False  # gradients are reduced while the backward pass goes on
     fuse_weight_gradients: bool = True  # add them up inside the matrix product, where Transformer Engine can
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
     offload: bool = False  # rest in host memory while engines generate: weights, gradients, optimizer states
@@ -85,8 +86,8 @@ class ProfileConfig(Block):
 
     on: bool = False  # genac run --profile
     first: Positive = 2  # counted in each stage, from where the run began or resumed; the first one warms up
-    steps: Positive = 1
-    ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    steps: Positive = 1  # how many
+    ranks: list[Annotated[int, Field(ge=0)]] = [0]  # that are watched
     memory: bool = False  # allocations too, and on a GPU a snapshot of them
     shapes: bool = False  # of operators' inputs
     stacks: bool = False  # Python's, of every operator: slow
