@@ -31,12 +31,12 @@ from typing import Any
 
 from benchmarks.critic_counts import Group, length_table, lever_table, write
 from benchmarks.machine import save, table
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.states import cut_states
 from genac_megatron.models.mapping import random_weights
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.models.sizes import hf_names
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.recipe.schema import EngineConfig, JudgingConfig, ModelConfig, ModelShape, StatesConfig
 from genac_megatron.records import Completion, Prompt, Rollout, State
 from genac_megatron.serving.generation import unique_tokens

@@ -26,10 +26,10 @@ import psutil
 import torch
 
 from benchmarks.machine import save, table
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.build import build_model  # noqa: F401  (megatron's CPU hook before its first import)
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.publication.transport import Parcel, Transport

@@ -21,10 +21,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks.machine import save, table
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.build import build_model  # noqa: F401  (megatron's CPU hook before its first import)
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import shape_of
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.recipe.schema import RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.agreement import gathered

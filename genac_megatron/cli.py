@@ -214,7 +214,7 @@ def _in_ranks(recipe: Recipe, given: list[str], job: Job, folder: Path) -> int:
 
     folder: for their heartbeats.
     """
-    from genac_megatron.cluster.network import rank_environment
+    from genac_megatron.platform.network import rank_environment
 
     if not in_world():
         return Launcher(rank_command(given), recipe.world.ranks, recipe.world.threads).run()

@@ -29,9 +29,9 @@ from benchmarks.bare import role_config
 from benchmarks.gpu.common import need_gpu, parser, report, seconds, verdict
 from benchmarks.gpu.training import TINY
 from genac_megatron import platform
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.mapping import load_hf_into, random_weights
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.join import Joiner
 from genac_megatron.publication.payload import by_handle, shared_buffer

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genac_megatron.cluster.network import (
+from genac_megatron.cluster.placement import Placement, misfits, placement, server_count
+from genac_megatron.errors import GenacError, InputError
+from genac_megatron.observe.lock import run_lock
+from genac_megatron.observe.manifest import read_manifest, survey
+from genac_megatron.observe.runinfo import RunFolder
+from genac_megatron.platform.network import (
     ENGINES,
     PREFLIGHT,
     RUN,
@@ -17,11 +22,6 @@ from genac_megatron.cluster.network import (
     free_ports,
     job_ports,
 )
-from genac_megatron.cluster.placement import Placement, misfits, placement, server_count
-from genac_megatron.errors import GenacError, InputError
-from genac_megatron.observe.lock import run_lock
-from genac_megatron.observe.manifest import read_manifest, survey
-from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.stages.resume import finished
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.cluster.heartbeat import node_name, write
-from genac_megatron.cluster.network import ENGINES, interface_towards, is_free, job_ports
 from genac_megatron.cluster.placement import server_count
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
+from genac_megatron.platform.network import ENGINES, interface_towards, is_free, job_ports
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.servers import started_engines
 from genac_megatron.recipe.source_rules import source_tasks

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
+from genac_megatron.escaping import escape
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.tokenizer import chat_text, encode_after
@@ -80,7 +81,6 @@ PRIVILEGED = {  # template: what stands before a privileged critic's further lin
 }
 REQUIRED = ("actor", "p_bar", "problem", "partial", "used", "limit")
 _PLACEHOLDER = re.compile(r"\{(success|actor|p_bar|step|problem|reference|rubric|partial|used|limit)\}")
-_TAG_OPENING = re.compile(r"<(?=[A-Za-z_/!?|\uff5c])")
 _CONTENT_MARK = "GENACCONTENTMARK"
 
 
@@ -160,19 +160,6 @@ def load_template(name: str, privileged: bool = False) -> Template:
             way_out="use standard, brief, or the path of a text file",
         ) from error
     return parse_template(text, name)
-
-
-def escape(text: str, tokens: Iterable[str] = ()) -> str:
-    """Break what reads as a tag or a special token by a space after its first character.
-
-    Covers `<` before a letter or one of `_ / ! ? |` (so `x < 3` and `<<48/2=24>>` stay), and those
-    of `tokens`, the tokenizer's added ones, that are not plain words. `<answer>` becomes `< answer>`.
-    """
-    text = _TAG_OPENING.sub("< ", text)
-    found = [t for t in tokens if len(t.strip()) > 1 and not t.isalnum() and t in text]
-    for token in sorted(found, key=len, reverse=True):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
 
 
 def encode_data(tokenizer: PreTrainedTokenizerBase, text: str, before: str = "") -> list[int]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from genac_megatron import metrics
 from genac_megatron.critic.score import reward
-from genac_megatron.evaluation import metrics
 from genac_megatron.evaluation.bank import BankPrompt, Valued, by_response
 from genac_megatron.evaluation.intervals import Estimate, Resampled, reflected
-from genac_megatron.evaluation.metrics import NAN, Floats, Ints
+from genac_megatron.metrics import NAN, Floats, Ints
 
 SCOPES = ("between", "prompt", "response")
 

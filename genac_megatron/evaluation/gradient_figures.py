@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from genac_megatron.evaluation.intervals import Estimate, Resampled, plain
-from genac_megatron.evaluation.metrics import NAN, Floats, Ints
+from genac_megatron.metrics import NAN, Floats, Ints
 
 DRAWS = 1000
 WIDE = 0.99  # of the check's intervals: it looks at several estimators

@@ -40,7 +40,6 @@ from genac_megatron.evaluation.estimators import (
     sources_of,
 )
 from genac_megatron.evaluation.gradient_report import write_report
-from genac_megatron.evaluation.metrics import Floats
 from genac_megatron.evaluation.parts import Key, Parts, Row
 from genac_megatron.evaluation.scoring import template_digest
 from genac_megatron.evaluation.session import (
@@ -49,6 +48,7 @@ from genac_megatron.evaluation.session import (
     stop_if_asked,
     with_roles,
 )
+from genac_megatron.metrics import Floats
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import Recipe, RolloutConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from genac_megatron.evaluation.metrics import NAN, Floats, Ints
+from genac_megatron.metrics import NAN, Floats, Ints
 
 LEVEL = 0.95
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from genac_megatron.evaluation import metrics
+from genac_megatron import metrics
 from genac_megatron.evaluation.figures import Scored
 from genac_megatron.observe.report_canvas import DPI, LIGHT, WIDTH, style
 

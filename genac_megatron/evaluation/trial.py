@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genac_megatron import __version__
+from genac_megatron import __version__, metrics
 from genac_megatron.errors import GenacError, InputError, PeerLost, StopRequested
-from genac_megatron.evaluation import metrics
 from genac_megatron.evaluation.intervals import Resampled, plain
 from genac_megatron.evaluation.parts import MANIFEST, PARTS, Parts, Row
 from genac_megatron.evaluation.tables import table, with_interval

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from genac_megatron import metrics as figures
 from genac_megatron.errors import InputError
-from genac_megatron.evaluation import metrics as figures
 from genac_megatron.observe.history import attempts, history, meaning
 from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder

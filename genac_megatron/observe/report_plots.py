@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from genac_megatron.evaluation.metrics import LEVELS, reliability
+from genac_megatron.metrics import LEVELS, reliability
 from genac_megatron.observe.report_canvas import (
     DARK,
     LIGHT,

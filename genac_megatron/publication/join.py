@@ -20,10 +20,10 @@ from genac_megatron.dtypes import DTYPES
 from genac_megatron.models.adapters import LowRank
 from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.mapping import param_rules, unshard
+from genac_megatron.models.quantize import quantize
 from genac_megatron.models.sizes import Size
 from genac_megatron.platform.fp8 import as_set, kept_in_fp8, plain
 from genac_megatron.publication.plan import Bucket, Item, Place
-from genac_megatron.publication.quantize import quantize
 from genac_megatron.publication.transport import view_of
 from genac_megatron.training.layout import Coords, Layout
 from genac_megatron.training.role import Role

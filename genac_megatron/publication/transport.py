@@ -24,9 +24,9 @@ from torch import Tensor
 
 from genac_megatron import platform
 from genac_megatron.models.blockwise import scale_name
+from genac_megatron.models.quantize import dequantize
 from genac_megatron.publication.groups import group_of
 from genac_megatron.publication.plan import Bucket, Place
-from genac_megatron.publication.quantize import dequantize
 from genac_megatron.training.agreement import gathered
 
 Named = tuple[str, Tensor]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from genac_megatron import metrics
 from genac_megatron.algorithms.advantages import others_mean
-from genac_megatron.evaluation import metrics
 from genac_megatron.records import Judgement, Rollout
 from genac_megatron.stages.rollouts import Group
 

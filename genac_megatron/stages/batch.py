@@ -17,7 +17,7 @@ from genac_megatron.algorithms.losses import means, token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.errors import GenacError, on_all_ranks
-from genac_megatron.evaluation.metrics import entropy, score_histogram
+from genac_megatron.metrics import entropy, score_histogram
 from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import (
     AdvantageConfig,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from genac_megatron import metrics
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.errors import InputError, on_all_ranks
-from genac_megatron.evaluation import metrics
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
 from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftStage, StageConfig

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genac_megatron import metrics
 from genac_megatron.algorithms.advantages import (
     RIGHT,
     advantage_gap,
@@ -22,7 +23,6 @@ from genac_megatron.algorithms.advantages import (
     variance_within,
 )
 from genac_megatron.algorithms.filters import keep_whole
-from genac_megatron.evaluation import metrics
 from genac_megatron.recipe.algorithms import (
     LOWER_IS_BETTER,
     OF_MONTE_CARLO,

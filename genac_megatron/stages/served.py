@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from genac_megatron import platform
 from genac_megatron.cluster.heartbeat import attempt_folder
-from genac_megatron.cluster.network import fabric_address
 from genac_megatron.errors import InputError
 from genac_megatron.models.registry import hf_config
 from genac_megatron.observe.runinfo import RunFolder
+from genac_megatron.platform.network import fabric_address
 from genac_megatron.publication.adapter_fleet import AdapterPublisher
 from genac_megatron.publication.factory import adapter_publisher, fleet_publisher
 from genac_megatron.publication.fleet import FleetTransport

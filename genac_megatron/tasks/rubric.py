@@ -19,8 +19,8 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from genac_megatron.critic.prompt import escape
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.escaping import escape
 from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.records import Prompt
 from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply

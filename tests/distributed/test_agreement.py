@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from genac_megatron.cluster.network import spare_ports
+from genac_megatron.platform.network import spare_ports
 from tests.distributed.pool import RANKS
 
 ROOT = Path(__file__).resolve().parents[2]

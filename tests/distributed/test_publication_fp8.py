@@ -27,10 +27,10 @@ def fp8_case(rank: int, config: Any) -> dict[str, Any]:
     from genac_megatron.dtypes import DTYPES
     from genac_megatron.models.blockwise import in_blocks
     from genac_megatron.models.mapping import random_weights
+    from genac_megatron.models.quantize import dequantize, quantize
     from genac_megatron.models.registry import hf_config
     from genac_megatron.models.sizes import hf_names
     from genac_megatron.publication.publisher import Publisher
-    from genac_megatron.publication.quantize import dequantize, quantize
     from genac_megatron.recipe.schema import EngineConfig
     from genac_megatron.serving.embedded import EmbeddedEngine
 

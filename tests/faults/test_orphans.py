@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from genac_megatron.cluster.network import spare_ports
+from genac_megatron.platform.network import spare_ports
 from tests.faults.faulty import GONE_S, INJECT, LIMIT_S, ROLLOUT, ROOT, fault, outlived, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

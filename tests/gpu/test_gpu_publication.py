@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.gpu.publication import SERVER_ARGS, reader
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.models.registry import hf_config
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.publication.factory import fleet_publisher
 from genac_megatron.publication.payload import by_handle
 from genac_megatron.publication.tensor import DeviceTensors

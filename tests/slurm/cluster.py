@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from genac_megatron.cluster.network import spare_ports
+from genac_megatron.platform.network import spare_ports
 from tools.slurm_packages import PATH
 
 WAIT_S = 180.0  # for daemons and commands, on a busy machine

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from genac_megatron.evaluation.metrics import critic_figures, score_histogram
+from genac_megatron.metrics import critic_figures, score_histogram
 
 RECIPE = {
     "name": "fabricated",

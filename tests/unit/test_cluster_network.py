@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from genac_megatron.cluster.network import (
+from genac_megatron.errors import GenacError, InputError
+from genac_megatron.platform.network import (
     FIRST_JOBS,
     LOWEST_PORT,
     PORTS,
@@ -28,7 +29,6 @@ from genac_megatron.cluster.network import (
     spare_ports,
     usable,
 )
-from genac_megatron.errors import GenacError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {
@@ -126,7 +126,7 @@ def test_a_spare_port_is_none_that_the_kernel_gives_out(host: str) -> None:
 
 
 def test_ports_in_use_and_few_below_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genac_megatron.cluster.network.ephemeral_low", lambda: LOWEST_PORT + 3)
+    monkeypatch.setattr("genac_megatron.platform.network.ephemeral_low", lambda: LOWEST_PORT + 3)
     with socket.create_server(("127.0.0.1", LOWEST_PORT + 1)):
         found = spare_ports(5)
     low = [port for port in found if port < LOWEST_PORT + 3]
@@ -135,14 +135,14 @@ def test_ports_in_use_and_few_below_the_kernels(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_window_without_free_ports_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genac_megatron.cluster.network.is_free", lambda port, address="": False)
+    monkeypatch.setattr("genac_megatron.platform.network.is_free", lambda port, address="": False)
     with pytest.raises(GenacError, match="only 0 are free"):
         free_ports(1, 2)
 
 
 MEET = """
 import json, os
-from genac_megatron.cluster.network import rank_environment
+from genac_megatron.platform.network import rank_environment
 from genac_megatron.cluster.preflight import communicate
 os.environ.update(rank_environment({**os.environ, "SLURM_JOB_ID": "1"}))
 print(json.dumps(communicate()))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from genac_megatron.cluster import job, script
-from genac_megatron.cluster.network import job_ports
 from genac_megatron.cluster.placement import (
     duties,
     heaviest,
@@ -23,6 +22,7 @@ from genac_megatron.cluster.preflight import missing_gpus
 from genac_megatron.errors import InputError
 from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
+from genac_megatron.platform.network import job_ports
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import Recipe, TrainingConfig
 from genac_megatron.stages.resume import lengths

@@ -15,7 +15,6 @@ from genac_megatron.critic.prompt import (
     TEMPLATES,
     build_prompt_ids,
     encode_data,
-    escape,
     load_template,
     parse_template,
     prompt_text,
@@ -23,6 +22,7 @@ from genac_megatron.critic.prompt import (
 from genac_megatron.critic.score import parse_score
 from genac_megatron.critic.states import cut_states, state_text
 from genac_megatron.errors import InputError
+from genac_megatron.escaping import escape
 from genac_megatron.recipe.schema import JudgingConfig, StatesConfig
 from genac_megatron.records import Completion, Prompt, Rollout
 from genac_megatron.tasks.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from banks import K, made_bank
 
-from genac_megatron.evaluation import metrics
+from genac_megatron import metrics
 from genac_megatron.evaluation.bank import BankPrompt, Valued, choose_pair, from_row, to_row
 from genac_megatron.evaluation.figures import SCOPES, Scored, critic_estimates, ranking, scored
 from genac_megatron.evaluation.intervals import Resampled, reflected

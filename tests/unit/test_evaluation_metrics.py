@@ -1,4 +1,4 @@
-"""The figures of evaluation/metrics.py against slow references written from their definitions."""
+"""The figures of metrics.py against slow references written from their definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genac_megatron.evaluation import metrics as m
+from genac_megatron import metrics as m
 
 # float64 sums of at most 40 terms of order 1: rounding stays below 40 * 2**-52 ~ 1e-14
 EXACT = 1e-12

@@ -120,7 +120,7 @@ def test_the_model_folder_says_fp8_and_blackwell_gets_its_arguments_with_a_mocke
 def test_a_safetensors_file_holds_fp8_and_its_scales(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    from genac_megatron.publication.quantize import quantize
+    from genac_megatron.models.quantize import quantize
 
     weight, scales = quantize(torch.randn(130, 200))
     flat = torch.cat([scales.view(-1).view(torch.uint8), weight.view(-1).view(torch.uint8)])

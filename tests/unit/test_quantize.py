@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from genac_megatron.models import quantize as module
 from genac_megatron.models.blockwise import BLOCK, in_blocks, scale_name, scale_size
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.quantize import FP8, dequantize, quantize
 from genac_megatron.models.sizes import hf_names
-from genac_megatron.publication import quantize as module
 from genac_megatron.publication.payload import metadata
 from genac_megatron.publication.plan import Bucket, make_plan
-from genac_megatron.publication.quantize import FP8, dequantize, quantize
 from genac_megatron.publication.transport import named, view_of
 from genac_megatron.training.layout import Layout
 

@@ -20,9 +20,9 @@ from benchmarks.gpu.minutes.layers import smol
 from benchmarks.gpu.minutes.rows import Figures, Step, beside, short
 from benchmarks.gpu.publication import SERVER_ARGS
 from genac_megatron.algorithms.losses import make_sft_loss
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.models.registry import hf_config
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.publication.adapter_fleet import AdapterPublisher
 from genac_megatron.publication.factory import adapter_publisher, fleet_publisher
 from genac_megatron.publication.publisher import Publisher

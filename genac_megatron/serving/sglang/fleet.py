@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import plan_gpus

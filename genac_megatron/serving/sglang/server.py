@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 import httpx
 
-from genac_megatron.cluster.network import family
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.platform import socket_folder
+from genac_megatron.platform.network import family
 from genac_megatron.serving.sglang.boot import CORES, KEY, group_members, shared_files
 
 BOOT = Path(__file__).with_name("boot.py")

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.serving.sglang.boot import group_members
 from genac_megatron.serving.sglang.client import Generated, ServerClient
 from genac_megatron.serving.sglang.fleet import Endpoint

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from genac_megatron.cluster.network import spare_ports
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.serving.sglang.server import PYTHON_VARIABLE
 from tests.serving.runs.test_runs_on_servers import PPO, RECIPE, SERVERS, finish, gone, rows, wait_for
 from tests.warm import Popen, command, environment

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from tiny_models import tiny_config
 from transformers import PreTrainedModel
 
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.registry import shape_from_hf
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.engine import SglangEngine

@@ -17,9 +17,9 @@ import pytest
 from sglang_servers import START_S, Farm, client_of, engine_over, run, served_config
 from tiny_models import forced_logprobs, plain_model, request
 
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.registry import shape_from_hf
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.recipe.schema import EngineConfig
 from genac_megatron.records import Completion
 from genac_megatron.serving.sglang.boot import group_members, shared_files

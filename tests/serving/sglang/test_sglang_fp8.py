@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from genac_megatron.cluster.network import spare_ports
 from genac_megatron.models.blockwise import in_blocks, scale_name, served_config
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import random_weights
+from genac_megatron.models.quantize import quantize
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.platform.network import spare_ports
 from genac_megatron.publication.checksum import RankSums, differences, unpublished
 from genac_megatron.publication.payload import by_value
 from genac_megatron.publication.plan import Bucket, make_plan
-from genac_megatron.publication.quantize import quantize
 from genac_megatron.publication.transport import elements, view_of
 from genac_megatron.recipe.schema import ModelConfig
 from genac_megatron.serving.sglang.server import ServerSpec
