@@ -32,6 +32,7 @@ LEVELS = (
     ("evaluation", "conversion"),
     ("tracing",),
     ("studies",),
+    ("library",),
     ("cli",),
 )
 RANK = {room: rank for rank, level in enumerate(LEVELS) for room in level}
