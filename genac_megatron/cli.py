@@ -283,12 +283,11 @@ def _joined(recipe: Recipe, job: Job, stop: StopFlag, folder: Path) -> int:
 
 
 def _report(folder: Path) -> int:
-    from genac_megatron.observe.report import write_report
+    from genac_megatron.library import open_run
 
     if not (folder / "metrics.jsonl").exists():
         raise InputError("no metrics.jsonl there", where=str(folder), way_out="give the folder of a run")
-    write_report(folder)
-    print(folder / "report" / "index.html")
+    print(open_run(folder).report())
     return EXIT_OK
 
 

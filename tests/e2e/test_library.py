@@ -35,7 +35,7 @@ def test_the_surface_is_frozen() -> None:
     finished = functions.pop("FinishedRun")
     assert {name: str(inspect.signature(one)) for name, one in functions.items()} == FROZEN
     assert sorted(name for name in vars(finished) if not name.startswith("_")) == [
-        "ended", "evaluations", "figures", "path", "recipe", "report", "rollouts", "summary"
+        "ended", "evaluations", "figures", "recipe", "report", "rollouts", "summary"
     ]  # fmt: skip
     assert all(inspect.getdoc(one) for one in functions.values())
 
