@@ -10,7 +10,7 @@ from genac_megatron.observe.history import Row, meaning, next_commands, ran_for
 from genac_megatron.observe.report_data import RunData
 from genac_megatron.observe.runinfo import RunFolder
 
-SHOWN_COMMIT = 10  # hexadecimal digits
+SHOWN_COMMIT = 8  # hexadecimal digits
 
 
 def end_card(run: RunData) -> str:
