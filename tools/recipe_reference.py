@@ -195,7 +195,7 @@ def _type(annotation: Any) -> str:
 
 def _with_bounds(words: str, metadata: list[Any]) -> str:
     said = [
-        f"{sign} {getattr(one, name):g}"
+        f"{sign} {_yaml(getattr(one, name)).removesuffix('.0')}"
         for one in metadata
         for name, sign in BOUNDS
         if getattr(one, name, None) is not None

@@ -315,15 +315,16 @@ class ClusterConfig(Block):
 
     gpu: str | None = None  # a row of cluster/gpus.py, such as h100-80g; None: ranks are CPU processes
     ranks_per_node: Positive = 8  # each has a GPU of its own where `gpu` is named
-    cpus_per_rank: Positive = 8
+    cpus_per_rank: Positive = 8  # cores that Slurm is asked for
     time_limit: SlurmTime = "24:00:00"  # hours:minutes:seconds, or another of Slurm's forms
 
 
 class Recipe(Block):
     """Everything a run needs. `genac run RECIPE --dry-run` prints it resolved."""
 
-    name: str
+    name: str  # of the run, and of its folder
     runs: Annotated[str, AfterValidator(os.path.expanduser)] = "runs"  # the run folder is <runs>/<name>
+    # of data, samples and random weights: the same seed and ranks give the same run
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     world: WorldConfig = WorldConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -1,4 +1,4 @@
-"""Commands of the docs exist: their grammar, recipes, overrides, targets, scripts. None is run here."""
+"""Commands of the docs exist: their grammar, recipes, overrides, targets, scripts. Dry runs are run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genac_megatron.cli import _options_first, parser
+from genac_megatron.cli import _options_first, main, parser
 from genac_megatron.recipe.loader import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,9 @@ def check(words: list[str], folder: Path) -> None:
         given = Path(getattr(options, "recipe", None) or getattr(options, "file", None) or ROOT)
         there = next((place for at in (folder, ROOT) if (place := at / given).exists()), None)
         assert there is not None, f"no such file: {given}"
-        if options.command == "run":
+        if options.command == "run" and options.dry_run:
+            assert main(["run", str(there), *options.overrides, "--dry-run"]) == 0, words
+        elif options.command == "run":
             load_recipe(there, options.overrides)
     elif head.startswith("tools/"):
         assert (ROOT / head).is_file()
