@@ -9,7 +9,7 @@ from pathlib import Path
 
 from genac_megatron.algorithms.losses import WEIGHTED
 from genac_megatron.errors import EXIT_FAILED, EXIT_GATE, EXIT_INPUT, EXIT_LOST, EXIT_OK, EXIT_REQUEUE
-from genac_megatron.evaluation.metrics import critic_figures
+from genac_megatron.metrics import critic_figures
 from genac_megatron.observe.report_data import read_run, summarise
 from genac_megatron.publication.sequence import FIGURE
 from genac_megatron.stages.accuracy import BLEND
