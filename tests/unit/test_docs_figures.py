@@ -112,7 +112,7 @@ def test_and_all_of_a_summary(tmp_path: Path) -> None:
 
 def test_the_glossary_has_no_name_that_the_code_has_not() -> None:
     """Each is a string of the code, or what a string with parts put in can become; or its last part is."""
-    said = strings("stages", "observe", "algorithms", "training", "publication", "evaluation")
+    said = strings("stages", "observe", "algorithms", "training", "publication", "evaluation", ".")
     made = [
         re.compile(".+".join(map(re.escape, text.split("*"))) + "$")
         for text in said

@@ -41,6 +41,7 @@ KNOWN = {
     "cluster/job.py": {"stages"},  # what a resume must have in common with the run before
     "evaluation/score.py": {"tracing"},  # who is asked about a file of problems
     "models/build.py": {"training"},  # a layout's numbers, and log-probs as the model's output
+    "observe/report_page.py": {"recipe"},  # what of a role trains, in words
     "serving/sglang/fleet.py": {"recipe"},  # a server's share of its GPU
     "serving/sglang/loading.py": {"publication"},  # tensors by value
 }
