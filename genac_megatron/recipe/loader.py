@@ -65,7 +65,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _no_true_numbers(entry: Entry, read: Any, path: str = "") -> None:
     """Python's True is 1, and pydantic takes it for one: raise InputError where a value is so read."""
-    if isinstance(entry.value, bool) and not isinstance(read, bool):
+    if isinstance(entry.value, bool) and isinstance(read, int | float) and not isinstance(read, bool):
         raise InputError(
             f"'{path}' must not be true or false (it is {entry.value!r})",
             where=entry.where,
