@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INJECT = Path(__file__).parent / "inject"
 LIMIT_S = 600.0  # for a run, on a busy machine
 GONE_S = 60.0  # for what it leaves to end: after a launcher's death ranks still save
-MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes|^tokens/evaluate|^unique/")
+MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes|^tokens/evaluate|^unique/|^run/(attempts|command)$")
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 ROLE = {
     "model": {
@@ -59,7 +59,7 @@ CALLS = {
     # Between a micro-batch's forward and backward pass, the other rank inside a collective.
     "train": "genac_megatron.training.role:_apply_loss",
     # The folder is there, no shard is.
-    "before-shards": "genac_megatron.training.checkpoint:Checkpoints._split",
+    "before-shards": "genac_megatron.training.checkpoint:keep_write_errors",
     # Rank 0 has written what is common, and no shard. In torch: Megatron's own modules have a loader of ours.
     "shards": "torch.distributed.checkpoint.filesystem:_FileSystemWriter.prepare_local_plan",
     # Every shard is written, the manifest is not.
