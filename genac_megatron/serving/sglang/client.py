@@ -440,6 +440,8 @@ def _generated(reply: Any) -> Generated:
     finish = meta["finish_reason"]["type"]
     if finish == "abort":  # a retracted request may hold log-probs of tokens that were not sent yet
         ids, pairs = ids[: len(pairs)], pairs[: len(ids)]
+    if meta["finish_reason"].get("length") == 0:  # no token was asked for: one was drawn in a batch with others
+        pairs = []
     if ids != [token for _, token in pairs]:
         raise ValueError("its ids are not those of its log-probs")
     if finish not in ("stop", "length", "abort") or isinstance(meta["finish_reason"].get("matched"), str):

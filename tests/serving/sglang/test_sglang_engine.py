@@ -139,6 +139,21 @@ def test_the_cache_serves_a_prefix_that_came_before(one: SglangEngine) -> None:
     assert stats["unique_prompt_tokens"] == stats["prompt_tokens"] - stats["cached_tokens"]
 
 
+def test_prompts_are_read_ahead_beside_requests_that_generate(farm: Farm) -> None:
+    """In a batch with others SGLang draws a token for such a prompt too, which nobody asked for."""
+    engine = engine_over([farm.shared()], MODEL)
+    asked = [tuple(ids) for ids in prompts(96, seed=12, shortest=40, longest=60)]
+
+    async def one(ids: tuple[int, ...], new: int) -> int:
+        (sample,) = await engine.clients[0].generate(ids, {"max_new_tokens": new}, limit_s=60.0)
+        return len(sample.ids) - new
+
+    async def work() -> list[int]:
+        return await asyncio.gather(*(one(ids, 4 * (number % 2)) for number, ids in enumerate(asked)))
+
+    assert run(work()) == [0] * len(asked)
+
+
 def test_an_engine_serves_one_event_loop_after_another(one: SglangEngine) -> None:
     for _ in range(2):
         (got,) = complete_all(one, [request((1, 2, 3), 5, temperature=0.0)])
