@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 INJECT = Path(__file__).parent / "inject"
 LIMIT_S = 600.0  # for a run, on a busy machine
 GONE_S = 60.0  # for what it leaves to end: after a launcher's death ranks still save
-MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes|^tokens/evaluate|^unique/|^run/(attempts|command)$")
+MEASURED = re.compile(
+    r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes|^tokens/evaluate|^unique/|^run/(attempts|command)$"
+)
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 ROLE = {
     "model": {

@@ -440,7 +440,7 @@ def _generated(reply: Any) -> Generated:
     finish = meta["finish_reason"]["type"]
     if finish == "abort":  # a retracted request may hold log-probs of tokens that were not sent yet
         ids, pairs = ids[: len(pairs)], pairs[: len(ids)]
-    if meta["finish_reason"].get("length") == 0:  # no token was asked for: one was drawn in a batch with others
+    if meta["finish_reason"].get("length") == 0:  # none was asked for; in a batch with others one is drawn
         pairs = []
     if ids != [token for _, token in pairs]:
         raise ValueError("its ids are not those of its log-probs")
