@@ -52,7 +52,7 @@ from benchmarks.machine import RESULTS, save, table
 from benchmarks.published_models import write_place
 from genac_megatron.cluster.placement import fit_faults, heaviest, server_shares
 from genac_megatron.models.families.base import Shape
-from genac_megatron.models.sizes import parameters, stage_parameters
+from genac_megatron.models.sizes import adapter_parameters, parameters, stage_parameters
 from genac_megatron.recipe.estimate import expert_parameters
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import ranks_of, read_shape
@@ -266,16 +266,32 @@ def rollout_parts(
     }
     asked = {"actor": (work.responses, work.response), "critic": (work.judged, work.judgement)}
     held = {name: share.cache / share.token for name, share in server_shares(recipe).items()}
+    fleets = {name: recipe.roles[name].engine.share or name for name in ("actor", "critic")}
     acting, judging = (
         serve_s(
-            shapes[name], role, held[name], servers * role.engine.engines, *asked[name], read[name], assumed
+            shapes[name],
+            role,
+            held[fleets[name]],
+            servers * role.engine.engines,
+            *asked[name],
+            read[name],
+            assumed,
         )
         for name, role in (("actor", actor), ("critic", critic))
     )
-    both = max(acting, judging)
+    # One fleet does the work of both, and hides neither's behind the other's.
+    both = acting + judging if fleets["actor"] == fleets["critic"] else max(acting, judging)
     last = work.longest * decode_s(shapes["actor"], actor.engine.tp, 1, work.longest, assumed)
     last += work.longest_judgement * decode_s(shapes["critic"], critic.engine.tp, 1, work.longest, assumed)
     return {"rollout": both, "tail": max(0.0, last - both)}
+
+
+def published(role: RoleConfig, shape: Shape) -> int:
+    """Numbers that go to servers: of adapters that these load, theirs alone."""
+    adapter = role.training.adapter
+    if adapter is None or not role.engine.enable_lora:
+        return parameters(shape)
+    return adapter_parameters(shape, adapter, 1, shape.layers)
 
 
 def step_parts(
@@ -288,7 +304,7 @@ def step_parts(
     if work.responses:
         parts |= rollout_parts(recipe, shapes, work, servers, assumed, measured)
         parts["gather"] = work.sampled * (measured.batch_bytes / assumed.fabric + measured.batch_s)
-        size = sum(BF16 * parameters(shapes[name]) for name in work.trained)
+        size = sum(BF16 * published(recipe.roles[name], shapes[name]) for name in work.trained)
         parts["publish"] = size / min(assumed.nvlink, assumed.fabric) / measured.copy
     parts["skew"] = parts["train"] * assumed.skew * math.sqrt(2 * math.log(recipe.world.ranks))
     return parts, work

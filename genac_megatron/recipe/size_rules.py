@@ -17,7 +17,7 @@ def check_sizes(recipe: Recipe, where: Where) -> None:
 
 
 def _microbatches(recipe: Recipe, where: Where) -> None:
-    """A micro-batch holds at least one response, or judgement, of full length."""
+    """A sample that is longer than a micro-batch has one to itself; one of twice its size is a mistake."""
     rollouts = [s.rollout.max_new_tokens for s in recipe.stages if isinstance(s, PpoStage | PolicyStage)]
     judged = any(isinstance(stage, PpoStage | ReinforceStage) for stage in recipe.stages)
     asked = (
@@ -25,9 +25,12 @@ def _microbatches(recipe: Recipe, where: Where) -> None:
         ("critic", recipe.judging.max_new_tokens if judged else 0, "judging.max_new_tokens"),
     )
     for name, longest, key in asked:
-        if name in recipe.roles and (room := recipe.roles[name].training.tokens_per_microbatch) < longest:
+        if name not in recipe.roles:
+            continue
+        room = recipe.roles[name].training.tokens_per_microbatch
+        if room < longest / 2:
             raise InputError(
-                f"a micro-batch of {room} tokens holds nothing of {longest} ({key})",
+                f"a micro-batch of {room} tokens is no size for {longest} new ones a sample ({key})",
                 where=where(("roles", name, "training", "tokens_per_microbatch")),
                 way_out="raise it to some responses with their prompts, as memory allows (8192)",
             )
