@@ -152,6 +152,16 @@ def test_a_resumed_run_goes_by_its_own_learning_rate(pool: Any, tmp_path: Path) 
         assert found == {lr: {(lr, lr, (0.9, 0.91))} for lr in (1e-3, 7e-3)}
 
 
+@pytest.mark.extended
+def test_heads_of_keys_that_ranks_share_move_between_layouts(pool: Any, tmp_path: Path) -> None:
+    shape = {"shape": {"kv_heads": 2}}
+    saved, _, end = pool.run(save_case, str(tmp_path), ({"tp": 4}, {"count": 1}), False, shape)[0]
+    other = ({"pp": 2, "pipeline_model_parallel_layout": "Et|tttL"}, {"tp": 2})
+    loaded, _, end_load = pool.run(load_case, str(tmp_path), other, shape)[0]
+    same(loaded, saved, atol=0)
+    same(end_load, end, atol=2e-5)
+
+
 @pytest.mark.extended  # moves of one role, tensor by tensor: test_checkpoint_shards.py
 def test_saved_at_tp2_resumed_at_pp2(pool: Any, tmp_path: Path) -> None:
     layouts = ({"tp": 2}, {"tp": 2, "count": 2})
