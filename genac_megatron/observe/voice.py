@@ -30,6 +30,8 @@ class Voice(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self._text(record)
+            if text is not None and record.exc_info:
+                text += "\n" + logging.Formatter().formatException(record.exc_info)
         except Exception:
             self.handleError(record)
             return

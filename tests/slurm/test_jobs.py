@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LIMIT_S = 900.0  # for a job, on a busy machine
 LOOK_S = 3.0  # between two looks at whether a job is over
 OVERRIDES = ("seed=3", "stages.ppo.steps=8")  # USR1 comes after the first, and takes seconds
-MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes")
+MEASURED = re.compile(r"^time|^memory/|^share/time|_s(_mean)?$|peak_bytes|^run/(attempts|command)$")
 Settings = dict[str, str]
 AT_ONCE = {"GENAC_PREFLIGHT": "off"}  # where the nodes' check is not what is tested
 Output = Callable[[], str]

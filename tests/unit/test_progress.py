@@ -151,6 +151,22 @@ print(out.getvalue().count("genac: warning: above the bars"))
     assert done.stdout == "1\n"
 
 
+def test_the_cause_of_a_warning_is_shown_with_it() -> None:
+    """An error says "see the cause above"."""
+    done = loggers_of("""
+import logging
+from genac_megatron.observe.voice import one_voice
+one_voice()
+try:
+    open("/nowhere/x")
+except OSError:
+    logging.getLogger("genac_megatron.training").warning("rank 0 failed", exc_info=True)
+""")
+    first, *traceback = done.stderr.splitlines()
+    assert (first, traceback[0]) == ("genac: warning: rank 0 failed", "Traceback (most recent call last):")
+    assert traceback[-1].startswith("FileNotFoundError: ")
+
+
 def test_steps_done_before_a_resume_do_not_make_the_estimate_rosy() -> None:
     clock = Clock()
     progress, out = text_progress(clock)
