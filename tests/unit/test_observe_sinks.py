@@ -44,11 +44,26 @@ def synced(told: str) -> list[int]:
     """The rows in the offline run that a message says to sync."""
     folder = Path(told.rpartition("wandb sync ")[2].splitlines()[0].strip("'"))
     (file,) = folder.glob("*.wandb")
-    return steps_in(file.read_bytes())
+    return steps_in(records_in(file.read_bytes()))
+
+
+def records_in(data: bytes) -> bytes:
+    """The records of a W&B run's file, end to end, without what frames them: LevelDB's log after 7 bytes, in
+    blocks of 32 KiB, in which a record lies in pieces of a checksum, a length, a kind and bytes.
+    """
+    found, at = b"", 7
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left > 7:
+            size = int.from_bytes(data[at + 4 : at + 6], "little")
+            found += data[at + 7 : at + 7 + size]
+            left = 7 + size
+        at += left
+    return found
 
 
 def steps_in(data: bytes) -> list[int]:
-    """The rows that a W&B run's file holds."""
+    """The rows that a W&B run's records hold."""
     # Of each record the key, its field's tag and length, and the value as JSON: in history and in summary.
     # What follows the value may look like a digit.
     found = re.finditer(rb"(?s)global_step\x82\x01(.)", data)
@@ -57,6 +72,15 @@ def steps_in(data: bytes) -> list[int]:
 
 def test_a_row_ends_where_its_length_says() -> None:
     assert steps_in(b"global_step\x82\x01\x0212\x00global_step\x82\x01\x0121") == [2, 12]
+
+
+def test_a_record_may_be_cut_by_the_end_of_a_block() -> None:
+    first, second = b"x" * (32768 - 7 - 7 - 2) + b"ab", b"cd"
+    pieces = b"".join(
+        bytes(4) + len(piece).to_bytes(2, "little") + b"\x01" + piece for piece in (first, second)
+    )
+    assert records_in(b":W&B..." + pieces) == first + second
+    assert records_in(b":W&B..." + pieces[: len(first) + 7]) == first
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------
@@ -181,7 +205,8 @@ def test_wandb_itself_whose_process_hangs_holds_no_run_up_and_loses_no_row(tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B failed (its process did not answer in time") == 1
     assert "does not have" not in done.stderr
-    kept = b"".join(file.read_bytes() for file in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    files = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    kept = b"".join(records_in(file.read_bytes()) for file in files)
     assert not set(range(1, 601)).difference(steps_in(kept))
 
 
