@@ -46,8 +46,8 @@ class Voice(logging.Handler):
     def _text(self, record: logging.LogRecord) -> str | None:
         said = record.getMessage().strip()
         level = record.levelname.lower()
-        if record.name.split(".")[0] == OURS:
-            return said if said.startswith("genac:") else f"genac: {level}: {said}"
+        if record.name.split(".")[0] == OURS:  # "genac: error" is the one that ends a run, told last
+            return said if said.startswith("genac:") else f"genac: warning: {said}"
         if said in self._heard:
             return None
         self._heard.add(said)

@@ -56,7 +56,7 @@ def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = une
     except GenacError as error:
         failure = error
     except Exception as error:
-        logger.warning("rank %d failed", dist.get_rank(), exc_info=True)
+        logger.error("rank %d failed", dist.get_rank(), exc_info=True)
         failure = explain(error)
     told = None if failure is None else (family(failure), failure.what, failure.where, failure.way_out)
     failures = {rank: other for rank, other in enumerate(gathered(told)) if other is not None}

@@ -265,14 +265,14 @@ class Checkpoints:
             return act()
         except CheckpointException as error:
             if error.failures:
-                logger.warning("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
+                logger.error("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
             # Rank 0, which coordinates, has the reasons; the others know only that there are some.
             reasons = [text for text in gathered(reason(error) if error.failures else "") if text]
             raise on_all_ranks(self._failed(reasons[0] if reasons else "unknown", part)) from error
         except Exception as error:
             if lost_peer(error):
                 raise
-            logger.warning("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
+            logger.error("rank %d: the checkpoint could not be written", dist.get_rank(), exc_info=True)
             raise self._failed(reason(error), part) from error
 
     def _failed(self, reason: str, part: Path) -> GenacError:

@@ -160,7 +160,7 @@ one_voice()
 try:
     open("/nowhere/x")
 except OSError:
-    logging.getLogger("genac_megatron.training").warning("rank 0 failed", exc_info=True)
+    logging.getLogger("genac_megatron.training").error("rank 0 failed", exc_info=True)
 """)
     first, *traceback = done.stderr.splitlines()
     assert (first, traceback[0]) == ("genac: warning: rank 0 failed", "Traceback (most recent call last):")
