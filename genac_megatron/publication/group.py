@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import traceback
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,8 +91,10 @@ class Group(FleetTransport):
             dist.broadcast(flat.view(torch.uint8), group=joined.group, group_src=0)
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
-        except Exception:
-            # Its end closes the connections, which brings out the servers that still wait for data.
+        except Exception as error:
+            # Its end closes the connections, which brings out the servers that still wait for data. Frames
+            # of the error would hold it on.
+            traceback.clear_frames(error.__traceback__)
             self._joined = None
             _destroy(joined)
             raise
