@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genac_megatron.models.packed_attention import Cut, TreeShape, _merge
+from genac_megatron.models.packed_attention import Cut, TreeShape, _heads_first, _merge
+from genac_megatron.models.packed_attention import _backward as _cpu_backward
+from genac_megatron.models.packed_attention import _forward as _cpu_forward
 
 HALF = (torch.float16, torch.bfloat16)  # what the flash kernel takes
 
@@ -162,17 +164,10 @@ def _backward(
 
 # --- the same on a CPU ---------------------------------------------------------------------------
 
-_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 
 def _sequences(call: Call) -> list[tuple[slice, slice]]:
     ends = zip(pairwise(call.cu_q.tolist()), pairwise(call.cu_k.tolist()), strict=True)
     return [(slice(*of_q), slice(*of_k)) for of_q, of_k in ends]
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]
 
 
 def _forward_on_cpu(
