@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,19 +63,38 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine sampled: exact ids (the stop token included) and their log-probs."""
+    """What an engine sampled: exact ids (the stop token included) and their log-probs.
+
+    Of a conversation, all that stands after its prompt: the actor's turns as they were sampled and, between
+    them, what others wrote. Of the latter there is no log-prob, no version, no advantage and no loss.
+    """
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # one per id, of the sampled token, temperature applied
+    logprobs: tuple[float, ...]  # one per sampled id, temperature applied
     finish: Finish
     spans: tuple[tuple[int, int], ...] = ()  # (weight version, number of tokens), in order
     # With routing replay: of each token that was read, so of the prompt's and of all ids but the last.
     experts: Experts | None = field(default=None, compare=False, repr=False)
+    sampled: tuple[tuple[int, int], ...] = ()  # ranges [begin, end) of ids, in order; (): all were sampled
 
     @property
     def version(self) -> int:
         """The oldest weight version that any token was sampled with."""
         return min((v for v, _ in self.spans), default=-1)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """`sampled`, in full."""
+        return self.sampled or ((0, len(self.ids)),)
+
+    @property
+    def written(self) -> int:
+        """Number of sampled ids."""
+        return sum(end - begin for begin, end in self.ranges)
+
+    def written_before(self, cut: int) -> int:
+        """How many of ids[:cut] were sampled: where a per-token figure of id `cut` stands."""
+        return sum(max(0, min(end, cut) - begin) for begin, end in self.ranges)
 
 
 @dataclass
@@ -135,9 +154,9 @@ class Judgement:
 
 @dataclass
 class Sample:
-    """One sequence to train on: tokens, of which those from `start` on carry loss.
+    """One sequence to train on: tokens, of which those from `start` on carry loss, or those of `spans` alone.
 
-    Per-token fields hold one figure for each of tokens[start:], for example `weights`
+    Per-token fields hold one figure for each token that carries loss, for example `weights`
     (loss weight), `advantages`, `behaviour` (the engine's log-probs), `old` (the trainer's).
     """
 
@@ -150,8 +169,29 @@ class Sample:
     part: str = ""  # of a stage's several sources of samples: the name of the one that it is of
     # The completion as it would stand there with a score of the other form; "": scores have one form
     otherwise: str = field(default="", compare=False, repr=False)
+    spans: tuple[tuple[int, int], ...] = ()  # ranges of tokens, in order, the first from `start` on; (): all
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """`spans`, in full."""
+        return self.spans or ((self.start, len(self.tokens)),)
 
     @property
     def trained(self) -> int:
         """Number of tokens that carry loss."""
-        return len(self.tokens) - self.start
+        return sum(end - begin for begin, end in self.ranges)
+
+
+def sample_of(
+    prompt: Sequence[int], completion: Completion, fields: dict[str, list[float]] | None = None
+) -> Sample:
+    """A completion after its prompt's ids; what was sampled of it carries loss."""
+    start = len(prompt)
+    spans = tuple((start + begin, start + end) for begin, end in completion.sampled)
+    return Sample(
+        [*prompt, *completion.ids],
+        spans[0][0] if spans else start,
+        fields or {},
+        experts=completion.experts,
+        spans=spans,
+    )

@@ -29,7 +29,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
-from genac_megatron.records import Judgement, Prompt, Rollout, Sample
+from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, sample_of
 from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.heldout import judge_for, tell_too_long
 from genac_megatron.stages.minibatches import pop_tokens
@@ -246,7 +246,7 @@ def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, floa
     mixed = [len({r.outcome for r in group.rollouts}) > 1 for group in batch.groups]
     return {
         "rollout/outcome_mean": mean(batch.outcomes),
-        "rollout/length_mean": mean(len(r.completion.ids) for r in rollouts),
+        "rollout/length_mean": mean(r.completion.written for r in rollouts),
         "rollout/truncated": mean(r.truncated for r in rollouts),
         "rollout/mixed_groups": mean(mixed),
         "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
@@ -334,13 +334,13 @@ def actor_samples(
     lam: of all responses, or of each. limit: the most tokens of a response. cache: the overlong penalty's;
     None: there is none. values: per response its segments' baselines; None: the critic's values.
     """
-    lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
+    lengths = [rollout.completion.written for rollout in batch.rollouts]
     if values is None:
         values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
     per_segment = segment_gae(values, actor_rewards(batch, limit, cache), config.gamma, lam)
     advantages = [
-        to_tokens(advantage, _segment_lengths(judgements, length))
-        for advantage, judgements, length in zip(per_segment, batch.judgements, lengths, strict=True)
+        to_tokens(advantage, _segment_lengths(judgements, rollout.completion))
+        for advantage, judgements, rollout in zip(per_segment, batch.judgements, batch.rollouts, strict=True)
     ]
     flat = normalised(torch.cat(advantages), config.normalise)
     return response_samples(batch, flat.split(lengths), loss, limit)
@@ -357,10 +357,10 @@ def response_samples(
 ) -> list[Sample]:
     """What the actor is trained on: every token of the batch's responses with its advantage.
 
-    advantages: per response [T]. limit: the most tokens of a response.
+    advantages: per response [T], of the tokens that were sampled. limit: the most tokens of a response.
     """
     rollouts = batch.rollouts
-    lengths = [len(rollout.completion.ids) for rollout in rollouts]
+    lengths = [rollout.completion.written for rollout in rollouts]
     weights = token_weights(lengths, loss.aggregate, limit).tolist()
     likelihood = positive_weights(lengths, batch.outcomes, loss.nll_from)
     samples = []
@@ -372,15 +372,17 @@ def response_samples(
         }
         if loss.nll_coef != 0.0:
             fields["nll_weights"] = [likelihood[i]] * lengths[i]
-        tokens = [*rollout.prompt.ids, *rollout.completion.ids]
-        samples.append(Sample(tokens, len(rollout.prompt.ids), fields, experts=rollout.completion.experts))
+        samples.append(sample_of(rollout.prompt.ids, rollout.completion, fields))
     return samples
 
 
-def _segment_lengths(judgements: Sequence[Judgement], length: int) -> Tensor:
-    """Tokens of each segment of a response of `length` tokens; the first begins at 0."""
-    edges = [0, *(judgement.state.cut for judgement in judgements[1:]), length]
-    return torch.tensor(edges).diff()
+def _segment_lengths(judgements: Sequence[Judgement], completion: Completion) -> Tensor:
+    """Sampled tokens of each segment of a response; the first begins at 0.
+
+    So advantages jump over what others wrote: the state after a segment is the one before the next turn.
+    """
+    cuts = [0, *(judgement.state.cut for judgement in judgements[1:]), len(completion.ids)]
+    return torch.tensor([completion.written_before(cut) for cut in cuts]).diff()
 
 
 def critic_samples(
@@ -435,17 +437,13 @@ def _weigh(entries: Sequence[tuple[Judgement, float, float]], baseline: str) -> 
 
 def judgement_sample(judgement: Judgement, share: float) -> Sample:
     """The exact ids that were sampled, with the judgement's REINFORCE weight."""
-    ids = judgement.completion.ids
-    return Sample(
-        tokens=[*judgement.prompt_ids, *ids],
-        start=len(judgement.prompt_ids),
-        fields={
-            "weights": [share] * len(ids),
-            "advantages": [judgement.weight] * len(ids),
-            "behaviour": list(judgement.completion.logprobs),
-        },
-        experts=judgement.completion.experts,
-    )
+    count = judgement.completion.written
+    fields = {
+        "weights": [share] * count,
+        "advantages": [judgement.weight] * count,
+        "behaviour": list(judgement.completion.logprobs),
+    }
+    return sample_of(judgement.prompt_ids, judgement.completion, fields)
 
 
 def supervised(samples: Iterable[Sample]) -> list[Sample]:

@@ -36,7 +36,11 @@ def launch_critic_after(run: Run, stage: PpoStage, batch: Batch) -> Update:
     with run.phase("moved"):
         now = run.actor.logprobs(plain, temperature=stage.rollout.temperature, counted=counted)
     every = [
-        tail_ratios(new, rollout.completion.logprobs, [judgement.state.cut for judgement in judgements])
+        tail_ratios(
+            new,
+            rollout.completion.logprobs,
+            [rollout.completion.written_before(judgement.state.cut) for judgement in judgements],
+        )
         for new, rollout, judgements in zip(now, batch.rollouts, batch.judgements, strict=True)
     ]
     ratios = dropped(every, stage.importance_limit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genac_megatron.records import Completion, Judgement, Rollout, Sample
+from genac_megatron.records import Completion, Judgement, Rollout, Sample, sample_of
 
 if TYPE_CHECKING:
     from genac_megatron.stages.runtime import Run
@@ -59,8 +59,7 @@ def measure_judgements(run: Run, mine: Iterable[Judgement]) -> dict[str, float]:
 
 def engine_sample(prompt: Sequence[int], completion: Completion) -> Sample:
     """A completion as the trainer scores it, beside the log-probs that it was sampled with."""
-    fields = {"behaviour": list(completion.logprobs)}
-    return Sample([*prompt, *completion.ids], len(prompt), fields, completion.experts)
+    return sample_of(prompt, completion, {"behaviour": list(completion.logprobs)})
 
 
 def _measure(run: Run, role: str, mine: Sequence[Sample], temperature: float) -> dict[str, float]:

@@ -173,10 +173,10 @@ def launch_actor(
 
 
 def table(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Outcomes and response lengths, [G, N] each; every group has as many responses."""
+    """Outcomes and sampled tokens of responses, [G, N] each; every group has as many responses."""
     groups: Sequence[Group] = batch.groups
     rewards = torch.tensor([[r.outcome for r in g.rollouts] for g in groups], dtype=torch.float64)
-    lengths = torch.tensor([[len(r.completion.ids) for r in g.rollouts] for g in groups])
+    lengths = torch.tensor([[r.completion.written for r in g.rollouts] for g in groups])
     return rewards, lengths
 
 

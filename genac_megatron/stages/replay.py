@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from genac_megatron.algorithms.replay import with_replay
@@ -51,10 +52,7 @@ class Replay:
 
     def figures(self, replayed: Sequence[Sample], logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
         """Apart from the critic's: by source, nats a token and tokens."""
-        carrying = [
-            Sample(one.tokens, one.start, {"weights": one.fields["nll_weights"]}, part=one.part)
-            for one in replayed
-        ]
+        carrying = [replace(one, fields={"weights": one.fields["nll_weights"]}) for one in replayed]
         return part_figures("replay", carrying, logprobs)
 
 
@@ -72,13 +70,7 @@ def replay_samples(pool: Sequence[Sample], tokens: int, share: float, seed: int)
         carried += sum(weights)
     nothing = max(carried, 1.0)
     return [
-        Sample(
-            sample.tokens,
-            sample.start,
-            {**_zeros(sample), "nll_weights": [weight / nothing for weight in weights]},
-            source=sample.source,
-            part=sample.part,
-        )
+        replace(sample, fields={**_zeros(sample), "nll_weights": [weight / nothing for weight in weights]})
         for sample, weights in chosen
     ]
 

@@ -141,7 +141,8 @@ def _read_samples(path: Path) -> list[Sample] | None:
 def _sample(row: dict[str, Any]) -> Sample:
     """Raises ValueError where a row's fields are not one figure per trained token."""
     fields = {name: [float(value) for value in values] for name, values in row.get("fields", {}).items()}
-    sample = Sample(row["tokens"], row["start"], fields)
+    spans = tuple((int(begin), int(end)) for begin, end in row.get("spans", ()))
+    sample = Sample(row["tokens"], row["start"], fields, spans=spans)
     if any(len(values) != sample.trained for values in fields.values()):
         raise ValueError("fields")
     sample.source, sample.part = str(row.get("source", "")), str(row.get("part", ""))
@@ -153,6 +154,8 @@ def _write_samples(path: Path, samples: list[Sample]) -> None:
     rows = []
     for sample in samples:
         row: dict[str, object] = {"tokens": sample.tokens, "start": sample.start, "source": sample.source}
+        if sample.spans:
+            row["spans"] = sample.spans
         if sample.fields:
             row["fields"] = sample.fields
         if sample.part:

@@ -19,7 +19,7 @@ from genac_megatron.critic.states import cut_states, state_text
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig
 from genac_megatron.recipe.schema import RolloutConfig
-from genac_megatron.records import Rollout, Sample, State
+from genac_megatron.records import Rollout, State, sample_of
 from genac_megatron.stages.batch import Batch, generator_for
 from genac_megatron.stages.rollouts import continue_states
 from genac_megatron.stages.runtime import Run, mean
@@ -80,13 +80,13 @@ def _taught(
     tokenizer: PreTrainedTokenizerBase,
     p_bar: float,
 ) -> list[float]:
-    count = len(rollout.completion.ids)
-    values, known = [0.0] * count, dict[str, float]()
-    for cut in range(count) if places is None else places:
-        partial = state_text(State(rollout, 0, cut, count), tokenizer)
+    cuts = [cut for begin, end in rollout.completion.ranges for cut in range(begin, end)]
+    values, known = [0.0] * len(cuts), dict[str, float]()
+    for place in range(len(cuts)) if places is None else places:
+        partial = state_text(State(rollout, 0, cuts[place], len(rollout.completion.ids)), tokenizer)
         if partial not in known:
             known[partial] = teacher.value(rollout.prompt, partial, p_bar)
-        values[cut] = known[partial]
+        values[place] = known[partial]
     return values
 
 
@@ -131,10 +131,7 @@ def towards_the_moved(run: Run, batch: Batch, lesson: Lesson, cap: float, temper
 
     One more pass of the actor, over all responses. temperature: of the rollouts, as of their log-probs.
     """
-    samples = []
-    for rollout in batch.rollouts:
-        prompt, completion = rollout.prompt.ids, rollout.completion
-        samples.append(Sample([*prompt, *completion.ids], len(prompt), experts=completion.experts))
+    samples = [sample_of(rollout.prompt.ids, rollout.completion) for rollout in batch.rollouts]
     counted = run.count_sequences("moved", samples)
     with run.phase("moved"):
         found = run.actor.logprobs(samples, temperature=temperature, counted=counted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from genac_megatron.algorithms.losses import make_value_loss
 from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
-from genac_megatron.records import Completion, Judgement, Rollout, Sample
+from genac_megatron.records import Completion, Judgement, Rollout, Sample, sample_of
 from genac_megatron.stages.minibatches import launch_parts, minibatches, pop_tokens
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
@@ -53,7 +53,7 @@ def need_same_tokens(run: Run) -> None:
 
 
 def response_values(run: Run, rollouts: Sequence[Rollout], phase: str = "value") -> list[Tensor]:
-    """Per rollout, V(prefix strictly before token t) of each response token, [T]. Collective: same on all.
+    """Per rollout, V(prefix strictly before token t) of each sampled token, [T]. Collective: same on all.
 
     phase: what its tokens are counted to.
     """
@@ -63,8 +63,7 @@ def response_values(run: Run, rollouts: Sequence[Rollout], phase: str = "value")
 
 
 def _sequence(rollout: Rollout) -> Sample:
-    prompt, ids = rollout.prompt.ids, rollout.completion.ids
-    return Sample([*prompt, *ids], len(prompt))
+    return replace(sample_of(rollout.prompt.ids, rollout.completion), experts=None)  # the actor's, not its
 
 
 def advantages_and_targets(
@@ -122,11 +121,13 @@ def places_of(run: Run, rollouts: Sequence[Rollout], config: RegressionConfig) -
         return None
     tokenizer, states = run.tokenizers["actor"], run.recipe.judging.states
     cuts = (
-        [state.cut for state in cut_states(rollout, tokenizer, states)] if config.at_cuts else None
+        [rollout.completion.written_before(state.cut) for state in cut_states(rollout, tokenizer, states)]
+        if config.at_cuts
+        else None
         for rollout in rollouts
     )
     return [
-        trained_places(len(rollout.completion.ids), config.at, found)
+        trained_places(rollout.completion.written, config.at, found)
         for rollout, found in zip(rollouts, cuts, strict=True)
     ]
 
@@ -210,7 +211,8 @@ def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:
 
 def _judgements(run: Run, rollout: Rollout, values: Tensor) -> list[Judgement]:
     states = cut_states(rollout, run.tokenizers["actor"], run.recipe.judging.states)
-    found = [min(max(float(values[state.cut]), 0.0), 1.0) for state in states]
+    places = (rollout.completion.written_before(state.cut) for state in states)
+    found = [min(max(float(values[place]), 0.0), 1.0) for place in places]
     nothing = Completion((), (), "stop")
     return [
         Judgement(state, (), nothing, "", value, used=value)

@@ -272,7 +272,8 @@ class Pack:
     max_seqlen: int  # of the longest sequence, the padding tail included
     loss_mask_T: Tensor  # bool: positions whose label carries loss
     fields: dict[str, Tensor]  # fp32 [T] each; 0 where loss_mask_T is False
-    members: list[tuple[int, int, int]]  # (sample index, its first loss position, trained tokens)
+    # (sample index, its first loss position, trained tokens), of each of a sample's spans
+    members: list[tuple[int, int, int]]
     experts_TLK: Tensor | None = None  # int16, to be replayed; -1 where a router is to choose
     rows_E: Tensor | None = None  # int64: the position that predicts each edge's label
     tree: TreeShape | None = None
@@ -313,9 +314,10 @@ def build_pack(
 
     A span is filled up to sample_multiple with padding of its own, which causal attention keeps
     from the sample; the tail that fills the pack is a sequence of its own. Padding has token and
-    label 0, no loss, fields 0. `fields` holds field_names, of samples' figures for tokens[start:].
+    label 0, no loss, fields 0. `fields` holds field_names, of samples' figures for trained tokens.
     No indices: all padding. Tensors are on the CPU. Raises InputError for a sample that is too
-    short, whose start is not in 1..n, or whose field is missing or not one figure per trained token.
+    short, whose start is not in 1..n, whose spans are not in order, or whose field is missing or not one
+    figure per trained token.
     """
     spans = [_round_up(check_positions(samples[i], i), sample_multiple) for i in indices]
     used = sum(spans)
@@ -333,11 +335,15 @@ def build_pack(
         ids = torch.tensor(sample.tokens, dtype=torch.int64)
         tokens_T[begin : begin + len(ids) - 1] = ids[:-1]
         labels_T[begin : begin + len(ids) - 1] = ids[1:]
-        loss = slice(begin + sample.start - 1, begin + len(ids) - 1)
-        loss_mask_T[loss] = True
-        for name, field_T in fields.items():
-            field_T[loss] = torch.tensor(figures_of(sample, name, i), dtype=torch.float32)
-        members.append((i, loss.start, sample.trained))
+        figures = {name: torch.tensor(figures_of(sample, name, i)) for name in fields}
+        done = 0
+        for first, end in sample.ranges:
+            loss = slice(begin + first - 1, begin + end - 1)
+            loss_mask_T[loss] = True
+            for name, field_T in fields.items():
+                field_T[loss] = figures[name][done : done + end - first]
+            members.append((i, loss.start, end - first))
+            done += end - first
     for begin, end in pairwise(bounds):
         positions_T[begin:end] = torch.arange(end - begin)
     return Pack(
@@ -381,6 +387,13 @@ def check_positions(sample: Sample, index: int) -> int:
             where="build_pack",
             way_out="a sample has at least 2 tokens, and its first is never predicted: 1 <= start <= n",
         )
+    edges = [sample.start, *(edge for span in sample.ranges for edge in span), n]
+    if edges[0] != edges[1] or any(a > b for a, b in pairwise(edges)):
+        raise InputError(
+            f"sample {index} has spans {list(sample.spans)}, start {sample.start} and {n} tokens",
+            where="build_pack",
+            way_out="spans are ranges of tokens in order that do not overlap, the first from start on",
+        )
     return n - 1
 
 
@@ -397,7 +410,8 @@ def figures_of(sample: Sample, name: str, index: int) -> list[float]:
 
 
 def unpack(pack: Pack, values_T: Tensor) -> dict[int, Tensor]:
-    """Per sample index, the values [trained] of its trained tokens, in order. Views of values_T.
+    """Per sample index, the values [trained] of its trained tokens, in order. Views of values_T, unless a
+    sample has several spans there.
 
     values_T: of the whole pack's positions, or of its trees' edges.
     """
@@ -407,4 +421,7 @@ def unpack(pack: Pack, values_T: Tensor) -> dict[int, Tensor]:
             f"values of shape {tuple(values_T.shape)} for a pack of {count} positions",
             where="unpack",
         )
-    return {index: values_T[first : first + count] for index, first, count in pack.members}
+    found: dict[int, list[Tensor]] = {}
+    for index, first, count in pack.members:
+        found.setdefault(index, []).append(values_T[first : first + count])
+    return {index: parts[0] if len(parts) == 1 else torch.cat(parts) for index, parts in found.items()}

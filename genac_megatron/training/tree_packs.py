@@ -46,8 +46,9 @@ def build_tree_pack(
     begins = [*(chain.begin for chain in forest.chains), *([forest.size] if spare else []), length]
     firsts = [*(chain.first for chain in forest.chains), *([0] if spare else [])]
     trained = [samples[i] for i in indices]
-    rows = [torch.from_numpy(forest.rows(i, samples[i].start - 1)) for i in indices]
-    labels_E = torch.tensor([t for s in trained for t in s.tokens[s.start :]], dtype=torch.int64)
+    rows = [_rows(forest, samples[i], i) for i in indices]
+    labels = [t for s in trained for begin, end in s.ranges for t in s.tokens[begin:end]]
+    labels_E = torch.tensor(labels, dtype=torch.int64)
     members, at = [], 0
     for i in indices:
         members.append((i, at, samples[i].trained))
@@ -70,6 +71,14 @@ def build_tree_pack(
         tree=TreeShape(tuple(begins), tuple(firsts), tuple(forest.cuts())),
         used=forest.size,
     )
+
+
+def _rows(forest: Forest, sample: Sample, index: int) -> Tensor:
+    """The row that predicts each trained token of a sample, int64."""
+    rows = torch.from_numpy(forest.rows(index, sample.start - 1))
+    if not sample.spans:
+        return rows
+    return torch.cat([rows[begin - sample.start : end - sample.start] for begin, end in sample.spans])
 
 
 def _experts(samples: Sequence[Sample], forest: Forest, length: int) -> Tensor | None:
