@@ -43,10 +43,11 @@ Made from the schema by `make reference`; a test holds it to that. A recipe is o
   key; all else, lists too, is replaced. A mapping whose `kind` is another replaces its base whole.
 - `key.path=value` on the command line comes last. Entries of a list go by index, name or kind:
   `stages.ppo.steps=5`.
-- **What a stage's block replaces.** `optimizer`, `actor_optimizer` and `critic_optimizer` of a stage stand in
-  the place of the role's whole `optimizer`: a key that is not written there has the default of this page, not
-  the role's value. So write `weight_decay` again where the role has its own. A source's `teacher`, `rollout`
-  and `length_buckets` stand in the place of its stage's in the same way. Every other block belongs to
+- **A stage's block stands over the role's.** `optimizer`, `actor_optimizer` and `critic_optimizer` of a stage
+  merge key by key with the role's `optimizer`: what is not written there is the role's, and where the role
+  does not say it either, the default of this page. A source's `teacher` and `rollout` merge with its stage's
+  in the same way (a `teacher` of another `kind` has nothing of the stage's). To have a default again, write
+  it out; `null` where it is that. A source's `task` is a task of its own, whole. Every other block belongs to
   its stage alone.
 - A role with `model.share` takes over the other role's `model`, and its `layout` where it has none; one with
   `engine.share` the other's `engine`, key by key under its own.

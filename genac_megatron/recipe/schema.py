@@ -9,11 +9,12 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, model_validator
 
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+from genac_megatron.recipe.over import merged
 from genac_megatron.recipe.sharing import inherited, lent
 from genac_megatron.recipe.stages import CriticGate as CriticGate
 from genac_megatron.recipe.stages import EntryGate as EntryGate
@@ -336,10 +337,10 @@ class Recipe(Block):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _with_shared(cls, recipe: Any) -> Any:
-        return lent(inherited(recipe))
+    def _whole(cls, recipe: Any, read: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        return merged(read(lent(inherited(recipe))))
 
     def parity_alarm(self, role: str) -> tuple[str, float]:
         """The key of `observe` that says where a role's parity alarms, and its value."""

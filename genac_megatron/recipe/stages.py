@@ -153,11 +153,11 @@ class SftSource(Block):
     data: Literal["demonstrations", "traces"] | None = None  # None: the stage's
     # False: whole traces are learnt but for the tokens that say which score: nothing of what states are worth
     scored: bool = True
-    # None: the stage's; of a replay, the exact one about the actor as it is (no p_bar_range). Of a task of
-    # the recipe's kind it reads p_bar as the recipe's does, whatever its lengths; of another kind, as the
-    # success rate at that task.
+    # Over the stage's, key by key, where it is of its kind; of a replay, which has none: the exact one about
+    # the actor as it is (no p_bar_range). Of a task of the recipe's kind it reads p_bar as the recipe's does,
+    # whatever its lengths; of another kind, as the success rate at that task.
     teacher: TeacherConfig | None = None
-    rollout: RolloutConfig | None = None  # None: the stage's
+    rollout: RolloutConfig | None = None  # over the stage's, key by key
     length_buckets: Positive | None = None  # None: the stage's
     # Of the pass over the data, the part in which its samples are met: a curriculum. Needs epochs: 1.
     phase: tuple[Fraction, Fraction] = (0.0, 1.0)
@@ -207,7 +207,7 @@ class SftStage(Block):
     # traces: whose states; [] is the run's own actor. Each has as many, and its own name and success rate in
     # what the critic is told
     actors: list[ActorConfig] = []
-    optimizer: OptimizerConfig | None = None  # None: the role's
+    optimizer: OptimizerConfig | None = None  # over the role's, key by key
     heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
     gate: SftGate = SftGate()
 
@@ -252,7 +252,7 @@ class ReinforceStage(Block):
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"
     loss: CriticLossConfig = CriticLossConfig()
     replay: ReplayConfig | None = None  # SFT samples that each step's loss has besides
-    optimizer: OptimizerConfig | None = None
+    optimizer: OptimizerConfig | None = None  # over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # 0: only at the end
     gate: ReinforceGate = ReinforceGate()
 
@@ -280,8 +280,8 @@ class PpoStage(Block):
     advantage: AdvantageConfig = AdvantageConfig()
     actor_loss: LossConfig = LossConfig()
     critic_loss: CriticLossConfig = CriticLossConfig()
-    actor_optimizer: OptimizerConfig | None = None
-    critic_optimizer: OptimizerConfig | None = None
+    actor_optimizer: OptimizerConfig | None = None  # over the role's, key by key
+    critic_optimizer: OptimizerConfig | None = None  # over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the ends
     gate: EntryGate = EntryGate()  # what the critic must be when the stage begins
 
@@ -296,7 +296,7 @@ class ValueStage(Block):
     rollout: RolloutConfig = RolloutConfig()
     value: RegressionConfig = RegressionConfig()
     minibatches: Positive = 1  # parts of a batch, an update each
-    optimizer: OptimizerConfig | None = None
+    optimizer: OptimizerConfig | None = None  # over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end
     gate: CriticGate = CriticGate(action="warn")
 
@@ -313,10 +313,10 @@ class PolicyStage(Block):
     overlap: bool = False  # as for ppo
     minibatches: Positive = 1  # parts of a batch, an update each
     epochs: Positive = 1  # passes over a batch
-    actor_optimizer: OptimizerConfig | None = None
+    actor_optimizer: OptimizerConfig | None = None  # over the role's, key by key
     # Cut-off responses are left out of the actor's loss and whitening; a critic learns from them (EasyPPO)
     overlong_filter: bool = False
-    critic_optimizer: OptimizerConfig | None = None  # of a scalar critic
+    critic_optimizer: OptimizerConfig | None = None  # of a scalar critic: over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the ends
 
 

@@ -64,13 +64,12 @@ def test_types_and_defaults() -> None:
     assert type_of(OptimizerConfig.model_fields["beta1"]) == "number (≥ 0, ≤ 1)"
 
 
-def test_a_stages_optimizer_replaces_the_roles_whole_as_the_page_says(tmp_path: Path) -> None:
+def test_a_stages_optimizer_stands_over_the_roles_as_the_page_says(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(RECIPE, encoding="utf-8")
     stage = load_recipe(tmp_path / "one.yaml").stages[0]
     assert isinstance(stage, SftStage)
-    assert stage.optimizer is not None
-    assert stage.optimizer.weight_decay == OptimizerConfig().weight_decay != 0.5
-    assert "place of the role's whole `optimizer`" in page()
+    assert stage.optimizer == OptimizerConfig(lr=1e-4, weight_decay=0.5)
+    assert "key by key with the role's `optimizer`" in page()
 
 
 def test_every_key_says_what_it_means() -> None:
