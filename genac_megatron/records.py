@@ -109,6 +109,9 @@ class Rollout:
     parts: Mapping[str, float] = field(default_factory=dict)  # of the outcome, where its task names some
     critic_outcome: float | None = None  # of a cut-off response, where critics have another rule
     limit: int | None = None  # tokens that it might have had; None: not known
+    # Of its tokens, once they are known: what the actor is trained with, and a scalar critic's values.
+    advantages: Sequence[float] | None = field(default=None, compare=False, repr=False)
+    values: Sequence[float] | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:

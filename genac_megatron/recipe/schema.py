@@ -286,7 +286,9 @@ class ObserveConfig(Block):
 
     tensorboard: bool = True  # event files in the run folder
     wandb: WandbConfig = WandbConfig()
-    shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable per evaluation
+    shown_rollouts: Annotated[int, Field(ge=0)] = 4  # kept readable, of an evaluation or a step
+    # steps from one of whose batch rollouts are kept to the next, from the first on; 0: of evaluations alone
+    rollouts_every: Annotated[int, Field(ge=0)] = 10
     plots: bool = True  # in the report that a run writes at its end: some seconds
     parity_alarm: PositiveFloat = 0.5  # p99 |delta log-prob| above which a run warns
     parity_alarm_fp8: PositiveFloat = 1.0  # ... of a role that is trained or served in FP8

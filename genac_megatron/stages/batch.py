@@ -372,6 +372,7 @@ def response_samples(
         }
         if loss.nll_coef != 0.0:
             fields["nll_weights"] = [likelihood[i]] * lengths[i]
+        rollout.advantages = fields["advantages"]
         samples.append(sample_of(rollout.prompt.ids, rollout.completion, fields))
     return samples
 

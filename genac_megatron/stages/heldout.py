@@ -17,7 +17,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.score import fill_used, reward
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
-from genac_megatron.observe.runinfo import EVALUATIONS, ROLLOUTS
+from genac_megatron.observe.runinfo import EVALUATIONS
 from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftStage, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, within_prompts, within_responses
@@ -27,6 +27,7 @@ from genac_megatron.stages.reward_figures import earned, part_figures, source_fi
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.shown import keep
 from genac_megatron.stages.values import is_scalar, judged_by_values
 from genac_megatron.training.agreement import from_first
 
@@ -78,6 +79,9 @@ def evaluate(
             run.icc = IccState.from_evaluation(told, judging.icc_momentum, seed, _steps_before(run))
         if critic:
             row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
+        else:
+            share = run.even_share(run.recipe.observe.shown_rollouts)
+            keep(run, stage, run.gather(held.groups[:share]), step)
     run.append(EVALUATIONS, row)
     figures = {"eval/accuracy": row["actor"]["accuracy"]}
     figures |= {f"eval/accuracy_{name}": value for name, value in sources.items()}
@@ -259,8 +263,7 @@ def _evaluate_critic(
     known = {k: v for part in run.gather([mine]) for k, v in part.items()}
     row = critic_row(groups, known)
     tell_too_long(run, (j for group in groups for js in group.judgements for j in js))
-    for group in groups[: run.recipe.observe.shown_rollouts]:
-        run.append(ROLLOUTS, shown_rollout(run, stage.name, step, group.rollouts[0], group.judgements[0]))
+    keep(run, stage, groups, step)
     return row
 
 
@@ -388,29 +391,3 @@ def _ordered(pairs: list[tuple[Judgement, Rollout]]) -> dict[str, float]:
 
 def _key(state: State) -> tuple[str, int]:
     return state.rollout.key, state.index
-
-
-def shown_rollout(
-    run: Run, stage: str, step: int, rollout: Rollout, judgements: list[Judgement]
-) -> dict[str, Any]:
-    """A rollout with its states, the critic's words and scores, for people."""
-    tokenizer = run.tokenizers["actor"]
-    return {
-        "stage": stage,
-        "step": step,
-        "prompt": rollout.prompt.id,
-        "problem": rollout.prompt.problem,
-        "response": rollout.text,
-        "outcome": rollout.outcome,
-        "states": [
-            {
-                "cut_text": len(
-                    tokenizer.decode(rollout.completion.ids[: j.state.cut], skip_special_tokens=True)
-                ),
-                "text": j.text,
-                "value": j.value,
-                "used": j.used,
-            }
-            for j in judgements
-        ],
-    }

@@ -41,6 +41,7 @@ from genac_megatron.stages.ppo import begin_reference, launch_policy
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.shown import keep_batch
 from genac_megatron.stages.under_way import Update, collected
 from genac_megatron.stages.value_targets import lesson_of, towards_the_moved
 from genac_megatron.stages.values import advantages_and_targets, launch_values, response_values, returns
@@ -64,6 +65,7 @@ def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
         for step in loop.steps(stage.steps):
             batch, figures = draw(run, stage, batches, step)
             figures |= train(run, stage, batch, step)
+            keep_batch(run, stage, batch, step)
             if run.icc is not None:  # for a critic that is trained later: over all that was sampled
                 run.icc.update([figures.get("rollout/target_mean", figures["rollout/outcome_mean"])])
             figures |= run.publish("actor", step=None if loop.whole(step) else step)

@@ -17,6 +17,7 @@ from genac_megatron.stages.minibatches import launch_parts, minibatches, updates
 from genac_megatron.stages.regime import goes_by_monte_carlo, learn_of, stage_rewards, trusted_samples
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.shown import keep_batch
 from genac_megatron.stages.under_way import Update, collected
 from genac_megatron.training.launched import Launched
 
@@ -43,6 +44,7 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
         for step in loop.steps(stage.steps):
             batch, figures = batches.next(step)
             figures |= train(run, stage, batch, step)
+            keep_batch(run, stage, batch, step)
             figures |= run.publish(*trained, step=None if loop.whole(step) else step)
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
             loop.done(step, figures, partial(judged, f"step {step}", step) if due else None)

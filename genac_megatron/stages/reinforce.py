@@ -15,6 +15,7 @@ from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.replay import Replay
 from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.shown import keep_batch
 from genac_megatron.stages.strengths import Cast
 
 
@@ -53,6 +54,7 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
             )
         own, others = result.logprobs[: len(samples)], result.logprobs[len(samples) :]
         figures |= trained_figures("critic", [result], batch, samples, own)
+        keep_batch(run, stage, batch, step)
         if replay is not None:
             figures |= replay.figures(replayed, others)
         told = run.icc if actor is None else met

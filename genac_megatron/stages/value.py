@@ -12,6 +12,7 @@ from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.minibatches import critic_passes, critic_updates
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
+from genac_megatron.stages.shown import keep_batch
 from genac_megatron.stages.under_way import collected
 from genac_megatron.stages.value_targets import lesson_of
 from genac_megatron.stages.values import launch_values, response_values, returns
@@ -45,6 +46,7 @@ def value(run: Run, stage: ValueStage, loop: Loop) -> None:
             seed=seed_for(*at, "critic"),
         )
         figures |= collected(run, [update])
+        keep_batch(run, stage, batch, step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
     held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)

@@ -59,7 +59,10 @@ def response_values(run: Run, rollouts: Sequence[Rollout], phase: str = "value")
     """
     samples = [_sequence(rollout) for rollout in rollouts]
     counted = run.count_sequences(phase, samples)
-    return [torch.tensor(values) for values in run.critic.values(samples, counted=counted)]
+    found = run.critic.values(samples, counted=counted)
+    for rollout, values in zip(rollouts, found, strict=True):
+        rollout.values = values
+    return [torch.tensor(values) for values in found]
 
 
 def _sequence(rollout: Rollout) -> Sample:

@@ -96,6 +96,16 @@ def test_a_scalar_critic_is_evaluated_as_a_generative_one_is(done: Path) -> None
     assert all(ends[name]["critic"] is None for name in ALGORITHMS if name not in SCALAR)
 
 
+def test_a_batch_of_each_algorithm_is_kept_with_its_tokens(done: Path) -> None:
+    """Values of every token are a scalar critic's; advantages each algorithm's own."""
+    trained = [row for row in rows(done, "rollouts.jsonl") if row["of"] == "training"]
+    assert {row["stage"] for row in trained} == {*ALGORITHMS, "value"}
+    for row in trained:
+        assert ("values" in row["tokens"]) == (row["stage"] in (*SCALAR, "value"))
+        assert ("advantages" in row["tokens"]) == (row["stage"] in ALGORITHMS)
+        assert {len(figures) for figures in row["tokens"].values()} == {row["length"]}
+
+
 def test_the_report_of_such_a_run_is_written(done: Path) -> None:
     report = done / "runs" / "run" / "report"
     assert (report / "index.html").stat().st_size > 10_000

@@ -110,6 +110,32 @@ def test_a_run_leaves_its_report(whole: Path) -> None:
     assert steps == [(stage, step) for stage, last in wanted.items() for step in range(1, last + 1)]
 
 
+def test_rollouts_are_kept_with_figures_of_every_token(whole: Path) -> None:
+    """Of evaluations and of the first step of a stage; joint steps have the advantages of their segments."""
+    shown = rows(whole, "rollouts.jsonl")
+    assert {(row["stage"], row["of"]) for row in shown} == {
+        ("sft-actor", "heldout"), ("sft-critic", "heldout"), ("reinforce", "heldout"), ("ppo", "heldout"),
+        ("reinforce", "training"), ("ppo", "training"),
+    }  # fmt: skip
+    for row in shown:
+        tokens = row["tokens"]
+        assert tokens["ends"][-1] == len(row["response"])
+        assert len(tokens["logprobs"]) == len(tokens["ends"]) == row["length"]
+        assert row["messages"][-1]["role"] == "user"
+        assert ("advantages" in tokens) == ((row["stage"], row["of"]) == ("ppo", "training"))
+        for state in row["states"]:
+            shared, rest = state["prompt"]
+            asked = row["judge_prompt"][:shared] + rest
+            assert row["problem"][:20] in asked
+            assert state["cut_text"] == (tokens["ends"][state["cut"] - 1] if state["cut"] else 0)
+    joint = next(row for row in shown if "advantages" in row["tokens"])
+    cuts = [state["cut"] for state in joint["states"]]
+    changes = [
+        t for t in range(1, joint["length"]) if len(set(joint["tokens"]["advantages"][t - 1 : t + 1])) > 1
+    ]
+    assert set(changes) <= set(cuts), "an advantage is of a whole segment"
+
+
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_trainer_and_engine_agree_at_every_publication(whole: Path, role: str) -> None:
     """fp32 on both sides, weights through publication from TP2 and PP2; measured below 1e-5.
