@@ -173,8 +173,10 @@ def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
         if role.model.checkpoint is not None and not Path(role.model.checkpoint).expanduser().is_dir():
             found.append(f"{name}: no checkpoint {role.model.checkpoint}")
     for task in (*single_tasks(recipe.task), *source_tasks(recipe)):
-        if isinstance(task, DatasetTask) and not _has_dataset(task.name):
-            found.append(f"data set {task.name} is neither a folder nor in the Hugging Face cache (HF_HOME)")
+        if isinstance(task, DatasetTask) and not _has_dataset(task.source):
+            found.append(
+                f"data set {task.source} is neither a folder nor in the Hugging Face cache (HF_HOME)"
+            )
     return found
 
 

@@ -115,6 +115,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.timer = timer or PhaseTimer()
+        self.notes: list[str] = []  # all of them, in order
         self._enabled = enabled
         self._name, self._stages = name, list(stages)
         self._console = console or Console()
@@ -223,6 +224,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
+        self.notes.append(text)
         if self._enabled:
             self._said = self._clock()
             self._console.print(Text(text), soft_wrap=True)

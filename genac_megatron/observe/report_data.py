@@ -67,6 +67,7 @@ class RunData:
     rollouts: list[Row]
     unreadable: dict[str, int]  # log: lines that are no JSON object
     attempts: list[tuple[Row, Row | None]] = field(default_factory=list)  # starts and their ends
+    data: list[str] = field(default_factory=list)  # what was told of the data when the run began
 
     @cached_property
     def spans(self) -> list[StageSpan]:
@@ -217,7 +218,8 @@ def read_run(path: str | Path) -> RunData:
     last = set(map(id, unique.values()))
     evaluations = [e for e in rows[EVALUATIONS] if id(e) in last]
     begun = attempts(history(folder))
-    return RunData(folder.path, recipe, rows[METRICS], evaluations, rows[ROLLOUTS], unreadable, begun)
+    logs = rows[METRICS], evaluations, rows[ROLLOUTS]
+    return RunData(folder.path, recipe, *logs, unreadable, begun, folder.told_of_data())
 
 
 # --- the summary ---------------------------------------------------------------------------------

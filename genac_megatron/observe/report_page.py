@@ -60,6 +60,7 @@ def page(
         _tiles(run, summary),
         _plots(run, plots),
         _headlines(summary),
+        _data(run),
         _rollouts(run),
         origins(run),
         _folds(run, summary),
@@ -280,6 +281,14 @@ def _headlines(s: Mapping[str, Any]) -> str:
         costs = "<section><h2>Where the time went</h2><div class=card>"
         costs += _table(head, cost_rows) + "</div></section>"
     return f"<div class=pair>{critic}{costs}</div>" if critic or costs else ""
+
+
+def _data(run: RunData) -> str:
+    """How much data there is, and what was left out of it."""
+    if not run.data:
+        return ""
+    items = "".join(f"<li><div class=text>{escape(line)}</div></li>" for line in run.data)
+    return f"<section><h2>The data</h2><div class=card><ul>{items}</ul></div></section>"
 
 
 # --- rollouts ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DATA = "data.json"  # what was told of the data when the run began: how much there is, what was left out
 METRICS, EVALUATIONS, ROLLOUTS = "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"
 LOGS = (METRICS, EVALUATIONS, ROLLOUTS)
 
@@ -145,6 +146,14 @@ class RunFolder:
             return {}
         data = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         return data if isinstance(data, dict) else {}
+
+    def told_of_data(self) -> list[str]:
+        """The lines of DATA; [] where it is missing or damaged."""
+        try:
+            told = json.loads((self.path / DATA).read_text(encoding="utf-8"))["told"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return []
+        return [str(line) for line in told] if isinstance(told, list) else []
 
     def stage_names(self) -> list[str]:
         """The recipe's stage names in order."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.data import BenchmarkSource
 from genac_megatron.recipe.own_rules import check_own
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.tasks import (
@@ -15,10 +16,12 @@ from genac_megatron.recipe.tasks import (
     JsonlTask,
     MixtureTask,
     PythonTask,
+    QuestionsBlock,
     RubricTask,
     TaskConfig,
 )
 from genac_megatron.tasks.answers import EXACT, MARKED
+from genac_megatron.tasks.benchmarks import find_benchmark
 
 ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
@@ -43,6 +46,8 @@ def check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> 
             way_out=f"add verifier: one of {known}; or {{python: path/to/file.py:function}}",
         )
     check_own(task, place, where)
+    if isinstance(task, QuestionsBlock):
+        _check_filters(task, place, where)
     if isinstance(task, JsonlTask | DatasetTask) and isinstance(task.verifier, str):
         _check_forms(task, place, where)
     if isinstance(task, JsonlTask | RubricTask):
@@ -61,6 +66,50 @@ def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where
             )
     for index, part in enumerate(task.parts):
         check_task(part.task, (*place, "parts", index, "task"), where)
+
+
+def _check_filters(task: QuestionsBlock, place: tuple[str | int, ...], where: Where) -> None:
+    """What a task leaves out can be told from what the recipe says."""
+    chosen = task.filter
+    for key in ("prompt_tokens", "pass_rate"):
+        bounds = getattr(chosen, key)
+        if bounds is not None and bounds[0] > bounds[1]:
+            raise InputError(
+                f"filter.{key} goes from {bounds[0]:g} to {bounds[1]:g}",
+                where=where((*place, "filter", key)),
+                way_out="give the least, then the most; both ends stay",
+            )
+    if chosen.pass_rate is not None and chosen.pass_rates is None:
+        raise InputError(
+            "filter.pass_rate has no pass rates to go by",
+            where=where((*place, "filter", "pass_rate")),
+            way_out="measure them by genac evaluate pass-rates, and name the folder: filter.pass_rates",
+        )
+    if chosen.pass_rates is not None and not Path(chosen.pass_rates).expanduser().exists():
+        raise InputError(
+            f"there are no pass rates in {chosen.pass_rates}",
+            where=where((*place, "filter", "pass_rates")),
+            way_out="make them first: genac evaluate pass-rates RECIPE task.filter.pass_rate=null "
+            "task.filter.pass_rates=null --out FOLDER",
+        )
+    if task.decontaminate is not None:
+        check_benchmarks(task.decontaminate.against, (*place, "decontaminate", "against"), where)
+
+
+def check_benchmarks(sources: Sequence[BenchmarkSource], place: tuple[str | int, ...], where: Where) -> None:
+    """Benchmarks that recipes name are known, each named once, and their files are there."""
+    for name, times in Counter(source.name for source in sources).items():
+        try:
+            benchmark = find_benchmark(name)
+        except InputError as error:
+            raise InputError(error.what, where=where(place), way_out=error.way_out) from None
+        if times > 1:
+            raise InputError(f"{name} is named {times} times", where=where(place), way_out="name it once")
+        path = next(source.path for source in sources if source.name == name)
+        if path is not None and benchmark.suite:
+            raise InputError(f"{name} is generated: it reads no path", where=where(place))
+        if path is not None and not Path(path).expanduser().exists():
+            raise InputError(f"there is no file or folder {path}", where=where(place))
 
 
 def _check_forms(task: JsonlTask | DatasetTask, place: tuple[str | int, ...], where: Where) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+from genac_megatron.recipe.data import DecontaminateConfig, FilterConfig, with_named
 
 # Where a response's final answer may stand (tasks/answers.py, docs/tasks.md): \boxed{}; <answer> tags; a line
 # "Answer: ..."; "#### ..."; a last sentence "The answer is ..."; the last line; the last number, whatever of.
@@ -59,6 +60,11 @@ class QuestionsBlock(RowsBlock):
     tools_key: str | None = "tools"  # JSON schemas of functions, or JSON text of them: the chat template's
     split_key: str | None = "split"  # a row's own split, where one set of rows holds both
     conflicting: Literal["error", "drop"] = "error"  # questions that stand there with different answers
+    solution: bool = (
+        False  # the answer's field is a whole solution: its last box, or "#### X", is the reference
+    )
+    filter: FilterConfig = FilterConfig()
+    decontaminate: DecontaminateConfig | None = None  # None: no benchmark is looked at
 
 
 class StateTrackingTask(TaskBlock):
@@ -105,8 +111,11 @@ class DatasetTask(QuestionsBlock):
     """A Hugging Face dataset by name or local folder."""
 
     kind: Literal["datasets"]
-    name: str  # of a data set, or a file or folder
-    config: str | None = None  # of the data set
+    # Of a data set, or a file or folder. gsm8k, math, dapo-math-17k: known sets, their keys set (tasks.md)
+    name: str
+    path: str | None = None  # a local file or folder with the rows of the set of that name
+    config: str | list[str] | None = None  # of the data set; several: all their rows
+    revision: str | None = None  # of the data set on its hub: a commit, tag or branch
     split: str = "train"  # to train on
     heldout_split: str | None = None  # None: a seeded share of split
     heldout_size: Positive = 256  # rows of that share
@@ -118,6 +127,16 @@ class DatasetTask(QuestionsBlock):
     # None: boxed, tag, line, sentence; with `exact` the last line too
     answer_forms: Annotated[list[AnswerForm], Field(min_length=1)] | None = None
     instruction: str | None = None  # None: BOXED after questions that are text, nothing after chat messages
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, block: Any) -> Any:
+        return with_named(block)
+
+    @property
+    def source(self) -> str:
+        """Where its rows are read: the local path, else the name."""
+        return self.path or self.name
 
 
 class ReasoningGymTask(TaskBlock):

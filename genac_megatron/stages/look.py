@@ -126,7 +126,7 @@ def _missing(role: RoleConfig) -> str:
 def _task(config: TaskConfig, look: _Look, *, fit: bool = True) -> None:
     """fit: the rows are held to the models too; those of an SFT stage's source are when the run begins."""
     if isinstance(config, DatasetTask | BenchmarkTask):
-        name = config.name if isinstance(config, DatasetTask) else config.path or ""
+        name = config.source if isinstance(config, DatasetTask) else config.path or ""
         if not name or not Path(name).expanduser().exists():
             look.note(f"task: {config.name} is looked for when the run begins")
             return
@@ -139,6 +139,8 @@ def _task(config: TaskConfig, look: _Look, *, fit: bool = True) -> None:
     if isinstance(config, RubricTask):  # no judge is asked
         judge = config.judge.model_copy(update={"api_key_env": None})
         config = config.model_copy(update={"judge": judge})
+    if isinstance(config, DatasetTask | JsonlTask):
+        config = _with_local_benchmarks(config, look)
     privileged = look.recipe.judging.privileged
     task = make_task(config, look.tokenizer, look.recipe.seed, privileged=privileged)
     try:
@@ -148,6 +150,18 @@ def _task(config: TaskConfig, look: _Look, *, fit: bool = True) -> None:
             _fit(task.fixed, config, look)
     finally:
         task.close()
+
+
+def _with_local_benchmarks(config: DatasetTask | JsonlTask, look: _Look) -> DatasetTask | JsonlTask:
+    """The task, to be held to the benchmarks that lie here; others are named."""
+    clean = config.decontaminate
+    if clean is None:
+        return config
+    here = [source for source in clean.against if source.path is not None]
+    if missing := [source.name for source in clean.against if source.path is None]:
+        look.note(f"task: questions of {', '.join(missing)} are looked for in it when the run begins")
+    left = clean.model_copy(update={"against": here}) if here else None
+    return config.model_copy(update={"decontaminate": left})
 
 
 def _fit(task: FixedTask, config: RowsBlock, look: _Look) -> None:

@@ -23,7 +23,7 @@ from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
-from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.observe.runinfo import DATA, RunFolder, run_path, write_json_atomic
 from genac_megatron.publication.digest import know_base
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
@@ -130,10 +130,14 @@ class Run:
         positions = self.together(
             lambda: {n: shape_of(c.model, len(self.tokenizers[n])).max_positions for n, c in roles.items()}
         )
+        before = len(self.progress.notes)
         fit_task(self, positions, ("train", "heldout") if trains else ("heldout",))
         if trains:
             fit_chats(self, positions, unmade)
             fit_sources(self, positions, unmade)
+        if self.log is not None:
+            sizes = f"{self.task.train_size:,} training and {self.task.heldout_size:,} held-out prompts"
+            write_json_atomic(self.folder.path / DATA, {"told": [*self.progress.notes[before:], sizes]})
 
     def _build(self, resuming: bool) -> None:
         shares = self._shares()

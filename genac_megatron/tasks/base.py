@@ -226,6 +226,10 @@ class FixedTask(Task):
     def fixed(self) -> FixedTask | None:
         return self
 
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """The problems of a split, in order."""
+        return self._problems[split]
+
     def leave_out(self, split: Split, indices: Iterable[int]) -> None:
         """Drop the problems at `indices`; those behind them move up."""
         out = frozenset(indices)

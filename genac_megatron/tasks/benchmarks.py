@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.data import MATHS as MATHS
 from genac_megatron.recipe.tasks import DatasetTask, ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import Problem, Split, Task
@@ -72,7 +73,6 @@ BENCHMARKS = {
         "reasoning-gym: plans that are executed", 4, suite=("tower_of_hanoi", "rush_hour", "sokoban")
     ),
 }
-MATHS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")  # "maths" names them all
 
 
 def benchmark_names(listed: str) -> list[str]:
@@ -184,8 +184,9 @@ def _no_training() -> InputError:
 def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Problem]:
     config = DatasetTask(
         kind="datasets",
-        name=path or benchmark.dataset,
-        config=None if path else benchmark.config,
+        name=benchmark.dataset,
+        path=path,
+        config=benchmark.config,
         split=benchmark.split,
     )
     try:
@@ -197,8 +198,9 @@ def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Proble
         raise InputError(
             f"the dataset {benchmark.dataset} is neither reachable nor in the cache ({error.what})",
             where=f"benchmark {name}",
-            way_out=f"give a local file: --path {name}=FILE.jsonl, with {keys} in each line; or fetch the "
-            "dataset once on a machine with a network and point HF_HOME at its cache",
+            way_out=f"give a local file: --path {name}=FILE.jsonl, with {keys} in each line (in a "
+            f"recipe: {{name: {name}, path: FILE.jsonl}}); or fetch the dataset once on a machine "
+            "with a network and point HF_HOME at its cache",
         ) from error
     pattern = None if benchmark.answer_pattern is None else compiled(benchmark.answer_pattern)
     problems = []
@@ -209,7 +211,7 @@ def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Proble
         text = _field(row, benchmark.question_keys, where)
         problems.append(Problem(text, answer, benchmark.instruction, where=where))
     if not problems:
-        raise InputError("no problem in it", where=str(Path(config.name)))
+        raise InputError("no problem in it", where=str(Path(config.source)))
     return problems
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import DatasetTask
+from genac_megatron.tasks.filters import kept_rows
 from genac_megatron.tasks.questions import QuestionTask, make_question_task, need_verifier, read_problems
-from genac_megatron.tasks.rows import READERS, Located, as_row, read_rows, shortener
+from genac_megatron.tasks.rows import READERS, Located, as_row, iter_rows, shortener
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,22 +26,23 @@ T = TypeVar("T")
 def make_dataset_task(
     config: DatasetTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> QuestionTask:
-    """The task of `config.name`; held out are `heldout_split`'s problems, else a seeded share.
+    """The task of `config.source`; held out are `heldout_split`'s problems, else a seeded share.
 
     Rows may name their split themselves, as those of JSON lines do; of a set with splits of its own, names
     that say something else are passed over. Raises InputError where the dataset, the split, a column or a
     pattern's match is missing.
     """
     need_verifier(config)
-    single = is_one_set(config.name)
+    single = is_one_set(config.source)
     if single and config.heldout_split is not None:
         raise InputError(
             f"it is one set of rows: a heldout_split ({config.heldout_split}) would be the same ones again",
-            where=config.name,
+            where=config.source,
             way_out="leave task.heldout_split out (rows may name their split), or give a folder with a file "
             "for each split",
         )
-    rows = load_rows(config, config.split)
+    notes: list[str] = []
+    rows = kept_rows(distinct_rows(config, config.split, notes), config, notes)
     train, given = read_problems(rows, config, by_split="yes" if single else "known")
     heldout: list[Any] | None = given or None
     if config.heldout_split is not None:
@@ -49,8 +53,9 @@ def make_dataset_task(
                 way_out="leave task.heldout_split out, so that rows name their split, or set task.split_key: "
                 "null where it says something else",
             )
-        heldout = read_problems(load_rows(config, config.heldout_split), config, by_split="no")[0]
-    return make_question_task(config, train, heldout, tokenizer, seed, config.name)
+        rows = kept_rows(distinct_rows(config, config.heldout_split, notes), config, notes)
+        heldout = read_problems(rows, config, by_split="no")[0]
+    return make_question_task(config, train, heldout, tokenizer, seed, config.source, notes)
 
 
 def is_one_set(name: str) -> bool:
@@ -59,31 +64,74 @@ def is_one_set(name: str) -> bool:
     return path.is_file() or (path / SAVED).is_file()
 
 
+def distinct_rows(config: DatasetTask, split: str, notes: list[str]) -> list[Located]:
+    """The rows of a split, those that repeat another word for word left out, and told in `notes`.
+
+    A data set may hold each row a hundred times (DAPO-Math-17k: 1.8 million): they are let go as they come.
+    """
+    seen: set[bytes] = set()
+    kept: list[Located] = []
+    count = 0
+    for where, row in _rows(config, split):
+        count += 1
+        key = hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key not in seen:
+            seen.add(key)
+            kept.append((where, row))
+    if count > len(kept):
+        notes.append(
+            f"{count - len(kept):,} of {count:,} rows of {split} repeat another one: each counts once"
+        )
+    return kept
+
+
 def load_rows(config: DatasetTask, split: str) -> list[Located]:
     """The rows of a split, each with its place. Of one set (`is_one_set`) all rows, whatever the split.
 
     Raises InputError.
     """
-    path = Path(config.name).expanduser()
+    return list(_rows(config, split))
+
+
+def _rows(config: DatasetTask, split: str) -> Iterable[Located]:
+    path = Path(config.source).expanduser()
     if path.is_file():
         if not path.name.lower().removesuffix(".gz").endswith(READERS):
-            raise InputError(f"a file that is none of {', '.join(READERS)}", where=config.name)
-        return read_rows(path)
-    if not path.is_dir():
-        return _numbered(_loaded(config, split, lambda: _by_name(config, split)), config, split)
-    if (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file():
-        return _numbered(_loaded(config, split, lambda: _from_disk(path, split)), config, split)
-    files = _loaded(config, split, lambda: _files(config, path, split))
-    if files is not None:
-        return [row for file in files for row in read_rows(file)]
-    return _numbered(_loaded(config, split, lambda: _by_name(config, split)), config, split)
+            raise InputError(f"a file that is none of {', '.join(READERS)}", where=config.source)
+        return iter_rows(path)
+    if path.is_dir() and ((path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()):
+        return _numbered(_loaded(config, split, lambda: _from_disk(path, split)), config.source, split)
+    names: Sequence[str | None] = config.config if isinstance(config.config, list) else [config.config]
+    if path.is_dir():
+        names = _loaded(config, split, lambda: _local_configs(path, names))
+    return chain.from_iterable(_of_config(config, path, name, split) for name in names)
 
 
-def _by_name(config: DatasetTask, split: str) -> Any:
+def _local_configs(path: Path, names: Sequence[str | None]) -> Sequence[str | None]:
+    """The configurations of these that a folder has; [None], all its files, where it has none of them."""
     import datasets
 
-    path = Path(config.name).expanduser()
-    return datasets.load_dataset(str(path) if path.is_dir() else config.name, config.config, split=split)
+    there = datasets.get_dataset_config_names(str(path)) if any(names) else []
+    return [name for name in names if name in there] or [None]
+
+
+def _of_config(config: DatasetTask, path: Path, name: str | None, split: str) -> Iterable[Located]:
+    """The rows of one configuration, from a folder's files or by `datasets`."""
+    if path.is_dir():
+        files = _loaded(config, split, lambda: _files(name, path, split))
+        if files is not None:
+            return chain.from_iterable(map(iter_rows, files))
+    where = config.source if name is None else f"{config.source}, {name}"
+    return _numbered(_loaded(config, split, lambda: _by_name(config, name, split)), where, split)
+
+
+def _by_name(config: DatasetTask, name: str | None, split: str) -> Any:
+    import datasets
+
+    path = Path(config.source).expanduser()
+    if path.is_dir():
+        return datasets.load_dataset(str(path), name, split=split)
+    return datasets.load_dataset(config.source, name, split=split, revision=config.revision)
 
 
 def _from_disk(path: Path, split: str) -> Any:
@@ -97,13 +145,13 @@ def _from_disk(path: Path, split: str) -> Any:
     return saved
 
 
-def _files(config: DatasetTask, path: Path, split: str) -> list[str] | None:
+def _files(name: str | None, path: Path, split: str) -> list[str] | None:
     """The split's files in a folder, where all are of a kind that is read here."""
     import datasets
 
-    builder = datasets.load_dataset_builder(str(path), config.config)
+    builder = datasets.load_dataset_builder(str(path), name)
     found = builder.config.data_files
-    if builder.builder_configs and config.config is None and len(builder.builder_configs) > 1:
+    if builder.builder_configs and name is None and len(builder.builder_configs) > 1:
         return None  # `datasets` says which configurations there are
     if type(builder).__module__.rpartition(".")[2] not in BUILDERS or found is None:
         return None
@@ -114,12 +162,10 @@ def _files(config: DatasetTask, path: Path, split: str) -> list[str] | None:
     return files if all(readable) else None
 
 
-def _numbered(rows: Iterable[Any], config: DatasetTask, split: str) -> list[Located]:
+def _numbered(rows: Iterable[Any], name: str, split: str) -> Iterable[Located]:
     features = getattr(rows, "features", None)
     shorten = shortener(features.arrow_schema if features else ())
-    return [
-        (f"{config.name}[{split}], row {number}", as_row(shorten(row))) for number, row in enumerate(rows)
-    ]
+    return ((f"{name}[{split}], row {number}", as_row(shorten(row))) for number, row in enumerate(rows))
 
 
 def _loaded(config: DatasetTask, split: str, act: Callable[[], T]) -> T:
@@ -129,7 +175,7 @@ def _loaded(config: DatasetTask, split: str, act: Callable[[], T]) -> T:
     except Exception as error:  # whatever a builder, a file system or a hub of somebody else's raises
         raise InputError(
             f"cannot load split {split!r}: {_told(error)}",
-            where=config.name,
+            where=config.source,
             way_out="give a local file or folder, or the name of a dataset on its hub or in its cache",
         ) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from genac_megatron.recipe.tasks import JsonlTask
+from genac_megatron.tasks.filters import kept_rows
 from genac_megatron.tasks.questions import QuestionTask, make_question_task, need_verifier, read_problems
 from genac_megatron.tasks.rows import read_rows
 
@@ -19,9 +20,12 @@ def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase | None
     HELD_OUT), else a seeded share of the file. Raises InputError naming file and line.
     """
     need_verifier(config)
-    train, heldout = read_problems(read_rows(config.path), config, by_split="yes")
+    notes: list[str] = []
+    rows = kept_rows(read_rows(config.path), config, notes)
+    train, heldout = read_problems(rows, config, by_split="yes")
     given = heldout or None
     if config.heldout_path is not None:
-        first, second = read_problems(read_rows(config.heldout_path), config, by_split="yes")
+        rows = kept_rows(read_rows(config.heldout_path), config, notes)
+        first, second = read_problems(rows, config, by_split="yes")
         given = first + second
-    return make_question_task(config, train, given, tokenizer, seed, config.path)
+    return make_question_task(config, train, given, tokenizer, seed, config.path, notes)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import BOXED, AnswerForm, DatasetTask, JsonlTask
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.answers import final_answer
+from genac_megatron.tasks.answers import final_answer, referred
 from genac_megatron.tasks.base import FixedTask, Problem, split_problems
+from genac_megatron.tasks.clean import without_benchmarks
 from genac_megatron.tasks.fields import (
     MISSING,
     Messages,
@@ -24,6 +25,7 @@ from genac_megatron.tasks.fields import (
     shown_text,
     with_system,
 )
+from genac_megatron.tasks.filters import keep_lengths, keep_pass_rates, known_rates
 from genac_megatron.tasks.grading import make_grader
 from genac_megatron.tasks.reasoning import opened_reasoning, usual
 from genac_megatron.tasks.rows import Located, Row
@@ -129,6 +131,8 @@ def read_problem(
     reference = read_field(row, _chosen(row, config.answer_key, ANSWER_KEYS), where)
     if pattern is not None:
         reference = _matched(pattern, reference, where)
+    if config.solution:
+        reference = _answered(reference, where)
     tools = () if config.tools_key is None else read_tools(row, config.tools_key, where)
     value = _listed(look_up(row, question), question, where)
     if isinstance(value, list):
@@ -253,6 +257,18 @@ def _matched(pattern: re.Pattern[str], answer: str, where: str) -> str:
     return found.strip()
 
 
+def _answered(solution: str, where: str) -> str:
+    """The final answer of a whole solution. Raises InputError where it has none."""
+    answer = referred(solution)
+    if answer == solution and len(answer.split()) > 1:
+        raise InputError(
+            f"the solution has no \\boxed{{}} and no last line '#### X': {solution[-60:]!r}",
+            where=where,
+            way_out="set task.solution: false where the field is the answer itself",
+        )
+    return answer
+
+
 def without_conflicts(
     problems: Sequence[Problem], config: JsonlTask | DatasetTask
 ) -> tuple[list[Problem], str]:
@@ -293,16 +309,29 @@ def make_question_task(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     where: str,
+    notes: Sequence[str] = (),
 ) -> QuestionTask:
-    """The task of problems that were read; `heldout` None: a seeded share of them. Raises InputError."""
+    """The task of problems that were read; `heldout` None: a seeded share of them. Raises InputError.
+
+    notes: what was told of the rows so far. The task's say besides what is left out of the problems.
+    """
     if not train and not heldout:
         raise InputError("no row in it", where=where, way_out="see that it is the right file, and whole")
-    found, told = without_conflicts([*train, *(heldout or ())], config)
+    told = list(notes)
+    found, conflicts = without_conflicts([*train, *(heldout or ())], config)
+    told += [conflicts] if conflicts else []
+    repeats = len(found) - len({problem.key for problem in found})
+    if repeats:
+        told.append(f"{repeats:,} of {len(found):,} rows ask a question again: each counts once")
+    found = without_benchmarks(found, config.decontaminate, told)
     kept = {id(problem) for problem in found}
     train = [problem for problem in train if id(problem) in kept]
     if heldout is not None:
         heldout = [problem for problem in heldout if id(problem) in kept]
     splits = split_problems(train, heldout, config.heldout_size, seed, where)
     task = QuestionTask(*splits, need_verifier(config), tokenizer, config.answer_forms)
-    task.notes = [told] if told else []
+    task.notes = told
+    keep_lengths(task, config.filter.prompt_tokens)
+    rates = known_rates(task, config.filter)
+    keep_pass_rates(task, config.filter, rates)
     return task

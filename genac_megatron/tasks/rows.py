@@ -26,6 +26,7 @@ BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 GZIP, LFS = b"\x1f\x8b", b"version https://git-lfs"
 LONGEST_NUMBER = 4000  # digits; Python reads no integer beyond 4,300, so a longer one stays text
+ROWS_AT_ONCE = 4096  # of Arrow data, that are Python's at a time
 LONGEST_CELL = 1 << 30  # characters of a cell of CSV
 
 
@@ -42,7 +43,12 @@ TABLES = {".csv": _Form("CSV", "commas", ","), ".tsv": _Form("TSV", "tabs", "\t"
 
 
 def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
-    """Every row of a file, by its ending (.jsonl, .json, .csv, .tsv, .parquet, with or without .gz).
+    """`iter_rows`, all of them."""
+    return list(iter_rows(path, way_out))
+
+
+def iter_rows(path: str | Path, way_out: str = JSON_LINES) -> Iterator[Located]:
+    """The rows of a file one by one, by its ending (.jsonl, .json, .csv, .tsv, .parquet, perhaps with .gz).
 
     A name with another ending is read as JSON lines; a file that begins with a list is one JSON array,
     whatever its name. `way_out`: of what is no JSON object. Raises InputError that names the file, and the
@@ -51,17 +57,17 @@ def read_rows(path: str | Path, way_out: str = JSON_LINES) -> list[Located]:
     file = Path(path).expanduser()
     name = file.name.lower().removesuffix(".gz")
     if name.endswith(".parquet"):
-        return list(_parquet(file))
+        return _parquet(file)
     if name.endswith((".arrow", ".zip", ".zst", ".bz2", ".xz", ".xlsx", ".pkl")):
         raise InputError(
             f"a {file.suffix} file is not read", where=str(path), way_out=f"give one of {', '.join(READERS)}"
         )
     data = _bytes(file, str(path))
     if name.endswith(tuple(TABLES)):
-        return list(_table(data, str(path), TABLES[name[-4:]]))
+        return _table(data, str(path), TABLES[name[-4:]])
     if data[:256].lstrip()[:1] == b"[":
-        return list(_json_array(data, str(path)))
-    return list(json_lines(data, str(path), way_out))
+        return _json_array(data, str(path))
+    return json_lines(data, str(path), way_out)
 
 
 READERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # endings that `read_rows` knows
@@ -218,7 +224,11 @@ def _parquet(file: Path) -> Iterator[Located]:
             if opened.read(len(LFS)) == LFS:
                 raise _pointer(str(file))
         table = pyarrow.parquet.read_table(file)
-        rows = table.to_pylist()
+        schema, batches = table.schema, table.to_batches(max_chunksize=ROWS_AT_ONCE)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        shorten = shortener(schema)
+        for number, row in enumerate(rows):
+            yield f"{file}, row {number}", as_row(shorten(row))
     except (OSError, pyarrow.ArrowException) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise InputError(f"cannot be read: {what}", where=str(file)) from error
@@ -226,9 +236,6 @@ def _parquet(file: Path) -> Iterator[Located]:
         raise InputError(
             f"a column of text holds what is not UTF-8: {error.reason}", where=str(file)
         ) from error
-    shorten = shortener(table.schema)
-    for number, row in enumerate(rows):
-        yield f"{file}, row {number}", as_row(shorten(row))
 
 
 def shortener(schema: Any) -> Callable[[Row], Row]:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "genac_megatron"
 # The recipe's blocks are words that all rooms speak, apart from its rules, estimates and loader.
 WORDS = {
     *("block", "schema", "stages", "tasks", "training", "algorithms"),
-    *("own_code", "document", "over", "sharing", "servers", "pipeline"),
+    *("own_code", "document", "over", "data", "sharing", "servers", "pipeline"),
 }
 # Lowest first. Rooms of one line do not import each other.
 LEVELS = (
