@@ -1,11 +1,10 @@
 """Whether a question is one of a benchmark's: word for word, whatever its writing, or by shared n-grams.
 
-A question is taken for a benchmark's where it, or a paragraph of it (prompts may have an instruction around the
-question), is the same words, or where it shares a large part of the benchmark question's n-grams (it was changed
-in a few places). Words are compared without case, punctuation, LaTeX's spaces and dollar signs; what is shorter
-than an n-gram is the same only as a whole.
-Written here: kept libraries for near duplicates (datasketch) estimate by hashes what is counted exactly at
-this size.
+A question is taken for a benchmark's where it, or a paragraph of it (prompts may have an instruction around
+the question), is the same words, or where it shares a large part of the benchmark question's n-grams (it was
+changed in a few places). Words are compared without case, punctuation, LaTeX's spaces and dollar signs; what
+is shorter than an n-gram is the same only as a whole. Written here: kept libraries for near duplicates
+(datasketch) estimate by hashes what is counted exactly at this size.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Looked:
         return {found[at : at + self._ngram] for at in range(len(found) - self._ngram + 1)}
 
     def same(self, text: str) -> Found | None:
-        """The looked-for question that a text is word for word, or one of its paragraphs; None: it is none."""
+        """The looked-for question that a text or one of its paragraphs is word for word; None: it is none."""
         for part in (text, *text.split("\n\n")):
             if (number := self._whole.get(words(part))) is not None:
                 return self._found(number, 1.0)
