@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import save, table
-from genac_megatron.training.logprobs import vocab_parallel_logprobs
+from genac_megatron.models.logprobs import vocab_parallel_logprobs
 
 MIB = 2**20
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -32,8 +32,9 @@ from genac_megatron.cluster.gpus import gpu
 from genac_megatron.cluster.placement import misfits, server_shares, tenants
 from genac_megatron.recipe.estimate import memory_of, place_of
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.memory import GIB, Phase, timelines
+from genac_megatron.recipe.memory import Phase, timelines
 from genac_megatron.recipe.rules import read_shape
+from genac_megatron.recipe.share import GIB
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "cluster"
 LARGE = {"layers": 8, "hidden": 512, "ffn": 2048, "heads": 8, "kv_heads": 8}

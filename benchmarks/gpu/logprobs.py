@@ -1,6 +1,6 @@
 """Log-probs and entropies at a vocabulary of 152k: time and memory, forward and backward, of one GPU.
 
-Ours (training/logprobs.py: chunk by chunk, no whole logits), dense (float32 log_softmax of whole logits), and
+Ours (models/logprobs.py: chunk by chunk, no whole logits), dense (float32 log_softmax of whole logits), and
 the libraries' fused forms: Megatron's jit-fused cross-entropy and Transformer Engine's Triton one, which take
 whole logits and give no entropy, and torch's linear_cross_entropy, which gives a mean alone. Memory is the
 peak above hidden states and weight, less the two gradients that every variant returns. Each runs in a process

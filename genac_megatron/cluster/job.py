@@ -22,8 +22,8 @@ from genac_megatron.platform.network import (
     free_ports,
     job_ports,
 )
+from genac_megatron.recipe.resume import finished
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.stages.resume import finished
 
 LATEST = "latest"
 FROM = "from"  # in an attempt's folder: the position that it began at

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from genac_megatron.cluster.gpus import gpu
 from genac_megatron.recipe import memory
 from genac_megatron.recipe.estimate import place_of
-from genac_megatron.recipe.memory import GIB, Share, Tenants
+from genac_megatron.recipe.memory import Tenants
 from genac_megatron.recipe.rules import ranks_of
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.servers import plan_gpus, role_gpus, started_engines, too_few
+from genac_megatron.recipe.share import GIB, Share
 
 
 @dataclass(frozen=True)

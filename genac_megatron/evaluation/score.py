@@ -20,6 +20,7 @@ from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.states import spread
 from genac_megatron.critic.verdicts import Row
 from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.evaluation.ask import Asked, ask_critic_about, ask_endpoint_about
 from genac_megatron.evaluation.parts import Parts
 from genac_megatron.evaluation.session import identity, stop_if_asked, with_role
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
@@ -28,7 +29,6 @@ from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.tokenizer import role_tokenizer
-from genac_megatron.tracing.ask import Asked, ask_critic_about, ask_endpoint_about
 from genac_megatron.training.agreement import from_first
 
 if TYPE_CHECKING:

@@ -44,6 +44,8 @@ from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import InputError
 from genac_megatron.models.adapters import Adapters, attach, stand_on
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.layout import Sizes
+from genac_megatron.models.logprobs import vocab_parallel_logprobs
 from genac_megatron.models.packed_attention import plan_of, rows_of, tree_of
 from genac_megatron.models.pipeline import StageLayout
 from genac_megatron.models.routing import install
@@ -51,8 +53,6 @@ from genac_megatron.models.sizes import padded_vocab
 from genac_megatron.models.specs import Kind, block_spec, choose, fuse_weight_gradients, tree_way
 from genac_megatron.platform.fp8 import refusal_here
 from genac_megatron.recipe.schema import TrainingConfig
-from genac_megatron.training.layout import Layout
-from genac_megatron.training.logprobs import vocab_parallel_logprobs
 
 FP8 = {  # training.fp8 -> Megatron's (format, recipe)
     "delayed": ("hybrid", "delayed"),
@@ -169,7 +169,7 @@ class RoleModel(GPTModel):
 
 def build_model(
     shape: Shape,
-    layout: Layout,
+    layout: Sizes,
     groups: ProcessGroupCollection,
     training: TrainingConfig,
     seed: int = 0,
@@ -200,7 +200,7 @@ def build_model(
 
 def _chunk(
     shape: Shape,
-    layout: Layout,
+    layout: Sizes,
     groups: ProcessGroupCollection,
     config: TransformerConfig,
     specs: Kind,
@@ -250,7 +250,7 @@ def _mark_experts(model: RoleModel) -> None:
             parameter.allreduce = False
 
 
-def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -> None:
+def check(shape: Shape, layout: Sizes, training: TrainingConfig, specs: Kind) -> None:
     """Raise InputError where a layout cannot cut this shape, or the machine cannot do what is asked."""
     where = f"layout of {layout.name}"
     layout.chunk_layers(shape.layers, 0, 0)  # raises where they cannot be cut so
@@ -282,7 +282,7 @@ def check(shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind) -
         raise InputError(reason, where="training.fp8", way_out="set another of fp8's recipes, or off")
 
 
-def _check_experts(shape: Shape, layout: Layout, where: str) -> None:
+def _check_experts(shape: Shape, layout: Sizes, where: str) -> None:
     if shape.experts is None:
         if layout.ep > 1:
             raise InputError("ep needs a mixture of experts, and this family is dense", where=where)
@@ -297,7 +297,7 @@ def _check_experts(shape: Shape, layout: Layout, where: str) -> None:
 
 
 def transformer_config(
-    shape: Shape, layout: Layout, training: TrainingConfig, specs: Kind, stage: int = 0
+    shape: Shape, layout: Sizes, training: TrainingConfig, specs: Kind, stage: int = 0
 ) -> TransformerConfig:
     """Megatron's configuration of a role, on a rank of pipeline stage `stage`."""
     fused = specs == "te"
@@ -365,7 +365,7 @@ def _experts(shape: Shape, training: TrainingConfig, fused: bool) -> dict[str, A
     }
 
 
-def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+def _parallel(layout: Sizes, dtype: torch.dtype) -> dict[str, Any]:
     interleaved = layout.vpp > 1
     return {
         "tensor_model_parallel_size": layout.tp,

@@ -30,11 +30,12 @@ from genac_megatron.publication.adapters import AdapterJoiner, views
 from genac_megatron.publication.control import CallsFailed, Control
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.memory import PeakMemory
-from genac_megatron.publication.payload import by_handle, by_value, on_this_machine
+from genac_megatron.publication.payload import by_handle, on_this_machine
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.publication.sequence import Steps
 from genac_megatron.publication.tensor import in_shared_memory
 from genac_megatron.serving.sglang.adapters import Changes, adapter_name, changes
+from genac_megatron.serving.sglang.by_value import by_value
 from genac_megatron.serving.sglang.client import ServerError
 from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.agreement import agree, gathered

@@ -1,9 +1,8 @@
-"""A flat bucket as SGLang's `/update_weights_from_tensor` takes it, made without SGLang.
+"""A flat bucket as a handle to memory of this machine, for SGLang's `/update_weights_from_tensor`.
 
-The server unpickles `{"flattened_tensor": uint8 tensor, "metadata": [...]}` with an allow-list. Of a
-metadata entry it reads attributes only, so a SimpleNamespace serves. The tensor is a handle to memory of
-this machine (shared memory for host tensors, CUDA IPC for device tensors), or travels by value. Torch's own
-sharing by file descriptor is of no use here: the descriptor's authentication fails and kills the server.
+What the server unpickles is serving/sglang/by_value.py's; here the tensor in it is a handle (shared memory
+for host tensors, CUDA IPC for device tensors). Torch's own sharing by file descriptor is of no use: the
+descriptor's authentication fails and kills the server.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ from __future__ import annotations
 import base64
 import io
 import os
-import pickle
 import socket
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,43 +25,10 @@ from torch.multiprocessing import reductions
 
 from genac_megatron.models.sizes import Size
 from genac_megatron.platform import socket_folder
+from genac_megatron.serving.sglang.by_value import as_bytes, metadata
 
 MANAGER = len("/torch-shm-dir-XXXXXX/manager.sock")  # of torch_shm_manager, below TMPDIR
 _DEVICE = 6  # of rebuild_cuda_tensor's arguments: the device's index, which differs between processes
-
-
-def metadata(
-    tensors: Sequence[tuple[str, Size]], dtypes: torch.dtype | Sequence[torch.dtype]
-) -> list[SimpleNamespace]:
-    """Where each tensor is in the flat bucket, in bytes. dtypes: of all of them, or of each."""
-    entries = []
-    at = 0
-    each = [dtypes] * len(tensors) if isinstance(dtypes, torch.dtype) else dtypes
-    for (name, size), dtype in zip(tensors, each, strict=True):
-        count = torch.Size(size).numel() * dtype.itemsize
-        entries.append(
-            SimpleNamespace(
-                name=name,
-                shape=torch.Size(size),
-                dtype=dtype,
-                start_idx=at,
-                end_idx=at + count,
-                numel=count,
-            )
-        )
-        at += count
-    return entries
-
-
-def by_value(
-    flat: Tensor, tensors: Sequence[tuple[str, Size]], dtypes: Sequence[torch.dtype] | None = None
-) -> str:
-    """The bucket itself, in base64: for servers that do not share this machine's memory.
-
-    flat: its elements, or the bytes of tensors of several `dtypes`.
-    """
-    content = {"flattened_tensor": _bytes(flat).clone(), "metadata": metadata(tensors, dtypes or flat.dtype)}
-    return base64.b64encode(pickle.dumps(content)).decode()
 
 
 def by_handle(
@@ -76,7 +40,7 @@ def by_handle(
     must be `shared_buffer`'s.
     """
     buffer = io.BytesIO()
-    content = {"flattened_tensor": _bytes(flat), "metadata": metadata(tensors, dtypes or flat.dtype)}
+    content = {"flattened_tensor": as_bytes(flat), "metadata": metadata(tensors, dtypes or flat.dtype)}
     _HandlePickler(buffer).dump(content)
     return base64.b64encode(buffer.getvalue()).decode()
 
@@ -128,10 +92,6 @@ def on_this_machine(url: str) -> bool:
                 continue
             return True
     return False
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    return flat.detach().view(torch.uint8)
 
 
 class _HandlePickler(ForkingPickler):  # type: ignore[type-arg,unused-ignore]

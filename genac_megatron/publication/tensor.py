@@ -26,9 +26,10 @@ from genac_megatron.errors import InputError
 from genac_megatron.publication.control import FLAT_BUCKET, Control, at_once
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.groups import group_of
-from genac_megatron.publication.payload import by_handle, by_value, on_this_machine, shared_buffer
+from genac_megatron.publication.payload import by_handle, on_this_machine, shared_buffer
 from genac_megatron.publication.transport import Parcel
 from genac_megatron.recipe.schema import PublicationConfig
+from genac_megatron.serving.sglang.by_value import by_value
 from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.role import Role
 

@@ -11,7 +11,8 @@ Phases, in the order of a run (stages/turns.py keeps to it):
             comes after it
   restart   as generate, with a lost server that comes up again
 
-The role's parts are recipe/estimate.py's. Assumed, not measured: RANK_GIB, SERVER_GIB, CONTEXT_GIB, FILLED.
+The role's parts are recipe/estimate.py's. Assumed, not measured: RANK_GIB, SERVER_GIB, FILLED,
+and recipe/share.py's CONTEXT_GIB.
 `tools/gpu_minutes.sh facts server memory` says on a GPU what the first three are.
 """
 
@@ -22,21 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.sizes import largest_parameter
 from genac_megatron.recipe.estimate import BYTES, Memory, Place, memory_of, served_bytes, slot_bytes
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import EngineConfig, Recipe, RoleConfig, SftStage
 from genac_megatron.recipe.servers import served_adapters
+from genac_megatron.recipe.share import GIB, Share, gib
 from genac_megatron.recipe.sharing import owner_of
 
-GIB = 2.0**30
 # A rank's CUDA context, NCCL's and cuBLAS's buffers, and the allocator's waste.
 RANK_GIB = 6.0
 # A server's context, NCCL and all-reduce buffers, the attention kernels' workspace and the CUDA graphs.
 SERVER_GIB = 2.5
-CONTEXT_GIB = 1.0  # of it, taken before SGLang looks at what is free
 # Of SGLang 0.5.23, where a recipe has no limits: tokens computed at once (chunked_prefill_size, from 60 and
 # from 160 GiB on), and requests that its table has room for (512 times the contexts in the cache, within
 # these).
@@ -47,7 +46,6 @@ RESERVED = 0.7  # of a request's length that SGLang's scheduler sets aside befor
 BUCKET = 512 << 20  # publication/plan.py: BUCKET_BYTES
 ALIVE = 2  # buckets of a publication at a time
 FILLED = 0.98  # of a GPU, by KV caches that take what is left: the rest of it is an estimate. Assumed
-DIGITS = 4  # of a fraction; rounded down
 
 
 class Phase(StrEnum):
@@ -71,42 +69,6 @@ class Tenants:
     rank: int | None  # the first one's
     places: Mapping[str, Place | None] = field(default_factory=dict)  # of the rank, in each role's layout
     servers: tuple[str, ...] = ()  # roles that have one there
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a role's servers get of each of their GPUs, in bytes."""
-
-    role: str
-    weights: float
-    cache: float  # KV; negative where the weights alone are more than the share
-    least: float  # a KV cache below this holds no response of the recipe's length
-    token: float  # of the KV cache, for one token
-    runtime: float  # beside weights and cache: SGLang does not count it in its fraction
-
-    @property
-    def static(self) -> float:
-        """Weights and KV cache: what SGLang's --mem-fraction-static is about."""
-        return self.weights + self.cache
-
-    def fraction(self, free: float) -> float:
-        """--mem-fraction-static of a server that starts where `free` bytes are free on each of its GPUs.
-
-        It gets its share or, where less is free, what is there. Raises InputError where that holds no
-        response.
-        """
-        static = min(self.static, free - self.runtime)
-        if static < self.weights + self.least:
-            raise InputError(
-                f"a server needs {_gib(self.weights)} GiB for weights, {_gib(self.least)} for the cache of "
-                f"a response and {_gib(self.runtime)} beside them; its share for weights and cache is "
-                f"{_gib(self.static)}, and {_gib(free)} GiB of its GPU are free",
-                where=f"roles.{self.role}.engine",
-                way_out="see with nvidia-smi who holds the rest, and with genac run --dry-run who is to; "
-                "a larger engine.tp or mem_fraction, or training.offload, gives servers more",
-            )
-        scale = 10**DIGITS
-        return math.floor(static / (free - CONTEXT_GIB * GIB) * scale) / scale
 
 
 def kv_pool(free_at_start: float, free_before_pool: float, fraction: float) -> float:
@@ -346,8 +308,8 @@ def faults(recipe: Recipe, tenants: Sequence[Tenants], total: float, gpu: str) -
         return []
     phase = worst.peak
     return [
-        f"{_where(worst.tenants)} needs about {_gib(worst.used(phase))} GiB in phase '{phase}' "
-        f"({told(worst.phases[phase])}), and a {gpu} has {_gib(total)}: {_help(recipe, worst, phase)}"
+        f"{_where(worst.tenants)} needs about {gib(worst.used(phase))} GiB in phase '{phase}' "
+        f"({told(worst.phases[phase])}), and a {gpu} has {gib(total)}: {_help(recipe, worst, phase)}"
     ]
 
 
@@ -355,9 +317,9 @@ def _small(recipe: Recipe, share: Share, lines: Sequence[Timeline]) -> str:
     """A server whose share holds no response."""
     role = recipe.roles[share.role]
     text = (
-        f"a server of '{share.role}' has {_gib(max(0.0, share.static))} GiB per GPU, its weights take "
-        f"{_gib(share.weights)} and the KV cache of one response of {longest(recipe, share.role):,} tokens "
-        f"{_gib(share.least)}: raise roles.{share.role}.engine.tp"
+        f"a server of '{share.role}' has {gib(max(0.0, share.static))} GiB per GPU, its weights take "
+        f"{gib(share.weights)} and the KV cache of one response of {longest(recipe, share.role):,} tokens "
+        f"{gib(share.least)}: raise roles.{share.role}.engine.tp"
     )
     if role.engine.mem_fraction is not None:
         return text + " or mem_fraction (or leave it out: it is then what the others leave)"
@@ -406,18 +368,18 @@ def _help(recipe: Recipe, line: Timeline, phase: Phase) -> str:
 def describe(recipe: Recipe, tenants: Sequence[Tenants], total: float, gpu: str) -> str:
     """The table of --dry-run: every party of every kind of GPU, in GiB by phase."""
     given, lines = shares(recipe, tenants, total), timelines(recipe, tenants, total)
-    text = [f"Memory of each GPU by phase, estimated, in GiB of a {gpu}'s {_gib(total)}"]
+    text = [f"Memory of each GPU by phase, estimated, in GiB of a {gpu}'s {gib(total)}"]
     for line in lines:
         text.append(f"  {_where(line.tenants, everyone=True)}")
         text.append(f"    {'':<26}" + "".join(f"{phase:>10}" for phase in Phase))
         parties = dict.fromkeys(party for phase in Phase for party in line.phases[phase])
         for party in parties:
             sizes = (line.phases[phase].get(party, 0.0) for phase in Phase)
-            text.append(f"    {party:<26}" + "".join(f"{_gib(size) if size else '-':>10}" for size in sizes))
-        text.append(f"    {'all':<26}" + "".join(f"{_gib(line.used(phase)):>10}" for phase in Phase))
+            text.append(f"    {party:<26}" + "".join(f"{gib(size) if size else '-':>10}" for size in sizes))
+        text.append(f"    {'all':<26}" + "".join(f"{gib(line.used(phase)):>10}" for phase in Phase))
     for name, share in given.items():
         text.append(
-            f"  {name}'s servers: {_gib(share.static)} GiB of each GPU for weights and a KV cache of "
+            f"  {name}'s servers: {gib(share.static)} GiB of each GPU for weights and a KV cache of "
             f"{max(0, int(share.cache / share.token)):,} tokens"
         )
     return "\n".join(text)
@@ -426,7 +388,7 @@ def describe(recipe: Recipe, tenants: Sequence[Tenants], total: float, gpu: str)
 def told(parties: Mapping[str, float]) -> str:
     """Parties and their GiB in one line, the largest first."""
     most = sorted(parties.items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{party} {_gib(size)}" for party, size in most if abs(size) >= 0.05 * GIB)
+    return ", ".join(f"{party} {gib(size)}" for party, size in most if abs(size) >= 0.05 * GIB)
 
 
 def _where(tenants: Tenants, *, everyone: bool = False) -> str:
@@ -435,7 +397,3 @@ def _where(tenants: Tenants, *, everyone: bool = False) -> str:
     more = len(tenants.gpus) - 1
     alike = f" and {more} alike" if everyone and more else ""
     return f"GPU {gpu} of node {node}{rank}{alike}"
-
-
-def _gib(number: float) -> str:
-    return f"{number / GIB:.1f}"

@@ -9,8 +9,8 @@ from typing import Any
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, StopRequested
+from genac_megatron.recipe.resume import before_judging, check_steps, fingerprint, lengths
 from genac_megatron.recipe.schema import SftStage, StageConfig
-from genac_megatron.stages.resume import before_judging, check_steps, fingerprint, lengths
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 

@@ -30,6 +30,7 @@ from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.report import write_report
 from genac_megatron.observe.runinfo import METRICS, RunFolder, run_path, set_aside, write_text_atomic
 from genac_megatron.recipe.loader import dump_recipe
+from genac_megatron.recipe.resume import check_resumable, to_train_on
 from genac_megatron.recipe.schema import (
     PolicyStage,
     PpoStage,
@@ -44,7 +45,6 @@ from genac_megatron.stages.loop import Loop, restore_engines, restore_state
 from genac_megatron.stages.policy import policy
 from genac_megatron.stages.ppo import joint_ppo
 from genac_megatron.stages.reinforce import reinforce
-from genac_megatron.stages.resume import check_resumable, to_train_on
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
 from genac_megatron.stages.sft_data import unmade

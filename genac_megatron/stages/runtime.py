@@ -27,9 +27,10 @@ from genac_megatron.observe.runinfo import DATA, RunFolder, run_path, write_json
 from genac_megatron.publication.digest import know_base
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
-from genac_megatron.recipe.memory import Share, colocated
+from genac_megatron.recipe.memory import colocated
 from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig, StageConfig
 from genac_megatron.recipe.servers import served_adapters, started_engines
+from genac_megatron.recipe.share import Share
 from genac_megatron.recipe.sharing import in_order, owner_of
 from genac_megatron.records import Prompt, Sample
 from genac_megatron.serving.engine import Engine

@@ -21,9 +21,9 @@ from genac_megatron.publication.adapter_fleet import AdapterPublisher
 from genac_megatron.publication.factory import adapter_publisher, fleet_publisher
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.publisher import Publisher
-from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import node_servers, plan_gpus
+from genac_megatron.recipe.share import Share
 from genac_megatron.serving.embedded import EmbeddedEngine
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.cores import (

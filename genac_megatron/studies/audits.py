@@ -15,7 +15,7 @@ from genac_megatron.evaluation.plots import save
 from genac_megatron.evaluation.tables import table
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import FIGURES
-from genac_megatron.studies.runner import Places, made_from
+from genac_megatron.studies.places import Places, made_from
 from genac_megatron.studies.schema import Audit, RunSpec, Study
 from genac_megatron.studies.standing import stands_on
 from genac_megatron.studies.summary import mean

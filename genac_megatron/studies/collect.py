@@ -16,9 +16,9 @@ from genac_megatron.recipe.schema import Recipe
 from genac_megatron.studies.cost import Weights, total, weights_of
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records
-from genac_megatron.studies.runner import Places, made_from, newer
+from genac_megatron.studies.places import Places, made_from, newer
 from genac_megatron.studies.schema import Cell, bases_of, cells_of
-from genac_megatron.studies.standing import stands_on
+from genac_megatron.studies.standing import has_ended, stands_on
 
 ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
 DECODED = ("tokens/rollout", "tokens/judge")
@@ -32,7 +32,7 @@ def records_of(places: Places, seeds: list[int]) -> list[Record]:
     kept, digests, found = kept_records(places), digests_of(places).records, list[Record]()
     for cell in cells_of(places.study, str(places.file)):
         for seed in seeds:
-            if places.has_ended(cell.name, seed):
+            if has_ended(places, cell.name, seed):
                 found.append(record_of(places, cell, seed) | {"made_from": digests[cell.name]})
             elif (cell.name, seed) in kept:
                 found.append(kept[cell.name, seed] | {"label": cell.label, "options": cell.options})
@@ -65,7 +65,7 @@ def _before(places: Places, cell: Cell, seed: int) -> tuple[dict[str, float] | N
     """What the base runs of other roles than the actor had spent, and those that they start from in turn: a
     critic's pre-training is its method's. None, and their names, where some of them are not there."""
     bases = _critics_bases(places, cell)
-    missing = [base for base in bases if not places.has_ended(base, seed)]
+    missing = [base for base in bases if not has_ended(places, base, seed)]
     if missing:
         return None, missing
     spent = dict.fromkeys(COSTS, 0.0)

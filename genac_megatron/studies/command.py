@@ -36,7 +36,7 @@ def run_command(options: argparse.Namespace) -> int:
     """Run what is left, then write `<out>/<name>`: figures.json, table.md and plots."""
     from rich.console import Console
 
-    from genac_megatron.studies.runner import Places
+    from genac_megatron.studies.places import Places
 
     file, console = Path(options.file), Console(highlight=False)
     study = read_study(file)

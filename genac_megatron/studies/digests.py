@@ -8,13 +8,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from genac_megatron.recipe import document
+from genac_megatron.studies.places import Places
 from genac_megatron.studies.schema import RunSpec, bases_of, cells_of
-
-if TYPE_CHECKING:
-    from genac_megatron.studies.runner import Places
 
 # Where and how it ran, not what it is. Seconds depend on them, and are told as measured.
 CIRCUMSTANCES = {"name", "runs", "seed", "world", "cluster", "observe", "checkpoint"}

@@ -10,9 +10,9 @@ from typing import Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.studies.digests import digests_of
-from genac_megatron.studies.runner import Places
+from genac_megatron.studies.places import Places
 from genac_megatron.studies.schema import cells_of
-from genac_megatron.studies.standing import stands_on
+from genac_megatron.studies.standing import has_ended, stands_on
 
 FIGURES = "figures.json"
 Record = dict[str, Any]
@@ -46,7 +46,7 @@ def _sorted(places: Places) -> tuple[dict[tuple[str, int], Record], dict[tuple[s
             cell, seed = record["cell"], record["seed"]
             if record.get("made_from") != today.get(cell, "") or not _whole(places, record):
                 continue
-            if not places.has_ended(cell, seed):
+            if not has_ended(places, cell, seed):
                 here, there = stands_on(places, specs[cell], seed), record.get("stands_on", {})
                 same = all(there.get(base, digest) == digest for base, digest in here.items())
                 (kept if same else others)[cell, seed] = record

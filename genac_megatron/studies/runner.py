@@ -17,11 +17,12 @@ from rich.console import Console
 from genac_megatron.errors import EXIT_REQUEUE, GenacError, InputError, StopRequested
 from genac_megatron.observe.runinfo import METRICS
 from genac_megatron.studies.digests import digests_of
-from genac_megatron.studies.schema import RunSpec, Study, bases_of, cells_of
+from genac_megatron.studies.places import STAMP, Places, beside, made_from, newer
+from genac_megatron.studies.schema import RunSpec, bases_of, cells_of
 from genac_megatron.studies.standing import began_with_others, tell, trained
 
 TAIL = 15  # lines of a failed run that are shown
-LOG, STAMP, ENDED = ".log", ".made_from", ".ended"  # beside what a task makes
+LOG = ".log"  # beside what a task makes
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 POLL_S = 0.2
 
@@ -50,48 +51,6 @@ class Task:
     def done(self) -> bool:
         """Whether all that it makes is there, and later than what it was made of."""
         return all(path.exists() and (self.of is None or newer(path, self.of)) for path in self.makes)
-
-
-def newer(path: Path, of: Path) -> bool:
-    """Whether `path` is there, and not older than what it was made of, should that still be there."""
-    return path.exists() and (not of.exists() or path.stat().st_mtime >= of.stat().st_mtime)
-
-
-class Places:
-    """Where a study's runs and results lie."""
-
-    def __init__(
-        self, study: Study, file: Path, out: Path, work: Path, overrides: Sequence[str] = ()
-    ) -> None:
-        self.study, self.file, self.out, self.work = study, file, out, work / study.name
-        self.overrides = overrides  # of every recipe, after all that the file sets
-
-    def run(self, name: str, seed: int) -> Path:
-        return self.work / f"{name}-s{seed}"
-
-    def ended(self, name: str, seed: int) -> Path:
-        """There once that run has ended well."""
-        return _beside(self.run(name, seed), ENDED)
-
-    def has_ended(self, name: str, seed: int) -> bool:
-        """Whether that run is there, whole, and made from what the study says today."""
-        folder, today = self.run(name, seed), digests_of(self).runs[name]
-        return folder.exists() and self.ended(name, seed).exists() and made_from(folder) == today
-
-    def bank(self, name: str, seed: int) -> Path:
-        return self.work / f"bank-{name}-s{seed}"
-
-    def manifest(self, bank: str, seed: int) -> Path:
-        return self.bank(bank, seed) / "manifest.json"
-
-    def scores(self, bank: str, cell: str, seed: int) -> Path:
-        return self.bank(bank, seed) / "scores" / cell
-
-    def audit(self, name: str, seed: int) -> Path:
-        return self.work / f"audit-{name}-s{seed}"
-
-    def recipe(self, spec: RunSpec) -> Path:
-        return self.file.parent / str(spec.recipe)
 
 
 def tasks_of(
@@ -130,16 +89,6 @@ def tasks_of(
     _refuse_others(made)
     refuse_other_bases(made)
     return made
-
-
-def made_from(folder: Path) -> str:
-    """The digest of what a run or bank was made from; empty where nothing says."""
-    stamp = _beside(folder, STAMP)
-    return stamp.read_text(encoding="utf-8").strip() if stamp.exists() else ""
-
-
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.parent / f"{folder.name}{suffix}"
 
 
 def _refuse_others(tasks: Sequence[Task]) -> None:
@@ -197,7 +146,7 @@ def _run(places: Places, name: str, spec: RunSpec, seed: int) -> Task:
         ended=places.ended(name, seed),
         needs=tuple(places.ended(base, seed) for base in spec.runs),
         command=("run", str(places.recipe(spec)), *command),
-        log=_beside(folder, LOG),
+        log=beside(folder, LOG),
         resumable=folder / "checkpoints",
         made_from=digests_of(places).runs[name],
         begins_with=partial(trained, places, spec.runs, seed),
@@ -229,7 +178,7 @@ def _build(places: Places, name: str, seed: int) -> Task:
             *places.study.set, *bank.set, *places.overrides,
             "--checkpoint", str(places.run(bank.actor, seed)), "--out", str(folder), *options,
         ),
-        log=_beside(folder, LOG),
+        log=beside(folder, LOG),
         made_from=digests_of(places).banks[name],
         begins_with=partial(trained, places, [bank.actor], seed),
         others=partial(began_with_others, places, folder, seed),
@@ -249,7 +198,7 @@ def _audit(places: Places, name: str, seed: int) -> Task:
             *places.study.set, *audit.set, *places.overrides,
             *(word for pair in named.items() for word in pair), "--out", str(folder), *audit.options,
         ),
-        log=_beside(folder, LOG),
+        log=beside(folder, LOG),
         made_from=digests_of(places).audits[name],
         begins_with=partial(trained, places, audit.bases, seed),
         others=partial(began_with_others, places, folder, seed),
@@ -271,7 +220,7 @@ def _score(places: Places, cell: str, spec: RunSpec, seed: int) -> Task:
             "--checkpoint", str(places.run(cell, seed)), "--name", cell, "--again",
             *(word for other in others for word in ("--also", other)),
         ),
-        log=_beside(places.scores(banks[0], cell, seed), LOG),
+        log=beside(places.scores(banks[0], cell, seed), LOG),
     )  # fmt: skip
 
 
@@ -338,7 +287,7 @@ class _Running:
         if task.ended is not None:
             task.ended.unlink(missing_ok=True)  # of a run that was removed
         if task.made_from:
-            _beside(task.folder, STAMP).write_text(task.made_from + "\n", encoding="utf-8")
+            beside(task.folder, STAMP).write_text(task.made_from + "\n", encoding="utf-8")
         words = [sys.executable, "-m", "genac_megatron", *task.command, *(["--resume"] if begun else [])]
         self.task = task
         with task.log.open("a") as log:

@@ -10,14 +10,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
 from genac_megatron.observe.runinfo import METRICS, read_jsonl, write_json_atomic
+from genac_megatron.studies.digests import digests_of
+from genac_megatron.studies.places import Places, made_from
 from genac_megatron.studies.schema import RunSpec
-
-if TYPE_CHECKING:
-    from genac_megatron.studies.runner import Places
 
 BEGAN_WITH = ".began_with"  # beside a run or audit
 TELLING = ("/loss", "/grad_norm")  # figures of a step that no two trainings have alike
@@ -29,9 +27,15 @@ def stands_on(places: Places, spec: RunSpec, seed: int) -> dict[str, str]:
     return trained(places, [*spec.runs, *actors], seed)
 
 
+def has_ended(places: Places, name: str, seed: int) -> bool:
+    """Whether that run is there, whole, and made from what the study says today."""
+    folder, today = places.run(name, seed), digests_of(places).runs[name]
+    return folder.exists() and places.ended(name, seed).exists() and made_from(folder) == today
+
+
 def trained(places: Places, names: Iterable[str], seed: int) -> dict[str, str]:
     """A digest of the training of each base run of these that is there and has ended."""
-    ended = [name for name in sorted({*names}) if places.has_ended(name, seed)]
+    ended = [name for name in sorted({*names}) if has_ended(places, name, seed)]
     return {name: training_of(places.run(name, seed) / METRICS) for name in ended}
 
 

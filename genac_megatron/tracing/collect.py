@@ -23,6 +23,14 @@ from genac_megatron.critic.states import state_text
 from genac_megatron.critic.trace_rows import as_state, plain, state_row
 from genac_megatron.critic.verdicts import Row, accepted, bucket, evenly, monte_carlo
 from genac_megatron.errors import InputError, on_all_ranks
+from genac_megatron.evaluation.ask import (
+    Asked,
+    Kept,
+    Spent,
+    ask_critic_about,
+    ask_endpoint_about,
+    ask_exact_about,
+)
 from genac_megatron.evaluation.session import stop_if_asked, with_roles
 from genac_megatron.observe.manifest import MANIFEST, find_checkpoint
 from genac_megatron.observe.runinfo import write_text_atomic
@@ -37,14 +45,6 @@ from genac_megatron.stages.sft_data import Drawn
 from genac_megatron.stages.sft_orders import Order, orders
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.stages.strengths import Cast
-from genac_megatron.tracing.ask import (
-    Asked,
-    Kept,
-    Spent,
-    ask_critic_about,
-    ask_endpoint_about,
-    ask_exact_about,
-)
 from genac_megatron.tracing.filter import (
     ANSWERS,
     STATES,

@@ -80,7 +80,7 @@ def begin_case(rank: int, folder: str, recipe: str, resume: bool) -> Any:
 
 def write_view(folder: Path, recipe: str, steps: list[int]) -> None:
     from genac_megatron.recipe.loader import load_recipe
-    from genac_megatron.stages.resume import fingerprint
+    from genac_megatron.recipe.resume import fingerprint
     from genac_megatron.training.checkpoint import FORMAT
 
     state = {"recipe": fingerprint(load_recipe(recipe))}

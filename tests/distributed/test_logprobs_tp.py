@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from genac_megatron.training.logprobs import vocab_parallel_logprobs
+from genac_megatron.models.logprobs import vocab_parallel_logprobs
 from tests.distributed.pool import Pool
 
 TOKENS, HIDDEN, ROWS = 37, 24, 64

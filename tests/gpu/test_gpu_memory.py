@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.gpu.publication import SERVER_ARGS
 from genac_megatron.models.registry import hf_config
-from genac_megatron.recipe.memory import GIB, SERVER_GIB, Share
+from genac_megatron.recipe.memory import SERVER_GIB
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.share import GIB, Share
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.serving.sglang.free_memory import free_bytes

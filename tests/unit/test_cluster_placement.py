@@ -24,8 +24,8 @@ from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
 from genac_megatron.platform.network import job_ports
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.resume import lengths
 from genac_megatron.recipe.schema import Recipe, TrainingConfig
-from genac_megatron.stages.resume import lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\

@@ -12,8 +12,9 @@ from genac_megatron.cluster import script
 from genac_megatron.cluster.gpus import gpu
 from genac_megatron.cluster.placement import heaviest, misfits, placement, server_shares, tenants
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.memory import GIB, Phase, kv_pool, timelines
+from genac_megatron.recipe.memory import Phase, kv_pool, timelines
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.share import GIB
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))

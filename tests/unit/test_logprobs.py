@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genac_megatron.errors import InputError
-from genac_megatron.training.logprobs import _Shard, vocab_parallel_logprobs
+from genac_megatron.models.logprobs import _Shard, vocab_parallel_logprobs
 
 
 def dense(

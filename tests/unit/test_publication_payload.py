@@ -19,12 +19,11 @@ import torch
 from genac_megatron.publication.disk import write_safetensors
 from genac_megatron.publication.payload import (
     by_handle,
-    by_value,
-    metadata,
     on_this_machine,
     shared_buffer,
 )
 from genac_megatron.serving.sglang.boot import MAPPED
+from genac_megatron.serving.sglang.by_value import by_value, metadata
 from genac_megatron.serving.sglang.loading import serialized
 
 TENSORS = [("a.weight", (2, 3)), ("b.bias", (4,))]

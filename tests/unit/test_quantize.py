@@ -17,9 +17,9 @@ from genac_megatron.models.blockwise import BLOCK, in_blocks, scale_name, scale_
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.quantize import FP8, dequantize, quantize
 from genac_megatron.models.sizes import hf_names
-from genac_megatron.publication.payload import metadata
 from genac_megatron.publication.plan import Bucket, make_plan
 from genac_megatron.publication.transport import named, view_of
+from genac_megatron.serving.sglang.by_value import metadata
 from genac_megatron.training.layout import Layout
 
 SIDES = st.integers(1, 300)

@@ -16,18 +16,16 @@ from genac_megatron.recipe import memory
 from genac_megatron.recipe.estimate import memory_of, place_of, served_bytes
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.memory import (
-    CONTEXT_GIB,
     FILLED,
-    GIB,
     PREFILL,
     SERVED_IN,
     SERVER_GIB,
     Phase,
-    Share,
     kv_pool,
 )
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.share import CONTEXT_GIB, GIB, Share
 
 RECIPE = """\
 name: eight

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.resume import check_resumable, fingerprint
 from genac_megatron.recipe.schema import Recipe
-from genac_megatron.stages.resume import check_resumable, fingerprint
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from genac_megatron.errors import GenacError, InputError
-from genac_megatron.recipe.memory import CONTEXT_GIB, GIB, Share
 from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.share import CONTEXT_GIB, GIB, Share
 from genac_megatron.serving.sglang import fleet as module
 from genac_megatron.serving.sglang.fleet import Fleet
 from genac_megatron.serving.sglang.free_memory import free_bytes, parse

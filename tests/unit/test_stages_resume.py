@@ -13,10 +13,7 @@ import yaml
 from genac_megatron.errors import InputError
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.recipe.schema import Recipe
-from genac_megatron.stages.fallback import trained_folder, trained_on
-from genac_megatron.stages.progression import Progression
-from genac_megatron.stages.resume import (
+from genac_megatron.recipe.resume import (
     before_judging,
     check_resumable,
     check_steps,
@@ -25,6 +22,9 @@ from genac_megatron.stages.resume import (
     lengths,
     to_train_on,
 )
+from genac_megatron.recipe.schema import Recipe
+from genac_megatron.stages.fallback import trained_folder, trained_on
+from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.sft_heldout import Seen
 from tests.e2e.test_run import RECIPE
 

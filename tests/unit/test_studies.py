@@ -20,8 +20,9 @@ from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import AdapterConfig, ModelConfig, ModelShape, TrainingConfig
 from genac_megatron.studies.collect import curve
 from genac_megatron.studies.cost import multiplied, spent, total, weights_of
+from genac_megatron.studies.places import Places
 from genac_megatron.studies.plots import draw_all
-from genac_megatron.studies.runner import Places, tasks_of
+from genac_megatron.studies.runner import tasks_of
 from genac_megatron.studies.schema import Bank, Study, bases_of, cells_of, read_study, swept
 from genac_megatron.studies.summary import at_equal_cost, best_cells, markdown, mean
 

@@ -19,7 +19,8 @@ from genac_megatron.recipe.schema import ModelConfig, ModelShape
 from genac_megatron.studies.audits import audit_records, audits_of_other_bases, kept_audits, markdown
 from genac_megatron.studies.collect import curve, record_of
 from genac_megatron.studies.digests import digests_of
-from genac_megatron.studies.runner import Places, _Running, all_tasks, tasks_of
+from genac_megatron.studies.places import Places
+from genac_megatron.studies.runner import _Running, all_tasks, tasks_of
 from genac_megatron.studies.schema import Study, cells_of, read_study
 from genac_megatron.studies.summary import area, areas, at_equal_cost
 from genac_megatron.studies.summary import markdown as cells_markdown

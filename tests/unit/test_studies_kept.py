@@ -18,9 +18,10 @@ from genac_megatron.studies.collect import records_of, scores_of
 from genac_megatron.studies.command import _run
 from genac_megatron.studies.digests import digests_of
 from genac_megatron.studies.kept import kept_records, of_other_bases
-from genac_megatron.studies.runner import ENDED, STAMP, Places, tasks_of
+from genac_megatron.studies.places import ENDED, STAMP, Places
+from genac_megatron.studies.runner import tasks_of
 from genac_megatron.studies.schema import cells_of, read_study
-from genac_megatron.studies.standing import stands_on
+from genac_megatron.studies.standing import has_ended, stands_on
 
 STUDY: dict[str, Any] = {
     "name": "tiny",
@@ -252,7 +253,7 @@ def test_a_run_of_an_edited_recipe_is_not_taken_for_its_own(folder: Path) -> Non
     with pytest.raises(InputError, match=r"from what: a-s1\n") as caught:
         tasks_of(places(folder), [1])
     assert "move them away" in str(caught.value)
-    assert [cell for cell in "ab" if places(folder).has_ended(cell, 1)] == ["b"]
+    assert [cell for cell in "ab" if has_ended(places(folder), cell, 1)] == ["b"]
     (folder / "work" / "tiny" / f"b-s1{STAMP}").unlink()
     with pytest.raises(InputError, match="a-s1, b-s1"):
         tasks_of(places(folder), [1])

@@ -17,7 +17,8 @@ from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import PolicyStage, Recipe, SftStage, ValueStage
 from genac_megatron.records import Completion, Rollout
-from genac_megatron.studies.runner import Places, tasks_of
+from genac_megatron.studies.places import Places
+from genac_megatron.studies.runner import tasks_of
 from genac_megatron.studies.schema import read_study
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer

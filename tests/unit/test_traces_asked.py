@@ -17,13 +17,13 @@ from fake_chat import FakeChat, question, reply
 
 from genac_megatron.critic.score import parse_score
 from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.evaluation.ask import Spent, ask_endpoint_about, ask_exact_about
 from genac_megatron.evaluation.parts import Parts
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.serving import chat
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
-from genac_megatron.tracing.ask import Spent, ask_endpoint_about, ask_exact_about
 
 Row = dict[str, Any]
 JUDGING = JudgingConfig(template="brief", max_new_tokens=32)
@@ -151,7 +151,7 @@ import json, sys
 from pathlib import Path
 from genac_megatron.evaluation.parts import Parts
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
-from genac_megatron.tracing.ask import ask_endpoint_about
+from genac_megatron.evaluation.ask import ask_endpoint_about
 given = json.loads(sys.argv[1])
 parts = Parts(Path(given["folder"]), "answers.jsonl", ("state", "judgement"))
 there = parts.begin({"plan": 1})

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.common import versions
 from benchmarks.gpu.minutes.rows import Figures, Step, beside
-from genac_megatron.recipe.memory import CONTEXT_GIB
+from genac_megatron.recipe.share import CONTEXT_GIB
 
 SERVE_PYTHON = "GENAC_SERVE_PYTHON"  # serving.sglang.server's, which imports more than facts may need
 BOOT = Path(__file__).resolve().parents[3] / "genac_megatron" / "serving" / "sglang" / "boot.py"

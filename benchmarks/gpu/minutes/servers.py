@@ -27,7 +27,8 @@ from genac_megatron.publication.adapter_fleet import AdapterPublisher
 from genac_megatron.publication.factory import adapter_publisher, fleet_publisher
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.recipe.estimate import BYTES, served_bytes, slot_bytes
-from genac_megatron.recipe.memory import CONTEXT_GIB, GIB, SERVER_GIB
+from genac_megatron.recipe.memory import SERVER_GIB
+from genac_megatron.recipe.share import CONTEXT_GIB, GIB
 from genac_megatron.records import Request, Sample, SamplingParams
 from genac_megatron.serving.sglang.adapters import lora_arguments
 from genac_megatron.serving.sglang.boot import group_members

@@ -20,9 +20,9 @@ from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
 from genac_megatron.platform.network import spare_ports
-from genac_megatron.recipe.memory import Share
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import plan_gpus
+from genac_megatron.recipe.share import Share
 from genac_megatron.serving.sglang.adapters import lora_arguments, refusal
 from genac_megatron.serving.sglang.client import ServerClient
 from genac_megatron.serving.sglang.cores import as_list

@@ -13,7 +13,7 @@ from torch import Tensor
 from genac_megatron.errors import InputError
 from genac_megatron.models.blockwise import in_blocks, scale_name
 from genac_megatron.models.quantize import quantize
-from genac_megatron.publication.payload import by_value
+from genac_megatron.serving.sglang.by_value import by_value
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
 
 BUCKET_BYTES = 512 * 2**20

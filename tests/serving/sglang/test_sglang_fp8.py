@@ -17,10 +17,10 @@ from genac_megatron.models.quantize import quantize
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.platform.network import spare_ports
 from genac_megatron.publication.checksum import RankSums, differences, unpublished
-from genac_megatron.publication.payload import by_value
 from genac_megatron.publication.plan import Bucket, make_plan
 from genac_megatron.publication.transport import elements, view_of
 from genac_megatron.recipe.schema import ModelConfig
+from genac_megatron.serving.sglang.by_value import by_value
 from genac_megatron.serving.sglang.server import ServerSpec
 from genac_megatron.training.layout import Layout
 from tests.serving.zygote import AskingZygote

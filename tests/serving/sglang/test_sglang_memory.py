@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from genac_megatron.recipe.memory import GIB, kv_pool
+from genac_megatron.recipe.memory import kv_pool
+from genac_megatron.recipe.share import GIB
 from tests.serving.zygote import AskingZygote
 
 PROBE = """
