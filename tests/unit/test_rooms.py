@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -55,9 +56,22 @@ def room_of(parts: list[str]) -> str:
     return room.removesuffix(".py")
 
 
-def imported(tree: ast.AST) -> Iterator[list[str]]:
+@functools.cache
+def parsed(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def that_runs(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those of `if TYPE_CHECKING`."""
+    yield tree
+    if not (isinstance(tree, ast.If) and isinstance(tree.test, ast.Name) and tree.test.id == "TYPE_CHECKING"):
+        for child in ast.iter_child_nodes(tree):
+            yield from that_runs(child)
+
+
+def imported(tree: ast.AST, *, types: bool = True) -> Iterator[list[str]]:
     """Modules of the package that a file imports, wherever in it, as their paths below the package."""
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if types else that_runs(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -79,7 +93,7 @@ def upward() -> dict[str, set[str]]:
         if room in ("__init__", "__main__"):
             continue
         assert room in RANK, f"{room} is a new room: give it its level"
-        for parts in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        for parts in imported(parsed(path)):
             other = room_of(parts)
             if other != room and RANK[other] >= RANK[room]:
                 found.setdefault(own.as_posix(), set()).add(other)
@@ -90,21 +104,12 @@ def test_imports_run_one_way() -> None:
     assert upward() == {}, "these import a room above their own"
 
 
-class ForTypes(ast.NodeTransformer):
-    """Leaves out what is imported for types alone."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        named = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        return None if named else self.generic_visit(node)
-
-
 def leans_on(*, types: bool) -> dict[str, set[str]]:
     """By file, the files of the package that it imports, wherever in it; types: for types alone, too."""
     files = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
     found = {}
     for name, path in files.items():
-        tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
-        parts = imported(tree if types else ForTypes().visit(tree))
+        parts = imported(parsed(path), types=types)
         paths = {"/".join(one) for rest in parts for one in (rest, rest[:-1])}
         found[name] = (paths & files.keys()) - {name}
     return found
