@@ -61,17 +61,18 @@ def parsed(path: Path) -> ast.AST:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def that_runs(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those of `if TYPE_CHECKING`."""
+def at_once(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those of functions and of `if TYPE_CHECKING`."""
     yield tree
-    if not (isinstance(tree, ast.If) and isinstance(tree.test, ast.Name) and tree.test.id == "TYPE_CHECKING"):
+    types = isinstance(tree, ast.If) and isinstance(tree.test, ast.Name) and tree.test.id == "TYPE_CHECKING"
+    if not types and not isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef):
         for child in ast.iter_child_nodes(tree):
-            yield from that_runs(child)
+            yield from at_once(child)
 
 
-def imported(tree: ast.AST, *, types: bool = True) -> Iterator[list[str]]:
-    """Modules of the package that a file imports, wherever in it, as their paths below the package."""
-    for node in ast.walk(tree) if types else that_runs(tree):
+def imported(tree: ast.AST, *, later: bool = True) -> Iterator[list[str]]:
+    """Modules of the package that a file imports, as their paths below it; later: wherever in the file."""
+    for node in ast.walk(tree) if later else at_once(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -104,20 +105,20 @@ def test_imports_run_one_way() -> None:
     assert upward() == {}, "these import a room above their own"
 
 
-def leans_on(*, types: bool) -> dict[str, set[str]]:
-    """By file, the files of the package that it imports, wherever in it; types: for types alone, too."""
+def leans_on(*, later: bool) -> dict[str, set[str]]:
+    """By file, the files of the package that it imports; later: in functions and for types alone, too."""
     files = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
     found = {}
     for name, path in files.items():
-        parts = imported(parsed(path), types=types)
+        parts = imported(parsed(path), later=later)
         paths = {"/".join(one) for rest in parts for one in (rest, rest[:-1])}
         found[name] = (paths & files.keys()) - {name}
     return found
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    TopologicalSorter(leans_on(types=False)).prepare()  # CycleError names the circle
-    studies = {name: leans for name, leans in leans_on(types=True).items() if name.startswith("studies/")}
+    TopologicalSorter(leans_on(later=False)).prepare()  # CycleError names the circle
+    studies = {name: leans for name, leans in leans_on(later=True).items() if name.startswith("studies/")}
     TopologicalSorter(studies).prepare()
 
 
