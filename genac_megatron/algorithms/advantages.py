@@ -18,13 +18,18 @@ RIGHT = 0.5  # the outcome from which a response counts as right
 
 
 def segment_gae(
-    values: Sequence[Tensor], outcomes: Tensor, gamma: float = 1.0, lam: float | Sequence[float] = 0.95
+    values: Sequence[Tensor],
+    outcomes: Tensor,
+    gamma: float = 1.0,
+    lam: float | Sequence[float] = 0.95,
+    share: float = 1.0,
 ) -> list[Tensor]:
     """Segment-level generalised advantage estimation (arXiv 1506.02438 with segments as steps).
 
     values: B tensors [N_i], V_k of the state before segment k. outcomes: [B], the reward R at the end.
-    lam: of all responses, or of each [B].
-    delta_k = gamma V_{k+1} - V_k, the last delta = R - V_{N-1}; A_k = sum_l (gamma lam)^l delta_{k+l}.
+    lam: of all responses, or of each [B]. share: of V_k that is the baseline.
+    delta_k = gamma V_{k+1} - V_k, the last delta = R - V_{N-1}; A_k = sum_l (gamma lam)^l delta_{k+l},
+    and (1 - share) V_k more.
     Returns B tensors [N_i], float32. For gamma = 1 it equals token GAE with lambda 1 inside segments.
     A_k uses V_k and what comes after; V_k itself knows nothing of segment k.
     """
@@ -40,7 +45,7 @@ def segment_gae(
         for delta in deltas.flip(0):
             running = delta + gamma * lam_i * running
             backwards.append(running)
-        advantages.append(torch.stack(backwards).flip(0).float())
+        advantages.append((torch.stack(backwards).flip(0) + (1.0 - share) * value).float())
     return advantages
 
 
@@ -78,10 +83,19 @@ def whiten(tokens: Tensor, moments: Tensor | None = None, eps: float = 1e-8) -> 
     return torch.where(flat, torch.zeros_like(centred), centred / (deviation + eps)).float()
 
 
-def normalised(tokens: Tensor, how: Literal["whiten", "centre", "none"]) -> Tensor:
-    """[T] -> [T] float32: whitened over the batch's tokens, less their mean, or as they are."""
+def scaled(tokens: Tensor) -> Tensor:
+    """x / root of the mean of x^2 over the batch's tokens: [T] -> [T] float32. Zeros stay zeros."""
+    wide = tokens.double()
+    size = (wide**2).mean().sqrt() if wide.numel() else wide.sum()
+    return (wide / torch.where(size > 0, size, 1.0)).float()
+
+
+def normalised(tokens: Tensor, how: Literal["whiten", "centre", "scale", "none"]) -> Tensor:
+    """[T] -> [T] float32: whitened over the batch's tokens, less their mean, of size 1, or as they are."""
     if how == "whiten":
         return whiten(tokens)
+    if how == "scale":
+        return scaled(tokens)
     return (tokens.double() - tokens.double().mean()).float() if how == "centre" else tokens.float()
 
 

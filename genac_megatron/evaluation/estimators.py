@@ -8,12 +8,19 @@
 Each is taken as it trains: its own advantages, whitening and loss. A name ending in -raw is without whitening
 and weighs all tokens alike, so that it is in the units of the reference; with lambda 1, or no critic, it is
 unbiased wherever the states' choice looks at nothing that comes later.
+
+Made where they are named (`exact-0-b0.25`, `reinforce_pp-b0-raw`, `exact-0-raw-rare`):
+    -bX         reinforce_pp, genac-LAM, exact-LAM with the share X of their baseline (`value_share`,
+                `mean_share`), over the root of the advantages' mean square; with -raw as they are
+    -raw-rare   the part of a raw one's gradient that comes from tokens of a chance below a half
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genac_megatron.algorithms.advantages import others_mean
 from genac_megatron.algorithms.baselines.rloo import rloo
 from genac_megatron.critic.states import cut_states, state_text
 from genac_megatron.errors import InputError
@@ -45,6 +53,7 @@ from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.values import advantages_and_targets
 
 Source = Literal["outcomes", "groups", "scalar", "generative", "exact"]
+HALF = math.log(0.5)
 LAMBDAS = (1.0, 0.95, 0.5, 0.0)
 # Every token weighs alike, and nothing corrects or clips: the loss whose gradient is the policy gradient.
 RAW = LossConfig(aggregate="constant", tis_cap=None)
@@ -122,6 +131,41 @@ def _of_critic(who: str, source: Literal["generative", "exact"]) -> list[Estimat
     return made
 
 
+NAMED = re.compile(
+    r"(?P<base>reinforce_pp|(?P<who>genac|exact)-(?P<lam>[\d.]+))(-b(?P<share>[\d.]+))?(?P<raw>-raw)?(?P<rare>-rare)?"
+)
+
+
+def _of_name(name: str) -> Estimator | None:
+    """One that is made where it is named; None where that is no such name."""
+    found = NAMED.fullmatch(name)
+    if found is None or (found["rare"] and not found["raw"]):
+        return None
+    try:
+        share = float(found["share"] or 1.0)
+    except ValueError:
+        return None
+    lam = next((lam for lam in LAMBDAS if found["lam"] == f"{lam:g}"), None)
+    if share > 1.0 or (found["who"] and lam is None):
+        return None
+    raw, unbiased = bool(found["raw"]), bool(found["raw"]) and lam in (None, 1.0)
+    source: Source = "outcomes"
+    if lam is None:
+        loss = RAW if raw else LossConfig()
+        algorithm = ReinforcePlusPlus(kind="reinforce_pp", mean_share=share)
+        make = partial(_less_a_share, share) if raw else partial(_of_groups, algorithm, loss)
+    else:
+        loss = RAW if raw else LossConfig()
+        config = AdvantageConfig(
+            lam=lam, lam_gate=None, value_share=share, normalise="none" if raw else "scale"
+        )
+        source = "generative" if found["who"] == "genac" else "exact"
+        make = partial(_of_states, source, config, loss, False)
+    if found["rare"]:
+        make, unbiased = partial(_rare, make), False
+    return Estimator(name, source, make, loss, unbiased)
+
+
 def sources_of(names: Sequence[str]) -> set[Source]:
     """What those named need, or all of them. Raises InputError for a name that is none."""
     every = _named(names)
@@ -132,10 +176,16 @@ def _named(names: Sequence[str]) -> dict[str, Estimator]:
     """All estimators by name. Raises InputError where one of `names` is none."""
     every = {one.name: one for one in every_estimator()}
     for name in names:
+        if name not in every and (made := _of_name(name)) is not None:
+            every[name] = made
         if name not in every:
             near = difflib.get_close_matches(name, every, 1)
             what = f"'{name}' is no estimator" + (f"; did you mean '{near[0]}'?" if near else "")
-            raise InputError(what, where="--estimators", way_out=f"there are: {', '.join(every)}")
+            raise InputError(
+                what,
+                where="--estimators",
+                way_out=f"there are: {', '.join(every)}; and NAME-bX, NAME-raw-rare",
+            )
     return every
 
 
@@ -157,6 +207,25 @@ def _per_response(batch: Batch, advantages: Tensor, loss: LossConfig, limit: int
     lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
     full = [torch.full((n,), a) for a, n in zip(advantages.flatten().tolist(), lengths, strict=True)]
     return response_samples(batch, full, loss, limit)
+
+
+def _less_a_share(share: float, played: Played, limit: int) -> list[Sample]:
+    """Outcomes less a share of the mean of all the others."""
+    outcomes = torch.tensor(played.outcomes.outcomes, dtype=torch.float64)
+    others = others_mean(outcomes)
+    return _per_response(played.outcomes, outcomes - share * others, RAW, limit)
+
+
+def _rare(make: Callable[[Played, int], list[Sample]], played: Played, limit: int) -> list[Sample]:
+    """The same, of the tokens that the engine sampled with a chance below a half."""
+    samples = make(played, limit)
+    for sample in samples:
+        fields = sample.fields
+        fields["weights"] = [
+            weight * (logprob < HALF)
+            for weight, logprob in zip(fields["weights"], fields["behaviour"], strict=True)
+        ]
+    return samples
 
 
 def _of_groups(algorithm: WithoutCritic, loss: LossConfig, played: Played, limit: int) -> list[Sample]:

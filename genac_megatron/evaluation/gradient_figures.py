@@ -69,8 +69,8 @@ class GradientFigures:
         return {"norm": _estimate(np.sqrt(square)), "cosine": _estimate(cosine), "snr": _estimate(snr)}
 
     def of(self, found: Products, rollouts: int) -> dict[str, Estimate]:
-        """cosine, snr, bias; and, for what is in the reference's units, size (E g.G / |G|^2) and
-        excess (|E g - G|^2 / |G|^2). rollouts: of a batch.
+        """cosine, snr, bias; and, for what is in the reference's units, size (E g.G / |G|^2), excess
+        (|E g - G|^2 / |G|^2) and noise (E|g|^2 / |G|^2). rollouts: of a batch.
         """
         members = found.block_of[None] == np.arange(self.blocks.shape[1])[:, None]  # [K, batches]
         counts = members.sum(1).astype(np.float64)
@@ -90,6 +90,7 @@ class GradientFigures:
             return {
                 "cosine": _estimate((w * (members @ cosines).T).sum(1) / total),
                 "snr": _estimate(snr),
+                "noise": _estimate(square / self.square),
                 **self._against(
                     Means(self.square[0], inner[0], inner_square[0], mean_square[0]),
                     _block_pairs(found.between_blocks, counts),

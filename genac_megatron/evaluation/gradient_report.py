@@ -58,8 +58,8 @@ def report_of(manifest: Row, rows: Sequence[Row]) -> Report:
     base = next((name for name in BASES if name in found), next(iter(found)))
     for name, each in found.items():
         known = each | {"ratio": ratio(each["snr"], found[base]["snr"])}
-        if not name.endswith("-raw"):  # of another scale
-            known = {key: value for key, value in known.items() if key not in ("size", "excess")}
+        if "-raw" not in name:  # of another scale
+            known = {key: value for key, value in known.items() if key not in ("size", "excess", "noise")}
         estimators[name] = plain_figures(known)
         if name in manifest["unbiased"]:
             estimators[name]["agrees"] = agrees(each)
@@ -75,6 +75,7 @@ def report_of(manifest: Row, rows: Sequence[Row]) -> Report:
 
 
 HEAD = ["[95 % interval]", "cosine of a batch", "SNR of a rollout x 1000", "x {base}'s", "bias", "unbiased?"]
+NOISE = "E|g|²/|G|²"
 
 
 def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
@@ -83,6 +84,8 @@ def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
     head = [title.format(base=report["base"]) for title in HEAD]
     if predicted:
         head.insert(4, "predicted")
+    noise = any("noise" in found for found in report["estimators"].values())
+    head += [NOISE] if noise else []
     rows = []
     for name, found in report["estimators"].items():
         row = [
@@ -93,6 +96,8 @@ def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
             _figure(found["bias"], 2),
             told(found),
         ]
+        if noise:
+            row.append(_figure(found["noise"], 1) if "noise" in found else "")
         if predicted:
             row.insert(4, f"{predicted[name]:.2f}" if name in predicted else "")
         rows.append(row)

@@ -115,8 +115,11 @@ class AdvantageConfig(Block):
     lam_gate: float | LamGate | None = 0.2
     readiness: Readiness | None = None  # problem by problem, in the place of lam and its gate
     blend: BlendConfig | None = None
-    # Over the batch's tokens. whiten: mean 0, deviation 1; centre: mean 0
-    normalise: Literal["whiten", "centre", "none"] = "whiten"
+    # Of the value, what is taken off as the baseline. Where an actor is nearly sure of every token that
+    # matters, the share of least noise is far below 1 (docs/method.md, 3)
+    value_share: Fraction = 1.0
+    # Over the batch's tokens. whiten: mean 0, deviation 1; centre: mean 0; scale: mean square 1
+    normalise: Literal["whiten", "centre", "scale", "none"] = "whiten"
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +136,15 @@ class AdvantageConfig(Block):
                 f"whiten: {str(given['whiten']).lower()} and normalise: {rest['normalise']} differ"
             )
         return rest
+
+    @model_validator(mode="after")
+    def _mean_is_a_baseline(self) -> AdvantageConfig:
+        if self.value_share < 1.0 and self.normalise in ("whiten", "centre"):
+            raise ValueError(
+                f"value_share {self.value_share:g} leaves a part of the value in the advantages, and "
+                f"normalise: {self.normalise} takes its mean off again; set normalise: scale, or none"
+            )
+        return self
 
     @property
     def gate(self) -> LamGate | None:
@@ -317,6 +329,8 @@ class ReinforcePlusPlus(Block):
 
     kind: Literal["reinforce_pp"]
     baseline: bool = False  # take off the group's mean first
+    # Of the batch's mean, what is taken off; 0: rewards as they are, over the root of their mean square
+    mean_share: Fraction = 1.0
     loss: LossConfig = LossConfig()
 
 

@@ -77,6 +77,8 @@ class StateTrackingTask(TaskBlock):
     train_size: Positive = 20_000  # problems
     heldout_size: Positive = 256  # problems
     slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
+    # words in each line of a demonstration that do not matter, each one of eight: what an actor is unsure of
+    fillers: Annotated[int, Field(ge=0, le=8)] = 0
 
 
 class ChainedArithmeticTask(TaskBlock):

@@ -337,7 +337,9 @@ def actor_samples(
     lengths = [rollout.completion.written for rollout in batch.rollouts]
     if values is None:
         values = [torch.tensor([j.used for j in judgements]) for judgements in batch.judgements]
-    per_segment = segment_gae(values, actor_rewards(batch, limit, cache), config.gamma, lam)
+    per_segment = segment_gae(
+        values, actor_rewards(batch, limit, cache), config.gamma, lam, config.value_share
+    )
     advantages = [
         to_tokens(advantage, _segment_lengths(judgements, rollout.completion))
         for advantage, judgements, rollout in zip(per_segment, batch.judgements, batch.rollouts, strict=True)

@@ -206,4 +206,6 @@ def group_advantages(
             return rloo(rewards_GN)
         case ReinforcePlusPlus():
             counted_GN = lengths_GN if trained_GN is None else trained_GN
-            return reinforce_pp(rewards_GN, counted_GN, baseline=algorithm.baseline)
+            return reinforce_pp(
+                rewards_GN, counted_GN, baseline=algorithm.baseline, share=algorithm.mean_share
+            )

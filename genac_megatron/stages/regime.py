@@ -82,7 +82,11 @@ def _kept(items: Sequence[Any], kept: Sequence[bool]) -> list[Any]:
 
 def _normalised(config: AdvantageConfig) -> dict[str, float]:
     how = config.normalise
-    return {"advantage/whitened": float(how == "whiten"), "advantage/centred": float(how != "none")}
+    return {
+        "advantage/whitened": float(how == "whiten"),
+        "advantage/centred": float(how in ("whiten", "centre")),
+        "advantage/value_share": config.value_share,
+    }
 
 
 def goes_by_monte_carlo(config: AdvantageConfig) -> bool:

@@ -12,11 +12,15 @@
 
 The form is one that a small model learns soon: a number to find a swap by, a pair that is one word,
 each row at the same distance from the row that it comes from.
+
+With `fillers` each line has as many words behind its pair ("1 ac the in : a c d b"), which say nothing, each
+drawn from eight: tokens that an actor is unsure of and that do not matter, as many of a language model's are.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMES = "abcdefgh"
+FILLERS = ("the", "is", "to", "and", "in", "of", "used", "line")  # each one token of the tiny tokenizer
 SURE = 0.98  # p_bar is kept within [1 - SURE, SURE] before roots are taken of it
 
 Row = tuple[str, ...]
@@ -77,22 +82,23 @@ def parse_answer(text: str) -> Row | None:
     return None if answer is None else tuple(answer.split())
 
 
-def write_line(number: int, swap: Swap, row: Row) -> str:
-    """One line of a response: the step's number, its swap, the row after it."""
-    return f"{number} {swap[0]}{swap[1]} : {' '.join(row)}"
+def write_line(number: int, swap: Swap, row: Row, fillers: Sequence[str] = ()) -> str:
+    """One line of a response: the step's number, its swap, words that do not matter, the row after it."""
+    return f"{' '.join((str(number), swap[0] + swap[1], *fillers))} : {' '.join(row)}"
 
 
 class StateTrackingTeacher(Teacher):
     """Solves and checks by simulation.
 
     `slip_rate` is the chance that a line of a demonstration writes one object of its pair over the other,
-    which is then lost; what follows goes on from that row, so that the answer is wrong.
+    which is then lost; what follows goes on from that row, so that the answer is wrong. `fillers`: the words
+    in each of its lines that do not matter.
     """
 
     mean_length: float
 
-    def __init__(self, slip_rate: float, mean_swaps: float) -> None:
-        self.slip_rate, self.mean_length = slip_rate, mean_swaps
+    def __init__(self, slip_rate: float, mean_swaps: float, fillers: int = 0) -> None:
+        self.slip_rate, self.mean_length, self.fillers = slip_rate, mean_swaps, fillers
 
     def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
         puzzle = parse_puzzle(prompt.problem)
@@ -102,7 +108,7 @@ class StateTrackingTeacher(Teacher):
             row = (
                 overwrite(row, swap if rng.random() < 0.5 else swap[::-1]) if slips else apply_swap(row, swap)
             )
-            lines.append(write_line(number, swap, row))
+            lines.append(write_line(number, swap, row, rng.choices(FILLERS, k=self.fillers)))
         return "\n".join((*lines, f"answer : {' '.join(row)}", ""))
 
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:
@@ -150,7 +156,8 @@ def _survey(puzzle: Puzzle, partial: str) -> tuple[int, Row, bool]:
     lines = partial.rstrip("\n").split("\n") if partial.strip() else []
     at_end = len(lines) - 1
     if lines and not partial.endswith("\n") and at_end < len(rights):
-        cut = lines[-1]
+        head, colon, row = lines[-1].partition(":")
+        cut = " ".join(word for word in head.split(" ") if word not in FILLERS) + colon + row
         if rights[at_end].startswith(cut) and not _agrees(cut, rights[at_end]):
             lines.pop()
     if not lines:
@@ -175,7 +182,9 @@ class StateTracking(GeneratedTask):
         self._config, self._seed = config, seed
         super().__init__(tokenizer, config.train_size, config.heldout_size)
         mean_swaps = (config.min_swaps + config.max_swaps) / 2
-        self.teacher: StateTrackingTeacher = StateTrackingTeacher(config.slip_rate, mean_swaps)
+        self.teacher: StateTrackingTeacher = StateTrackingTeacher(
+            config.slip_rate, mean_swaps, config.fillers
+        )
 
     def draw(self, number: int) -> Problem:
         rng, config = random.Random(f"problem/{self._seed}/{number}"), self._config

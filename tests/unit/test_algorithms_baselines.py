@@ -74,6 +74,18 @@ def test_reinforce_pp_whitens_over_tokens(rewards: list[list[float]], baseline: 
         assert got.tolist() == pytest.approx([(x - mean) / deviation for x in returns], rel=1e-3, abs=1e-3)
 
 
+def test_reinforce_pp_takes_off_a_share_of_the_mean() -> None:
+    """Rewards 1, 0, 0 over 1, 2 and 1 tokens, a response of no trained token: mean 1/4."""
+    rewards, lengths = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1, 2], [1, 0]])
+    for share in (0.0, 0.5):
+        left = [1.0 - share / 4, -share / 4, -share / 4]
+        size = math.sqrt((left[0] ** 2 + 2 * left[1] ** 2 + left[2] ** 2) / 4)
+        found = reinforce_pp(rewards, lengths, share=share).flatten().tolist()
+        assert found[:3] == pytest.approx([x / size for x in left], abs=1e-6)
+    nothing = reinforce_pp(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.long), share=0.0)
+    assert not nothing.any(), "no success teaches nothing"
+
+
 def test_dapo_penalty_and_mixed_groups() -> None:
     lengths = torch.tensor([[50, 80, 90, 100, 120]])
     assert overlong_penalty(lengths, 100, 20).tolist() == [[0.0, 0.0, -0.5, -1.0, -1.0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,51 @@ def test_estimators_as_trained_are_whitened_and_scalar_ones_go_by_tokens() -> No
     assert any(len(set(row)) == len(row) for row in advantages(by_name("scalar-0.5")))
 
 
+def named(name: str) -> list[Sample]:
+    (one,) = choose((name,), ALL)  # type: ignore[arg-type]
+    assert one.name == name
+    return one.make(played(made_batch()), LIMIT)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_baseline_is_what_its_name_says(share: float) -> None:
+    batch = made_batch()
+    zero, plain = (advantages(named(f"genac-0-b{share:g}{end}")) for end in ("-raw", ""))
+    outcomes = advantages(named(f"reinforce_pp-b{share:g}-raw"))
+    raw = []
+    for i, (rollout, judgements) in enumerate(zip(batch.rollouts, batch.judgements, strict=True)):
+        values = [j.used for j in judgements]
+        wanted = [later - share * v for later, v in zip([*values[1:], rollout.outcome], values, strict=True)]
+        raw += [step for step in wanted for _ in range(4)]
+        assert zero[i] == pytest.approx([step for step in wanted for _ in range(4)], abs=1e-6)
+        others = (sum(batch.outcomes) - rollout.outcome) / (len(batch.outcomes) - 1)
+        assert outcomes[i] == pytest.approx([rollout.outcome - share * others] * len(outcomes[i]))
+    size = (sum(x * x for x in raw) / len(raw)) ** 0.5
+    assert [a for row in plain for a in row] == pytest.approx([x / size for x in raw], abs=1e-5)
+    trained = torch.tensor([a for row in advantages(named(f"reinforce_pp-b{share:g}")) for a in row])
+    assert float((trained.double() ** 2).mean()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_whole_share_is_the_estimator_itself() -> None:
+    assert advantages(named("reinforce_pp-b1")) == advantages(by_name("reinforce_pp"))
+    assert named("exact-0-b1-raw") == by_name("exact-0-raw")
+
+
+def test_rare_tokens_alone_have_weight() -> None:
+    """All of the batch's have probability exp(-0.5), above a half: nothing is left of it."""
+    assert all(not any(sample.fields["weights"]) for sample in named("exact-1-raw-rare"))
+    batch = made_batch()
+    logprobs = (-0.1, -2.0) * 6
+    for group in batch.groups:
+        for n, rollout in enumerate(group.rollouts):
+            ids = rollout.completion.ids
+            done = replace(rollout.completion, logprobs=logprobs[: len(ids)])
+            group.rollouts[n] = replace(rollout, completion=done)
+    (one,) = choose(("reinforce_pp-raw-rare",), ALL)  # type: ignore[arg-type]
+    for sample in one.make(played(batch), LIMIT):
+        assert [weight > 0 for weight in sample.fields["weights"]] == [False, True] * (sample.trained // 2)
+
+
 def test_what_can_be_made_is_what_there_is_a_source_for() -> None:
     free = [one.name for one in choose((), ("outcomes",))]
     assert free == ["reinforce_pp"]
@@ -122,6 +168,11 @@ def test_what_can_be_made_is_what_there_is_a_source_for() -> None:
     [
         (("exact0",), "did you mean 'exact-0'"),
         (("nothing like it",), "is no estimator"),
+        (("exact-0-b1.5",), "is no estimator"),
+        (("exact-0.7-b0.5",), "is no estimator"),
+        (("exact-0-rare",), "is no estimator"),
+        (("rloo-b0.5",), "is no estimator"),
+        (("genac-0-b0.5",), "--critic RUN"),
         (("rloo",), "two responses to each prompt"),
         (("vc_ppo",), "--scalar RUN"),
         (("genac-0",), "--critic RUN"),

@@ -65,7 +65,7 @@ def path(tmp_path: Path) -> Path:
         (["judging.certain=left_out", "stages=[{kind: reinforce}]"], "and this recipe has none"),
         (["judging.certain=left_out", "judging.teacher=exact", "stages=[{kind: ppo, train_critic: false}]"],
          "for the critic's tokens; judging.teacher"),
-        (["stages.ppo.advantage.normalise=white"], "one of whiten, centre, none"),
+        (["stages.ppo.advantage.normalise=white"], "one of whiten, centre, scale, none"),
         (["judging.teacher=exact"], "'traces' (sft) trains a critic"),
         (["judging.teacher=exact", "stages=[{kind: ppo}]"], "'ppo' (ppo) trains a critic"),
         (["judging.teacher=exact", "stages=[{kind: reinforce}]"], "'reinforce' (reinforce) trains a critic"),

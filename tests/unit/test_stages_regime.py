@@ -371,7 +371,7 @@ def test_figures_of_the_advantages_by_hand() -> None:
     assert "advantage/gap" not in figures, "all ended alike"
 
 
-@pytest.mark.parametrize("how", ["whiten", "centre", "none"])
+@pytest.mark.parametrize("how", ["whiten", "centre", "scale", "none"])
 def test_normalised_advantages(how: Any) -> None:
     batch = make_batch(7)
     plain = actor_samples(batch, AdvantageConfig(normalise="none"), 1.0, stage().actor_loss, 99)
@@ -383,8 +383,31 @@ def test_normalised_advantages(how: Any) -> None:
         assert found == raw
     elif how == "centre":
         assert found == pytest.approx([x - middle for x in raw], abs=1e-6)
+    elif how == "scale":
+        size = math.sqrt(statistics.fmean(x * x for x in raw))
+        assert found == pytest.approx([x / size for x in raw], abs=1e-5)
     else:
         assert found == pytest.approx([(x - middle) / spread for x in raw], abs=1e-4)
+
+
+def test_a_share_of_the_value_is_taken_off() -> None:
+    """lambda 0: A = V' - share V; of values .5, .8 and outcome 1 with a half: .55 and .6."""
+    batch = Batch([group(0, (1.0, [0.5, 0.8])), group(1, (0.0, [0.0, 0.0]))])
+    by_credit = {"lam": 0.0, "lam_gate": None, "value_share": 0.5}
+    given_stage = stage(normalise="none", **by_credit)
+    samples, figures = trusted_samples(Progression(), given_stage, batch, 1)
+    assert figures["advantage/value_share"] == 0.5
+    assert sorted(set(samples[0].fields["advantages"])) == pytest.approx([0.55, 0.6])
+    assert set(samples[1].fields["advantages"]) == {0.0}
+    scaled, _ = trusted_samples(Progression(), stage(normalise="scale", **by_credit), batch, 1)
+    assert set(scaled[1].fields["advantages"]) == {0.0}, "nothing is centred"
+
+
+@pytest.mark.parametrize("how", ["whiten", "centre"])
+def test_a_share_is_refused_where_the_mean_is_taken_off(how: str) -> None:
+    with pytest.raises(ValueError, match=r"value_share 0\.3 leaves .* set normalise: scale, or none"):
+        AdvantageConfig.model_validate({"value_share": 0.3, "normalise": how})
+    assert AdvantageConfig.model_validate({"value_share": 0.3, "normalise": "scale"}).value_share == 0.3
 
 
 def test_whiten_is_still_read() -> None:

@@ -17,6 +17,7 @@ from genac_megatron.records import Completion, Prompt, Rollout
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import Teacher
 from genac_megatron.tasks.state_tracking import (
+    FILLERS,
     Puzzle,
     StateTrackingTeacher,
     overwrite,
@@ -186,6 +187,39 @@ def test_a_line_that_is_cut_is_not_bad_while_it_is_right_so_far() -> None:
     whole = f"{done}\n2 bc : c a b\nanswer c a b"
     assert teacher.trace(prompt, whole, 0.49, RNG) == (f"step 2 of 2 row c a b\n{has} 0", 10)
     assert teacher.trace(prompt, f"{whole}\nanswer a b c", 0.49, RNG)[1] == 0
+
+
+@given(puzzles(), st.integers(1, 4), st.data())
+@settings(deadline=None, max_examples=100)
+def test_fillers_change_no_row_no_outcome_and_no_value(
+    puzzle: Puzzle, fillers: int, data: st.DataObject
+) -> None:
+    """Of a demonstration with slips: the same text without them has the same rows and values."""
+    prompt, teacher = as_prompt(puzzle), StateTrackingTeacher(0.2, 3.0, fillers)
+    text = teacher.demonstrate(prompt, random.Random(data.draw(st.integers(0, 2**31))))
+    head, *lines, answer, _ = text.split("\n")
+    words = [line.split(" : ")[0].split()[2:] for line in lines]
+    assert all(len(each) == fillers and set(each) <= set(FILLERS) for each in words)
+    bare = "\n".join((head, *(re.sub(r"^(\d+ \w+)[^:]* :", r"\1 :", line) for line in lines), answer, ""))
+    assert parse_answer(bare) == parse_answer(text)
+    kept = data.draw(st.integers(0, len(puzzle.swaps) + 1))
+    whole, plain = ("".join(f"{line}\n" for line in some.splitlines()[:kept]) for some in (text, bare))
+    assert teacher.trace(prompt, whole, 0.6, RNG) == teacher.trace(prompt, plain, 0.6, RNG)
+    # Cut within the next line, before its row: it is not bad yet.
+    if 0 < kept <= len(puzzle.swaps):
+        begun = " ".join(lines[kept - 1].split()[: data.draw(st.integers(1, 2 + fillers))])
+        assert teacher.trace(prompt, whole + begun, 0.6, RNG) == teacher.trace(prompt, plain, 0.6, RNG)
+
+
+def test_fillers_are_one_token_each_and_none_are_drawn_without_them() -> None:
+    assert [len(TINY.encode(f" {word}", add_special_tokens=False)) for word in FILLERS] == [1] * 8
+    puzzle = Puzzle(("a", "b"), (("a", "b"),) * 3)
+    some, none = (
+        StateTrackingTeacher(0.5, 3.0, n).demonstrate(as_prompt(puzzle), random.Random(3)) for n in (2, 0)
+    )
+    assert len(some.split()) == len(none.split()) + 6
+    assert not set(none.split()) & set(FILLERS)
+    assert task(fillers=3).teacher.fillers == 3
 
 
 @given(puzzles(), st.floats(0, 1), st.floats(0, 1))
