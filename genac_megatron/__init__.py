@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         load_recipe,
         open_run,
         run,
+        score,
         to_hf,
         to_megatron,
     )
@@ -28,6 +29,7 @@ __all__ = [
     "load_recipe",
     "open_run",
     "run",
+    "score",
     "to_hf",
     "to_megatron",
 ]

@@ -101,7 +101,7 @@ def _done(options: argparse.Namespace, given: list[str], endings: list[Ending]) 
             case "evaluate":
                 return evaluation.run_command(options, given, _in_ranks)
             case "score":
-                return evaluation.run_score(options, given, _in_ranks)
+                return _score(options, given)
             case "traces":
                 return tracing.run_command(options, given, _in_ranks)
             case "convert":
@@ -140,6 +140,8 @@ def _rank_name() -> str | None:
 
 def _tell(error: GenacError) -> None:
     """Show an error once: one that all ranks have by rank 0, any other by the rank that has it."""
+    if error.told:
+        return
     kind = "error" if error.exit_code != EXIT_REQUEUE else "stopped"
     rank = _rank_name()
     if not error.agreed and rank is not None:
@@ -279,6 +281,29 @@ def _joined(recipe: Recipe, job: Job, stop: StopFlag, folder: Path) -> int:
             dist.barrier()  # srun ends the others once one has left
             raise
         close_world()
+    return EXIT_OK
+
+
+def _score(options: argparse.Namespace, given: list[str]) -> int:
+    if in_world():
+        return evaluation.score_in_ranks(options, given, _in_ranks)
+    from genac_megatron.library import score
+
+    score(
+        options.source,
+        options.recipe,
+        [*options.overrides, *options.override],
+        out=options.out,
+        checkpoint=options.checkpoint,
+        p_bar=options.p_bar,
+        step=options.step,
+        limit=options.limit,
+        judgements=options.judgements,
+        lines=options.lines,
+        url=options.url,
+        model=options.model,
+        api_key_env=options.api_key_env,
+    )
     return EXIT_OK
 
 

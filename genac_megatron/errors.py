@@ -17,6 +17,7 @@ class GenacError(Exception):
 
     exit_code = EXIT_FAILED
     agreed = False  # every rank raises it alike, so that one of them tells it
+    told = False  # its words were shown already, by the ranks that it comes from
 
     def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
         self.what, self.where, self.way_out = what, where, way_out

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
+from typing import IO
 
 from genac_megatron.errors import (
     EXIT_FAILED,
@@ -43,6 +44,7 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CAUSES = (EXIT_INPUT, EXIT_GATE, EXIT_REQUEUE)  # exit codes that say why
 INTERRUPTED = 128 + signal.SIGINT
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def in_world(environ: Mapping[str, str] = os.environ) -> bool:
@@ -145,11 +147,22 @@ def cause(ends: Sequence[int]) -> int | None:
 class Launcher:
     """Starts `ranks` copies of a command, each a rank, and waits for them.
 
-    grace_s: seconds that the others may go on once a rank has failed.
+    grace_s: seconds that the others may go on once a rank has failed. errors: a file for what ranks write to
+    stderr; what they print is then not shown. environ: theirs, where it is not this process's.
     """
 
-    def __init__(self, command: Sequence[str], ranks: int, threads: int, *, grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        threads: int,
+        *,
+        grace_s: float = GRACE_S,
+        errors: IO[str] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.command, self.ranks, self.threads, self.grace_s = list(command), ranks, threads, grace_s
+        self._errors, self._environ = errors, environ
         self._children: list[subprocess.Popen[bytes]] = []
         self._asked = 0
         self._deadline = math.inf  # on the monotonic clock: who is left then is ended
@@ -159,13 +172,25 @@ class Launcher:
 
         128 + n where a signal n ended that rank.
         """
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._pass_on)
+        with self._signals():
+            try:
+                self._start()
+                return self._wait()
+            finally:
+                self._end()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Meanwhile stops are passed on; a thread of a program cannot, and leaves them to the program."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._pass_on) for number in STOPS}
         try:
-            self._start()
-            return self._wait()
+            yield
         finally:
-            self._end()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _start(self) -> None:
         # Bound here and handed to rank 0: a port that is only named may be taken while rank 0 imports.
@@ -176,7 +201,7 @@ class Launcher:
         for rank in range(self.ranks):
             held = (meeting.fileno(),) if rank == 0 else ()
             environ = {
-                **os.environ,
+                **(os.environ if self._environ is None else self._environ),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.ranks),
@@ -188,7 +213,14 @@ class Launcher:
             }
             # A session of its own: a Ctrl-C reaches the ranks through us, once.
             self._children.append(
-                subprocess.Popen(self.command, env=environ, start_new_session=True, pass_fds=held)
+                subprocess.Popen(
+                    self.command,
+                    env=environ,
+                    start_new_session=True,
+                    pass_fds=held,
+                    stdout=None if self._errors is None else subprocess.DEVNULL,
+                    stderr=self._errors,
+                )
             )
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:

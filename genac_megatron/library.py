@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,13 @@ from genac_megatron.errors import (
     PeerLost,
     StopRequested,
 )
-from genac_megatron.launch import rank_command
+from genac_megatron.evaluation.transcripts import ScoreOptions, need_scorable
+from genac_megatron.launch import Launcher, rank_command
 from genac_megatron.observe.history import attempts, history, meaning
 from genac_megatron.observe.report import write_report
-from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder, run_path
+from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder, read_jsonl, run_path
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.stages.inputs import need_inputs
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ __all__ = [
     "load_recipe",
     "open_run",
     "run",
+    "score",
     "to_hf",
     "to_megatron",
 ]
@@ -136,6 +139,96 @@ def _failure(folder: RunFolder, code: int, said: str) -> GenacError:
     return KINDS.get(code, GenacError)(told, where=str(folder.path))
 
 
+def score(
+    transcripts: str | Path | Sequence[Mapping[str, Any]],
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    p_bar: float | None = None,
+    step: int | None = None,
+    limit: int = 4096,
+    judgements: int = 1,
+    lines: bool = False,
+    url: str | None = None,
+    model: str | None = None,
+    api_key_env: str | None = None,
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """A critic's values of any transcripts, as `genac score`: the rows, with value, and values of prefixes.
+
+    transcripts: a JSONL file, or its rows: problem and response, or messages. checkpoint: the critic's (a run
+    folder: its newest). p_bar, step: what it is told of the actor; None: as its run told it. limit: tokens
+    that a response may have. judgements: of a state, whose mean counts. lines: prefixes at line ends, too.
+    url, model, api_key_env: a server that has the critic, in the place of ranks that are started here. out: a
+    file for the rows; the same call goes on from what is kept beside it.
+    Raises InputError before anything is begun, or where nothing that it says is a score, and PeerLost.
+    """
+    import pandas as pd  # half a second
+
+    with tempfile.TemporaryDirectory(prefix="genac-score-") as made:
+        source, target = Path(made) / "transcripts.jsonl", Path(out or Path(made) / "scored.jsonl")
+        if isinstance(transcripts, str | Path):
+            source = Path(transcripts)
+        else:
+            rows = [json.dumps(dict(row), ensure_ascii=False) for row in transcripts]
+            source.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        named = None if checkpoint is None else str(checkpoint)
+        wanted = ScoreOptions(source, target, named, p_bar, step, limit, judgements, lines)
+        asked = load_recipe(recipe, overrides)
+        need_scorable(asked, wanted)
+        if url is None:
+            words = ["score", str(source), str(recipe), *overrides, *_score_words(wanted)]
+            _in_ranks(asked, words, quiet=quiet)
+        else:
+            teacher = TeacherConfig(kind="endpoint", url=url, model=model, api_key_env=api_key_env)
+            teacher = teacher.model_copy(update={"temperature": asked.judging.temperature})
+            _by_server(asked, wanted, teacher, quiet=quiet)
+        return pd.DataFrame(read_jsonl(target)[0])
+
+
+def _score_words(wanted: ScoreOptions) -> list[str]:
+    """The options of `genac score` that say the same."""
+    named = {
+        "--out": wanted.out,
+        "--checkpoint": wanted.checkpoint,
+        "--p-bar": wanted.p_bar,
+        "--step": wanted.step,
+        "--limit": wanted.limit,
+        "--judgements": wanted.judgements,
+    }
+    words = [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    return words + ["--lines"] * wanted.lines
+
+
+def _by_server(recipe: Recipe, wanted: ScoreOptions, teacher: TeacherConfig, *, quiet: bool) -> None:
+    from genac_megatron.evaluation.score import score_by_server  # torch
+
+    line = score_by_server(recipe, wanted, teacher)
+    if not quiet:
+        print(line, flush=True)
+
+
+def _in_ranks(recipe: Recipe, words: Sequence[str], *, quiet: bool) -> None:
+    """`genac WORDS` on ranks that are started here. Raises what it ends with."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        launcher = Launcher(
+            rank_command(words),
+            recipe.world.ranks,
+            recipe.world.threads,
+            errors=errors if quiet else None,
+            environ=_environment(),
+        )
+        code = launcher.run()
+        errors.seek(0)
+        said = errors.read().strip().removeprefix("genac: error: ")
+    if code != EXIT_OK:
+        error = KINDS.get(code, GenacError)(said or meaning(code), where=str(run_path(recipe)))
+        error.told, error.exit_code = not quiet, code
+        raise error
+
+
 def to_hf(checkpoint: str | Path, folder: str | Path, role: str = "actor", *, dtype: str = "keep") -> Path:
     """Write a role as a Hugging Face folder, as `genac convert to-hf`; the folder.
 
@@ -163,13 +256,18 @@ def _converted(direction: str, *words: str | Path) -> None:
 
 def _command(words: Sequence[str], *, quiet: bool) -> subprocess.CompletedProcess[str]:
     """`genac WORDS` by this interpreter and this package, to its end."""
-    package = str(Path(__file__).resolve().parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         rank_command(words),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=_environment(),
         stdout=subprocess.DEVNULL if quiet else None,
         stderr=subprocess.PIPE if quiet else None,
         text=True,
         check=False,
     )
+
+
+def _environment() -> dict[str, str]:
+    """This process's, in which this package is found: a program may have it by a path of its own."""
+    package = str(Path(__file__).resolve().parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -144,18 +144,16 @@ def add_score(commands: Any) -> None:
     command.add_argument("--api-key-env", help="the environment variable that holds its key")
 
 
-def run_score(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
-    """Run `genac score ...`; the exit code."""
-    from genac_megatron.recipe.schema import TeacherConfig
-
+def score_in_ranks(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
+    """A rank's part of `genac score`, which library.score starts."""
     recipe = _recipe(options)
-    if options.p_bar is not None and not 0 <= options.p_bar <= 1:
-        raise InputError(f"{options.p_bar} is no success rate", where="--p-bar", way_out="from 0 to 1")
+    folder = RunFolder(run_path(recipe)).beside("score", given)
 
-    def wanted() -> Any:
-        from genac_megatron.evaluation.score import ScoreOptions
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.evaluation.score import score
+        from genac_megatron.evaluation.transcripts import ScoreOptions
 
-        return ScoreOptions(
+        wanted = ScoreOptions(
             Path(options.source),
             Path(options.out),
             options.checkpoint,
@@ -165,22 +163,7 @@ def run_score(options: argparse.Namespace, given: list[str], in_ranks: InRanks) 
             options.judgements,
             options.lines,
         )
-
-    if options.url is not None:
-        from genac_megatron.evaluation.score import score_by_server
-
-        server = TeacherConfig(
-            kind="endpoint", url=options.url, model=options.model, api_key_env=options.api_key_env
-        )
-        server = server.model_copy(update={"temperature": recipe.judging.temperature})
-        score_by_server(recipe, wanted(), server)
-        return EXIT_OK
-    folder = RunFolder(run_path(recipe)).beside("score", given)
-
-    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
-        from genac_megatron.evaluation.score import score
-
-        score(recipe, world, stop, wanted(), folder)
+        score(recipe, world, stop, wanted, folder)
 
     return in_ranks(recipe, given, job, folder)
 

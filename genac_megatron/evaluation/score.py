@@ -1,9 +1,4 @@
-"""`genac score`: a critic's values of any transcripts, JSONL in and out.
-
-A row has `problem` (or `question`) and `response`, or chat `messages` that end with the assistant's; perhaps
-`tokens` (of the response), `limit`, and what the critic is told: `actor`, `p_bar`, `step`. Out comes the row
-with `value`, and with `values` of its prefixes where they are asked for.
-"""
+"""A critic's values of any transcripts: by the recipe's critic and its engine, or by a server that has it."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +17,7 @@ from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.ask import Asked, ask_critic_about, ask_endpoint_about
 from genac_megatron.evaluation.parts import Parts
 from genac_megatron.evaluation.session import identity, stop_if_asked, with_role
-from genac_megatron.observe.manifest import find_checkpoint, read_manifest
+from genac_megatron.evaluation.transcripts import ScoreOptions, needs_critic, read_transcripts, told_by
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
@@ -39,70 +33,6 @@ if TYPE_CHECKING:
     from genac_megatron.training.layout import World
 
 PIECE = 256  # requests of a rank at a time
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What is valued, and what the critic is told where rows do not say."""
-
-    source: Path
-    out: Path
-    checkpoint: str | None = None
-    p_bar: float | None = None  # None: as the checkpoint's run told its critic
-    step: int | None = None
-    limit: int = 4096  # tokens that a response may have
-    judgements: int = 1  # of a state, whose mean is its value
-    lines: bool = False  # prefixes too, at line ends
-
-
-def read_transcripts(path: Path) -> list[Row]:
-    """Rows with `problem` and `response` as text. Raises InputError that names file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the transcripts: {error}", where=str(path)) from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            found.append(_transcript(line, f"{path}:{number}"))
-    if not found:
-        raise InputError("no transcript is in it", where=str(path))
-    return found
-
-
-def _transcript(line: str, where: str) -> Row:
-    way_out = 'for example {"problem": "2+2?", "response": "4"}'
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"not JSON: {error}", where=where, way_out=way_out) from error
-    if not isinstance(row, dict):
-        raise InputError("not an object", where=where, way_out=way_out)
-    problem, response = row.get("problem", row.get("question")), row.get("response")
-    messages = row.get("messages")
-    if problem is None and isinstance(messages, list) and len(messages) > 1:
-        *asked, last = [one if isinstance(one, dict) else {} for one in messages]
-        if last.get("role") == "assistant":
-            response = last.get("content")
-            problem = "\n\n".join(str(one.get("content", "")) for one in asked)
-    if not isinstance(problem, str) or not isinstance(response, str) or not problem.strip():
-        raise InputError(
-            "it has no problem and response that are text, nor messages that end with the assistant's",
-            where=where,
-            way_out=way_out,
-        )
-    for name, low, high in (
-        ("p_bar", 0, 1),
-        ("step", 0, math.inf),
-        ("tokens", 0, math.inf),
-        ("limit", 1, math.inf),
-    ):
-        value = row.get(name)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
-        ):
-            raise InputError(f"{name} is {value!r}", where=where, way_out="correct it, or leave it out")
-    return {**row, "problem": problem, "response": response}
 
 
 def text_row(number: int, prompt: Prompt, text: str, used: int, limit: int, told: IccState) -> Row:
@@ -206,34 +136,6 @@ def mean_values(answers: Sequence[Row]) -> dict[int, float]:
     return {state: math.fsum(values) / len(values) for state, values in said.items()}
 
 
-def told_by(recipe: Recipe, options: ScoreOptions) -> IccState:
-    """What the critic is told where a row does not say. Raises InputError where nobody knows the rate."""
-    name, p_bar, step = recipe.judging.actor_name, options.p_bar, options.step
-    checkpoint = options.checkpoint or recipe.roles["critic"].model.checkpoint
-    if checkpoint is not None and (p_bar is None or step is None):
-        state = read_manifest(find_checkpoint(Path(checkpoint))).get("state") or {}
-        icc = (state.get("at") or {}).get("icc") or {}
-        p_bar = icc.get("p_bar") if p_bar is None else p_bar
-        step = icc.get("step") if step is None else step
-    if p_bar is None:
-        raise InputError(
-            "the critic is told the actor's success rate, and nothing here says it",
-            where="--p-bar",
-            way_out="give it, from 0 to 1; a checkpoint of a run that has judged knows its own",
-        )
-    return IccState(float(p_bar), int(step or 0), actor=name)
-
-
-def needs_critic(recipe: Recipe) -> None:
-    """Raise InputError where the recipe has no critic that writes."""
-    if "critic" not in recipe.roles or recipe.roles["critic"].model.head != "lm":
-        raise InputError(
-            "the recipe has no generative critic",
-            where="roles.critic",
-            way_out="name a recipe that has one; a scalar critic's values: genac evaluate bank score",
-        )
-
-
 def score(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions, folder: Path) -> None:
     """Value every transcript by the recipe's critic and its engine. Collective. Raises InputError."""
     from genac_megatron.stages.session import session
@@ -257,27 +159,38 @@ def score(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions, f
         }
         plan["judging"] = recipe.judging.model_dump(mode="json")
         values = judged_texts(run, _parts(options), plan, asked, options.judgements, "score")
-        run.together(lambda: _write(options, rows, asked, owners, values) if world.rank == 0 else None)
-        if not values:
-            raise on_all_ranks(InputError("no judgement parses: it is no critic", where="roles.critic"))
+        line = run.together(lambda: _write(options, rows, asked, owners, values) if world.rank == 0 else None)
+        if line:
+            print(line, flush=True)
+        _need_values(values, "roles.critic")
 
 
-def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfig) -> None:
-    """The same by a critic behind an endpoint, from this process. Raises InputError, PeerLost."""
+def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfig) -> str:
+    """The same by a critic behind an endpoint, from this process; a line that says what came of it.
+
+    Raises InputError, PeerLost.
+    """
     told = told_by(recipe, options)
     rows, reader = read_transcripts(options.source), recipe.roles.get("actor") or recipe.roles["critic"]
     tokenizer = role_tokenizer("actor", reader.model)
     asked, owners = state_rows(rows, options, told, tokenizer, recipe.judging.states.max_states)
-    judging = recipe.judging.model_copy(update={})
     parts = _parts(options)
     plan: Row = {"kind": "score", "rows": asked, "model": teacher.model, "times": options.judgements}
-    plan["judging"] = judging.model_dump(mode="json")
+    plan["judging"] = recipe.judging.model_dump(mode="json")
     known = parts.begin(plan)
     left = [(row, n) for row in asked for n in range(options.judgements) if (row["state"], n) not in known]
     ask_endpoint_about(
-        left, teacher, judging, teacher.concurrency, lambda row: parts.append([row], 0), as_it_is=True
+        left, teacher, recipe.judging, teacher.concurrency, lambda row: parts.append([row], 0), as_it_is=True
     )
-    _write(options, rows, asked, owners, mean_values(list(parts.begin(plan).values())))
+    values = mean_values(list(parts.begin(plan).values()))
+    line = _write(options, rows, asked, owners, values)
+    _need_values(values, f"the model {teacher.model} of {teacher.url}")
+    return line
+
+
+def _need_values(values: dict[int, float], where: str) -> None:
+    if not values:
+        raise on_all_ranks(InputError("no judgement parses: it is no critic", where=where))
 
 
 def _parts(options: ScoreOptions) -> Parts:
@@ -290,10 +203,11 @@ def _write(
     asked: Sequence[Row],
     owners: Sequence[int],
     values: dict[int, float],
-) -> None:
+) -> str:
+    """Write the rows with their values; how many have one, in words."""
     out = scored(rows, asked, owners, values)
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in out)
     write_text_atomic(options.out, text)
     known = [row["value"] for row in out if row["value"] is not None]
     mean = f", mean value {math.fsum(known) / len(known):.3f}" if known else ""
-    print(f"{options.out}: {len(known)} of {len(out)} transcripts have a value{mean}", flush=True)
+    return f"{options.out}: {len(known)} of {len(out)} transcripts have a value{mean}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,11 @@ FROZEN = {
     "open_run": "(path: 'str | Path') -> 'FinishedRun'",
     "run": "(recipe: 'str | Path', overrides: 'Sequence[str]' = (), *, resume: 'bool' = False, "
     "quiet: 'bool' = False) -> 'FinishedRun'",
+    "score": "(transcripts: 'str | Path | Sequence[Mapping[str, Any]]', recipe: 'str | Path', "
+    "overrides: 'Sequence[str]' = (), *, out: 'str | Path | None' = None, "
+    "checkpoint: 'str | Path | None' = None, p_bar: 'float | None' = None, step: 'int | None' = None, "
+    "limit: 'int' = 4096, judgements: 'int' = 1, lines: 'bool' = False, url: 'str | None' = None, "
+    "model: 'str | None' = None, api_key_env: 'str | None' = None, quiet: 'bool' = False) -> 'pd.DataFrame'",
     "to_hf": "(checkpoint: 'str | Path', folder: 'str | Path', role: 'str' = 'actor', *, "
     "dtype: 'str' = 'keep') -> 'Path'",
     "to_megatron": "(hf: 'str | Path', folder: 'str | Path', *, dtype: 'str' = 'keep') -> 'Path'",
@@ -61,6 +67,10 @@ def test_what_is_wrong_is_raised_before_anything_begins(
         genac.open_run(tmp_path)
     with pytest.raises(AttributeError, match="it has FinishedRun"):
         genac.train  # noqa: B018
+    with pytest.raises(InputError, match="it has no problem and response"):
+        genac.score([{"problem": "2+2?"}], ROOT / "recipes/quickstart.yaml", p_bar=0.5)
+    with pytest.raises(InputError, match="no success rate"):
+        genac.score([{"problem": "2+2?", "response": "4"}], ROOT / "recipes/quickstart.yaml", p_bar=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,3 +98,16 @@ def test_the_example_and_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"actor.accuracy", "critic.brier"} <= set(again.evaluations().columns)
     assert again.summary["run/exit_code"] == 0
     assert again.recipe["stages"][0]["gate"]["action"] == "warn"
+    rows = [{"problem": "2+2?", "response": "4"}, {"problem": "3+3?", "response": "7"}]
+    try:
+        values = genac.score(
+            rows, "recipes/quickstart.yaml", checkpoint=again.path, out="s.jsonl", quiet=True
+        )
+        assert list(values["response"]) == ["4", "7"]
+        assert values["value"].dropna().between(0, 1).all()
+    except InputError as error:  # a critic of three steps may write no score at all
+        assert "no judgement parses" in str(error)  # noqa: PT017
+    assert [json.loads(line)["problem"] for line in Path("s.jsonl").read_text().splitlines()] == [
+        "2+2?",
+        "3+3?",
+    ]

@@ -8,21 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from fake_chat import FakeChat, question, reply
 
+import genac_megatron as genac
 from genac_megatron.cli import main
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
-from genac_megatron.evaluation.score import (
-    ScoreOptions,
-    mean_values,
-    prefixes,
-    read_transcripts,
-    score_by_server,
-    scored,
-    state_rows,
-)
+from genac_megatron.evaluation.score import mean_values, prefixes, score_by_server, scored, state_rows
+from genac_megatron.evaluation.transcripts import ScoreOptions, read_transcripts
 from genac_megatron.evaluation.votes import Ballot, answer_of, best, figures, majority, weighted
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import TeacherConfig
@@ -150,6 +145,28 @@ def test_a_critic_behind_a_server_values_transcripts_and_goes_on(
     assert question(server.bodies[0]).startswith("judge actor step 0")  # the recipe's template, brief
     with pytest.raises(InputError, match="success rate, and nothing here says it"):
         score_by_server(recipe, ScoreOptions(source, out), teacher)
+
+
+def test_the_command_line_scores_by_the_librarys_call(
+    fake_chat: Callable[..., FakeChat], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake_chat(lambda body: (200, reply("<answer>8</answer>" if "good" in question(body) else "hm")))
+    recipe, source, out = tmp_path / "r.yaml", tmp_path / "t.jsonl", tmp_path / "s.jsonl"
+    recipe.write_text(json.dumps(SMALL))
+    rows = [{"problem": "p", "response": "good", "mine": 7}, {"problem": "p", "response": "bad"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    by_url = ["--url", server.url, "--model", "critic", "--p-bar", "0.5"]
+    assert main(["score", str(source), str(recipe), "--out", str(out), *by_url]) == 0
+    assert capsys.readouterr().out == f"{out}: 1 of 2 transcripts have a value, mean value 0.800\n"
+    found = genac.score(rows, recipe, url=server.url, model="critic", p_bar=0.5, quiet=True)
+    assert capsys.readouterr().out == ""
+    assert found.to_json(orient="records", lines=True) == pd.read_json(out, lines=True).to_json(
+        orient="records", lines=True
+    )
+    assert list(found["mine"].dropna()) == [7]
+    source.write_text(json.dumps(rows[1]))
+    assert main(["score", str(source), str(recipe), "--out", str(tmp_path / "none.jsonl"), *by_url]) == 2
+    assert "no judgement parses: it is no critic" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
