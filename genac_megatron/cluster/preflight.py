@@ -23,12 +23,14 @@ from genac_megatron.cluster.placement import server_count
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import adopt_slurm
 from genac_megatron.platform.network import ENGINES, interface_towards, is_free, job_ports
+from genac_megatron.recipe.data import BenchmarkSource
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.servers import started_engines
 from genac_megatron.recipe.source_rules import source_tasks
-from genac_megatron.recipe.tasks import DatasetTask, single_tasks
+from genac_megatron.recipe.tasks import DatasetTask, QuestionsBlock, single_tasks
 from genac_megatron.serving.sglang.gpus import refusals, visible_gpus
 from genac_megatron.serving.sglang.server import serving_python
+from genac_megatron.tasks.benchmarks import find_benchmark
 
 JOIN_S = 60.0  # for all ranks to meet, and for each collective
 SEE_S = 30.0  # for all nodes to see each other's canaries
@@ -172,12 +174,24 @@ def missing_inputs(recipe: Recipe, node: int = 0) -> list[str]:
             found += [f"{name}: {file} cannot be read" for file in weights if not os.access(file, os.R_OK)]
         if role.model.checkpoint is not None and not Path(role.model.checkpoint).expanduser().is_dir():
             found.append(f"{name}: no checkpoint {role.model.checkpoint}")
-    for task in (*single_tasks(recipe.task), *source_tasks(recipe)):
-        if isinstance(task, DatasetTask) and not _has_dataset(task.source):
-            found.append(
-                f"data set {task.source} is neither a folder nor in the Hugging Face cache (HF_HOME)"
-            )
+    for name in _data_sets(recipe):
+        if not _has_dataset(name):
+            found.append(f"data set {name} is neither a folder nor in the Hugging Face cache (HF_HOME)")
     return found
+
+
+def _data_sets(recipe: Recipe) -> list[str]:
+    """Every data set, file or folder that the recipe's tasks, suites and decontamination read, once each."""
+    suites = [*recipe.evaluation.suites, *recipe.evaluation.test]
+    own = [suite.task for suite in suites if suite.task is not None]
+    tasks = [*single_tasks(recipe.task), *source_tasks(recipe), *own]
+    benchmarks: list[BenchmarkSource] = [suite for suite in suites if suite.task is None]
+    for task in tasks:
+        if isinstance(task, QuestionsBlock) and task.decontaminate is not None:
+            benchmarks += task.decontaminate.against
+    names = [task.source for task in tasks if isinstance(task, DatasetTask)]
+    names += [one.path or find_benchmark(one.name).dataset for one in benchmarks]
+    return [name for name in dict.fromkeys(names) if name]
 
 
 def missing_gpus(recipe: Recipe, node: int, visible: tuple[str, ...] | None) -> list[str]:

@@ -16,6 +16,7 @@ from genac_megatron.errors import InputError
 FORMAT = 1
 PART = ".part-"  # a checkpoint that is being written, or was left unfinished
 MANIFEST, COMMON, WEIGHTS = "manifest.json", "common.pt", "weights"
+BEST = "best"  # in a run folder: the folder of its best checkpoint
 SHOWN = 3  # damaged files of one checkpoint in a message
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from genac_megatron.observe.report_data import read_run, summarise, what_is_missing
 from genac_megatron.observe.report_page import page
+from genac_megatron.observe.report_suites import suite_summary
 from genac_megatron.observe.runinfo import RunFolder, jsonable, write_json_atomic, write_text_atomic
 
 
@@ -19,7 +20,7 @@ def write_report(run_dir: str | Path, *, draw: bool = True) -> dict[str, Any]:
     lacks stages gets a report that says what is missing. Raises InputError where the folder holds no run.
     """
     run = read_run(run_dir)
-    summary: dict[str, Any] = jsonable(summarise(run))
+    summary: dict[str, Any] = jsonable({**summarise(run), **suite_summary(run)})
     folder = RunFolder(run_dir).report
     plots, absent = None, list[str]()
     if draw:

@@ -16,6 +16,7 @@ from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, RunData, failed_gates, number
 from genac_megatron.observe.report_gates import ways_on, went_on
 from genac_megatron.observe.report_origin import end_card, origins
+from genac_megatron.observe.report_suites import suite_section
 from genac_megatron.recipe.schema import ObserveConfig
 from genac_megatron.recipe.trains import trains
 
@@ -60,6 +61,7 @@ def page(
         _tiles(run, summary),
         _plots(run, plots),
         _headlines(summary),
+        suite_section(run),
         _data(run),
         _rollouts(run),
         origins(run),

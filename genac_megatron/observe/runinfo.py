@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DATA = "data.json"  # what was told of the data when the run began: how much there is, what was left out
+TEST = "test.json"  # what the test at the run's end gave
 METRICS, EVALUATIONS, ROLLOUTS = "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"
 LOGS = (METRICS, EVALUATIONS, ROLLOUTS)
 
@@ -68,6 +69,15 @@ def _writing(path: Path) -> Iterator[None]:
 def write_json_atomic(path: Path, value: Any) -> None:
     """`jsonable(value)` as indented JSON, atomically."""
     write_text_atomic(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None where it is missing or holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -149,10 +159,7 @@ class RunFolder:
 
     def told_of_data(self) -> list[str]:
         """The lines of DATA; [] where it is missing or damaged."""
-        try:
-            told = json.loads((self.path / DATA).read_text(encoding="utf-8"))["told"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return []
+        told = (read_json(self.path / DATA) or {}).get("told")
         return [str(line) for line in told] if isinstance(told, list) else []
 
     def stage_names(self) -> list[str]:

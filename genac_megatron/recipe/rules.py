@@ -19,6 +19,7 @@ from genac_megatron.recipe.joint_rules import (
     check_joint,
     check_judging_teacher,
 )
+from genac_megatron.recipe.judged_rules import check_judged
 from genac_megatron.recipe.lora_rules import check_lora
 from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.own_rules import check_privileged
@@ -97,6 +98,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
     check_task(recipe.task, ("task",), where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
+    check_judged(recipe, where)
     check_sizes(recipe, where)
 
 

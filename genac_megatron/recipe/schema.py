@@ -14,6 +14,10 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, model_val
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+from genac_megatron.recipe.judged import BestConfig as BestConfig
+from genac_megatron.recipe.judged import CheckpointConfig as CheckpointConfig
+from genac_megatron.recipe.judged import EvaluationConfig as EvaluationConfig
+from genac_megatron.recipe.judged import SuiteConfig as SuiteConfig
 from genac_megatron.recipe.over import merged
 from genac_megatron.recipe.sharing import inherited, lent
 from genac_megatron.recipe.stages import CriticGate as CriticGate
@@ -253,24 +257,6 @@ class JudgingConfig(Block):
 
 
 # --- the run -------------------------------------------------------------------------------------
-
-
-class EvaluationConfig(Block):
-    """Held-out evaluation: actor accuracy, and the critic on states of held-out rollouts."""
-
-    prompts: Positive = 64  # held-out ones
-    samples: Positive = 4  # responses to each
-    temperature: PositiveFloat = 1.0  # of the actor
-    mc_states: Annotated[int, Field(ge=0)] = 0  # states whose value is also estimated by Monte Carlo
-    mc_continuations: Annotated[int, Field(ge=2)] = 16  # continuations per such state
-
-
-class CheckpointConfig(Block):
-    """When the run is saved."""
-
-    every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end of a stage
-    keep: Positive = 2  # how many complete ones stay
-    asynchronous: bool | None = None  # training goes on while it is written; None: on Linux
 
 
 class WandbConfig(Block):

@@ -28,6 +28,7 @@ from genac_megatron.stages.rollouts import Generator, Group, continue_states, ge
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.shown import keep
+from genac_megatron.stages.suites import ask, is_due, suite_figures
 from genac_megatron.stages.values import is_scalar, judged_by_values
 from genac_megatron.training.agreement import from_first
 
@@ -55,49 +56,66 @@ def evaluate(
     """
     run.serving.wait_settled()
     with run.phase("evaluate"):
-        held = held_out(run, stage)
-        run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))
-        outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
-        mine = [rollout for group in held.groups for rollout in group.rollouts]
-        targets = [target for part in run.gather([[r.target for r in mine]]) for target in part]
-        truncated = [flag for part in run.gather([[r.truncated for r in mine]]) for flag in part]
-        found = [one for part in run.gather([earned(mine)]) for one in part]
-        parts, sources = part_figures(found), source_figures(found)
-        row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "name": name, "step": step}
-        row["actor"] = {
-            "accuracy": metrics.avg_at_k(outcomes),
-            "truncated": mean(truncated),
-            "outcomes": outcomes,
-            "version": held.key[0],
-            "parts": parts,
-            "sources": sources,
-        }
-        row["critic"] = None
-        if run.icc is None:
-            judging, seed = run.recipe.judging, run.recipe.seed
-            told = _trained_targets(run, stage, targets)
-            run.icc = IccState.from_evaluation(told, judging.icc_momentum, seed, _steps_before(run))
-        if critic:
-            row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
-        else:
-            share = run.even_share(run.recipe.observe.shown_rollouts)
-            keep(run, stage, run.gather(held.groups[:share]), step)
+        row = _evaluated(run, stage, name, step, critic=critic, monte_carlo=monte_carlo)
+    if run.suites.watched and is_due(run.recipe, name, step):
+        with run.phase("suites"):
+            row["suites"] = ask(run, stage, run.suites.watched)
     run.append(EVALUATIONS, row)
-    figures = {"eval/accuracy": row["actor"]["accuracy"]}
-    figures |= {f"eval/accuracy_{name}": value for name, value in sources.items()}
-    figures |= {f"eval/reward_{name}": value for name, value in parts.items()}
     if row["critic"] is not None:
-        scalars = {k: v for k, v in row["critic"].items() if isinstance(v, float)}
-        figures |= {f"eval/critic_{key}": value for key, value in scalars.items()}
         run.at.measure(row["critic"], MEASURED)  # the latest: a critic that collapses closes its gates
-    figures = {key: value for key, value in figures.items() if not math.isnan(value)}
+    figures = _flat(row)
     shown = ", ".join(
         f"{key.removeprefix('eval/')} {value:.3f}"
         for key, value in figures.items()
-        if key.removeprefix("eval/") in SHOWN
+        if key.removeprefix("eval/") in SHOWN or key.startswith("suite/")
     )
     run.progress.note(f"[{stage.name}] held-out, {name}: {shown}")
+    run.evaluated(stage, step, figures)
     return figures
+
+
+def _evaluated(
+    run: Run, stage: StageConfig, name: str, step: int, *, critic: bool, monte_carlo: bool
+) -> dict[str, Any]:
+    """The row of an evaluation, without suites. p_bar begins with the first one. Collective."""
+    held = held_out(run, stage)
+    run.note(measure_rollouts(run, (rollout for group in held.groups for rollout in group.rollouts)))
+    outcomes = {k: v for part in run.gather([held.outcomes()]) for k, v in part.items()}
+    mine = [rollout for group in held.groups for rollout in group.rollouts]
+    targets = [target for part in run.gather([[r.target for r in mine]]) for target in part]
+    truncated = [flag for part in run.gather([[r.truncated for r in mine]]) for flag in part]
+    found = [one for part in run.gather([earned(mine)]) for one in part]
+    row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "name": name, "step": step}
+    row["actor"] = {
+        "accuracy": metrics.avg_at_k(outcomes),
+        "truncated": mean(truncated),
+        "outcomes": outcomes,
+        "version": held.key[0],
+        "parts": part_figures(found),
+        "sources": source_figures(found),
+    }
+    row["critic"] = None
+    if run.icc is None:
+        judging, seed = run.recipe.judging, run.recipe.seed
+        told = _trained_targets(run, stage, targets)
+        run.icc = IccState.from_evaluation(told, judging.icc_momentum, seed, _steps_before(run))
+    if critic:
+        row["critic"] = _evaluate_critic(run, stage, held, step, monte_carlo)
+    else:
+        share = run.even_share(run.recipe.observe.shown_rollouts)
+        keep(run, stage, run.gather(held.groups[:share]), step)
+    return row
+
+
+def _flat(row: dict[str, Any]) -> dict[str, float]:
+    """An evaluation's figures by their names, those that are not finite left out."""
+    actor, critic = row["actor"], row["critic"] or {}
+    figures = {"eval/accuracy": actor["accuracy"]}
+    figures |= {f"eval/accuracy_{name}": value for name, value in actor["sources"].items()}
+    figures |= {f"eval/reward_{name}": value for name, value in actor["parts"].items()}
+    figures |= {f"eval/critic_{key}": value for key, value in critic.items() if isinstance(value, float)}
+    figures |= suite_figures(row.get("suites") or {})
+    return {key: value for key, value in figures.items() if not math.isnan(value)}
 
 
 def _trained_targets(run: Run, stage: StageConfig, targets: list[float]) -> list[float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from genac_megatron.models.registry import shape_of
+from genac_megatron.recipe.judged import SuiteConfig
 from genac_megatron.recipe.schema import Recipe, RoleConfig, SftStage
 from genac_megatron.recipe.source_rules import source_tasks
 from genac_megatron.recipe.tasks import (
@@ -29,8 +30,10 @@ from genac_megatron.recipe.tasks import (
 )
 from genac_megatron.stages.room import fit_chats, fit_rows, listed, room_of
 from genac_megatron.stages.sft_chats import used_conversations
+from genac_megatron.stages.suites import make_suite
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import FixedTask, Split
+from genac_megatron.tasks.benchmarks import find_benchmark
 from genac_megatron.tasks.tokenizer import role_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ def look_at_data(recipe: Recipe) -> list[str]:
         _task(task, look)
     for task in source_tasks(recipe):
         _task(task, look, fit=False)
+    for suite in (*recipe.evaluation.suites, *recipe.evaluation.test):
+        _suite(suite, look)
     for stage in recipe.stages:
         if isinstance(stage, SftStage) and stage.data == "jsonl" and stage.path is not None:
             count = used_conversations(stage)[1]
@@ -150,6 +155,23 @@ def _task(config: TaskConfig, look: _Look, *, fit: bool = True) -> None:
             _fit(task.fixed, config, look)
     finally:
         task.close()
+
+
+def _suite(config: SuiteConfig, look: _Look) -> None:
+    """A suite whose questions are here, or made here, is read and counted."""
+    source = config.path
+    if config.task is not None:
+        source = config.task.source if isinstance(config.task, DatasetTask) else config.task.path
+    made = config.task is None and find_benchmark(config.name).suite
+    if not made and (source is None or not Path(source).expanduser().exists()):
+        look.note(f"suite {config.name}: {source or 'its data set'} is looked for when the run begins")
+        return
+    if config.task is not None and isinstance(config.task.verifier, OwnReward):  # the rows are the same
+        rows = config.task.model_copy(update={"verifier": "exact"})
+        config = config.model_copy(update={"task": rows})
+    suite = make_suite(config, None, None)
+    look.note(f"suite {suite.name}: {len(suite.prompts):,} questions x {suite.samples} samples")
+    suite.task.close()
 
 
 def _with_local_benchmarks(config: DatasetTask | JsonlTask, look: _Look) -> DatasetTask | JsonlTask:

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.stages.best import best_of
 from genac_megatron.stages.fallback import trained_on
 from genac_megatron.stages.loop import Loop, restore_engines, restore_state
 from genac_megatron.stages.policy import policy
@@ -49,6 +51,7 @@ from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.sft import sft
 from genac_megatron.stages.sft_data import unmade
 from genac_megatron.stages.stopping import StopFlag
+from genac_megatron.stages.tested import ask_test, is_untested
 from genac_megatron.stages.value import value
 from genac_megatron.stages.values import is_scalar, need_same_tokens
 from genac_megatron.training.agreement import agree, from_first
@@ -96,7 +99,8 @@ def _run(
     # By rank 0 for all: another rank's view of a shared file system may be older.
     begun = from_first(lambda: where_to_begin(recipe, checkpoints, resume))
     first = world.rank == 0
-    if begun is not None and begun[1]["state"]["at"]["stage"] >= len(recipe.stages):
+    over = begun is not None and begun[1]["state"]["at"]["stage"] >= len(recipe.stages)
+    if begun is not None and over and not from_first(partial(_untested, recipe, folder, begun)):
         if first:
             _tell_finished(recipe, folder, begun[0])
         return
@@ -113,6 +117,10 @@ def _run(
                 _stages(run, checkpoints, begun)
         finally:
             run.close()
+
+
+def _untested(recipe: Recipe, folder: RunFolder, begun: Found) -> bool:
+    return is_untested(recipe, folder.path, begun[1]["state"])
 
 
 def _tell_finished(recipe: Recipe, folder: RunFolder, newest: Path) -> None:
@@ -230,6 +238,10 @@ def begin_logs(
 
 def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
     resumed = None
+    best = best_of(run.recipe, run.folder.path, checkpoints)
+    if best is not None:
+        best.begin(run, fresh=begun is None)
+        run.evaluated = partial(best.offer, run)
     if begun is not None:
         resumed, manifest = begun
         load_checkpoint(resumed, run.roles)
@@ -250,6 +262,11 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
             loop.end(index)
         resumed = None
     checkpoints.wait()
+    if best is not None:
+        best.end(run)
+    newest = from_first(checkpoints.newest)
+    assert newest is not None
+    ask_test(run, best, newest[1]["state"]["position"])
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from genac_megatron import platform
 from genac_megatron.cluster.placement import placement, publication_faults, tenants
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.prompt import Template, load_template, need_privileged
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
@@ -23,7 +22,7 @@ from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
-from genac_megatron.observe.runinfo import DATA, RunFolder, run_path, write_json_atomic
+from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.publication.digest import know_base
 from genac_megatron.publication.publisher import Publisher, RoleSink
 from genac_megatron.recipe import memory
@@ -32,9 +31,10 @@ from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig, StageC
 from genac_megatron.recipe.servers import served_adapters, started_engines
 from genac_megatron.recipe.share import Share
 from genac_megatron.recipe.sharing import in_order, owner_of
-from genac_megatron.records import Prompt, Sample
+from genac_megatron.records import Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
+from genac_megatron.stages.begun import begun_task, keep_told
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.room import fit_chats, fit_task
 from genac_megatron.stages.served import BesideBase, Fleets, InRanks, OnServers, Served, nodes_of_ranks
@@ -42,7 +42,8 @@ from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.stages.serving import Serving
 from genac_megatron.stages.sft_orders import fit_sources
 from genac_megatron.stages.stopping import StopFlag
-from genac_megatron.tasks import Task, make_task
+from genac_megatron.stages.suites import Suites, begun_suites
+from genac_megatron.tasks import Task
 from genac_megatron.tasks.tokenizer import prints_date, role_tokenizer, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import load_base, load_checkpoint
@@ -51,12 +52,8 @@ from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.loading import load_peft
 from genac_megatron.training.role import Role
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 T = TypeVar("T")
 NOT_FINITE = "fetch the folder again; where it was trained, take a checkpoint from before it diverged"
-PRIVILEGED_LOOK = 256  # held-out prompts among which each part of a mixture has one
 
 
 class Run:
@@ -109,6 +106,8 @@ class Run:
         self._spent: dict[str, float] = {}  # on this rank, for the next row: a sum over ranks
         self.told: set[str] = set()  # warnings that are said once
         self._noted: dict[str, float] = {}  # for the next row, the same on every rank
+        # Told of every evaluation: its stage, step and figures (stages/best.py)
+        self.evaluated: Callable[[StageConfig, int, Mapping[str, float]], None] = lambda *_: None
         self._stop = stop
         self._fleets = Fleets(self.folder, started_engines(recipe))
         try:
@@ -132,13 +131,12 @@ class Run:
             lambda: {n: shape_of(c.model, len(self.tokenizers[n])).max_positions for n, c in roles.items()}
         )
         before = len(self.progress.notes)
+        self.suites = begun_suites(self, positions) if trains else Suites([], [])
         fit_task(self, positions, ("train", "heldout") if trains else ("heldout",))
         if trains:
             fit_chats(self, positions, unmade)
             fit_sources(self, positions, unmade)
-        if self.log is not None:
-            sizes = f"{self.task.train_size:,} training and {self.task.heldout_size:,} held-out prompts"
-            write_json_atomic(self.folder.path / DATA, {"told": [*self.progress.notes[before:], sizes]})
+        keep_told(self.log, self.task, self.progress.notes[before:])
 
     def _build(self, resuming: bool) -> None:
         shares = self._shares()
@@ -435,35 +433,7 @@ class Run:
     def _close_tasks(self) -> None:
         for task in (self.task, *self.more_tasks.values()):
             task.close()
-
-
-def speaker_of(recipe: Recipe) -> RoleConfig:
-    """The role that reads the task's prompts: the actor, else the first."""
-    return recipe.roles.get("actor") or next(iter(recipe.roles.values()))
-
-
-def begun_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The recipe's task. Raises InputError where it is wrong, or lacks what a privileged critic needs."""
-    judging = recipe.judging
-    tags = speaker_of(recipe).model.reasoning_tags
-    task = make_task(recipe.task, tokenizer, recipe.seed, privileged=judging.privileged, reasoning_tags=tags)
-    if judging.privileged:
-        try:
-            _need_privileged(load_template(judging.template, True), task)
-        except BaseException:
-            task.close()
-            raise
-    return task
-
-
-def _need_privileged(template: Template, task: Task) -> None:
-    """A held-out prompt stands for all, one of each part of a mixture; others are checked as they come."""
-    first: dict[str, Prompt] = {}
-    for index in range(min(task.heldout_size, PRIVILEGED_LOOK)):
-        prompt = task.prompt("heldout", index)
-        first.setdefault(prompt.source, prompt)
-    for prompt in first.values():
-        need_privileged(template, prompt)
+        self.suites.close()
 
 
 def _first_weights(model: ModelConfig, shape: Shape) -> GetTensor:

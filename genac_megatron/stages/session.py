@@ -25,6 +25,8 @@ def session(
 
     Rank 0 holds the folder meanwhile. Raises InputError where the same command is under way.
     """
+    asked = recipe.evaluation.model_copy(update={"suites": [], "test": []})
+    recipe = recipe.model_copy(update={"evaluation": asked})
     silent_s = min(SILENT_S, recipe.world.timeout_s / 2)
     lock = FolderLock(folder, "the same command", silent_s=silent_s)
     from_first(lock.acquire)

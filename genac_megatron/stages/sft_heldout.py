@@ -113,7 +113,7 @@ class Watch:
         self.seen.size, self.seen.metric = self.heldout.size, self.heldout.metric
         if self.seen.cooling is not None and self.seen.total != total:
             self.seen.cooling, self.seen.waited = None, 0  # resumed with other epochs: it is not over yet
-        folder = run.folder.path / "best"
+        folder = run.folder.path / "heldout"
         self._best = Checkpoints(folder, keep=1, asynchronous=False, limit_s=run.recipe.world.timeout_s)
         run.together(lambda: self._remove_unfinished() if run.world.rank == 0 else None)
         optimizer = stage.optimizer or run.roles[stage.role].config.optimizer

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.data import MATHS as MATHS
-from genac_megatron.recipe.tasks import DatasetTask, ReasoningGymTask
+from genac_megatron.recipe.tasks import DatasetTask, JsonlTask, OwnReward, ReasoningGymTask
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.base import Problem, Split, Task
 from genac_megatron.tasks.fields import MISSING, look_up, read_field
-from genac_megatron.tasks.hf_datasets import load_rows
-from genac_megatron.tasks.questions import QuestionTask, compiled
+from genac_megatron.tasks.filters import kept_rows
+from genac_megatron.tasks.hf_datasets import distinct_rows, load_rows
+from genac_megatron.tasks.own_reward import OwnRewarded
+from genac_megatron.tasks.questions import (
+    QuestionTask,
+    compiled,
+    need_verifier,
+    read_problems,
+    without_conflicts,
+)
 from genac_megatron.tasks.reasoning_gym import ReasoningGym
-from genac_megatron.tasks.rows import Row
+from genac_megatron.tasks.rows import Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +130,33 @@ def make_benchmark(
     problems = _questions(name, benchmark, path)
     task = Questions([], problems, benchmark.verifier, tokenizer)
     task.reasoning_tags = reasoning_tags
+    return task
+
+
+def make_rows(
+    config: JsonlTask | DatasetTask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reasoning_tags: tuple[str, str] | None = None,
+) -> Task:
+    """All rows of a block as a task without a training split, each question once. Raises InputError."""
+    notes: list[str] = []
+    if isinstance(config, DatasetTask):
+        rows = distinct_rows(config, config.split, notes)
+    else:
+        rows = read_rows(config.path)
+    problems = read_problems(kept_rows(rows, config, notes), config, by_split="no")[0]
+    if not problems:
+        raise InputError("no row in it", where=config.path or "task", way_out="see that it is the right file")
+    problems, told = without_conflicts(problems, config)
+    unique = {problem.key: problem for problem in reversed(problems)}
+    own = config.verifier
+    grader = "exact" if isinstance(own, OwnReward) else need_verifier(config)  # an own one is asked instead
+    task: Task = Questions([], list(reversed(unique.values())), grader, tokenizer, config.answer_forms)
+    task.notes = [*notes, *([told] if told else [])]
+    task.success, task.reasoning_tags = config.success, reasoning_tags
+    if isinstance(own, OwnReward):
+        task = OwnRewarded(task, own)
+        task.reasoning_tags = reasoning_tags
     return task
 
 

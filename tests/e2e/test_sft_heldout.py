@@ -89,7 +89,7 @@ def test_where_nothing_gets_better_it_ends_with_the_best_weights(tmp_path: Path)
     assert f"did not get better in 1 looks; the last step is {last}" in text
     assert f"the best, at step {best} of {last}, whose weights are kept" in text
     folder = tmp_path / "runs" / "run"
-    kept, ended = weights(folder / "best" / f"sft-{best:05d}"), weights(folder / "checkpoints" / "sft-end")
+    kept, ended = weights(folder / "heldout" / f"sft-{best:05d}"), weights(folder / "checkpoints" / "sft-end")
     assert kept.keys() == ended.keys()
     assert all(torch.equal(kept[key], ended[key]) for key in kept)
 

@@ -158,6 +158,9 @@ def test_a_data_set_in_the_cache_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert "gsm8k" in preflight.missing_inputs(recipe)[0]
     os.makedirs(tmp_path / "hub" / "datasets--openai--gsm8k")
     assert preflight.missing_inputs(recipe) == []
+    more = ["evaluation.suites=[math500, rg:chain_sum]", "task.decontaminate={against: [amc23, math500]}"]
+    told = preflight.missing_inputs(load_recipe(ROOT / "recipes/cluster/smoke.yaml", [*task, *more]))
+    assert [line.split()[2] for line in told] == ["HuggingFaceH4/MATH-500", "math-ai/amc23"]
 
 
 def test_a_serving_node_without_sglang_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

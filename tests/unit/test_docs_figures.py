@@ -30,9 +30,10 @@ GROUPS = (
         "advantage",
     ),
     *("parity", "drift", "publish", "serving", "time", "tokens", "unique", "memory", "eval", "heldout"),
+    *("suite", "test", "best"),
 )
 SUMMARY = (*GROUPS, "share", "metrics", "gate", "report", "run")
-PLACEHOLDER = r"ROLE|PHASE|SOURCE|PART|KIND|STEP|KEY|FIGURE|K|\.\.\."
+PLACEHOLDER = r"ROLE|PHASE|SUITE|SOURCE|PART|KIND|STEP|KEY|FIGURE|K|\.\.\."
 # Loops of tests and studies log under these words too, which are no figures of a run.
 NOT_LOGGED = {"actor/0", "actor/end", "actor/gain", "actor/start"}
 

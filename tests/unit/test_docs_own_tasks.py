@@ -13,7 +13,7 @@ import yaml
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import prompt_text
 from genac_megatron.recipe.loader import load_recipe
-from genac_megatron.stages.runtime import begun_task
+from genac_megatron.stages.begun import begun_task
 from genac_megatron.tasks import Task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 

@@ -25,7 +25,7 @@ from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.records import Prompt
-from genac_megatron.stages.runtime import begun_task
+from genac_megatron.stages.begun import begun_task
 from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 

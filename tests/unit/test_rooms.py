@@ -13,7 +13,7 @@ PACKAGE = ROOT / "genac_megatron"
 # The recipe's blocks are words that all rooms speak, apart from its rules, estimates and loader.
 WORDS = {
     *("block", "schema", "stages", "tasks", "training", "algorithms"),
-    *("own_code", "document", "over", "data", "share", "sharing", "servers", "pipeline"),
+    *("own_code", "document", "over", "data", "judged", "share", "sharing", "servers", "pipeline"),
 }
 # Of observe: what every room writes to. The rest of it is the report, which reads a run and its recipe.
 LOGS = {

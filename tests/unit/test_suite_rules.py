@@ -1,0 +1,78 @@
+"""Suites, the best checkpoint and the test: what recipes may say, and what lies in best/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genac_megatron.cli import main
+from genac_megatron.errors import EXIT_INPUT, EXIT_OK
+from genac_megatron.recipe.data import MATHS
+from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.stages.suites import is_due
+
+SHAPE = "{layers: 1, hidden: 8, ffn: 8, heads: 2, kv_heads: 1}"
+MODEL = f"{{model: {{family: qwen3, tokenizer: 'builtin:tiny', shape: {SHAPE}}}}}"
+OWN = {"kind": "jsonl", "path": "./mine.jsonl", "verifier": "math"}
+
+
+def recipe(folder: Path, *, best: dict[str, Any] | None = None, **evaluation: Any) -> str:
+    rows = [{"question": f"{n}+1?", "answer": n + 1} for n in (1, 2, 3, 3)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "r.yaml"
+    path.write_text(
+        f"name: x\nworld: {{ranks: 1}}\nroles: {{actor: {MODEL}}}\ntask: {{kind: state_tracking}}\n"
+        "stages: [{kind: policy, algorithm: {kind: grpo}, eval_every: 10}]\n"
+        f"evaluation: {json.dumps(evaluation)}\ncheckpoint: {json.dumps({'best': best})}\n"
+    )
+    return str(path)
+
+
+def test_suites_are_counted_by_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suites = ["maths", {"name": "mine", "task": OWN, "samples": 2}, {"name": "rg:chain_sum", "problems": 7}]
+    path = recipe(tmp_path, suites=suites, best={"figure": "suite/mine"}, test=["gsm8k"])
+    assert main(["run", path, "--dry-run"]) == EXIT_OK
+    out = capsys.readouterr().out
+    assert "suite mine: 3 questions x 2 samples" in out
+    assert "suite rg:chain_sum: 7 questions x 4 samples" in out
+    assert "suite math500: its data set is looked for when the run begins" in out
+    assert "suite gsm8k: its data set is looked for" in out
+    assert [suite.name for suite in load_recipe(path).evaluation.suites][: len(MATHS)] == list(MATHS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"suites": ["aime26"]}, "did you mean aime25"),
+        ({"suites": ["aime24", {"name": "aime24"}]}, "aime24 is named 2 times"),
+        ({"suites": ["aime24"], "test": ["maths"]}, "aime24 is asked during the run"),
+        ({"suites": [{"name": "m", "task": OWN}, {"name": "m", "task": OWN}]}, "two of suites are called"),
+        ({"suites": [{"name": "mine", "task": OWN, "path": "x"}]}, "rows of its own (task) and a path"),
+        ({"suites": [{"name": "mine", "task": {**OWN, "path": "no.jsonl"}}]}, "there is no file no.jsonl"),
+        ({"suites": [{"name": "mine", "task": {**OWN, "verifier": None}}]}, "has no verifier"),
+        ({"suites": ["aime24"], "suites_every": 15}, "every 15 steps, and stage 'policy' evaluates every 10"),
+        ({"best": {"figure": "suite/aime24"}}, "no suite gives the figure suite/aime24"),
+        ({"best": {"figure": "accuracy"}}, "no evaluation gives the figure accuracy"),
+        ({"best": {"figure": "eval/critic_brier"}}, "no evaluation gives the figure eval/critic_brier"),
+        ({"best": {"figure": "eval/accuracy", "stage": "ppo"}}, "there is no stage 'ppo'"),
+        ({"best": {"figure": "eval/accuracy", "mode": "most"}}, "must be one of max, min"),
+    ],
+)  # fmt: skip
+def test_what_no_run_would_give_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, Any], told: str
+) -> None:
+    assert main(["run", recipe(tmp_path, **keys), "--dry-run"]) == EXIT_INPUT
+    assert told in capsys.readouterr().err
+
+
+def test_suites_are_due_by_step_and_at_a_stages_ends(tmp_path: Path) -> None:
+    own = [{"name": "mine", "task": OWN}]
+    every = load_recipe(recipe(tmp_path, suites=own, suites_every=20))
+    due = [is_due(every, f"step {step}", step) for step in (10, 20, 30, 40)]
+    assert due == [False, True, False, True]
+    assert is_due(every, "start", 0)
+    assert is_due(every, "end", 33)
+    assert is_due(load_recipe(recipe(tmp_path, suites=own)), "step 10", 10)
