@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.observe.runinfo import TEST, read_json, write_json_atomic
+from genac_megatron.recipe.resume import State
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.stages.best import Best
-from genac_megatron.stages.resume import State
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.suites import ask
 from genac_megatron.training.agreement import from_first
