@@ -160,6 +160,21 @@ def blend_weight(value_error: float, group_error: float, distance: float) -> flo
     return min(max(0.5 + (group_error - value_error) / (2.0 * distance), 0.0), 1.0)
 
 
+def least_noise_share(returns: Tensor, values: Tensor, logprobs: Tensor) -> float:
+    """The share c of the values that leaves the least sum of (return - c value)^2 |score|^2: [T] each.
+
+    returns: an advantage and its value, so what the value is a baseline of. logprobs: of the sampled tokens;
+    (1 - p)^2 is |score|^2 but for how the rest of the distribution is spread. Between tokens nothing is added
+    up, which is right for lambda 0 alone. Within [0, 1]; NaN where no value is above 0 at a token that was
+    not certain. Of the batch itself: a baseline chosen by it would be biased, a share that is set by what
+    earlier batches said is not.
+    """
+    size = (1.0 - logprobs.double().exp()) ** 2
+    below = float((size * values.double() ** 2).sum())
+    above = float((size * values.double() * returns.double()).sum())
+    return min(max(above / below, 0.0), 1.0) if below > 1e-12 else math.nan
+
+
 # --- what a batch's advantages are like ----------------------------------------------------------
 
 

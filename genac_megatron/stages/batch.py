@@ -341,7 +341,7 @@ def actor_samples(
         values, actor_rewards(batch, limit, cache), config.gamma, lam, config.value_share
     )
     advantages = [
-        to_tokens(advantage, _segment_lengths(judgements, rollout.completion))
+        to_tokens(advantage, segment_lengths(judgements, rollout.completion))
         for advantage, judgements, rollout in zip(per_segment, batch.judgements, batch.rollouts, strict=True)
     ]
     flat = normalised(torch.cat(advantages), config.normalise)
@@ -379,7 +379,7 @@ def response_samples(
     return samples
 
 
-def _segment_lengths(judgements: Sequence[Judgement], completion: Completion) -> Tensor:
+def segment_lengths(judgements: Sequence[Judgement], completion: Completion) -> Tensor:
     """Sampled tokens of each segment of a response; the first begins at 0.
 
     So advantages jump over what others wrote: the state after a segment is the one before the next turn.

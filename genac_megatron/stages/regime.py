@@ -18,8 +18,11 @@ from genac_megatron.algorithms.advantages import (
     advantage_gap,
     blend_weight,
     gated_lam,
+    least_noise_share,
     others_mean,
     scheduled_lam,
+    segment_gae,
+    to_tokens,
     variance_within,
 )
 from genac_megatron.algorithms.filters import keep_whole
@@ -33,7 +36,7 @@ from genac_megatron.recipe.algorithms import (
 from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.accuracy import BLEND, blend_errors, pairs_of, within_prompts
-from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples
+from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, segment_lengths
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.runtime import mean
 
@@ -71,9 +74,27 @@ def trusted_samples(
     lams, values = _kept(lams, kept), _kept(values, kept)
     samples = actor_samples(taught, config, lams, stage.actor_loss, limit, cache, values)
     advantages = [torch.tensor(sample.fields["advantages"]) for sample in samples]
-    gap, within = advantage_gap(advantages, taught.outcomes), variance_within(advantages)
-    found = {"advantage/gap": gap, "advantage/within_response": within}
+    found = {
+        "advantage/gap": advantage_gap(advantages, taught.outcomes),
+        "advantage/within_response": variance_within(advantages),
+        "advantage/least_noise_share": _least_noise_share(
+            taught, config, lams, actor_rewards(taught, limit, cache), values
+        ),
+    }
     return samples, figures | {key: value for key, value in found.items() if value == value}
+
+
+def _least_noise_share(
+    batch: Batch, config: AdvantageConfig, lams: Sequence[float], rewards: Tensor, values: Sequence[Tensor]
+) -> float:
+    """Of the values, over the batch's tokens. rewards: [B]; values: per response its segments' baselines."""
+    returns = segment_gae(values, rewards, config.gamma, lams, 0.0)
+    parts: list[Tensor] = []
+    for rollout, judgements, *both in zip(batch.rollouts, batch.judgements, returns, values, strict=True):
+        lengths = segment_lengths(judgements, rollout.completion)
+        logprobs = torch.tensor(rollout.completion.logprobs)
+        parts.append(torch.stack([*(to_tokens(one, lengths).double() for one in both), logprobs.double()]))
+    return least_noise_share(*torch.cat(parts, 1))
 
 
 def _kept(items: Sequence[Any], kept: Sequence[bool]) -> list[Any]:

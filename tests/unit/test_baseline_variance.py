@@ -8,13 +8,14 @@ is right so far, another where it is lost. So the noise of a gradient, E|g|^2, c
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from genac_megatron.algorithms.advantages import segment_gae, to_tokens
+from genac_megatron.algorithms.advantages import least_noise_share, segment_gae, to_tokens
 
 LINES = 3
 
@@ -89,6 +90,29 @@ def test_an_actor_that_is_nearly_sure_loses_by_taking_the_whole_value_off() -> N
     assert shares[int(np.argmin(found))] == pytest.approx(slip / (1 - slip), abs=0.011)
     least = ((1 - slip) ** 3 + slip**3) / (slip * (1 - slip))
     assert whole / gradients(slip, 0, 0.0, slip / (1 - slip))[1] == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_the_share_of_least_noise_is_read_off_the_sampled_tokens(idle: int) -> None:
+    """Every response as often as it is sampled: the share at which the sum over all of them is least."""
+    slip, parts = 0.1, []
+    for chance, scores, values, outcome in responses(slip, idle):
+        spread = torch.tensor(values).repeat_interleave(1 + idle)
+        after = torch.tensor([*values[1:], outcome]).repeat_interleave(1 + idle)
+        # One logit a token: the score's size is 1 - p of what was sampled.
+        logprobs = torch.tensor(1.0 - np.abs(scores).sum(1)).log()
+        parts.append((chance, after, spread, logprobs))
+    counts = torch.tensor([round(chance * 1e6) for chance, *_ in parts])
+    of_all = [
+        torch.cat([part[i].repeat(int(n)) for part, n in zip(parts, counts // 100, strict=True)])
+        for i in (1, 2, 3)
+    ]
+    found = least_noise_share(*of_all)
+    none, half, whole = (gradients(slip, idle, 0.0, share)[1] for share in (0.0, 0.5, 1.0))
+    bend = 2.0 * (none + whole - 2.0 * half)
+    assert found == pytest.approx((bend - whole + none) / (2.0 * bend), abs=0.01)
+    assert math.isnan(least_noise_share(torch.ones(2), torch.zeros(2), torch.zeros(2)))
+    assert least_noise_share(torch.tensor([9.0]), torch.tensor([0.1]), torch.tensor([-1.0])) == 1.0
 
 
 def test_words_that_do_not_matter_make_values_pay_again() -> None:
