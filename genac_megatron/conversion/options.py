@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,12 @@ def add_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", help="the Hugging Face folder to make")
     parser.add_argument("--role", default="actor", help="which role of the checkpoint (default: actor)")
     parser.add_argument(
-        "--merge", metavar="BASE", help="of an adapter: merge it with the model in this folder"
+        "--merge",
+        metavar="BASE",
+        nargs="?",
+        const="",
+        help="of an adapter: merge it with the model in this folder; without one: with the base in the "
+        "checkpoint, which holds it where adapters are merged into it as they train",
     )
     _add_common(parser)
 
@@ -134,7 +139,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
         raise InputError(what, where=str(path), way_out="name one of them with --role")
     shape = Shape(**roles[options.role])
     said = manifest.get("adapters", {}).get(options.role)
-    if said is not None or options.merge:
+    if said is not None or options.merge is not None:
         return _adapter_to_hf(options, path, shape, said)
     assets = of_checkpoint(path, options.role, options.assets)
     job = ToHf(path / WEIGHTS, shape, *_common(options), assets, options.role)
@@ -157,6 +162,7 @@ def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: 
         raise InputError(what, where=str(path), way_out="leave --merge out")
     adapted = Adapted(path / WEIGHTS, options.role, shape, said)
     dst, _, _ = common = _common(options)
+    _check_merge(options, path, said)
     if options.merge is None:
         for key, default in (("verify", False), ("dtype", "keep")):
             if getattr(options, key) != default:
@@ -166,14 +172,37 @@ def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: 
         print(dst)
         return EXIT_OK
     adapted.need_language_model()
-    base = Path(options.merge).expanduser()
-    assets = of_checkpoint(path, options.role, options.assets or str(base))
+    base = Path(options.merge).expanduser() if options.merge else None
+    assets = of_checkpoint(path, options.role, options.assets or (str(base) if base is not None else None))
     assets.check(shape)
-    adapted.need_base(base)
+    if base is not None:
+        adapted.need_base(base)
     if options.verify:
         raise InputError("--verify reads whole models", where="--verify", way_out="leave it out with --merge")
-    _run(Merged(path / WEIGHTS, shape, *common, assets, options.role, adapted, base), options)
+    holder = options.role if base is not None else said["base_in"]
+    _run(Merged(path / WEIGHTS, shape, *common, assets, holder, adapted, base), options)
     return EXIT_OK
+
+
+def _check_merge(options: argparse.Namespace, path: Path, said: Mapping[str, Any]) -> None:
+    """Raise InputError where what --merge says, or leaves out, is not the adapter's base."""
+    moved, inside = said.get("merges", 0), said.get("base_in") is not None
+    if options.merge == "" and not inside:
+        what, way_out = (
+            "does not hold the base of its " + options.role,
+            "name that model's folder: --merge BASE",
+        )
+    elif options.merge and moved:
+        what = f"{options.role}'s adapter is beside a base that has moved {moved} times since, and is in here"
+        way_out = "give --merge without a folder"
+    elif options.merge is None and moved:
+        what = (
+            f"{options.role}'s base has moved {moved} times: a PEFT folder would be beside no model of yours"
+        )
+        way_out = "give --merge without a folder: the base is in the checkpoint"
+    else:
+        return
+    raise InputError(what, where=str(path), way_out=way_out)
 
 
 def run_inspect(options: argparse.Namespace) -> int:

@@ -108,23 +108,28 @@ def _tensors(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class Merged(ToHf):
-    """The conversion of adapters and their base to a Hugging Face folder: W + alpha / rank B A."""
+    """The conversion of adapters and their base to a Hugging Face folder: W + alpha / rank B A.
+
+    base: its folder; None: it is in the checkpoint, as the weights of `role`.
+    """
 
     adapted: Adapted
-    base: Path
+    base: Path | None
 
     @cached_property
-    def folder(self) -> HfFolder:
-        return HfFolder(self.base)
+    def folder(self) -> HfFolder | None:
+        return None if self.base is None else HfFolder(self.base)
 
     def dtypes(self) -> set[torch.dtype]:
         return {DTYPES[self.adapted.said["dtype"]]}
 
     def plan(self) -> dict[str, Any]:
-        return {**super().plan(), "base": str(self.base.absolute())}
+        base = None if self.base is None else str(self.base.absolute())
+        return {**super().plan(), "base": base, "adapter": self.adapted.role}
 
     def _split(self, unit: Unit) -> dict[str, Tensor]:
-        found = {name: self.folder.get(name) for name, _ in unit.hf}
+        folder = self.folder
+        found = {n: folder.get(n) for n, _ in unit.hf} if folder is not None else super()._split(unit)
         place = next((p for p in self.adapted.places if (p.rule, p.layer) == (unit.rule, unit.layer)), None)
         for name, (a, b) in (self.adapted.parts(place) if place is not None else {}).items():
             weight = found[f"{name}.weight"].to(DTYPES[self.adapted.said["dtype"]])

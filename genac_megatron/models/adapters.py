@@ -138,14 +138,28 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """This rank's part of W + scale B A, from its part of W: no rank needs another's. In W's dtype."""
+        return (weight.float() + self._added()).to(weight.dtype)
+
+    @torch.no_grad()
+    def merge_into(self, weight: Tensor) -> tuple[float, float]:
+        """Put `merged` in the place of this rank's part of W. The squared norms of scale B A, and of what the
+        rounding of the sum to W's dtype loses of it.
+        """
+        added = self._added()
+        new = (weight.float() + added).to(weight.dtype)
+        lost = added - (new.float() - weight.float())
+        weight.copy_(new)
+        return float(added.square().sum()), float(lost.square().sum())
+
+    def _added(self) -> Tensor:
+        """This rank's part of scale B A, in fp32."""
         parts = dict(zip(self.place.targets, self.A.split(self.rank), strict=True))
         bs = dict(zip(self.place.targets, self.B, strict=True))
         deltas = [
             bs[i].float() @ parts[i].float() if i in bs else self.A.new_zeros(n, self.A.size(1)).float()
             for i, n in enumerate(self.rows)
         ]
-        whole = shard(self.place.rule, deltas, self.shape, 0, 1)
-        return (weight.float() + self.scale * whole).to(weight.dtype)
+        return self.scale * shard(self.place.rule, deltas, self.shape, 0, 1)
 
     @torch.no_grad()
     def take(self, get: Callable[[str], tuple[Tensor, Tensor]]) -> None:
@@ -158,15 +172,18 @@ class LowRank(nn.Module):
             mine.copy_(b.chunk(tp)[at] if self.place.column else b)
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
+    def initialize(self, seed: int, merges: int = 0) -> None:
         """B is 0, so the model begins as its base; A as PEFT's, uniform in +-1 / sqrt(columns).
 
-        A function of the projection's name and the seed alone, whatever the layout.
+        A function of the projection's name, the seed and how often it was merged alone, whatever the layout.
         """
+        for b in self.B:
+            b.zero_()
+        again = f"/{merges}" if merges else ""
         tp, at = self.group.size(), self.group.rank()
         columns = self.A.size(1) * (1 if self.place.column else tp)
         for name, part in zip(self.place.projections, self.A.split(self.rank), strict=True):
-            digest = hashlib.sha256(f"{seed}/{name}.lora_A".encode()).digest()
+            digest = hashlib.sha256(f"{seed}/{name}.lora_A{again}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             whole = torch.rand(self.rank, columns, generator=generator).mul_(2).sub_(1)
             whole.div_(math.sqrt(columns))

@@ -13,7 +13,7 @@ cut otherwise: either form loads what the other has saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 PREFIX = "optimizer.state"  # as Megatron's own, before the state's and the parameter's name
 STEP = "step"  # of torch's Adam: kept with the parameter groups
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # of Adam, in a parameter's state
 REPLACED: dict[str, Callable[..., Any]] = {}  # Megatron's own methods, once `install` was called
 
 
@@ -141,6 +142,22 @@ def _states(optimizer: Any, parameter: Any) -> dict[str, Tensor]:
     if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
         return {name: value.detach().cpu() for name, value in tensors.items()}
     return {name: value.detach() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def forget_moments(optimizer: Any, parameters: Collection[Any]) -> None:
+    """Set the moments of these parameters of the model to 0, as if they had none; the count of steps goes on.
+
+    So a first update after it is (1 - beta1) / sqrt(1 - beta2) of Adam's usual one. Not collective.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            states = [_states(part, one) for one, _ in _ranges(part) if one in parameters]
+        else:
+            states = [part.optimizer.state.get(getattr(one, "main_param", one), {}) for one in parameters]
+        for state in states:
+            for name in MOMENTS & state.keys():
+                state[name].zero_()
 
 
 def sharded_states(

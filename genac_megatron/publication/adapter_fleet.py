@@ -4,7 +4,9 @@
 
 Nothing pauses and nothing is flushed: a request ends on the adapter that it began with, and a server's prefix
 cache is kept by adapter. What does not change, the base, a server is given once, as a whole model is and by
-`publication.transport`. Roles on one fleet give it once together.
+`publication.transport`. Roles on one fleet give it once together. A base that adapters were merged into is
+given again, under how often as its version, while nothing is generated (stages/serving.py): what runs would
+end on its old adapter over the new base. A completion's versions are its adapter's.
 
 Adapters go in the call itself: as a handle to memory of this machine, or by value to servers elsewhere. (From
 a folder SGLang reads them by the load format of its start, which is of random weights here.) They lie in host
@@ -41,14 +43,13 @@ from genac_megatron.serving.sglang.fleet import Endpoint
 from genac_megatron.training.agreement import agree, gathered
 from genac_megatron.training.role import Role
 
-BASE_VERSION = 0  # of what servers hold beside adapters; a completion's versions are its adapter's
-
 
 class AdapterPublisher:
     """A role's adapters to its fleet. Every rank makes one with the same arguments; `publish` is collective.
 
-    base: brings the base to servers (a Publisher with `base`). held: the endpoints that have it, the same set
-    for all roles of the fleet. in_use: the versions that this rank's requests name. `lost` names the servers
+    base: brings the base to servers (a Publisher with `base`). held: the endpoints that have it, with what
+    it is called there, the same for all roles of the fleet: one that has moved is given again. in_use: the
+    versions that this rank's requests name. `lost` names the servers
     that failed in the last publication, the same on every rank.
     """
 
@@ -57,7 +58,7 @@ class AdapterPublisher:
         role: Role,
         base: Publisher,
         endpoints: Sequence[Endpoint],
-        held: set[Endpoint],
+        held: dict[Endpoint, str],
         in_use: Callable[[], set[int]],
     ) -> None:
         self.role, self.base, self.held, self.in_use = role, base, held, in_use
@@ -129,17 +130,18 @@ class AdapterPublisher:
     # --- the base --------------------------------------------------------------------------------
 
     def _give_base(self, endpoints: Sequence[Endpoint]) -> dict[str, float]:
-        bare = [endpoint for endpoint in endpoints if endpoint not in self.held]
+        base = self.role.memory
+        bare = [endpoint for endpoint in endpoints if self.held.get(endpoint) != base.moved]
         if not bare:
             return {}
         try:
-            figures = self.base.publish(BASE_VERSION, only=[endpoint.name for endpoint in bare])
+            figures = self.base.publish(base.merges, only=[endpoint.name for endpoint in bare])
         except PeerLost:
             transport = self.base.transport
             assert isinstance(transport, FleetTransport)
             self.lost = transport.lost
             raise
-        self.held.update(bare)
+        self.held.update(dict.fromkeys(bare, base.moved))
         return figures
 
     # --- the adapter -----------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from genac_megatron.platform.fp8 import forget
+from genac_megatron.publication.adapters import AdapterJoiner
 from genac_megatron.publication.publisher import Publisher
 from genac_megatron.publication.transport import Named
-from genac_megatron.training.agreement import from_first
+from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.role import Role
 
 
@@ -58,3 +59,19 @@ def know_base(role: Role) -> None:
     digest = weights_digest(role, base=True)
     role.base = from_first(lambda: digest)
     forget(parameter for model in role.models for parameter in model.parameters())
+
+
+def moved_by(role: Role) -> str:
+    """What a base is called once a role's adapter is merged into it: by what it was called and the adapter's
+    tensors, so that the base itself is not read. On every rank. Collective.
+    """
+    joiner = AdapterJoiner(role)
+    joiner.connect()
+    agree(joiner.reserve)
+    flat = joiner.join()
+    found = ""
+    if flat is not None:
+        digest = hashlib.blake2b((role.memory.moved or role.base).encode(), digest_size=16)
+        digest.update(flat.cpu().view(torch.uint8).numpy().data)
+        found = digest.hexdigest()
+    return next(filter(None, gathered(found)))

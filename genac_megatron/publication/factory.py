@@ -49,7 +49,7 @@ def adapter_publisher(
     gpus: Mapping[str, Sequence[int]] | None = None,
     *,
     run_name: str = "run",
-    held: set[Endpoint],
+    held: dict[Endpoint, str],
     in_use: Callable[[], set[int]],
 ) -> AdapterPublisher:
     """An AdapterPublisher of `role` (engine.enable_lora), by the arguments of both."""

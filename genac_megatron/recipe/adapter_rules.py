@@ -138,6 +138,43 @@ def check_share(recipe: Recipe, name: str, where: Where) -> None:
         raise refuse(("layout", "count"), what, f"give both the same ranks: leave roles.{name}.layout out")
 
 
+def check_moving(recipe: Recipe, name: str, where: Where) -> None:
+    """Raise InputError where a role's adapter cannot be merged into its base while it trains."""
+    role = recipe.roles[name]
+    adapter = role.training.adapter
+    if adapter is None or adapter.merge_every is None:
+        return
+    key = ("roles", name, "training", "adapter", "merge_every")
+
+    def refuse(what: str, way_out: str) -> InputError:
+        text = f"'{name}' is to be merged into its base every {adapter.merge_every} steps, {what}"
+        return InputError(text, where=where(key), way_out=way_out)
+
+    owner = role.model.share
+    if owner is not None:
+        raise refuse(
+            f"and that is the base of '{owner}', which alone may move it",
+            f"take merge_every out, and set roles.{owner}.training.adapter.merge_every",
+        )
+    if role.training.fp8_param:
+        raise refuse("and that is kept in FP8, whose rounding it does not survive", "set fp8_param: false")
+    for other, config in recipe.roles.items():
+        lender = config.engine.share
+        apart = config.model.share != name and other != name
+        if (lender == name and apart) or (other == name and lender is not None):
+            beside = other if lender == name else lender
+            raise refuse(
+                f"and '{beside}' is on the same servers with a base of its own",
+                f"set roles.{beside}.model={{share: {name}}}, or take engine.share out",
+            )
+    for stage in recipe.stages:
+        if any(actor.checkpoint is not None for actor in getattr(stage, "actors", ())) and name == "actor":
+            raise refuse(
+                f"and the stage '{stage.name}' plays actors of other checkpoints, beside bases of their own",
+                f"take checkpoints out of stages.{stage.name}.actors, or merge_every out",
+            )
+
+
 def check_begins(name: str, role: RoleConfig, who: str, place: Sequence[str | int], where: Where) -> None:
     """A role that takes another's weights has none that stand still. Raises InputError for an adapter's."""
     if role.training.adapter is not None:

@@ -77,8 +77,16 @@ def _check_reference(recipe: Recipe, stage: StageConfig, place: tuple[str | int,
         actors = stage.algorithm.loss
     if actors is None or not actors.kl_coef:
         return
-    if "reference" not in recipe.roles and recipe.roles["actor"].training.adapter is not None:
+    adapter = recipe.roles["actor"].training.adapter
+    if "reference" not in recipe.roles and adapter is not None and adapter.merge_every is None:
         return  # its base is the reference
+    if "reference" not in recipe.roles and adapter is not None:
+        raise InputError(
+            f"kl_coef of the stage '{stage.name}' would be to the actor's base, which moves every "
+            f"{adapter.merge_every} steps",
+            where=where(("roles", "actor", "training", "adapter", "merge_every")),
+            way_out="add a role 'reference' with training.frozen: true, or take kl_coef or merge_every out",
+        )
     check_role(recipe, "reference", f"kl_coef of the stage '{stage.name}'", place, where)
     if not recipe.roles["reference"].training.frozen:
         raise InputError(

@@ -259,7 +259,10 @@ def _describe_roles(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
             f"recompute {role.training.recompute}"
         )
         if (adapter := role.training.adapter) is not None:
-            lines.append(f"    {adapter_told(adapter, shape, owner_of(recipe, name))}")
+            owner = owner_of(recipe, name)
+            base = recipe.roles[owner].training.adapter if owner is not None else adapter
+            moves = base.merge_every if base is not None else None
+            lines.append(f"    {adapter_told(adapter, shape, owner, moves)}")
         if role.starts_servers:
             lines.append(
                 f"    {role.engine.engines} SGLang server{'s' if role.engine.engines > 1 else ''} of "
@@ -283,16 +286,20 @@ def _served_told(recipe: Recipe, name: str, shape: Shape) -> str:
     return f"servers hold the base and load adapters of {len(adapters)} role{plural} beside it ({room})"
 
 
-def adapter_told(adapter: AdapterConfig, shape: Shape | None, owner: str | None) -> str:
-    """What of a role trains; without figures where its shape is not known. owner: whose base it shares."""
+def adapter_told(adapter: AdapterConfig, shape: Shape | None, owner: str | None, moves: int | None) -> str:
+    """What of a role trains; without figures where its shape is not known. owner: whose base it shares.
+    moves: the steps after which an adapter is merged into that.
+    """
     text = f"adapters of rank {adapter.rank} on {len(adapter.targets)} projections"
     if shape is not None:
         trained, whole = adapter_parameters(shape, adapter, 1, shape.layers), parameters(shape)
         share = f"{100 * trained / whole:.2g} % of its {count_told(whole)}"
         text += f": {count_told(trained)} parameters train ({share})"
+    often = "" if moves is None else "every step" if moves == 1 else f"every {moves} steps"
     if owner is None:
-        return f"{text}, its model is frozen"
-    return f"{text}, on the frozen model of '{owner}', held once"
+        return f"{text}, {f'merged into its model {often}' if often else 'its model is frozen'}"
+    model = f"on the {'' if often else 'frozen '}model of '{owner}', held once"
+    return f"{text}, {model}" + (f", which moves {often}" if often else "")
 
 
 def _limits(recipe: Recipe, role: RoleConfig) -> str:

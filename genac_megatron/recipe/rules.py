@@ -10,7 +10,7 @@ from pathlib import Path
 from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.registry import shape_of
-from genac_megatron.recipe.adapter_rules import check_adapter, check_begins, check_share
+from genac_megatron.recipe.adapter_rules import check_adapter, check_begins, check_moving, check_share
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
 from genac_megatron.recipe.joint_rules import (
@@ -90,6 +90,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         raise InputError("there are no roles", where=where(["roles"]), way_out="name at least one")
     for name, role in recipe.roles.items():
         check_share(recipe, name, where)
+        check_moving(recipe, name, where)
         _check_layout(recipe, name, role.layout, where)
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)

@@ -34,6 +34,9 @@ class AdapterConfig(Block):
     alpha: PositiveFloat = 32.0  # what B A adds to a weight is multiplied by alpha / rank
     targets: Annotated[list[Target], Field(min_length=1)] = TARGETS  # projections that have an adapter
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input, while it trains
+    # Each so many steps of a stage that trains it: merge it into its base, which all roles on that base then
+    # stand on, and begin it anew, without moments (ReLoRA, arXiv 2307.05695); null: the base stays as it is
+    merge_every: Positive | None = None
 
     @property
     def scale(self) -> float:

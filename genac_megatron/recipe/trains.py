@@ -29,14 +29,20 @@ def trains(resolved: Mapping[str, Any]) -> dict[str, str]:
             shape: Shape | None = read_shape(role.model)
         except (InputError, OSError):
             shape = None
-        found[name] = _told(role, shape)
+        found[name] = _told(role, shape, resolved["roles"].get(role.model.share or name))
     return found
 
 
-def _told(role: RoleConfig, shape: Shape | None) -> str:
+def _told(role: RoleConfig, shape: Shape | None, owner: Any) -> str:
+    """owner: of its base, as plain data."""
     training = role.training
     if training.adapter is not None:
-        return adapter_told(training.adapter, shape, role.model.share)
+        try:
+            base = RoleConfig.model_validate(owner).training.adapter
+        except ValidationError:
+            base = None
+        moves = base.merge_every if base is not None else None
+        return adapter_told(training.adapter, shape, role.model.share, moves)
     if training.frozen:
         return "nothing trains: it is frozen"
     if shape is None:

@@ -36,6 +36,7 @@ from genac_megatron.stages.batch import (
 )
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.minibatches import critic_passes, critic_updates, updates
 from genac_megatron.stages.ppo import begin_reference, launch_policy
 from genac_megatron.stages.rollouts import Group
@@ -68,6 +69,7 @@ def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
             keep_batch(run, stage, batch, step)
             if run.icc is not None:  # for a critic that is trained later: over all that was sampled
                 run.icc.update([figures.get("rollout/target_mean", figures["rollout/outcome_mean"])])
+            figures |= merge_due(run, "actor", *(["critic"] if scalar else []), step=step)
             figures |= run.publish("actor", step=None if loop.whole(step) else step)
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
             loop.done(step, figures, partial(judge, f"step {step}", step) if due else None)

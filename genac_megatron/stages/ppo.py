@@ -13,6 +13,7 @@ from genac_megatron.stages.critic_updates import launch_critic, launch_critic_af
 from genac_megatron.stages.gates import check_entry_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.minibatches import launch_parts, minibatches, updates
 from genac_megatron.stages.regime import goes_by_monte_carlo, learn_of, stage_rewards, trusted_samples
 from genac_megatron.stages.runtime import Run, mean
@@ -45,6 +46,7 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
             batch, figures = batches.next(step)
             figures |= train(run, stage, batch, step)
             keep_batch(run, stage, batch, step)
+            figures |= merge_due(run, *trained, step=step)
             figures |= run.publish(*trained, step=None if loop.whole(step) else step)
             due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
             loop.done(step, figures, partial(judged, f"step {step}", step) if due else None)

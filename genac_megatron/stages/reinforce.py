@@ -13,6 +13,7 @@ from genac_megatron.stages.fallback import find_weights, go_back, keep_trained, 
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.replay import Replay
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.shown import keep_batch
@@ -60,6 +61,7 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         told = run.icc if actor is None else met
         if told is not None:  # each actor has a success rate of its own
             told.update(batch.targets, advance=False)
+        figures |= merge_due(run, "critic", step=step)
         figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)

@@ -160,7 +160,7 @@ class Run:
         self, servers: dict[str, Servers], fleets: Mapping[str, Fleet], served: dict[str, Served]
     ) -> None:
         """The roles that SGLang serves, each on its own servers or on another's."""
-        bases: dict[str, set[Endpoint]] = {}  # by the owner of the servers: those that hold the base
+        bases: dict[str, dict[Endpoint, str]] = {}  # by the servers' owner: the base that each holds
         for name, config in self.recipe.roles.items():
             if not (config.served and config.engine.kind == "sglang"):
                 continue
@@ -169,7 +169,7 @@ class Run:
                 servers[owner] = Servers(config.engine, fleets.get(owner))
             if config.engine.enable_lora:
                 self._need_same_base(role, self.roles[owner])
-                held = bases.setdefault(owner, set())
+                held = bases.setdefault(owner, {})
                 served[name] = BesideBase(role, servers[owner], self.folder, held)
             else:
                 served[name] = OnServers(role, servers[owner], self.folder)
@@ -280,7 +280,8 @@ class Run:
 
     def _start_from_checkpoints(self) -> None:
         """Roles whose recipe names a checkpoint, or an adapter's folder, begin with the weights in it."""
-        for name, config in self.recipe.roles.items():
+        for name in in_order(self.recipe):
+            config = self.recipe.roles[name]
             if config.model.checkpoint is not None:
                 path = from_first(partial(find_checkpoint, Path(config.model.checkpoint)))
                 load_checkpoint(path, {name: self.roles[name]})

@@ -184,10 +184,10 @@ class OnServers:
 class BesideBase(OnServers):
     """SGLang servers that hold a base and load the role's adapters, and those of roles that share them.
 
-    held: the endpoints that have the base, the same set for all roles on them.
+    held: the endpoints that have the base, and which, the same for all roles on them.
     """
 
-    def __init__(self, role: Role, servers: Servers, folder: RunFolder, held: set[Endpoint]) -> None:
+    def __init__(self, role: Role, servers: Servers, folder: RunFolder, held: dict[Endpoint, str]) -> None:
         self._servers, self._owner = servers, role.config.engine.share is None
         engine = _engine(role, servers, adapter=role.name)
         self.engine = engine

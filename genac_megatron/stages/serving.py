@@ -29,6 +29,7 @@ class Serving:
         self.roles, self.served, self.at, self.progress = roles, served, at, progress
         self.turns = Turns([role for role in roles.values() if role.config.training.offload], served)
         self.settle: Callable[[], object] | None = None
+        self._stood: dict[str, str] = {}  # the base on which a role stood at its last publication
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -39,15 +40,17 @@ class Serving:
         """Bring the roles' current weights to their engines under the next version, where they changed.
 
         Without `advance` the version stays: engines that lost their weights get them again. With `step`,
-        roles whose recipe publishes every k steps are left out at the others.
+        roles whose recipe publishes every k steps are left out at the others, unless their base has moved;
+        one that stands on a base that has is published with those named.
         """
         figures: dict[str, float] = {}
+        moved = [name for name in self.served if advance and self._has_moved(name)]
         with self.progress.phase("publish"):
-            for name in names:
+            for name in dict.fromkeys((*names, *moved)):
                 if name not in self.served:  # a scalar critic
                     continue
                 role = self.roles[name]
-                if step is not None and step % role.config.publication.every:
+                if step is not None and step % role.config.publication.every and name not in moved:
                     continue
                 unchanged = self.at.published.get(name) == role.serial
                 if advance and unchanged and self.engines[name].version == self.at.versions[name]:
@@ -61,6 +64,10 @@ class Serving:
                 figures[f"publish/{name}_s"] = stats.pop("seconds")
                 figures |= {f"publish/{name}_{key}": value for key, value in stats.items()}
         return figures
+
+    def _has_moved(self, name: str) -> bool:
+        """Whether the base under a role is another one than at its last publication."""
+        return name in self._stood and self._stood[name] != self.roles[name].memory.moved
 
     def behind(self, name: str) -> int:
         """How many updates of a role's weights its engines have not seen."""
@@ -115,7 +122,8 @@ class Serving:
     def _bring(self, name: str, version: int, only: list[str] | None = None) -> dict[str, float]:
         """The role's weights to its engines, or to `only` the servers named. Collective."""
         served, config = self.served[name], self.roles[name].config
-        if config.publication.mode == "drain" and not config.engine.enable_lora:
+        drains = config.publication.mode == "drain"
+        if self._has_moved(name) if config.engine.enable_lora else drains:
             self.wait_settled()
         while True:
             self.turns.publish(name)
@@ -132,6 +140,7 @@ class Serving:
                 only = None
                 continue
             served.engine.version = version
+            self._stood[name] = self.roles[name].memory.moved
             if only is None:
                 served.filled()
             return stats

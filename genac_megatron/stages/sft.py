@@ -13,6 +13,7 @@ from genac_megatron.stages.fallback import keep_weights
 from genac_megatron.stages.gates import check_sft_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.minibatches import pop_tokens
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
@@ -76,9 +77,10 @@ def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tupl
             result = role.train_step(batch, loss)
         stats = dict(result.stats)
         tokens = pop_tokens(stage.role, stats)
+        merged = merge_due(run, stage.role, step=step)
         seen = watch.look(step, loop) if watch is not None else {}
         figures = {**prefixed(stage.role, stats), **part_figures(stage.role, batch, result.logprobs)}
-        loop.done(step, {**figures, **seen, **tokens}, None)
+        loop.done(step, {**figures, **merged, **seen, **tokens}, None)
     return loop.total, watch.settle(loop.total) if watch is not None else {}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.critic.icc import IccState
+from genac_megatron.errors import InputError
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import StageConfig
 from genac_megatron.recipe.stages import ActorConfig
@@ -100,6 +101,7 @@ class Cast:
             return
         self.run.serving.turns.train()
         path = from_first(partial(find_checkpoint, Path(actor.checkpoint)))
+        self.run.together(lambda: _need_still_base(path))
         load_checkpoint(path, {ACTOR: self.run.actor})
         self._kept[actor.name] = self._weights()
 
@@ -115,3 +117,15 @@ class Cast:
         for parameter, kept in zip(own, weights, strict=True):
             parameter.data.copy_(kept)
         run.actor.refresh_master()
+
+
+def _need_still_base(path: Path) -> None:
+    """Raise InputError for an actor whose base has moved: it would move what the critic stands on, too."""
+    said = read_manifest(path).get("adapters", {}).get(ACTOR) or {}
+    if said.get("moved"):
+        raise InputError(
+            f"its actor is an adapter beside a base that has moved {said['merges']} times, and is played "
+            "beside the present one's",
+            where=str(path),
+            way_out="take it out of actors, or name a checkpoint from before its base moved",
+        )

@@ -9,6 +9,7 @@ from genac_megatron.stages.batch import next_batch
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.minibatches import critic_passes, critic_updates
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
@@ -45,7 +46,7 @@ def value(run: Run, stage: ValueStage, loop: Loop) -> None:
             epochs=epochs,
             seed=seed_for(*at, "critic"),
         )
-        figures |= collected(run, [update])
+        figures |= collected(run, [update]) | merge_due(run, "critic", step=step)
         keep_batch(run, stage, batch, step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)

@@ -10,34 +10,61 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.sizes import adapter_parameters, parameters
 from genac_megatron.training.role import Role
 
-OF_BASE = ("base", "dtype")
+OF_BASE = ("base", "dtype", "moved", "merges", "base_in")
 
 
-def adapted(role: Role) -> dict[str, Any] | None:
-    """What a manifest says of a role's adapter, None where it has none. Raises ValueError without a base."""
+def adapted(role: Role, roles: Mapping[str, Role]) -> dict[str, Any] | None:
+    """What a manifest says of a role's adapter, None where it has none. roles: all that are saved, by name.
+
+    base: the recipe's; moved, merges: what has become of it since, where one of its roles merges; base_in:
+    the role whose weights in the checkpoint it is. Raises ValueError without a base.
+    """
     adapter = role.config.training.adapter
     if adapter is None:
         return None
     if not role.base:
         raise ValueError(f"{role.name}: the digest of its base is not known (publication/digest.py)")
     kept = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": sorted(adapter.targets)}
-    return {**kept, "base": role.base, "dtype": role.config.training.dtype}
+    said = {**kept, "base": role.base, "dtype": role.config.training.dtype}
+    holder = next((n for n, r in roles.items() if r.memory is role.memory and r.keeps_base), None)
+    if holder is not None or role.memory.merges:
+        said |= {"moved": role.memory.moved, "merges": role.memory.merges, "base_in": holder}
+    return said
+
+
+def brings_base(said: Mapping[str, Any], role: Role, roles: Mapping[str, Role]) -> bool:
+    """Whether a checkpoint has the base of an adapter in it, and the role takes it, by itself or with the one
+    whose base it stands on. said: of its manifest. roles: all that are loaded, by their names there.
+    """
+    holder = said.get("base_in")
+    owner = roles.get(holder or "")
+    return holder is not None and (
+        role.owns_base or (owner is not None and owner.owns_base and owner.memory is role.memory)
+    )
 
 
 def saved_parameters(role: Role) -> int:
     """How many numbers of a role's weights a checkpoint holds."""
     adapter = role.config.training.adapter
-    return (
-        parameters(role.shape)
-        if adapter is None
-        else adapter_parameters(role.shape, adapter, 1, role.shape.layers)
-    )
+    if adapter is None:
+        return parameters(role.shape)
+    own = adapter_parameters(role.shape, adapter, 1, role.shape.layers)
+    return own + parameters(role.shape) if role.keeps_base else own
 
 
-def check_adapter(path: Path, name: str, saved: Mapping[str, Any] | None, role: Role, *, base: bool) -> None:
+def check_adapter(
+    path: Path,
+    name: str,
+    saved: Mapping[str, Any] | None,
+    role: Role,
+    roles: Mapping[str, Role],
+    *,
+    base: bool,
+) -> None:
     """Raise InputError where what a checkpoint holds of a role is not what the recipe's role takes from it.
 
-    saved: of its manifest, None of a whole model. base: it is to be what an adapter stands beside.
+    saved: of its manifest, None of a whole model. roles: all that are loaded, by their names there. base: it
+    is to be what an adapter stands beside.
     """
 
     def refuse(what: str, way_out: str) -> InputError:
@@ -57,7 +84,7 @@ def check_adapter(path: Path, name: str, saved: Mapping[str, Any] | None, role: 
             "is a whole model, and the recipe's an adapter beside one",
             f"name it in roles.{role.name}.model.base, or take roles.{role.name}.training.adapter out",
         )
-    wanted = adapted(role) or {}
+    wanted = adapted(role, {}) or {}
     different = [f"{key} {saved.get(key)} (the recipe: {wanted[key]})" for key in wanted if key not in OF_BASE
                  and saved.get(key) != wanted[key]]  # fmt: skip
     if different:
@@ -70,4 +97,11 @@ def check_adapter(path: Path, name: str, saved: Mapping[str, Any] | None, role: 
             + ", and the recipe's model is {base:.12} in {dtype}".format(**wanted),
             f"name in roles.{role.name}.model (hf, base or init_seed) the model that it was trained beside, "
             "in the same training.dtype",
+        )
+    if not brings_base(saved, role, roles) and saved.get("moved", "") != role.memory.moved:
+        raise refuse(
+            "is an adapter beside a base that has moved {} times, and this one has moved {} times".format(
+                saved.get("merges", 0), role.memory.merges
+            ),
+            "take both roles from one checkpoint of the run in which the base moved (adapter.merge_every)",
         )

@@ -157,7 +157,13 @@ class Checkpoints:
             ),
             part,
         )
-        pending = Pending(part, lambda: _seal(part, final, common, trained, roles, state))
+        said = {  # now: a base may move while a writer writes
+            "roles": {name: dataclasses.asdict(role.shape) for name, role in roles.items()},
+            "adapters": {name: found for name, role in roles.items() if (found := adapted(role, roles))},
+            "trained": trained,
+            "state": dict(state),
+        }
+        pending = Pending(part, lambda: _seal(part, final, common, said))
         if request is None:
             self._finish(pending)
         else:
@@ -181,7 +187,8 @@ class Checkpoints:
         common: Sharded = {}
         for name, role in roles.items():
             shards, rest = extract_matching_values(
-                role_state(role, optimizer=name in trained), lambda v: isinstance(v, ShardedBase)
+                role_state(role, optimizer=name in trained, with_base=role.keeps_base),
+                lambda v: isinstance(v, ShardedBase),
             )
             force_all_tensors_to_non_fp8(shards)  # a checkpoint is the same whatever weights are kept in
             if shards:
@@ -313,29 +320,14 @@ def remove_for_good(folder: Path, limit_s: float = LATE_S) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _seal(
-    part: Path,
-    final: Path,
-    common: Sharded,
-    trained: list[str],
-    roles: Mapping[str, Role],
-    state: Mapping[str, Any],
-) -> None:
+def _seal(part: Path, final: Path, common: Sharded, said: Mapping[str, Any]) -> None:
     """Rank 0 adds what is not sharded, the manifest last, and gives the folder its name."""
     if dist.get_rank() != 0:
         return
     torch.save(common, part / COMMON)
     earlier = complete(final.parent)
     serial = read_manifest(earlier[-1])["serial"] + 1 if earlier else 1
-    manifest = {
-        "format": FORMAT,
-        "serial": serial,
-        "roles": {name: dataclasses.asdict(role.shape) for name, role in roles.items()},
-        "adapters": {name: found for name, role in roles.items() if (found := adapted(role))},
-        "trained": trained,
-        "state": dict(state),
-        "files": files_of(part),
-    }
+    manifest = {"format": FORMAT, "serial": serial, **said, "files": files_of(part)}
     write_json_atomic(part / MANIFEST, manifest)
     if final.exists():
         shutil.rmtree(final)

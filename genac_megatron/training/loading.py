@@ -23,7 +23,7 @@ from genac_megatron.models.hf_folder import read_tensor
 from genac_megatron.models.peft_folder import PeftHeaders
 from genac_megatron.observe.manifest import COMMON, WEIGHTS, read_manifest
 from genac_megatron.platform.fp8 import remember
-from genac_megatron.training.adapted import check_adapter
+from genac_megatron.training.adapted import brings_base, check_adapter
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.role import Role
@@ -43,10 +43,16 @@ def load_checkpoint(path: Path, roles: Mapping[str, Role], *, optimizers: bool =
     """Weights of the given roles, or (inside a stage) the optimizers of those that train. Collective.
 
     roles: by their names in the checkpoint. The layout may differ from the one that saved. A scalar critic
-    may take a language model's weights: it keeps its own head. An adapter takes an adapter of the same base.
-    Raises InputError where it does not fit.
+    may take a language model's weights: it keeps its own head. An adapter takes an adapter of the same base;
+    where that has moved, it comes with it. Raises InputError where it does not fit.
     """
-    _load(path, roles, optimizers, base=False)
+    manifest = _load(path, roles, optimizers)
+    for name, role in () if optimizers else roles.items():
+        said = manifest.get("adapters", {}).get(name) or {}
+        if role.owns_base and brings_base(said, role, roles):
+            if said["base_in"] not in roles:  # it stood on another role's, and has one of its own here
+                _load(path, {said["base_in"]: role}, False, base=True, moved=True)
+            role.memory.move(said["moved"], said["merges"], by=role)
 
 
 def load_base(path: Path, role: Role, name: str) -> None:
@@ -75,12 +81,19 @@ def load_peft(path: Path, role: Role) -> None:
     agree(load)
 
 
-def _load(path: Path, roles: Mapping[str, Role], optimizers: bool, *, base: bool) -> None:
-    manifest, common = agree(lambda: _read_small(path, roles, optimizers, base), partial(_unreadable, path))
+def _load(
+    path: Path, roles: Mapping[str, Role], optimizers: bool, *, base: bool = False, moved: bool = False
+) -> dict[str, Any]:
+    """The manifest. base: what adapters stand beside; moved: of an adapter there, once others were merged."""
+    manifest, common = agree(
+        lambda: _read_small(path, roles, optimizers, base, moved), partial(_unreadable, path)
+    )
+    said = manifest.get("adapters", {})
+    bringing = {n for n, r in roles.items() if r.owns_base and (said.get(n) or {}).get("base_in") == n}
     chosen = {n: r for n, r in roles.items() if not optimizers or n in manifest["trained"]}
     bodies = {n for n, r in chosen.items() if r.shape.value and not manifest["roles"][n].get("value")}
     request = {
-        name: _request(name, role, optimizers, head=name not in bodies, base=base)
+        name: _request(name, role, optimizers, head=name not in bodies, base=base, with_base=name in bringing)
         for name, role in chosen.items()
         if role.active
     }
@@ -103,11 +116,13 @@ def _load(path: Path, roles: Mapping[str, Role], optimizers: bool, *, base: bool
             role.serial += 1  # as refresh_master does on the role's ranks
     if not optimizers:
         agree(lambda: need_sound(path, chosen))
+    return manifest
 
 
-def _request(name: str, role: Role, optimizers: bool, *, head: bool, base: bool) -> Sharded:
+def _request(name: str, role: Role, optimizers: bool, *, head: bool, base: bool, with_base: bool) -> Sharded:
     """What this rank asks a checkpoint for: the role's weights, or its optimizer's states."""
-    state = role_state(role, optimizer=optimizers, loading=True, head=head, saved_as=name, base=base)
+    parts = {"base": base, "with_base": with_base}
+    state = role_state(role, optimizer=optimizers, loading=True, head=head, saved_as=name, **parts)
     if optimizers:
         state = {OPTIMIZER: state[OPTIMIZER]}
     sharded: Sharded = extract_matching_values(state, lambda v: isinstance(v, ShardedBase))[0]
@@ -138,7 +153,7 @@ def _take_unsaved(role: Sharded, saved: set[str]) -> Sharded:
 
 
 def _read_small(
-    path: Path, roles: Mapping[str, Role], optimizers: bool, base: bool
+    path: Path, roles: Mapping[str, Role], optimizers: bool, base: bool, moved: bool
 ) -> tuple[dict[str, Any], Sharded]:
     """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
     manifest = read_manifest(path)
@@ -146,7 +161,8 @@ def _read_small(
         raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
     for name, role in roles.items():
         _check_shape(path, name, manifest["roles"][name], role.shape, body=not optimizers)
-        check_adapter(path, name, manifest.get("adapters", {}).get(name), role, base=base)
+        if not moved:
+            check_adapter(path, name, manifest.get("adapters", {}).get(name), role, roles, base=base)
     return manifest, torch.load(path / COMMON, map_location="cpu", weights_only=False)
 
 

@@ -17,19 +17,31 @@ from genac_megatron.training.offload import HostCopy, forget_passes, states_of, 
 
 
 class BaseMemory:
-    """A frozen base's memory, of all roles that stand on it: away while every one of them rests."""
+    """A base's memory, of all roles that stand on it: away while every one of them rests. And how far it has
+    moved, by adapters that were merged into it.
+
+    moved: what it is called since; "": it is the recipe's. merges: how often.
+    """
 
     def __init__(self) -> None:
         self._copy = HostCopy()
-        self._roles, self._resting = 0, 0
+        self._roles: list[Resting] = []
+        self._resting = 0
+        self.moved, self.merges = "", 0
 
-    def join(self) -> None:
+    def join(self, role: Resting) -> None:
         """One more role stands on it."""
-        self._roles += 1
+        self._roles.append(role)
+
+    def move(self, moved: str, merges: int, *, by: Resting) -> None:
+        """It has other weights: so have all roles on it, but for the one that says so. On every rank."""
+        self.moved, self.merges = moved, merges
+        for role in self._roles:
+            role.serial += role is not by
 
     def rest(self, weights: Iterable[Tensor]) -> None:
         """A role rests. Raises GenacError where there is no host memory for it; nothing has moved then."""
-        if self._resting + 1 == self._roles:
+        if self._resting + 1 == len(self._roles):
             self._copy.take(storages_of(weights))
         self._resting += 1
 
@@ -49,13 +61,14 @@ class Resting:
     shape: Shape
     chunks: list[Any]
     optimizer: Any
+    serial: int  # changes whenever the weights do, on every rank of the world
 
     def __init__(self, memory: BaseMemory | None = None) -> None:
         self._models: list[Any] = []
         self._weights, self._states = HostCopy(), HostCopy()
         self.resting = False
         self.memory = memory or BaseMemory()
-        self.memory.join()
+        self.memory.join(self)
 
     @property
     def models(self) -> list[Any]:

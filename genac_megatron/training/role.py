@@ -82,7 +82,8 @@ class Role(Resting):
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.optimizer_config: OptimizerConfig = config.optimizer
-        self.serial = 0  # changes whenever the weights do, on every rank of the world
+        self.serial = 0
+        self.owns_base = beside is None
         self.base = ""  # of an adapter: the digest of the model that it stands beside, once that is loaded
         if self.active:
             base = None if beside is None else beside.models
@@ -131,6 +132,16 @@ class Role(Resting):
             one = len(chunks) == 1
             config.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
         self.communicator = P2PCommunicator(groups.pp, config) if self.layout.pp > 1 else None
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether its checkpoints hold its adapter's base too: one that moves is nowhere else."""
+        adapter = self.config.training.adapter
+        return (
+            adapter is not None
+            and self.owns_base
+            and (adapter.merge_every is not None or self.memory.merges > 0)
+        )
 
     # --- stages --------------------------------------------------------------------------------
 

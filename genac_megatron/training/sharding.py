@@ -50,11 +50,12 @@ def role_state(
     head: bool = True,
     saved_as: str | None = None,
     base: bool = False,
+    with_base: bool = False,
 ) -> Sharded:
     """The sharded state of a role on this rank, with its output layer or without; empty outside its block.
 
     saved_as: the role's name in the checkpoint; None: its own. Of an adapter it is what stands beside its
-    base, or, asked for the `base`, that model.
+    base, `with_base` that model too, or, asked for the `base`, it alone.
     Its tensors are views of the role's own, so that what is loaded into them is in place. Not collective.
     """
     if not role.active:
@@ -67,7 +68,7 @@ def role_state(
         kept = {key: value for key, value in state.items() if head or not key.startswith("output_layer.")}
         if base:
             kept = {key: value for key, value in kept.items() if not key.startswith(ADAPTERS)}
-        elif role.config.training.adapter is not None:
+        elif role.config.training.adapter is not None and not with_base:
             kept = {key: value for key, value in kept.items() if beside_base(key, role.shape)}
         models[f"model{index}"] = kept
         add_prefix_for_sharding(models[f"model{index}"], f"{saved_as or role.name}.")

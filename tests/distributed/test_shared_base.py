@@ -127,3 +127,60 @@ def test_roles_on_one_base_are_two_models_bit_for_bit(
         # It leaves the device once both rest, and is back with the first that wakes.
         assert got["rested"] == [[True, False, True, True]] * 2
         assert wanted["rested"] == [[False, False, True, True], [True, False, False, True]]
+
+
+# --- a base that moves ---------------------------------------------------------------------------
+
+
+def moving_case(rank: int, folder: str, layout: Any) -> Any:
+    """Two steps of both roles, a merge of the actor's adapter, a checkpoint, two more; these again in roles
+    made anew.
+    """
+    from genac_megatron.publication.digest import moved_by
+    from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
+    from genac_megatron.training.merging import merge
+
+    roles = roles_of(layout, True)
+    for role in roles.values():
+        role.begin_stage(None, 10)
+    found = [course(roles, 0)]
+    sent = published(roles["actor"])
+    before = roles["actor"].logprobs(make_samples(5, 7))
+    lost = merge(roles["actor"], moved_by(roles["actor"]))
+    after = [role.logprobs(make_samples(5, 7)) for role in roles.values()]
+    base = base_of(roles["actor"])
+    exact = all(torch.equal(base[name], weight) for name, weight in sent.items())
+    Checkpoints(Path(folder), 2, False).save("ppo-00002", roles, {})
+    found += [course(roles, 2)]
+    ended = {name: published(role) for name, role in roles.items()}
+    memory = roles["critic"].memory
+    roles = roles_of(layout, True)
+    load_checkpoint(Path(folder) / "ppo-00002", roles)
+    for role in roles.values():
+        role.begin_stage(None, 10)
+    load_checkpoint(Path(folder) / "ppo-00002", roles, optimizers=True)
+    again = course(roles, 2)
+    return {"found": found, "ended": ended, "again": again, "before": before, "after": after, "lost": lost,
+            "exact": exact, "base": base, "moved": memory.moved,
+            "resumed": roles["critic"].memory.moved}  # fmt: skip
+
+
+def test_a_base_moves_alike_in_every_layout(pool: Any, tmp_path: Path) -> None:
+    """Cut over tensors and pipeline stages and not at all; both resume to the same bytes."""
+    layouts = {"one": {"count": 1}, "cut": {"count": 4, "tp": 2, "pp": 2}, "dp2": {"count": 2}}
+    whole = {name: pool.run(moving_case, str(tmp_path / name), layout) for name, layout in layouts.items()}
+    wanted = whole["one"][0]
+    for name, layout in layouts.items():
+        for got in whole[name][: layout["count"]]:
+            assert got["exact"]  # engines with the merged weights have the new base
+            assert got["again"] == got["found"][1]
+            assert got["moved"] == got["resumed"] != ""
+            assert 0 < got["lost"] < 1e-5
+            for mine, theirs in zip(got["after"][0], got["before"], strict=True):
+                assert mine == pytest.approx(theirs, abs=5e-6)
+            assert got["after"][1] != got["found"][0][-1]  # the critic stands on another base now
+            for part in ("base", "ended"):
+                pairs = got[part].items() if part == "base" else got[part]["critic"].items()
+                theirs = wanted[part] if part == "base" else wanted[part]["critic"]
+                for key, weight in pairs:
+                    torch.testing.assert_close(weight, theirs[key], atol=2e-4, rtol=0, msg=key)

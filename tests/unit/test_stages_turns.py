@@ -62,6 +62,7 @@ class FakeRole:
             publication=SimpleNamespace(every=1, mode="drain"),
             engine=SimpleNamespace(enable_lora=False),
         )
+        self.memory = SimpleNamespace(moved="")  # of its base
         gpu.take(f"{name} role")
 
     def rest(self) -> None:
@@ -278,6 +279,32 @@ def test_a_server_that_is_lost_in_a_publication_comes_back_where_roles_rest(gpu:
     assert run.serving.restarts() == 1
     assert run.fleets["actor"].asked == [True], "a server at rest is not asked for a token"
     assert run.serving.generating(generate(gpu)) == "done"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_base_that_moved_is_published_under_every_role_on_it(gpu: Gpu, live: bool) -> None:
+    """Whatever its cadence; to servers that load adapters once nothing is generated beside the trainer."""
+    run, settled = Begun(gpu, "kv_cache"), []
+    run.serving.settle = lambda: settled.append(dict(run.serving.at.versions))
+    for role in run.roles.values():
+        role.memory = run.roles["actor"].memory
+        role.config.engine.enable_lora = live
+        role.config.publication.mode = "in_flight"
+    run.roles["critic"].config.publication.every = 4
+    run.serving.publish("actor", "critic")
+    for role in run.roles.values():
+        role.serial += 1
+    run.serving.publish("actor", step=1)
+    assert (run.serving.at.versions, settled) == ({"actor": 2, "critic": 1}, [])
+    run.roles["actor"].memory.moved = "elsewhere"
+    for role in run.roles.values():
+        role.serial += 1
+    run.serving.publish("actor", step=2)
+    assert run.serving.at.versions == {"actor": 3, "critic": 2}
+    assert len(settled) == (2 if live else 0)
+    run.roles["actor"].serial += 1
+    run.serving.publish("actor", "critic", step=3)
+    assert run.serving.at.versions == {"actor": 4, "critic": 2}
 
 
 def test_beyond_the_budget_the_run_ends(gpu: Gpu) -> None:

@@ -116,9 +116,7 @@ class Served:
         self.engine = SglangEngine([client], self.role.config.engine, self.role.shape, adapter=adapter)
         to: Any = (self.role, [endpoint], self.folder / "weights", gpus)
         self.publisher: Publisher | AdapterPublisher = (
-            adapter_publisher(*to, held=set(), in_use=self.engine.in_use)
-            if self.lora
-            else fleet_publisher(*to)
+            adapter_publisher(*to, held={}, in_use=self.engine.in_use) if self.lora else fleet_publisher(*to)
         )
         base = self.publisher.base if isinstance(self.publisher, AdapterPublisher) else self.publisher
         found: Figures = {"transport": type(base.transport).__name__}

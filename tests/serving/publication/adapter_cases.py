@@ -57,15 +57,16 @@ def fill(role: Any, seed: int) -> None:
             b.data.copy_(whole_b.chunk(tp)[at] if column else whole_b)
 
 
-def merged(config: Any, seed: int | None) -> Any:
-    """transformers' model with the adapter of a seed in its weights; None: the base."""
+def merged(config: Any, *seeds: int | None) -> Any:
+    """transformers' model with the adapters of some seeds in its weights; None: the base."""
     model = plain_model(config, SEED)
     scale, rank = config.training.adapter.scale, config.training.adapter.rank
-    for name, module in model.named_modules() if seed is not None else ():
-        if name.rpartition(".")[2] in config.training.adapter.targets:
-            rows, columns = module.weight.shape
-            a, b = part(f"{name}.A", seed, (rank, columns)), part(f"{name}.B", seed, (rows, rank))
-            module.weight.data += scale * b @ a
+    for seed in (one for one in seeds if one is not None):
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in config.training.adapter.targets:
+                rows, columns = module.weight.shape
+                a, b = part(f"{name}.A", seed, (rank, columns)), part(f"{name}.B", seed, (rows, rank))
+                module.weight.data += scale * b @ a
     return model
 
 
@@ -88,8 +89,8 @@ def sampled(endpoint: Endpoint, adapter: str | None, new: int = NEW) -> list[Gen
     return asyncio.run(asked)
 
 
-def worst(config: Any, seed: int | None, answers: list[Generated]) -> float:
-    model = merged(config, seed)
+def worst(config: Any, seed: int | None, answers: list[Generated], *more: int) -> float:
+    model = merged(config, seed, *more)
     return max(gap(model, p, list(a.ids), list(a.logprobs)) for p, a in zip(PROMPTS, answers, strict=True))
 
 
@@ -97,7 +98,7 @@ def worst(config: Any, seed: int | None, answers: list[Generated]) -> float:
 
 
 def make_publisher(
-    name: str, config: Any, endpoints: list[Endpoint], folder: str, held: set[Any], in_use: Any = set
+    name: str, config: Any, endpoints: list[Endpoint], folder: str, held: dict[Any, str], in_use: Any = set
 ) -> Any:
     """Collective: what brings a role's adapters to the servers."""
     import torch.distributed as dist
@@ -110,7 +111,7 @@ def make_publisher(
 
 def both_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, steps: Any) -> Any:
     """Publications of (role, version and seed): the figures and what servers hold after each."""
-    held: set[Any] = set()
+    held: dict[Any, str] = {}
     publishers = {
         name: make_publisher(name, config, endpoints, folder, held)
         for name in dict.fromkeys(name for name, _ in steps)
@@ -126,6 +127,36 @@ def both_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, st
     return found
 
 
+def moved_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str) -> Any:
+    """Both roles on one base: their versions 31 and 32; the actor's adapter merged into it; 33 and 34.
+
+    The figures, and what servers call their base and adapters in the end.
+    """
+    import torch.distributed as dist
+
+    from genac_megatron.publication.digest import moved_by
+    from genac_megatron.publication.factory import adapter_publisher
+    from genac_megatron.training.layout import Layout
+    from genac_megatron.training.merging import merge
+    from genac_megatron.training.role import Role
+
+    held: dict[Any, str] = {}
+    first = make_publisher("actor", config, endpoints, folder, held)
+    layout = Layout.from_config("critic", config.layout, dist.get_world_size())
+    critic = Role("critic", config, first.role.shape, layout, layout.groups(), beside=first.role)
+    second = adapter_publisher(critic, endpoints, Path(folder) / "critic", held=held, in_use=set)
+    fill(first.role, 31)
+    fill(critic, 32)
+    found = [first.publish(31), second.publish(32)]
+    merge(first.role, moved_by(first.role))
+    found += [first.publish(33), second.publish(34)]
+    names = [sorted(client_of(endpoint).adapters()) for endpoint in endpoints]
+    versions = [client_of(endpoint).version(limit_s=30.0) for endpoint in endpoints]
+    for publisher in (first, second):
+        publisher.close()
+    return [figures["bytes"] for figures in found], names, versions
+
+
 def load_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, versions: list[int]) -> Any:
     """Version after version while the first rank's engine is asked without a break.
 
@@ -138,7 +169,7 @@ def load_case(rank: int, config: Any, endpoints: list[Endpoint], folder: str, ve
     engine = SglangEngine(
         [client_of(e) for e in endpoints], config.engine, shape_of(config.model, VOCAB), adapter="actor"
     )
-    publisher = make_publisher("actor", config, endpoints, folder, set(), engine.in_use)
+    publisher = make_publisher("actor", config, endpoints, folder, {}, engine.in_use)
     done: list[tuple[int, Completion]] = []
     asking, begun = threading.Event(), threading.Event()
 
@@ -191,7 +222,7 @@ def disturbed_case(
     """Version 1; then version 2, whose bytes are altered on the way, or whose server is killed."""
     from genac_megatron.errors import GenacError
 
-    publisher = make_publisher("actor", config, endpoints, folder, set())
+    publisher = make_publisher("actor", config, endpoints, folder, {})
     fill(publisher.role, 1)
     publisher.publish(1)
     by_memory: Callable[[str, torch.Tensor], Any] = publisher.by_memory

@@ -26,6 +26,7 @@ from tests.serving.publication.adapter_cases import (
     gap,
     load_case,
     merged,
+    moved_case,
     sampled,
     worst,
 )
@@ -73,6 +74,24 @@ def test_servers_say_what_base_and_adapters_say(pool: Any, beside: list[Endpoint
 
     for seed, (answer,) in zip((None, 9, 3), asyncio.run(at_once()), strict=True):
         assert gap(merged(config, seed), PROMPTS[0], list(answer.ids), list(answer.logprobs)) <= TOLERANCE
+
+
+def test_a_base_moves_under_live_adapters(pool: Any, beside: list[Endpoint], tmp_path: Path) -> None:
+    """It is given again, once for both roles; either says over it what the trainer says."""
+    config = adapted({"count": 4, "tp": 2, "pp": 2})
+    results = pool.run(moved_case, config, beside, str(tmp_path))
+    assert all(result == results[0] for result in results)
+    bytes_, names, versions = results[0]
+    shape = shape_of(config.model, VOCAB)
+    small = 4 * adapter_parameters(shape, config.training.adapter, 1, shape.layers)
+    assert [sent - small for sent in bytes_] == [4 * parameters(shape), 0] * 2
+    assert all({"actor@33", "critic@34"} <= set(held) for held in names)
+    assert set(versions) == {"1"}
+    for endpoint in beside:
+        assert worst(config, 31, sampled(endpoint, "actor@33")) <= TOLERANCE
+        answers = sampled(endpoint, "critic@34")
+        assert worst(config, 31, answers, 32) <= TOLERANCE
+        assert worst(config, 32, answers) > 0.1  # beside the base as it was
 
 
 @pytest.mark.extended  # whole weights, and how adapters are joined, are tested by family elsewhere

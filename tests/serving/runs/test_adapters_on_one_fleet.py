@@ -1,4 +1,6 @@
-"""A joint run of two adapters on one base and one server: both decode there, live; and the server is lost."""
+"""A joint run of two adapters on one base and one server: both decode there, live; the base moves; and the
+server is lost.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,13 @@ pytestmark = pytest.mark.skipif(
 )
 ACTOR = RECIPE["roles"]["actor"]
 ADAPTED = {**ACTOR, "training": {**ACTOR["training"], "adapter": {"rank": 4, "alpha": 8}}}
+MOVES = {"rank": 4, "alpha": 8, "merge_every": 2}  # the actor's into the base of both
 ROLES: dict[str, Any] = {
-    "actor": {**ADAPTED, "engine": {**SERVERS, "enable_lora": True}},
+    "actor": {
+        **ADAPTED,
+        "training": {**ACTOR["training"], "adapter": MOVES},
+        "engine": {**SERVERS, "enable_lora": True},
+    },
     "critic": {**ADAPTED, "model": {"share": "actor"}, "engine": {"share": "actor"}},
 }
 
@@ -52,6 +59,7 @@ def test_two_adapters_on_one_server(tmp_path: Path, overlap: bool) -> None:
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert [row["publish/actor_version"] for row in steps] == [2, 3, 4]
     assert [row["publish/critic_version"] for row in steps] == [2, 3, 4]
+    assert [row.get("actor/merges") for row in steps] == [None, 1, None]
     assert {row["rollout/staleness"] for row in steps} == ({0, 1} if overlap else {0})
     # fp32 on both sides: rounding alone, with the version that the trainer thinks it is.
     same = steps[: 1 if overlap else None]  # what older weights sampled differs, and is called drift
