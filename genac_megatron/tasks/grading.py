@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -62,6 +63,8 @@ def _math() -> Callable[[Pair], float]:
     """In a worker's process: the verdict on (reference, final answer)."""
     from genac_megatron.tasks.equality import agrees
 
+    # It would say on the terminal that it has no time limit of its own: Workers have one.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     agrees("x^2+2x+1", "(x+1)^2")  # imports, parser tables, simplification: no pair's limit pays for them
     return lambda pair: float(agrees(*pair))
 

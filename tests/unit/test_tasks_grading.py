@@ -86,6 +86,13 @@ def test_a_hostile_answer_costs_its_time_limit_and_nothing_else() -> None:
     grader.close()
 
 
+def test_nothing_is_said_of_the_time_limit_that_math_verify_lacks(capfd: pytest.CaptureFixture[str]) -> None:
+    with_limit = MathGrader(workers=1)
+    assert with_limit.grade(RIGHT[:1]) == [1.0]
+    with_limit.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_exact_match_is_about_the_final_answer() -> None:
     pairs = [
         ("a  b", "first c\n\\boxed{a b}"),
