@@ -30,6 +30,7 @@ def check_algorithm(
     _check_reference(recipe, stage, place, where)
     if isinstance(stage, ValueStage):
         _check_regression(recipe, stage, stage.value, exact, (*place, "value"), where)
+        _check_distil(stage, place, where)
     if isinstance(stage, PpoStage):
         _check_overlong(stage.overlong, stage.rollout.max_new_tokens, (*place, "overlong"), where)
     if isinstance(stage, PolicyStage):
@@ -138,6 +139,19 @@ def _check_regression(
             where=where((*place, "by_spread")),
             way_out="take by_spread out, or raise samples",
         )
+
+
+def _check_distil(stage: ValueStage, place: tuple[str | int, ...], where: Where) -> None:
+    """What says how outcomes of rollouts are learnt says nothing of kept judgements."""
+    if stage.distil is None:
+        return
+    for key, default in (("value", RegressionConfig(clip=stage.value.clip)), ("minibatches", 1)):
+        if getattr(stage, key) != default:
+            raise InputError(
+                f"the stage '{stage.name}' learns from {stage.distil.path}, and {key} is of rollouts",
+                where=where((*place, key)),
+                way_out=f"take {key} out, or distil",
+            )
 
 
 def _check_importance(value: ValueConfig, place: tuple[str | int, ...], where: Where) -> None:

@@ -369,6 +369,8 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         if stage.data == "traces":
             text += f" of at most {judging.max_new_tokens:,} tokens"
         return text
+    if isinstance(stage, ValueStage) and stage.distil is not None:
+        return f"{stage.steps} steps; a step trains on {stage.distil.batch:,} judged states"
     rollout = stage.rollout
     responses = rollout.prompts * rollout.samples
     if isinstance(stage, ValueStage | PolicyStage):

@@ -286,6 +286,15 @@ class PpoStage(Block):
     gate: EntryGate = EntryGate()  # what the critic must be when the stage begins
 
 
+class DistilConfig(Block):
+    """A value head learns what a generative critic says of kept states."""
+
+    path: str  # judged.jsonl of `genac traces ask`, or what `genac score --lines` has written
+    batch: Positive = 256  # states of a step
+    # Of the training problems, those that are not trained on but looked at, as are all held-out ones
+    heldout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
 class ValueStage(Block):
     """Value pre-training of a scalar critic on the frozen actor's outcomes (VC-PPO; VAPO's warm-up)."""
 
@@ -294,6 +303,7 @@ class ValueStage(Block):
     start_from: str | None = None  # begin from a copy of this role's current weights, the head apart
     steps: Positive = 50  # batches
     rollout: RolloutConfig = RolloutConfig()
+    distil: DistilConfig | None = None  # in the place of rollouts: a generative critic's judgements
     value: RegressionConfig = RegressionConfig()
     minibatches: Positive = 1  # parts of a batch, an update each
     optimizer: OptimizerConfig | None = None  # over the role's, key by key

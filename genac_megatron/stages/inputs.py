@@ -11,7 +11,7 @@ from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
 from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.runinfo import RunFolder, run_path
-from genac_megatron.recipe.schema import Recipe
+from genac_megatron.recipe.schema import Recipe, ValueStage
 
 
 def need_inputs(recipe: Recipe, *, resume: bool, planning: bool) -> None:
@@ -26,6 +26,8 @@ def need_inputs(recipe: Recipe, *, resume: bool, planning: bool) -> None:
     critic = recipe.roles.get("critic")
     if critic is not None and critic.served:
         load_template(recipe.judging.template, recipe.judging.privileged)
+    if not planning:
+        _need_judged(recipe)
     if not resume and not planning:
         _need_checkpoints(recipe)
 
@@ -58,6 +60,21 @@ def _need_a_run(path: Path) -> None:
         way_out="run it without --resume"
         + ("" if begun else ", or name the run that you mean (name=..., runs=...)"),
     )
+
+
+def _need_judged(recipe: Recipe) -> None:
+    """A generative critic's judgements, which a value head is to learn."""
+    for stage in recipe.stages:
+        if (
+            isinstance(stage, ValueStage)
+            and stage.distil is not None
+            and not Path(stage.distil.path).is_file()
+        ):
+            raise InputError(
+                f"there is no file {stage.distil.path}",
+                where=f"stages.{stage.name}.distil.path",
+                way_out="`genac traces ask` leaves judged.jsonl in its folder (docs/traces.md)",
+            )
 
 
 def _need_checkpoints(recipe: Recipe) -> None:

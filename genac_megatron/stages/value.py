@@ -6,6 +6,7 @@ from functools import partial
 
 from genac_megatron.recipe.schema import ValueStage
 from genac_megatron.stages.batch import next_batch
+from genac_megatron.stages.distil import distil
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
@@ -20,14 +21,26 @@ from genac_megatron.stages.values import launch_values, response_values, returns
 
 
 def value(run: Run, stage: ValueStage, loop: Loop) -> None:
-    """Regression of the responses' outcomes, or of what stage.value.target says, on the text so far."""
+    """Regression of the responses' outcomes, of what stage.value.target says, or of a generative critic's
+    judgements, on the text so far."""
     if loop.fresh and stage.start_from is not None:
         run.copy_weights(stage.start_from, "critic")
-    run.critic.begin_stage(stage.optimizer, stage.steps * critic_updates(stage))
+    updates = 1 if stage.distil is not None else critic_updates(stage)
+    run.critic.begin_stage(stage.optimizer, stage.steps * updates)
     loop.restore_optimizers()
     if loop.fresh:
         run.publish("actor")
         evaluate(run, stage, "start", 0)
+    if stage.distil is not None:
+        distil(run, stage, stage.distil, loop)
+    else:
+        from_rollouts(run, stage, loop)
+    held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)
+    check_critic_gate(stage, held_out)
+
+
+def from_rollouts(run: Run, stage: ValueStage, loop: Loop) -> None:
+    """Its steps, each on a fresh batch."""
     parts, epochs = critic_passes(stage)
     for step in loop.steps(stage.steps):
         batch, figures = next_batch(run, stage, step)
@@ -50,5 +63,3 @@ def value(run: Run, stage: ValueStage, loop: Loop) -> None:
         keep_batch(run, stage, batch, step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
         loop.done(step, figures, partial(evaluate, run, stage, f"step {step}", step) if due else None)
-    held_out = evaluate(run, stage, "end", stage.steps, monte_carlo=True)
-    check_critic_gate(stage, held_out)

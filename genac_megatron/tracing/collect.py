@@ -3,6 +3,7 @@
 OUT/
     states/ values/ answers/   rows as they come, by evaluation/parts.py: a killed command goes on
     traces.jsonl               what is learnt, by the recipe's settings; `genac traces filter` makes others
+    judged.jsonl               every state that was asked about, for a value head (stages/distil.py)
 
 It goes in rounds, until the answers that Monte Carlo bears out are as many as the stage's `size`, and even
 over values: what is asked about (and paid for) is chosen by values that are known before.
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from genac_megatron.critic.balance import LEAST_RATE, MOST_AT_ONCE, MOST_OF_ONE, VALUE_BUCKETS
 from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.judged import judged_rows
 from genac_megatron.critic.states import state_text
 from genac_megatron.critic.trace_rows import as_state, plain, state_row
 from genac_megatron.critic.verdicts import Row, accepted, bucket, evenly, monte_carlo
@@ -59,6 +61,7 @@ from genac_megatron.training.agreement import from_first
 from genac_megatron.training.layout import World
 
 FORMAT = 1
+JUDGED = "judged.jsonl"
 ROUND = 1_000_000  # numbers of states of a round
 SHOWN_S = 5.0  # between lines
 TEACHERS = ("endpoint", "self", "exact")
@@ -346,6 +349,7 @@ class Collector:
             gate=self.options.gate,  # type: ignore[arg-type]
         )
         states = joined(self.rows[STATES], self.rows[VALUES])
+        write_text_atomic(out / JUDGED, plain(judged_rows(states, self.rows[ANSWERS])))
         kept, text = filtered(states, self.rows[ANSWERS], options)
         write_text_atomic(out / TRACES, plain(kept))
         cost = "" if self.spent.dollars is None else f", {self.spent.dollars:.2f} dollars"

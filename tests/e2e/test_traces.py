@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from genac_megatron.critic.judged import read_judged
 from tests.e2e.test_gates import SMALL
 from tests.e2e.test_run import rows
 from tests.unit.fake_chat import FakeChat, question, reply
@@ -72,6 +73,9 @@ def test_two_actors_states_are_asked_about_killed_and_trained_on(tmp_path: Path)
     assert len(kept) == len({row["state"] for row in kept})
     assert sum(again.values()) - len(kept) <= 2 + 1  # those under way at the kill
     assert sum(paid.values()) >= 5
+    judged = read_judged(str(tmp_path / "asked/judged.jsonl"))  # for a value head
+    assert len(judged) == len({row["state"] for row in kept})
+    assert {len(state.outcomes) for state in judged} == {2}
     traces = [json.loads(line) for line in (tmp_path / "asked/traces.jsonl").read_text().splitlines()]
     assert {row["actor"] for row in traces} == {"early", "actor"}
     assert all("Success rate of early" in text or "Success rate of actor" in text for text in again)

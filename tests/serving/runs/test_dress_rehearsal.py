@@ -21,11 +21,11 @@ from tests.warm import ROOT, genac
 MODEL = "Qwen3-8B"
 WHOLE, LORA = "pipeline-qwen3-8b-2n8g-tp4", "pipeline-qwen3-8b-1n8g-tp4-lora"
 ENGINE = (
-    "engine.gpus=[]",
-    "engine.engines=1",
-    "engine.tp=1",
-    "engine.max_batch=16",
-    "engine.max_batch_tokens=8192",
+    "gpus=[]",
+    "engines=1",
+    "tp=1",
+    "max_batch=16",
+    "max_batch_tokens=8192",
 )
 STAGES = ("sft-critic", "reinforce", "ppo")
 SIZES = [
@@ -69,9 +69,7 @@ def test_data_template_and_room_hold_without_servers(name: str, tmp_path: Path) 
     PYTHON_VARIABLE not in os.environ,
     reason=f"{PYTHON_VARIABLE} is not set: `make test-serving` builds SGLang's environment and sets it",
 )
-def test_the_pipelines_run_from_end_to_end_on_servers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pipelines_run_on_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_place(tmp_path, MODEL)
     monkeypatch.chdir(tmp_path)
     for name, small in SMALL.items():
