@@ -75,7 +75,7 @@ def report_of(manifest: Row, rows: Sequence[Row]) -> Report:
 
 
 HEAD = ["[95 % interval]", "cosine of a batch", "SNR of a rollout x 1000", "x {base}'s", "bias", "unbiased?"]
-NOISE = "E|g|²/|G|²"
+NOISE = "E‖g‖² / ‖G‖²"  # no bars: they would part columns
 
 
 def shown(report: Report, predicted: Mapping[str, float] | None = None) -> str:
@@ -159,10 +159,10 @@ def draw(
                     axes.plot([told[name]], [place], "D", mfc="none", mec=LIGHT.ink, markersize=5)
             axes.axvline(1.0, color=LIGHT.soft, linewidth=0.8, linestyle=":")
             axes.set_title(title, loc="left", fontsize=9)
-            axes.set_xlabel(f"signal to noise, times {report['base']}'s")
+            axes.set_xlabel(f"times {report['base']}'s", fontsize=8)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
-        if any(predicted.values()):
-            figure.supxlabel("hollow: predicted before the run", fontsize=8)
+        hollow = "; hollow: predicted before the run" if any(predicted.values()) else ""
+        figure.supxlabel(f"signal to noise of a rollout{hollow}", fontsize=8)
 
     return onto

@@ -58,6 +58,8 @@ def test_a_quieter_estimator_has_the_higher_ratio_and_predictions_stand_beside()
     assert 0 < ratio["dropped"] < ratio["draws"] == 1000, "draws in which rloo's own is not above 0"
     assert found["exact-0"]["ratio"]["low"] > 1.5
     assert found["exact-1-raw"]["agrees"]
+    assert found["exact-1-raw"]["noise"]["value"] == pytest.approx(1.0 + NOISE["exact-1-raw"] ** 2, rel=0.2)
+    assert "noise" not in found["exact-0"], "of another scale"
     assert "agrees" not in found["exact-0"]
     assert "size" not in found["exact-0"], "of another scale than the reference"
     text = shown(report, {"exact-0": 9.0})
