@@ -31,6 +31,7 @@ class Prompt:
     source: str = ""  # of a mixture: the name of the part that it is of
     # What a privileged critic is shown, by template placeholder: reference, rubric. Never the actor.
     privileged: Mapping[str, str] = field(default_factory=dict)
+    opening: str = field(default="", compare=False)  # a digest of what its environment began with
 
     @property
     def digest(self) -> str:
@@ -97,6 +98,37 @@ class Completion:
         return sum(max(0, min(end, cut) - begin) for begin, end in self.ranges)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A part of a conversation: what the actor wrote, or what its environment showed it."""
+
+    who: str  # actor, or the role that a chat template has for it: user, tool
+    text: str
+    begin: int  # its tokens among the response's, the chat template's around a text included
+    end: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What became of a conversation with an environment."""
+
+    turns: tuple[Turn, ...]
+    # done: the environment said so; turns, tokens: they ran out; failed: the environment did
+    ended: Literal["done", "turns", "tokens", "failed"]
+    outcome: float | None = None  # that it gave; None: it gave none
+    parts: Mapping[str, float] = field(default_factory=dict)  # by name, summed
+    shortened: int = 0  # observations that lost their middle
+    failure: str = ""  # how the environment failed
+
+    @property
+    def taken(self) -> int:
+        """Turns of the actor."""
+        return sum(turn.who == ACTOR for turn in self.turns)
+
+
+ACTOR = "actor"
+
+
 @dataclass
 class Rollout:
     """A prompt, one sampled response, and its verified outcome r in [0, 1]."""
@@ -104,11 +136,12 @@ class Rollout:
     prompt: Prompt
     sample: int  # number among the batch's responses to this prompt, repeats of the prompt included
     completion: Completion
-    text: str  # the response decoded, special tokens left out
+    text: str  # the response decoded, special tokens left out; of a conversation its last turn
     outcome: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)  # of the outcome, where its task names some
     critic_outcome: float | None = None  # of a cut-off response, where critics have another rule
     limit: int | None = None  # tokens that it might have had; None: not known
+    episode: Episode | None = None  # of a conversation
     # Of its tokens, once they are known: what the actor is trained with, and a scalar critic's values.
     advantages: Sequence[float] | None = field(default=None, compare=False, repr=False)
     values: Sequence[float] | None = field(default=None, compare=False, repr=False)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
-from genac_megatron.escaping import escape
+from genac_megatron.escaping import Transcript, break_tokens, escape
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.tokenizer import chat_text, encode_after
@@ -192,6 +192,8 @@ def prompt_text(
         need_privileged(template, prompt)
         figures |= {name: escape(text, tokens) for name, text in prompt.privileged.items()}
     before, after = template.fill(figures)
+    if isinstance(partial_text, Transcript):
+        return before, break_tokens(partial_text, tokens), after
     return before, escape(partial_text, tokens), after
 
 

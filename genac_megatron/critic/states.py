@@ -9,10 +9,12 @@ over every response of a small policy).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from genac_megatron.escaping import Transcript, transcript
 from genac_megatron.recipe.schema import StatesConfig
-from genac_megatron.records import Rollout, State
+from genac_megatron.records import Completion, Episode, Rollout, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,12 +59,32 @@ def marks(config: StatesConfig, limit: int | None) -> list[int]:
 def state_text(state: State, tokenizer: PreTrainedTokenizerBase) -> str:
     """The partial response: the sampled ids before the cut, decoded, special tokens left out.
 
-    A character that the cut leaves half written is left out too.
+    A character that the cut leaves half written is left out too. Of a conversation it is the transcript, of
+    which each part is escaped already.
     """
-    ids = list(state.rollout.completion.ids[: state.cut])
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if state.rollout.episode is not None:
+        return _transcript(state.rollout, state.rollout.episode, state.cut, tokenizer)
+    return _decoded(tokenizer, state.rollout.completion.ids[: state.cut])
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text.rstrip("\ufffd")
+
+
+def _transcript(
+    rollout: Rollout, episode: Episode, cut: int, tokenizer: PreTrainedTokenizerBase
+) -> Transcript:
+    """A conversation up to a cut; of a whole one with what was answered last, which no turn follows."""
+    ids, parts = rollout.completion.ids, list[tuple[str, str]]()
+    for turn in episode.turns:
+        if turn.begin < cut < turn.end:
+            parts.append((turn.who, _decoded(tokenizer, ids[turn.begin : cut])))
+            return transcript(parts, open_last=True)
+        if turn.end <= cut and (turn.begin < cut or cut == len(ids)):
+            parts.append((turn.who, turn.text))
+    return transcript(parts)
 
 
 def trained_indices(count: int, limit: int) -> list[int]:
@@ -99,6 +121,8 @@ def spread(count: int, limit: int) -> list[int]:
 
 def _candidates(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: StatesConfig) -> list[int]:
     """Every place in (0, number of tokens) where the cutter would cut, in order."""
+    if rollout.completion.sampled:
+        return _in_turns(rollout, tokenizer, config)
     ids = rollout.completion.ids
     if config.cutter == "fixed":
         return list(range(config.fixed_length, len(ids), config.fixed_length))
@@ -107,3 +131,19 @@ def _candidates(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: St
         return [i + 1 for i in range(len(ids) - 1) if math.exp(logprobs[i]) < config.low_prob]
     ends_line = {i: "\n" in str(tokenizer.decode([i])) for i in set(ids)}
     return [i + 1 for i in range(len(ids) - 1) if ends_line[ids[i]]]
+
+
+def _in_turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: StatesConfig) -> list[int]:
+    """The same of a conversation: before each turn of the actor's and, by the cutter, inside it.
+
+    What others wrote is never cut: a value is of the state before the actor's turn, with all it was told.
+    """
+    completion, found = rollout.completion, set[int]()
+    for begin, end in completion.ranges:
+        first = completion.written_before(begin)
+        said = Completion(
+            completion.ids[begin:end], completion.logprobs[first : first + end - begin], completion.finish
+        )
+        turn = Rollout(rollout.prompt, rollout.sample, said, "")
+        found |= {begin, *(begin + cut for cut in _candidates(turn, tokenizer, config))}
+    return sorted(found - {0})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 
 if TYPE_CHECKING:
@@ -183,7 +184,9 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    return load_recipe(options.recipe, [*options.overrides, *options.override])
+    recipe = load_recipe(options.recipe, [*options.overrides, *options.override])
+    need_no_environment(recipe, "genac evaluate")
+    return recipe
 
 
 def _build_job(options: argparse.Namespace, folder: Path) -> Job:

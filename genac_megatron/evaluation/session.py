@@ -8,6 +8,7 @@ from typing import Any
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.publication.digest import weights_digest
+from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.recipe.sharing import only
 from genac_megatron.stages.runtime import Run
@@ -24,6 +25,7 @@ def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
 
 def with_roles(recipe: Recipe, checkpoints: Mapping[str, str | None]) -> Recipe:
     """The recipe with these roles alone, their weights from the checkpoints named. Raises as `with_role`."""
+    need_no_environment(recipe, "genac evaluate")
     roles = {}
     for role, checkpoint in checkpoints.items():
         if role not in recipe.roles:

@@ -13,6 +13,7 @@ from genac_megatron.models.registry import shape_of
 from genac_megatron.recipe.adapter_rules import check_adapter, check_begins, check_moving, check_share
 from genac_megatron.recipe.algorithm_rules import check_algorithm, check_role
 from genac_megatron.recipe.algorithms import WithScalarCritic
+from genac_megatron.recipe.environment_rules import check_environment
 from genac_megatron.recipe.joint_rules import (
     check_certain,
     check_final_state,
@@ -97,6 +98,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_nodes(name, role.engine, where)
         check_lora(recipe, name, role, where)
     check_task(recipe.task, ("task",), where)
+    check_environment(recipe, where)
     _check_judging(recipe, where)
     _check_stages(recipe, where)
     check_judged(recipe, where)

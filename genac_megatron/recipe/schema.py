@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, model_val
 from genac_megatron.recipe.algorithms import AdvantageConfig as AdvantageConfig
 from genac_megatron.recipe.algorithms import LossConfig as LossConfig
 from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+from genac_megatron.recipe.environments import EnvironmentConfig as EnvironmentConfig
 from genac_megatron.recipe.judged import BestConfig as BestConfig
 from genac_megatron.recipe.judged import CheckpointConfig as CheckpointConfig
 from genac_megatron.recipe.judged import EvaluationConfig as EvaluationConfig
@@ -320,6 +321,7 @@ class Recipe(Block):
     cluster: ClusterConfig = ClusterConfig()
     roles: dict[str, RoleConfig]
     task: TaskConfig
+    environment: EnvironmentConfig | None = None  # what answers the actor's turns; None: it has one
     judging: JudgingConfig = JudgingConfig()
     stages: Annotated[list[StageConfig], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()

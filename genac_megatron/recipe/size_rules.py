@@ -5,9 +5,9 @@ from __future__ import annotations
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import EvaluationConfig, PolicyStage, PpoStage, Recipe, ReinforceStage
-from genac_megatron.recipe.tasks import ChainedArithmeticTask, ReasoningGymTask, StateTrackingTask
+from genac_megatron.recipe.tasks import ChainedArithmeticTask, LockTask, ReasoningGymTask, StateTrackingTask
 
-MADE = (StateTrackingTask, ChainedArithmeticTask, ReasoningGymTask)
+MADE = (StateTrackingTask, ChainedArithmeticTask, LockTask, ReasoningGymTask)
 
 
 def check_sizes(recipe: Recipe, where: Where) -> None:

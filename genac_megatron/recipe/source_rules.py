@@ -12,6 +12,7 @@ from genac_megatron.recipe.task_rules import check_task
 from genac_megatron.recipe.tasks import (
     BenchmarkTask,
     ChainedArithmeticTask,
+    LockTask,
     MixtureTask,
     ReasoningGymTask,
     StateTrackingTask,
@@ -35,7 +36,7 @@ def has_teacher(task: TaskConfig) -> bool:
         return all(has_teacher(part.task) for part in task.parts)
     if isinstance(task, ReasoningGymTask):
         return task.name == "tower_of_hanoi"
-    return isinstance(task, StateTrackingTask | ChainedArithmeticTask)
+    return isinstance(task, StateTrackingTask | ChainedArithmeticTask | LockTask)
 
 
 def check_teacher(teacher: TeacherConfig, task: TaskConfig, who: str, place: Place, where: Where) -> None:

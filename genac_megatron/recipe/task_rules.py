@@ -32,7 +32,7 @@ def check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> 
     if isinstance(task, MixtureTask):
         _check_mixture(task, place, where)
         return
-    for what in ("swaps", "steps"):
+    for what in ("swaps", "steps", "length"):
         least, most = (getattr(task, f"{end}_{what}", 0) for end in ("min", "max"))
         if least > most:
             raise InputError(

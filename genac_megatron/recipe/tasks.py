@@ -93,6 +93,19 @@ class ChainedArithmeticTask(TaskBlock):
     slip_rate: Fraction = 0.0  # chance that a line of a demonstration goes wrong
 
 
+class LockTask(TaskBlock):
+    """Find a hidden code by trying, a symbol a turn: a game of many turns (environment: {kind: task})."""
+
+    kind: Literal["lock"]
+    symbols: Annotated[int, Field(ge=2, le=8)] = 2  # that a code is made of
+    min_length: Positive = 2  # of a code
+    max_length: Annotated[int, Field(ge=1, le=9)] = 3  # of a code
+    turns: Annotated[int, Field(ge=1, le=64)] = 8  # in which it must be found
+    train_size: Positive = 20_000  # locks
+    heldout_size: Positive = 256  # locks
+    slip_rate: Fraction = 0.0  # chance that a turn of a demonstration is any symbol
+
+
 class JsonlTask(QuestionsBlock):
     """One object per line: a question, a reference answer, optionally a split."""
 
@@ -235,6 +248,7 @@ class MixtureTask(TaskBlock):
 TaskConfig = Annotated[
     StateTrackingTask
     | ChainedArithmeticTask
+    | LockTask
     | JsonlTask
     | DatasetTask
     | ReasoningGymTask

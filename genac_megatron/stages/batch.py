@@ -31,6 +31,7 @@ from genac_megatron.recipe.schema import (
 )
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, sample_of
 from genac_megatron.stages.budget import Budget
+from genac_megatron.stages.conversations import conversation_figures
 from genac_megatron.stages.heldout import judge_for, tell_too_long
 from genac_megatron.stages.minibatches import pop_tokens
 from genac_megatron.stages.parity import parity_figures
@@ -139,6 +140,7 @@ def generator_for(
         judge=judge,
         positions=run.actor.shape.max_positions,
         leaves_certain=leaves_certain,
+        environment=run.environment,
     )
 
 
@@ -251,6 +253,7 @@ def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, floa
         "rollout/mixed_groups": mean(mixed),
         "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
         **({} if batch.targets == batch.outcomes else {"rollout/target_mean": mean(batch.targets)}),
+        **conversation_figures(rollouts),
         **prefixed("reward", part_figures(found)),
         **prefixed("source_outcome", source_figures(found)),
         **prefixed("source_share", source_shares(found)),

@@ -21,6 +21,7 @@ from genac_megatron.observe.runinfo import EVALUATIONS
 from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftStage, StageConfig
 from genac_megatron.records import Judgement, Rollout, State
 from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, within_prompts, within_responses
+from genac_megatron.stages.conversations import conversation_figures
 from genac_megatron.stages.judging import Judge, StateJudge, TeacherJudge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures
@@ -104,6 +105,8 @@ def _evaluated(
     else:
         share = run.even_share(run.recipe.observe.shown_rollouts)
         keep(run, stage, run.gather(held.groups[:share]), step)
+    if run.environment is not None:
+        row["conversations"] = _conversations(run, held)
     return row
 
 
@@ -213,6 +216,7 @@ def _held_generator(run: Run, stage: StageConfig) -> Generator:
         stop_ids=run.stop_ids("actor"),
         seed=(run.recipe.seed, "heldout", "actor"),
         positions=run.actor.shape.max_positions,
+        environment=run.environment,
     )
 
 
@@ -283,6 +287,12 @@ def _evaluate_critic(
     tell_too_long(run, (j for group in groups for js in group.judgements for j in js))
     keep(run, stage, groups, step)
     return row
+
+
+def _conversations(run: Run, held: HeldOut) -> dict[str, float]:
+    """Figures of the held-out conversations. Collective."""
+    parts = run.gather([[rollout for group in held.groups for rollout in group.rollouts]])
+    return conversation_figures([rollout for part in parts for rollout in part])
 
 
 def _judged(run: Run, stage: StageConfig, groups: list[Group]) -> list[Group]:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from genac_megatron.environments import Environments
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
 from genac_megatron.stages.certain import Others, PromptState, left_out, let_go
+from genac_megatron.stages.conversations import Conversation, opened
 from genac_megatron.stages.judging import StateJudge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
@@ -61,9 +63,12 @@ class Generator:
     judge: StateJudge | None = None
     positions: int | None = None  # of the actor's model; None: not checked
     leaves_certain: bool = False  # responses whose outcome is certain are not judged (stages/certain.py)
+    environment: Environments | None = None  # what answers the actor's turns
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""
+        if self.environment is not None:
+            prompt = await opened(self.environment, self.tokenizer, prompt, self.seed)
         need_room(prompt, self.config.max_new_tokens, self.positions)
         group = Group(prompt)
         if self.judge is None:
@@ -87,11 +92,19 @@ class Generator:
 
     async def _sampled(self, prompt: Prompt, sample: int) -> Rollout:
         """A response that is not verified yet."""
+        if self.environment is not None:
+            return await Conversation(self, self.environment, prompt, sample).play(self._turn)
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature, self.stop_ids)
         seed = seed_for(*self.seed, prompt.id, sample)
         completion = await self.engine.complete(Request(prompt.ids, params, seed, f"{prompt.id}#{sample}"))
         text = written(self.tokenizer, completion.ids, self.task.reasoning_tags)
         return Rollout(prompt, sample, completion, text, limit=self.config.max_new_tokens)
+
+    async def _turn(self, talk: Conversation, most: int) -> Completion:
+        """The actor's next turn of a conversation, of at most so many tokens."""
+        params = SamplingParams(most, self.config.temperature, self.stop_ids)
+        seed = seed_for(*self.seed, talk.prompt.id, talk.sample, len(talk.said))
+        return await self.engine.complete(Request(talk.ids, params, seed, talk.key))
 
     async def _unjudged(self, prompt: Prompt, sample: int) -> tuple[Rollout, list[Judgement]]:
         rollout = await self._sampled(prompt, sample)
@@ -120,13 +133,23 @@ class Generator:
             await let_go(judging)
 
     async def verify(self, rollout: Rollout) -> None:
-        """Set the rollout's outcome, and the critic's, by the recipe's rules for cut-off responses."""
+        """Set the rollout's outcome, and the critic's, by the recipe's rules for cut-off responses.
+
+        Of a conversation it is the environment's, where it gave one, and its own rule where it failed.
+        """
+        episode = rollout.episode
+        if episode is not None and self.environment is not None and episode.ended == "failed":
+            rollout.outcome = self.environment.config.failed_outcome
+            return
         rules = self.config.truncated_outcome, self.config.truncated_critic
         actor, critic = rules if rollout.truncated else ("verify", "same")
         outcome = 0.0
         if "verify" in (actor, critic):
-            scored = await self.task.score_beside(rollout.prompt, rollout.text, rollout.truncated)
-            outcome, rollout.parts = scored.outcome, scored.parts
+            if episode is not None and episode.outcome is not None:
+                outcome, rollout.parts = episode.outcome, episode.parts
+            else:
+                scored = await self.task.score_beside(rollout.prompt, rollout.text, rollout.truncated)
+                outcome, rollout.parts = scored.outcome, scored.parts
         rollout.outcome = outcome if actor == "verify" else 0.0
         if critic != "same":
             rollout.critic_outcome = outcome if critic == "verify" else 0.0

@@ -35,6 +35,7 @@ from genac_megatron.records import Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
 from genac_megatron.stages.begun import begun_task, keep_told
+from genac_megatron.stages.conversations import begun_environment
 from genac_megatron.stages.progression import Progression
 from genac_megatron.stages.room import fit_chats, fit_task
 from genac_megatron.stages.served import BesideBase, Fleets, InRanks, OnServers, Served, nodes_of_ranks
@@ -90,9 +91,10 @@ class Run:
                 )
         speaker = "actor" if "actor" in recipe.roles else next(iter(recipe.roles))
         self.task = self.together(lambda: begun_task(recipe, self.tokenizers[speaker]))
-        self.more_tasks: dict[
-            str, Task
-        ] = {}  # of SFT stages' sources, by their blocks (stages/sft_orders.py)
+        self.more_tasks: dict[str, Task] = {}  # of SFT stages' sources, by their blocks (sft_orders.py)
+        self.environment = self.together(
+            lambda: begun_environment(recipe, self.task, self.tokenizers[speaker], progress.note)
+        )
         self._need_same_prompts()
         if trains and recipe.evaluation.prompts > self.task.heldout_size:
             progress.note(
@@ -432,8 +434,9 @@ class Run:
             self.log.close()
 
     def _close_tasks(self) -> None:
-        for task in (self.task, *self.more_tasks.values()):
-            task.close()
+        for one in (self.task, *self.more_tasks.values(), self.environment):
+            if one is not None:
+                one.close()
         self.suites.close()
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from genac_megatron.recipe.stages import named_sources
 from genac_megatron.records import Sample, State
 from genac_megatron.stages.batch import Batch, play
 from genac_megatron.stages.monte_carlo import monte_carlo_values, own_traces
+from genac_megatron.stages.played import Player, played_samples
 from genac_megatron.stages.room import ROUNDS, SPARE, check_chats, listed
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.stages.sft_orders import WHOLE, Order, order_prompts, orders
 from genac_megatron.stages.strengths import Cast
+from genac_megatron.tasks.base import Teacher
 from genac_megatron.tasks.tokenizer import chat_ids
 from genac_megatron.training.agreement import from_first
 
@@ -196,6 +199,8 @@ def demonstrations(run: Run, order: Order) -> list[Sample]:
         )
         raise on_all_ranks(error)
     tokenizer, alike = run.tokenizers[order.role], reads_alike(run.recipe, order.role)
+    if teacher.plays:
+        return dealt(run, order.size, partial(_played, run, order, teacher, alike))
 
     def write(places: range) -> list[Sample]:
         samples = []
@@ -208,6 +213,18 @@ def demonstrations(run: Run, order: Order) -> list[Sample]:
         return samples
 
     return dealt(run, order.size, write)
+
+
+def _played(run: Run, order: Order, teacher: Teacher, alike: bool, places: range) -> list[Sample]:
+    """Conversations of the teacher's with the recipe's environment."""
+    if run.environment is None or not alike:
+        raise InputError(
+            f"{order.role} reads chats otherwise than the actor, in whose ids conversations are made",
+            where=order.where,
+            way_out="give both the same tokenizer and chat template, or start from the actor (start_from)",
+        )
+    player = Player(run.tokenizers[order.role], order.task, order.rollout, order.seed, teacher)
+    return played_samples(player, run.environment, list(order_prompts(run, order, places)), order.where)
 
 
 def dealt(run: Run, count: int, make: Callable[[range], list[Sample]]) -> list[Sample]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.observe.runinfo import ROLLOUTS
 from genac_megatron.recipe.schema import StageConfig
-from genac_megatron.records import Judgement, Rollout
+from genac_megatron.records import ACTOR, Judgement, Rollout
 from genac_megatron.tasks.reasoning import Tags, written
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def shown_rollout(
     """
     tokenizer, tags = run.tokenizers["actor"], run.task.reasoning_tags
     ids = rollout.completion.ids
-    ends = token_ends(tokenizer, ids, tags, rollout.text)
+    text, ends, places = _text(tokenizer, tags, rollout)
     prompts = critic_prompts(run.tokenizers.get("critic"), judgements)
     found = {
         "stage": stage,
@@ -78,14 +78,14 @@ def shown_rollout(
         "prompt": rollout.prompt.id,
         "problem": rollout.prompt.problem,
         "messages": list(rollout.prompt.messages),
-        "response": rollout.text,
+        "response": text,
         "outcome": rollout.outcome,
         "truncated": rollout.truncated,
         "length": len(ids),
         "states": [
             {
                 "cut": j.state.cut,
-                "cut_text": ends[j.state.cut - 1] if j.state.cut else 0,
+                "cut_text": places[j.state.cut],
                 "text": j.text,
                 "value": j.value,
                 "used": j.used,
@@ -99,11 +99,38 @@ def shown_rollout(
     }
     if isinstance(rollout.prompt.reference, str | int | float):
         found["reference"] = str(rollout.prompt.reference)[:MOST_REFERENCE]
+    if rollout.episode is not None:
+        found |= {"ended": rollout.episode.ended, "turns": rollout.episode.taken}
     if rollout.parts:
         found["parts"] = dict(rollout.parts)
     if rollout.critic_outcome is not None:
         found["critic_outcome"] = rollout.critic_outcome
     return found
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, tags: Tags | None, rollout: Rollout
+) -> tuple[str, list[int], list[int]]:
+    """What is shown of a response; where each sampled token ends in it; where each cut stands, [T + 1].
+
+    Of a conversation it is all that was said, each part under a tag of who said it.
+    """
+    ids, episode = rollout.completion.ids, rollout.episode
+    if episode is None:
+        ends = token_ends(tokenizer, ids, tags, rollout.text)
+        return rollout.text, ends, [0, *ends]
+    text, ends, places = "", list[int](), [0] * (len(ids) + 1)
+    for turn in episode.turns:
+        places[turn.begin : turn.end] = [len(text)] * (turn.end - turn.begin)
+        head = f"<{turn.who}>\n"
+        if turn.who == ACTOR:
+            base = len(text) + len(head)
+            own = [base + end for end in token_ends(tokenizer, ids[turn.begin : turn.end], tags, turn.text)]
+            ends += own
+            places[turn.begin + 1 : turn.end] = own[:-1]
+        text += f"{head}{turn.text}\n"
+    places[-1] = len(text)
+    return text, ends, places
 
 
 def _unasked(judgement: Judgement) -> str:

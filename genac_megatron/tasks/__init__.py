@@ -10,7 +10,7 @@ from genac_megatron.tasks.base import Problem, Task, Teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from genac_megatron.recipe.tasks import BenchmarkTask, PartTask, TaskConfig
+    from genac_megatron.recipe.tasks import BenchmarkTask, LockTask, PartTask, TaskConfig
 
 __all__ = ["Problem", "Task", "Teacher", "make_task"]
 
@@ -62,7 +62,7 @@ def make_task(
 
 
 def _make_task(
-    config: PartTask | BenchmarkTask,
+    config: PartTask | BenchmarkTask | LockTask,
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     reasoning_tags: tuple[str, str] | None,
@@ -72,6 +72,7 @@ def _make_task(
         ChainedArithmeticTask,
         DatasetTask,
         JsonlTask,
+        LockTask,
         PythonTask,
         RubricTask,
         StateTrackingTask,
@@ -86,6 +87,10 @@ def _make_task(
         from genac_megatron.tasks.chained_arithmetic import ChainedArithmetic
 
         return ChainedArithmetic(config, tokenizer, seed)
+    if isinstance(config, LockTask):
+        from genac_megatron.tasks.lock import LockTasks
+
+        return LockTasks(config, tokenizer, seed)
     if isinstance(config, JsonlTask):
         from genac_megatron.tasks.jsonl import make_jsonl_task
 

@@ -56,12 +56,17 @@ class Scored:
 class Teacher(ABC):
     """Writes what models are fine-tuned on, from exact knowledge of the task; never sees an outcome."""
 
+    plays = False  # it plays in turns (`turn`) rather than writing a whole response
     # Steps of an average response of the task that p_bar is the success rate at; None: it is read otherwise
     mean_length: float | None = None
 
     @abstractmethod
     def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
         """A response to `prompt`, the task's slips included, without an end token."""
+
+    def turn(self, prompt: Prompt, partial: str, rng: random.Random) -> str:
+        """The next turn of a conversation, after the transcript of those before; of a teacher that plays."""
+        raise NotImplementedError
 
     @abstractmethod
     def trace(self, prompt: Prompt, partial: str, p_bar: float, rng: random.Random) -> tuple[str, int]:

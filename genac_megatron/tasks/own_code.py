@@ -37,7 +37,7 @@ class Called:
         Raises OwnCodeError where the function cannot be loaded or takes what there is not.
         """
         self.named = named
-        self._function = _load(named)
+        self._function = load_own(named)
         self._taken, self._rest = _taken(self._function, names, others or {})
         self._names = tuple(names)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,7 +91,7 @@ def told(error: BaseException, named: Named) -> str:
     return f"{shown} ({last[0].filename}:{last[0].lineno})" if last else shown
 
 
-def _load(named: Named) -> Callable[..., Any]:
+def load_own(named: Named) -> Callable[..., Any]:
     try:
         module = _from_file(named) if named.in_file else _from_name(named)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK
 from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
         print(run_filter([Path(folder) for folder in options.folders], wanted))
         return EXIT_OK
     recipe = load_recipe(options.recipe, [*options.overrides, *options.override])
+    need_no_environment(recipe, "genac traces ask")
     folder = RunFolder(run_path(recipe)).beside("traces", given)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:

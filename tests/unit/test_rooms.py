@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "genac_megatron"
 # The recipe's blocks are words that all rooms speak, apart from its rules, estimates and loader.
 WORDS = {
-    *("block", "schema", "stages", "tasks", "training", "algorithms"),
+    *("block", "schema", "stages", "tasks", "environments", "training", "algorithms"),
     *("own_code", "document", "over", "data", "judged", "share", "sharing", "servers", "pipeline"),
 }
 # Of observe: what every room writes to. The rest of it is the report, which reads a run and its recipe.
@@ -32,6 +32,7 @@ LEVELS = (
     ("serving",),
     ("publication",),
     ("tasks",),
+    ("environments",),
     ("critic",),
     ("recipe",),
     ("report",),

@@ -107,6 +107,7 @@ def run_of(stage: dict[str, Any], score: int = 5, **more: Any) -> Any:
     task = make_task(recipe.task, TINY, 0)
     actor = FakeActor([task])
     run: Any = SimpleNamespace(
+        environment=None,
         recipe=recipe, task=task, more_tasks={}, tokenizers={"actor": TINY, "critic": TINY},
         icc=IccState(0.5), engines={"actor": actor, "critic": FakeCritic(score)}, notes=[], told=set(),
         actor=SimpleNamespace(shape=SimpleNamespace(max_positions=4096)),

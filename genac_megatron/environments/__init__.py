@@ -1,0 +1,29 @@
+"""Environments: what answers the actor's turns. `make_environment` is the way in."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from genac_megatron.environments.base import Step
+from genac_megatron.environments.processes import Environments
+
+if TYPE_CHECKING:
+    from genac_megatron.recipe.environments import EnvironmentConfig
+    from genac_megatron.recipe.tasks import TaskConfig
+
+__all__ = ["Environments", "Step", "make_environment"]
+
+
+def make_environment(config: EnvironmentConfig, task: TaskConfig) -> Environments:
+    """The environment that a recipe's `environment` block describes, in processes that start when needed.
+
+    task: the recipe's, whose own environment it may be.
+    """
+    # Here, so that processes of an environment start without the others.
+    from genac_megatron.environments import makers
+
+    if config.kind == "task":
+        return Environments(partial(makers.of_task, task.kind), config)
+    assert config.python is not None  # recipe/environment_rules.py
+    return Environments(partial(makers.of_user, config.python), config)

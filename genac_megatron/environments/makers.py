@@ -1,0 +1,36 @@
+"""What makes an environment for each episode, by what a recipe names; called in the environment's process."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from genac_megatron.environments.base import OfTranscript
+from genac_megatron.environments.host import Host
+from genac_megatron.recipe.own_code import parse_named
+from genac_megatron.tasks.own_code import OwnCodeError, load_own, told
+
+
+def of_task(kind: str, chars: int) -> Host:
+    """Episodes of a task's own environment. chars: the most characters of a message."""
+    from genac_megatron.environments.lock import LockGame
+
+    games: dict[str, Callable[[], Any]] = {"lock": LockGame}
+    return Host(games[kind], chars, lambda error: f"raised {type(error).__name__}: {error}")
+
+
+def of_user(name: str, chars: int) -> Host:
+    """Episodes of an environment of the user's own: a class, or a function of the transcript."""
+    named = parse_named(name)
+    try:
+        found = load_own(named)
+    except OwnCodeError as error:
+        why = str(error)
+
+        def fails() -> Any:
+            raise OwnCodeError(why)
+
+        return Host(fails, chars, str)
+    make = found if inspect.isclass(found) else lambda: OfTranscript(found)
+    return Host(make, chars, lambda error: f"raised {told(error, named)}")

@@ -1,0 +1,96 @@
+"""Rules of the `environment` block, and what is not there yet for conversations. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.algorithms import Dapo
+from genac_megatron.recipe.own_code import check_named, parse_named
+from genac_megatron.recipe.precision import Where
+from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, ReinforceStage, SftStage, ValueStage
+from genac_megatron.recipe.stages import sources_of
+from genac_megatron.recipe.tasks import LockTask, single_tasks
+
+Place = tuple[str | int, ...]
+PLAYED = (LockTask,)  # tasks that are environments themselves
+
+
+def check_environment(recipe: Recipe, where: Where) -> None:
+    """What a recipe with an environment must keep, and one without. Raises InputError."""
+    config, played = recipe.environment, isinstance(recipe.task, PLAYED)
+    for index, stage in enumerate(recipe.stages):
+        for place, source in sources_of(stage):
+            if isinstance(source.task, PLAYED):
+                raise InputError(
+                    f"the task '{source.task.kind}' is played in turns, and a source's texts have one",
+                    where=where(("stages", index, *place, "task")),
+                    way_out="make it the recipe's task, with environment: {kind: task}",
+                )
+    if config is None:
+        if any(isinstance(task, PLAYED) for task in single_tasks(recipe.task)):
+            raise InputError(
+                f"the task '{recipe.task.kind}' is played in turns, and no environment plays it",
+                where=where(("task",)),
+                way_out="add environment: {kind: task}, with the task by itself and in no mixture",
+            )
+        return
+    if config.kind == "task" and not played:
+        raise InputError(
+            f"the task '{recipe.task.kind}' is no environment of its own",
+            where=where(("environment", "kind")),
+            way_out="choose a task that is played (lock), or environment.kind python",
+        )
+    if isinstance(recipe.task, LockTask) and config.kind == "task" and config.turns < recipe.task.turns:
+        raise InputError(
+            f"a lock has {recipe.task.turns} turns, and the environment ends after {config.turns}",
+            where=where(("environment", "turns")),
+            way_out=f"set environment.turns to {recipe.task.turns}",
+        )
+    if (config.kind == "python") != (config.python is not None):
+        raise InputError(
+            "environment.python names what a kind of python answers with, and nothing else",
+            where=where(("environment", "python")),
+            way_out="give kind: python and python: path/to/file.py:Name, or leave python out",
+        )
+    if config.python is not None:
+        here = where(("environment", "python"))
+        check_named(parse_named(config.python, here), here)
+    for place, what, way_out in _missing(recipe):
+        raise InputError(f"{what} does not work with an environment yet", where=where(place), way_out=way_out)
+
+
+def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
+    """(place, what, way out) of what a recipe asks for that conversations do not have yet."""
+    if recipe.evaluation.mc_states:
+        yield ("evaluation", "mc_states"), "a Monte-Carlo value (evaluation.mc_states)", "set it to 0"
+    for key in ("suites", "test"):
+        if getattr(recipe.evaluation, key):
+            yield (
+                ("evaluation", key),
+                f"evaluation.{key}, whose questions have one response each,",
+                "take it out",
+            )
+    for index, stage in enumerate(recipe.stages):
+        place: Place = ("stages", index)
+        if isinstance(stage, ReinforceStage | PpoStage):
+            yield place, f"a stage of the kind {stage.kind}", "train the actor by a stage of the kind policy"
+        if isinstance(stage, ValueStage) and stage.distil is not None:
+            yield (*place, "distil"), "distil", "take it out"
+        if isinstance(stage, SftStage) and stage.data == "traces":
+            yield (*place, "data"), "a stage that makes a critic's traces", "take the stage out"
+        if isinstance(stage, PolicyStage) and stage.overlap:
+            yield (*place, "overlap"), "overlap", "take it out"
+        if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, Dapo) and stage.algorithm.overlong:
+            yield (*place, "algorithm", "overlong"), "the overlong penalty", "take it out"
+
+
+def need_no_environment(recipe: Recipe, command: str) -> None:
+    """Raise InputError where a command would take a recipe's conversations for single responses."""
+    if recipe.environment is not None:
+        raise InputError(
+            f"{command} does not work with an environment yet",
+            where=f"recipe {recipe.name}, environment",
+            way_out="genac run evaluates the actor on held-out prompts at the ends of each stage, and every "
+            "eval_every steps",
+        )

@@ -1,0 +1,25 @@
+"""The recipe's `environment` block: what answers the actor's turns. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from genac_megatron.recipe.block import Block, Fraction, Positive, PositiveFloat
+
+
+class EnvironmentConfig(Block):
+    """What answers the actor's turns, so that responses are conversations (docs/environments.md).
+
+    rollout.max_new_tokens is of the whole conversation then, what it answers included.
+    """
+
+    # task: the task's own, of those that are played; python: a class, or a function of the transcript
+    kind: Literal["task", "python"]
+    python: str | None = None  # path/to/file.py:Name, or package.module:Name
+    turns: Positive = 8  # of the actor, at most
+    turn_tokens: Positive | None = None  # of one turn, at most; None: as many as the conversation has left
+    observation_tokens: Positive = 256  # of each message that is shown; longer ones lose their middle
+    step_s: PositiveFloat = 10.0  # for one answer; then its process is ended, and the conversation failed
+    processes: Positive = 1  # per rank
+    concurrency: Positive = 64  # conversations at a time, per rank
+    failed_outcome: Fraction = 0.0  # of conversations that it failed in; they are counted

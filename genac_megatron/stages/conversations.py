@@ -1,0 +1,261 @@
+"""A conversation of the actor with an environment: its turns as they were sampled, and what answers them.
+
+Token by token it is what the engine saw: ids that were sampled, and behind each turn what the chat template
+writes around the environment's answer (environments/rendering.py). No text is tokenized again, and no earlier
+turn is shown otherwise than it was written, whatever the template would do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from genac_megatron.environments import Environments, make_environment
+from genac_megatron.environments.host import Answer, Job, digest
+from genac_megatron.environments.rendering import render, rewrites
+from genac_megatron.escaping import transcript
+from genac_megatron.recipe.schema import Recipe, RolloutConfig
+from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, Turn
+from genac_megatron.stages.seeds import seed_for
+from genac_megatron.tasks.base import Split, Task
+from genac_megatron.tasks.reasoning import written
+from genac_megatron.tasks.tokenizer import chat_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from genac_megatron.records import Experts
+
+LOOKED_AT = 2  # prompts of each split with which a conversation is begun before training
+Ended = Literal["done", "turns", "tokens", "failed"]
+Speak = Callable[["Conversation", int], Awaitable[Completion]]
+_gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Semaphore]] = WeakKeyDictionary()
+
+
+class Actor(Protocol):
+    """What a conversation needs of who plays it (stages/rollouts.py: Generator)."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def config(self) -> RolloutConfig: ...
+    @property
+    def seed(self) -> tuple[object, ...]: ...
+
+
+def begun_environment(
+    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]
+) -> Environments | None:
+    """The recipe's environment, once it has begun a few conversations; None: there is none.
+
+    tell: is told how the chat template would show earlier turns. Raises InputError where it cannot show a
+    conversation, or the environment does not begin one.
+    """
+    if recipe.environment is None:
+        return None
+    if how := rewrites(tokenizer):
+        tell(
+            f"environment: the chat template {how}; conversations keep them as they were sampled, token by "
+            "token (who serves the model by this template shows it others)"
+        )
+    environment = make_environment(recipe.environment, recipe.task)
+    sizes: tuple[tuple[Split, int], ...] = (("train", task.train_size), ("heldout", task.heldout_size))
+    prompts = [task.prompt(split, n) for split, size in sizes for n in range(min(size, LOOKED_AT))]
+    try:
+        environment.check([Job(f"{p.id}@check", p, episode_seed(("check",), p)) for p in prompts])
+    except BaseException:
+        environment.close()
+        raise
+    return environment
+
+
+def conversation_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of a batch's conversations; {} where there are none."""
+    both = [(rollout, rollout.episode) for rollout in rollouts if rollout.episode is not None]
+    if not both:
+        return {}
+    count = len(both)
+    answers = sum(turn.who != ACTOR for _, episode in both for turn in episode.turns)
+    return {
+        "rollout/turns_mean": sum(episode.taken for _, episode in both) / count,
+        "rollout/observed_mean": sum(len(r.completion.ids) - r.completion.written for r, _ in both) / count,
+        "environment/failed": sum(episode.ended == "failed" for _, episode in both) / count,
+        "environment/out_of_turns": sum(episode.ended == "turns" for _, episode in both) / count,
+        "environment/out_of_tokens": sum(episode.ended == "tokens" for _, episode in both) / count,
+        "environment/shortened": sum(episode.shortened for _, episode in both) / max(answers, 1),
+    }
+
+
+async def opened(
+    environment: Environments,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    seed: tuple[object, ...],
+) -> Prompt:
+    """The prompt with what its conversations begin with: the same for all of a group.
+
+    Where the environment fails the prompt is as it was: the conversations say so.
+    """
+    key = f"{prompt.id}@opening"
+    answer = await environment.ask(Job(key, prompt, episode_seed(seed, prompt)))
+    await environment.end(key, prompt)
+    if answer.failure:
+        return prompt
+    prompt = replace(prompt, opening=digest(answer.opening))
+    if answer.opening is None:
+        return prompt
+    messages = tuple({"role": role, "content": content} for role, content in answer.opening)
+    ids = chat_ids(tokenizer, messages, prompt.tools, where=prompt.where)
+    return replace(prompt, messages=messages, ids=ids)
+
+
+def episode_seed(seed: tuple[object, ...], prompt: Prompt) -> int:
+    """An environment's seed: one for all conversations of a group, which so begin alike."""
+    return seed_for(*seed, "environment", prompt.id)
+
+
+class Conversation:
+    """One conversation under way."""
+
+    def __init__(self, actor: Actor, environment: Environments, prompt: Prompt, sample: int) -> None:
+        self.actor, self.environment, self.prompt, self.sample = actor, environment, prompt, sample
+        self.limit = actor.config.max_new_tokens
+        self.said: list[Completion] = []  # the actor's turns
+        self.turns: list[Turn] = []
+        self._response: list[int] = []
+        self._ranges: list[tuple[int, int]] = []
+        self._experts: list[Experts | None] = []
+        self._seen: list[str] = []
+        self._outcome: float | None = None
+        self._parts: dict[str, float] = {}
+        self._shortened, self._failure = 0, ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.prompt.id}#{self.sample}"
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Everything so far: what the actor's next turn stands behind."""
+        return (*self.prompt.ids, *self._response)
+
+    @property
+    def transcript(self) -> str:
+        """The same as it is shown to who judges it."""
+        return transcript((turn.who, turn.text) for turn in self.turns)
+
+    async def play(self, speak: Speak) -> Rollout:
+        """To its end. speak: gives the actor's next turn."""
+        async with _gate(self.environment):
+            try:
+                ended = await self._play(speak)
+            finally:
+                await self.environment.end(self.key, self.prompt)
+        finish: dict[Ended, Finish] = {"done": "stop", "failed": "abort"}
+        completion = Completion(
+            tuple(self._response),
+            tuple(x for one in self.said for x in one.logprobs),
+            finish.get(ended, "length"),
+            tuple(span for one in self.said for span in one.spans),
+            _joined(self._experts),
+            tuple(self._ranges),
+        )
+        last = next(turn.text for turn in reversed(self.turns) if turn.who == ACTOR)
+        episode = Episode(
+            tuple(self.turns), ended, self._outcome, self._parts, self._shortened, self._failure
+        )
+        return Rollout(self.prompt, self.sample, completion, last, limit=self.limit, episode=episode)
+
+    async def _play(self, speak: Speak) -> Ended:
+        config, tokenizer = self.environment.config, self.actor.tokenizer
+        for number in range(1, config.turns + 1):
+            room = self.limit - len(self._response)
+            said = await speak(self, min(config.turn_tokens or room, room))
+            self._add(said)
+            if said.finish == "length" and len(self._response) >= self.limit:
+                return "tokens"
+            answer = await self._answer()
+            if answer.step is None:
+                self._failure = answer.failure
+                return "failed"
+            shown = render(
+                tokenizer,
+                answer.step.messages,
+                ended=said.finish == "stop",
+                limit=config.observation_tokens,
+            )
+            self._shortened += bool(shown.left_out or answer.step.shortened)
+            begin = len(self._response)
+            over = answer.step.done or number == config.turns
+            fits = begin + len(shown.ids) < self.limit
+            if not over and fits:
+                self._response += shown.ids
+            self._show(answer, shown.texts, begin)
+            if answer.step.done:
+                return "done"
+            if not fits:
+                return "tokens"
+        return "turns"
+
+    def _add(self, said: Completion) -> None:
+        """A turn of the actor's."""
+        begin, end = len(self._response), len(self._response) + len(said.ids)
+        text = written(self.actor.tokenizer, said.ids, self.actor.task.reasoning_tags)
+        self.turns.append(Turn(ACTOR, text, begin, end))
+        if said.experts is not None:  # of what earlier turns have read already they are those of then
+            read = sum(0 if one is None else len(one) for one in self._experts)
+            self._experts.append(said.experts[read:])
+        self._response += said.ids
+        self._ranges.append((begin, end))
+        self.said.append(said)
+
+    async def _answer(self) -> Answer:
+        """What the environment says to the turns so far."""
+        said = tuple(turn.text for turn in self.turns if turn.who == ACTOR)
+        answer = await self.environment.ask(
+            Job(
+                self.key,
+                self.prompt,
+                episode_seed(self.actor.seed, self.prompt),
+                said,
+                self.prompt.opening,
+                tuple(self._seen),
+            )
+        )
+        if answer.step is not None:
+            step = answer.step
+            self._seen.append(digest(step.messages))
+            self._outcome = step.outcome if step.outcome is not None else self._outcome
+            self._parts = {
+                name: self._parts.get(name, 0.0) + step.parts.get(name, 0.0)
+                for name in {**self._parts, **step.parts}
+            }
+        return answer
+
+    def _show(self, answer: Answer, texts: Sequence[str], begin: int) -> None:
+        """Note what was answered; its tokens are those from `begin` on, none where no turn follows."""
+        assert answer.step is not None
+        end = len(self._response)
+        for number, ((role, _), text) in enumerate(zip(answer.step.messages, texts, strict=True), start=1):
+            if text or end > begin:
+                last = number == len(texts)
+                self.turns.append(Turn(role, text, begin, end if last else begin))
+                begin = end if last else begin
+
+
+def _gate(environment: Environments) -> asyncio.Semaphore:
+    """As many conversations at a time as the recipe says."""
+    here = _gates.setdefault(asyncio.get_running_loop(), {})
+    return here.setdefault(id(environment), asyncio.Semaphore(environment.config.concurrency))
+
+
+def _joined(experts: Sequence[Experts | None]) -> Experts | None:
+    found = [one for one in experts if one is not None]
+    return np.concatenate(found) if found else None

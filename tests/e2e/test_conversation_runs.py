@@ -1,0 +1,98 @@
+"""Runs over an environment by the command line: played demonstrations, RL with and without a value head."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.test_run import RECIPE, rows
+from tests.warm import genac
+
+ROLLOUT = {"prompts": 4, "samples": 2, "max_new_tokens": 80}
+LOCK = {"kind": "lock", "min_length": 1, "max_length": 2, "turns": 4, "heldout_size": 16, "slip_rate": 0.3}
+ACTOR = RECIPE["roles"]["actor"]
+
+
+def policy(name: str, **algorithm: Any) -> dict[str, Any]:
+    return {
+        "kind": "policy", "name": name, "algorithm": {"kind": name, **algorithm}, "steps": 2, "eval_every": 0,
+        "rollout": ROLLOUT,
+    }  # fmt: skip
+
+
+def recipe(folder: Path, stages: list[dict[str, Any]], **changes: Any) -> Path:
+    critic = {**RECIPE["roles"]["critic"], "model": {**ACTOR["model"], "head": "value"}}
+    path = folder / "recipe.yaml"
+    whole = {
+        **RECIPE, "task": LOCK, "environment": {"kind": "task", "turns": 4, "turn_tokens": 4},
+        "roles": {"actor": ACTOR, "critic": critic}, "stages": stages,
+        "evaluation": {"prompts": 4, "samples": 2},
+        "judging": {"states": {"cutter": "fixed", "min_segment": 1}},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump({**whole, **changes}))
+    return path
+
+
+SFT = {
+    "kind": "sft", "name": "sft-actor", "role": "actor", "data": "demonstrations", "size": 24, "epochs": 1,
+    "batch": 8, "rollout": ROLLOUT,
+}  # fmt: skip
+VALUE = {"kind": "value", "steps": 1, "rollout": ROLLOUT, "eval_every": 0}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("conversations")
+    stages = [SFT, VALUE, policy("ppo"), policy("grpo"), policy("reinforce_pp")]
+    result = genac("run", str(recipe(folder, stages)), cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_conversations_train_the_actor_by_what_was_sampled(done: Path) -> None:
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for row in rows(done):
+        by_stage.setdefault(row["stage"], []).append(row)
+    for name in ("ppo", "grpo", "reinforce_pp"):
+        steps = [row for row in by_stage[name] if "actor/loss" in row]
+        assert len(steps) == 2
+        for row in steps:
+            assert row["parity/actor_p99"] < 1e-3, "fp32 on both sides: the ids are the engine's own"
+            assert math.isfinite(row["actor/grad_norm"])
+            assert 1 <= row["rollout/turns_mean"] <= 4
+            assert row["rollout/length_mean"] <= 4 * row["rollout/turns_mean"]
+            assert row["rollout/observed_mean"] > row["rollout/length_mean"] or row["rollout/turns_mean"] == 1
+            assert row["environment/failed"] == 0.0
+    assert "critic/loss" in by_stage["ppo"][0]
+    assert any(row["actor/grad_norm"] > 0 for name in ("ppo", "grpo") for row in by_stage[name])
+
+
+def test_demonstrations_have_loss_on_the_teachers_turns(done: Path) -> None:
+    kept = (done / "runs" / "run" / "data" / "sft-actor.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in kept]
+    assert len(samples) == 24
+    assert any(len(sample["spans"]) > 2 for sample in samples)
+    for sample in samples:
+        assert all(end - begin == 2 for begin, end in sample["spans"]), "a symbol and the turn's end"
+        assert len({tuple(sample["tokens"][begin:end]) for begin, end in sample["spans"]}) <= 2
+        assert sample["spans"][-1][1] == len(sample["tokens"])
+
+
+def test_the_report_shows_conversations(done: Path) -> None:
+    folder = done / "runs" / "run"
+    shown = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in shown} >= {"value", "ppo", "grpo", "reinforce_pp"}
+    for row in shown:
+        assert row["response"].startswith("<actor>\n")
+        assert "\n<user>\nstep " in row["response"]
+        for state in row["states"][1:]:
+            before = row["response"][: state["cut_text"]]
+            assert before.endswith("\n") or before.rpartition("<")[2].startswith("actor>")
+    page = (folder / "report" / "index.html").read_text()
+    assert "&lt;actor&gt;" in page
+    assert "&lt;user&gt;\nstep " in page

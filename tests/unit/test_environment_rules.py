@@ -1,0 +1,84 @@
+"""What a recipe with an environment may ask for, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from genac_megatron.errors import InputError
+from genac_megatron.recipe.environment_rules import need_no_environment
+from genac_megatron.recipe.loader import load_recipe
+
+SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
+ROLE = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": SHAPE}}
+POLICY: dict[str, Any] = {"kind": "policy", "algorithm": {"kind": "grpo"}, "rollout": {"max_new_tokens": 99}}
+LOCK = {"kind": "lock"}
+OTHER = {"kind": "state_tracking"}
+
+
+def recipe(folder: Path, **changes: Any) -> Path:
+    (folder / "own.py").write_text("class Game:\n    pass\n")
+    whole = {"name": "r", "roles": {"actor": ROLE}, "task": LOCK, "environment": {"kind": "task"},
+             "stages": [POLICY], **changes}  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in whole.items() if value is not None}))
+    return path
+
+
+def test_a_game_and_an_environment_of_ones_own_are_read(tmp_path: Path) -> None:
+    assert load_recipe(recipe(tmp_path)).environment is not None
+    own = {"kind": "python", "python": "./own.py:Game"}
+    assert load_recipe(recipe(tmp_path, task=OTHER, environment=own)).environment is not None
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "none": ({"environment": None}, "no environment plays it"),
+    "in-a-mixture": (
+        {"task": {"kind": "mixture", "parts": [{"name": "a", "task": LOCK}]}, "environment": None},
+        "task",
+    ),
+    "no-game": ({"task": OTHER}, "'state_tracking' is no environment of its own"),
+    "python-unnamed": ({"environment": {"kind": "python"}}, "names what a kind of python"),
+    "python-too-much": ({"environment": {"kind": "task", "python": "./own.py:Game"}}, "names what a kind"),
+    "python-missing": (
+        {"environment": {"kind": "python", "python": "./own.py:Gane"}},
+        r"no function 'Gane'(.|\n)*did you mean Game",
+    ),
+    "turns": ({"environment": {"kind": "task", "turns": 4}}, "a lock has 8 turns"),
+    "overlap": ({"stages": [{**POLICY, "overlap": True}]}, "overlap"),
+    "monte-carlo": ({"evaluation": {"mc_states": 4}}, "Monte-Carlo value"),
+    "suites": (
+        {"evaluation": {"suites": [{"name": "math500"}]}},
+        r"evaluation\.suites, whose questions have one response each, does not work",
+    ),
+    "overlong": (
+        {"stages": [{**POLICY, "algorithm": {"kind": "dapo", "overlong": {}}}]},
+        "the overlong penalty does not work with an environment yet",
+    ),
+    "source": (
+        {
+            "task": OTHER, "environment": None,
+            "stages": [
+                {"kind": "sft", "role": "actor", "data": "demonstrations",
+                 "sources": [{"share": 1.0, "task": LOCK}]},
+            ],
+        },
+        "a source's texts have one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_there_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    changes, why = REFUSED[case]
+    with pytest.raises(InputError, match=why):
+        load_recipe(recipe(tmp_path, **changes))
+
+
+def test_commands_that_know_single_responses_refuse_conversations(tmp_path: Path) -> None:
+    loaded = load_recipe(recipe(tmp_path))
+    with pytest.raises(InputError, match="genac evaluate does not work with an environment yet"):
+        need_no_environment(loaded, "genac evaluate")
