@@ -3,8 +3,8 @@
     python asking_zygote.py zygote PARENT
 
 Where a server's arguments are `ask CODE GIVEN ANSWER`, the child runs CODE with `given` (GIVEN is its JSON),
-the module `boot` and the gaps that it `filled`, and writes the JSON of `found`, as the code leaves it, to the
-file ANSWER.
+the module `without_cuda` and the gaps that it `filled`, and writes the JSON of `found`, as the code leaves
+it, to the file ANSWER.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "genac_megatron" / "serving" / "sglang"))
 
 import boot
+import without_cuda
 
 FILLED: list[str] = []
-fill_gaps, serve = boot.fill_gaps, boot.serve
+fill_gaps, serve = without_cuda.fill_gaps, boot.serve
 
 
 def fill_and_note() -> list[str]:
@@ -33,11 +34,11 @@ def serve_or_answer(arguments: Sequence[str]) -> None:
         serve(arguments)
         return
     _, code, given, answer = arguments
-    names = {"given": json.loads(given), "filled": FILLED, "boot": boot}
+    names = {"given": json.loads(given), "filled": FILLED, "without_cuda": without_cuda}
     exec(code, names)
     Path(answer).write_text(json.dumps(names["found"]))
 
 
 if __name__ == "__main__":
-    boot.fill_gaps, boot.serve = fill_and_note, serve_or_answer
+    without_cuda.fill_gaps, boot.serve = fill_and_note, serve_or_answer
     os._exit(boot.main(sys.argv[1:]))

@@ -26,7 +26,7 @@ class AskingZygote(server.Zygote):
             super().__init__(python, log)
 
     def ask(self, code: str, given: object = None) -> Any:
-        """`found` as the code leaves it, with `given`, `boot` and the gaps `filled` to its hand."""
+        """`found` as the code leaves it, with `given`, `without_cuda` and the gaps `filled` to its hand."""
         return self.ask_all(code, [given], {})[0]
 
     def ask_all(self, code: str, given: Sequence[object], environ: Mapping[str, str]) -> list[Any]:

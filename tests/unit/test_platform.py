@@ -12,8 +12,9 @@ import sys
 import pytest
 
 from genac_megatron import platform
-from genac_megatron.platform.cpu_cuda import CPU_CUDA
-from genac_megatron.platform.megatron import ResultsFile, to_cpu
+from genac_megatron.platform.megatron import ResultsFile
+from genac_megatron.platform.without_cuda.facade import CPU_CUDA
+from genac_megatron.platform.without_cuda.hook import to_cpu
 
 
 @pytest.mark.parametrize(
@@ -45,15 +46,16 @@ def _python(code: str) -> str:
 
 def test_megatron_is_loaded_as_it_is_where_cuda_is() -> None:
     code = """
-import importlib.util, torch
+import importlib.util, sys, torch
 torch.cuda.is_available = lambda: True
 from genac_megatron.platform.megatron import install
 plain = importlib.util.find_spec("megatron.core").loader
 install()
 found = importlib.util.find_spec("megatron.core").loader
-print(type(plain) is type(found), type(found).__name__)
+read = [name for name in sys.modules if "without_cuda" in name]
+print(type(plain) is type(found), type(found).__name__, read)
 """
-    assert _python(code).split() == ["True", "SourceFileLoader"]
+    assert _python(code).split() == ["True", "SourceFileLoader", "[]"]
 
 
 def test_installing_imports_no_torch() -> None:

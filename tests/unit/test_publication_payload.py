@@ -22,9 +22,9 @@ from genac_megatron.publication.payload import (
     on_this_machine,
     shared_buffer,
 )
-from genac_megatron.serving.sglang.boot import MAPPED
 from genac_megatron.serving.sglang.by_value import by_value, metadata
 from genac_megatron.serving.sglang.loading import serialized
+from genac_megatron.serving.sglang.without_cuda import MAPPED
 
 TENSORS = [("a.weight", (2, 3)), ("b.bias", (4,))]
 # What SGLang 0.5.23's unpickler allows, of what these payloads could name.
@@ -93,8 +93,8 @@ def test_another_process_reads_the_tensors() -> None:
 
 KEEPER = """
 import sys
-from genac_megatron.serving.sglang import boot
-boot.keep_mapped()
+from genac_megatron.serving.sglang import without_cuda
+without_cuda.keep_mapped()
 import base64, io, pickle
 for line in sys.stdin:
     flat = pickle.load(io.BytesIO(base64.b64decode(line)))["flattened_tensor"]
@@ -120,7 +120,7 @@ def script(text: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_a_server_keeps_the_memory_mapped_that_it_is_sent_weights_in() -> None:
-    """As boot.py has it on a CPU: a file is mapped once, with what is in it now; of few files, then none."""
+    """As without_cuda.py has it: a file is mapped once, with what is in it now; of few files, then none."""
 
     def sent(payload: str) -> list[int]:
         print(payload, file=reader.stdin, flush=True)

@@ -27,7 +27,7 @@ ON_A_GPU = (
     "'error', (y - z).float().abs().max().item())"
 )
 ON_A_CPU = (  # PyPI's SGLang imports what a CPU lacks: as our servers there begin
-    "import sys; sys.path.insert(0, sys.argv[1]); import boot; boot.prepare_cpu()\n"
+    "import sys; sys.path.insert(0, sys.argv[1]); import without_cuda; without_cuda.prepare()\n"
     "import sglang, transformers as t; print('sglang', sglang.__version__, 'transformers', t.__version__)"
 )
 

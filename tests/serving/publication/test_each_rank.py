@@ -107,7 +107,7 @@ def held_by(process: psutil.Process) -> tuple[int, int]:
 def test_twenty_publications_leave_nothing_open(
     pool: Any, servers: Servers, endpoints: list[Endpoint], tmp_path: Path, way: str
 ) -> None:
-    from genac_megatron.serving.sglang.boot import MAPPED
+    from genac_megatron.serving.sglang.without_cuda import MAPPED
 
     transport = "tensor" if way == "each-rank" else way
     config = config_of(

@@ -1,4 +1,4 @@
-"""What `torch.cuda` means inside megatron.core on a machine without CUDA (see platform.megatron)."""
+"""What `torch.cuda` means inside megatron.core on a machine without CUDA (hook.py)."""
 
 from __future__ import annotations
 
@@ -114,4 +114,4 @@ class _CpuCuda(ModuleType):
         return getattr(torch.cuda, name)
 
 
-CPU_CUDA = _CpuCuda("genac_megatron.platform.cpu_cuda.CPU_CUDA")
+CPU_CUDA = _CpuCuda(f"{__name__}.CPU_CUDA")
