@@ -11,7 +11,11 @@ server: it goes into results/critic_levers.json and docs/performance.md.
 
 Iteration table (with --study): a step of joint training over a step of PPO with a real scalar critic, on the
 same prompts and seeds, as a study measured them: tokens, FLOPs, seconds, and both critics' value MSE.
-Run: python -m benchmarks.critic_cost [--study experiments/joint]
+
+Seconds table (--seconds FOLDER): processor seconds of such steps, from a study's base runs, by turns
+(benchmarks/critic_seconds.py); the folder is what `genac study recipes/studies/joint_cost.yaml --work` was
+given.
+Run: python -m benchmarks.critic_cost [--study experiments/joint_cost] [--counts] [--seconds FOLDER]
 (GENAC_SERVE_PYTHON: the serving environment's interpreter)
 """
 
@@ -21,6 +25,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import re
 import tempfile
@@ -30,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.critic_counts import Group, length_table, lever_table, write
-from benchmarks.machine import save, table
+from benchmarks.critic_seconds import step_seconds
+from benchmarks.machine import ROOT, save, table
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.states import cut_states
 from genac_megatron.models.mapping import random_weights
@@ -58,6 +64,9 @@ SHAPE = shape_of(
 
 
 PROBLEM_WORDS = 40
+JOINT = ROOT / "recipes" / "studies" / "joint_cost.yaml"
+LEFT_OUT = ("genac_half", "genac_certain", "genac_light", "genac_light_soft", "genac_light_certain")
+CELLS = ("ppo", "genac", *LEFT_OUT)
 
 
 class ColdEngine(SglangEngine):
@@ -172,7 +181,7 @@ def iteration_table(folder: Path) -> list[dict[str, Any]]:
 
     rows = []
     cells = {record["cell"] for record in records}
-    for ours, cell in itertools.product(("genac", "genac_light"), ("ppo", "vc_ppo", "vapo", "sp3o")):
+    for ours, cell in itertools.product(CELLS[1:], ("ppo", "vc_ppo", "vapo", "sp3o")):
         if not {ours, cell} <= cells:
             continue
         row: dict[str, Any] = {"cell": ours, "over": cell}
@@ -184,6 +193,16 @@ def iteration_table(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def timed(options: argparse.Namespace) -> None:
+    """The seconds table, into results/critic_seconds.json."""
+    rows = step_seconds(
+        JOINT, options.seconds, CELLS, "ppo", seed=options.seed, steps=options.steps, rounds=options.rounds
+    )
+    print(table(rows))
+    settings = {key: getattr(options, key) for key in ("seed", "steps", "rounds")}
+    print(save("critic_seconds", settings | {"load": round(os.getloadavg()[0], 1)}, rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--responses", type=int, default=12)
@@ -193,8 +212,15 @@ def main() -> None:
     parser.add_argument("--critic-tokens", type=int, default=8, help="written per state, for the cache table")
     parser.add_argument("--counts", action="store_true", help="the FLOPs table alone, without a server")
     parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1200, 3000, 8000], help="by length")
+    parser.add_argument("--seconds", type=Path, help="the seconds table alone, from the runs of that folder")
+    parser.add_argument("--seed", type=int, default=1, help="of those runs")
+    parser.add_argument("--steps", type=int, default=14, help="of the longer runs of the seconds table")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--study", type=Path, help="the joint study's folder of results")
     options = parser.parse_args()
+    if options.seconds:
+        timed(options)
+        return
     flops = lever_table(Group(responses(options.group, options.group, options.tokens)))
     if options.counts:
         groups = [Group(responses(options.group, options.group, n)) for n in options.lengths]

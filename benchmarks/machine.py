@@ -6,11 +6,14 @@ import datetime
 import json
 import os
 import platform
+import resource
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def cpu_model() -> str:
@@ -45,3 +48,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in cells
     )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def checked(command: list[str], folder: Path) -> tuple[str, float]:
+    """A command's standard output and processor seconds. SystemExit with its errors' end if it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{command[:4]} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime

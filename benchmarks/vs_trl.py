@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,9 +31,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.machine import save, table
+from benchmarks.machine import ROOT, checked, save, table
 
-ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ("grpo", "rloo")
 GOAL = 0.7
 WARM = 2  # steps of each run whose wall time does not count
@@ -99,20 +97,6 @@ def write_prompts(folder: Path, count: int, shots: int = 0) -> dict[str, Any]:
         rows.append({"prompt": tokenizer.decode(prompt.ids), "answer": str(prompt.reference)})
     (folder / "prompts.json").write_text(json.dumps(rows))
     return block
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def checked(command: list[str], folder: Path) -> tuple[str, float]:
-    """A command's standard output and processor seconds. SystemExit with its errors' end if it fails."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"{command[:4]} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
-    return done.stdout, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def run_flat(
