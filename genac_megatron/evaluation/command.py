@@ -1,4 +1,4 @@
-"""`genac evaluate bank build | score | compare`, `task` and `gradients`: their grammar. No torch."""
+"""`genac evaluate bank build | score | compare | task | gradients | pass-rates`: the grammar. No torch."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def add_commands(commands: Any) -> None:
     _add_compare(steps)
     _add_task(kinds)
     _add_gradients(kinds)
+    _add_pass_rates(kinds)
 
 
 def _add_recipe(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -128,6 +129,17 @@ def _add_gradients(kinds: Any) -> None:
     audit.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
 
 
+def _add_pass_rates(kinds: Any) -> None:
+    rates = kinds.add_parser("pass-rates", help="how often an actor solves each training question")
+    _add_recipe(rates)
+    rates.add_argument("--checkpoint", help="the actor's: a run folder, or one checkpoint of it")
+    rates.add_argument("--out", required=True, help="a folder, for task.filter.pass_rates")
+    rates.add_argument("--samples", type=_positive, default=8, help="responses to each question")
+    rates.add_argument("--prompts", type=_positive, help="the first so many questions")
+    rates.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
+    rates.add_argument("--temperature", type=float, help="else the recipe's evaluation.temperature")
+
+
 def add_score(commands: Any) -> None:
     """Add `score` to the command line's subparsers."""
     command = commands.add_parser("score", help="a critic's values of any transcripts (docs/evaluation.md)")
@@ -175,6 +187,8 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
         return _task(options, given, in_ranks)
     if options.evaluate == "gradients":
         return _gradients(options, given, in_ranks)
+    if options.evaluate == "pass-rates":
+        return _pass_rates(options, given, in_ranks)
     if options.step == "compare":
         return _compare(options)
     recipe = _recipe(options)
@@ -243,6 +257,26 @@ def _gradients(options: argparse.Namespace, given: list[str], in_ranks: InRanks)
             max_new_tokens=options.max_new_tokens,
         )
         audit_gradients(recipe, world, stop, wanted, folder)
+
+    return in_ranks(recipe, given, job, folder)
+
+
+def _pass_rates(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
+    recipe = _recipe(options)
+    folder = RunFolder(run_path(recipe)).beside("pass-rates", given)
+
+    def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
+        from genac_megatron.evaluation.pass_rates import RateOptions, measure
+
+        wanted = RateOptions(
+            out=Path(options.out),
+            checkpoint=options.checkpoint,
+            samples=options.samples,
+            prompts=options.prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
+        measure(recipe, world, stop, wanted, folder)
 
     return in_ranks(recipe, given, job, folder)
 

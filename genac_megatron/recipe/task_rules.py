@@ -22,6 +22,7 @@ from genac_megatron.recipe.tasks import (
 )
 from genac_megatron.tasks.answers import EXACT, MARKED
 from genac_megatron.tasks.benchmarks import find_benchmark
+from genac_megatron.tasks.mixture import BLOCK
 
 ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
@@ -64,8 +65,36 @@ def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where
                 where=where((*place, "parts")),
                 way_out="give each a name of its own",
             )
+    _check_phases(task, place, where)
     for index, part in enumerate(task.parts):
         check_task(part.task, (*place, "parts", index, "task"), where)
+
+
+def _check_phases(task: MixtureTask, place: tuple[str | int, ...], where: Where) -> None:
+    names, before = {part.name for part in task.parts}, 0
+    for index, phase in enumerate(task.phases):
+        here = (*place, "phases", index)
+        if set(phase.weights) != names or not any(phase.weights.values()):
+            raise InputError(
+                f"a phase of the mixture has weights of {', '.join(sorted(phase.weights)) or 'nothing'}, "
+                f"and its parts are {', '.join(sorted(names))}",
+                where=where((*here, "weights")),
+                way_out="give each part a weight, 0 where none of it is to be drawn, and not 0 to all",
+            )
+        last = index == len(task.phases) - 1
+        if (phase.until is None) != last:
+            raise InputError(
+                "the last phase of a mixture has no end" if last else "a phase before the last has no end",
+                where=where((*here, "until")),
+                way_out="take until out" if last else "say until how many prompts it lasts",
+            )
+        if phase.until is not None and (phase.until <= before or phase.until % BLOCK):
+            raise InputError(
+                f"a phase lasts until {phase.until} prompts, the one before until {before}",
+                where=where((*here, "until")),
+                way_out=f"give multiples of {BLOCK}, each above the last one (a step draws rollout.prompts)",
+            )
+        before = phase.until or before
 
 
 def _check_filters(task: QuestionsBlock, place: tuple[str | int, ...], where: Where) -> None:
@@ -90,7 +119,13 @@ def _check_filters(task: QuestionsBlock, place: tuple[str | int, ...], where: Wh
             f"there are no pass rates in {chosen.pass_rates}",
             where=where((*place, "filter", "pass_rates")),
             way_out="make them first: genac evaluate pass-rates RECIPE task.filter.pass_rate=null "
-            "task.filter.pass_rates=null --out FOLDER",
+            "task.filter.pass_rates=null task.order=shuffled --out FOLDER",
+        )
+    if task.order in ("easy_first", "hard_first") and chosen.pass_rates is None:
+        raise InputError(
+            f"order: {task.order} has no pass rates to go by",
+            where=where((*place, "order")),
+            way_out="measure them by genac evaluate pass-rates, and name the folder: filter.pass_rates",
         )
     if task.decontaminate is not None:
         check_benchmarks(task.decontaminate.against, (*place, "decontaminate", "against"), where)

@@ -65,6 +65,9 @@ class QuestionsBlock(RowsBlock):
     )
     filter: FilterConfig = FilterConfig()
     decontaminate: DecontaminateConfig | None = None  # None: no benchmark is looked at
+    # In which training questions come in the first pass over them; later ones are shuffled. easy_first and
+    # hard_first go by filter.pass_rates, short_first by the question's text
+    order: Literal["shuffled", "easy_first", "hard_first", "short_first"] = "shuffled"
 
 
 class StateTrackingTask(TaskBlock):
@@ -238,11 +241,20 @@ class MixturePart(Block):
     task: PartTask  # any but a benchmark or a mixture
 
 
+class MixturePhase(Block):
+    """How much of each part is drawn during a part of the run."""
+
+    until: Positive | None = None  # training prompts drawn by then, a multiple of 1000; None: the last phase
+    weights: dict[str, Annotated[float, Field(ge=0)]]  # of every part by name; 0: none of it
+
+
 class MixtureTask(TaskBlock):
     """Several tasks in one run, drawn by weight."""
 
     kind: Literal["mixture"]
     parts: Annotated[list[MixturePart], Field(min_length=1)]  # its tasks
+    # A curriculum: weights that change with the prompts drawn (a step draws rollout.prompts). []: the parts'
+    phases: list[MixturePhase] = []
 
 
 TaskConfig = Annotated[

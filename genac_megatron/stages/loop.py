@@ -192,12 +192,13 @@ def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
-    """Take over `run_state`. Raises InputError where the user's function gives other prompts now."""
+    """Take over `run_state`. Raises InputError where the task gives other prompts now."""
     if state.get("prompts", run.task.digest) != run.task.digest:
         raise InputError(
-            "the user's function gives other prompts than when the checkpoint was made",
+            "the task gives other prompts than when the checkpoint was made",
             where="task",
-            way_out="restore the file and data that it was made with, or begin a new run (name=...)",
+            way_out="restore the files (function, data, pass rates) that it was made with, or begin a new run "
+            "(name=...)",
         )
     run.at.load(state["at"])
     for name, serial in run.at.serials.items():

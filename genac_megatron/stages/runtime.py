@@ -122,7 +122,7 @@ class Run:
     def _need_same_prompts(self) -> None:
         """Raise InputError where the user's code makes other prompts on another rank. Collective."""
         if len(set(gathered(self.task.digest))) > 1:
-            what = "the user's function gives other prompts on other ranks"
+            what = "the task gives other prompts on other ranks"
             way_out = "see that all nodes have the same files, and that it reads nothing that changes"
             raise on_all_ranks(InputError(what, where="task", way_out=way_out))
 

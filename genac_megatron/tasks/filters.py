@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,6 +177,21 @@ def keep_pass_rates(task: QuestionTask, config: FilterConfig, rates: Mapping[str
             f"filter.pass_rate: {len(low):,} below {least:g}, {len(high):,} above {most:g}"
         )
         task.leave_out("train", [*low, *high])
+
+
+def rank_by(order: str, rates: Mapping[str, float]) -> Callable[[Problem], float] | None:
+    """What `task.order` sorts questions by, lowest first; None: by nothing. Without a rate they come last."""
+    if order == "short_first":
+        return lambda problem: float(len(problem.text))
+    sign = {"easy_first": -1.0, "hard_first": 1.0}.get(order)
+    if sign is None:
+        return None
+
+    def rank(problem: Problem) -> float:
+        rate = rates.get(problem_digest(problem.text))
+        return math.inf if rate is None else sign * rate
+
+    return rank
 
 
 def shown(problem: Problem) -> str:

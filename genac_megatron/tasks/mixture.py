@@ -34,7 +34,9 @@ def make_mixture(config: MixtureTask, make: Callable[[PartTask], Task]) -> Mixtu
             except InputError as error:
                 named = f"part '{part.name}' of the mixture: {error.what}"
                 raise InputError(named, where=error.where, way_out=error.way_out) from error
-        return Mixture([part.name for part in config.parts], tasks, [part.weight for part in config.parts])
+        names, weights = [part.name for part in config.parts], [part.weight for part in config.parts]
+        phases = [(one.until, [one.weights[name] for name in names]) for one in config.phases]
+        return Mixture(names, tasks, weights, phases)
     except BaseException:
         for task in tasks:
             task.close()
@@ -44,10 +46,24 @@ def make_mixture(config: MixtureTask, make: Callable[[PartTask], Task]) -> Mixtu
 class Mixture(Task):
     """Prompts of several tasks; `Prompt.source` names the one that it is of."""
 
-    def __init__(self, names: Sequence[str], tasks: Sequence[Task], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        tasks: Sequence[Task],
+        weights: Sequence[float],
+        phases: Sequence[tuple[int | None, Sequence[float]]] = (),
+    ) -> None:
+        """weights: of the parts. phases: until how many draws, a multiple of BLOCK, other weights hold; the
+        last one's None is to the end.
+        """
         super().__init__(tasks[0].tokenizer, 0, 0)
         self._names, self._tasks = list(names), dict(zip(names, tasks, strict=True))
-        self._weights, self._counts = list(weights), block_counts(weights)
+        self._weights = list(weights)
+        # By phase: the block that it ends before, and how many draws of a block each part has in it
+        self._phases = [
+            (None if until is None else until // BLOCK, block_counts(shares))
+            for until, shares in phases or [(None, weights)]
+        ]
         self._drawn: tuple[tuple[int, int], list[tuple[int, int]]] | None = None
         self.resized()
         digests = [task.digest for task in tasks]
@@ -93,10 +109,23 @@ class Mixture(Task):
         """The index of the `cursor`-th training prompt, by weight; within a part by its own order."""
         number, offset = divmod(cursor, BLOCK)
         if self._drawn is None or self._drawn[0] != (seed, number):
-            self._drawn = ((seed, number), draw_block(self._counts, seed, number))
+            self._drawn = ((seed, number), draw_block(self._counts(number), seed, number))
         part, nth = self._drawn[1][offset]
-        index = self._tasks[self._names[part]].train_index(seed, number * self._counts[part] + nth)
+        index = self._tasks[self._names[part]].train_index(seed, self._before(number, part) + nth)
         return self._first(part) + index
+
+    def _counts(self, number: int) -> list[int]:
+        """How many draws each part has in block `number`."""
+        return next(counts for end, counts in self._phases if end is None or number < end)
+
+    def _before(self, number: int, part: int) -> int:
+        """How many draws a part has had before block `number`."""
+        had, begin = 0, 0
+        for end, counts in self._phases:
+            until = number if end is None else min(end, number)
+            had += max(0, until - begin) * counts[part]
+            begin = until
+        return had
 
     def prompt(self, split: Split, index: int) -> Prompt:
         """The prompt at `index`, its id under its part's name. Raises IndexError outside the split's size."""
@@ -177,12 +206,12 @@ class _Teachers(Teacher):
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:
-    """How many of BLOCK draws each part has, by largest remainder; at least one each."""
+    """How many of BLOCK draws each part has, by largest remainder; at least one unless its weight is 0."""
     exact = [BLOCK * weight / sum(weights) for weight in weights]
-    counts = [max(1, int(share)) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
+    counts = [max(1, int(share)) if share else 0 for share in exact]
+    by_remainder = sorted((i for i, share in enumerate(exact) if share), key=lambda i: counts[i] - exact[i])
     for i in range(BLOCK - sum(counts)):
-        counts[by_remainder[i % len(counts)]] += 1
+        counts[by_remainder[i % len(by_remainder)]] += 1
     while sum(counts) > BLOCK:  # many parts with a tiny weight
         counts[counts.index(max(counts))] -= 1
     return counts

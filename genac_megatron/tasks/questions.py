@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from genac_megatron.errors import InputError
@@ -25,7 +26,7 @@ from genac_megatron.tasks.fields import (
     shown_text,
     with_system,
 )
-from genac_megatron.tasks.filters import keep_lengths, keep_pass_rates, known_rates
+from genac_megatron.tasks.filters import keep_lengths, keep_pass_rates, known_rates, problem_digest, rank_by
 from genac_megatron.tasks.grading import make_grader
 from genac_megatron.tasks.reasoning import opened_reasoning, usual
 from genac_megatron.tasks.rows import Located, Row
@@ -58,6 +59,18 @@ class QuestionTask(FixedTask):
         """`answer_forms`: where a final answer may stand; None: the verifier's own (tasks/answers.py)."""
         super().__init__(tokenizer, train, heldout)
         self._grader = make_grader(verifier, answer_forms)
+        self.rank: Callable[[Problem], float] | None = None  # the first pass goes by it; None: shuffled
+        self._sorted: tuple[tuple[int, int], list[int]] | None = None
+
+    def train_index(self, seed: int, cursor: int) -> int:
+        """As of any task; in the first pass by `rank`, equal ones in the order that they have without it."""
+        if self.rank is None or cursor >= self.train_size:
+            return super().train_index(seed, cursor)
+        if self._sorted is None or self._sorted[0] != (seed, self.train_size):
+            rank, problems = self.rank, self.problems("train")
+            order = [super(QuestionTask, self).train_index(seed, at) for at in range(self.train_size)]
+            self._sorted = (seed, self.train_size), sorted(order, key=lambda index: rank(problems[index]))
+        return self._sorted[1][cursor]
 
     @property
     def late(self) -> int:
@@ -334,4 +347,8 @@ def make_question_task(
     keep_lengths(task, config.filter.prompt_tokens)
     rates = known_rates(task, config.filter)
     keep_pass_rates(task, config.filter, rates)
+    task.rank = rank_by(config.order, rates)
+    if config.filter.pass_rates is not None:  # another file would give a resumed run other questions
+        known = "\n".join(f"{problem.key} {rates.get(problem_digest(problem.text))}" for problem in train)
+        task.digest = hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
     return task

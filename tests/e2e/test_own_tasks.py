@@ -117,7 +117,7 @@ def test_a_mixture_with_a_reward_of_ones_own_resumes_with_the_same_prompts(tmp_p
     (halves / "own.py").write_text(OWN.replace("Count to", "Go to"))
     other = genac("run", path, "--resume", "stages.ppo.steps=4", cwd=halves)
     assert other.returncode == 2, other.stdout
-    assert "the user's function gives other prompts than when the checkpoint was made" in other.stderr
+    assert "the task gives other prompts than when the checkpoint was made" in other.stderr
 
 
 def stopped_after(path: str, folder: Path, step: int) -> int:

@@ -289,6 +289,7 @@ def test_a_dry_run_counts_what_is_left_out(tmp_path: Path, capsys: pytest.Captur
     [
         ({"filter": {"pass_rate": [0.1, 0.9]}}, "no pass rates to go by"),
         ({"filter": {"pass_rate": [0.1, 0.9], "pass_rates": "no"}}, "there are no pass rates in no"),
+        ({"order": "easy_first"}, "order: easy_first has no pass rates to go by"),
         ({"filter": {"prompt_tokens": [9, 3]}}, "goes from 9 to 3"),
         ({"filter": {"prompt_token": [9, 3]}}, "did you mean 'prompt_tokens'"),
         ({"decontaminate": {"against": ["aime23"]}}, "no benchmark is called 'aime23'"),
@@ -302,4 +303,84 @@ def test_wrong_keys_are_told_by_a_dry_run(
     path = lines(tmp_path / "r.jsonl", [{"question": f"q{n}", "answer": "1"} for n in range(4)])
     task = {"kind": "jsonl", "path": path, "verifier": "exact", "heldout_size": 1, **keys}
     assert main(["run", recipe(tmp_path, task), "--dry-run"]) == EXIT_INPUT
+    assert told in capsys.readouterr().err
+
+
+# --- curricula ---------------------------------------------------------------------------------
+
+
+def drawn(task: Task, first: int, count: int, seed: int = 5) -> list[str]:
+    return [task.prompt("train", task.train_index(seed, n)).problem for n in range(first, first + count)]
+
+
+def test_the_first_pass_goes_by_the_order_and_later_ones_are_shuffled(tmp_path: Path) -> None:
+    rows = [{"question": "q" * (n + 1), "answer": "1"} for n in range(12)]
+    path = lines(tmp_path / "r.jsonl", rows)
+    block = {"kind": "jsonl", "path": path, "verifier": "exact", "heldout_size": 2}
+    train = [p.text for p in task_of(**block).fixed.problems("train")]  # type: ignore[union-attr]
+    rates = {text: (n // 3) / 4 for n, text in enumerate(train)}  # three of each
+    file = lines(tmp_path / "p.jsonl", [
+        {"question": problem_digest(text), "pass_rate": rate, "actor": "a", "weights": "w"}
+        for text, rate in rates.items()
+    ])  # fmt: skip
+    plain, size = drawn(task_of(**block), 0, 20), len(train)
+    assert drawn(task_of(**block, order="short_first"), 0, size) == sorted(train, key=len)
+    for order, sign in (("easy_first", -1), ("hard_first", 1)):
+        task = task_of(**block, order=order, filter={"pass_rates": file})
+        first = drawn(task, 0, size)
+        assert first == sorted(plain[:size], key=lambda text: sign * rates[text]), (
+            "ties as they were shuffled"
+        )
+        assert drawn(task, size, 10) == plain[size:], "shuffled again"
+        assert drawn(task, 7, 2) == first[7:9], "by the cursor alone: a resumed run goes on"
+        assert drawn(task, 0, size, seed=6) != first
+    task.fixed.leave_out("train", [0, 1])  # type: ignore[union-attr]
+    task.resized()
+    assert [rates[text] for text in drawn(task, 0, size - 2)] == sorted(rates[text] for text in train[2:])
+
+
+def mixed(tmp_path: Path, phases: list[dict[str, Any]]) -> dict[str, Any]:
+    parts = []
+    for name in ("easy", "hard"):
+        rows = [{"question": f"{name} {n}", "answer": "1"} for n in range(3000)]
+        path = lines(tmp_path / f"{name}.jsonl", rows)
+        task = {"kind": "jsonl", "path": path, "verifier": "exact", "heldout_size": 2}
+        parts.append({"name": name, "task": task})
+    return {"kind": "mixture", "parts": parts, "phases": phases}
+
+
+def test_weights_of_a_mixture_change_with_the_prompts_drawn(tmp_path: Path) -> None:
+    phases = [
+        {"until": 1000, "weights": {"easy": 1, "hard": 0}},
+        {"until": 3000, "weights": {"easy": 1, "hard": 3}},
+        {"weights": {"easy": 0, "hard": 1}},
+    ]
+    block = mixed(tmp_path, phases)
+    task = task_of(**block)
+    said = drawn(task, 0, 5000)
+    of_hard = [sum(text.startswith("hard") for text in said[at : at + 1000]) for at in range(0, 5000, 1000)]
+    assert of_hard == [0, 750, 750, 1000, 1000]
+    for name in ("easy", "hard"):  # each part's own order, without a gap or a repeat, over the phases
+        own = [text for text in said if text.startswith(name)]
+        assert len(set(own[:2998])) == len(own[:2998])
+        alone = task_of(**next(part["task"] for part in block["parts"] if part["name"] == name))
+        assert own == drawn(alone, 0, len(own))
+    assert drawn(task_of(**block), 2990, 20) == said[2990:3010], "by the cursor alone"
+
+
+@pytest.mark.parametrize(
+    ("phases", "told"),
+    [
+        ([{"weights": {"easy": 1}}], "weights of easy, and its parts are easy, hard"),
+        ([{"weights": {"easy": 0, "hard": 0}}], "not 0 to all"),
+        ([{"until": 1000, "weights": {"easy": 1, "hard": 1}}], "the last phase of a mixture has no end"),
+        ([{"weights": {"easy": 1, "hard": 1}}] * 2, "a phase before the last has no end"),
+        ([{"until": 1500, "weights": {"easy": 1, "hard": 1}}, {"weights": {"easy": 1, "hard": 1}}],
+         "give multiples of 1000"),
+    ],
+)  # fmt: skip
+def test_wrong_phases_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], phases: list[dict[str, Any]], told: str
+) -> None:
+    assert main(["run", recipe(tmp_path, mixed(tmp_path, phases)), "--dry-run"]) == EXIT_INPUT
     assert told in capsys.readouterr().err
