@@ -197,8 +197,8 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
         raise InputError(
             "the task gives other prompts than when the checkpoint was made",
             where="task",
-            way_out="restore the files (function, data, pass rates) that it was made with, or begin a new run "
-            "(name=...)",
+            way_out="restore the files (function, data, pass rates) that it was made with, or begin a "
+            "new run (name=...)",
         )
     run.at.load(state["at"])
     for name, serial in run.at.serials.items():

@@ -1,4 +1,4 @@
-"""`genac evaluate pass-rates` by the command line, and a run that chooses and orders its questions by them."""
+"""`genac evaluate pass-rates` by the command line, and a run that chooses and orders questions by them."""
 
 from __future__ import annotations
 

@@ -15,12 +15,13 @@ from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.memory import Phase, kv_pool, timelines
 from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.share import GIB
+from genac_megatron.recipe.tasks import DatasetTask
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))
 NAME = re.compile(
     r"(sft|reinforce|ppo|pipeline)-([a-z0-9.-]+)-(\d+)n(\d+)g-"
-    r"(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:cp(\d+))?(?:ep(\d+))?)(-32k)?(-lora)?(-fp8)?"
+    r"(dp\d+|(?:tp(\d+))?(?:pp(\d+))?(?:cp(\d+))?(?:ep(\d+))?)(-32k)?(?:-dapo)?(-lora)?(-fp8)?"
 )
 
 
@@ -39,6 +40,23 @@ def test_every_model_has_every_stage_in_both_precisions() -> None:
         for fp8 in (None, "-fp8"):
             have = {model for kind, model, *_, precision in seen if (kind, precision) == (stage, fp8)}
             assert have == {name.lower() for name in MODELS}
+
+
+def test_dapos_data_take_the_place_of_gsm8ks_whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    recipe = load_recipe(FOLDER / "pipeline-qwen3-8b-2n8g-tp4-dapo.yaml")
+    task = recipe.task
+    assert isinstance(task, DatasetTask)
+    assert (task.name, task.question_key) == ("BytedTsinghua-SIA/DAPO-Math-17k", "prompt")
+    assert (task.config, task.heldout_split, task.answer_pattern, task.conflicting) == (
+        None,
+        None,
+        None,
+        "drop",
+    )
+    asked = {suite.name for suite in (*recipe.evaluation.suites, *recipe.evaluation.test)}
+    assert task.decontaminate is not None
+    assert asked <= {source.name for source in task.decontaminate.against}
 
 
 def test_adapters_on_one_base_take_fewer_nodes() -> None:

@@ -310,7 +310,8 @@ def test_wrong_keys_are_told_by_a_dry_run(
 
 
 def drawn(task: Task, first: int, count: int, seed: int = 5) -> list[str]:
-    return [task.prompt("train", task.train_index(seed, n)).problem for n in range(first, first + count)]
+    indices = (task.train_index(seed, n) for n in range(first, first + count))
+    return [task._problem("train", index).text for index in indices]
 
 
 def test_the_first_pass_goes_by_the_order_and_later_ones_are_shuffled(tmp_path: Path) -> None:
