@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OMITTED = "omitted"  # who wrote what stands for parts that are left out of a transcript
+
+
 def cut_states(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: StatesConfig) -> list[State]:
     """The states of a response in order of cut; the prompt state (cut 0) first.
 
     Segments [cut, end) tile the sampled ids exactly. Cutters: `lines` after a token that holds a line end,
-    `fixed` every `fixed_length` tokens, `low_prob` after a token sampled with probability below `low_prob`.
+    `fixed` every `fixed_length` tokens, `low_prob` after a token sampled with probability below `low_prob`;
+    of a conversation (`_in_turns`) before each turn of the actor's too, and with `turns` there alone.
     Of these places a cut is kept where at least `min_segment` tokens lie between it and the one before, and
     where as many tokens as `marks` asks of its number have been written: at most `max_states` states.
 
@@ -56,14 +60,15 @@ def marks(config: StatesConfig, limit: int | None) -> list[int]:
     return [int(config.min_segment * growth ** (k / states) + 1e-6) for k in range(1, states)]
 
 
-def state_text(state: State, tokenizer: PreTrainedTokenizerBase) -> str:
+def state_text(state: State, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> str:
     """The partial response: the sampled ids before the cut, decoded, special tokens left out.
 
     A character that the cut leaves half written is left out too. Of a conversation it is the transcript, of
-    which each part is escaped already.
+    which each part is escaped already; most: tokens of it, beyond which parts of its middle are left out
+    (`shown_parts`).
     """
     if state.rollout.episode is not None:
-        return _transcript(state.rollout, state.rollout.episode, state.cut, tokenizer)
+        return _transcript(state.rollout, state.rollout.episode, state.cut, tokenizer, most)
     return _decoded(tokenizer, state.rollout.completion.ids[: state.cut])
 
 
@@ -74,17 +79,37 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _transcript(
-    rollout: Rollout, episode: Episode, cut: int, tokenizer: PreTrainedTokenizerBase
+    rollout: Rollout, episode: Episode, cut: int, tokenizer: PreTrainedTokenizerBase, most: int | None
 ) -> Transcript:
     """A conversation up to a cut; of a whole one with what was answered last, which no turn follows."""
-    ids, parts = rollout.completion.ids, list[tuple[str, str]]()
+    ids, parts, cut_inside = rollout.completion.ids, list[tuple[str, str, int]](), False
     for turn in episode.turns:
         if turn.begin < cut < turn.end:
-            parts.append((turn.who, _decoded(tokenizer, ids[turn.begin : cut])))
-            return transcript(parts, open_last=True)
-        if turn.end <= cut and (turn.begin < cut or cut == len(ids)):
-            parts.append((turn.who, turn.text))
-    return transcript(parts)
+            parts.append((turn.who, _decoded(tokenizer, ids[turn.begin : cut]), cut - turn.begin))
+            cut_inside = True
+        elif turn.end <= cut and (turn.begin < cut or cut == len(ids)):
+            parts.append((turn.who, turn.text, turn.end - turn.begin))
+    return transcript(shown_parts(parts, most), open_last=cut_inside)
+
+
+def shown_parts(parts: Sequence[tuple[str, str, int]], most: int | None) -> list[tuple[str, str]]:
+    """Of (who, text, tokens) in order, (who, text) of at most so many tokens: the first parts, of a quarter
+    of them at most, and the last ones; between them how much was left out. The last part is there whole.
+    """
+    sizes = [size for *_, size in parts]
+    if most is None or sum(sizes) <= most:
+        return [(who, text) for who, text, _ in parts]
+    head, room = 0, most // 4
+    while sizes[head] <= room:
+        room -= sizes[head]
+        head += 1
+    tail, room = len(parts) - 1, most - sum(sizes[:head]) - sizes[-1]
+    while tail - 1 >= head and sizes[tail - 1] <= room:
+        tail -= 1
+        room -= sizes[tail]
+    told = f"{tail - head} parts of the conversation, {sum(sizes[head:tail])} tokens"
+    omitted = [(OMITTED, told)] if tail > head else []
+    return [(who, text) for who, text, _ in parts[:head]] + omitted + [(w, t) for w, t, _ in parts[tail:]]
 
 
 def trained_indices(count: int, limit: int) -> list[int]:
@@ -144,6 +169,8 @@ def _in_turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: Stat
         said = Completion(
             completion.ids[begin:end], completion.logprobs[first : first + end - begin], completion.finish
         )
-        turn = Rollout(rollout.prompt, rollout.sample, said, "")
-        found |= {begin, *(begin + cut for cut in _candidates(turn, tokenizer, config))}
+        found.add(begin)
+        if config.cutter != "turns":
+            turn = Rollout(rollout.prompt, rollout.sample, said, "")
+            found |= {begin + cut for cut in _candidates(turn, tokenizer, config)}
     return sorted(found - {0})

@@ -45,7 +45,7 @@ class TraceContext:
 
     def prompt_ids(self, state: State) -> tuple[int, ...]:
         """The critic's prompt for `state`."""
-        partial = state_text(state, self.actor_tokenizer)
+        partial = state_text(state, self.actor_tokenizer, self.judging.transcript_tokens)
         return build_prompt_ids(
             self.tokenizer, self.judging, self.icc, state.rollout.prompt, partial, state.cut, self.limit
         )
@@ -232,7 +232,7 @@ def endpoint_messages(state: State, context: TraceContext) -> list[dict[str, str
     judging = context.judging
     if judging.template == "brief":
         judging = judging.model_copy(update={"template": "standard"})
-    partial = state_text(state, context.actor_tokenizer)
+    partial = state_text(state, context.actor_tokenizer, judging.transcript_tokens)
     parts = prompt_text(judging, context.icc, state.rollout.prompt, partial, state.cut, context.limit)
     return [{"role": "user", "content": "".join(parts)}]
 

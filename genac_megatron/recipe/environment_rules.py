@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.algorithms import Dapo
+from genac_megatron.recipe.algorithms import Dapo, RegressionConfig
 from genac_megatron.recipe.own_code import check_named, parse_named
 from genac_megatron.recipe.precision import Where
-from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, ReinforceStage, SftStage, ValueStage
+from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftSource, SftStage, ValueStage
 from genac_megatron.recipe.stages import sources_of
 from genac_megatron.recipe.tasks import LockTask, single_tasks
 
@@ -19,6 +19,12 @@ PLAYED = (LockTask,)  # tasks that are environments themselves
 def check_environment(recipe: Recipe, where: Where) -> None:
     """What a recipe with an environment must keep, and one without. Raises InputError."""
     config, played = recipe.environment, isinstance(recipe.task, PLAYED)
+    if config is None and recipe.judging.states.cutter == "turns":
+        raise InputError(
+            "judging.states.cutter turns cuts conversations, and there is no environment",
+            where=where(("judging", "states", "cutter")),
+            way_out="choose lines, fixed or low_prob, or add an environment",
+        )
     for index, stage in enumerate(recipe.stages):
         for place, source in sources_of(stage):
             if isinstance(source.task, PLAYED):
@@ -64,22 +70,33 @@ def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
     """(place, what, way out) of what a recipe asks for that conversations do not have yet."""
     if recipe.evaluation.mc_states:
         yield ("evaluation", "mc_states"), "a Monte-Carlo value (evaluation.mc_states)", "set it to 0"
+    if recipe.judging.states.final:
+        what = "judging.states.final, whose states may say how the conversation ended,"
+        yield ("judging", "states", "final"), what, "take it out"
     for key in ("suites", "test"):
         if getattr(recipe.evaluation, key):
-            yield (
-                ("evaluation", key),
-                f"evaluation.{key}, whose questions have one response each,",
-                "take it out",
-            )
+            what = f"evaluation.{key}, whose questions have one response each,"
+            yield ("evaluation", key), what, "take it out"
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
-        if isinstance(stage, ReinforceStage | PpoStage):
-            yield place, f"a stage of the kind {stage.kind}", "train the actor by a stage of the kind policy"
+        if isinstance(stage, PpoStage) and stage.overlong is not None:
+            yield (*place, "overlong"), "the overlong penalty", "take it out"
         if isinstance(stage, ValueStage) and stage.distil is not None:
             yield (*place, "distil"), "distil", "take it out"
+        value = getattr(getattr(stage, "algorithm", stage), "value", None)
+        if isinstance(value, RegressionConfig) and value.target == "monte_carlo":
+            what = "value.target monte_carlo, which continues responses,"
+            yield (*place, "value", "target"), what, "set it to outcome or exact"
+        sources = sources_of(stage)
         if isinstance(stage, SftStage) and stage.data == "traces":
-            yield (*place, "data"), "a stage that makes a critic's traces", "take the stage out"
-        if isinstance(stage, PolicyStage) and stage.overlap:
+            sources = [*sources, ((), SftSource(share=1.0, teacher=stage.teacher))]
+        for own, source in sources:
+            if source.task not in (None, recipe.task):
+                yield (*place, *own, "task"), "a source of another task", "take the source out"
+            if source.teacher is not None and source.teacher.kind in ("self", "monte_carlo"):
+                what = f"the teacher '{source.teacher.kind}', which continues responses,"
+                yield (*place, *own, "teacher"), what, "set teacher.kind to exact or endpoint"
+        if isinstance(stage, PpoStage | PolicyStage) and stage.overlap:
             yield (*place, "overlap"), "overlap", "take it out"
         if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, Dapo) and stage.algorithm.overlong:
             yield (*place, "algorithm", "overlong"), "the overlong penalty", "take it out"

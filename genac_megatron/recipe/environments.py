@@ -22,4 +22,5 @@ class EnvironmentConfig(Block):
     step_s: PositiveFloat = 10.0  # for one answer; then its process is ended, and the conversation failed
     processes: Positive = 1  # per rank
     concurrency: Positive = 64  # conversations at a time, per rank
+    success: str = ""  # what counts as success, in a sentence that the critic is shown; "": the task's
     failed_outcome: Fraction = 0.0  # of conversations that it failed in; they are counted

@@ -224,8 +224,9 @@ class RoleConfig(Block):
 class StatesConfig(Block):
     """Where a response is cut into segments (method §3)."""
 
-    # at line ends, every fixed_length tokens, or where the actor was unsure
-    cutter: Literal["lines", "fixed", "low_prob"] = "lines"
+    # at line ends, every fixed_length tokens, or where the actor was unsure; of a conversation before each
+    # turn of the actor's too, and with turns there alone
+    cutter: Literal["lines", "fixed", "low_prob", "turns"] = "lines"
     max_states: Positive = 8  # per response, the prompt state included
     min_segment: Positive = 8  # tokens
     fixed_length: Positive = 128  # tokens, of the cutter fixed
@@ -247,6 +248,9 @@ class JudgingConfig(Block):
     # in-context conditioning: the critic is told the actor's success rate, nothing, or one drawn at random
     icc: Literal["on", "off", "shuffled"] = "on"
     icc_momentum: Fraction = 0.9  # of the moving success rate
+    # Of a conversation, what the critic is shown at most, in the actor's tokens: longer ones lose parts of
+    # their middle, which is said there. None: all of it
+    transcript_tokens: Positive | None = None
     temperature: PositiveFloat = 1.0  # of the critic's samples
     max_new_tokens: Positive = 1024  # of a judgement
     score: Literal["sampled", "soft"] = "sampled"  # soft: its expectation, at the same temperature

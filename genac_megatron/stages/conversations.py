@@ -108,7 +108,9 @@ async def opened(
     await environment.end(key, prompt)
     if answer.failure:
         return prompt
-    prompt = replace(prompt, opening=digest(answer.opening))
+    success = environment.config.success or prompt.success or "the environment says so"
+    most = f"in at most {environment.config.turns} turns"
+    prompt = replace(prompt, opening=digest(answer.opening), success=f"{success} ({most})")
     if answer.opening is None:
         return prompt
     messages = tuple({"role": role, "content": content} for role, content in answer.opening)

@@ -141,7 +141,7 @@ class Judge(StateJudge):
 
     def prompt_ids(self, state: State) -> tuple[int, ...]:
         """The critic's prompt for a state."""
-        partial = state_text(state, self.actor_tokenizer)
+        partial = state_text(state, self.actor_tokenizer, self.config.transcript_tokens)
         prompt = state.rollout.prompt
         return build_prompt_ids(self.tokenizer, self.config, self.icc, prompt, partial, state.cut, self.limit)
 

@@ -96,3 +96,34 @@ def test_the_report_shows_conversations(done: Path) -> None:
     page = (folder / "report" / "index.html").read_text()
     assert "&lt;actor&gt;" in page
     assert "&lt;user&gt;\nstep " in page
+
+
+def test_a_critic_judges_between_turns(tmp_path: Path) -> None:
+    """Traces of the exact teacher, REINFORCE, joint PPO: over states before the actor's turns."""
+    stages: list[dict[str, Any]] = [
+        SFT,
+        {"kind": "sft", "name": "sft-critic", "role": "critic", "start_from": "actor", "data": "traces",
+         "size": 10, "epochs": 1, "batch": 5, "rollout": ROLLOUT, "gate": {"action": "off"}},
+        {"kind": "reinforce", "steps": 1, "rollout": ROLLOUT, "eval_every": 0, "gate": {"action": "off"}},
+        {"kind": "ppo", "steps": 2, "rollout": ROLLOUT, "eval_every": 0, "gate": {"action": "off"}},
+    ]  # fmt: skip
+    states = {"cutter": "turns", "min_segment": 1, "max_states": 4}
+    judging = {"template": "brief", "max_new_tokens": 40, "transcript_tokens": 40, "states": states}
+    roles = {"actor": ACTOR, "critic": RECIPE["roles"]["critic"]}
+    less = {"prompts": 2, "samples": 1}
+    path = recipe(tmp_path, stages, roles=roles, judging=judging, evaluation=less)
+    result = genac("run", str(path), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [row for row in rows(tmp_path) if row["stage"] == "ppo" and "actor/loss" in row]
+    assert len(found) == 2
+    for row in found:
+        assert math.isfinite(row["actor/grad_norm"])
+        assert row["parity/actor_p99"] < 1e-3
+        assert row["parity/critic_p99"] < 1e-3
+        assert row["judge/states"] > 4, "more than the prompts' own"
+        assert row["judge/too_long"] == 0.0
+    shown = [
+        json.loads(line) for line in (tmp_path / "runs" / "run" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    asked = [row["judge_prompt"] for row in shown if "judge_prompt" in row]
+    assert any("<actor>\n" in prompt and "<user>\nstep " in prompt for prompt in asked)

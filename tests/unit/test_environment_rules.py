@@ -14,6 +14,8 @@ from genac_megatron.recipe.loader import load_recipe
 
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
 ROLE = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": SHAPE}}
+BOTH = {"actor": ROLE, "critic": ROLE}
+SCALAR = {"actor": ROLE, "critic": {"model": {**ROLE["model"], "head": "value"}}}
 POLICY: dict[str, Any] = {"kind": "policy", "algorithm": {"kind": "grpo"}, "rollout": {"max_new_tokens": 99}}
 LOCK = {"kind": "lock"}
 OTHER = {"kind": "state_tracking"}
@@ -50,6 +52,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "turns": ({"environment": {"kind": "task", "turns": 4}}, "a lock has 8 turns"),
     "overlap": ({"stages": [{**POLICY, "overlap": True}]}, "overlap"),
     "monte-carlo": ({"evaluation": {"mc_states": 4}}, "Monte-Carlo value"),
+    "final": ({"judging": {"states": {"final": True}}}, "may say how the conversation ended"),
+    "turns-without": (
+        {"task": OTHER, "environment": None, "judging": {"states": {"cutter": "turns"}}},
+        "there is no environment",
+    ),
+    "ppo-overlong": ({"roles": BOTH, "stages": [{"kind": "ppo", "overlong": {}}]}, "overlong penalty"),
+    "self": (
+        {
+            "roles": BOTH,
+            "stages": [{"kind": "sft", "role": "critic", "data": "traces", "teacher": {"kind": "self"}}],
+        },
+        "the teacher 'self', which continues responses,",
+    ),
+    "regression": (
+        {"roles": SCALAR, "stages": [{"kind": "value", "value": {"target": "monte_carlo"}}]},
+        "monte_carlo, which continues responses",
+    ),
     "suites": (
         {"evaluation": {"suites": [{"name": "math500"}]}},
         r"evaluation\.suites, whose questions have one response each, does not work",
