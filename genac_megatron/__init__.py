@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from genac_megatron.library import (
+        Comparison,
         FinishedRun,
         GenacError,
         Recipe,
+        compare,
         dump_recipe,
         load_recipe,
         open_run,
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Comparison",
     "FinishedRun",
     "GenacError",
     "Recipe",
+    "compare",
     "dump_recipe",
     "load_recipe",
     "open_run",

@@ -35,6 +35,7 @@ from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.stages.inputs import need_inputs
 from genac_megatron.studies import command as studies
 from genac_megatron.tracing import command as tracing
+from genac_megatron.watch import command as watching
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument("--max-new-tokens", type=int, default=128, help="of each")
     report = commands.add_parser("report", help="write the report of a run folder")
     report.add_argument("run", help="a run folder")
+    watching.add_commands(commands)
     commands.add_parser("doctor", help="check this machine's packages")
     evaluation.add_commands(commands)
     evaluation.add_score(commands)
@@ -112,6 +114,8 @@ def _done(options: argparse.Namespace, given: list[str], endings: list[Ending]) 
                 return _report(Path(options.run))
             case "study":
                 return studies.run_command(options)
+            case command if command in watching.COMMANDS:
+                return watching.run_command(options)
             case command if command in cluster.COMMANDS:
                 return cluster.run_command(options)
             case _:

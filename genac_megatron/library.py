@@ -34,14 +34,18 @@ from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFo
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
 from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.stages.inputs import need_inputs
+from genac_megatron.watch.compare import Comparison
+from genac_megatron.watch.compared import compare_runs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "Comparison",
     "FinishedRun",
     "GenacError",
     "Recipe",
+    "compare",
     "dump_recipe",
     "load_recipe",
     "open_run",
@@ -110,6 +114,14 @@ def open_run(path: str | Path) -> FinishedRun:
     if not folder.recipe.exists() and not (folder.path / METRICS).exists():
         raise InputError("no run there", where=str(path), way_out="give the folder of a run: runs/<name>")
     return FinishedRun(folder.path)
+
+
+def compare(runs: Sequence[str | Path], *, unfinished: bool = False) -> Comparison:
+    """Run folders beside each other, the first one being what others are compared with, as `genac compare`.
+
+    unfinished: runs that go on or failed are taken as far as they are. Raises InputError.
+    """
+    return compare_runs([Path(run) for run in runs], unfinished=unfinished)
 
 
 def run(

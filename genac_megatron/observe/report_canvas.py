@@ -105,10 +105,15 @@ def style(theme: Theme) -> dict[str, object]:
 
 def png(draw: Draw, run: RunData, theme: Theme, height: float) -> bytes | None:
     """The plot as PNG bytes, `height` inches high; None where the run has no data for it."""
+    return drawn_png(lambda figure: draw(figure, run, theme), theme, height)
+
+
+def drawn_png(draw: Callable[[Figure], bool], theme: Theme, height: float) -> bytes | None:
+    """What `draw` puts onto a figure; None where it says that it has no data."""
     with mpl.rc_context(style(theme)):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        if not draw(figure, run, theme):
+        if not draw(figure):
             return None
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})

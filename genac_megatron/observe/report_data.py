@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +213,17 @@ def read_run(path: str | Path) -> RunData:
             where=str(path),
             way_out="name the folder of a run: genac report runs/<name>",
         )
-    # a resumed stage may evaluate the same point again; the later one counts
-    unique = {(e.get("stage"), e.get("name"), e.get("step")): e for e in rows[EVALUATIONS]}
-    last = set(map(id, unique.values()))
-    evaluations = [e for e in rows[EVALUATIONS] if id(e) in last]
+    evaluations = latest_evaluations(rows[EVALUATIONS])
     begun = attempts(history(folder))
     logs = rows[METRICS], evaluations, rows[ROLLOUTS]
     return RunData(folder.path, recipe, *logs, unreadable, begun, folder.told_of_data())
+
+
+def latest_evaluations(rows: Sequence[Row]) -> list[Row]:
+    """Each evaluation once: a resumed stage may make one again, and the later one counts."""
+    unique = {(e.get("stage"), e.get("name"), e.get("step")): e for e in rows}
+    last = set(map(id, unique.values()))
+    return [e for e in rows if id(e) in last]
 
 
 # --- the summary ---------------------------------------------------------------------------------
@@ -383,13 +387,13 @@ def failed_gates(run: RunData) -> list[FailedGate]:
     plain = run.recipe_stages()
     failed = []
     for index, row in enumerate(plain):
-        stage, figures = _typed(row), _end_figures(run, row)
+        stage, figures = typed_stage(row), _end_figures(run, row)
         if stage is None or isinstance(stage, PolicyStage):
             continue
         later = any(str(other["name"]) in begun for other in plain[index + 1 :])
         if isinstance(stage, PpoStage):  # its gate is at its beginning
             action: str = entry_action(
-                [one for one in map(_typed, plain[: index + 1]) if one is not None], stage
+                [one for one in map(typed_stage, plain[: index + 1]) if one is not None], stage
             )
             later |= any(r.get("stage") == stage.name and number(r.get("step")) > 0 for r in run.metrics)
         else:
@@ -399,13 +403,17 @@ def failed_gates(run: RunData) -> list[FailedGate]:
     return failed
 
 
-def _typed(stage: Row) -> StageConfig | None:
+@cache
+def _stage_type() -> TypeAdapter[StageConfig]:
+    return TypeAdapter(StageConfig)  # a tenth of a second
+
+
+def typed_stage(stage: Row) -> StageConfig | None:
     """A stage of the run's recipe; None where this version knows other keys."""
     try:
-        typed: StageConfig = TypeAdapter(StageConfig).validate_python(stage)
+        return _stage_type().validate_python(stage)
     except ValidationError:
         return None
-    return typed
 
 
 def _end_figures(run: RunData, stage: Row) -> Figures | None:

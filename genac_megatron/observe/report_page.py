@@ -54,18 +54,18 @@ def page(
 ) -> str:
     """The whole document. plots: None where they were not asked for."""
     body = "".join((
-        _head(run, summary),
+        head(run, summary),
         end_card(run),
-        "".join(map(_gate, failed_gates(run))),
-        _missing(missing, absent),
-        _tiles(run, summary),
+        gate_cards(run),
+        missing_card(missing, absent),
+        tiles(run, summary),
         _plots(run, plots),
-        _headlines(summary),
+        headlines(summary),
         suite_section(run),
-        _data(run),
+        data_section(run),
         _rollouts(run),
         origins(run),
-        _folds(run, summary),
+        folds(run, summary),
     ))  # fmt: skip
     title = escape(str(summary["run/name"]))
     return (
@@ -76,14 +76,16 @@ def page(
     )
 
 
-def _text(value: Any, digits: int = 3, per_cent: bool = False) -> str:
+def text_of(value: Any, digits: int = 3, per_cent: bool = False) -> str:
+    """A figure for people; "–" where there is none."""
     x = number(value)
     if math.isnan(x):
         return "–"
     return f"{100 * x:.1f} %" if per_cent else f"{x:.{digits}f}"
 
 
-def _head(run: RunData, summary: Mapping[str, Any]) -> str:
+def head(run: RunData, summary: Mapping[str, Any]) -> str:
+    """The title: stages, models, when."""
     stages = " → ".join(f"{s.name} ({run.steps(s)} steps)" for s in run.spans if s.last > s.first)
     times = run.series("time")[1]
     when = (
@@ -97,6 +99,11 @@ def _head(run: RunData, summary: Mapping[str, Any]) -> str:
     told = "; ".join(f"{name}: {text}" for name, text in trains(run.recipe).items())
     told = f"<p class=soft>{escape(told)}</p>" if told else ""
     return f"<h1>{escape(str(summary['run/name']))}</h1><p class=soft>{line}</p>{told}"
+
+
+def gate_cards(run: RunData) -> str:
+    """A card for each gate that was not reached."""
+    return "".join(map(_gate, failed_gates(run)))
 
 
 def _gate(failed: FailedGate) -> str:
@@ -116,7 +123,8 @@ def _gate(failed: FailedGate) -> str:
     return f"<section class='card warn'><h3>{title}</h3><ul>{items}</ul>{resume if ways else ''}</section>"
 
 
-def _missing(missing: Sequence[str], absent: Sequence[str]) -> str:
+def missing_card(missing: Sequence[str], absent: Sequence[str]) -> str:
+    """What a whole run would have and this one has not."""
     items = [escape(m) for m in missing]
     if absent:
         items.append("no data for: " + escape(", ".join(absent)))
@@ -137,34 +145,37 @@ def _tile(title: str, value: str, note: str, verdict: bool | None = None) -> str
     )
 
 
-def _tiles(run: RunData, s: Mapping[str, Any]) -> str:
+def tiles(run: RunData, s: Mapping[str, Any]) -> str:
+    """The figures to look at first."""
     tiles = []
     before, after = number(s["actor/accuracy_sft"]), number(s["actor/accuracy_ppo"])
     if not math.isnan(after):
         low, high = number(s.get("actor/accuracy_gain_low")), number(s.get("actor/accuracy_gain_high"))
-        note = f"from {_text(before, per_cent=True)}"
+        note = f"from {text_of(before, per_cent=True)}"
         sure = None
         if not math.isnan(low):
             note += (
                 f"; gain {100 * (after - before):+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
             )
             sure = low > 0
-        tiles.append(_tile("Actor, held out", _text(after, per_cent=True), note, sure))
+        tiles.append(_tile("Actor, held out", text_of(after, per_cent=True), note, sure))
     elif not math.isnan(before):
-        tiles.append(_tile("Actor, held out", _text(before, per_cent=True), "before joint training"))
+        tiles.append(_tile("Actor, held out", text_of(before, per_cent=True), "before joint training"))
     for kind in KINDS:
         own = number(s[f"critic/brier_{kind}"])
         base = number(s.get(f"critic/brier_constant_{kind}"))
         if not math.isnan(own):
             better = None if math.isnan(base) else own < base
             tiles.append(
-                _tile(f"Critic Brier after {kind}", _text(own, 4), f"best constant {_text(base, 4)}", better)
+                _tile(
+                    f"Critic Brier after {kind}", text_of(own, 4), f"best constant {text_of(base, 4)}", better
+                )
             )
     if not math.isnan(number(s["critic/parse_rate"])):
         tiles.append(
             _tile(
                 "Judgements that parse",
-                _text(s["critic/parse_rate"], per_cent=True),
+                text_of(s["critic/parse_rate"], per_cent=True),
                 "last evaluation",
                 None if number(s["critic/parse_rate"]) >= PARSED else False,
             )
@@ -209,10 +220,10 @@ def _plots(run: RunData, plots: Sequence[Plot] | None) -> str:
         )
     if not plots:
         return ""
-    return f"<h2>Plots</h2>{_lengths(run)}<div class=plots>{''.join(map(_plot, plots))}</div>"
+    return f"<h2>Plots</h2>{lengths(run)}<div class=plots>{''.join(map(embedded_plot, plots))}</div>"
 
 
-def _lengths(run: RunData) -> str:
+def lengths(run: RunData) -> str:
     """That stages are drawn equally wide, where they are of unequal length."""
     steps = {span.name: run.steps(span) for span in run.spans if run.steps(span)}
     if not steps or max(steps.values()) < UNEQUAL * min(steps.values()):
@@ -224,7 +235,8 @@ def _lengths(run: RunData) -> str:
     )
 
 
-def _plot(plot: Plot) -> str:
+def embedded_plot(plot: Plot) -> str:
+    """A plot with its images inside of the page."""
     light, dark = (base64.b64encode(image).decode() for image in (plot.light, plot.dark))
     caption = f"<figcaption>{escape(plot.caption)}</figcaption>" if plot.caption else ""
     return (
@@ -248,7 +260,7 @@ def _cell(text: str, unread: bool) -> str:
 
 def _unread(s: Mapping[str, Any], kinds: Sequence[str]) -> str:
     """What figures are of where most judgements have no score."""
-    rates = [f"{_text(s[f'critic/parse_rate_{kind}'], per_cent=True)} after {kind}" for kind in kinds]
+    rates = [f"{text_of(s[f'critic/parse_rate_{kind}'], per_cent=True)} after {kind}" for kind in kinds]
     if not rates:
         return ""
     return (
@@ -257,12 +269,13 @@ def _unread(s: Mapping[str, Any], kinds: Sequence[str]) -> str:
     )
 
 
-def _headlines(s: Mapping[str, Any]) -> str:
+def headlines(s: Mapping[str, Any]) -> str:
+    """The critic after each stage, and where the time went."""
     known = [k for k in KINDS if not math.isnan(number(s.get(f"critic/brier_{k}")))]
     unread = [k for k in known if number(s.get(f"critic/parse_rate_{k}")) < PARSED]
     rows = []
     for name, label, digits in _FIGURES:
-        cells = [_text(s.get(f"critic/{name}_{kind}"), digits) for kind in known]
+        cells = [text_of(s.get(f"critic/{name}_{kind}"), digits) for kind in known]
         if any(cell != "–" for cell in cells):
             rows.append([label, *map(_cell, cells, [kind in unread for kind in known])])
     critic = ""
@@ -273,7 +286,7 @@ def _headlines(s: Mapping[str, Any]) -> str:
         key[len("share/time_") :] for key in s if key.startswith("share/time_") and key != "share/time_other"
     ]
     cost_rows = [
-        [escape(p), format_duration(number(s[f"time/{p}_s"])), _text(s[f"share/time_{p}"], per_cent=True),
+        [escape(p), format_duration(number(s[f"time/{p}_s"])), text_of(s[f"share/time_{p}"], per_cent=True),
          f"{number(s[f'tokens/{p}']):,.0f}" if f"tokens/{p}" in s else "–"]
         for p in sorted(phases, key=lambda p: -number(s[f"time/{p}_s"]))
     ]  # fmt: skip
@@ -285,7 +298,7 @@ def _headlines(s: Mapping[str, Any]) -> str:
     return f"<div class=pair>{critic}{costs}</div>" if critic or costs else ""
 
 
-def _data(run: RunData) -> str:
+def data_section(run: RunData) -> str:
     """How much data there is, and what was left out of it."""
     if not run.data:
         return ""
@@ -328,9 +341,10 @@ def _tint(value: float) -> str:
     return f"background:rgba(var(--{side}),{0.04 + 0.9 * abs(value - 0.5):.2f})"
 
 
-def _chip(anchor: str, state: Row) -> str:
+def chip(anchor: str, state: Row) -> str:
+    """A state's value, linked to what was said of it where `anchor` names that."""
     value, used = number(state.get("value")), number(state.get("used"))
-    label = f"{value:.1f}" if not math.isnan(value) else f"? ({_text(used, 2)})"
+    label = f"{value:.1f}" if not math.isnan(value) else f"? ({text_of(used, 2)})"
     return f'<a class=chip href="#{anchor}">{label}</a>' if anchor else f"<span class=chip>{label}</span>"
 
 
@@ -360,16 +374,16 @@ def _rollout(number_: int, rollout: Row) -> str:
             continue
         anchor = f"r{number_}s{k}"
         value = number(state.get("used"))
-        pieces.append(f'<span class=seg style="{_tint(value)}">{_chip(anchor, state)}{escape(text)}</span>')
+        pieces.append(f'<span class=seg style="{_tint(value)}">{chip(anchor, state)}{escape(text)}</span>')
         said = escape(str(state.get("text") or "(nothing)"))
-        notes.append(f"<div class=state id={anchor}>{_chip('', state)}<div class=text>{said}</div></div>")
+        notes.append(f"<div class=state id={anchor}>{chip('', state)}<div class=text>{said}</div></div>")
     reasoning = (
         f"<details><summary>The critic's reasoning, state by state</summary>{''.join(notes)}</details>"
     )
     return (
         f"<section class='card rollout'><h3>{escape(str(rollout.get('stage')))}, step "
         f"{escape(str(rollout.get('step')))}, {escape(str(rollout.get('prompt')))}: "
-        f"<span class={colour}>{verdict}</span> ({_text(outcome, 2)})</h3>"
+        f"<span class={colour}>{verdict}</span> ({text_of(outcome, 2)})</h3>"
         f"<div class='text soft'>{escape(str(rollout.get('problem') or ''))}</div>"
         f"<div class=text>{''.join(pieces)}</div>{reasoning if notes else ''}</section>"
     )
@@ -378,7 +392,8 @@ def _rollout(number_: int, rollout: Row) -> str:
 # --- folds ---------------------------------------------------------------------------------------
 
 
-def _folds(run: RunData, summary: Mapping[str, Any]) -> str:
+def folds(run: RunData, summary: Mapping[str, Any]) -> str:
+    """Every figure and the recipe, folded away."""
     shown = [[escape(k), escape(f"{v:.6g}" if isinstance(v, float) else str(v))] for k, v in summary.items()]
     folds = "<h2>Everything else</h2><div class=card>"
     table = _table(["figure", "value"], shown)

@@ -151,10 +151,20 @@ class RunFolder:
             file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
     def resolved_recipe(self) -> dict[str, Any]:
-        """recipe.yaml as plain data; empty where it is missing or no mapping."""
+        """recipe.yaml as plain data; empty where it is missing or no mapping. Raises InputError where it is
+        damaged.
+        """
         if not self.recipe.exists():
             return {}
-        data = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        try:
+            data = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            what = " ".join(str(error).split())
+            raise InputError(
+                f"the resolved recipe cannot be read: {what}",
+                where=str(self.recipe),
+                way_out="put the file back as the run wrote it",
+            ) from error
         return data if isinstance(data, dict) else {}
 
     def told_of_data(self) -> list[str]:

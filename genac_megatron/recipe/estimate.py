@@ -19,15 +19,18 @@ from genac_megatron.models.sizes import (
     parameters,
     stage_parameters,
 )
+from genac_megatron.recipe.algorithms import WithScalarCritic
 from genac_megatron.recipe.pipeline import stage_layers
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
     AdapterConfig,
     EngineConfig,
+    JudgingConfig,
     LayoutConfig,
     PolicyStage,
     PpoStage,
     Recipe,
+    ReinforceStage,
     RoleConfig,
     SftStage,
     StageConfig,
@@ -371,11 +374,46 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
         return text
     if isinstance(stage, ValueStage) and stage.distil is not None:
         return f"{stage.steps} steps; a step trains on {stage.distil.batch:,} judged states"
+    found = step_tokens(judging, stage)
+    responses, generated = stage.rollout.prompts * stage.rollout.samples, count_told(found.actor)
+    text = f"{stage.steps} steps; a step generates {generated} actor tokens ({responses:,} responses)"
+    if isinstance(stage, ValueStage | PolicyStage):
+        return text
+    text += f" and {count_told(found.critic)} critic tokens ({found.states:,} states)"
+    if not isinstance(stage, PpoStage) or stage.train_critic:
+        text += f", trains {count_told(found.critic_trained)} critic tokens"
+    if isinstance(stage, PpoStage):
+        text += f" and {count_told(found.actor_trained)} actor tokens"
+    return text
+
+
+class StepTokens(NamedTuple):
+    """What a step generates and trains if every completion runs to its limit; prompts are not counted."""
+
+    actor: int
+    critic: int
+    states: int  # that the critic is asked about
+    actor_trained: int
+    critic_trained: int
+
+    @property
+    def total(self) -> int:
+        return self.actor + self.critic + self.actor_trained + self.critic_trained
+
+
+def step_tokens(
+    judging: JudgingConfig, stage: ReinforceStage | PpoStage | ValueStage | PolicyStage
+) -> StepTokens:
+    """Of a stage that rolls the actor out; nothing of a value stage that learns from kept states."""
+    if isinstance(stage, ValueStage) and stage.distil is not None:
+        return StepTokens(0, 0, 0, 0, 0)
     rollout = stage.rollout
     responses = rollout.prompts * rollout.samples
+    generated = responses * rollout.max_new_tokens
     if isinstance(stage, ValueStage | PolicyStage):
-        tokens = count_told(responses * rollout.max_new_tokens)
-        return f"{stage.steps} steps; a step generates {tokens} actor tokens ({responses:,} responses)"
+        scalar = isinstance(stage, ValueStage) or isinstance(stage.algorithm, WithScalarCritic)
+        acts = generated * stage.epochs if isinstance(stage, PolicyStage) else 0
+        return StepTokens(generated, 0, 0, acts, generated if scalar else 0)
     # The prompt state is judged once for its whole group of samples.
     trains = not isinstance(stage, PpoStage) or stage.train_critic
     states = rollout.prompts + responses * (judging.states.max_states - 1)
@@ -383,18 +421,14 @@ def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:
     trained = min(states, learnt * stage.train_states)
     if judging.states.final and trains:
         states, trained = states + responses, trained + learnt
-    written = 0 if judging.teacher else states * judging.max_new_tokens
-    generated = count_told(responses * rollout.max_new_tokens)
-    text = (
-        f"{stage.steps} steps; a step generates {generated} actor tokens ({responses:,} responses) "
-        f"and {count_told(written)} critic tokens ({states:,} states)"
+    times = stage.critic_updates if isinstance(stage, PpoStage) else 1
+    return StepTokens(
+        generated,
+        0 if judging.teacher else states * judging.max_new_tokens,
+        states,
+        generated * stage.epochs if isinstance(stage, PpoStage) else 0,
+        trained * judging.max_new_tokens * times if trains else 0,
     )
-    if trains:
-        times = stage.critic_updates if isinstance(stage, PpoStage) else 1
-        text += f", trains {count_told(trained * judging.max_new_tokens * times)} critic tokens"
-    if isinstance(stage, PpoStage):
-        text += f" and {count_told(responses * rollout.max_new_tokens * stage.epochs)} actor tokens"
-    return text
 
 
 def count_told(number: float) -> str:

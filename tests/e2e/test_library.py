@@ -19,6 +19,7 @@ from tests.e2e.test_gates import SMALL
 ROOT = Path(__file__).resolve().parents[2]
 GOES_ON = "stages.sft-critic.gate.action=warn"
 FROZEN = {
+    "compare": "(runs: 'Sequence[str | Path]', *, unfinished: 'bool' = False) -> 'Comparison'",
     "dump_recipe": "(recipe: 'Recipe') -> 'str'",
     "load_recipe": "(path: 'str | Path', overrides: 'Sequence[str]' = ()) -> 'Recipe'",
     "open_run": "(path: 'str | Path') -> 'FinishedRun'",
@@ -38,11 +39,12 @@ FROZEN = {
 def test_the_surface_is_frozen() -> None:
     """Who changes it changes users' programs: add, and say so; take nothing away."""
     functions = {name: getattr(genac, name) for name in genac.__all__ if name not in ("Recipe", "GenacError")}
-    finished = functions.pop("FinishedRun")
+    finished, comparison = functions.pop("FinishedRun"), functions.pop("Comparison")
     assert {name: str(inspect.signature(one)) for name, one in functions.items()} == FROZEN
     assert sorted(name for name in vars(finished) if not name.startswith("_")) == [
         "ended", "evaluations", "figures", "recipe", "report", "rollouts", "summary"
     ]  # fmt: skip
+    assert {"data", "frame", "lines", "text", "write"} <= set(vars(comparison))
     assert all(inspect.getdoc(one) for one in functions.values())
 
 

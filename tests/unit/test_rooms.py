@@ -39,7 +39,7 @@ LEVELS = (
     ("cluster",),
     ("stages",),
     ("evaluation", "conversion"),
-    ("tracing",),
+    ("tracing", "watch"),
     ("studies",),
     ("library",),
     ("cli",),
