@@ -56,22 +56,34 @@ def test_each_study_for_a_cpu_has_one_for_gpus() -> None:
         assert {name, f"{name}_gpu"} <= names
 
 
-def test_adapters_of_a_study_stand_beside_its_base_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("study", ["adapters", "adapters_long"])
+def test_adapters_of_a_study_stand_beside_its_base_runs(study: str, tmp_path: Path) -> None:
+    """Whole roles begin with base runs, adapters stand beside one; a critic is pre-trained once a seed."""
     found = {
-        key.partition(",")[0]: recipe.roles for key, recipe in recipes_of(FOLDER / "adapters.yaml", tmp_path)
+        key.partition(",")[0]: recipe.roles for key, recipe in recipes_of(FOLDER / f"{study}.yaml", tmp_path)
     }
-    actor = str(tmp_path / "adapters" / "actor-s1")
+
+    def run(name: str) -> str:
+        return str(tmp_path / study / f"{name}-s1")
+
     for name, roles in found.items():
         for role, config in roles.items():
-            whole = config.training.adapter is None
-            began = config.model.checkpoint if whole else config.model.base
-            assert began == (None if name == "actor" or (whole and role == "critic") else actor), (name, role)
-    assert [name for name, roles in found.items() if "critic" in roles and roles["critic"].model.share] == [
-        *("both_r8", "both_r32", "both_r32_lr")
-    ]
-    apart, shared = found["apart_r32"]["critic"], found["both_r32"]["critic"]
-    assert apart.training == shared.training
-    assert apart.model.init_seed == shared.model.init_seed
+            adapter, model = config.training.adapter, config.model
+            if adapter is not None:
+                assert model.base == run("actor"), (name, role)
+                assert model.base_role == ("actor" if role == "critic" and not model.share else None)
+            elif name != "actor":
+                bare = name == "judge_full" and role == "critic"  # SFT copies the actor's weights
+                assert model.base is None
+                assert (model.checkpoint is None) == bare, (name, role)
+    critics = {name: roles["critic"] for name, roles in found.items() if "critic" in roles}
+    for name in ("critic_r32", "both_r32", "moving_r32"):
+        assert critics[name].model.checkpoint == run("judge_r32")
+        assert critics[name].training.adapter == critics["judge_r32"].training.adapter
+    shared = [name for name, critic in critics.items() if critic.model.share]
+    assert {"both_r32", "moving_r32"} <= {*shared} <= {"both_r8", "both_r32", "moving_r32"}
+    moves = {name: roles["actor"].training.adapter for name, roles in found.items()}
+    assert [name for name, adapter in moves.items() if adapter and adapter.merge_every] == ["moving_r32"]
 
 
 @pytest.mark.parametrize("name", ["long_few", "long_few_single", "chain_long"])
