@@ -46,6 +46,10 @@ quickstart: python ## Train an actor and a generative critic on this machine (EN
 	@export GENAC_TYPED="make quickstart$(if $(filter sglang,$(ENGINE)), ENGINE=sglang)"; \
 		$(serving) $(genac) run recipes/$(QUICKSTART).yaml $(ARGS)
 
+.PHONY: quickstart-recorded
+quickstart-recorded: python ## The same, its output with times in docs/quickstart-recorded.txt
+	@$(PYTHON) tools/record.py docs/quickstart-recorded.txt -- $(MAKE) --no-print-directory quickstart
+
 .PHONY: genac
 genac: python ## Any command of genac, such as ARGS='report runs/quickstart'
 	@export GENAC_TYPED="make genac"; $(genac) $(ARGS)

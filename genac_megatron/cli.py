@@ -177,12 +177,9 @@ def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -
         for role in recipe.roles.values():
             adapter = role.training.adapter is not None
             check_weights(role.model, resuming=options.resume, planning=True, adapter=adapter)
+        memory = [f"{describe_memory(recipe)}\n"] if recipe.cluster.gpu is not None else []
         data = look_at_data(recipe)
-        print(dump_recipe(recipe))
-        print(describe(recipe))
-        if recipe.cluster.gpu is not None:
-            print(f"{describe_memory(recipe)}\n")
-        print("\n".join(data))
+        print("\n".join([dump_recipe(recipe), describe(recipe), *memory, *data]))
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
         run_lock(run_path(recipe)).refuse()
@@ -204,6 +201,9 @@ def _run_job(options: argparse.Namespace, origin: Origin) -> Job:
 
 def _parity(options: argparse.Namespace, given: list[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.role not in recipe.roles:
+        known = f"one of: {', '.join(recipe.roles)}"
+        raise InputError(f"the recipe has no role '{options.role}'", where="roles", way_out=known)
     folder = RunFolder(run_path(recipe)).beside("parity", given)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:

@@ -190,6 +190,8 @@ def score(
         wanted = ScoreOptions(source, target, named, p_bar, step, limit, judgements, lines)
         asked = load_recipe(recipe, overrides)
         need_scorable(asked, wanted)
+        if url is not None and not model:
+            raise InputError(f"which model of {url}?", where="--url", way_out="name it by --model")
         if url is None:
             words = ["score", str(source), str(recipe), *overrides, *_score_words(wanted)]
             _in_ranks(asked, words, quiet=quiet)

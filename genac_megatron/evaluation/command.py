@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
@@ -192,9 +193,21 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
     if options.step == "compare":
         return _compare(options)
     recipe = _recipe(options)
+    _need_folders(options)
     folder = RunFolder(run_path(recipe)).beside(f"bank-{options.step}", given)
     job = _build_job(options, folder) if options.step == "build" else _score_job(options, folder)
     return in_ranks(recipe, given, job, folder)
+
+
+def _need_folders(options: argparse.Namespace) -> None:
+    """Raise InputError, before ranks start, where a bank or a checkpoint that is named is not there."""
+    if options.checkpoint is not None:
+        find_checkpoint(Path(options.checkpoint).expanduser())
+    for bank in (options.bank, *options.also) if options.step == "score" else ():
+        if not Path(bank).is_dir():
+            raise InputError("no bank is there", where=bank, way_out="genac evaluate bank build makes one")
+    if options.step == "build" and Path(options.out).is_file():
+        raise InputError("a file, and no folder", where=options.out, way_out="name another with --out")
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -38,13 +38,19 @@ def read_transcripts(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the transcripts: {error}", where=str(path)) from error
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        way_out = "give a JSONL file of problems and responses"
+        raise InputError(f"cannot read the transcripts: {why}", where=str(path), way_out=way_out) from error
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             found.append(_transcript(line, f"{path}:{number}"))
     if not found:
-        raise InputError("no transcript is in it", where=str(path))
+        raise InputError(
+            "no transcript is in it",
+            where=str(path),
+            way_out="write a line for each: problem and response",
+        )
     return found
 
 

@@ -76,7 +76,8 @@ def parse(text: str, source: str, folder: Path, where: str = "") -> Entry:
         place = where or (f"{source}:{mark.line + 1}" if mark else source)
         raise InputError(f"not YAML: {error.problem or error.context}", where=place) from None
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"not YAML: {error}", where=where or source) from None
+        what = str(error).splitlines()[0]
+        raise InputError(f"not YAML: {what}", where=where or source) from None
     except RecursionError:
         raise InputError("a block that contains itself", where=where or source) from None
 
@@ -136,10 +137,15 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"cannot read the recipe: {reason}", where=str(path)) from None
+        way_out = "give a recipe's YAML file" if isinstance(error, OSError) else "save it as UTF-8"
+        raise InputError(f"cannot read the recipe: {reason}", where=str(path), way_out=way_out) from None
     own = parse(text, str(path), path.parent)
     if not isinstance(own.value, dict):
-        raise InputError("a recipe is a mapping of keys to values", where=own.where)
+        raise InputError(
+            "a recipe is a mapping of keys to values",
+            where=own.where,
+            way_out="write keys such as name:, roles:, task: and stages: (recipes/quickstart.yaml)",
+        )
     extends = own.value.pop("extends", None)
     if extends is None:
         return own

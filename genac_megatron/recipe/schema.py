@@ -290,7 +290,7 @@ class ObserveConfig(Block):
 class WorldConfig(Block):
     """The processes that a run is."""
 
-    ranks: Positive = 1  # processes that train, of all nodes
+    ranks: Annotated[int, Field(ge=1, le=1 << 16)] = 1  # processes that train, of all nodes
     threads: Positive = 1  # CPU threads per rank
     timeout_s: PositiveFloat = 1800.0  # of every collective
 

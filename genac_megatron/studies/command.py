@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
     study.add_argument("--cells", help="for example genac,ppo; else all")
     study.add_argument("--out", default="experiments", help="where its table, plots and figures go")
     study.add_argument("--work", default="runs/studies", help="where its runs go")
-    study.add_argument("--jobs", type=int, default=1, help="runs at once, where the machine has room; else 1")
+    study.add_argument("--jobs", type=_positive, default=1, help="runs at once; else 1")
     study.add_argument(
         "--override", action="append", default=[], metavar="key.path=value",
         help="in every recipe, for example world.ranks=1",
@@ -50,7 +50,7 @@ def run_command(options: argparse.Namespace) -> int:
         return EXIT_OK
     if not options.collect:
         with held(places.work, "the study", other="a study beside it needs another --work"):
-            _run(places, seeds, cells, console, max(1, options.jobs), again=options.again)
+            _run(places, seeds, cells, console, options.jobs, again=options.again)
     _write(places, seeds, console)
     return EXIT_OK
 
@@ -132,6 +132,13 @@ def _best(places: Any, cells: list[str] | None) -> list[str]:
     best = {label: found[0]["cell"] for label, found in best_cells(study, records).items()}
     chosen = [best[label] if len(names) > 1 else names[0] for label, names in members.items()]
     return chosen + [name for name in study.audits if cells is None or name in cells]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def _seeds(text: str) -> list[int]:

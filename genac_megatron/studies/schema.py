@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.block import Block
+from genac_megatron.recipe.loader import in_words
 
 
 class RunSpec(Block):
@@ -134,8 +135,17 @@ def read_study(path: Path) -> Study:
         study = Study.model_validate(_read(path, ()))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"'{place}': {first['msg']}", where=str(path)) from None
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        known, way_out = "a study has: " + ", ".join(Study.model_fields), ""
+        match first["type"]:
+            case "extra_forbidden":
+                what, way_out = "is no key of a study", known
+            case "missing":
+                what, way_out = "is missing", known
+            case kind:
+                words = in_words(kind, first.get("ctx", {}), first["msg"], first["input"])
+                what, way_out = words[0], words[1] or known
+        raise InputError(f"'{place}' {what}", where=str(path), way_out=way_out) from None
     _check_names(study, str(path))
     return study
 

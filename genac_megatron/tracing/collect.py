@@ -47,6 +47,7 @@ from genac_megatron.stages.sft_data import Drawn
 from genac_megatron.stages.sft_orders import Order, orders
 from genac_megatron.stages.stopping import StopFlag
 from genac_megatron.stages.strengths import Cast
+from genac_megatron.tracing.asked_stage import traces_stage
 from genac_megatron.tracing.filter import (
     ANSWERS,
     STATES,
@@ -64,7 +65,6 @@ FORMAT = 1
 JUDGED = "judged.jsonl"
 ROUND = 1_000_000  # numbers of states of a round
 SHOWN_S = 5.0  # between lines
-TEACHERS = ("endpoint", "self", "exact")
 
 
 @dataclass(frozen=True)
@@ -77,38 +77,6 @@ class AskOptions:
     critic: str | None = None  # the critic's, where it teaches itself
     chunk: int = 32  # states of a rank whose values are kept at once
     gate: str = "stop"
-
-
-def traces_stage(recipe: Recipe, name: str | None) -> SftStage:
-    """The stage that says what is asked of whom. Raises InputError."""
-    known = [
-        one
-        for one in recipe.stages
-        if isinstance(one, SftStage) and one.role == "critic" and one.data == "traces"
-    ]
-    found = [one for one in known if name is None or one.name == name]
-    names = ", ".join(one.name for one in known) or "none"
-    if not found:
-        raise InputError(
-            "no such SFT stage of the critic with data: traces",
-            where=f"stage {name}" if name else f"recipe {recipe.name}",
-            way_out=f"there are: {names}",
-        )
-    stage = found[0]
-    if stage.sources:
-        raise InputError(
-            "a stage with sources asks several teachers, and this command one",
-            where=f"stage {stage.name}",
-            way_out="give a stage a teacher of its own, and name it (--stage); its result may be a source's "
-            "teacher: {kind: file, path: OUT/traces.jsonl}",
-        )
-    if stage.teacher.kind not in TEACHERS:
-        raise InputError(
-            f"the teacher {stage.teacher.kind} writes no judgements that could be kept",
-            where=f"stage {stage.name}, teacher.kind",
-            way_out=f"set stages.{stage.name}.teacher.kind to one of: {', '.join(TEACHERS)}",
-        )
-    return stage
 
 
 def ask_teacher(recipe: Recipe, world: World, stop: StopFlag, options: AskOptions, folder: Path) -> None:

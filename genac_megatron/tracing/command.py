@@ -11,6 +11,7 @@ from genac_megatron.errors import EXIT_OK
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.tracing.asked_stage import traces_stage
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
@@ -76,6 +77,7 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
         return EXIT_OK
     recipe = load_recipe(options.recipe, [*options.overrides, *options.override])
     need_no_environment(recipe, "genac traces ask")
+    traces_stage(recipe, options.stage)  # before ranks start
     folder = RunFolder(run_path(recipe)).beside("traces", given)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
