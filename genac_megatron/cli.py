@@ -166,7 +166,8 @@ def _options_first(given: list[str]) -> list[str]:
 def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -> int:
     profile = ["observe.profile.on=true"] if options.profile else []
     recipe = load_recipe(options.recipe, [*profile, *options.overrides])
-    need_inputs(recipe, resume=options.resume, planning=options.dry_run)
+    first = LAUNCHER not in os.environ and _rank_name() in (None, "rank 0")  # of all that run this command
+    need_inputs(recipe, resume=options.resume, planning=options.dry_run, ask=first and not options.dry_run)
     if options.dry_run:
         from genac_megatron.cluster.placement import describe_memory
         from genac_megatron.models.hf_headers import check_weights
@@ -183,7 +184,7 @@ def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
         run_lock(run_path(recipe)).refuse()
-    if LAUNCHER not in os.environ and _rank_name() in (None, "rank 0"):  # else the launcher has the last word
+    if first:  # else the launcher has the last word
         os.environ[TYPED] = typed()  # ranks are not begun as this process was
         endings.append(Ending(run_path(recipe), plots=recipe.observe.plots))
     origin = Origin(given, options.recipe, options.overrides, files(Path(options.recipe)))

@@ -134,7 +134,7 @@ def run(
     StopRequested (it can be resumed), PeerLost, or another GenacError, with the run's last words.
     """
     asked = load_recipe(recipe, overrides)
-    need_inputs(asked, resume=resume, planning=False)
+    need_inputs(asked, resume=resume, planning=False)  # the command asks endpoints
     words = ["run", str(recipe), *overrides, *(["--resume"] if resume else [])]
     done = _command(words, quiet=quiet)
     folder = RunFolder(run_path(asked))

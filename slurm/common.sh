@@ -151,7 +151,7 @@ preflight() {
     wait "$step" 2>/dev/null || true
     step=''
   fi
-  "${alone[@]}" preflight "$RECIPE" --folder="$GENAC_LOGS/preflight" --verdict "$@" || exit 2
+  "${alone[@]}" preflight "$RECIPE" --folder="$GENAC_LOGS/preflight" --verdict "$@" || { last_words 2; exit 2; }
 }
 
 # End processes of this attempt that outlive the step (where Slurm tracks processes by cgroup there are none).
@@ -161,20 +161,33 @@ reap() {
     bash "$GENAC_HOME/slurm/reap.sh" "$(mark)" || say "warning: could not look for leftover processes"
 }
 
+# The job's last words of its run: what happened, the run folder, the command to type. Arguments: the exit code,
+# and --requeued where Slurm starts the job again.
+last_words() {
+  [ -n "${GENAC_RUN:-}" ] || return 0
+  "${alone[@]}" status "$GENAC_RUN" --again="${GENAC_AGAIN:-}" --ended="$@" || true
+}
+
 # Back into the queue; the next attempt resumes.
 requeue() {
   trap '' USR1 TERM
   local count=${SLURM_RESTART_COUNT:-0}
   if [ -n "$cancelled" ]; then
     say "cancelled or preempted, with a checkpoint: sbatch the same again, it resumes"
+    last_words 75
     exit 75
   fi
   if [ "$GENAC_REQUEUE" != on ]; then
     say "stopped with a checkpoint; GENAC_REQUEUE is off: the next job of the chain goes on"
+    last_words 75
     exit 75
   fi
-  [ "$count" -lt "$GENAC_MAX_REQUEUES" ] || die 75 "requeued $count times already (GENAC_MAX_REQUEUES)"
+  if [ "$count" -ge "$GENAC_MAX_REQUEUES" ]; then
+    last_words 75
+    die 75 "requeued $count times already (GENAC_MAX_REQUEUES)"
+  fi
   say "requeue (restart $((count + 1)))"
+  last_words 75 --requeued
   scontrol requeue "$SLURM_JOB_ID" || die 75 "Slurm refused to requeue; sbatch the same again, it resumes"
   exit 75
 }
@@ -187,6 +200,7 @@ explain() {
     4) say "a rank or an engine was lost; sbatch the same again, it resumes; see $GENAC_LOGS" ;;
     *) say "ended with code $1: see $GENAC_LOGS" ;;
   esac
+  last_words "$1"
 }
 
 # The exit code that a rank meant, one that says why first, a lost peer last: it mostly follows from another
@@ -219,6 +233,7 @@ genac_job() {
   GENAC_NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
   export GENAC_PEER GENAC_NODE_NAMES
   local variables
+  [ -n "${GENAC_AGAIN:-}" ] || GENAC_AGAIN="genac slurm$(printf ' %q' "$RECIPE" "${given[@]}")"
   variables=$("${alone[@]}" slurm "$RECIPE" --job "${given[@]}") || exit $?
   eval "$variables"
   say "job $GENAC_ATTEMPT: $RECIPE on $SLURM_JOB_NODELIST, meeting at $GENAC_MEETS_AT"

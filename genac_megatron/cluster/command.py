@@ -29,6 +29,10 @@ def add_commands(commands: Any) -> None:
     status.add_argument(
         "--follow", action="store_true", help="a line for every step and stall, until it ends"
     )
+    # For slurm/common.sh, at a job's end: its code, what submits the same again, whether Slurm does
+    status.add_argument("--ended", type=int, help=argparse.SUPPRESS)
+    status.add_argument("--again", default="", help=argparse.SUPPRESS)
+    status.add_argument("--requeued", action="store_true", help=argparse.SUPPRESS)
     status.add_argument("--until", type=float, default=0.0, help="the job's end, in seconds since the epoch")
 
 
@@ -80,6 +84,11 @@ def _preflight(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from genac_megatron.cluster.status import follow, status
 
+    if options.ended is not None:
+        from genac_megatron.cluster.ending import job_words
+
+        print(job_words(Path(options.run), options.ended, options.again, requeued=options.requeued))
+        return EXIT_OK
     if options.follow:
         return follow(Path(options.run), options.until)
     text, code = status(Path(options.run))

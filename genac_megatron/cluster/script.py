@@ -56,9 +56,13 @@ def render(recipe: Recipe, path: Path, overrides: Sequence[str], options: Mappin
     text = template(kind_of(recipe))
     for name, value in header.items():
         text = _with_option(text, name, value)
-    settings = (
-        f"export GENAC_HOME={shlex.quote(str(HOME))}\nexport RECIPE={shlex.quote(str(path.resolve()))}\n"
-    )
+    asked = shlex.join([*(f"--{name}={value}" for name, value in options.items()), *overrides])
+    variables = {
+        "GENAC_HOME": str(HOME),
+        "RECIPE": str(path.resolve()),
+        "GENAC_AGAIN": f"genac slurm {shlex.quote(str(path.resolve()))} {asked}".rstrip(),
+    }
+    settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
     notes = "".join(f"# {line}\n" for line in duties(recipe))
     text = text.replace("set -euo pipefail\n", notes + "set -euo pipefail\n" + settings, 1)
     given = "".join(f" {shlex.quote(word)}" for word in overrides)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, InputError
+from genac_megatron.launch import in_world
 from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.stages.endpoints import need_endpoints
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
@@ -195,6 +197,8 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
     recipe = _recipe(options)
     _need_folders(options)
     folder = RunFolder(run_path(recipe)).beside(f"bank-{options.step}", given)
+    if options.step == "build" and not in_world():
+        need_endpoints(recipe, teachers=False)
     job = _build_job(options, folder) if options.step == "build" else _score_job(options, folder)
     return in_ranks(recipe, given, job, folder)
 
@@ -252,6 +256,8 @@ def _score_job(options: argparse.Namespace, folder: Path) -> Job:
 def _gradients(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
     recipe = _recipe(options)
     folder = RunFolder(run_path(recipe)).beside("gradients", given)
+    if not in_world():
+        need_endpoints(recipe, teachers=False)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.evaluation.gradients import GradientOptions, audit_gradients

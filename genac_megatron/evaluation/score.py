@@ -22,6 +22,7 @@ from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Prompt
+from genac_megatron.serving.there import need_there
 from genac_megatron.tasks.tokenizer import role_tokenizer
 from genac_megatron.training.agreement import from_first
 
@@ -179,6 +180,8 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
     plan["judging"] = recipe.judging.model_dump(mode="json")
     known = parts.begin(plan)
     left = [(row, n) for row in asked for n in range(options.judgements) if (row["state"], n) not in known]
+    if left:
+        need_there(teacher.url or "", "critic", "--url")
     ask_endpoint_about(
         left, teacher, recipe.judging, teacher.concurrency, lambda row: parts.append([row], 0), as_it_is=True
     )

@@ -33,6 +33,7 @@ from genac_megatron.evaluation.votes import vote_table, votes_of
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
 from genac_megatron.records import Prompt
 from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply, Unanswered
+from genac_megatron.serving.there import need_there
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
 from genac_megatron.tasks.benchmarks import GymSuite, find_benchmark, make_benchmark
@@ -316,6 +317,8 @@ def try_server(server: ServerOptions, options: TrialOptions) -> str:
 
 def _ask(endpoint: ChatEndpoint, trial: Trial, limit: int, temperature: float) -> None:
     left = trial.begin()
+    if left:
+        need_there(endpoint.base, endpoint.who, NAMES.url)
 
     def one(item: Item) -> tuple[Item, Reply]:
         seed = seed_for(*trial.seed_of(item)) % 2**31

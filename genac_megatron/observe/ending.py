@@ -28,24 +28,25 @@ class Ending:
         try:
             if len(attempts(history(self.folder))) <= self._before:
                 return
-            self._complete(code)
+            complete(self.folder, code, plots=self.plots)
             text = words(self.folder, code)
         except Exception as error:
-            text = f"genac: {meaning(code)}\n  its report could not be written: {_first_line(error)}"
+            text = f"genac: {meaning(code)}\n  its report could not be written: {first_line(error)}"
         print(text, file=sys.stdout if code == EXIT_OK else sys.stderr, flush=True)
 
-    def _complete(self, code: int) -> None:
-        """Note the end where no rank has, or another one, and write the report anew."""
-        _, end = attempts(history(self.folder))[-1]
-        if end is not None and end.get("code") == code:
-            return
-        run_lock(self.folder.path).refuse()  # another run has begun there meanwhile
-        told = "" if end is None else str(end.get("told", ""))
-        note_end(self.folder, code, told)
-        if (self.folder.path / METRICS).exists():
-            from genac_megatron.observe.report import write_report
 
-            write_report(self.folder.path, draw=self.plots)
+def complete(folder: RunFolder, code: int, *, plots: bool) -> None:
+    """Note the end of the last attempt where no rank has, or another one, and write the report anew."""
+    _, end = attempts(history(folder))[-1]
+    if end is not None and end.get("code") == code:
+        return
+    run_lock(folder.path).refuse()  # another run has begun there meanwhile
+    told = "" if end is None else str(end.get("told", ""))
+    note_end(folder, code, told)
+    if (folder.path / METRICS).exists():
+        from genac_megatron.observe.report import write_report
+
+        write_report(folder.path, draw=plots)
 
 
 def words(folder: RunFolder, code: int) -> str:
@@ -75,5 +76,6 @@ def gate_ways(folder: RunFolder) -> list[str]:
     return []
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of an error's words."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -104,6 +104,7 @@ class ChatEndpoint:
     ) -> None:
         """Raises InputError where url or model is missing or wrong, or the key's variable is not set."""
         self.who, self.names = who, names or Names.of(who)
+        self.base = url or ""
         self.url, headers = self._address(url, model, api_key_env)
         self.model, self.concurrency, self.attempts = model, concurrency, attempts
         self.timeout_s, self.connect_s = timeout_s, min(CONNECT_S, timeout_s)
@@ -207,7 +208,7 @@ class ChatEndpoint:
                 where=names.block,
                 way_out=f"set {names.url} and {names.model}",
             )
-        _check_address(url, names.url)
+        check_address(url, names.url)
         headers = {}
         if api_key_env is not None:
             key = os.environ.get(api_key_env, "").strip()
@@ -263,7 +264,7 @@ class ChatEndpoint:
         return Answer(text, str(choice.get("finish_reason") or "stop"), tokens, told, read)
 
 
-def _check_address(url: str, name: str) -> None:
+def check_address(url: str, name: str) -> None:
     """Raise InputError, naming the setting, where nothing could be asked at `url`."""
     try:
         parsed = httpx.URL(url)

@@ -9,15 +9,18 @@ from pathlib import Path
 
 from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
-from genac_megatron.observe.manifest import find_checkpoint
+from genac_megatron.observe.manifest import find_checkpoint, read_manifest, survey
 from genac_megatron.observe.runinfo import RunFolder, run_path
+from genac_megatron.recipe.resume import finished
 from genac_megatron.recipe.schema import Recipe, ValueStage
+from genac_megatron.stages.endpoints import need_endpoints
 
 
-def need_inputs(recipe: Recipe, *, resume: bool, planning: bool) -> None:
+def need_inputs(recipe: Recipe, *, resume: bool, planning: bool, ask: bool = False) -> None:
     """Raise InputError at the first that is not there, or cannot be used.
 
-    planning: checkpoints may be still to come, as those of a job before.
+    planning: checkpoints may be still to come, as those of a job before. ask: judges, teachers and servers
+    are asked whether they are there.
     """
     path = run_path(recipe)
     _need_folder(path)
@@ -30,6 +33,8 @@ def need_inputs(recipe: Recipe, *, resume: bool, planning: bool) -> None:
         _need_judged(recipe)
     if not resume and not planning:
         _need_checkpoints(recipe)
+    if ask and not (resume and _is_over(recipe, path)):
+        need_endpoints(recipe, teachers=not resume)  # of a resumed run, their answers may all be there
 
 
 def _need_folder(path: Path) -> None:
@@ -75,6 +80,11 @@ def _need_judged(recipe: Recipe) -> None:
                 where=f"stages.{stage.name}.distil.path",
                 way_out="`genac traces ask` leaves judged.jsonl in its folder (docs/traces.md)",
             )
+
+
+def _is_over(recipe: Recipe, path: Path) -> bool:
+    newest = survey(RunFolder(path).checkpoints).newest
+    return newest is not None and finished(recipe, read_manifest(newest)["state"], str(newest))
 
 
 def _need_checkpoints(recipe: Recipe) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK
+from genac_megatron.launch import in_world
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.stages.endpoints import need_endpoints
 from genac_megatron.tracing.asked_stage import traces_stage
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
     need_no_environment(recipe, "genac traces ask")
     traces_stage(recipe, options.stage)  # before ranks start
     folder = RunFolder(run_path(recipe)).beside("traces", given)
+    if not in_world() and not Path(options.out).exists():  # else it goes on, and may have all answers
+        need_endpoints(recipe, teachers=True)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.tracing.collect import AskOptions, ask_teacher

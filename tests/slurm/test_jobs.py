@@ -97,8 +97,9 @@ def test_requeued_by_usr1_it_ends_like_an_uninterrupted_run(
     text = output()
     assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("COMPLETED", "0:0", "1"), text
     gone(job)
-    for said in ("asked to stop", "requeue (restart 1)", f"job {job}-r1", "resuming after ppo", "done: "):
-        assert said in text, text
+    told = (f"run folder: {run}", f"to end it: scancel {job}", f"to-hf {run} run-hf")  # last words, twice
+    words = ("asked to stop", "requeue (restart 1)", f"job {job}-r1", "resuming after ppo", "done: ", *told)
+    assert [said for said in words if said not in text] == [], text
     _check_logs(run, job)
     _check_against_uninterrupted(run, recipe, tmp_path)
     again = genac("status", str(run), cwd=tmp_path, environ=cluster.environ)
@@ -159,6 +160,9 @@ def test_a_stalled_rank_is_named_and_a_killed_one_ends_the_job(
     seen = cluster.wait(job, LIMIT_S)
     assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("FAILED", "4:0", "0"), output()
     assert "sbatch the same again, it resumes" in output()
+    again = f"  to go on:   genac slurm {recipe.resolve()} stages.ppo.steps=50\n"
+    assert "genac: ended: an engine or a rank was lost after" in output()
+    assert output().endswith(again), output()
     gone(job)
 
 
@@ -180,6 +184,9 @@ def test_a_bad_node_is_named_before_the_run(
     assert seen["ExitCode"] == "2:0", output()
     assert "n2: GPU 0: 3 uncorrected ECC error(s)" in output()
     assert "n1: GPU" not in output()
+    assert output().endswith(f"  run folder: {tmp_path}/runs/run\n  to go on:   genac slurm {recipe}\n"), (
+        output()
+    )
     assert not (tmp_path / "runs/run/metrics.jsonl").exists()
     gone(job)
 
@@ -207,6 +214,8 @@ def test_a_gate_that_fails_ends_with_3(
     seen = cluster.wait(job, LIMIT_S)
     assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "3:0"), output()
     assert "a gate failed" in output()
+    way = f"genac slurm {recipe} {gate[0]} {gate[1]} stages.reinforce.gate.action=warn\n"
+    assert output().endswith(f"        or: {way}"), output()
 
 
 def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Output) -> None:

@@ -64,6 +64,35 @@ OVERRIDES = (
     ("task={kind: jsonl, path: afolder, verifier: exact}", "afolder", ""),
 )  # fmt: skip
 
+# Twenty of unlike kinds, found by a second look.
+FURTHER = (
+    (("run", "zero.yaml"), "zero.yaml:1", "a mapping of keys"),
+    (("run", "utf16.yaml"), "utf16.yaml", "save it as UTF-8"),
+    (("run", "tab.yaml"), "tab.yaml:2", "cannot start any token"),
+    (("run", "double.yaml"), "double.yaml:2", "here twice"),
+    (("run", "{recipe}", "--dry-run", "world.ranks=1000000000"), "world.ranks", "at most 65536"),
+    (("run", "{recipe}", "--dry-run", "stages.ppo.steps=1e30"), "stages.3.steps", "a whole number"),
+    (("run", "{recipe}", "--dry-run", "stages.3.name=reinforce"), "quickstart.yaml", "2 stages are called"),
+    (("run", "{recipe}", "--dry-run", "roles.critic=null"), "roles.critic", "a block of keys"),
+    (("run", "{recipe}", "--dry-run", "stages.0.role=acter"), "stages.0.role", "the roles are: actor"),
+    (("run", "{recipe}", "--dry-run", "name=a\0b"), "name=a", "special characters are not allowed"),
+    (("run", "{recipe}", "--dry-run", f"name={'x' * 300}"), "name=x", "longer than 200 bytes"),
+    (("run", "{recipe}", "--dry-run", "cluster.gpu=h1000"), "cluster.gpu", "known are a100-40g"),
+    (("run", "{recipe}", "--dry-run", "roles.actor.model={{hf: afolder}}"), "afolder", "config.json"),
+    (("run", "rows.yaml", "--dry-run", "task.path=latin.yaml"), "latin.yaml", "UTF-8"),
+    (("score", "gone.jsonl", "{recipe}", "--out", "o", "--p-bar", "0.5"), "gone.jsonl", "No such file"),
+    (("score", "keys.jsonl", "{recipe}", "--out", "o", "--p-bar", "0.5"), "keys.jsonl:1", "no problem and"),
+    (("score", "good.jsonl", "{recipe}", "--out", "o", "--p-bar", "0.5", "--url", "http://x/v1"), "--url",
+     "name it by --model"),
+    (("study", "{recipe}"), "quickstart.yaml", "is no key of a study"),
+    (("study", "zero.yaml"), "zero.yaml", "must be a block of keys"),
+    (("traces", "ask", "{recipe}", "--out", "o", "--stage", "nobody"), "stage nobody", "there are: "),
+    (("parity", "nobody", "{recipe}"), "roles", "one of: actor, critic"),
+    (("evaluate", "bank", "score", "nowhere", "{recipe}"), "nowhere", "genac evaluate bank build makes one"),
+    (("evaluate", "bank", "build", "{recipe}", "--out", "afile"), "afile", "name another with --out"),
+    (("evaluate", "bank", "build", "{recipe}", "--checkpoint", "nowhere", "--out", "o"), "nowhere",
+     "a run folder"),
+)  # fmt: skip
 COMMANDS = (
     (("run", "nope.yaml"), "nope.yaml", "No such file"),
     (("run", "afolder"), "afolder", "Is a directory"),
@@ -112,6 +141,10 @@ FILES = {
     "keys.jsonl": '{"q": "1+1?", "answer": "2"}\n' * 3,
     "rows.yaml": ROWS,
     "orphan.yaml": "extends: gone.yaml\n",
+    "zero.yaml": "",
+    "tab.yaml": "name: a\n\troles: 3\n",
+    "double.yaml": "name: a\nname: b\n",
+    "good.jsonl": '{"problem": "2+2?", "response": "4"}\n',
 }
 
 
@@ -119,6 +152,7 @@ FILES = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "utf16.yaml").write_bytes("name: a\n".encode("utf-16"))
     (tmp_path / "latin.yaml").write_bytes("name: größe\n".encode("latin-1"))
     (tmp_path / "afolder").mkdir()
     os.symlink("gone", tmp_path / "alink")
@@ -135,7 +169,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], place: s
     assert not [word for word in NOBODYS_WORDS if word in err], err
     assert len(err.splitlines()) <= 4
     assert sorted(path.name for path in Path.cwd().iterdir()) == sorted(
-        [*FILES, "latin.yaml", "afolder", "alink"]
+        [*FILES, "latin.yaml", "utf16.yaml", "afolder", "alink"]
     ), "nothing is begun"
 
 
@@ -144,7 +178,10 @@ def test_a_bad_value(override: str, place: str, said: str, capsys: pytest.Captur
     refused(capsys, ("run", str(RECIPE), "--dry-run", override), place, said)
 
 
-@pytest.mark.parametrize(("words", "place", "said"), COMMANDS, ids=[" ".join(case[0]) for case in COMMANDS])
+ALL = (*COMMANDS, *FURTHER)
+
+
+@pytest.mark.parametrize(("words", "place", "said"), ALL, ids=[" ".join(case[0])[:80] for case in ALL])
 def test_a_bad_command(
     words: tuple[str, ...], place: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

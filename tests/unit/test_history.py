@@ -13,6 +13,7 @@ import pytest
 import yaml
 from fabricated_run import fabricate, part
 
+from genac_megatron.cluster.ending import job_words
 from genac_megatron.errors import EXIT_GATE, EXIT_LOST, EXIT_OK
 from genac_megatron.observe.ending import Ending
 from genac_megatron.observe.history import (
@@ -43,6 +44,35 @@ def git(folder: Path, *words: str) -> None:
 
 
 # --- the command to type ---------------------------------------------------------------------------
+
+
+def test_the_last_words_of_a_slurm_job(tmp_path: Path) -> None:
+    """What srun's ranks could not say: the end is noted, the report is there; and what submits it again."""
+    folder, _ = begun(part(tmp_path / "run", steps=3, evaluations=0, rollouts=0), job="7")
+    again, job = "genac slurm r.yaml seed=3", {"SLURM_JOB_ID": "7"}
+    lost = job_words(folder.path, EXIT_LOST, again, plots=False, environ=job).splitlines()
+    assert lost[0].startswith("genac: ended: an engine or a rank was lost after ")
+    assert lost[1:] == [
+        f"  run folder: {folder.path}",
+        f"  report:     {folder.report / 'index.html'}",
+        f"  to go on:   {again}",
+    ]
+    assert [end and end["code"] for _, end in attempts(history(folder))] == [EXIT_LOST, EXIT_LOST]
+    stopped = job_words(folder.path, 75, again, requeued=True, plots=False, environ=job).splitlines()
+    assert stopped[-1] == (
+        "  Slurm starts it again, and it goes on from its checkpoint; to end it: scancel 7"
+    )
+    done = job_words(folder.path, EXIT_OK, again, plots=False, environ=job).splitlines()
+    assert done[-1].startswith("  its actor:  sbatch /")
+    assert done[-1].endswith(f"/slurm/convert.sh to-hf {folder.path} run-hf")
+    before = history(folder)
+    other = job_words(folder.path, 2, again, environ={"SLURM_JOB_ID": "8"}).splitlines()
+    assert other[:2] == [
+        "genac: ended: the recipe or an input is wrong",
+        "  no rank began the run in this attempt",
+    ]
+    assert other[-1] == f"  to go on:   {again}"
+    assert history(folder) == before, "another job's end is not this one's"
 
 
 @pytest.mark.parametrize(
