@@ -68,7 +68,7 @@ def shown_rollout(
     """
     tokenizer, tags = run.tokenizers["actor"], run.task.reasoning_tags
     ids = rollout.completion.ids
-    text, ends, places = _text(tokenizer, tags, rollout)
+    text, begins, ends, places = _text(tokenizer, tags, rollout)
     prompts = critic_prompts(run.tokenizers.get("critic"), judgements)
     found = {
         "stage": stage,
@@ -94,7 +94,7 @@ def shown_rollout(
             }
             for j, prompt in zip(judgements, prompts.pop("rest"), strict=True)
         ],
-        "tokens": _figures(rollout, ends),
+        "tokens": _figures(rollout, begins, ends),
         **prompts,
     }
     if isinstance(rollout.prompt.reference, str | int | float):
@@ -110,27 +110,29 @@ def shown_rollout(
 
 def _text(
     tokenizer: PreTrainedTokenizerBase, tags: Tags | None, rollout: Rollout
-) -> tuple[str, list[int], list[int]]:
-    """What is shown of a response; where each sampled token ends in it; where each cut stands, [T + 1].
+) -> tuple[str, list[int] | None, list[int], list[int]]:
+    """What is shown of a response; where each sampled token begins in it, where that is not where the one
+    before has ended; where each ends; where each cut stands, [T + 1].
 
     Of a conversation it is all that was said, each part under a tag of who said it.
     """
     ids, episode = rollout.completion.ids, rollout.episode
     if episode is None:
         ends = token_ends(tokenizer, ids, tags, rollout.text)
-        return rollout.text, ends, [0, *ends]
-    text, ends, places = "", list[int](), [0] * (len(ids) + 1)
+        return rollout.text, None, ends, [0, *ends]
+    text, begins, ends, places = "", list[int](), list[int](), [0] * (len(ids) + 1)
     for turn in episode.turns:
         places[turn.begin : turn.end] = [len(text)] * (turn.end - turn.begin)
         head = f"<{turn.who}>\n"
         if turn.who == ACTOR:
             base = len(text) + len(head)
             own = [base + end for end in token_ends(tokenizer, ids[turn.begin : turn.end], tags, turn.text)]
+            begins += [base, *own][: len(own)]
             ends += own
             places[turn.begin + 1 : turn.end] = own[:-1]
         text += f"{head}{turn.text}\n"
     places[-1] = len(text)
-    return text, ends, places
+    return text, begins, ends, places
 
 
 def _unasked(judgement: Judgement) -> str:
@@ -140,7 +142,7 @@ def _unasked(judgement: Judgement) -> str:
     return "no room in the critic's model" if judgement.too_long else "the budget of critic tokens was spent"
 
 
-def _figures(rollout: Rollout, ends: Sequence[int]) -> dict[str, list[float]]:
+def _figures(rollout: Rollout, begins: Sequence[int] | None, ends: Sequence[int]) -> dict[str, list[float]]:
     """Of the first MOST_TOKENS tokens: where each one's text ends in the response, its log-prob as sampled
     and, where they are known, its advantage and its value by a scalar critic.
     """
@@ -148,6 +150,7 @@ def _figures(rollout: Rollout, ends: Sequence[int]) -> dict[str, list[float]]:
     figures["values"] = rollout.values
     known = {name: values for name, values in figures.items() if values is not None}
     return {
+        **({} if begins is None else {"begins": list(begins[:MOST_TOKENS])}),
         "ends": list(ends[:MOST_TOKENS]),
         **{name: [_short(x) for x in values[:MOST_TOKENS]] for name, values in known.items()},
     }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genac_megatron.evaluation.intervals import Estimate, Resampled, plain
-from genac_megatron.evaluation.tables import table, with_interval
+from genac_megatron.evaluation.tables import table
 from genac_megatron.observe.report_data import Row, RunData, groups, number, phase_totals
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ PER_STEP = (
     ("actor/entropy", "actor's entropy, nats", 3),
     ("actor/grad_norm", "actor's gradient norm", 3),
     ("critic/loss", "critic's loss", 4),
-    ("parity/actor_p99", "trainer against engine, p99", 6),
+    ("parity/actor_p99", "trainer against engine, p99", None),
     ("time/total_s", "seconds a step", 2),
 )
 Place = tuple[str, str, float]  # of an evaluation: stage, name, step
@@ -47,7 +47,7 @@ class Line:
 
     key: str
     title: str
-    digits: int
+    digits: int | None  # after the point; None: three in all
     values: list[Estimate | None]
     less: list[Estimate | None]  # of the runs after the first
     of: str  # what it is measured on
@@ -128,7 +128,7 @@ class Comparison:
     def _logged(self) -> list[Line]:
         return [self._by_step(key, title, digits) for key, title, digits in PER_STEP]
 
-    def _by_step(self, key: str, title: str, digits: int) -> Line:
+    def _by_step(self, key: str, title: str, digits: int | None) -> Line:
         """Of the last stage that all runs have it in that have it at all, over its steps in common."""
         found = [by_step(run, key) for run in self.runs]
         present = [steps for steps in found if steps]
@@ -189,10 +189,7 @@ class Comparison:
             sure = [False] * (1 + len(line.values)) + [
                 one is not None and told_apart(one) for one in line.less
             ]
-            cells = [
-                f"<td>{f'<b>{escape(text)}</b>' if apart else escape(text)}</td>"
-                for apart, text in zip(sure, row, strict=True)
-            ]
+            cells = map(_cell, row, sure)
             body += f"<tr>{''.join(cells)}</tr>"
         shown = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f"<div class='scroll figures'>{shown}</div>"
@@ -309,9 +306,18 @@ def told_apart(one: Estimate) -> bool:
     return one.low > 0 or one.high < 0
 
 
-def shown(one: Estimate | None, digits: int) -> str:
-    """A figure with its interval as text."""
-    return "–" if one is None else with_interval(plain(one), digits)
+def shown(one: Estimate | None, digits: int | None) -> str:
+    """A figure with its interval as text. digits: after the point; None: three in all."""
+    if one is None or math.isnan(one.value):
+        return "–"
+    figure, low, high = (_plain_number(x, digits) for x in (one.value, one.low, one.high))
+    return figure if math.isnan(one.low) else f"{figure} [{low}, {high}]"
+
+
+def _plain_number(value: float, digits: int | None) -> str:
+    """As text, without a sign where it is 0."""
+    text = f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
+    return text.lstrip("-") if text.strip("-0.") == "" else text
 
 
 def estimate_data(one: Estimate | None) -> dict[str, float] | None:

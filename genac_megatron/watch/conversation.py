@@ -56,6 +56,8 @@ def _head(rollout: Row, index: int, address: str) -> str:
         {"training": "of a training batch", "heldout": "held out"}.get(str(rollout.get("of")), ""),
         f"{rollout['length']:,} tokens" if isinstance(rollout.get("length"), int) else "",
         "cut off" if rollout.get("truncated") else "",
+        f"{rollout['turns']} turns" if isinstance(rollout.get("turns"), int) else "",
+        f"ended: {rollout['ended']}" if rollout.get("ended") else "",
         f"actor v{rollout['version']}" if isinstance(rollout.get("version"), int) else "",
     ]
     place = f"{rollout.get('stage')}, step {rollout.get('step')}, {rollout.get('prompt')}"
@@ -84,13 +86,12 @@ def _response(rollout: Row, states: Sequence[Row], index: int) -> str:
     if not isinstance(tokens, dict) or not tokens.get("ends"):
         return f"<div class=text>{''.join(_by_segment(rollout, index))}</div>"
     ends = [min(max(int(end), 0), len(response)) for end in tokens["ends"]]
+    begins = [int(begin) for begin in tokens.get("begins") or [0, *ends[:-1]]]
     figures = {name: _figures(tokens.get(name), len(ends)) for name in TINTS}
     if not any(value is not None for value in figures["values"]):
-        figures["values"] = values_of(states, len(ends))
+        figures["values"] = values_of(states, begins)
     known = {name: values for name, values in figures.items() if any(v is not None for v in values)}
-    pieces = list(_by_token(response, ends, states, figures, index))
-    if rest := response[ends[-1] :]:
-        pieces.append(f"<span class=soft title='no figures are kept of these'>{escape(rest)}</span>")
+    pieces = list(_by_token(response, begins, ends, states, figures, index))
     data = escape(json.dumps(known, separators=(",", ":")))
     shown = f'<div class="text tokens" data-figures="{data}">{"".join(pieces)}</div>'
     first = TINTS[next(iter(known))] if known else ""
@@ -106,13 +107,14 @@ def _figures(values: Any, count: int) -> list[float | None]:
     return found
 
 
-def values_of(states: Sequence[Row], count: int) -> list[float | None]:
-    """Each token's value: of the state before its segment. [count]"""
-    found: list[float | None] = [None] * count
-    cuts = [(int(number(s.get("cut"))), number(s.get("used"))) for s in states if s.get("cut") is not None]
-    for cut, value in sorted(cuts):
-        for at in range(max(cut, 0), count):
-            found[at] = None if math.isnan(value) else value
+def values_of(states: Sequence[Row], begins: Sequence[int]) -> list[float | None]:
+    """Of each token, by where it begins in the response, the value of the state before its segment. [T]"""
+    found: list[float | None] = [None] * len(begins)
+    cuts = [(number(s.get("cut_text")), number(s.get("used"))) for s in states]
+    for cut, value in sorted(pair for pair in cuts if not math.isnan(pair[0])):
+        for at, begin in enumerate(begins):
+            if begin >= cut:
+                found[at] = None if math.isnan(value) else value
     return found
 
 
@@ -127,29 +129,36 @@ def _switch(known: Iterable[str], index: int) -> str:
 
 def _by_token(
     response: str,
+    begins: Sequence[int],
     ends: Sequence[int],
     states: Sequence[Row],
     figures: dict[str, list[float | None]],
     index: int,
 ) -> Iterator[str]:
-    chips: dict[int, list[str]] = {}
-    for number_, state in enumerate(states):
-        at = number(state.get("cut"))
-        chips.setdefault(0 if math.isnan(at) else int(at), []).append(chip(f"r{index}s{number_}", state))
+    """Chips, tokens and, as plain text, what lies between them: what others said in a conversation."""
+    chips = [(number(s.get("cut_text")), chip(f"r{index}s{n}", s)) for n, s in enumerate(states)]
+    chips = sorted((0 if math.isnan(cut) else int(cut), made) for cut, made in chips)
     most = max((abs(a) for a in figures["advantages"] if a is not None), default=0.0)
-    begin = 0
-    for at, end in enumerate(ends):
-        yield from chips.pop(at, [])
+    done = 0
+    for at, (begin, end) in enumerate(zip(begins, ends, strict=False)):
+        yield _others(response[done:begin])
+        while chips and chips[0][0] <= begin:
+            yield chips.pop(0)[1]
         names = [
             _level("a", figures["advantages"][at], most),
             _level("v", _centred(figures["values"][at]), 0.5),
             _level("p", figures["logprobs"][at], 5.0),
         ]
         kinds = " ".join(["t", *filter(None, names)])
-        yield f"<span class='{kinds}' data-i={at}>{escape(response[begin:end])}</span>"
-        begin = end
-    for left in chips.values():
-        yield from left
+        done = max(begin, end)
+        yield f"<span class='{kinds}' data-i={at}>{escape(response[begin:done])}</span>"
+    yield _others(response[done:])
+    yield from (made for _, made in chips)
+
+
+def _others(text: str) -> str:
+    """Text that has no figures: others wrote it, or it is beyond the tokens that have."""
+    return f"<span class=soft>{escape(text)}</span>" if text else ""
 
 
 def _centred(value: float | None) -> float | None:

@@ -259,6 +259,11 @@ def _runs_in(path: Path) -> Iterator[Path]:
     yield from (child for child in children if child.is_dir() and is_run(child))
 
 
+def _begins(folder: Path) -> bool:
+    """Whether a run has made a folder and written nothing yet."""
+    return (folder / "checkpoints").is_dir() and (folder / "logs").is_dir()
+
+
 def _need_place(path: Path) -> None:
     """Raise InputError where nothing that is there can be, or become, a run folder."""
     way_out = "give run folders (runs/<name>), or the folder that they are in"
@@ -266,7 +271,7 @@ def _need_place(path: Path) -> None:
         raise InputError("not a run folder, but a file", where=str(path), way_out=way_out)
     if not path.exists() and not path.absolute().parent.is_dir():
         raise InputError("no such folder, nor one that it could appear in", where=str(path), way_out=way_out)
-    if not path.is_dir() or is_run(path):
+    if not path.is_dir() or is_run(path) or _begins(path):
         return
     try:
         children = list(path.iterdir())
@@ -274,5 +279,5 @@ def _need_place(path: Path) -> None:
         raise InputError(
             f"cannot be read: {error.strerror}", where=str(path), way_out="make it readable"
         ) from error
-    if children and not any(map(is_run, children)):
+    if children and not any(is_run(child) or _begins(child) for child in children):
         raise InputError("no run folder, and none is in it", where=str(path), way_out=way_out)

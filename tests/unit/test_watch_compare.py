@@ -14,8 +14,9 @@ from fabricated_run import RECIPE, evaluation_rows, fabricate, metric_rows, part
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
+from genac_megatron.evaluation.intervals import Estimate
 from genac_megatron.observe.report_data import read_run
-from genac_megatron.watch.compare import Comparison, Line, block_codes
+from genac_megatron.watch.compare import Comparison, Line, block_codes, shown
 from genac_megatron.watch.compared import compare_runs, names_of
 
 
@@ -166,6 +167,17 @@ def test_the_library_gives_it_as_a_data_frame(folder: Path) -> None:
     assert frame[frame["run"] == "one"]["less"].isna().all()
 
 
+def test_figures_are_shown_with_their_digits_and_nothing_is_not_negative() -> None:
+    def one(*values: float) -> Estimate:
+        return Estimate(*values, np.array([]))
+
+    assert shown(one(0.1234, 0.1, 0.25), 3) == "0.123 [0.100, 0.250]"
+    assert shown(one(-0.0001, -0.2, 0.0), 2) == "0.00 [-0.20, 0.00]"
+    assert shown(one(-0.4, math.nan, math.nan), 0) == "0"
+    assert shown(one(4.56789e-7, -1e-9, 5e-7), None) == "4.57e-07 [-1e-09, 5e-07]"
+    assert shown(None, 3) == shown(one(math.nan, 0.0, 1.0), 3) == "–"
+
+
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     assert names_of([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
 
@@ -184,6 +196,7 @@ def test_the_command_prints_a_table_and_writes_a_page(
     assert "two less one" in said
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<figure") == 8
+    assert "<br><span class=soft>[" in page  # an interval below its figure
     assert "<script" not in page
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert data["runs"] == ["one", "two"]

@@ -148,6 +148,9 @@ def test_what_is_no_run_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "full" / "other").mkdir(parents=True)
     with pytest.raises(InputError, match="no run folder, and none is in it"):
         Watched([tmp_path / "full"])
+    for name in ("checkpoints", "logs"):
+        (tmp_path / "full" / "begins" / name).mkdir(parents=True)
+    assert Watched([tmp_path / "full"]).runs() == {}
     (tmp_path / "empty").mkdir()
     assert Watched([tmp_path / "empty"]).runs() == {}
 

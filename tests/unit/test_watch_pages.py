@@ -296,7 +296,25 @@ def test_rows_of_earlier_versions_and_odd_ones_are_shown() -> None:
         assert "<section" in conversation(dict(odd), 0)
     longer = conversation({**ROW, "response": "It is 2. And more."}, 0)
     assert "And more.</span>" in longer  # beyond the tokens that have figures
-    assert values_of([{"cut": 1, "used": None}, {"cut": 0, "used": 0.5}], 2) == [0.5, None]
+    assert values_of([{"cut_text": 3, "used": None}, {"cut_text": 0, "used": 0.5}], [0, 3]) == [0.5, None]
+
+
+def test_what_others_said_in_a_conversation_has_no_figures() -> None:
+    """Two turns of the actor, of a token each, and an answer between them."""
+    text = "<actor>\nA\n<environment>\nno\n<actor>\nB\n"
+    begins = [text.index("A\n"), text.index("B\n")]
+    tokens = {"begins": begins, "ends": [at + 1 for at in begins], "advantages": [0.2, -0.4]}
+    states = [{"cut": 0, "cut_text": 0, "value": 0.1, "used": 0.1},
+              {"cut": 3, "cut_text": begins[1], "value": 0.9, "used": 0.9}]  # fmt: skip
+    html = conversation(
+        {**ROW, "response": text, "tokens": tokens, "states": states, "turns": 2, "ended": "won"}, 0
+    )
+    assert re.findall(r"class='t[^']*' data-i=(\d)>([^<]*)<", html) == [("0", "A"), ("1", "B")]
+    assert (
+        '<span class=soft>\n&lt;environment&gt;\nno\n&lt;actor&gt;\n</span><a class=chip href="#r0s1">0.9'
+        in html
+    )
+    assert "2 turns · ended: won" in html
 
 
 def test_rollouts_are_found_by_outcome_text_and_what_the_critic_made_of_them(tmp_path: Path) -> None:
