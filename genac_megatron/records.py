@@ -206,6 +206,7 @@ class Sample:
     # The completion as it would stand there with a score of the other form; "": scores have one form
     otherwise: str = field(default="", compare=False, repr=False)
     spans: tuple[tuple[int, int], ...] = ()  # ranges of tokens, in order, the first from `start` on; (): all
+    place: int = field(default=0, compare=False, repr=False)  # among the samples of all ranks, by their order
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ Words: a response has N segments and T tokens; a batch has B responses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -83,20 +83,36 @@ def whiten(tokens: Tensor, moments: Tensor | None = None, eps: float = 1e-8) -> 
     return torch.where(flat, torch.zeros_like(centred), centred / (deviation + eps)).float()
 
 
-def scaled(tokens: Tensor) -> Tensor:
-    """x / root of the mean of x^2 over the batch's tokens: [T] -> [T] float32. Zeros stay zeros."""
+def scaled(tokens: Tensor, moments: Tensor | None = None) -> Tensor:
+    """x / root of the mean of x^2 over the batch's tokens: [T] -> [T] float32. Zeros stay zeros.
+
+    moments: as for `whiten`.
+    """
     wide = tokens.double()
-    size = (wide**2).mean().sqrt() if wide.numel() else wide.sum()
+    if moments is None:
+        size = (wide**2).mean().sqrt() if wide.numel() else wide.sum()
+    else:
+        size = (moments[2] / moments[0].clamp(min=1.0)).sqrt()
     return (wide / torch.where(size > 0, size, 1.0)).float()
 
 
-def normalised(tokens: Tensor, how: Literal["whiten", "centre", "scale", "none"]) -> Tensor:
-    """[T] -> [T] float32: whitened over the batch's tokens, less their mean, of size 1, or as they are."""
+def normalised(
+    tokens: Tensor, how: Literal["whiten", "centre", "scale", "none"], moments: Tensor | None = None
+) -> Tensor:
+    """[T] -> [T] float32: whitened over the batch's tokens, less their mean, of size 1, or as they are.
+
+    moments: as for `whiten`.
+    """
     if how == "whiten":
-        return whiten(tokens)
+        return whiten(tokens, moments)
     if how == "scale":
-        return scaled(tokens)
-    return (tokens.double() - tokens.double().mean()).float() if how == "centre" else tokens.float()
+        return scaled(tokens, moments)
+    return (tokens.double() - mean_of(tokens, moments)).float() if how == "centre" else tokens.float()
+
+
+def mean_of(tokens: Tensor, moments: Tensor | None) -> Tensor:
+    """Of the batch's tokens, float64."""
+    return tokens.double().mean() if moments is None else moments[1] / moments[0].clamp(min=1.0)
 
 
 def explained_variance(values: Tensor, outcomes: Tensor) -> Tensor:
@@ -160,7 +176,14 @@ def blend_weight(value_error: float, group_error: float, distance: float) -> flo
     return min(max(0.5 + (group_error - value_error) / (2.0 * distance), 0.0), 1.0)
 
 
-def least_noise_share(returns: Tensor, values: Tensor, logprobs: Tensor) -> float:
+Summed = Callable[..., Sequence[float]]  # figures, each added up over ranks that have parts of a batch
+
+
+def _own(*figures: float) -> Sequence[float]:
+    return figures
+
+
+def least_noise_share(returns: Tensor, values: Tensor, logprobs: Tensor, summed: Summed = _own) -> float:
     """The share c of the values that leaves the least sum of (return - c value)^2 |score|^2: [T] each.
 
     returns: an advantage and its value, so what the value is a baseline of. logprobs: of the sampled tokens;
@@ -172,13 +195,14 @@ def least_noise_share(returns: Tensor, values: Tensor, logprobs: Tensor) -> floa
     size = (1.0 - logprobs.double().exp()) ** 2
     below = float((size * values.double() ** 2).sum())
     above = float((size * values.double() * returns.double()).sum())
+    above, below = summed(above, below)
     return min(max(above / below, 0.0), 1.0) if below > 1e-12 else math.nan
 
 
 # --- what a batch's advantages are like ----------------------------------------------------------
 
 
-def advantage_gap(advantages: Sequence[Tensor], outcomes: Sequence[float]) -> float:
+def advantage_gap(advantages: Sequence[Tensor], outcomes: Sequence[float], summed: Summed = _own) -> float:
     """Mean advantage of right responses minus that of wrong ones, each response's [T] by its mean.
 
     NaN where all ended alike. Below 0 the actor is taught what fails.
@@ -186,16 +210,19 @@ def advantage_gap(advantages: Sequence[Tensor], outcomes: Sequence[float]) -> fl
     means = [float(one.double().mean()) for one in advantages]
     right = [m for m, outcome in zip(means, outcomes, strict=True) if outcome >= RIGHT]
     wrong = [m for m, outcome in zip(means, outcomes, strict=True) if outcome < RIGHT]
-    return math.fsum(right) / len(right) - math.fsum(wrong) / len(wrong) if right and wrong else math.nan
+    good, count, bad, others = summed(math.fsum(right), len(right), math.fsum(wrong), len(wrong))
+    return good / count - bad / others if count and others else math.nan
 
 
-def variance_within(advantages: Sequence[Tensor]) -> float:
+def variance_within(advantages: Sequence[Tensor], summed: Summed = _own) -> float:
     """The share of the tokens' variance that lies within responses: B tensors [T_i] -> [0, 1].
 
     0: every token of a response has the same advantage: the critic gives no credit inside it. NaN where
     nothing varies.
     """
-    tokens = torch.cat([one.double() for one in advantages])
-    whole = float(((tokens - tokens.mean()) ** 2).sum())
+    tokens = torch.cat([torch.zeros(0, dtype=torch.float64), *(one.double() for one in advantages)])
+    total, count = summed(float(tokens.sum()), len(tokens))
+    whole = float(((tokens - total / max(count, 1)) ** 2).sum())
     inside = math.fsum(float(((one.double() - one.double().mean()) ** 2).sum()) for one in advantages)
+    inside, whole = summed(inside, whole)
     return inside / whole if whole > 1e-12 else math.nan

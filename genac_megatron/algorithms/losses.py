@@ -36,23 +36,28 @@ WEIGHTED = {
 
 
 def token_weights(
-    lengths: Tensor | Sequence[int], aggregate: str = "token", limit: int | None = None
+    lengths: Tensor | Sequence[int],
+    aggregate: str = "token",
+    limit: int | None = None,
+    whole: tuple[float, float] | None = None,
 ) -> Tensor:
     """The loss weight of each token of each sequence: trained lengths [B] -> [B] float32.
 
-    `lengths` are those of the whole global batch of one optimizer step. `token`: 1 / sum of lengths.
+    `lengths` are those of the whole global batch of one optimizer step, or a part of them: then `whole` has
+    the sum of all, and how many of them are not empty. `token`: 1 / sum of lengths.
     `sequence`: 1 / (number of non-empty sequences * own length). Either way the weights of all tokens
     sum to 1 (0 for an empty batch). `constant`: 1 / (number of non-empty sequences * limit), whatever the
     lengths (Dr.GRPO); `limit` is the longest that a sequence may be.
     """
     sizes = torch.as_tensor(lengths, dtype=torch.float64)
     filled = sizes > 0
+    total, count = (float(sizes.sum()), float(filled.sum())) if whole is None else whole
     if aggregate == "token":
-        weights = torch.full_like(sizes, 1.0) / sizes.sum().clamp(min=1.0)
+        weights = torch.full_like(sizes, 1.0) / max(total, 1.0)
     elif aggregate == "sequence":
-        weights = 1.0 / (filled.sum().clamp(min=1) * sizes.clamp(min=1.0))
+        weights = 1.0 / (max(count, 1.0) * sizes.clamp(min=1.0))
     elif aggregate == "constant" and limit is not None:
-        weights = torch.full_like(sizes, 1.0) / (filled.sum().clamp(min=1) * limit)
+        weights = torch.full_like(sizes, 1.0) / (max(count, 1.0) * limit)
     else:
         raise ValueError(f"aggregate is token, sequence, or constant with a limit, not {aggregate!r}")
     return torch.where(filled, weights, torch.zeros_like(weights)).float()

@@ -140,7 +140,10 @@ def _anchor(tokenizer: PreTrainedTokenizerBase, before: str, form: str, written:
 
 
 def leave_one_out(
-    rewards: Sequence[float], outcomes: Sequence[float], keys: Sequence[Hashable] | None = None
+    rewards: Sequence[float],
+    outcomes: Sequence[float],
+    keys: Sequence[Hashable] | None = None,
+    everyone: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> list[float]:
     """The baseline b of each entry: mean reward of the batch's *other* entries with the same outcome.
 
@@ -148,15 +151,17 @@ def leave_one_out(
     too. `keys` name the critic completion of each entry; entries of one completion (a prompt state
     shared by its group) are left out together, since b must not depend on what it is subtracted
     from. An entry without others gets its own reward as baseline: it then carries weight 0.
-    All lists have one figure per (state, outcome) of the *global* batch.
+    All lists have one figure per (state, outcome) of the *global* batch, or of a rank's part of it: then
+    `everyone` has (rewards, outcomes) of all ranks, and a completion's entries are of one rank.
     """
     names: Sequence[Hashable] = range(len(rewards)) if keys is None else keys
     if not len(rewards) == len(outcomes) == len(names):
         raise ValueError("rewards, outcomes and keys must be equally long")
     totals: dict[Hashable, list[float]] = defaultdict(list)
     own: dict[Hashable, list[float]] = defaultdict(list)
-    for value, outcome, name in zip(rewards, outcomes, names, strict=True):
+    for value, outcome in zip(*(everyone or (rewards, outcomes)), strict=True):
         totals[_level(outcome)].append(value)
+    for value, outcome, name in zip(rewards, outcomes, names, strict=True):
         own[_level(outcome), name].append(value)
     sums = {level: math.fsum(values) for level, values in totals.items()}
     baselines = []
@@ -174,14 +179,18 @@ def reinforce_weights(
     keys: Sequence[Hashable],
     baseline: Literal["leave_one_out", "none"] = "leave_one_out",
     ratios: Sequence[float] | None = None,
+    everyone: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[Hashable, float]:
     """w = R_v - b per critic completion, the mean over its entries where it was judged on several.
 
     A prompt state is scored once for its whole group and so meets several outcomes. No division by a
-    deviation. Without a baseline w = R_v. ratios: importance weights of the entries, by which R_v - b counts.
+    deviation. Without a baseline w = R_v. ratios:
+    importance weights of the entries, by which R_v - b counts. everyone: as for `leave_one_out`.
     """
     baselines = (
-        leave_one_out(rewards, outcomes, keys) if baseline == "leave_one_out" else [0.0] * len(rewards)
+        leave_one_out(rewards, outcomes, keys, everyone)
+        if baseline == "leave_one_out"
+        else [0.0] * len(rewards)
     )
     parts: dict[Hashable, list[float]] = defaultdict(list)
     counts = [1.0] * len(rewards) if ratios is None else ratios

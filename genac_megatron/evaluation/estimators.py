@@ -237,7 +237,7 @@ def _of_values(config: ValueConfig, loss: LossConfig, played: Played, limit: int
     assert played.scalar is not None
     advantages, _ = advantages_and_targets(played.scalar, played.outcomes.outcomes, config)
     return response_samples(
-        played.outcomes, whitened(advantages) if config.whiten else advantages, loss, limit
+        played.outcomes, whitened(played.outcomes, advantages) if config.whiten else advantages, loss, limit
     )
 
 

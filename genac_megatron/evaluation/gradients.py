@@ -52,8 +52,8 @@ from genac_megatron.metrics import Floats
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
-from genac_megatron.records import Rollout, Sample
-from genac_megatron.stages.batch import Batch, play, train_prompts
+from genac_megatron.records import Prompt, Rollout, Sample
+from genac_megatron.stages.batch import Batch, gathered_batch, play, train_prompts
 from genac_megatron.stages.heldout import told_step
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.session import session
@@ -330,7 +330,7 @@ class Audit:
         size = self.options.reference // self.options.chunks
         config = self.config.model_copy(update={"prompts": size, "samples": 1})
         prompts = train_prompts(self.run, number * size, size)
-        batch = play(self.run, prompts, config, (*self.seed, "reference", number), judged=False)
+        batch = self._played(prompts, config, "reference", number, judged=False)
         vector = self._gradient(reference_samples(batch, self.limit), RAW)
         lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
         return {"outcomes": batch.outcomes, "length": mean(lengths)}, vector[None]
@@ -343,7 +343,7 @@ class Audit:
         config = self.config.model_copy(update={"prompts": options.prompts, "samples": options.samples})
         at = options.reference + first * options.prompts
         prompts = train_prompts(self.run, at, count * options.prompts)
-        whole = play(self.run, prompts, config, (*self.seed, "batches", number), judged=self.judged)
+        whole = self._played(prompts, config, "batches", number, judged=self.judged)
         batches = self._cut(self._asked(whole), count)
         sums = np.zeros((len(self.estimators), self.reference.shape[1]))
         inner = np.zeros((count, len(self.estimators), options.chunks + 1))  # with the chunks, and itself
@@ -360,6 +360,13 @@ class Audit:
             "inner": {one.name: inner[:, which].tolist() for which, one in enumerate(self.estimators)},
         }
         return row, sums
+
+    def _played(
+        self, prompts: list[Prompt], config: RolloutConfig, what: str, number: int, *, judged: bool
+    ) -> Batch:
+        """A batch on every rank: gradients of many small parts of it are compared."""
+        played = play(self.run, prompts, config, (*self.seed, what, number), judged=judged)
+        return gathered_batch(self.run, played)
 
     def _asked(self, whole: Batch) -> Played:
         """The batches with the values of all their states by every critic that an estimator asks."""

@@ -88,6 +88,11 @@ class Sizes:
         """Whether global rank `rank` is in the block."""
         return rank in self.ranks
 
+    def deals_as(self, other: Sizes) -> bool:
+        """Whether every rank has the same coordinates in both, so that samples lie alike."""
+        sizes = ("first_rank", "count", "tp", "cp", "pp")
+        return all(getattr(self, name) == getattr(other, name) for name in sizes)
+
     def coords(self, rank: int) -> Coords:
         """Coordinates of global rank `rank`; raises ValueError outside the block."""
         if not self.contains(rank):

@@ -8,7 +8,7 @@ gates are still the trainer's own, over the replayed experts, and so are their g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -81,15 +81,21 @@ def attach(packed: PackedSeqParams, experts_TLK: Tensor | None) -> PackedSeqPara
     return packed
 
 
-def check_experts(samples: Sequence[Sample], shape: Shape) -> None:
+def check_experts(samples: Mapping[int, Sample], shape: Shape) -> None:
     """Raise InputError where samples carry experts that a model of this shape does not have."""
-    for index, sample in enumerate(samples):
-        if sample.experts is None:
-            continue
-        wanted, found = (shape.layers, shape.experts_per_token), sample.experts.shape[1:]
-        if shape.experts is None or found != wanted or int(sample.experts.max()) >= shape.experts:
-            raise InputError(
-                f"sample {index} has experts up to {sample.experts.max()} of {found} layers and choices, "
-                f"the model {shape.experts} of {wanted}",
-                where="routing replay",
-            )
+    for index, sample in samples.items():
+        if sample.experts is not None:
+            need_experts(f"sample {index}", sample.experts.shape[1:], int(sample.experts.max()), shape)
+
+
+def need_experts(who: str, found: tuple[int, ...], most: int, shape: Shape) -> None:
+    """Raise InputError where a model of this shape does not have `who`'s experts, up to number `most`, of
+    `found` layers and choices.
+    """
+    wanted = (shape.layers, shape.experts_per_token)
+    if shape.experts is None or found != wanted or most >= shape.experts:
+        raise InputError(
+            f"{who} has experts up to {most} of {found} layers and choices, "
+            f"the model {shape.experts} of {wanted}",
+            where="routing replay",
+        )

@@ -9,6 +9,7 @@ import torch
 from genac_megatron import metrics
 from genac_megatron.algorithms.advantages import others_mean
 from genac_megatron.records import Judgement, Rollout
+from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.rollouts import Group
 
 BLEND = ("value_error", "group_error", "group_distance")  # what a blend's weight is made of
@@ -56,12 +57,13 @@ def within_responses(groups: Sequence[Group], known: Mapping[tuple[str, int], Se
     )
 
 
-def blend_errors(groups: Sequence[Group], rewards: Sequence[float]) -> dict[str, float]:
+def blend_errors(groups: Sequence[Group], rewards: Sequence[float], ranks: Ranks = ALONE) -> dict[str, float]:
     """The mean squares that a blend's weight is made of, over all (state, response) pairs (`blend_weight`).
 
-    rewards: the actor's, of each response, in order. {} where a prompt has a single response.
+    rewards: the actor's, of each response, in order. {} where a prompt has a single response. Collective over
+    `ranks`, of whose groups the errors are.
     """
-    if not groups or any(len(group.rollouts) < 2 for group in groups):
+    if ranks.any(any(len(group.rollouts) < 2 for group in groups)):
         return {}
     sums, count = dict.fromkeys(BLEND, 0.0), 0
     split = torch.tensor(rewards, dtype=torch.float64).split([len(group.rollouts) for group in groups])
@@ -73,4 +75,5 @@ def blend_errors(groups: Sequence[Group], rewards: Sequence[float]) -> dict[str,
                 sums["group_error"] += (reward - other) ** 2
                 sums["group_distance"] += (judgement.used - other) ** 2
                 count += 1
-    return {key: value / count for key, value in sums.items()} if count else {}
+    *totals, whole = ranks.totals(*sums.values(), count)
+    return {key: value / whole for key, value in zip(sums, totals, strict=True)} if whole else {}

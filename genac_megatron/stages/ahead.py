@@ -21,15 +21,15 @@ from genac_megatron.recipe.schema import PolicyStage, PpoStage
 from genac_megatron.records import Prompt
 from genac_megatron.stages.batch import (
     Batch,
-    batch_figures,
-    gathered_batch,
     generator_for,
     is_judged,
     judged_responses,
     next_batch,
     next_prompts,
+    played_batch,
     train_prompts,
 )
+from genac_megatron.stages.figures import batch_figures
 from genac_megatron.stages.rollouts import Generator, Group, generate, groups_of, repeats
 from genac_megatron.stages.runtime import Run
 
@@ -76,7 +76,7 @@ class Batches:
         mine = self._take(begun)
         next_prompts(self.run, len(begun.prompts))  # the cursor counts what was trained on
         self._begun = self._begin(step + 1) if step < self.stage.steps else None
-        batch = gathered_batch(self.run, mine)
+        batch = played_batch(self.run, mine)
         return batch, batch_figures(self.run, batch)
 
     def _take(self, begun: Begun) -> list[Group]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from genac_megatron.algorithms.advantages import normalised, segment_gae, to_tokens, whiten
+from genac_megatron.algorithms.advantages import (
+    normalised,
+    segment_gae,
+    to_tokens,
+    token_moments,
+    whiten,
+)
 from genac_megatron.algorithms.baselines.dapo import overlong_penalty
 from genac_megatron.algorithms.baselines.vapo import positive_weights
-from genac_megatron.algorithms.losses import means, token_weights
+from genac_megatron.algorithms.losses import token_weights
 from genac_megatron.critic.score import fill_used, reinforce_weights, reward
 from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.errors import GenacError, on_all_ranks
-from genac_megatron.metrics import entropy, score_histogram
 from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import (
     AdvantageConfig,
@@ -31,15 +38,15 @@ from genac_megatron.recipe.schema import (
 )
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, sample_of
 from genac_megatron.stages.budget import Budget
-from genac_megatron.stages.conversations import conversation_figures
-from genac_megatron.stages.heldout import judge_for, tell_too_long
-from genac_megatron.stages.minibatches import pop_tokens
-from genac_megatron.stages.parity import parity_figures
-from genac_megatron.stages.reward_figures import earned, part_figures, source_figures, source_shares
+from genac_megatron.stages.dealt import placed
+from genac_megatron.stages.figures import batch_figures
+from genac_megatron.stages.heldout import judge_for
+from genac_megatron.stages.ranks import ALONE, EVERYONE, Ranks
 from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
-from genac_megatron.stages.runtime import Run, largest, mean
+from genac_megatron.stages.runtime import Run
 from genac_megatron.tasks.base import Task
-from genac_megatron.training.role import StepResult
+from genac_megatron.training.distributed_batch import distributed
+from genac_megatron.training.role import Samples
 
 RolloutStage = ReinforceStage | PpoStage | ValueStage | PolicyStage  # the actor's responses are its data
 
@@ -53,10 +60,73 @@ class Judged(TypedDict, total=False):
 
 @dataclass
 class Batch:
-    """A gathered batch, the same on every rank."""
+    """Prompts with their responses: those that this rank drove, beside other ranks', or all of them.
+
+    What depends on the whole batch (figures, whitening, loss weights) goes by `ranks`.
+    """
 
     groups: list[Group]
     fresh: frozenset[str] = frozenset(("actor", "critic"))  # roles that sampled it with their present weights
+    # Where this rank's groups, in order, stand among those of all ranks; None: all groups are here
+    places: list[int] | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        return ALONE if self.places is None else EVERYONE
+
+    @cached_property
+    def numbers(self) -> tuple[list[int], int]:
+        """(each of these responses' number among those of all ranks, how many those are). Collective."""
+        sizes = [len(group.rollouts) for group in self.groups]
+        if self.places is None:
+            return list(range(sum(sizes))), sum(sizes)
+        table = self.ranks.rows(np.array([*zip(self.places, sizes, strict=True)], np.int64).reshape(-1, 2))
+        table = table[np.argsort(table[:, 0])]
+        firsts = dict(zip(table[:, 0].tolist(), (table[:, 1].cumsum() - table[:, 1]).tolist(), strict=True))
+        here = zip(self.places, sizes, strict=True)
+        return [firsts[place] + n for place, size in here for n in range(size)], int(table[:, 1].sum())
+
+    @property
+    def problems(self) -> dict[int, str]:
+        """The prompt's id of each response of all ranks, by the responses' numbers. Collective."""
+        numbers = self.ranks.rows(np.array(self.numbers[0], np.int64))
+        ids = self.ranks.texts([rollout.prompt.id for rollout in self.rollouts])
+        return dict(zip(numbers.tolist(), ids, strict=True))
+
+    def dealt(self, samples: list[Sample]) -> Samples:
+        """Samples of these responses as roles take them, of all ranks by their `place`. Collective."""
+        return samples if self.places is None else distributed(samples)
+
+    @property
+    def placed(self) -> list[tuple[int, Group]]:
+        """These groups, each with its place among those of all ranks."""
+        places = range(len(self.groups)) if self.places is None else self.places
+        return list(zip(places, self.groups, strict=True))
+
+    def of(self, placed: Sequence[tuple[int, Group]]) -> Batch:
+        """A batch of other groups, of all ranks as this one's."""
+        places = None if self.places is None else [place for place, _ in placed]
+        return Batch([group for _, group in placed], self.fresh, places)
+
+    def all_places(self, mine: Iterable[int]) -> list[int]:
+        """Places of groups, sorted; of all ranks'. Collective."""
+        return sorted(self.ranks.rows(np.array([*mine], np.int64)).tolist())
+
+    def first(self, count: int) -> Batch:
+        """The first `count` groups of all ranks' that are here. Collective."""
+        chosen = set(self.all_places(place for place, _ in self.placed)[:count])
+        return self.of([one for one in self.placed if one[0] in chosen])
+
+    @property
+    def mean_target(self) -> float:
+        """Of all ranks' responses. Collective."""
+        return min(self.ranks.means({"": self.targets})[""], 1.0)  # rounding can pass 1 by an ulp
+
+    def moments(self, tokens: Tensor) -> Tensor | None:
+        """`token_moments` of all ranks' tokens; None: of these. Collective."""
+        if self.places is None:
+            return None
+        return torch.tensor(self.ranks.totals(*token_moments(tokens).tolist()), dtype=torch.float64)
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -83,12 +153,13 @@ class Batch:
 
     def only(self, kept: Sequence[bool]) -> Batch:
         """The batch with the `kept` ones of its responses, [B]; without groups that have none."""
-        groups, left = [], iter(kept)
-        for group in self.groups:
+        groups, places, left = [], [], iter(kept)
+        for number, group in enumerate(self.groups):
             own = [next(left) for _ in group.rollouts]
             if any(own):
                 groups.append(group.only(own))
-        return Batch(groups, self.fresh)
+                places.append(number if self.places is None else self.places[number])
+        return Batch(groups, self.fresh, None if self.places is None else places)
 
 
 def next_prompts(run: Run, count: int) -> list[Prompt]:
@@ -166,20 +237,28 @@ def play(
     with run.progress.shown("rollout"):  # engines measure themselves
         mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns, places))
     _credit(run, time.perf_counter() - began, generator.task.late - late)
-    return gathered_batch(run, mine)
+    return played_batch(run, mine)
 
 
-def gathered_batch(run: Run, mine: Sequence[Group]) -> Batch:
-    """The whole batch from every rank's groups, with the values that advantages use. Collective."""
-    groups = run.gather(mine)
+def played_batch(run: Run, mine: list[Group]) -> Batch:
+    """The batch of every rank's groups, with the values that advantages use. Collective."""
     if run.icc is not None:
-        for group in groups:
+        for group in mine:
             for number, judgements in enumerate(group.judgements):
                 whole = group.finals[number : number + 1]
                 fill_used([*judgements, *whole], run.icc.p_bar, run.recipe.judging.score)
-    batch = Batch(groups)
+    size = run.world.size
+    batch = Batch(mine, places=None if size == 1 else [run.world.rank + k * size for k in range(len(mine))])
     batch.fresh = frozenset(role for role in run.roles if _is_fresh(run, role, batch))
     return batch
+
+
+def gathered_batch(run: Run, batch: Batch) -> Batch:
+    """The batch with every rank's groups on every rank, for those who ask about single responses of all.
+
+    Collective.
+    """
+    return batch if batch.places is None else Batch(run.gather(batch.groups), batch.fresh)
 
 
 def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
@@ -189,7 +268,9 @@ def _is_fresh(run: Run, role: str, batch: Batch) -> bool:
     if role == "critic":
         judged = [*(j for js in batch.judgements for j in js), *batch.finals]
         completions = [j.completion for j in judged if not j.skipped]
-    return run.serving.behind(role) == 0 and all(c.version == run.at.versions.get(role) for c in completions)
+    version = run.at.versions.get(role)
+    stale = run.serving.behind(role) != 0 or any(c.version != version for c in completions)
+    return not batch.ranks.any(stale)
 
 
 def _credit(run: Run, spent: float, late: int) -> None:
@@ -233,83 +314,6 @@ def next_batch(run: Run, stage: RolloutStage, step: int) -> tuple[Batch, dict[st
     return batch, batch_figures(run, batch)
 
 
-def batch_figures(run: Run, batch: Batch) -> dict[str, float]:
-    """What the actor and, where it judged, the critic did in this batch."""
-    judged = judge_figures(batch) | judge_staleness(batch, run.at.versions) if any(batch.judgements) else {}
-    every = [*(j for judgements in batch.judgements for j in judgements), *batch.finals]
-    tell_too_long(run, [judgement for judgement in every if judgement.certain is None])
-    return {**rollout_figures(batch, run.at.versions), **judged, **run.serving.figures()}
-
-
-def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
-    """What the actor did in this batch. `versions`: the newest published of each role."""
-    rollouts = batch.rollouts
-    found = earned(rollouts)
-    mixed = [len({r.outcome for r in group.rollouts}) > 1 for group in batch.groups]
-    return {
-        "rollout/outcome_mean": mean(batch.outcomes),
-        "rollout/length_mean": mean(r.completion.written for r in rollouts),
-        "rollout/truncated": mean(r.truncated for r in rollouts),
-        "rollout/mixed_groups": mean(mixed),
-        "rollout/staleness": float(versions["actor"] - min(r.completion.version for r in rollouts)),
-        **({} if batch.targets == batch.outcomes else {"rollout/target_mean": mean(batch.targets)}),
-        **conversation_figures(rollouts),
-        **prefixed("reward", part_figures(found)),
-        **prefixed("source_outcome", source_figures(found)),
-        **prefixed("source_share", source_shares(found)),
-    }
-
-
-def judge_figures(batch: Batch) -> dict[str, float]:
-    """How well the critic judged this batch, over all (state, outcome) pairs of responses that were not left
-    out; and the share of those that were, where there are any.
-    """
-    rows = list(zip(batch.rollouts, batch.judgements, strict=True))
-    found = [(rollout, judgements) for rollout, judgements in rows if judgements[0].certain is None]
-    left = {} if len(found) == len(rows) else {"judge/certain": 1.0 - len(found) / len(rows)}
-    if not found:
-        return left
-    pairs = [(judgement, rollout.target) for rollout, judgements in found for judgement in judgements]
-    base = mean(outcome for _, outcome in pairs)
-    scores = score_histogram([j.value for j in {id(j): j for j, _ in pairs}.values() if j.value is not None])
-    wholes = [
-        (final, rollout)
-        for final, rollout in zip(batch.finals, batch.rollouts, strict=bool(batch.finals))
-        if final.certain is None
-    ]
-    finals = {
-        "judge/final_brier": mean((j.used - r.target) ** 2 for j, r in wholes if not j.skipped),
-        "judge/final_skipped": mean(j.skipped for j, _ in wholes),
-    }
-    every = {id(j): j for j, _ in pairs}.values()
-    unique = [judgement for judgement in every if not judgement.skipped]
-    return {
-        "judge/skipped": mean(judgement.skipped for judgement in every),
-        "judge/too_long": mean(judgement.too_long for judgement in every),
-        "judge/parse_rate": mean(j.value is not None for j in unique),
-        "judge/brier": mean((j.used - outcome) ** 2 for j, outcome in pairs),
-        "judge/brier_constant": mean((base - outcome) ** 2 for _, outcome in pairs),
-        "judge/score_mean": mean(j.used for j in unique),
-        "judge/states": float(len(unique)),
-        "judge/length_mean": mean(len(j.completion.ids) for j in unique),
-        "judge/truncated": mean(j.completion.finish == "length" for j in unique),
-        "judge/value_first": mean(judgements[0].used for _, judgements in found),
-        "judge/value_last": mean(judgements[-1].used for _, judgements in found),
-        **({"judge/score_entropy": entropy(scores)} if scores.sum() else {}),  # nats; 0: all on one score
-        **(finals if wholes else {}),
-        **left,
-    }
-
-
-def judge_staleness(batch: Batch, versions: Mapping[str, int]) -> dict[str, float]:
-    """How many versions behind the newest published critic the batch's oldest judgement is.
-
-    {} where no critic has written one.
-    """
-    written = {j.completion.version for js in batch.judgements for j in js if j.completion.spans}
-    return {"judge/staleness": float(versions["critic"] - min(written))} if written else {}
-
-
 def actor_rewards(batch: Batch, limit: int, cache: int | None) -> Tensor:
     """The actor's reward per response: its outcome and, with a `cache`, DAPO's overlong penalty.
 
@@ -347,27 +351,29 @@ def actor_samples(
         to_tokens(advantage, segment_lengths(judgements, rollout.completion))
         for advantage, judgements, rollout in zip(per_segment, batch.judgements, batch.rollouts, strict=True)
     ]
-    flat = normalised(torch.cat(advantages), config.normalise)
+    flat = torch.cat([torch.zeros(0), *advantages])
+    flat = normalised(flat, config.normalise, batch.moments(flat))
     return response_samples(batch, flat.split(lengths), loss, limit)
 
 
-def whitened(advantages: Sequence[Tensor]) -> list[Tensor]:
-    """Per response [T], whitened over the batch's tokens."""
+def whitened(batch: Batch, advantages: Sequence[Tensor]) -> list[Tensor]:
+    """Per response [T], whitened over the batch's tokens. Collective."""
     lengths = [len(advantage) for advantage in advantages]
-    return list(whiten(torch.cat(list(advantages))).split(lengths))
+    flat = torch.cat([torch.zeros(0), *advantages])
+    return list(whiten(flat, batch.moments(flat)).split(lengths))
 
 
 def response_samples(
     batch: Batch, advantages: Sequence[Tensor], loss: LossConfig, limit: int
 ) -> list[Sample]:
-    """What the actor is trained on: every token of the batch's responses with its advantage.
+    """What the actor is trained on: every token of the batch's responses with its advantage. Collective.
 
     advantages: per response [T], of the tokens that were sampled. limit: the most tokens of a response.
     """
     rollouts = batch.rollouts
     lengths = [rollout.completion.written for rollout in rollouts]
-    weights = token_weights(lengths, loss.aggregate, limit).tolist()
-    likelihood = positive_weights(lengths, batch.outcomes, loss.nll_from)
+    weights = _weights(batch, lengths, loss.aggregate, limit).tolist()
+    likelihood = positive_weights(lengths, batch.outcomes, loss.nll_from, batch.ranks.totals)
     samples = []
     for i, rollout in enumerate(rollouts):
         fields = {
@@ -379,7 +385,13 @@ def response_samples(
             fields["nll_weights"] = [likelihood[i]] * lengths[i]
         rollout.advantages = fields["advantages"]
         samples.append(sample_of(rollout.prompt.ids, rollout.completion, fields))
-    return samples
+    return placed(samples, batch.numbers[0])
+
+
+def _weights(batch: Batch, lengths: Sequence[int], aggregate: str, limit: int | None = None) -> Tensor:
+    """`token_weights` of sequences that are a part of all ranks'. Collective."""
+    sizes = batch.ranks.totals(sum(lengths), sum(length > 0 for length in lengths))
+    return token_weights(lengths, aggregate, limit, (sizes[0], sizes[1]))
 
 
 def segment_lengths(judgements: Sequence[Judgement], completion: Completion) -> Tensor:
@@ -407,36 +419,50 @@ def critic_samples(
     its entry counts in w; None: it is left out. final_weight: of the tokens of whole responses' judgements,
     which are compared among themselves.
     """
-    entries: list[tuple[Judgement, float, float]] = []
-    finals: list[tuple[Judgement, float, float]] = []
-    for chosen_response in trained_responses(len(batch.rollouts), share):
-        rollout, judgements = batch.rollouts[chosen_response], batch.judgements[chosen_response]
+    (numbers, count), every, whole_finals = batch.numbers, batch.judgements, batch.finals
+    entries, finals = list[Entry](), list[Entry]()
+    chosen = set(trained_responses(count, share))
+    for number, (place, rollout) in enumerate(zip(numbers, batch.rollouts, strict=True)):
+        if place not in chosen:
+            continue
+        judgements = every[number]
         for index in trained_indices(len(judgements), most):
-            ratio = 1.0 if ratios is None else ratios[chosen_response][index]
+            ratio = 1.0 if ratios is None else ratios[number][index]
             if not judgements[index].skipped and ratio is not None:
-                entries.append((judgements[index], rollout.target, ratio))
-        if batch.finals and not batch.finals[chosen_response].skipped:
-            finals.append((batch.finals[chosen_response], rollout.target, 1.0))
-    trained = _weigh(entries, baseline)
+                entries.append((judgements[index], rollout.target, ratio, place))
+        if whole_finals and not whole_finals[number].skipped:
+            finals.append((whole_finals[number], rollout.target, 1.0, count + place))
+    trained = _weigh(entries, baseline, batch.ranks)
     times = [1.0] * len(trained)
-    trained += _weigh(finals, baseline)
+    trained += _weigh(finals, baseline, batch.ranks)
     times += [final_weight] * (len(trained) - len(times))
-    lengths = [len(j.completion.ids) for j in trained]
-    shares = token_weights(lengths, loss.aggregate)
-    if finals:
+    lengths = [len(j.completion.ids) for j, _ in trained]
+    shares = _weights(batch, lengths, loss.aggregate)
+    if batch.ranks.any(bool(finals)):
         shares = shares * torch.tensor(times)
-        shares = shares / (shares * torch.tensor(lengths)).sum()
-    return [judgement_sample(j, share) for j, share in zip(trained, shares.tolist(), strict=True)]
+        (whole,) = batch.ranks.totals(float((shares * torch.tensor(lengths)).sum()))
+        shares = shares / whole
+    samples = [judgement_sample(j, share) for (j, _), share in zip(trained, shares.tolist(), strict=True)]
+    return placed(samples, [place for _, place in trained])
 
 
-def _weigh(entries: Sequence[tuple[Judgement, float, float]], baseline: str) -> list[Judgement]:
-    """The judgements of (judgement, target, ratio) entries, each once, with their REINFORCE weights set."""
-    rewards = [reward(judgement.value, target) for judgement, target, _ in entries]
-    targets, keys = [target for _, target, _ in entries], [id(judgement) for judgement, _, _ in entries]
-    ratios = [ratio for _, _, ratio in entries]
-    weights = reinforce_weights(rewards, targets, keys, baseline, ratios)  # type: ignore[arg-type]
-    chosen = {id(judgement): judgement for judgement, _, _ in entries}
-    for key, judgement in chosen.items():
+Entry = tuple[Judgement, float, float, int]  # with its target, its ratio, and its place among all ranks'
+
+
+def _weigh(entries: Sequence[Entry], baseline: str, ranks: Ranks) -> list[tuple[Judgement, int]]:
+    """The judgements of all entries, each once, with their REINFORCE weights set, and their places.
+
+    Collective: baselines are of all ranks' entries.
+    """
+    rewards = [reward(judgement.value, target) for judgement, target, _, _ in entries]
+    targets, keys = [target for _, target, _, _ in entries], [id(judgement) for judgement, _, _, _ in entries]
+    ratios = [ratio for _, _, ratio, _ in entries]
+    everyone = ranks.rows(np.array([rewards, targets], np.float64).T)
+    weights = reinforce_weights(rewards, targets, keys, baseline, ratios, everyone.T.tolist())  # type: ignore[arg-type]
+    chosen: dict[int, tuple[Judgement, int]] = {}
+    for judgement, _, _, place in entries:
+        chosen.setdefault(id(judgement), (judgement, place))
+    for key, (judgement, _) in chosen.items():
         judgement.weight = weights[key]
     return list(chosen.values())
 
@@ -465,30 +491,3 @@ def supervised(samples: Iterable[Sample]) -> list[Sample]:
         replace(sample, fields={"weights": [share * weight for weight in weights]})
         for sample, weights, share in zip(batch, own, shares, strict=True)
     ]
-
-
-def prefixed(group: str, figures: dict[str, float]) -> dict[str, float]:
-    """`figures` under `group/`."""
-    return {f"{group}/{key}": value for key, value in figures.items()}
-
-
-def trained_figures(
-    role: str,
-    results: Sequence[StepResult],
-    batch: Batch,
-    samples: list[Sample],
-    logprobs: list[list[float]],
-) -> dict[str, float]:
-    """The figures of a step's updates: means of the losses' own, and tokens in all.
-
-    Log-probs before the first against those of sampling: parity/, or drift/ where the batch is not `fresh`.
-    """
-    stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
-    stats = means(stats, sum(sum(sample.fields["weights"]) for sample in samples))
-    stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
-    counts = pop_tokens(role, stats, len(results))
-    return {
-        **prefixed(role, stats),
-        **counts,
-        **parity_figures(role, samples, logprobs, "parity" if role in batch.fresh else "drift"),
-    }

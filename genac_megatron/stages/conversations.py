@@ -21,6 +21,7 @@ from genac_megatron.environments.rendering import render, rewrites
 from genac_megatron.escaping import transcript
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, Turn
+from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Split, Task
 from genac_megatron.tasks.reasoning import written
@@ -76,21 +77,26 @@ def begun_environment(
     return environment
 
 
-def conversation_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Of a batch's conversations; {} where there are none."""
+def conversation_figures(rollouts: Sequence[Rollout], ranks: Ranks = ALONE) -> dict[str, float]:
+    """Of a batch's conversations, which all `ranks` have; {} where there are none."""
     both = [(rollout, rollout.episode) for rollout in rollouts if rollout.episode is not None]
-    if not both:
+    count, answers, shortened = ranks.totals(
+        len(both),
+        sum(turn.who != ACTOR for _, episode in both for turn in episode.turns),
+        sum(episode.shortened for _, episode in both),
+    )
+    if not count:
         return {}
-    count = len(both)
-    answers = sum(turn.who != ACTOR for _, episode in both for turn in episode.turns)
-    return {
-        "rollout/turns_mean": sum(episode.taken for _, episode in both) / count,
-        "rollout/observed_mean": sum(len(r.completion.ids) - r.completion.written for r, _ in both) / count,
-        "environment/failed": sum(episode.ended == "failed" for _, episode in both) / count,
-        "environment/out_of_turns": sum(episode.ended == "turns" for _, episode in both) / count,
-        "environment/out_of_tokens": sum(episode.ended == "tokens" for _, episode in both) / count,
-        "environment/shortened": sum(episode.shortened for _, episode in both) / max(answers, 1),
-    }
+    figures = ranks.means(
+        {
+            "rollout/turns_mean": [episode.taken for _, episode in both],
+            "rollout/observed_mean": [len(r.completion.ids) - r.completion.written for r, _ in both],
+            "environment/failed": [episode.ended == "failed" for _, episode in both],
+            "environment/out_of_turns": [episode.ended == "turns" for _, episode in both],
+            "environment/out_of_tokens": [episode.ended == "tokens" for _, episode in both],
+        }
+    )
+    return figures | {"environment/shortened": shortened / max(answers, 1.0)}
 
 
 async def opened(

@@ -24,6 +24,7 @@ from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, wit
 from genac_megatron.stages.conversations import conversation_figures
 from genac_megatron.stages.judging import Judge, StateJudge, TeacherJudge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
+from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
@@ -246,23 +247,24 @@ def judge_for(run: Run, limit: int, seed: tuple[object, ...], *, final: bool = F
     )
 
 
-def tell_too_long(run: Run, judgements: Iterable[Judgement]) -> None:
+def tell_too_long(run: Run, judgements: Iterable[Judgement], ranks: Ranks = ALONE) -> None:
     """Say once in a run that states have no judgement as their prompt has no room in the critic's model.
 
-    The judgements are those of all ranks; every batch's figures have the share of such states. Raises
-    InputError where all of them are such: then there is no critic.
+    The judgements are those that all `ranks` have. Collective over them. Every batch's figures have the share
+    of such states. Raises InputError where all of them are such: then there is no critic.
     """
     unique = {id(judgement): judgement for judgement in judgements}.values()
     long = [judgement for judgement in unique if judgement.too_long]
-    if not long or ("too_long" in run.told and len(long) < len(unique)):
+    count, whole = (int(x) for x in ranks.totals(len(long), len(unique)))
+    if not count or ("too_long" in run.told and count < whole):
         return
-    first = long[0].state
+    first = ranks.words([f"{j.state.rollout.key}@{j.state.index}" for j in long[:1]])[0]
     what = (
-        f"{len(long)} of {len(unique)} states, {first.rollout.key}@{first.index} for example, leave no room "
+        f"{count} of {whole} states, {first} for example, leave no room "
         f"for a judgement in the {run.critic.shape.max_positions} positions of the critic's model"
     )
     way_out = "lower judging.max_new_tokens or rollout.max_new_tokens, or use a model with more positions"
-    if len(long) == len(unique):
+    if count == whole:
         raise on_all_ranks(InputError(what, where="roles.critic.model", way_out=f"{way_out} (max_positions)"))
     run.told.add("too_long")
     run.progress.note(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genac_megatron.records import Completion, Judgement, Rollout, Sample, sample_of
+from genac_megatron.stages.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from genac_megatron.stages.runtime import Run
@@ -25,22 +26,26 @@ def parity_figures(
     samples: Sequence[Sample],
     logprobs: Sequence[Sequence[float]],
     group: str = "parity",
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token.
+    """mean, p99 and max of |delta|, and the k3 estimate of KL(engine || trainer) per token, of those that all
+    `ranks` have.
 
     Nothing where there is no token.
     """
-    if not any(sample.trained for sample in samples):
-        return {}
-    engine = np.array([x for sample in samples for x in sample.fields["behaviour"]])
-    trainer = np.array([x for values in logprobs for x in values])
+    engine = np.array([x for sample in samples for x in sample.fields["behaviour"]], np.float64)
+    trainer = np.array([x for values in logprobs for x in values], np.float64)
     delta = trainer - engine
     size = np.abs(delta)
+    count, distance, k3 = ranks.totals(len(size), size.sum(), (np.expm1(delta) - delta).sum())
+    if not count:
+        return {}
+    p99, most = ranks.quantiles(size, (0.99, 1.0))
     return {
-        f"{group}/{role}_mean": float(size.mean()),
-        f"{group}/{role}_p99": float(np.quantile(size, 0.99)),
-        f"{group}/{role}_max": float(size.max()),
-        f"{group}/{role}_k3": float((np.expm1(delta) - delta).mean()),
+        f"{group}/{role}_mean": distance / count,
+        f"{group}/{role}_p99": p99,
+        f"{group}/{role}_max": most,
+        f"{group}/{role}_k3": k3 / count,
     }
 
 

@@ -6,9 +6,11 @@ would be biased. It is in the run's state (`Progression.measured`, `.regime`), s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,9 +37,10 @@ from genac_megatron.recipe.algorithms import (
 )
 from genac_megatron.recipe.schema import PpoStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.accuracy import BLEND, blend_errors, pairs_of, within_prompts
+from genac_megatron.stages.accuracy import BLEND, blend_errors, pairs_of
 from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, segment_lengths
 from genac_megatron.stages.progression import Progression
+from genac_megatron.stages.ranks import Ranks
 from genac_megatron.stages.runtime import mean
 
 
@@ -56,27 +59,25 @@ def trusted_samples(
     """
     config, limit = stage.advantage, stage.rollout.max_new_tokens
     cache = stage.overlong.cache if stage.overlong is not None else None
-    lams = lambdas(at, config, batch, step)
+    lams, ranks = lambdas(at, config, batch, step), batch.ranks
     values, figures = baselines(at, config, batch, stage_rewards(stage, batch))
-    lam = lams[0] if len(set(lams)) == 1 else mean(lams)  # a mean of equal figures has its own rounding
-    figures |= {"actor/lam": lam, **_normalised(config)}
+    figures |= {"actor/lam": _shown_lam(lams, ranks), **_normalised(config)}
     if config.readiness is not None:
-        figures["actor/ready"] = mean(
-            is_ready(at.regime, config.readiness, g.prompt.id) for g in batch.groups
-        )
+        ready = [is_ready(at.regime, config.readiness, g.prompt.id) for g in batch.groups]
+        figures |= ranks.means({"actor/ready": ready})
     kept = [True] * len(lams)
     if stage.overlong_filter:
         kept = keep_whole([rollout.truncated for rollout in batch.rollouts])
-        figures["actor/filtered"] = 1.0 - mean(kept)
-        if not any(kept):
+        figures["actor/filtered"] = 1.0 - ranks.means({"": kept})[""]
+        if not ranks.any(any(kept)):
             return [], figures
     taught = batch.only(kept)
     lams, values = _kept(lams, kept), _kept(values, kept)
     samples = actor_samples(taught, config, lams, stage.actor_loss, limit, cache, values)
     advantages = [torch.tensor(sample.fields["advantages"]) for sample in samples]
     found = {
-        "advantage/gap": advantage_gap(advantages, taught.outcomes),
-        "advantage/within_response": variance_within(advantages),
+        "advantage/gap": advantage_gap(advantages, taught.outcomes, ranks.totals),
+        "advantage/within_response": variance_within(advantages, ranks.totals),
         "advantage/least_noise_share": _least_noise_share(
             taught, config, lams, actor_rewards(taught, limit, cache), values
         ),
@@ -87,14 +88,24 @@ def trusted_samples(
 def _least_noise_share(
     batch: Batch, config: AdvantageConfig, lams: Sequence[float], rewards: Tensor, values: Sequence[Tensor]
 ) -> float:
-    """Of the values, over the batch's tokens. rewards: [B]; values: per response its segments' baselines."""
+    """Of the values, over the batch's tokens. rewards: [B]; values: per response its segments' baselines.
+
+    Collective.
+    """
     returns = segment_gae(values, rewards, config.gamma, lams, 0.0)
-    parts: list[Tensor] = []
+    parts: list[Tensor] = [torch.zeros(3, 0, dtype=torch.float64)]
     for rollout, judgements, *both in zip(batch.rollouts, batch.judgements, returns, values, strict=True):
         lengths = segment_lengths(judgements, rollout.completion)
         logprobs = torch.tensor(rollout.completion.logprobs)
         parts.append(torch.stack([*(to_tokens(one, lengths).double() for one in both), logprobs.double()]))
-    return least_noise_share(*torch.cat(parts, 1))
+    returns_T, values_T, logprobs_T = torch.cat(parts, 1)
+    return least_noise_share(returns_T, values_T, logprobs_T, batch.ranks.totals)
+
+
+def _shown_lam(lams: Sequence[float], ranks: Ranks) -> float:
+    least, most = ranks.least(min(lams, default=math.inf)), -ranks.least(-max(lams, default=-math.inf))
+    # A mean of equal figures has its own rounding.
+    return least if least == most else ranks.means({"": lams})[""]
 
 
 def _kept(items: Sequence[Any], kept: Sequence[bool]) -> list[Any]:
@@ -178,7 +189,8 @@ def baselines(
 
 
 def learn_of(at: Progression, config: AdvantageConfig, batch: Batch, rewards: Tensor) -> None:
-    """Once the batch is trained on: take its errors into the run's state, for the batches after it.
+    """Once the batch is trained on: take its errors into the run's state, for the batches after it, the same
+    on every rank. Collective.
 
     rewards: the actor's, [B].
     """
@@ -189,7 +201,7 @@ def learn_of(at: Progression, config: AdvantageConfig, batch: Batch, rewards: Te
         figure = batch_accuracy(batch)[config.gate.figure]
         if figure == figure:
             regime["batch"] = {config.gate.figure: figure}
-    if config.blend is not None and (found := blend_errors(batch.groups, rewards.tolist())):
+    if config.blend is not None and (found := blend_errors(batch.groups, rewards.tolist(), batch.ranks)):
         before, momentum = regime.get("blend"), config.blend.momentum
         regime["blend"] = found if before is None else {
             key: momentum * before[key] + (1.0 - momentum) * value for key, value in found.items()
@@ -208,11 +220,9 @@ def _learn_problems(regime: dict[str, Any], config: Readiness, batch: Batch) -> 
     problems = regime.setdefault("problems", {})
     errors: dict[str, list[float]] = {}
     right: dict[str, bool] = {}
-    for group in batch.groups:  # a batch may have a problem twice
-        for rollout, judgements in zip(group.rollouts, group.judgements, strict=True):
-            own = errors.setdefault(rollout.prompt.id, [])
-            own += [(judgement.used - rollout.target) ** 2 for judgement in judgements]
-            right[rollout.prompt.id] = right.get(rollout.prompt.id, False) or rollout.target >= RIGHT
+    for problem, error, target in zip(*_errors_of_all(batch), strict=True):  # a batch may have one twice
+        errors.setdefault(problem, []).append(error)
+        right[problem] = right.get(problem, False) or target >= RIGHT
     for problem, found in errors.items():
         seen = problems.get(problem, (0.0, False))[1]
         problems[problem] = [mean(found), bool(seen or right[problem])]
@@ -220,8 +230,31 @@ def _learn_problems(regime: dict[str, Any], config: Readiness, batch: Batch) -> 
     regime["recent"] = [*regime.get("recent", []), mean(everything)][-config.steps :]
 
 
+def _errors_of_all(batch: Batch) -> tuple[list[str], list[float], list[float]]:
+    """Of every state that a rank judged: its problem, squared error, and response's target. Collective."""
+    numbers, _ = batch.numbers
+    rows = [
+        (number, (judgement.used - rollout.target) ** 2, rollout.target)
+        for number, rollout, judgements in zip(numbers, batch.rollouts, batch.judgements, strict=True)
+        for judgement in judgements
+    ]
+    ids = batch.problems
+    found = batch.ranks.rows(np.array(rows, np.float64).reshape(-1, 3))
+    found = found[np.argsort(found[:, 0], kind="stable")]
+    return [ids[int(number)] for number in found[:, 0]], found[:, 1].tolist(), found[:, 2].tolist()
+
+
 def batch_accuracy(batch: Batch) -> dict[str, float]:
-    """A batch's explained variance of outcomes, and the same within prompts; NaN where outcomes are alike."""
-    pairs = pairs_of(batch.groups)
-    whole = metrics.explained_variance([j.used for j, _ in pairs], [r.target for _, r in pairs])
-    return {"explained_variance": whole, "explained_variance_prompt": within_prompts(batch.groups)}
+    """A batch's explained variance of outcomes, and the same within prompts; NaN where outcomes are alike.
+
+    Collective.
+    """
+    numbers = dict(zip(map(id, batch.rollouts), batch.numbers[0], strict=True))
+    rows = [(numbers[id(r)], j.used, r.target, j.state.index) for j, r in pairs_of(batch.groups)]
+    found = batch.ranks.rows(np.array(rows, np.float64).reshape(-1, 4))
+    found = found[np.argsort(found[:, 0], kind="stable")]
+    whole = metrics.explained_variance(found[:, 1].tolist(), found[:, 2].tolist())
+    ids, found = batch.problems, found[found[:, 3] > 0]
+    keys = [ids[int(number)] for number in found[:, 0]]
+    within = metrics.explained_within(found[:, 1].tolist(), found[:, 2].tolist(), keys)
+    return {"explained_variance": whole, "explained_variance_prompt": within}

@@ -8,8 +8,9 @@ from functools import partial
 from genac_megatron.algorithms.losses import make_reinforce_loss
 from genac_megatron.recipe.schema import ReinforceStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.batch import critic_samples, next_batch, trained_figures
+from genac_megatron.stages.batch import critic_samples, next_batch
 from genac_megatron.stages.fallback import find_weights, go_back, keep_trained, keep_weights
+from genac_megatron.stages.figures import trained_figures
 from genac_megatron.stages.gates import check_critic_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
@@ -48,19 +49,20 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         )
         replayed: list[Sample] = []
         if replay is not None:
-            samples, replayed = replay.joined(samples, step)
+            samples, replayed = replay.joined(batch, samples, step)
         with run.phase("critic_train"):
+            taught = batch.dealt([*samples, *replayed])
             result = run.critic.train_step(
-                [*samples, *replayed], loss, temperature=run.recipe.judging.temperature, with_entropy=True
+                taught, loss, temperature=run.recipe.judging.temperature, with_entropy=True
             )
         own, others = result.logprobs[: len(samples)], result.logprobs[len(samples) :]
         figures |= trained_figures("critic", [result], batch, samples, own)
         keep_batch(run, stage, batch, step)
         if replay is not None:
-            figures |= replay.figures(replayed, others)
+            figures |= replay.figures(replayed, others, batch.ranks)
         told = run.icc if actor is None else met
         if told is not None:  # each actor has a success rate of its own
-            told.update(batch.targets, advance=False)
+            told.update([batch.mean_target], advance=False)
         figures |= merge_due(run, "critic", step=step)
         figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps

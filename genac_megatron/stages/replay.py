@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from genac_megatron.algorithms.replay import with_replay
 from genac_megatron.recipe.source_rules import replayed
 from genac_megatron.records import Sample
+from genac_megatron.stages.dealt import placed
+from genac_megatron.stages.ranks import Ranks
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft import part_figures
 from genac_megatron.stages.sft_data import check_room, kept_data, with_room
@@ -21,7 +23,10 @@ from genac_megatron.stages.sft_data import check_room, kept_data, with_room
 if TYPE_CHECKING:
     from genac_megatron.algorithms.losses import Loss
     from genac_megatron.recipe.schema import ReinforceStage
+    from genac_megatron.stages.batch import Batch
     from genac_megatron.stages.runtime import Run
+
+BEHIND = 1 << 40  # the first place of what is replayed: behind every judgement's
 
 
 class Replay:
@@ -29,6 +34,7 @@ class Replay:
 
     def __init__(self, run: Run, stage: ReinforceStage, *, fresh: bool) -> None:
         assert stage.replay is not None
+        self.run = run
         self.config, self.seed = stage.replay, (run.recipe.seed, stage.name, "replay")
         made = replayed(stage)
         with run.phase("data"):
@@ -41,19 +47,24 @@ class Replay:
         """The stage's, with the replay's added."""
         return with_replay(loss, self.config.weight)
 
-    def joined(self, samples: Sequence[Sample], step: int) -> tuple[list[Sample], list[Sample]]:
-        """(a step's samples, what is replayed in it), with the fields of both. Every step draws anew; a pool
-        that is smaller than the share goes in whole.
+    def joined(self, batch: Batch, samples: Sequence[Sample], step: int) -> tuple[list[Sample], list[Sample]]:
+        """(a step's samples, what is replayed in it), with the fields of both, this rank's part of each where
+        ranks have parts of the batch. Every step draws anew; a pool that is smaller than the share goes in
+        whole. Collective.
         """
-        tokens = sum(sample.trained for sample in samples)
-        return [_beside(sample) for sample in samples], replay_samples(
-            self.pool, tokens, self.config.share, seed_for(*self.seed, step)
-        )
+        (tokens,) = batch.ranks.totals(sum(sample.trained for sample in samples))
+        drawn = replay_samples(self.pool, int(tokens), self.config.share, seed_for(*self.seed, step))
+        drawn = placed(drawn, range(BEHIND, BEHIND + len(drawn)))
+        if batch.places is not None:
+            drawn = self.run.share(drawn)
+        return [_beside(sample) for sample in samples], drawn
 
-    def figures(self, replayed: Sequence[Sample], logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
-        """Apart from the critic's: by source, nats a token and tokens."""
+    def figures(
+        self, replayed: Sequence[Sample], logprobs: Sequence[Sequence[float]], ranks: Ranks
+    ) -> dict[str, float]:
+        """Apart from the critic's: by source, nats a token and tokens. Of what all `ranks` replayed."""
         carrying = [replace(one, fields={"weights": one.fields["nll_weights"]}) for one in replayed]
-        return part_figures("replay", carrying, logprobs)
+        return part_figures("replay", carrying, logprobs, ranks)
 
 
 def replay_samples(pool: Sequence[Sample], tokens: int, share: float, seed: int) -> list[Sample]:

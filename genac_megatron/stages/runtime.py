@@ -31,7 +31,6 @@ from genac_megatron.recipe.schema import ModelConfig, Recipe, RoleConfig, StageC
 from genac_megatron.recipe.servers import served_adapters, started_engines
 from genac_megatron.recipe.share import Share
 from genac_megatron.recipe.sharing import in_order, owner_of
-from genac_megatron.records import Sample
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
 from genac_megatron.stages.begun import begun_task, keep_told
@@ -48,10 +47,11 @@ from genac_megatron.tasks import Task
 from genac_megatron.tasks.tokenizer import prints_date, role_tokenizer, stop_token_ids
 from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import load_base, load_checkpoint
+from genac_megatron.training.distributed_batch import DistributedBatch
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.loading import load_peft
-from genac_megatron.training.role import Role
+from genac_megatron.training.role import Role, Samples
 
 T = TypeVar("T")
 NOT_FINITE = "fetch the folder again; where it was trained, take a checkpoint from before it diverged"
@@ -380,13 +380,18 @@ class Run:
         for key, value in figures.items():
             self._spent[key] = self._spent.get(key, 0.0) + value
 
-    def count_sequences(self, phase: str, samples: Sequence[Sample]) -> Callable[[float], None]:
-        """Count the tokens of a forward pass over `samples`, the same on every rank, to `phase`.
+    def count_sequences(self, phase: str, samples: Samples) -> Callable[[float], None]:
+        """Count the tokens of a forward pass over `samples`, a list that is the same on every rank or a batch
+        of all ranks' samples, to `phase`.
 
         What is returned takes how many of them were computed (`Role.launch_logprobs`), for unique/: a
         beginning that several samples share counts once there.
         """
-        self.count({f"tokens/{phase}": sum(len(sample.tokens) - 1 for sample in samples) / self.world.size})
+        if isinstance(samples, DistributedBatch):
+            tokens = sum(samples.lengths)
+        else:
+            tokens = sum(len(sample.tokens) - 1 for sample in samples)
+        self.count({f"tokens/{phase}": tokens / self.world.size})
         return lambda computed: self.count({f"unique/{phase}": computed})
 
     def note(self, figures: dict[str, float]) -> None:

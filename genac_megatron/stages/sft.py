@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.batch import prefixed, supervised
+from genac_megatron.stages.batch import supervised
 from genac_megatron.stages.fallback import keep_weights
+from genac_megatron.stages.figures import prefixed
 from genac_megatron.stages.gates import check_sft_gate
 from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.minibatches import pop_tokens
+from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_data import check_room, kept_data, pass_order, phases_of, with_room
@@ -84,8 +86,13 @@ def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tupl
     return loop.total, watch.settle(loop.total) if watch is not None else {}
 
 
-def part_figures(role: str, batch: Sequence[Sample], logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """By source, nats a token of those that carry loss, and how many do; nothing where there is no source."""
+def part_figures(
+    role: str, batch: Sequence[Sample], logprobs: Sequence[Sequence[float]], ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """By source, nats a token of those that carry loss, and how many do; nothing where there is no source.
+
+    Of the samples that all `ranks` have.
+    """
     sums: dict[str, list[float]] = {}
     for sample, values in zip(batch, logprobs, strict=True):
         if sample.part:
@@ -93,5 +100,8 @@ def part_figures(role: str, batch: Sequence[Sample], logprobs: Sequence[Sequence
             for weight, value in zip(sample.fields["weights"], values, strict=True):
                 nats[0] -= value if weight else 0.0
                 nats[1] += 1.0 if weight else 0.0
-    figures = {f"{role}/nll_{name}": nats / count for name, (nats, count) in sums.items() if count}
-    return figures | {f"{role}/tokens_{name}": count for name, (_, count) in sums.items()}
+    names = sums if ranks is ALONE else ranks.words(sums)
+    totals = ranks.totals(*(x for name in names for x in sums.get(name, (0.0, 0.0))))
+    found = dict(zip(names, zip(totals[::2], totals[1::2], strict=True), strict=True))
+    figures = {f"{role}/nll_{name}": nats / count for name, (nats, count) in found.items() if count}
+    return figures | {f"{role}/tokens_{name}": count for name, (_, count) in found.items()}

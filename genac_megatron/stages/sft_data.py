@@ -21,7 +21,7 @@ from genac_megatron.recipe.schema import Recipe, ReinforceStage, SftStage, Stage
 from genac_megatron.recipe.source_rules import replayed
 from genac_megatron.recipe.stages import named_sources
 from genac_megatron.records import Sample, State
-from genac_megatron.stages.batch import Batch, play
+from genac_megatron.stages.batch import Batch, gathered_batch, play
 from genac_megatron.stages.monte_carlo import monte_carlo_values, own_traces
 from genac_megatron.stages.played import Player, played_samples
 from genac_megatron.stages.room import ROUNDS, SPARE, check_chats, listed
@@ -363,7 +363,7 @@ class Drawn:
         # Prompts that come again, in a later batch, are played with other seeds.
         seed = (*order.seed, "states") if self.prompts == 0 else (*order.seed, "states", self.prompts)
         self.prompts += count
-        batch = play(run, prompts, order.rollout, seed, judged=False, task=order.task)
+        batch = gathered_batch(run, play(run, prompts, order.rollout, seed, judged=False, task=order.task))
         self.responses += len(batch.rollouts)
         return run.together(lambda: batch_states(run, batch))
 

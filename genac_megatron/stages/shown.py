@@ -36,16 +36,27 @@ def keep_batch(run: Run, stage: StageConfig, batch: Batch, step: int) -> None:
             run.told.add("rollouts")
             run.progress.note(f"{ROLLOUTS} has {MOST_BYTES >> 20} MiB: no more rollouts of batches are kept")
         return
-    keep(run, stage, batch.groups, step, trained=True)
+    batch = batch.first(config.shown_rollouts)
+    rows = [shown_of(run, stage, group, step, trained=True) for group in batch.groups]
+    if batch.places is not None:
+        placed = [one for part in run.gather([list(zip(batch.places, rows, strict=True))]) for one in part]
+        rows = [row for _, row in sorted(placed, key=lambda one: one[0])]
+    for row in rows:
+        run.append(ROLLOUTS, row)
 
 
-def keep(run: Run, stage: StageConfig, groups: Sequence[Group], step: int, *, trained: bool = False) -> None:
+def keep(run: Run, stage: StageConfig, groups: Sequence[Group], step: int) -> None:
     """Keep the first response of the first groups, the same on every rank. Collective."""
     for group in groups[: run.recipe.observe.shown_rollouts]:
-        judgements = group.judgements[0] if group.judgements else []
-        run.append(
-            ROLLOUTS, shown_rollout(run, stage.name, step, group.rollouts[0], judgements, trained=trained)
-        )
+        run.append(ROLLOUTS, shown_of(run, stage, group, step))
+
+
+def shown_of(
+    run: Run, stage: StageConfig, group: Group, step: int, *, trained: bool = False
+) -> dict[str, Any]:
+    """A group's first response."""
+    judgements = group.judgements[0] if group.judgements else []
+    return shown_rollout(run, stage.name, step, group.rollouts[0], judgements, trained=trained)
 
 
 def _has_room(run: Run) -> bool:

@@ -17,7 +17,7 @@ from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.shown import keep_batch
 from genac_megatron.stages.under_way import collected
 from genac_megatron.stages.value_targets import lesson_of
-from genac_megatron.stages.values import launch_values, response_values, returns
+from genac_megatron.stages.values import launch_values, response_values, returns, value_batch
 
 
 def value(run: Run, stage: ValueStage, loop: Loop) -> None:
@@ -45,19 +45,20 @@ def from_rollouts(run: Run, stage: ValueStage, loop: Loop) -> None:
     for step in loop.steps(stage.steps):
         batch, figures = next_batch(run, stage, step)
         with run.phase("values"):
-            values = response_values(run, batch.rollouts)
+            values = response_values(run, batch.rollouts, batch=batch)
         learnt = returns(values, batch.targets, stage.value)
         at = (run.recipe.seed, stage.name, step)
         lesson = lesson_of(run, stage.rollout, batch, learnt, stage.value, at)
         update = launch_values(
             run,
-            batch.rollouts,
+            value_batch(run, batch.rollouts, values, lesson, batch),
             values,
             lesson,
             stage.value,
             parts=parts,
             epochs=epochs,
             seed=seed_for(*at, "critic"),
+            ranks=batch.ranks,
         )
         figures |= collected(run, [update]) | merge_due(run, "critic", step=step)
         keep_batch(run, stage, batch, step)

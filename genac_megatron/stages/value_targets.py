@@ -21,6 +21,7 @@ from genac_megatron.recipe.algorithms import RegressionConfig
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Rollout, State, sample_of
 from genac_megatron.stages.batch import Batch, generator_for
+from genac_megatron.stages.dealt import placed
 from genac_megatron.stages.rollouts import continue_states
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.values import Lesson, places_of
@@ -46,7 +47,7 @@ def lesson_of(
     scales = None
     if config.by_spread:
         rows = [[r.target for r in group.rollouts] for group in batch.groups]
-        weights = spread_weights(torch.tensor(rows)).tolist()
+        weights = spread_weights(torch.tensor(rows or [[0.0]])[: len(rows)], batch.ranks.totals).tolist()
         scales = [w for w, row in zip(weights, rows, strict=True) for _ in row]
     if config.target == "monte_carlo":
         drawn, cuts = monte_carlo_values(run, rollout, batch, config, seed)
@@ -61,16 +62,16 @@ def exact_values(
 ) -> list[Tensor]:
     """Per rollout [T], the exact teacher's value of each prefix, or of those at `places` alone (else 0).
 
-    Collective: each rank asks it about its share. Raises InputError where the task has none.
+    Collective: each rank asks it about its own. Raises InputError where the task has none.
     """
     teacher, icc = run.task.teacher, run.icc
     if teacher is None or icc is None:
         what = f"the task '{run.recipe.task.kind}' has no exact teacher that could say what a value is"
         raise on_all_ranks(InputError(what, where="value.target", way_out="set it to outcome or monte_carlo"))
-    asked = run.share([(one, None if places is None else places[i]) for i, one in enumerate(rollouts)])
+    asked = [(one, None if places is None else places[i]) for i, one in enumerate(rollouts)]
     tokenizer = run.tokenizers["actor"]
     mine = run.together(lambda: [_taught(teacher, one, at, tokenizer, icc.p_bar) for one, at in asked])
-    return [torch.tensor(values) for values in run.gather(mine)]
+    return [torch.tensor(values) for values in mine]
 
 
 def _taught(
@@ -112,11 +113,11 @@ def monte_carlo_values(
                 wanted.setdefault(key, cuts[key[1]])
             found.append(keys)
     generator = generator_for(run, rollout, (*seed, "monte carlo"), judged=False)
-    mine, late = run.share(list(wanted.values())), run.task.late
+    mine, late = list(wanted.values()), run.task.late
     drawn = run.generating(lambda: continue_states(generator, mine, config.continuations))
     run.spend("rollout", "actor")
     run.count({"verify/late": float(run.task.late - late)})
-    known = dict(zip(wanted, run.gather([mean(outcomes) for outcomes in drawn]), strict=True))
+    known = dict(zip(wanted, map(mean, drawn), strict=True))
     targets = []
     for one, keys in zip(batch.rollouts, found, strict=True):
         values = torch.zeros(len(one.completion.ids))
@@ -131,7 +132,8 @@ def towards_the_moved(run: Run, batch: Batch, lesson: Lesson, cap: float, temper
 
     One more pass of the actor, over all responses. temperature: of the rollouts, as of their log-probs.
     """
-    samples = [sample_of(rollout.prompt.ids, rollout.completion) for rollout in batch.rollouts]
+    made = [sample_of(rollout.prompt.ids, rollout.completion) for rollout in batch.rollouts]
+    samples = batch.dealt(placed(made, batch.numbers[0]))
     counted = run.count_sequences("moved", samples)
     with run.phase("moved"):
         found = run.actor.logprobs(samples, temperature=temperature, counted=counted)

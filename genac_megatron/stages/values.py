@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from genac_megatron.algorithms.advantages import explained_variance
 from genac_megatron.algorithms.baselines.ppo import token_gae, value_targets
 from genac_megatron.algorithms.baselines.sp3o import trained_places
 from genac_megatron.algorithms.baselines.vapo import length_adaptive_lambda
@@ -18,10 +18,17 @@ from genac_megatron.critic.states import cut_states
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig, ValueConfig
 from genac_megatron.records import Completion, Judgement, Rollout, Sample, sample_of
+from genac_megatron.stages.dealt import Dealt, placed
 from genac_megatron.stages.minibatches import launch_parts, minibatches, pop_tokens
+from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import Run, largest, mean
 from genac_megatron.stages.under_way import Update
+from genac_megatron.training.distributed_batch import DistributedBatch
+from genac_megatron.training.role import Samples
+
+if TYPE_CHECKING:
+    from genac_megatron.stages.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -52,17 +59,25 @@ def need_same_tokens(run: Run) -> None:
         )
 
 
-def response_values(run: Run, rollouts: Sequence[Rollout], phase: str = "value") -> list[Tensor]:
-    """Per rollout, V(prefix strictly before token t) of each sampled token, [T]. Collective: same on all.
+def response_values(
+    run: Run, rollouts: Sequence[Rollout], phase: str = "value", batch: Batch | None = None
+) -> list[Tensor]:
+    """Per rollout, V(prefix strictly before token t) of each sampled token, [T]. Collective.
 
-    phase: what its tokens are counted to.
+    phase: what its tokens are counted to. batch: the one whose responses they are, of all ranks; None: they
+    are the same on every rank.
     """
-    samples = [_sequence(rollout) for rollout in rollouts]
+    samples = _dealt([_sequence(rollout) for rollout in rollouts], batch)
     counted = run.count_sequences(phase, samples)
     found = run.critic.values(samples, counted=counted)
     for rollout, values in zip(rollouts, found, strict=True):
         rollout.values = values
     return [torch.tensor(values) for values in found]
+
+
+def _dealt(samples: list[Sample], batch: Batch | None) -> Samples:
+    """Of a batch's responses, in their order."""
+    return samples if batch is None else batch.dealt(placed(samples, batch.numbers[0]))
 
 
 def _sequence(rollout: Rollout) -> Sample:
@@ -88,17 +103,19 @@ def returns(values: Sequence[Tensor], outcomes: Sequence[float], config: Regress
     return value_targets(values, advantages)
 
 
-def value_samples(rollouts: Sequence[Rollout], values: Sequence[Tensor], lesson: Lesson) -> list[Sample]:
+def value_samples(
+    rollouts: Sequence[Rollout], values: Sequence[Tensor], lesson: Lesson, ranks: Ranks = ALONE
+) -> list[Sample]:
     """What the critic is trained on: every token of every response, or those of the lesson alone.
 
-    Loss weights sum to 1 where no response is scaled, and to 0 where every token is dropped.
+    Loss weights sum to 1 where no response is scaled, over all `ranks`, and to 0 where all is dropped.
     """
     masks = [torch.ones(len(value)) for value in values]
     if lesson.places is not None:
         masks = [_mask(len(value), indices) for value, indices in zip(values, lesson.places, strict=True)]
     if lesson.kept is not None:
         masks = [mask * kept for mask, kept in zip(masks, lesson.kept, strict=True)]
-    total = sum(float(mask.sum()) for mask in masks) or 1.0
+    total = ranks.totals(sum(float(mask.sum()) for mask in masks))[0] or 1.0
     samples = []
     for i, (rollout, value, target) in enumerate(zip(rollouts, values, lesson.targets, strict=True)):
         sample = _sequence(rollout)
@@ -135,9 +152,24 @@ def places_of(run: Run, rollouts: Sequence[Rollout], config: RegressionConfig) -
     ]
 
 
-def launch_values(
+def value_batch(
     run: Run,
     rollouts: Sequence[Rollout],
+    values: Sequence[Tensor],
+    lesson: Lesson,
+    batch: Batch | None = None,
+) -> Dealt:
+    """What the critic is trained on, where it trains. Collective. batch: as for `response_values`."""
+    ranks = ALONE if batch is None else batch.ranks
+    samples = value_samples(rollouts, values, lesson, ranks)
+    made = _dealt(samples, batch)
+    where = run.critic.take(made) if isinstance(made, DistributedBatch) else made
+    return Dealt(samples, where, ranks.any(any(max(one.fields["weights"], default=0) > 0 for one in samples)))
+
+
+def launch_values(
+    run: Run,
+    taught: Dealt,
     values: Sequence[Tensor],
     lesson: Lesson,
     config: RegressionConfig,
@@ -145,34 +177,33 @@ def launch_values(
     parts: int,
     epochs: int,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> Update:
     """Regression on one batch, in `parts` updates an epoch, for `collected`. Collective.
 
-    Where every token is dropped there is no update.
+    Where every token is dropped there is no update. ranks: whose responses they are.
     """
-    samples = value_samples(rollouts, values, lesson)
     loss = make_value_loss(config.clip, logit=run.critic.shape.logit)
-    trained = torch.tensor([weight for sample in samples for weight in sample.fields["weights"]]) > 0
+    trained = torch.tensor([weight for one in taught.mine for weight in one.fields["weights"]]) > 0
     with run.phase("critic_train"):
         # A scaled response keeps its share of the loss in whichever part it comes to.
-        made = minibatches(samples, parts, epochs, seed, constant=lesson.scales is not None)
-        planned = epochs * min(parts, len(samples))
-        launched = launch_parts(run.critic, made if trained.any() else [], loss, planned)
+        made = minibatches(taught.where, parts, epochs, seed, constant=lesson.scales is not None)
+        planned = epochs * min(parts, len(taught.where))
+        launched = launch_parts(run.critic, made if taught.carries_loss else [], loss, planned)
 
     def figures() -> dict[str, float]:
-        dropped = {} if lesson.kept is None else {"critic/dropped_share": _dropped_share(lesson)}
+        dropped = {} if lesson.kept is None else {"critic/dropped_share": _dropped_share(lesson, ranks)}
         if not launched:
             return dropped
         results = [one.result() for one in launched]
         stats = {key: mean(result.stats[key] for result in results) for key in results[0].stats}
         stats["grad_norm"] = largest(result.stats["grad_norm"] for result in results)
         tokens = pop_tokens("critic", stats, len(results))
-        explained = explained_variance(
-            torch.cat(list(values))[trained], torch.cat(list(lesson.targets))[trained]
-        )
+        nothing = torch.zeros(0)
+        found = torch.cat([nothing, *values])[trained], torch.cat([nothing, *lesson.targets])[trained]
         return {
             **{f"critic/{key}": value for key, value in stats.items()},
-            "critic/explained_variance": float(explained),
+            "critic/explained_variance": ranks.explained_variance(*found),
             **tokens,
             **dropped,
         }
@@ -180,13 +211,14 @@ def launch_values(
     return Update(launched, figures)
 
 
-def _dropped_share(lesson: Lesson) -> float:
-    """Of the tokens whose value would be trained."""
+def _dropped_share(lesson: Lesson, ranks: Ranks) -> float:
+    """Of the tokens whose value would be trained. Collective over `ranks`."""
     assert lesson.kept is not None
     kept = lesson.kept
     if lesson.places is not None:
         kept = [one[torch.tensor(at, dtype=torch.long)] for one, at in zip(kept, lesson.places, strict=True)]
-    return 1.0 - float(torch.cat(kept).double().mean())
+    left, whole = ranks.totals(sum(int(one.sum()) for one in kept), sum(len(one) for one in kept))
+    return 1.0 - left / whole
 
 
 def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:

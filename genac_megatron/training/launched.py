@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from genac_megatron import platform
+from genac_megatron.training.distributed_batch import DistributedBatch, Scores
 from genac_megatron.training.layout import Layout
 
 NEED_FINITE = ("loss", "grad_norm")  # of a training step's stats
@@ -39,8 +41,32 @@ class Launched(Generic[T]):
         Launched passes are collected in the same order on every rank.
         """
         if self._found is None:
-            self._found = (self._finish(_from(self._layout.output_rank, self._mine, None)),)
+            self._found = (self._finish(_from(self._layout.output_rank, self._mine)),)
         return self._found[0]
+
+
+class ScoredPass(Launched[T]):
+    """A pass over a batch's samples, which gives figures per trained token besides.
+
+    stats: what the last stage knows of the pass, the same few figures whatever the batch. finish: takes them,
+    and a function that brings this rank its samples' figures, which every rank calls or none.
+    scores: on the block's ranks, of the samples that are there.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        groups: Any,
+        stats: dict[str, float] | None,
+        finish: Callable[[dict[str, float], Callable[[], list[list[float]]]], T],
+        batch: DistributedBatch,
+        scores: dict[int, Scores] | None,
+    ) -> None:
+        def whole(found: dict[str, float]) -> T:
+            return finish(found, lambda: batch.returned(scores, layout))
+
+        super().__init__(layout, groups, stats, whole)
+        self._scores = scores
 
     def spoilt(self) -> bool:
         """Whether a training step's result will be refused, so that another update on top of it is in vain.
@@ -49,30 +75,29 @@ class Launched(Generic[T]):
         """
         if self._groups is None:
             return False
-        stats = self._mine[0]
-        finite = all(math.isfinite(stats.get(key, 0.0)) for key in NEED_FINITE)  # losses: on last stages
+        finite = all(math.isfinite(self._mine.get(key, 0.0)) for key in NEED_FINITE)  # losses: on last stages
         told = torch.tensor([float(not finite)], device=platform.device())
         dist.all_reduce(told, group=self._groups.intra_dist_opt)
         return bool(told.item())
 
-    def for_ranks_of(self, other: Layout) -> T | None:
-        """The result, for what `other`'s ranks do next; None on ranks that are in neither block.
-
-        Of log-probs and values alone: a step's result may be refused, which all ranks must learn at once.
-
-        Collective: over this block alone where it holds all of `other`'s ranks, else over the world.
+    def for_ranks_of(self, other: Layout) -> dict[int, Scores]:
+        """Of a list: all samples' figures, for what `other`'s ranks do next; {} on ranks that are in neither
+        block. Collective over the world where `other` has ranks outside this block.
         """
-        if not set(other.ranks) <= set(self._layout.ranks):
-            return self.result()
-        if self._groups is None:
-            return None
-        return self._finish(_from(self._layout.output_rank, self._mine, self._groups.intra_dist_opt))
+        if set(other.ranks) <= set(self._layout.ranks):
+            return self.there()
+        whole = cast("list[list[float]]", self.result())
+        return {i: np.array(values, np.float32) for i, values in enumerate(whole)}
+
+    def there(self) -> dict[int, Scores]:
+        """The figures of the samples that the role's block has on this rank; {} outside. Nobody waits."""
+        return self._scores or {}
 
 
-def _from(rank: int, value: Any, group: Any) -> Any:
-    """`value` of a global rank, on all ranks of a group; None: of the world."""
-    if dist.get_world_size(group) == 1:
+def _from(rank: int, value: Any) -> Any:
+    """`value` of a rank, on all ranks of the world."""
+    if dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=rank, group=group)
+    dist.broadcast_object_list(box, src=rank)
     return box[0]

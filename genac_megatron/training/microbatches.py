@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
 
 from genac_megatron.models.dropout import attach_keys, prefixes_of, token_keys
 from genac_megatron.models.families.base import Shape
@@ -18,7 +21,7 @@ from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.packing import Pack, Plan, build_pack, plan_packs, sample_multiple_for
 from genac_megatron.training.tree_packs import build_tree_pack
-from genac_megatron.training.trees import Order, forest_of, order_of, plan_trees
+from genac_megatron.training.trees import Order, forest_of, plan_trees
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()  # roles that were told of flat packs
@@ -49,34 +52,48 @@ def pair_cost(shape: Shape) -> float:
     return 2.0 * shape.layers * shape.heads * shape.head_dim / parameters(shape)
 
 
-def microbatches(
-    samples: Sequence[Sample],
+@dataclass(frozen=True)
+class Planned:
+    """Which samples go together: the same on every rank."""
+
+    plan: Plan
+    order: Order | None  # of shared beginnings; None: packs are flat
+    pad_to: int | None  # positions of every pack; None: as many as it needs
+    multiple: int  # what a pack's length is a multiple of
+    filled: int  # what a sample's span is a multiple of
+
+    def owner(self, count: int) -> NDArray[np.int64]:
+        """The data-parallel rank of each of the batch's `count` samples."""
+        owner = np.zeros(count, np.int64)
+        for dp_rank, row in enumerate(self.plan):
+            owner[[i for pack in row for i in pack]] = dp_rank
+        return owner
+
+
+def planned(
+    lengths: Sequence[int],
+    order_of_all: Callable[[], Order],
     layout: Layout,
-    dp_rank: int,
-    cp_rank: int = 0,
     *,
     training: TrainingConfig,
     shape: Shape,
     multiple: int,
     trees: bool,
-) -> list[Pack]:
-    """The packs of rank dp_rank, the longest first; a function of its arguments, so ranks need not talk.
+) -> Planned:
+    """The micro-batches of all data-parallel ranks, the longest of each first; a function of its arguments,
+    so ranks need not talk.
 
-    Under context parallelism they are cut to what cp_rank holds.
-
-    multiple: what a pack's length is a multiple of. trees: samples that begin alike may share (training/
-    trees.py); where that saves too little, and in packs where nobody shares, all is as without.
+    lengths: input positions by sample. multiple: what a pack's length is a multiple of. trees: samples that
+    begin alike, as order_of_all says, may share (training/trees.py); where that saves too little, and in
+    packs where nobody shares, all is as without.
     """
-    check_experts(samples, shape)
-    fields = sorted(samples[0].fields) if samples else []
-    lengths = [len(s.tokens) - 1 for s in samples]
     filled = sample_multiple_for(layout.cp)
     step = layout.pp if layout.vpp > 1 else 1
     limit = training.tokens_per_microbatch
     order: Order | None = None
     plan: Plan | None = None
     if trees and min(lengths, default=0) > 0 and limit >= multiple:
-        order = order_of(samples)
+        order = order_of_all()
         plan = plan_trees(
             order,
             dp=layout.dp,
@@ -101,7 +118,26 @@ def microbatches(
     if one_shape or gathered:  # stages, or experts' ranks, exchange activations of one known shape
         pad_to = max(_tokens(pack, lengths, order, filled) for rank in plan for pack in rank)
         pad_to = -(-pad_to // multiple) * multiple
-    packs = [_build(samples, pack, order, multiple, filled, pad_to, fields) for pack in plan[dp_rank]]
+    return Planned(plan, order, pad_to, multiple, filled)
+
+
+def microbatches(
+    samples: Mapping[int, Sample],
+    fields: Sequence[str],
+    made: Planned,
+    layout: Layout,
+    dp_rank: int,
+    cp_rank: int = 0,
+    *,
+    training: TrainingConfig,
+    shape: Shape,
+) -> list[Pack]:
+    """The packs of rank dp_rank, whose samples are `samples` by their places in the batch.
+
+    Under context parallelism they are cut to what cp_rank holds.
+    """
+    check_experts(samples, shape)
+    packs = [_build(samples, pack, made, fields) for pack in made.plan[dp_rank]]
     if training.adapter is not None and training.adapter.dropout:
         for pack in packs:
             pack.prefixes_T = prefixes_of(pack.tokens_T, pack.positions_T, pack.cu_seqlens, pack.tree)
@@ -113,23 +149,20 @@ def _tokens(pack: Sequence[int], lengths: Sequence[int], order: Order | None, fi
     return sum(-(-lengths[i] // filled) * filled for i in pack) if order is None else order.size(pack)
 
 
-def _build(
-    samples: Sequence[Sample],
-    pack: Sequence[int],
-    order: Order | None,
-    multiple: int,
-    filled: int,
-    pad_to: int | None,
-    fields: Sequence[str],
-) -> Pack:
-    if order is not None:
-        forest = forest_of(order, pack)
+def _build(samples: Mapping[int, Sample], pack: Sequence[int], made: Planned, fields: Sequence[str]) -> Pack:
+    if made.order is not None:
+        forest = forest_of(made.order, pack)
         if forest.branched:
             return build_tree_pack(
-                samples, pack, forest, multiple=multiple, pad_to=pad_to, field_names=fields
+                samples, pack, forest, multiple=made.multiple, pad_to=made.pad_to, field_names=fields
             )
     return build_pack(
-        samples, pack, multiple=multiple, pad_to=pad_to, field_names=fields, sample_multiple=filled
+        samples,
+        pack,
+        multiple=made.multiple,
+        pad_to=made.pad_to,
+        field_names=fields,
+        sample_multiple=made.filled,
     )
 
 

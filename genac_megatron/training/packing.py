@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from genac_megatron.models.context_parallel import share_of
 from genac_megatron.models.packed_attention import TreeShape
 from genac_megatron.records import Sample
 
+Samples = Sequence[Sample] | Mapping[int, Sample]  # by their places in a batch
 Plan = list[list[list[int]]]  # [dp][micro-batch][sample indices]
 
 # How many rows an FP8 matrix needs a multiple of (Transformer Engine: 16 for a scale per tensor, a
@@ -302,7 +303,7 @@ class Pack:
 
 
 def build_pack(
-    samples: Sequence[Sample],
+    samples: Samples,
     indices: Sequence[int],
     *,
     multiple: int = 1,
@@ -360,7 +361,7 @@ def build_pack(
     )
 
 
-def _experts(samples: Sequence[Sample], indices: Sequence[int], bounds: Sequence[int]) -> Tensor | None:
+def _experts(samples: Samples, indices: Sequence[int], bounds: Sequence[int]) -> Tensor | None:
     """The experts that engines chose, at their positions; None where no sample has any."""
     experts_TLK: Tensor | None = None
     for i, begin in zip(indices, bounds, strict=False):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import (
@@ -35,9 +36,17 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.profile import mark
 from genac_megatron.recipe.schema import OptimizerConfig, RoleConfig
 from genac_megatron.records import Sample
-from genac_megatron.training.launched import NEED_FINITE, Launched
+from genac_megatron.training.distributed_batch import DistributedBatch, Scores, everywhere
+from genac_megatron.training.exchange import gathered_rows
+from genac_megatron.training.launched import NEED_FINITE, Launched, ScoredPass
 from genac_megatron.training.layout import Layout
-from genac_megatron.training.microbatches import microbatches, packed_params, shares_prefixes
+from genac_megatron.training.microbatches import (
+    Planned,
+    microbatches,
+    packed_params,
+    planned,
+    shares_prefixes,
+)
 from genac_megatron.training.offload import forget_masters, forget_passes
 from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
 from genac_megatron.training.packing import Pack, multiple_for, unpack
@@ -46,17 +55,18 @@ from genac_megatron.training.trained import is_trained
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 Counted = Callable[[float], None]
-Passed = tuple[dict[str, float], list[list[float]]]  # sums of stats, and log-probs per sample
+Samples = Sequence[Sample] | DistributedBatch  # a list: the whole batch, the same on every rank
 
 
 @dataclass
 class StepResult:
-    """What a training step did, the same on every rank of the world."""
+    """What a training step did; its stats are the same on every rank of the world."""
 
     # The loss's weighted sums over the batch, plus grad_norm, lr, tokens, and computed_tokens: of shared
     # prefixes once
     stats: dict[str, float]
-    logprobs: list[list[float]]  # per sample, of its trained tokens, before the update
+    # Per sample (of a distributed batch: made on this rank), of its trained tokens, before the update
+    logprobs: list[list[float]]
 
 
 class Role(Resting):
@@ -192,22 +202,35 @@ class Role(Resting):
 
     # --- passes --------------------------------------------------------------------------------
 
+    def take(self, samples: Samples) -> DistributedBatch:
+        """The batch on this role's block, for several passes over it: one exchange brings samples of a
+        distributed batch to the ranks that compute them, unless they are there already.
+
+        Collective over the world. Raises InputError, on every rank, for experts that the model has not.
+        """
+        batch = samples if isinstance(samples, DistributedBatch) else everywhere(samples)
+        if batch.everywhere or (batch.block is not None and batch.block.deals_as(self.layout)):
+            return batch
+        if batch.block is not None:
+            raise ValueError(f"{self.name} is given a batch that lies on the block of {batch.block.name}")
+        batch.need_experts(self.shape)
+        return batch.brought(self.layout, self.groups, self._planned(batch).owner(len(batch)))
+
     def launch_step(
         self,
-        samples: Sequence[Sample],
+        samples: Samples,
         loss: Loss,
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
-    ) -> Launched[StepResult]:
-        """One optimizer step over `samples` (the whole batch, the same list on every rank of the role).
+    ) -> ScoredPass[StepResult]:
+        """One optimizer step over `samples`. Collective over the block, or over the world where `take` is.
 
-        The loss is a sum over tokens whose `weights` are normalised over the batch, so the step is the
-        same in every layout. Its result raises NotFinite on every rank where its loss or gradient is: the
-        weights are spoilt by then.
+        The loss is a sum over tokens whose `weights` are normalised over the batch, so the step is the same
+        in every layout. Its result raises NotFinite on every rank where its loss or gradient is.
         """
         self.serial += 1
-        mine: Passed | None = None
+        batch, stats, scores = self.take(samples), None, None
         if self.active:
             self.wake()
             for chunk in self.chunks:
@@ -215,20 +238,19 @@ class Role(Resting):
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             with mark(f"{self.name} forward and backward"):
-                outputs, packs = self._run(samples, loss, temperature, with_entropy, forward_only=False)
+                outputs, packs = self._run(batch, loss, temperature, with_entropy, forward_only=False)
             with mark(f"{self.name} optimizer"):
                 ok, grad_norm, _ = self.optimizer.step()
             lr = self.optimizer.param_groups[0]["lr"]
             self.scheduler.step(increment=1)
-            stats, logprobs = self._collect(outputs, packs, len(samples))
+            stats, scores = self._collect(outputs, packs, batch)
             stats |= {"grad_norm": float(grad_norm or 0.0), "lr": float(lr), "updated": float(bool(ok))}
-            stats["tokens"] = float(sum(len(s.tokens) - 1 for s in samples))
-            mine = stats, logprobs
-        return Launched(self.layout, self.groups, mine, self._finite)
+            stats["tokens"] = float(sum(batch.lengths))
+        return ScoredPass(self.layout, self.groups, stats, self._finite, batch, scores)
 
     def train_step(
         self,
-        samples: Sequence[Sample],
+        samples: Samples,
         loss: Loss,
         *,
         temperature: float = 1.0,
@@ -268,7 +290,7 @@ class Role(Resting):
             chunk.train()
             chunk.zero_grad_buffer()
         with mark(f"{self.name} forward and backward"):
-            self._run(samples, loss, temperature, False, forward_only=False)
+            self._run(everywhere(samples), loss, temperature, False, forward_only=False)
         rank, ranks = self.groups.dp.rank(), self.layout.dp
         buckets = [bucket.grad_data for buffer in self._buffers() for bucket in buffer.buckets]
         # Of a bucket that is scattered by rank, and of one that all ranks have whole, this share is summed.
@@ -290,38 +312,38 @@ class Role(Resting):
         way_out = f"leave {key} out: data-parallel ranks share the work"
         raise on_all_ranks(InputError(what, where=f"roles.{self.name}.{key}", way_out=way_out))
 
-    def _finite(self, passed: Passed) -> StepResult:
-        stats, logprobs = passed
+    def _finite(self, stats: dict[str, float], scores: Callable[[], list[list[float]]]) -> StepResult:
         for key in NEED_FINITE:
             if not math.isfinite(stats[key]):
                 raise on_all_ranks(NotFinite(f"{self.name}/{key} is {stats[key]}"))
-        return StepResult(stats, logprobs)
+        return StepResult(stats, scores())
 
     @torch.no_grad()
     def launch_logprobs(
         self,
-        samples: Sequence[Sample],
+        samples: Samples,
         *,
         temperature: float = 1.0,
         base: bool = False,
         counted: Counted | None = None,
-    ) -> Launched[list[list[float]]]:
-        """Per sample, the log-probs of its trained tokens under the current weights.
+    ) -> ScoredPass[list[list[float]]]:
+        """Per sample, the log-probs of its trained tokens under the current weights; of a distributed batch
+        per sample that was made on this rank.
 
         base: under those that an adapter stands beside. counted: is told on one rank how many tokens all
-        ranks together computed.
+        ranks together computed. Collective as `launch_step`.
         """
-        mine: Passed | None = None
+        batch, stats, scores = self.take(samples), None, None
         if self.active:
             self.wake()
             for chunk in self.chunks:
                 chunk.eval()
             with mark(f"{self.name} forward"), self._without_adapters(base):
-                outputs, packs = self._run(samples, _no_loss, temperature, False, forward_only=True)
-            mine = self._collect(outputs, packs, len(samples))
+                outputs, packs = self._run(batch, _no_loss, temperature, False, forward_only=True)
+            stats, scores = self._collect(outputs, packs, batch)
             if counted is not None and dist.get_rank() == self.layout.output_rank:
-                counted(mine[0]["computed_tokens"])
-        return Launched(self.layout, self.groups, mine, lambda passed: passed[1])
+                counted(stats["computed_tokens"])
+        return ScoredPass(self.layout, self.groups, stats, lambda _, found: found(), batch, scores)
 
     @contextmanager
     def _without_adapters(self, off: bool) -> Iterator[None]:
@@ -334,11 +356,11 @@ class Role(Resting):
             for each in adapters:
                 each.switch(True)
 
-    def logprobs(self, samples: Sequence[Sample], **how: Any) -> list[list[float]]:
+    def logprobs(self, samples: Samples, **how: Any) -> list[list[float]]:
         """`launch_logprobs` and its result. Collective over the world."""
         return self.launch_logprobs(samples, **how).result()
 
-    def values(self, samples: Sequence[Sample], **how: Any) -> list[list[float]]:
+    def values(self, samples: Samples, **how: Any) -> list[list[float]]:
         """Per sample, a scalar critic's value of the prefix strictly before each of its trained tokens.
 
         how: as for `launch_logprobs`.
@@ -348,35 +370,46 @@ class Role(Resting):
             return outputs
         return [torch.tensor(logits).sigmoid().tolist() for logits in outputs]
 
-    def _packs(self, samples: Sequence[Sample]) -> list[Pack]:
+    def _planned(self, batch: DistributedBatch) -> Planned:
+        """The micro-batches of all data-parallel ranks, the same on every rank of the world."""
+        if self.name not in batch.plans:
+            tell = dist.get_rank() == self.layout.first_rank
+            cp, training, shape = self.layout.cp, self.config.training, self.shape
+            batch.plans[self.name] = planned(
+                batch.lengths,
+                batch.order,
+                self.layout,
+                training=training,
+                shape=shape,
+                multiple=self.multiple,
+                trees=shares_prefixes(self.name, training, shape, cp=cp, tell=tell),
+            )
+        return batch.plans[self.name]
+
+    def _packs(self, batch: DistributedBatch) -> list[Pack]:
         """This data-parallel rank's micro-batches."""
+        made, groups = self._planned(batch), self.groups
         return microbatches(
-            samples,
+            batch.fetched(groups, made.owner(len(batch))),
+            batch.known.names,
+            made,
             self.layout,
-            self.groups.dp.rank(),
-            self.groups.cp.rank(),
+            groups.dp.rank(),
+            groups.cp.rank(),
             training=self.config.training,
             shape=self.shape,
-            multiple=self.multiple,
-            trees=shares_prefixes(
-                self.name,
-                self.config.training,
-                self.shape,
-                cp=self.layout.cp,
-                tell=dist.get_rank() == self.layout.first_rank,
-            ),
         )
 
     def _run(
         self,
-        samples: Sequence[Sample],
+        batch: DistributedBatch,
         loss: Loss,
         temperature: float,
         with_entropy: bool,
         *,
         forward_only: bool,
     ) -> tuple[list[dict[str, Any]], list[Pack]]:
-        packs = [pack.to(platform.device()) for pack in self._packs(samples)]
+        packs = [pack.to(platform.device()) for pack in self._packs(batch)]
         scale = float(len(packs) * self.layout.dp)  # undoes the schedule's and DDP's means
         dropping = None if forward_only else self._dropping()
 
@@ -428,30 +461,27 @@ class Role(Resting):
 
     # --- results -------------------------------------------------------------------------------
 
-    def _collect(self, outputs: list[dict[str, Any]], packs: list[Pack], count: int) -> Passed:
-        """Sums of stats and per-sample log-probs over data- and context-parallel ranks, on the last stage."""
-        if not self.layout.is_last_stage(self.groups):
-            return {}, []
+    def _collect(
+        self, outputs: list[dict[str, Any]], packs: list[Pack], batch: DistributedBatch
+    ) -> tuple[dict[str, float], dict[int, Scores]]:
+        """Sums of stats over data- and context-parallel ranks, on the last stage, and log-probs where samples
+        are.
+        """
         stats: dict[str, float] = {}
-        mine: dict[int, list[float]] = {}
-        first = self.groups.cp.rank() == 0
-        for output, pack in zip(outputs, packs, strict=True):
-            stats["computed_tokens"] = stats.get("computed_tokens", 0.0) + pack.used * first
-            for key, value in output["stats"].items():
-                stats[key] = stats.get(key, 0.0) + float(value)
-            whole_T = whole_of(output["logp_T"], pack.share, int(pack.cu_seqlens[-1]), self.groups.cp)
-            for index, values_T in unpack(pack, whole_T).items():
-                mine[index] = values_T.tolist()
-        parts: list[Any] = [None] * (self.layout.dp * self.layout.cp)
-        dist.all_gather_object(parts, (stats, mine if first else {}), group=self.groups.dp_cp)
-        totals: dict[str, float] = {}
-        logprobs: list[list[float]] = [[] for _ in range(count)]
-        for part_stats, part_logprobs in parts:
-            for key, value in part_stats.items():
-                totals[key] = totals.get(key, 0.0) + value
-            for index, values in part_logprobs.items():
-                logprobs[index] = values
-        return totals, logprobs
+        mine: dict[int, Scores] = {}
+        if self.layout.is_last_stage(self.groups):
+            first = self.groups.cp.rank() == 0
+            for output, pack in zip(outputs, packs, strict=True):
+                stats["computed_tokens"] = stats.get("computed_tokens", 0.0) + pack.used * first
+                for key, value in output["stats"].items():
+                    stats[key] = stats.get(key, 0.0) + float(value)
+                whole_T = whole_of(output["logp_T"], pack.share, int(pack.cu_seqlens[-1]), self.groups.cp)
+                for index, values_T in unpack(pack, whole_T.float().cpu()).items():
+                    mine[index] = values_T.numpy()
+            sums = gathered_rows(np.array([list(stats.values())]), self.groups.dp_cp)
+            stats = dict(zip(stats, (float(sum(x)) for x in np.concatenate(sums).T.tolist()), strict=True))
+        owner = self._planned(batch).owner(len(batch))
+        return stats, batch.settled(mine, owner, self.layout, self.groups)
 
 
 def _no_loss(

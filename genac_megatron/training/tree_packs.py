@@ -15,12 +15,12 @@ from torch import Tensor
 from genac_megatron.errors import InputError
 from genac_megatron.models.packed_attention import TreeShape
 from genac_megatron.records import Sample
-from genac_megatron.training.packing import Pack, check_positions, figures_of, pack_length
+from genac_megatron.training.packing import Pack, Samples, check_positions, figures_of, pack_length
 from genac_megatron.training.trees import Forest
 
 
 def build_tree_pack(
-    samples: Sequence[Sample],
+    samples: Samples,
     indices: Sequence[int],
     forest: Forest,
     *,
@@ -47,14 +47,13 @@ def build_tree_pack(
     firsts = [*(chain.first for chain in forest.chains), *([0] if spare else [])]
     trained = [samples[i] for i in indices]
     rows = [_rows(forest, samples[i], i) for i in indices]
-    labels = [t for s in trained for begin, end in s.ranges for t in s.tokens[begin:end]]
-    labels_E = torch.tensor(labels, dtype=torch.int64)
+    labels_E = _joined([s.tokens[begin:end] for s in trained for begin, end in s.ranges], torch.int64)
     members, at = [], 0
     for i in indices:
         members.append((i, at, samples[i].trained))
         at += samples[i].trained
     fields = {
-        name: torch.tensor([x for i in indices for x in figures_of(samples[i], name, i)], dtype=torch.float32)
+        name: _joined([figures_of(samples[i], name, i) for i in indices], torch.float32)
         for name in field_names
     }
     return Pack(
@@ -81,7 +80,11 @@ def _rows(forest: Forest, sample: Sample, index: int) -> Tensor:
     return torch.cat([rows[begin - sample.start : end - sample.start] for begin, end in sample.spans])
 
 
-def _experts(samples: Sequence[Sample], forest: Forest, length: int) -> Tensor | None:
+def _joined(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=dtype), *(torch.tensor(row, dtype=dtype) for row in rows)])
+
+
+def _experts(samples: Samples, forest: Forest, length: int) -> Tensor | None:
     """The experts that engines chose, at each chain's rows; None where no sample has any."""
     experts_TLK: Tensor | None = None
     for chain in forest.chains:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +24,9 @@ from genac_megatron.records import Sample
 from genac_megatron.training.packing import Plan, plan_packs
 
 SHORTEST = 16  # tokens; samples that share fewer are apart: a further attention call costs more
+MANY = 4096  # samples of which a plan takes its time
+LEVEL = 1.01  # ranks whose slowest is this near the mean are level
+NEAR = 32  # figures whose minimum is taken one by one
 WORTHWHILE = 0.98  # trees are used where they compute at most this share of the samples' tokens
 
 
@@ -38,7 +42,23 @@ class Order:
     def between(self, members: Sequence[int]) -> list[int]:
         """What each of `members` (sample indices in order of rank) shares with the next."""
         ranks = [self.rank[i] for i in members]
-        return [min(self.shared[a:b]) for a, b in pairwise(ranks)]
+        return [self._least(a, b) for a, b in pairwise(ranks)]
+
+    def _least(self, a: int, b: int) -> int:
+        """min(shared[a:b]); of a long range by two that cover it, each as long as a power of two."""
+        if b - a < NEAR:
+            return min(self.shared[a:b])
+        k = (b - a).bit_length() - 1
+        return min(self._leasts[k][a], self._leasts[k][b - (1 << k)])
+
+    @cached_property
+    def _leasts(self) -> list[list[int]]:
+        """By k, the minimum of the 2^k figures of `shared` from each place on."""
+        table = [np.asarray(self.shared, np.int64)]
+        while 2 << len(table) - 1 <= len(self.shared):
+            step = 1 << len(table) - 1
+            table.append(np.minimum(table[-1][:-step], table[-1][step:]))
+        return [row.tolist() for row in table]
 
     def sort(self, members: Sequence[int]) -> list[int]:
         """`members` in order of rank."""
@@ -132,6 +152,10 @@ def plan_trees(
         slowest = max(sum(_cost(order, pack, pair_cost) for pack in row) for row in dealt)
         if best is None or (slowest, len(plan[0])) < best[0]:
             best = (slowest, len(plan[0])), dealt
+        if len(order.lengths) >= MANY:
+            mean = sum(_cost(order, pack, pair_cost) for row in dealt for pack in row) / dp
+            if slowest <= LEVEL * mean:  # smaller trees share less, and so many need not be tried to be level
+                break
     assert best is not None
     if sum(order.size(pack) for row in best[1] for pack in row) > WORTHWHILE * flat:
         return None

@@ -23,6 +23,7 @@ LIMIT_S = 100.0  # for the other role's step to begin
 RUN_S = 400.0
 SPLIT: tuple[dict[str, Any], ...] = ({"count": 2, "tp": 2}, {"first_rank": 2, "count": 2})
 PIPED: tuple[dict[str, Any], ...] = ({"count": 2, "pp": 2}, {"first_rank": 2, "count": 2, "tp": 2})
+PAIRED: tuple[dict[str, Any], ...] = ({"count": 2}, {"first_rank": 2, "count": 2})
 SHARED: tuple[dict[str, Any], ...] = ({"count": 2, "tp": 2}, {"first_rank": 1, "count": 2, "pp": 2})
 
 
@@ -106,7 +107,17 @@ def stand_in_run(actor: dict[str, Any], critic: dict[str, Any], scalar: bool) ->
     )
 
 
-def update_case(rank: int, layouts: Any, given: dict[str, Any], folder: str | None) -> Any:
+def part_of(batch: Any, rank: int) -> Any:
+    """The batch as a run has it: this rank's groups alone. One of four ranks has none."""
+    from genac_megatron.stages.batch import Batch
+
+    places = list(range(len(batch.groups)))[rank::4]
+    return Batch([batch.groups[place] for place in places], places=places)
+
+
+def update_case(
+    rank: int, layouts: Any, given: dict[str, Any], folder: str | None, spread: bool = False
+) -> Any:
     """One update by the stage's own `train`."""
     from pydantic import TypeAdapter
 
@@ -117,12 +128,18 @@ def update_case(rank: int, layouts: Any, given: dict[str, Any], folder: str | No
     run = stand_in_run(*layouts, scalar=stage.kind == "policy")
     train = policy.train if stage.kind == "policy" else ppo.train
     with met(rank, folder):
-        figures = train(run, stage, make_batch(), 1)
+        figures = train(run, stage, part_of(make_batch(), rank) if spread else make_batch(), 1)
     return figures, {name: published(run.roles[name]) for name in ("actor", "critic")}
 
 
 PPO: dict[str, Any] = {"kind": "ppo"}
 PARTS: dict[str, Any] = {"minibatches": 2, "actor_loss": {"kl_coef": 0.1}}
+SEQUENCES: dict[str, Any] = {
+    "kind": "ppo",
+    "critic_updates": 2,
+    "minibatches": 2,
+    "actor_loss": {"aggregate": "sequence", "nll_coef": 0.1, "nll_from": 1.0},
+}
 VALUES: dict[str, Any] = {"kind": "policy", "algorithm": {"kind": "vc_ppo"}, "minibatches": 2}
 
 
@@ -137,17 +154,69 @@ def same(found: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize(
     ("layouts", "stage"),
-    [(SPLIT, PPO), (PIPED, PPO | PARTS), (SPLIT, VALUES)],
-    ids=["ppo", "ppo in parts, with a reference", "a scalar critic"],
+    [(SPLIT, PPO), (PIPED, PPO | PARTS), (SPLIT, VALUES), (PAIRED, SEQUENCES)],
+    ids=["ppo", "ppo in parts, with a reference", "a scalar critic", "updates after the actor's"],
 )
 def test_roles_on_disjoint_ranks_train_at_once(
     pool: Any, layouts: Any, stage: dict[str, Any], tmp_path: Path
 ) -> None:
-    """And to the figures and weights of roles that share ranks, where one trains after the other."""
-    found = pool.run(update_case, layouts, stage, str(tmp_path), timeout=RUN_S)
-    assert {int(path.name[-1]) // 2 for path in tmp_path.iterdir()} == {0, 1}
+    """A batch that lies where it was made; to the figures and weights of roles that share ranks, where one
+    trains after the other, on a batch that every rank has whole.
+    """
+    folder = str(tmp_path) if stage is not SEQUENCES else None
+    found = pool.run(update_case, layouts, stage, folder, True, timeout=RUN_S)
+    assert {int(path.name[-1]) // 2 for path in tmp_path.iterdir()} == ({0, 1} if folder else set())
     assert len({repr(figures) for figures, _ in found}) == 1, "the same on every rank"
     same(found, pool.run(update_case, SHARED, stage, None, timeout=RUN_S))
+
+
+def object_case(rank: int, times: int) -> list[int]:
+    """Bytes of each collective of objects in one update, its batch `times` as many and as long responses."""
+    import pickle
+
+    import torch.distributed as dist
+    from pydantic import TypeAdapter
+
+    from genac_megatron.recipe.schema import StageConfig
+    from genac_megatron.records import Completion
+    from genac_megatron.stages import ppo
+    from genac_megatron.stages.batch import Batch
+
+    stage: Any = TypeAdapter(StageConfig).validate_python(PPO | PARTS)
+    run = stand_in_run(*SPLIT, scalar=False)
+    made = [group for _ in range(times) for group in make_batch().groups]
+    for group in made:
+        for rollout in group.rollouts:
+            one = rollout.completion
+            rollout.completion = Completion(one.ids * times, one.logprobs * times, one.finish)
+    sizes: list[int] = []
+    real = dist.all_gather_object, dist.broadcast_object_list
+
+    def gathering(found: Any, mine: Any, group: Any = None) -> None:
+        sizes.append(len(pickle.dumps(mine)))
+        real[0](found, mine, group)
+
+    def broadcasting(box: Any, src: int = 0, group: Any = None, **more: Any) -> None:
+        real[1](box, src, group, **more)
+        sizes.append(len(pickle.dumps(box)))
+
+    dist.all_gather_object, dist.broadcast_object_list = gathering, broadcasting
+    try:
+        places = list(range(len(made)))[rank::4]
+        ppo.train(run, stage, Batch([made[place] for place in places], places=places), 1)
+    finally:
+        dist.all_gather_object, dist.broadcast_object_list = real
+    return sizes
+
+
+def test_no_collective_of_objects_grows_with_the_batch(pool: Any) -> None:
+    """Four times the groups, of four times the tokens: what is pickled is of the same size."""
+    small, large = pool.run(object_case, 1, timeout=RUN_S), pool.run(object_case, 4, timeout=RUN_S)
+    for ours, theirs in zip(small, large, strict=True):
+        assert 0 < len(ours) == len(theirs)
+        assert all(abs(a - b) < 300 for a, b in zip(ours, theirs, strict=True)), (
+            "a rank had no group at first"
+        )
 
 
 def broken(rank: int, bad: list[str]) -> list[tuple[str, bool]]:

@@ -21,9 +21,10 @@ from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, PpoStage
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.accuracy import blend_errors, pairs_of
-from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, judge_figures
+from genac_megatron.stages.batch import Batch, actor_samples, critic_samples
 from genac_megatron.stages.certain import Others, left_out
-from genac_megatron.stages.critic_updates import launch_critic
+from genac_megatron.stages.critic_updates import critic_batch, launch_critic
+from genac_megatron.stages.figures import judge_figures
 from genac_megatron.stages.regime import baselines
 from genac_megatron.stages.rollouts import Group
 from tests.unit.test_joint_critic import stand_in_run
@@ -252,7 +253,10 @@ def test_the_critic_is_trained_on_what_was_judged() -> None:
 def test_a_batch_that_is_certain_throughout_moves_no_critic_with_a_stand_in_for_the_run() -> None:
     updates: list[int] = []
     run, stage = stand_in_run(0.0, updates), PpoStage(kind="ppo")
-    found = launch_critic(run, stage, mixed_batch([1.0, 1.0, 1.0]))
-    assert found.figures() == {"critic/skipped": 1.0}
-    launch_critic(run, stage, mixed_batch([0.0, 1.0, 1.0]))
+
+    def launched(batch: Batch) -> Any:
+        return launch_critic(run, stage, batch, critic_batch(run, stage, batch, None))
+
+    assert launched(mixed_batch([1.0, 1.0, 1.0])).figures() == {"critic/skipped": 1.0}
+    launched(mixed_batch([0.0, 1.0, 1.0]))
     assert updates == [-1, 3], "no update, and the learning rate goes on; then one"

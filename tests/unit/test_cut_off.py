@@ -18,14 +18,8 @@ from genac_megatron.recipe.rules import check
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, Recipe, RolloutConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Judgement, Rollout, State
-from genac_megatron.stages.batch import (
-    Batch,
-    actor_rewards,
-    actor_samples,
-    critic_samples,
-    judge_figures,
-    rollout_figures,
-)
+from genac_megatron.stages.batch import Batch, actor_rewards, actor_samples, critic_samples
+from genac_megatron.stages.figures import judge_figures, rollout_figures
 from genac_megatron.stages.rollouts import Generator, Group
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer

@@ -23,8 +23,9 @@ from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.schema import JudgingConfig, PpoStage
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Completion, Rollout, State
-from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, judge_figures
+from genac_megatron.stages.batch import Batch, actor_samples, critic_samples
 from genac_megatron.stages.critic_updates import launch_critic_after
+from genac_megatron.stages.figures import judge_figures
 from genac_megatron.stages.judging import TeacherJudge
 from genac_megatron.stages.rollouts import Generator, generate, judge_groups
 from genac_megatron.tasks.state_tracking import StateTracking

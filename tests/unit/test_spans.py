@@ -16,7 +16,8 @@ from genac_megatron.algorithms.losses import make_ppo_loss
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, State, sample_of
-from genac_megatron.stages.batch import Batch, actor_samples, rollout_figures
+from genac_megatron.stages.batch import Batch, actor_samples
+from genac_megatron.stages.figures import rollout_figures
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.training.packing import build_pack, unpack

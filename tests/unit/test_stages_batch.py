@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, State
-from genac_megatron.stages.batch import (
-    Batch,
-    actor_samples,
-    critic_samples,
-    judge_figures,
-    rollout_figures,
-    supervised,
-    trained_figures,
-)
+from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, supervised
+from genac_megatron.stages.figures import judge_figures, rollout_figures, trained_figures
 from genac_megatron.stages.parity import parity_figures
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import largest

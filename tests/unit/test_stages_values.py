@@ -32,6 +32,7 @@ from genac_megatron.stages.values import (
     places_of,
     response_values,
     returns,
+    value_batch,
     value_samples,
 )
 from genac_megatron.tasks.tokenizer import load_tokenizer
@@ -151,7 +152,9 @@ def test_sp3o_trains_its_places_and_is_measured_there(run: Any, at_cuts: bool) -
     values[0][[t for t in range(long) if t not in wanted]] = 50.0
     targets = [torch.full_like(value, r.outcome) for value, r in zip(VALUES, ROLLOUTS, strict=True)]
     lesson = Lesson(targets, places_of(run, ROLLOUTS, config))
-    update = launch_values(run, ROLLOUTS, values, lesson, config, parts=1, epochs=1, seed=0)
+    update = launch_values(
+        run, value_batch(run, ROLLOUTS, values, lesson), values, lesson, config, parts=1, epochs=1, seed=0
+    )
     figures = collected(run, [update])
     ((first, _),) = run.trained
     assert [t for t, weight in enumerate(first.fields["weights"]) if weight] == sorted(set(wanted))

@@ -20,6 +20,7 @@ from genac_megatron.models.registry import shape_of
 from genac_megatron.models.specs import tree_way
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Sample
+from genac_megatron.training import trees
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.microbatches import shares_prefixes
 from genac_megatron.training.packing import Pack, build_pack, plan_packs, unpack
@@ -301,3 +302,29 @@ def test_where_packs_stay_flat_it_is_said_once(caplog: pytest.LogCaptureFixture)
     assert [r.getMessage() for r in caplog.records] == [
         "genac: a trains on flat packs: context parallelism cuts each sample by itself"
     ]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=200), st.data())
+def test_what_members_far_apart_share_is_the_least_between(shared: list[int], data: st.DataObject) -> None:
+    count = len(shared) + 1
+    order = Order([60] * count, list(range(count)), shared, {i: i for i in range(count)})
+    members = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=2, max_size=6)))
+    assert order.between(members) == [min(shared[a:b]) for a, b in itertools.pairwise(members)]
+
+
+def test_a_plan_of_many_samples_stops_where_ranks_are_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = [8 if k % 4 == 3 else 40 for k in range(255)]
+    order = Order([60] * 256, list(range(256)), shared, {i: i for i in range(256)})
+    tried: list[int] = []
+    real = trees._clumps
+    monkeypatch.setattr(trees, "_clumps", lambda order, limit: tried.append(limit) or real(order, limit))
+    setup = {"dp": 4, "tokens_per_microbatch": 480}
+    plan_trees(order, **setup)
+    assert len(tried) == 3
+    monkeypatch.setattr(trees, "MANY", 256)
+    plan = plan_trees(order, **setup)
+    assert len(tried) == 4
+    assert plan is not None
+    assert sorted(i for row in plan for pack in row for i in pack) == list(range(256))
+    costs = [sum(order.size(pack) for pack in row) for row in plan]
+    assert max(costs) <= trees.LEVEL * sum(costs) / 4

@@ -20,12 +20,13 @@ from genac_megatron.recipe.tasks import ChainedArithmeticTask, StateTrackingTask
 from genac_megatron.records import Completion, Finish, Request, Rollout, Sample
 from genac_megatron.stages import policy as policy_stage
 from genac_megatron.stages.batch import Batch
+from genac_megatron.stages.dealt import Dealt
 from genac_megatron.stages.minibatches import critic_passes, critic_updates, minibatches, updates
 from genac_megatron.stages.policy import train
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.under_way import Update
 from genac_megatron.stages.value_targets import exact_values, lesson_of
-from genac_megatron.stages.values import Lesson, launch_values, value_samples
+from genac_megatron.stages.values import Lesson, launch_values, value_batch, value_samples
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -256,12 +257,16 @@ def test_dropped_tokens_are_not_trained_and_their_share_is_told() -> None:
     values = [torch.full((len(k),), 0.5) for k in kept]
     lesson = Lesson(learnt(batch), kept=kept)
     options: Any = {"parts": 1, "epochs": 1, "seed": 0}
-    figures = launch_values(run, batch.rollouts, values, lesson, RegressionConfig(), **options).figures()
+    figures = launch_values(
+        run, value_batch(run, batch.rollouts, values, lesson), values, lesson, RegressionConfig(), **options
+    ).figures()
     assert figures["critic/dropped_share"] == pytest.approx(3 / total)
     ((_, samples),) = run.trained
     assert samples[0].fields["weights"][:4] == pytest.approx([0, 0, 0, 1 / (total - 3)])
     nothing = Lesson(learnt(batch), kept=[torch.zeros_like(k) for k in kept])
-    update = launch_values(run, batch.rollouts, values, nothing, RegressionConfig(), **options)
+    update = launch_values(
+        run, value_batch(run, batch.rollouts, values, nothing), values, nothing, RegressionConfig(), **options
+    )
     assert update.figures() == {"critic/dropped_share": 1.0}
     assert run.skipped == [1]
     assert len(run.trained) == 1
@@ -275,9 +280,9 @@ def actors(monkeypatch: pytest.MonkeyPatch) -> list[list[Sample]]:
     """What the actor is trained on, by a stand-in for its updates."""
     seen: list[list[Sample]] = []
 
-    def launch(run: Any, stage: Any, config: Any, batch: Batch, samples: list[Sample], step: int) -> Update:
-        run.trained.append(("actor", samples))
-        seen.append(samples)
+    def launch(run: Any, stage: Any, config: Any, batch: Batch, taught: Dealt, step: int) -> Update:
+        run.trained.append(("actor", taught.mine))
+        seen.append(taught.mine)
         return Update([], lambda: {"actor/loss": 0.0})
 
     monkeypatch.setattr(policy_stage, "launch_policy", launch)

@@ -17,6 +17,8 @@ def token_gae(
     GAE whose steps are tokens: delta_t = gamma V_{t+1} - V_t, the last delta = R - V_{T-1}. lam: one for all,
     or one per response. Returns B tensors [T_i], float32; every response has at least one token.
     """
+    if not values:  # a rank may have none of a batch's responses
+        return []
     lengths_B = torch.tensor([len(value) for value in values])
     value_BT = pad_sequence([value.double() for value in values], batch_first=True)
     next_BT = gamma * value_BT.roll(-1, dims=1)
