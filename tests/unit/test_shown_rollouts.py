@@ -16,6 +16,7 @@ from genac_megatron.observe.runinfo import ROLLOUTS
 from genac_megatron.recipe.schema import ObserveConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages import shown
+from genac_megatron.stages.batch import Batch
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.shown import MOST_TOKENS, critic_prompts, keep_batch, token_ends
 from genac_megatron.tasks.tokenizer import load_tokenizer
@@ -124,8 +125,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def batch(one: Rollout, judged: list[Judgement] | None = None, groups: int = 3) -> Any:
-    return SimpleNamespace(groups=[Group(one.prompt, [one], [judged] if judged else [])] * groups)
+def batch(one: Rollout, judged: list[Judgement] | None = None, groups: int = 3) -> Batch:
+    return Batch([Group(one.prompt, [one], [judged] if judged else [])] * groups)
 
 
 STAGE: Any = SimpleNamespace(name="ppo")

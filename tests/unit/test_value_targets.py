@@ -40,7 +40,7 @@ class FakeRun:
     answers by the request's seed."""
 
     def __init__(self, logit: bool = False) -> None:
-        self.task = make_task(TASK, TINY, 1)
+        self.task, self.environment = make_task(TASK, TINY, 1), None
         self.tokenizers = {"actor": TINY}
         states = StatesConfig(cutter="lines", max_states=8, min_segment=1)
         self.recipe = SimpleNamespace(judging=SimpleNamespace(states=states), seed=1, task=TASK)
