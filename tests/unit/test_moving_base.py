@@ -26,6 +26,7 @@ from genac_megatron.training.merging import merge
 from genac_megatron.training.role import Role
 from tests.distributed.cases import make_role, make_samples, published, train
 from tests.distributed.test_adapter_layouts import ADAPTER, SOME, adapted, adapter_role, base_of
+from tests.distributed.test_value import train_values
 from tests.unit.test_adapters import RECIPE, SHARED
 
 MOVES = {**ADAPTER, "merge_every": 2}
@@ -108,6 +109,30 @@ def test_another_a_at_every_merge(tmp_path: Path) -> None:
     Checkpoints(tmp_path, 2, False).save("x", roles, {})
     said = read_manifest(tmp_path / "x")["adapters"]
     assert {said[name]["moved"] for name in roles} == {kept} != {roles["actor"].base}
+
+
+def test_a_scalar_head_goes_on_beside_a_base_that_moves(tmp_path: Path) -> None:
+    """It is no adapter: its weights and moments stay, and a checkpoint has it with the base."""
+    init_world()
+    config = adapted({"count": 1}, MOVES)
+    model = config.model.model_copy(update={"head": "value"})
+    role, again = (adapter_role(config.model_copy(update={"model": model})) for _ in range(2))
+    for one in (role, again):
+        one.begin_stage(None, 10)
+    train_values(role, 2)
+    before = role.values(make_samples(5, 7))
+    head = role.models[0].output_layer.weight.detach().clone()
+    merged(role)
+    for mine, theirs in zip(role.values(make_samples(5, 7)), before, strict=True):
+        assert mine == pytest.approx(theirs, abs=5e-6)
+    assert torch.equal(role.models[0].output_layer.weight, head)
+    (bare,) = role.models
+    own = [name for name, p in bare.named_parameters() if p.requires_grad and "adapters." not in name]
+    assert sum(bool(moment.any()) for moment in moments(role)) == 2 * len(own) > 0  # the head's alone
+    Checkpoints(tmp_path, 2, False).save("value-00002", {"actor": role}, {})
+    load_checkpoint(tmp_path / "value-00002", {"actor": again})
+    load_checkpoint(tmp_path / "value-00002", {"actor": again}, optimizers=True)
+    assert train_values(again, 1, 3) == train_values(role, 1, 3)
 
 
 def test_checkpoints_hold_the_base_and_resume_byte_for_byte(tmp_path: Path) -> None:
