@@ -50,6 +50,10 @@ class GateFailed(GenacError):
     agreed = True  # gates judge figures that all ranks share
 
 
+class LeftBand(GateFailed):
+    """A figure is not as the recipe expects it early on, and it asks for an end then (exit code 3)."""
+
+
 class PeerLost(GenacError):
     """An engine or a rank was lost beyond its budget (exit code 4)."""
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from genac_megatron import metrics as figures
 from genac_megatron.errors import InputError
+from genac_megatron.observe.bands import Left, all_outside
 from genac_megatron.observe.history import attempts, history, meaning
 from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
@@ -246,6 +247,7 @@ def summarise(run: RunData) -> dict[str, Any]:
     back = [gate.stage.name for gate in failed if gate.stage.gate.action == "fallback"]
     summary["gate/fallback"] = "; ".join(back)
     summary["gate/stopped"] = next((gate.stage.name for gate in failed if gate.stopped), None)
+    summary["expect/left"] = "; ".join(f"{name}: {left.what}" for name, left in left_bands(run))
     missing = what_is_missing(run)
     summary["report/complete"] = not missing
     summary["report/missing"] = "; ".join(missing)
@@ -401,6 +403,23 @@ def failed_gates(run: RunData) -> list[FailedGate]:
         if action != "off" and figures is not None and (found := missed(stage, figures)):
             failed.append(FailedGate(stage, found, action == "stop" and not later))
     return failed
+
+
+def left_bands(run: RunData) -> list[tuple[str, Left]]:
+    """(stage, band that it has left) of the recipe's `expect`, as its rows have it."""
+    found = []
+    for plain in run.recipe_stages():
+        stage = typed_stage(plain)
+        if stage is None or not stage.expect:
+            continue
+        rows = [row for row in run.metrics if row.get("stage") == stage.name and is_step(row)]
+        found += [(stage.name, left) for left in all_outside(stage.expect, rows)]
+    return found
+
+
+def is_step(row: Row) -> bool:
+    """Whether a row is of a trained step: those before and after a stage's steps have no learning rate."""
+    return number(row.get("step")) > 0 and any(key.endswith(("/lr", "/skipped")) for key in row)
 
 
 @cache

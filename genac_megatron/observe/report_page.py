@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from genac_megatron.observe.progress import format_duration
-from genac_megatron.observe.report_data import KINDS, ROLES, FailedGate, Row, RunData, failed_gates, number
+from genac_megatron.observe.report_data import (
+    KINDS,
+    ROLES,
+    FailedGate,
+    Row,
+    RunData,
+    failed_gates,
+    left_bands,
+    number,
+)
 from genac_megatron.observe.report_gates import ways_on, went_on
 from genac_megatron.observe.report_origin import end_card, origins
 from genac_megatron.observe.report_suites import suite_section
@@ -57,6 +66,7 @@ def page(
         head(run, summary),
         end_card(run),
         gate_cards(run),
+        band_cards(run),
         missing_card(missing, absent),
         tiles(run, summary),
         _plots(run, plots),
@@ -121,6 +131,20 @@ def _gate(failed: FailedGate) -> str:
     )
     resume = f"<p>What is trained is saved. The same command goes on, for example with</p><ul>{ways}</ul>"
     return f"<section class='card warn'><h3>{title}</h3><ul>{items}</ul>{resume if ways else ''}</section>"
+
+
+def band_cards(run: RunData) -> str:
+    """What is not as the recipe expects it."""
+    items = "".join(
+        f"<li><b>{escape(name)}, {escape(left.what)}</b>"
+        + (f": {escape(left.means)}." if left.means else ".")
+        + (f"<br>What usually helps: {escape(left.helps)}." if left.helps else "")
+        + "</li>"
+        for name, left in left_bands(run)
+    )
+    if not items:
+        return ""
+    return f"<section class='card warn'><h3>Not as expected (expect)</h3><ul>{items}</ul></section>"
 
 
 def missing_card(missing: Sequence[str], absent: Sequence[str]) -> str:

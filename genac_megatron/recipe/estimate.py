@@ -24,6 +24,7 @@ from genac_megatron.recipe.pipeline import stage_layers
 from genac_megatron.recipe.rules import ranks_of, read_shape
 from genac_megatron.recipe.schema import (
     AdapterConfig,
+    Band,
     EngineConfig,
     JudgingConfig,
     LayoutConfig,
@@ -352,9 +353,20 @@ def _describe_place(place: Place | None, memory: Memory) -> str:
 
 def _describe_stages(recipe: Recipe) -> list[str]:
     lines = ["Tokens, at most (prompts not counted)"]
-    return lines + [
-        f"  {stage.name} ({stage.kind}): {_stage_tokens(recipe, stage)}" for stage in recipe.stages
-    ]
+    for stage in recipe.stages:
+        lines.append(f"  {stage.name} ({stage.kind}): {_stage_tokens(recipe, stage)}")
+        lines += [f"    expects {_band_told(band, stage)}" for band in stage.expect]
+    return lines
+
+
+def _band_told(band: Band, stage: StageConfig) -> str:
+    bounds = [f"at least {band.low:g}"] if band.low is not None else []
+    bounds += [f"at most {band.high:g}"] if band.high is not None else []
+    steps = f"after step {band.step}" + (f" to {band.until}" if band.until is not None else "")
+    ends = ", or ends" if band.action == "stop" else ""
+    has = getattr(stage, "steps", band.step)
+    never = f" (never looked at: the stage has {has} steps)" if has < band.step else ""
+    return f"{band.figure} {' and '.join(bounds)} {steps}{ends}{never}"
 
 
 def _stage_tokens(recipe: Recipe, stage: StageConfig) -> str:

@@ -21,6 +21,7 @@ from genac_megatron.recipe.judged import EvaluationConfig as EvaluationConfig
 from genac_megatron.recipe.judged import SuiteConfig as SuiteConfig
 from genac_megatron.recipe.over import merged
 from genac_megatron.recipe.sharing import inherited, lent
+from genac_megatron.recipe.stages import Band as Band
 from genac_megatron.recipe.stages import CriticGate as CriticGate
 from genac_megatron.recipe.stages import DistilConfig as DistilConfig
 from genac_megatron.recipe.stages import EntryGate as EntryGate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genac_megatron.recipe.algorithms import (
     AdvantageConfig,
@@ -31,6 +31,29 @@ class RolloutConfig(Block):
     truncated_outcome: Literal["verify", "zero"] = "verify"
     # ... and what critics are to predict of it. The actor's accuracy and its advantages go by the one above.
     truncated_critic: Literal["same", "verify", "zero"] = "same"
+
+
+class Band(Block):
+    """What a figure should be early on: where it is not, the run and its report say so, and what helps."""
+
+    figure: Annotated[str, Field(min_length=1)]  # of a step's row (docs/figures.md), or a ratio: A / B
+    step: Positive = 20  # after which it is looked at
+    until: Positive | None = None  # and after each one up to this; None: once
+    low: float | None = None  # the least that is as it should be
+    high: float | None = None  # the most
+    over: Positive = 5  # the mean of its last so many values, as those of a batch are noisy
+    action: Literal["warn", "stop"] = "warn"  # stop: what is trained is saved, and the run ends with code 3
+    helps: str = ""  # what to do, in the place of what is known to help
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Band:
+        if self.low is None and self.high is None:
+            raise ValueError("has neither low nor high: give one of them")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"has low {self.low:g} above high {self.high:g}")
+        if self.until is not None and self.until < self.step:
+            raise ValueError(f"has until {self.until} before step {self.step}")
+        return self
 
 
 class SftGate(Block):
@@ -210,6 +233,7 @@ class SftStage(Block):
     optimizer: OptimizerConfig | None = None  # over the role's, key by key
     heldout: SftHeldout | None = None  # None: all samples are trained on, `epochs` times
     gate: SftGate = SftGate()
+    expect: list[Band] = []  # how it should look early on (docs/recipes.md)
 
     @property
     def made(self) -> int:
@@ -255,6 +279,7 @@ class ReinforceStage(Block):
     optimizer: OptimizerConfig | None = None  # over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # 0: only at the end
     gate: ReinforceGate = ReinforceGate()
+    expect: list[Band] = []  # how it should look early on (docs/recipes.md)
 
 
 class PpoStage(Block):
@@ -284,6 +309,7 @@ class PpoStage(Block):
     critic_optimizer: OptimizerConfig | None = None  # over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the ends
     gate: EntryGate = EntryGate()  # what the critic must be when the stage begins
+    expect: list[Band] = []  # how it should look early on (docs/recipes.md)
 
 
 class DistilConfig(Block):
@@ -309,6 +335,7 @@ class ValueStage(Block):
     optimizer: OptimizerConfig | None = None  # over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the end
     gate: CriticGate = CriticGate(action="warn")
+    expect: list[Band] = []  # how it should look early on (docs/recipes.md)
 
 
 class PolicyStage(Block):
@@ -328,6 +355,7 @@ class PolicyStage(Block):
     overlong_filter: bool = False
     critic_optimizer: OptimizerConfig | None = None  # of a scalar critic: over the role's, key by key
     eval_every: Annotated[int, Field(ge=0)] = 10  # steps; 0: only at the ends
+    expect: list[Band] = []  # how it should look early on (docs/recipes.md)
 
 
 StageConfig = Annotated[

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.critic.icc import IccState
-from genac_megatron.errors import InputError, StopRequested
+from genac_megatron.errors import InputError, LeftBand, StopRequested
+from genac_megatron.observe.bands import outside
 from genac_megatron.recipe.resume import before_judging, check_steps, fingerprint, lengths
 from genac_megatron.recipe.schema import SftStage, StageConfig
 from genac_megatron.stages.runtime import Run
@@ -25,6 +26,8 @@ class Loop:
         self.step = 0  # the one that is under way, or the last
         self._mark: dict[str, Any] = {}  # of what judging the stage changes, as of its last step
         self._asked = False  # to stop, at a step where it could not
+        self._rows: list[dict[str, Any]] = []  # of this attempt's steps, for `stage.expect`
+        self._left: set[int] = set()  # places of bands that were left, and told
         self._went_back = False  # from what is trained, which is kept elsewhere, to earlier weights
 
     @property
@@ -74,8 +77,32 @@ class Loop:
         if evaluate is not None:
             figures = {**figures, **evaluate()}
         run.at.step = step
-        run.log_step(self.stage.name, self.stage.kind, step, figures)
+        row = run.log_step(self.stage.name, self.stage.kind, step, figures)
+        if (left := self._look_at_bands({**row, "step": step})) is not None:
+            self.save()
+            self.checkpoints.wait()
+            raise left
         self._save_and_stop(step)
+
+    def _look_at_bands(self, row: dict[str, Any]) -> LeftBand | None:
+        """Say of each band once that the stage has left it; the end that one asks for. The same on all."""
+        if self.stage.expect:
+            self._rows.append(row)
+        end = None
+        for place, band in enumerate(self.stage.expect):
+            left = None if place in self._left else outside(band, place, self._rows)
+            if left is None:
+                continue
+            self._left.add(place)
+            self.run.progress.note(f"[{self.stage.name}] warning: {left.text}")
+            if band.action == "stop":
+                end = LeftBand(
+                    f"the stage has left its band: {left.text}",
+                    where=f"stages.{self.stage.name}.expect.{place}",
+                    way_out="what is trained is saved; change something, and --resume goes on from here, as "
+                    f"it is with stages.{self.stage.name}.expect.{place}.action=warn",
+                )
+        return end
 
     def _save_and_stop(self, step: int) -> None:
         """Save where it is due. A stop that was asked for comes once engines have the newest weights: a

@@ -19,6 +19,7 @@ from genac_megatron.errors import (
     GateFailed,
     GenacError,
     InputError,
+    LeftBand,
     NotFinite,
     on_all_ranks,
 )
@@ -253,6 +254,8 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
         with _diverged(stage, loop):
             try:
                 _stage(run, stage, loop)
+            except LeftBand:
+                raise  # it is saved inside the stage
             except GateFailed:
                 if loop.step:
                     _save_for_resume(run, stage, loop)

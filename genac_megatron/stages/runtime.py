@@ -400,8 +400,8 @@ class Run:
 
     def log_step(
         self, stage: str, kind: str, step: int, metrics: dict[str, float], *, step_done: bool = True
-    ) -> None:
-        """One row of figures, with times, memory and what was counted and noted. Collective.
+    ) -> dict[str, float]:
+        """One row of figures, with times, memory and what was counted and noted; these. Collective.
 
         Not `step_done`: what a stage spent after its last step.
         """
@@ -419,6 +419,7 @@ class Run:
                     f"[{stage}] warning: trainer and engine of {role} differ: p99 |delta log-prob| {gap:.3g} "
                     f"(observe.{key} {alarm:g})"
                 )
+        return row
 
     def append(self, log: str, row: dict[str, Any]) -> None:
         """A row of one of the run folder's other logs, by rank 0. Collective."""
