@@ -19,6 +19,7 @@ from genac_megatron.models.sizes import (
     parameters,
     stage_parameters,
 )
+from genac_megatron.recipe import flops
 from genac_megatron.recipe.algorithms import WithScalarCritic
 from genac_megatron.recipe.pipeline import stage_layers
 from genac_megatron.recipe.rules import ranks_of, read_shape
@@ -241,7 +242,11 @@ def describe(recipe: Recipe) -> str:
     Raises InputError where a model's folder cannot be read.
     """
     shapes = {name: read_shape(role.model) for name, role in recipe.roles.items()}
-    blocks = [_describe_roles(recipe, shapes), _describe_ranks(recipe, shapes), _describe_stages(recipe)]
+    blocks = [
+        _describe_roles(recipe, shapes),
+        _describe_ranks(recipe, shapes),
+        _describe_stages(recipe, shapes),
+    ]
     return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
 
 
@@ -351,10 +356,12 @@ def _describe_place(place: Place | None, memory: Memory) -> str:
     )
 
 
-def _describe_stages(recipe: Recipe) -> list[str]:
+def _describe_stages(recipe: Recipe, shapes: dict[str, Shape]) -> list[str]:
     lines = ["Tokens, at most (prompts not counted)"]
     for stage in recipe.stages:
         lines.append(f"  {stage.name} ({stage.kind}): {_stage_tokens(recipe, stage)}")
+        if isinstance(stage, PpoStage):
+            lines += [f"    {line}" for line in flops.told(recipe, stage, shapes)]
         lines += [f"    expects {_band_told(band, stage)}" for band in stage.expect]
     return lines
 

@@ -9,11 +9,12 @@ import pytest
 
 from benchmarks.published_models import MODELS
 from genac_megatron.cli import main
+from genac_megatron.cluster.placement import misfits
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.tasks import BenchmarkTask, RubricTask
 from genac_megatron.tasks.rubric import make_rubric_task
-from genac_megatron.tasks.tokenizer import load_tokenizer
+from genac_megatron.tasks.tokenizer import chat_text, load_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 PARTS = ("sft", "reinforce", "ppo")
@@ -50,6 +51,24 @@ def test_a_recipe_beyond_maths_passes_its_dry_run(
     shown = capsys.readouterr().out
     assert "4.02 B parameters" in shown
     assert {"planning": "name: rush_hour", "dialogue": "kind: rubric"}[name] in shown
+
+
+def test_the_base_models_recipe_has_a_template_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "models" / "Qwen3-8B-Base"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(MODELS["Qwen3-8B"]))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(FOLDER / "base-models" / "qwen3-8b-base-2n8g-tp4.yaml")
+    assert misfits(recipe) == []
+    assert "expects advantage/gap" in describe(recipe)
+    for role in recipe.roles.values():
+        given = load_tokenizer("builtin:tiny", None, None, role.model.chat_template)
+        asked = chat_text(given, [{"role": "user", "content": "2+2?"}])
+        assert asked == "2+2?\n\nSolution:\n"
+        whole = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+        assert chat_text(given, whole, generation=False) == f"2+2?\n\n4{given.eos_token}\n\n"
 
 
 def test_a_recipe_can_be_evaluated_on_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

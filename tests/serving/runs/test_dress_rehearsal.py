@@ -31,6 +31,7 @@ STAGES = ("sft-critic", "reinforce", "ppo")
 SIZES = [
     "world.ranks=2", "world.threads=1", "cluster.gpu=null", "judging.max_new_tokens=32",
     "judging.states.min_segment=4", "evaluation.prompts=12",
+    "evaluation.mc_states=8", "evaluation.mc_continuations=4",
     *(f"roles.{role}.training.tokens_per_microbatch=1024" for role in ("actor", "critic")),
     *(f"roles.actor.engine.{one}" for one in ENGINE),
     *(f"stages.{stage}.rollout.{size}" for stage in STAGES
