@@ -247,7 +247,7 @@ def summarise(run: RunData) -> dict[str, Any]:
     back = [gate.stage.name for gate in failed if gate.stage.gate.action == "fallback"]
     summary["gate/fallback"] = "; ".join(back)
     summary["gate/stopped"] = next((gate.stage.name for gate in failed if gate.stopped), None)
-    summary["expect/left"] = "; ".join(f"{name}: {left.what}" for name, left in left_bands(run))
+    summary["run/unexpected"] = "; ".join(f"{name}: {left.what}" for name, left in left_bands(run))
     missing = what_is_missing(run)
     summary["report/complete"] = not missing
     summary["report/missing"] = "; ".join(missing)

@@ -18,7 +18,22 @@ import yaml
 from genac_megatron.errors import InputError
 
 # Keys whose value may be a path. One that begins with ./ or ../ is relative to the file that holds it.
-PATH_KEYS = frozenset({"hf", "tokenizer", "path", "heldout_path", "template", "name", "runs", "pass_rates"})
+PATH_KEYS = frozenset(
+    {
+        "hf",
+        "tokenizer",
+        "path",
+        "heldout_path",
+        "template",
+        "name",
+        "runs",
+        "pass_rates",
+        "chat_template",
+        "checkpoint",
+        "base",
+        "peft",
+    }
+)
 
 
 @dataclass

@@ -36,8 +36,8 @@ def test_a_run_says_early_that_it_goes_wrong(tmp_path: Path) -> None:
     assert "above 0.5; usually: responses run away in length" in done.stderr
     assert "actor/lr 1" not in done.stdout
     summary = json.loads((tmp_path / "runs/run/report/summary.json").read_text())
-    assert "policy: step 1: rollout/outcome_mean" in summary["expect/left"]
-    assert "step 2: rollout/length_mean" in summary["expect/left"]
+    assert "policy: step 1: rollout/outcome_mean" in summary["run/unexpected"]
+    assert "step 2: rollout/length_mean" in summary["run/unexpected"]
     assert "Not as expected" in (tmp_path / "runs/run/report/index.html").read_text()
 
     done = genac("run", "recipe.yaml", "stages.policy.expect.1.action=warn", "--resume", cwd=tmp_path)
