@@ -20,6 +20,13 @@ def of_task(kind: str, chars: int) -> Host:
     return Host(games[kind], chars, lambda error: f"raised {type(error).__name__}: {error}")
 
 
+def of_tools(names: tuple[str, ...], chars: int) -> Host:
+    """Episodes with tools."""
+    from genac_megatron.environments.tools import Tools
+
+    return Host(lambda: Tools(names), chars, str)
+
+
 def of_user(name: str, chars: int) -> Host:
     """Episodes of an environment of the user's own: a class, or a function of the transcript."""
     named = parse_named(name)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.algorithms import Dapo, RegressionConfig
+from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.own_code import check_named, parse_named
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftSource, SftStage, ValueStage
@@ -41,6 +42,12 @@ def check_environment(recipe: Recipe, where: Where) -> None:
                 way_out="add environment: {kind: task}, with the task by itself and in no mixture",
             )
         return
+    if config.kind == "tools" and played:
+        raise InputError(
+            f"the task '{recipe.task.kind}' is played in turns, which tools do not answer",
+            where=where(("environment", "kind")),
+            way_out="set environment.kind to task",
+        )
     if config.kind == "task" and not played:
         raise InputError(
             f"the task '{recipe.task.kind}' is no environment of its own",
@@ -59,11 +66,21 @@ def check_environment(recipe: Recipe, where: Where) -> None:
             where=where(("environment", "python")),
             way_out="give kind: python and python: path/to/file.py:Name, or leave python out",
         )
+    _check_tools(config, where)
     if config.python is not None:
         here = where(("environment", "python"))
         check_named(parse_named(config.python, here), here)
     for place, what, way_out in _missing(recipe):
         raise InputError(f"{what} does not work with an environment yet", where=where(place), way_out=way_out)
+
+
+def _check_tools(config: EnvironmentConfig, where: Where) -> None:
+    if (config.kind == "tools") != bool(config.tools):
+        raise InputError(
+            "environment.tools names what a kind of tools offers, and nothing else",
+            where=where(("environment", "tools")),
+            way_out="give kind: tools and tools: [calculator], or leave tools out",
+        )
 
 
 def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:

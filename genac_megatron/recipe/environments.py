@@ -13,9 +13,11 @@ class EnvironmentConfig(Block):
     rollout.max_new_tokens is of the whole conversation then, what it answers included.
     """
 
-    # task: the task's own, of those that are played; python: a class, or a function of the transcript
-    kind: Literal["task", "python"]
+    # task: the task's own, of those that are played; python: a class, or a function of the transcript; tools:
+    # the task's questions, with tools that the actor may call until it answers
+    kind: Literal["task", "python", "tools"]
     python: str | None = None  # path/to/file.py:Name, or package.module:Name
+    tools: list[Literal["calculator"]] = []  # that the actor may call
     turns: Positive = 8  # of the actor, at most
     turn_tokens: Positive | None = None  # of one turn, at most; None: as many as the conversation has left
     observation_tokens: Positive = 256  # of each message that is shown; longer ones lose their middle

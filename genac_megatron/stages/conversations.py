@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from genac_megatron.environments import Environments, make_environment
 from genac_megatron.environments.host import Answer, Job, digest
 from genac_megatron.environments.rendering import render, rewrites
+from genac_megatron.environments.tools import SCHEMAS
 from genac_megatron.escaping import transcript
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, Turn
@@ -66,6 +67,8 @@ def begun_environment(
             f"environment: the chat template {how}; conversations keep them as they were sampled, token by "
             "token (who serves the model by this template shows it others)"
         )
+    if recipe.environment.tools:
+        _need_tools(tokenizer, [SCHEMAS[name] for name in recipe.environment.tools])
     environment = make_environment(recipe.environment, recipe.task)
     sizes: tuple[tuple[Split, int], ...] = (("train", task.train_size), ("heldout", task.heldout_size))
     prompts = [task.prompt(split, n) for split, size in sizes for n in range(min(size, LOOKED_AT))]
@@ -75,6 +78,12 @@ def begun_environment(
         environment.close()
         raise
     return environment
+
+
+def _need_tools(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> None:
+    """Raise InputError where the chat template shows no tools, or not what they answer."""
+    chat_ids(tokenizer, [{"role": "user", "content": "?"}], tools)
+    render(tokenizer, [("tool", "1")], ended=True, limit=1)
 
 
 def conversation_figures(rollouts: Sequence[Rollout], ranks: Ranks = ALONE) -> dict[str, float]:
@@ -117,9 +126,13 @@ async def opened(
     success = environment.config.success or prompt.success or "the environment says so"
     most = f"in at most {environment.config.turns} turns"
     prompt = replace(prompt, opening=digest(answer.opening), success=f"{success} ({most})")
-    if answer.opening is None:
+    tools = tuple(SCHEMAS[name] for name in environment.config.tools)
+    if answer.opening is None and not tools:
         return prompt
-    messages = tuple({"role": role, "content": content} for role, content in answer.opening)
+    messages = prompt.messages
+    if answer.opening is not None:
+        messages = tuple({"role": role, "content": content} for role, content in answer.opening)
+    prompt = replace(prompt, tools=(*prompt.tools, *tools))
     ids = chat_ids(tokenizer, messages, prompt.tools, where=prompt.where)
     return replace(prompt, messages=messages, ids=ids)
 

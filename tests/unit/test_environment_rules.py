@@ -69,6 +69,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"roles": SCALAR, "stages": [{"kind": "value", "value": {"target": "monte_carlo"}}]},
         "monte_carlo, which continues responses",
     ),
+    "tools-none": ({"task": OTHER, "environment": {"kind": "tools"}}, "names what a kind of tools offers"),
+    "tools-on-a-game": (
+        {"environment": {"kind": "tools", "tools": ["calculator"]}},
+        "played in turns, which tools do not answer",
+    ),
     "suites": (
         {"evaluation": {"suites": [{"name": "math500"}]}},
         r"evaluation\.suites, whose questions have one response each, does not work",
