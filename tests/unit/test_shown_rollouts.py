@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from genac_megatron.observe.metrics import MetricsLog
 from genac_megatron.observe.runinfo import ROLLOUTS
 from genac_megatron.recipe.schema import ObserveConfig
-from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
+from genac_megatron.records import Completion, Episode, Judgement, Prompt, Rollout, State, Turn
 from genac_megatron.stages import shown
 from genac_megatron.stages.batch import Batch
 from genac_megatron.stages.rollouts import Group
@@ -151,6 +151,26 @@ def test_a_row_has_the_conversation_the_critic_and_every_token(tmp_path: Path) -
     assert [state["cut_text"] for state in row["states"]] == [0, tokens["ends"][2]]
     assert row["states"][1]["unasked"] == "no room in the critic's model"
     assert row["judge_prompt"][: row["states"][0]["prompt"][0]] + row["states"][0]["prompt"][1] == "judge"
+
+
+def test_a_conversation_says_where_each_of_the_actors_tokens_begins(tmp_path: Path) -> None:
+    run: Any = FakeRun(tmp_path, shown_rollouts=1)
+    one = rollout(7)
+    ids = one.completion.ids
+    texts = [str(TINY.decode(list(part), skip_special_tokens=True)) for part in (ids[:2], ids[2:4], ids[4:])]
+    turns = (Turn("actor", texts[0], 0, 2), Turn("user", texts[1], 2, 4), Turn("actor", texts[2], 4, 7))
+    one.completion = Completion(ids, (-0.5,) * 5, "stop", ((7, 5),), sampled=((0, 2), (4, 7)))
+    one.episode, one.advantages = Episode(turns, "done"), [0.1, 0.2, 0.3, 0.4, 0.5]
+    keep_batch(run, STAGE, batch(one, [judgement(one, cut, "judge", n) for n, cut in enumerate((0, 4))]), 1)
+    (row,) = rows(tmp_path)
+    tokens, response = row["tokens"], row["response"]
+    assert {len(values) for values in tokens.values()} == {5}
+    own = [response[a:b] for a, b in zip(tokens["begins"], tokens["ends"], strict=True)]
+    assert "".join(own[:2]) == texts[0]
+    assert "".join(own[2:]) == texts[2]
+    assert response[tokens["ends"][1] : tokens["begins"][2]] == f"\n<user>\n{texts[1]}\n<actor>\n"
+    before = row["states"][1]["cut_text"]  # the state before the second turn, whose tag it is shown at
+    assert tokens["ends"][1] < before <= tokens["begins"][2]
 
 
 def test_steps_are_kept_by_the_recipe_and_long_responses_in_part(tmp_path: Path) -> None:
