@@ -126,7 +126,7 @@ def test_what_fits_passes(path: Path, overrides: list[str]):
         ("roles.actor.model.shape={layers: 4, hidden: 64, ffn: 128, heads: 4, kv_heads: 3}", "kv_heads"),
         ("task.min_swaps=6", "above max_swaps"),
         ("task={kind: jsonl, path: x.jsonl}", "math"),
-        ("task={kind: datasets, name: gsm8k}", "exact"),
+        ("task={kind: datasets, name: some/set}", "exact"),
         ("task={kind: jsonl, path: x.jsonl, verifier: math}", "no file x.jsonl"),
         ("task={kind: datasets, name: x, verifier: math, answer_forms: [tag]}", "add boxed to task.answer"),
         ("task={kind: datasets, name: x, verifier: math, instruction: 'End with #### N.'}", "add hashes to"),
