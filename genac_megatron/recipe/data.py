@@ -61,6 +61,11 @@ def with_named(block: Any) -> Any:
     return {**known, **block, "name": known["name"]}
 
 
+def is_known_config(name: str, config: str | list[str] | None) -> bool:
+    """Whether the configurations are those that NAMED_SETS has for the data set of this name on the hub."""
+    return any(known["name"] == name and known.get("config") == config for known in NAMED_SETS.values())
+
+
 class BenchmarkSource(Block):
     """A named benchmark, and where its questions lie."""
 

@@ -18,7 +18,7 @@ from genac_megatron.recipe.judged import SuiteConfig
 from genac_megatron.recipe.schema import Recipe, RolloutConfig, StageConfig
 from genac_megatron.records import Prompt
 from genac_megatron.stages.rollouts import Generator, generate
-from genac_megatron.tasks.base import Problem, Task
+from genac_megatron.tasks.base import Problem, Split, Task
 from genac_megatron.tasks.benchmarks import find_benchmark, make_benchmark, make_rows
 from genac_megatron.tasks.clean import told_overlap
 from genac_megatron.tasks.overlap import Found, Looked
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from genac_megatron.stages.runtime import Run
 
 NGRAM, OVERLAP = 8, 0.5  # as task.decontaminate has them by default
-LOOK_S = 20.0  # seconds that a rank looks at what a generator makes
+LOOK_S = 20.0  # seconds that a rank looks at what a generator makes to train on
+SPLITS: tuple[Split, ...] = ("heldout", "train")
 WHOLE_STAGE = ("start", "end", "fallback")  # evaluations at a stage's ends
 
 
@@ -158,17 +159,19 @@ def _keep_apart(run: Run, suites: Suites) -> None:
 def _overlaps(run: Run, looked: Looked) -> Iterable[tuple[Problem, Found, bool]]:
     """This rank's share of the questions that are a suite's: which, whose, and whether word for word. Those
     of a test are looked for in both splits, others in what is trained on. What a generator makes, as much of
-    it as some seconds give, is compared word for word: its questions share their words anyway.
+    it as some seconds give, is compared word for word: its questions share their words anyway. All of what is
+    held out is looked at, however long that takes: the best weights are chosen by it.
     """
     tests = {suite.name for suite in run.recipe.evaluation.test}
     for part in run.task.parts:
-        begun = time.monotonic()
-        for split in ("train", "heldout"):
+        for split in SPLITS:
+            begun = time.monotonic()
             size = part.train_size if split == "train" else part.heldout_size
             for index in range(run.world.rank, size, run.world.size):
-                if part.fixed is None and time.monotonic() - begun > LOOK_S:
+                drawn = split == "train" and part.fixed is None
+                if drawn and time.monotonic() - begun > LOOK_S:
                     break
-                problem = part._problem("train" if split == "train" else "heldout", index)
+                problem = part._problem(split, index)
                 same = looked.same(problem.text)
                 found = same or (looked.find(problem.text) if part.fixed is not None else None)
                 if found is not None and (split == "train" or found.name in tests):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.data import is_known_config
 from genac_megatron.recipe.tasks import DatasetTask
 from genac_megatron.tasks.filters import kept_rows
 from genac_megatron.tasks.questions import QuestionTask, make_question_task, need_verifier, read_problems
@@ -101,18 +102,42 @@ def _rows(config: DatasetTask, split: str) -> Iterable[Located]:
         return iter_rows(path)
     if path.is_dir() and ((path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()):
         return _numbered(_loaded(config, split, lambda: _from_disk(path, split)), config.source, split)
-    names: Sequence[str | None] = config.config if isinstance(config.config, list) else [config.config]
-    if path.is_dir():
-        names = _loaded(config, split, lambda: _local_configs(path, names))
-    return chain.from_iterable(_of_config(config, path, name, split) for name in names)
+    if not path.is_dir():
+        names = config.config if isinstance(config.config, list) else [config.config]
+        places: list[tuple[Path, str | None]] = [(path, name) for name in names]
+    else:
+        places = _local_configs(config, path, split)
+    return chain.from_iterable(_of_config(config, folder, name, split) for folder, name in places)
 
 
-def _local_configs(path: Path, names: Sequence[str | None]) -> Sequence[str | None]:
-    """The configurations of these that a folder has; [None], all its files, where it has none of them."""
+def _local_configs(config: DatasetTask, path: Path, split: str) -> list[tuple[Path, str | None]]:
+    """Where a folder has the rows of `config.config`: (folder, configuration of it), by its card or as a
+    folder of that name. Of names that a known set brings along those that are there; else all its files.
+
+    Raises InputError where one that the recipe names is not there.
+    """
     import datasets
 
-    there = datasets.get_dataset_config_names(str(path)) if any(names) else []
-    return [name for name in names if name in there] or [None]
+    names = config.config if isinstance(config.config, list) else [config.config]
+    wanted = [name for name in names if name is not None]
+    if not wanted:
+        return [(path, None)]
+    there = _loaded(config, split, lambda: datasets.get_dataset_config_names(str(path)))
+    folders = {one.name for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
+    found: list[tuple[Path, str | None]] = [
+        (path, name) if name in there else (path / name, None)
+        for name in wanted
+        if name in there or name in folders
+    ]
+    missing = [name for name in wanted if name not in there and name not in folders]
+    if missing and not is_known_config(config.name, config.config):
+        shown = sorted({*there, *folders} - {"default"})
+        raise InputError(
+            f"there is no configuration {', '.join(missing)}",
+            where=f"{config.source} (task.config)",
+            way_out=f"there are: {', '.join(shown)}" if shown else "leave task.config out: it has none",
+        )
+    return found or [(path, None)]
 
 
 def _of_config(config: DatasetTask, path: Path, name: str | None, split: str) -> Iterable[Located]:

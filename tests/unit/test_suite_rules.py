@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from genac_megatron.cli import main
 from genac_megatron.errors import EXIT_INPUT, EXIT_OK
 from genac_megatron.recipe.data import MATHS
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.stages import suites
 from genac_megatron.stages.suites import is_due
+from genac_megatron.tasks import make_task
+from genac_megatron.tasks.overlap import Looked
 
 SHAPE = "{layers: 1, hidden: 8, ffn: 8, heads: 2, kv_heads: 1}"
 MODEL = f"{{model: {{family: qwen3, tokenizer: 'builtin:tiny', shape: {SHAPE}}}}}"
@@ -76,3 +80,15 @@ def test_suites_are_due_by_step_and_at_a_stages_ends(tmp_path: Path) -> None:
     assert is_due(every, "start", 0)
     assert is_due(every, "end", 33)
     assert is_due(load_recipe(recipe(tmp_path, suites=own)), "step 10", 10)
+
+
+def test_all_that_is_held_out_is_compared_with_a_test_however_slow_the_generator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe(recipe(tmp_path, test=[{"name": "mine", "task": OWN}]))
+    task = make_task(loaded.task, None, 0)
+    last = task._problem("heldout", task.heldout_size - 1).text
+    monkeypatch.setattr(suites, "LOOK_S", -1.0)  # a generator that has used all of it up
+    run = SimpleNamespace(recipe=loaded, task=task, world=SimpleNamespace(rank=0, size=1))  # no rank here
+    found = list(suites._overlaps(run, Looked([("mine", [last])], 8, 0.5)))  # type: ignore[arg-type]
+    assert [(problem.text, at.name, whole) for problem, at, whole in found] == [(last, "mine", True)]

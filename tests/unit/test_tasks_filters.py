@@ -109,10 +109,36 @@ def test_math_is_read_from_its_folders_and_answers_are_its_boxes(tmp_path: Path)
         task_of(kind="datasets", name="math", path=bad, heldout_size=1)
 
 
+def test_a_folders_configurations_are_those_that_the_recipe_names(tmp_path: Path) -> None:
+    for kind, count in (("algebra", 3), ("geometry", 5)):
+        (tmp_path / kind).mkdir()
+        lines(tmp_path / kind / "train.jsonl", [math(f"{kind} {n}?", str(n)) for n in range(count)])
+    block = {"kind": "datasets", "name": "math", "path": str(tmp_path), "heldout_size": 1}
+
+    def size(**keys: Any) -> int:
+        task = task_of(**block, **keys)
+        return task.train_size + task.heldout_size
+
+    def refused(config: Any, told: str) -> None:
+        with pytest.raises(InputError) as refusal:
+            size(config=config)
+        assert told in str(refusal.value)
+
+    for card in (False, True):
+        if card:  # its own names, as a data set's card gives them
+            files = [{"config_name": k, "data_files": f"{k}/*.jsonl"} for k in ("algebra", "geometry")]
+            (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': files})}---\n")
+        assert [size(), size(config="algebra"), size(config=["geometry", "algebra"])] == [8, 3, 8]
+        refused("algebr", "there is no configuration algebr")
+        refused(["algebra", "precalculus"], "there is no configuration precalculus")
+        refused("algebr", "there are: algebra, geometry")
+
+
 def test_gsm8k_is_read_with_its_own_splits(tmp_path: Path) -> None:
     for split, count in (("train", 4), ("test", 3)):
         rows = [{"question": f"{split} {n}?", "answer": f"so\n#### 1,{n}00"} for n in range(count)]
         parquet(tmp_path / "main" / f"{split}-00000-of-00001.parquet", rows)
+    parquet(tmp_path / "socratic/train-00000-of-00001.parquet", [{"question": "s?", "answer": "#### 1"}])
     task = task_of(kind="datasets", name="gsm8k", path=str(tmp_path))
     assert (task.train_size, task.heldout_size) == (4, 3)
     prompt = task.prompt("heldout", 0)
