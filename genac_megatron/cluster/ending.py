@@ -10,6 +10,7 @@ from pathlib import Path
 from genac_megatron.errors import EXIT_GATE, EXIT_OK, EXIT_REQUEUE
 from genac_megatron.observe.ending import complete, first_line, gate_ways
 from genac_megatron.observe.history import attempts, history, meaning, ran_for
+from genac_megatron.observe.origin import job_and_restart
 from genac_megatron.observe.runinfo import RunFolder
 
 CONVERT = Path(__file__).resolve().parents[2] / "slurm" / "convert.sh"
@@ -29,10 +30,11 @@ def job_words(
 
     again: what submits the same again. requeued: Slurm starts the job again by itself. plots: of the report.
     """
-    folder, job = RunFolder(path), environ.get("SLURM_JOB_ID")
+    folder, (job, restart) = RunFolder(path), job_and_restart(environ)
     found = attempts(history(folder))
     lines = [f"genac: {meaning(code)}"]
-    if found and found[-1][0].get("job") == job:
+    # A job that Slurm starts again keeps its number.
+    if found and (found[-1][0].get("job"), found[-1][0].get("restart", 0)) == (job, restart):
         try:
             complete(folder, code, plots=plots)
             start, end = attempts(history(folder))[-1]

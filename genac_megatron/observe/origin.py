@@ -39,6 +39,7 @@ class Origin:
 
     def row(self) -> dict[str, Any]:
         """All of it with what is here, as plain data."""
+        job, restart = job_and_restart()
         return {
             "command": again(self.words, self.recipe),
             "words": list(self.words),
@@ -52,8 +53,14 @@ class Origin:
             "host": socket.gethostname(),
             "system": platform.platform(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": job,
+            "restart": restart,
         }
+
+
+def job_and_restart(environ: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
+    """The Slurm job's number, None outside one, and how often Slurm has started it again."""
+    return environ.get("SLURM_JOB_ID"), int(environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def typed(environ: Mapping[str, str] = os.environ, argv: Sequence[str] | None = None) -> str:

@@ -16,10 +16,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 def over(inner: B, outer: B) -> B:
-    """`inner` with `outer`'s values where it says nothing; as it is where it is of another `kind`, whose keys
+    """`inner` with `outer`'s values where it says nothing; as it is where it says another `kind`, whose keys
     mean something else. Merged again it stays the same.
     """
-    if getattr(inner, "kind", None) != getattr(outer, "kind", None):
+    if "kind" in inner.model_fields_set and getattr(inner, "kind", None) != getattr(outer, "kind", None):
         return inner
     written = {key: getattr(inner, key) for key in inner.model_fields_set}
     return outer.model_copy(update=written)

@@ -176,9 +176,9 @@ class SftSource(Block):
     data: Literal["demonstrations", "traces"] | None = None  # None: the stage's
     # False: whole traces are learnt but for the tokens that say which score: nothing of what states are worth
     scored: bool = True
-    # Over the stage's, key by key, where it is of its kind; of a replay, which has none: the exact one about
-    # the actor as it is (no p_bar_range). Of a task of the recipe's kind it reads p_bar as the recipe's does,
-    # whatever its lengths; of another kind, as the success rate at that task.
+    # Over the stage's, key by key, unless it says another kind; of a replay, which has none: the exact one
+    # about the actor as it is (no p_bar_range). Of a task of the recipe's kind it reads p_bar as the recipe's
+    # does, whatever its lengths; of another kind, as the success rate at that task.
     teacher: TeacherConfig | None = None
     rollout: RolloutConfig | None = None  # over the stage's, key by key
     length_buckets: Positive | None = None  # None: the stage's

@@ -40,7 +40,6 @@ stages: [{kind: policy, name: pg, steps: 1, algorithm: {kind: grpo}}]
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(there, "WAIT_S", 0.0)
-    monkeypatch.setattr(there, "LIMIT_S", 0.3)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "say {n}"}}\n' for n in range(4)))
 
@@ -70,7 +69,8 @@ def test_a_judge_that_is_down_is_told_of_before_anything_begins(capsys: pytest.C
     assert cli.main(["run", str(path), "--dry-run"]) == 0, "a login node may not see it"
 
 
-def test_one_that_takes_requests_and_says_nothing_is_down() -> None:
+def test_one_that_takes_requests_and_says_nothing_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(there, "LIMIT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
         with pytest.raises(InputError, match=r"no answer within 0.3 s"):

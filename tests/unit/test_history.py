@@ -66,13 +66,27 @@ def test_the_last_words_of_a_slurm_job(tmp_path: Path) -> None:
     assert done[-1].startswith("  its actor:  sbatch /")
     assert done[-1].endswith(f"/slurm/convert.sh to-hf {folder.path} run-hf")
     before = history(folder)
-    other = job_words(folder.path, 2, again, environ={"SLURM_JOB_ID": "8"}).splitlines()
-    assert other[:2] == [
-        "genac: ended: the recipe or an input is wrong",
-        "  no rank began the run in this attempt",
-    ]
-    assert other[-1] == f"  to go on:   {again}"
-    assert history(folder) == before, "another job's end is not this one's"
+    for another in ({"SLURM_JOB_ID": "8"}, job | {"SLURM_RESTART_COUNT": "1"}):
+        other = job_words(folder.path, 2, again, plots=False, environ=another).splitlines()
+        assert other[:2] == [
+            "genac: ended: the recipe or an input is wrong",
+            "  no rank began the run in this attempt",
+        ]
+        assert other[-1] == f"  to go on:   {again}"
+    assert history(folder) == before, "another job's end is not this one's, nor another attempt's"
+
+
+def test_a_start_notes_its_job_and_how_often_that_was_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    folder = RunFolder(part(tmp_path / "run", steps=3, evaluations=0, rollouts=0))
+    note_start(folder, ORIGIN)
+    lost = job_words(folder.path, EXIT_LOST, "again", plots=False, environ=job).splitlines()
+    assert " after " in lost[0]
+    assert attempts(history(folder))[-1][1] is not None
 
 
 @pytest.mark.parametrize(

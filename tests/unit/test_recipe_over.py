@@ -10,6 +10,7 @@ import pytest
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.loader import dump_recipe, load_recipe
 from genac_megatron.recipe.schema import OptimizerConfig, Recipe, ReinforceStage, RolloutConfig, SftStage
+from genac_megatron.recipe.stages import TeacherConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = """\
@@ -103,6 +104,17 @@ def test_teachers_and_rollouts_of_sources(path: Path) -> None:
     assert replayed.rollout == RolloutConfig(prompts=4, samples=2, max_new_tokens=80)
     assert replayed.teacher is not None
     assert replayed.teacher.writes == "score"
+
+
+def test_a_source_that_says_no_kind_is_of_its_stages(path: Path) -> None:
+    sources = "[{share: 0.6, teacher: {judgements: 8}}, {share: 0.4, teacher: {kind: exact}}]"
+    said = ["stages.traces.teacher={kind: self, rounds: 2}", f"stages.traces.sources={sources}"]
+    stage = load_recipe(path, said).stages[1]
+    assert isinstance(stage, SftStage)
+    assert [source.teacher for source in stage.sources] == [
+        TeacherConfig(kind="self", rounds=2, judgements=8),
+        TeacherConfig(kind="exact"),
+    ]
 
 
 def test_a_resolved_recipe_is_read_back_to_the_same(path: Path, tmp_path: Path) -> None:
