@@ -6,6 +6,7 @@ One wording for the run that leaves a band and for its report. A figure that is 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,10 +120,9 @@ def outside(band: Band, place: int, rows: Sequence[Row]) -> Left | None:
     step = int(rows[-1]["step"])
     if not band.step <= step <= (band.until or band.step):
         return None
-    values = [value for row in rows if not math.isnan(value := figure_of(row, band.figure))]
-    if not values:
+    seen = _newest(band, rows)
+    if not seen:
         return Left(place, step, f"step {step}: there is no {band.figure}", "", _nearest(band.figure, rows))
-    seen = values[-band.over :]
     mean = math.fsum(seen) / len(seen)
     low = band.low is not None and not mean >= band.low
     high = band.high is not None and not mean <= band.high
@@ -135,16 +135,56 @@ def outside(band: Band, place: int, rows: Sequence[Row]) -> Left | None:
     return Left(place, step, what, words[0], band.helps or words[1])
 
 
+class Watch:
+    """A stage's bands, row by row.
+
+    A band that is left is told once. One that ends the run looks again, once it has `over` values of after
+    that: whoever goes on has changed something.
+    """
+
+    def __init__(self, expect: Sequence[Band]) -> None:
+        self._expect = expect
+        self._rows: list[Row] = []
+        self._left: dict[int, int] = {}  # by place: how many rows there were
+
+    def look(self, row: Row) -> list[Left]:
+        """The bands that the stage has left with its next row, in order of places."""
+        self._rows.append(row)
+        found = []
+        for place, band in enumerate(self._expect):
+            rows = self._rows
+            if (before := self._left.get(place)) is not None:
+                rows = rows[before:]
+                if band.action == "warn" or len(_newest(band, rows)) < band.over:
+                    continue
+            if (left := outside(band, place, rows)) is not None:
+                self._left[place] = len(self._rows)
+                found.append(left)
+        return found
+
+
 def all_outside(expect: Sequence[Band], rows: Iterable[Row]) -> list[Left]:
     """Of a stage's rows the first time that each band is left, in order of steps."""
-    so_far: list[Row] = []
+    watch = Watch(expect)
     found: dict[int, Left] = {}
     for row in rows:
-        so_far.append(row)
-        for place, band in enumerate(expect):
-            if place not in found and (left := outside(band, place, so_far)) is not None:
-                found[place] = left
+        for left in watch.look(row):
+            found.setdefault(left.place, left)
     return sorted(found.values(), key=lambda left: (left.step, left.place))
+
+
+def is_step(row: Row) -> bool:
+    """Whether a row is of a trained step: those before and after a stage's steps have no learning rate."""
+    step = row.get("step")
+    return (
+        isinstance(step, int | float) and step > 0 and any(key.endswith(("/lr", "/skipped")) for key in row)
+    )
+
+
+def _newest(band: Band, rows: Sequence[Row]) -> list[float]:
+    """The last `over` values of a band's figure, newest first; fewer where there are no more."""
+    values = (figure_of(row, band.figure) for row in reversed(rows))
+    return list(itertools.islice((value for value in values if not math.isnan(value)), band.over))
 
 
 def _nearest(name: str, rows: Sequence[Row]) -> str:

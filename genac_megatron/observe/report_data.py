@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from genac_megatron import metrics as figures
 from genac_megatron.errors import InputError
-from genac_megatron.observe.bands import Left, all_outside
+from genac_megatron.observe.bands import Left, all_outside, is_step
 from genac_megatron.observe.history import attempts, history, meaning
 from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
@@ -415,11 +415,6 @@ def left_bands(run: RunData) -> list[tuple[str, Left]]:
         rows = [row for row in run.metrics if row.get("stage") == stage.name and is_step(row)]
         found += [(stage.name, left) for left in all_outside(stage.expect, rows)]
     return found
-
-
-def is_step(row: Row) -> bool:
-    """Whether a row is of a trained step: those before and after a stage's steps have no learning rate."""
-    return number(row.get("step")) > 0 and any(key.endswith(("/lr", "/skipped")) for key in row)
 
 
 @cache

@@ -9,10 +9,12 @@ from typing import Any
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, LeftBand, StopRequested
-from genac_megatron.observe.bands import outside
+from genac_megatron.observe.bands import Watch, is_step
+from genac_megatron.observe.runinfo import METRICS, read_jsonl
 from genac_megatron.recipe.resume import before_judging, check_steps, fingerprint, lengths
 from genac_megatron.recipe.schema import SftStage, StageConfig
 from genac_megatron.stages.runtime import Run
+from genac_megatron.training.agreement import from_first
 from genac_megatron.training.checkpoint import Checkpoints, load_checkpoint
 
 
@@ -26,8 +28,7 @@ class Loop:
         self.step = 0  # the one that is under way, or the last
         self._mark: dict[str, Any] = {}  # of what judging the stage changes, as of its last step
         self._asked = False  # to stop, at a step where it could not
-        self._rows: list[dict[str, Any]] = []  # of this attempt's steps, for `stage.expect`
-        self._left: set[int] = set()  # places of bands that were left, and told
+        self._watch = Watch(stage.expect)
         self._went_back = False  # from what is trained, which is kept elsewhere, to earlier weights
 
     @property
@@ -49,6 +50,8 @@ class Loop:
         """The steps left, counted from 1, as many as `end_at` last said."""
         check_steps(self.stage, self.run.at.step, total, f"stage {self.stage.name}")
         self._total = total
+        for row in self._rows_before():
+            self._watch.look(row)
         first = self.run.at.step + 1
         self.run.progress.stage(self.stage.name, total, first - 1)
         self.step = first - 1
@@ -84,23 +87,29 @@ class Loop:
             raise left
         self._save_and_stop(step)
 
+    def _rows_before(self) -> list[dict[str, Any]]:
+        """The stage's steps of earlier attempts, where bands look at them. The same on all. Collective."""
+        if self.fresh or not self.stage.expect:
+            return []
+
+        def read() -> list[dict[str, Any]]:
+            rows, _ = read_jsonl(self.run.folder.path / METRICS)  # cut to what the checkpoint knows of
+            return [row for row in rows if row.get("stage") == self.stage.name and is_step(row)]
+
+        return from_first(read)
+
     def _look_at_bands(self, row: dict[str, Any]) -> LeftBand | None:
         """Say of each band once that the stage has left it; the end that one asks for. The same on all."""
-        if self.stage.expect:
-            self._rows.append(row)
         end = None
-        for place, band in enumerate(self.stage.expect):
-            left = None if place in self._left else outside(band, place, self._rows)
-            if left is None:
-                continue
-            self._left.add(place)
+        for left in self._watch.look(row):
             self.run.progress.note(f"[{self.stage.name}] warning: {left.text}")
-            if band.action == "stop":
+            if self.stage.expect[left.place].action == "stop":
+                where = f"stages.{self.stage.name}.expect.{left.place}"
                 end = LeftBand(
                     f"the stage has left its band: {left.text}",
-                    where=f"stages.{self.stage.name}.expect.{place}",
+                    where=where,
                     way_out="what is trained is saved; change something, and --resume goes on from here, as "
-                    f"it is with stages.{self.stage.name}.expect.{place}.action=warn",
+                    f"it is with {where}.action=warn",
                 )
         return end
 

@@ -14,7 +14,7 @@ from tests.warm import genac
 
 pytestmark = pytest.mark.timeout(600)
 EXPECT = [
-    {"figure": "rollout/outcome_mean", "low": 0.3, "step": 1},  # an untrained actor solves nothing
+    {"figure": "rollout/outcome_mean", "low": 0.3, "step": 1, "until": 3},  # untrained: nothing is solved
     {"figure": "rollout/length_mean", "high": 0.5, "step": 2, "over": 1, "action": "stop"},
     {"figure": "actor/lr", "high": 1.0, "step": 1, "until": 3},  # as it should be
 ]
@@ -45,3 +45,4 @@ def test_a_run_says_early_that_it_goes_wrong(tmp_path: Path) -> None:
     lines = (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()
     trained = [row["step"] for row in map(json.loads, lines) if "actor/lr" in row]
     assert trained == [1, 2, 3]  # it went on from where it ended
+    assert "rollout/outcome_mean 0 is below" not in done.stdout + done.stderr

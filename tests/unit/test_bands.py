@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from genac_megatron.errors import InputError
-from genac_megatron.observe.bands import KNOWN, all_outside, figure_of, outside
+from genac_megatron.observe.bands import KNOWN, Watch, all_outside, figure_of, outside
 from genac_megatron.recipe.estimate import describe
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import Band
@@ -78,6 +78,35 @@ def test_each_band_is_told_once_in_the_order_of_steps() -> None:
     expect = [band(low=0.5, until=5), band(low=0.5, step=1, over=1)]
     found = all_outside(expect, rows(0.1, 0.9, 0.1, 0.1, 0.1))
     assert [(left.place, left.step) for left in found] == [(1, 1), (0, 4)]
+
+
+def watched(expect: list[Band], before: list[Any], after: list[Any]) -> list[str]:
+    """What is said of the rows after a resume."""
+    watch = Watch(expect)
+    for row in before:
+        watch.look(row)
+    return [left.what for row in after for left in watch.look(row)]
+
+
+def test_a_resumed_stage_is_judged_by_the_rows_of_before_too() -> None:
+    evaluated = rows(None, None, 0.9, None, None, None)  # between two evaluations
+    assert watched([band(low=0.5, step=3, until=9, action="stop")], evaluated[:4], evaluated[4:]) == []
+    (said,) = watched([band(low=0.5, step=4, over=4)], rows(0.3, 0.3, 0.3), rows(0.3, 0.3, 0.3, 0.9)[3:])
+    assert said.startswith("step 4: rollout/outcome_mean 0.45 (mean of 4)")
+
+
+def test_a_resumed_stage_says_nothing_twice() -> None:
+    low = rows(*[0.1] * 9)
+    assert watched([band(low=0.5, until=9)], low[:3], low[3:]) == []
+
+
+def test_a_band_that_has_ended_the_run_waits_for_as_many_values_again() -> None:
+    stop, low = band(low=0.5, until=9, action="stop"), rows(*[0.1] * 9)
+    assert watched([stop], low[:3], low[3:4]) == []
+    assert [said[:7] for said in watched([stop], low[:3], low[3:5])] == ["step 5:"]
+    assert watched([stop], low[:5], low[5:6]) == [], "nor after the second end"
+    assert watched([stop], low[:3], rows(*[0.1] * 4, 0.95, 0.9)[3:]) == [], "by values of after it alone"
+    assert [(left.place, left.step) for left in all_outside([stop], low)] == [(0, 3)]
 
 
 def test_known_figures_are_written_by_runs() -> None:

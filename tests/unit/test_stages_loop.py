@@ -21,12 +21,12 @@ def test_a_save_under_way_is_asked_for_once_a_step() -> None:
     """Each time is a collective over the world."""
     run: Any = SimpleNamespace(
         at=SimpleNamespace(step=0),
-        log_step=lambda *row: None,
+        log_step=lambda *row: {},
         stop_requested=lambda: False,
         recipe=SimpleNamespace(checkpoint=SimpleNamespace(every=0)),
     )
     checkpoints: Any = StubCheckpoints()
-    stage: Any = SimpleNamespace(name="ppo", kind="ppo")
+    stage: Any = SimpleNamespace(name="ppo", kind="ppo", expect=[])
     loop = Loop(run, stage, checkpoints, None)
     for step, evaluate in ((1, None), (2, dict)):
         loop.done(step, {}, evaluate)
