@@ -123,9 +123,10 @@ def own_choices(role: Any, samples: list[Any]) -> None:
 def own_case(rank: int) -> Any:
     role = make_role("actor", role_config(layout={"count": 1}, **FAMILY), torch.distributed.get_world_size())
     if rank:  # the role is on rank 0 alone; the others share its results
-        for _ in range(7):
-            role.logprobs([])
-        return role.logprobs([]), role.logprobs([])
+        samples = make_samples(7, 5)
+        for sample in samples:
+            role.logprobs([sample])
+        return role.logprobs(samples), role.logprobs(samples)
     samples = make_samples(7, 5)
     own_choices(role, samples)
     return role.logprobs(make_samples(7, 5)), role.logprobs(samples)
@@ -274,7 +275,7 @@ def wrong_case(rank: int) -> Any:
         (sample,) = make_samples(1, 5)
         sample.experts = np.full(shape, value, np.uint8)
         with pytest.raises(InputError) as error:
-            role._packs([sample])
+            role._packs(role.take([sample]))
         said.append(str(error.value))
     return said
 
