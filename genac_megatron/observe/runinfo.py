@@ -217,8 +217,8 @@ def run_path(recipe: Recipe) -> Path:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename a file to its name with the first free number; None where there is nothing in it."""
-    if not path.exists() or path.stat().st_size == 0:
+    """Rename a file or folder to its name with the first free number; None of a file with nothing in it."""
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         return None
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():

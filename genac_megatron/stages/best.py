@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genac_megatron.observe.manifest import BEST
+from genac_megatron.observe.runinfo import set_aside
 from genac_megatron.recipe.schema import BestConfig, Recipe, StageConfig
 from genac_megatron.stages.loop import run_state
 from genac_megatron.stages.runtime import Run
@@ -30,8 +31,16 @@ class Best:
         self.value: float | None = None
 
     def begin(self, run: Run, *, fresh: bool) -> None:
-        """Take over what lies there, or, where the run begins at its beginning, remove it. Collective."""
-        found = from_first(lambda: self._there(fresh))
+        """Take over what lies there, or, where the run begins at its beginning, set it aside. Collective.
+
+        It is not refused: a job that ended before its first checkpoint begins again by itself.
+        """
+        if fresh and (aside := from_first(self._set_aside)) is not None:
+            run.progress.note(
+                f"warning: {BEST}/ held the best weights of an earlier start of this run, which begins anew: "
+                f"they are kept as {aside}"
+            )
+        found = from_first(self._there)
         if found is None:
             return
         if found.get("figure") != self.config.figure or found.get("mode") != self.config.mode:
@@ -42,9 +51,15 @@ class Best:
             return
         self.value = float(found["value"])
 
-    def _there(self, fresh: bool) -> dict[str, Any] | None:
-        if fresh:
-            shutil.rmtree(self.kept.folder, ignore_errors=True)
+    def _set_aside(self) -> Path | None:
+        """Rename the folder of an earlier start to its name with the first free number."""
+        folder, there = self.kept.folder, self.kept.survey()
+        if there.whole or there.refused:
+            return set_aside(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # nothing but a save that was not finished
+        return None
+
+    def _there(self) -> dict[str, Any] | None:
         newest = self.kept.newest()
         found: dict[str, Any] | None = None if newest is None else newest[1]["state"].get("best")
         return found

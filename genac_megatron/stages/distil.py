@@ -121,7 +121,7 @@ def read_lessons(run: Run, stage: ValueStage, config: DistilConfig) -> Lessons:
 def _lessons(run: Run, stage: ValueStage, config: DistilConfig, states: list[JudgedState]) -> Lessons:
     prompts = find_prompts(run.task, states)
     tokenizer, after = run.tokenizers["actor"], run.stop_ids("actor")[0]
-    ids = sorted({prompt.id for prompt in prompts if prompt.id.startswith("train/")})
+    ids = sorted({prompt.id for prompt in prompts if _is_training(prompt)})
     random.Random(seed_for(run.recipe.seed, stage.name, "heldout")).shuffle(ids)
     apart = set(ids[: math.ceil(config.heldout * len(ids))])
     found = Lessons([], [])
@@ -131,7 +131,7 @@ def _lessons(run: Run, stage: ValueStage, config: DistilConfig, states: list[Jud
             prefix = tuple(tokenizer(state.partial, add_special_tokens=False)["input_ids"])
         # Place j has the value of what stands before it: a token behind the prefix is there for its place.
         sample = Sample([*prompt.ids, *prefix, after], len(prompt.ids))
-        kept = prompt.id in apart or not prompt.id.startswith("train/")
+        kept = prompt.id in apart or not _is_training(prompt)
         (found.heldout if kept else found.trained).append((sample, state))
     if not found.trained or not found.heldout:
         raise InputError(
@@ -167,11 +167,13 @@ def find_prompts(task: Task, states: list[JudgedState]) -> list[Prompt]:
     return found
 
 
+def _is_training(prompt: Prompt) -> bool:
+    return prompt.id.split("/")[-2] == "train"  # of a mixture the part's name comes before
+
+
 def _named(task: Task, state: JudgedState) -> Prompt:
-    split, _, index = str(state.prompt_id).rpartition("/")
-    splits: dict[str, Split] = {"train": "train", "heldout": "heldout"}
     try:
-        return task.prompt(splits[split], int(index))
+        return task.named(str(state.prompt_id))
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(
             f"the task has no prompt {state.prompt_id!r}",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
-from genac_megatron.observe.manifest import find_checkpoint, read_manifest, survey
+from genac_megatron.observe.manifest import BEST, find_checkpoint, read_manifest, survey
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.resume import finished
 from genac_megatron.recipe.schema import Recipe, ValueStage
@@ -98,3 +98,10 @@ def _need_checkpoints(recipe: Recipe) -> None:
             except InputError as error:
                 where = f"roles.{name}.model.{key}, {error.where}"
                 raise InputError(error.what, where=where, way_out=error.way_out) from None
+            own = (run_path(recipe) / BEST).resolve()
+            if recipe.checkpoint.best and Path(named).expanduser().resolve().is_relative_to(own):
+                raise InputError(
+                    f"{named} is the run's own: it is to begin with what its first evaluation replaces",
+                    where=f"roles.{name}.model.{key}",
+                    way_out="give the run another name=...",
+                )

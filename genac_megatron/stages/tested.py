@@ -6,6 +6,7 @@ is stopped before it is resumed for it alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.suites import ask
 from genac_megatron.training.agreement import from_first
 from genac_megatron.training.checkpoint import load_checkpoint
+from genac_megatron.training.role import Role
 
 
 def is_untested(recipe: Recipe, folder: Path, state: State) -> bool:
@@ -29,6 +31,14 @@ def is_untested(recipe: Recipe, folder: Path, state: State) -> bool:
 
 def _names(recipe: Recipe) -> set[str]:
     return {suite.name for suite in recipe.evaluation.test}
+
+
+def beside_actor(roles: Mapping[str, Role], manifest: Mapping[str, Any]) -> dict[str, Role]:
+    """Of the roles that a checkpoint holds, the actor and those on one base with it: where that has moved, it
+    is its owner's to load.
+    """
+    memory = roles["actor"].memory
+    return {n: role for n, role in roles.items() if role.memory is memory and n in manifest["roles"]}
 
 
 def ask_test(run: Run, best: Best | None, position: list[Any]) -> None:
@@ -49,7 +59,7 @@ def ask_test(run: Run, best: Best | None, position: list[Any]) -> None:
         row["of"] = {**manifest["state"]["best"], "checkpoint": path.name}
         same = manifest["state"]["position"] == position
         if not same:
-            load_checkpoint(path, {"actor": run.actor})
+            load_checkpoint(path, beside_actor(run.roles, manifest))
             run.publish("actor")
         with run.phase("suites"):
             row["best"] = row["final"] if same else ask(run, stage, suites)

@@ -184,6 +184,12 @@ class Task(ABC):
             privileged=self.reveal(problem) if self.reveals else {},
         )
 
+    def named(self, prompt_id: str) -> Prompt:
+        """The prompt with this `Prompt.id`. Raises KeyError, ValueError or IndexError where there is none."""
+        split, _, index = prompt_id.rpartition("/")
+        splits: dict[str, Split] = {"train": "train", "heldout": "heldout"}
+        return self.prompt(splits[split], int(index))
+
     def reveal(self, problem: Problem) -> dict[str, str]:
         """What a privileged critic is shown of a problem: `reference` or `rubric`; {} where there is none."""
         reference = problem.reference

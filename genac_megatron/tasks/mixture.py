@@ -130,7 +130,14 @@ class Mixture(Task):
     def prompt(self, split: Split, index: int) -> Prompt:
         """The prompt at `index`, its id under its part's name. Raises IndexError outside the split's size."""
         name, number = self._place(split, index)
-        prompt = self._tasks[name].prompt(split, number)
+        return self._of_part(name, self._tasks[name].prompt(split, number))
+
+    def named(self, prompt_id: str) -> Prompt:
+        """As Task.named: ids are `prompt`'s, under a part's name."""
+        name, *rest = prompt_id.rsplit("/", 2)
+        return self._of_part(name, self._tasks[name].named("/".join(rest)))
+
+    def _of_part(self, name: str, prompt: Prompt) -> Prompt:
         return dataclasses.replace(prompt, id=f"{name}/{prompt.id}", source=name)
 
     def _problem(self, split: Split, index: int) -> Problem:

@@ -329,9 +329,14 @@ def _seal(part: Path, final: Path, common: Sharded, said: Mapping[str, Any]) -> 
     serial = read_manifest(earlier[-1])["serial"] + 1 if earlier else 1
     manifest = {"format": FORMAT, "serial": serial, **said, "files": files_of(part)}
     write_json_atomic(part / MANIFEST, manifest)
-    if final.exists():
-        shutil.rmtree(final)
+    if not final.exists():
+        os.replace(part, final)
+        return
+    before = final.with_name(f"{final.name}.before")  # a checkpoint too, where a kill comes in between
+    shutil.rmtree(before, ignore_errors=True)
+    os.replace(final, before)
     os.replace(part, final)
+    shutil.rmtree(before)
 
 
 def _free(folder: Path) -> float:

@@ -65,3 +65,29 @@ def test_a_run_goes_on_from_a_moved_base_byte_for_byte(whole: Path, tmp_path: Pa
     done = genac("run", str(tmp_path / "recipe.yaml"), "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert rows(tmp_path) == rows(whole)
+
+
+def test_the_best_is_tested_where_the_actor_stands_on_the_critics_moving_base(tmp_path: Path) -> None:
+    """The best weights are those of before the base has moved, and the test is asked of both."""
+    critic: dict[str, Any] = json.loads(json.dumps(RECIPE["roles"]["critic"]))
+    training = {**critic["training"], "adapter": {"rank": 2, "merge_every": 1}}
+    critic |= {"layout": {}, "training": training}
+    actor = {**critic, "model": {"share": "critic"}, "training": {**training, "adapter": {"rank": 2}}}
+    del actor["layout"]
+    (tmp_path / "test.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+    asked = {"kind": "jsonl", "path": str(tmp_path / "test.jsonl"), "verifier": "exact"}
+    path = write_recipe(
+        tmp_path,
+        roles={"actor": actor, "critic": critic},
+        stages=[{**JOINT, "steps": 1, "actor_loss": {}}],
+        world={"ranks": 1, "timeout_s": 120},
+        checkpoint={"best": {"figure": "eval/accuracy"}},  # 0 all along: the first stays
+        evaluation={"prompts": 1, "samples": 1, "mc_states": 0, "test": [{"name": "mine", "task": asked}]},
+    )
+    done = genac("run", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    tested = json.loads((tmp_path / "runs/run/test.json").read_text())
+    assert (tested["position"], tested["of"]["checkpoint"]) == (["ppo", 1], "ppo-00000")
+    assert tested["best"]["mine"].keys() == tested["final"]["mine"].keys()
+    said = json.loads((tmp_path / "runs/run/best/ppo-00000/manifest.json").read_text())["adapters"]
+    assert (said["actor"]["base_in"], said["actor"]["merges"]) == ("critic", 0)

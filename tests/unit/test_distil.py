@@ -13,9 +13,9 @@ from genac_megatron.critic.judged import JudgedState, judged_rows, read_judged
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import DistilConfig, ValueStage
-from genac_megatron.recipe.tasks import StateTrackingTask
+from genac_megatron.recipe.tasks import MixtureTask, StateTrackingTask
 from genac_megatron.stages.distil import Lessons, _batch, _lessons, find_prompts
-from genac_megatron.tasks import make_task
+from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
 from tests.warm import ROOT
 
@@ -86,13 +86,32 @@ def test_prompts_are_found_by_id_and_by_text_and_another_tasks_are_refused() -> 
         find_prompts(TASK, [judged(5, prompt_id="train/999")])
 
 
-def lessons(states: list[JudgedState], share: float = 0.2) -> Lessons:
+def lessons(states: list[JudgedState], share: float = 0.2, task: Task = TASK) -> Lessons:
     run: Any = SimpleNamespace(
-        task=TASK, tokenizers={"actor": TOKENIZER}, recipe=SimpleNamespace(seed=1),
+        task=task, tokenizers={"actor": TOKENIZER}, recipe=SimpleNamespace(seed=1),
         stop_ids=lambda _: stop_token_ids(TOKENIZER),
     )  # fmt: skip
     config = DistilConfig(path="judged.jsonl", heldout=share)
     return _lessons(run, ValueStage(kind="value", distil=config), config, states)
+
+
+def test_a_mixtures_states_are_found_in_their_parts_and_learnt() -> None:
+    parts = [{"name": name, "task": {"kind": kind, "train_size": 20, "heldout_size": 4}}
+             for name, kind in (("swaps", "state_tracking"), ("sums", "chained_arithmetic"))]  # fmt: skip
+    mixed = make_task(MixtureTask.model_validate({"kind": "mixture", "parts": parts}), TOKENIZER, 0)
+    prompts = [mixed.prompt("train", index) for index in (3, 7, 25, 26, 38)]
+    prompts.append(mixed.prompt("heldout", 1))
+    named = [
+        judged(0, prompt_id=prompt.id if by_id else None, problem=prompt.problem)
+        for prompt in prompts
+        for by_id in (True, False)
+    ]
+    assert find_prompts(mixed, named) == [prompt for prompt in prompts for _ in range(2)]
+    found = lessons(named, task=mixed)
+    assert (len(found.trained), len(found.heldout)) == (8, 4)
+    for wrong in ("sums/train/999", "others/train/1", "sums/1", "train/1"):
+        with pytest.raises(InputError, match=f"no prompt '{wrong}'"):
+            find_prompts(mixed, [judged(5, prompt_id=wrong)])
 
 
 def test_whole_problems_are_held_out_and_what_the_task_holds_out_too() -> None:
