@@ -20,6 +20,7 @@ from genac_megatron.observe.report_canvas import DARK, LIGHT, Theme, png
 from genac_megatron.observe.report_data import RunData, number, summarise
 from genac_megatron.observe.report_page import STYLE, text_of
 from genac_megatron.observe.report_plots import PLOTS
+from genac_megatron.observe.report_suites import suite_summary
 from genac_megatron.observe.runinfo import jsonable
 from genac_megatron.watch import compare_plots, pages
 from genac_megatron.watch.compare import Comparison
@@ -31,7 +32,7 @@ from genac_megatron.watch.standing import standing
 REDRAW_S = 8.0  # between two drawings of a run's plots, while it goes on, and
 TIMES = 3.0  # ... times what the last ones took
 RECENT = 20  # rows that a latest figure is the mean of
-MOST_RUNS = 12  # that are compared
+MOST_RUNS = 12  # that are compared; the page says where more are asked for
 # No text of a run can do anything, were it ever to slip through unescaped.
 POLICY = (
     "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -156,8 +157,11 @@ class App:
         return _page(f"{key}: a rollout", body, places=self._places("", key))
 
     def _compare(self, request: Request) -> Response:
-        runs = self._compared(request)
+        asked = self._asked(request)
+        runs = asked[:MOST_RUNS]
         made, why = self._comparison(runs)
+        if made is not None and len(asked) > len(runs):
+            made.notes.append(f"{len(runs)} of {len(asked)} runs are compared; choose above.")
         version = "+".join(map(self._version, runs))
         if request.args.get("part") == "figures" and made is not None:
             body = pages.comparison_part(made, runs, OWN_PLOTS, ALL_PLOTS, version)
@@ -177,7 +181,7 @@ class App:
         return self._picture((key, name), self._version(run), lambda: png(draw, data, theme, height))
 
     def _compare_plot(self, request: Request, name: str) -> Response:
-        runs = self._compared(request)
+        runs = self._asked(request)[:MOST_RUNS]
         id_, theme = _image_of(name)
         made, _ = self._comparison(runs)
         if made is None or id_ not in {plot[0] for plot in ALL_PLOTS}:
@@ -234,7 +238,7 @@ class App:
         version = run.version
         had, summary = self._summaries.get(run.key, ("", {}))
         if had != version:
-            summary = jsonable(summarise(data))
+            summary = jsonable({**summarise(data), **suite_summary(data)})
             self._summaries[run.key] = version, summary
         return summary
 
@@ -244,10 +248,11 @@ class App:
             return pages.run_card(run, None, (), linked=linked)
         return pages.run_card(run, standing(data), latest(data), linked=linked)
 
-    def _compared(self, request: Request) -> list[Followed]:
+    def _asked(self, request: Request) -> list[Followed]:
+        """The runs that are asked for to be compared; all where none is."""
         runs = self.watched.runs()
-        asked = [key for key in request.args.getlist("run") if key in runs] or list(runs)
-        return [runs[key] for key in asked[:MOST_RUNS]]
+        asked = [key for key in dict.fromkeys(request.args.getlist("run")) if key in runs]
+        return [runs[key] for key in asked or runs]
 
     def _comparison(self, runs: Sequence[Followed]) -> tuple[Comparison | None, str]:
         found = [(run, run.data()) for run in runs]

@@ -214,13 +214,13 @@ class Comparison:
         return write_comparison(self, Path(folder))
 
     def data(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """All of it as plain data: each figure's `runs` and `less_the_first` by the runs' names."""
         figures = [
             {
                 "key": line.key,
                 "title": line.title,
                 "of": line.of,
-                **{name: estimate_data(v) for name, v in zip(self.names, line.values, strict=True)},
+                "runs": {name: estimate_data(v) for name, v in zip(self.names, line.values, strict=True)},
                 "less_the_first": {
                     name: estimate_data(v) for name, v in zip(self.names[1:], line.less, strict=True)
                 },

@@ -86,11 +86,13 @@ def not_at_its_end(run: RunData) -> str:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """What runs are called: their folders' names, those that are alike with their folders' before."""
-    names = [path.resolve().name for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{path.resolve().parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
+    """What runs are called: their folders' names, with as many of the folders before as tell all apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [Path(*part[-depth:]).as_posix() for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _make_room(out: Path) -> None:

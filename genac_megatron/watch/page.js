@@ -2,7 +2,7 @@
 // Text that a run or a model wrote reaches the page as text alone: nothing here makes HTML of strings, but for
 // whole pages of this server's own, read by DOMParser, in which scripts do not run.
 const EVERY_S = 3, FIGURES_S = 10;
-const live = document.getElementById("live"), figures = document.getElementById("figures");
+const there = name => document.getElementById(name);  // asked for anew: renew may replace it
 
 async function part(name) {
   const address = new URL(location.href);
@@ -40,10 +40,13 @@ let last = Date.now(), failed = 0;
 async function follow() {
   if (document.hidden) return;
   try {
-    if (live) renew(live, await part("live"));
-    if (figures && Date.now() - last > FIGURES_S * 1000) {
+    if (there("live")) {
+      const fresh = await part("live");
+      renew(there("live"), fresh);
+    }
+    if (there("figures") && Date.now() - last > FIGURES_S * 1000) {
       last = Date.now();
-      const fresh = await part("figures");
+      const fresh = await part("figures"), figures = there("figures");
       if (fresh && fresh.dataset.version !== figures.dataset.version) {
         figures.dataset.version = fresh.dataset.version;
         renew(figures, fresh);
@@ -55,7 +58,7 @@ async function follow() {
   }
   document.body.classList.toggle("lost", failed > 1);
 }
-if (live || figures) setInterval(follow, EVERY_S * 1000);
+if (there("live") || there("figures")) setInterval(follow, EVERY_S * 1000);
 
 // A plot for which a run has no data yet.
 addEventListener("error", event => {

@@ -12,6 +12,7 @@ from genac_megatron.observe.progress import format_duration
 from genac_megatron.observe.report_data import RunData, what_is_missing
 from genac_megatron.observe.report_origin import end_card, origins
 from genac_megatron.observe.report_page import (
+    band_cards,
     data_section,
     folds,
     gate_cards,
@@ -168,11 +169,12 @@ def _phases(at: Standing) -> str:
 def run_figures(
     run: Followed, data: RunData, summary: Mapping[str, Any], plots: Sequence[Plotted], version: str
 ) -> str:
-    """What changes with a run's logs: gates, tiles, plots (of a version of them), the critic's table."""
+    """What changes with a run's logs: gates, bands, tiles, plots (of a version of them), tables."""
     missing = what_is_missing(data) if data.attempts and data.attempts[-1][1] is not None else []
     return "".join((
         end_card(data),
         gate_cards(data),
+        band_cards(data),
         missing_card(missing, []),
         tiles(data, summary),
         _plots(run, data, plots, version),

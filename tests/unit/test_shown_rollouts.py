@@ -18,7 +18,7 @@ from genac_megatron.records import Completion, Episode, Judgement, Prompt, Rollo
 from genac_megatron.stages import shown
 from genac_megatron.stages.batch import Batch
 from genac_megatron.stages.rollouts import Group
-from genac_megatron.stages.shown import MOST_TOKENS, critic_prompts, keep_batch, token_ends
+from genac_megatron.stages.shown import MOST_TOKENS, critic_prompts, keep, keep_batch, token_ends
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
 TINY = load_tokenizer("builtin:tiny")
@@ -197,3 +197,5 @@ def test_a_full_file_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(rows(tmp_path)) == 1
     assert len(run.notes) == 1
     assert ROLLOUTS in run.notes[0]
+    keep(run, STAGE, batch(rollout()).groups, 4)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4], "evaluations' are always kept"

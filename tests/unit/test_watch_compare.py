@@ -180,6 +180,18 @@ def test_figures_are_shown_with_their_digits_and_nothing_is_not_negative() -> No
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     assert names_of([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    clones = [tmp_path / clone / "runs" / "quick" for clone in "ab"]
+    assert names_of(clones) == ["a/runs/quick", "b/runs/quick"]
+    assert names_of([*clones, tmp_path / "c" / "quick"])[2].endswith("/c/quick")
+    below = [Path("/runs"), Path("/runs/runs"), Path("/x/runs/runs")]
+    assert names_of(below) == ["/runs", "/runs/runs", "x/runs/runs"]
+
+
+def test_a_runs_name_takes_no_other_fields_place(folder: Path) -> None:
+    runs = [read_run(folder / name) for name in ("one", "two")]
+    figure = Comparison(["key", "of"], runs).data()["figures"][0]
+    assert (figure["key"], figure["of"]) == ("heldout/accuracy", "ppo, end")
+    assert set(figure["runs"]) == {"key", "of"}
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -201,6 +213,7 @@ def test_the_command_prints_a_table_and_writes_a_page(
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert data["runs"] == ["one", "two"]
     assert {"value", "low", "high"} == set(data["figures"][0]["less_the_first"]["two"])
+    assert set(data["figures"][0]["runs"]) == {"one", "two"}
     assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 8
     assert {
         path: path.stat().st_mtime_ns for path in [folder / "one", *(folder / "one").rglob("*")]

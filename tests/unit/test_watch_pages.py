@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 from html.parser import HTMLParser
 from importlib import resources
@@ -11,16 +13,22 @@ from typing import Any
 
 import pytest
 import yaml
-from fabricated_run import RECIPE, fabricate, part, write_lines
+from fabricated_run import RECIPE, evaluation_rows, fabricate, metric_rows, part, write_lines
 from werkzeug.test import Client, TestResponse
 
-from genac_megatron.watch import follow
+from genac_megatron.watch import app, follow
 from genac_megatron.watch.app import App
 from genac_megatron.watch.conversation import conversation, values_of
 from genac_megatron.watch.find import Query, search
 from genac_megatron.watch.follow import Followed, Watched
 
 SECRET = "the-secret"
+OUR_TAGS = {
+    "html", "head", "meta", "title", "link", "script", "body", "nav", "main", "div", "span", "p", "a",
+    "h1", "h2", "h3", "section", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "pre", "code",
+    "details", "summary", "form", "label", "select", "option", "input", "button", "fieldset", "legend",
+    "progress", "dl", "dt", "dd", "b", "br", "figure", "figcaption", "picture", "source", "img",
+}  # fmt: skip
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\" ' onmouseover='alert(3) &lt;b&gt; </style>"
 
 
@@ -148,51 +156,7 @@ def test_what_others_wrote_is_shown_and_never_run(tmp_path: Path) -> None:
         page = Page(client.get(path))
         assert [script["src"] for script in page.all("script")] == ["/page.js"], path
         assert all(image["src"].startswith(("/run/", "/compare/")) for image in page.all("img")), path
-        ours = {
-            "html",
-            "head",
-            "meta",
-            "title",
-            "link",
-            "script",
-            "body",
-            "nav",
-            "main",
-            "div",
-            "span",
-            "p",
-            "a",
-        }
-        ours |= {
-            "h1",
-            "h2",
-            "h3",
-            "section",
-            "table",
-            "thead",
-            "tbody",
-            "tr",
-            "th",
-            "td",
-            "ul",
-            "li",
-            "pre",
-            "code",
-        }
-        ours |= {
-            "details",
-            "summary",
-            "form",
-            "label",
-            "select",
-            "option",
-            "input",
-            "button",
-            "fieldset",
-            "legend",
-        }
-        ours |= {"progress", "dl", "dt", "dd", "b", "br", "figure", "figcaption", "picture", "source", "img"}
-        assert {tag for tag, _ in page.tags} <= ours, path
+        assert {tag for tag, _ in page.tags} <= OUR_TAGS, path
         names = {name for _, attributes in page.tags for name in attributes}
         assert not [name for name in names if name.startswith("on") or name == "style"], path
         hrefs = [link["href"] for link in page.all("a")]
@@ -227,6 +191,29 @@ def test_a_run_has_the_reports_figures_and_plots(folder: Path) -> None:
     assert first.data.startswith(b"\x89PNG")
     assert client.get(images[0]).data == first.data
     assert client.get("/run/half/plot/position-dark.png").status_code in (200, 404)
+
+
+def test_a_run_has_what_the_report_says_of_bands_and_suites(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run")
+    recipe = copy.deepcopy(RECIPE)
+    recipe["stages"][-1]["expect"] = [{"figure": "actor/entropy", "low": 5.0, "helps": "lower it"}]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_lines(run / "metrics.jsonl", [{**row, "actor/lr": 1e-4} for row in metric_rows(random.Random(0))])
+    asked = {"average": 0.25, "samples": 1, "outcomes": {"q1": [0.0], "q2": [1.0], "q3": [0.0], "q4": [0.0]}}
+    write_lines(
+        run / "evaluations.jsonl", [{**row, "suites": {"maths": asked}} for row in evaluation_rows(0)]
+    )
+    words = Page(client_of(run).get("/run/run")).words
+    assert "What usually helps: lower it." in words
+    assert "suite/maths_low" in words  # of the summary that is folded away
+
+
+def test_a_comparison_says_how_many_runs_it_leaves_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MOST_RUNS", 2)
+    monkeypatch.setattr(app, "ALL_PLOTS", [])
+    client = client_of(folder)
+    assert "2 of 3 runs are compared; choose above." in Page(client.get("/compare")).words
+    assert "runs are compared" not in Page(client.get("/compare?run=one&run=two&run=one")).words
 
 
 def test_a_part_is_what_the_page_has_of_it(folder: Path) -> None:

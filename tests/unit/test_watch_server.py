@@ -37,27 +37,33 @@ def test_the_command_serves_says_where_and_ends_by_ctrl_c(tmp_path: Path) -> Non
         process = subprocess.Popen(
             [*words, "--port", "0"], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            # Started in a shell's background, we ignore SIGINT, and so would it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         refused = subprocess.run(
             [*words, "--port", str(busy)], cwd=ROOT, env=environment(), text=True, capture_output=True,
             check=False,
         )  # fmt: skip
-    assert process.stdout is not None
-    said = "".join(process.stdout.readline() for _ in range(5))
-    address = re.search(r"here: +(http://127\.0\.0\.1:(\d+)/\?key=\S+)", said)
-    assert address is not None, said
-    assert re.search(rf"ssh -N -L {address[2]}:127\.0\.0\.1:{address[2]} \S+@\S+", said)
-    with httpx.Client(follow_redirects=True, timeout=LIMIT_S) as client:
-        page = client.get(address[1])
-        assert page.status_code == 200
-        assert str(page.url).endswith("/run/one")
-        assert (
-            client.get(f"http://127.0.0.1:{address[2]}/run/one/plot/accuracy-light.png").content[1:4]
-            == b"PNG"
-        )
-    assert httpx.get(f"http://127.0.0.1:{address[2]}/run/one").status_code == 403
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=LIMIT_S)[0]
+    try:
+        assert process.stdout is not None
+        said = "".join(process.stdout.readline() for _ in range(5))
+        address = re.search(r"here: +(http://127\.0\.0\.1:(\d+)/\?key=\S+)", said)
+        assert address is not None, said
+        assert re.search(rf"ssh -N -L {address[2]}:127\.0\.0\.1:{address[2]} \S+@\S+", said)
+        with httpx.Client(follow_redirects=True, timeout=LIMIT_S) as client:
+            page = client.get(address[1])
+            assert page.status_code == 200
+            assert str(page.url).endswith("/run/one")
+            assert (
+                client.get(f"http://127.0.0.1:{address[2]}/run/one/plot/accuracy-light.png").content[1:4]
+                == b"PNG"
+            )
+        assert httpx.get(f"http://127.0.0.1:{address[2]}/run/one").status_code == 403
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=LIMIT_S)[0]
+    finally:
+        process.kill()  # nothing, where it has ended
+        process.wait()
     assert process.returncode == 0, rest
     assert "key=" not in rest, "requests are not logged"
     assert refused.returncode == 2
