@@ -140,7 +140,7 @@ def _add_pass_rates(kinds: Any) -> None:
     rates.add_argument("--samples", type=_positive, default=8, help="responses to each question")
     rates.add_argument("--prompts", type=_positive, help="the first so many questions")
     rates.add_argument("--max-new-tokens", type=_positive, help="of a response; else as the last stage's")
-    rates.add_argument("--temperature", type=float, help="else the recipe's evaluation.temperature")
+    rates.add_argument("--temperature", type=float, help="else the last stage's, which trains by them")
 
 
 def add_score(commands: Any) -> None:

@@ -65,6 +65,15 @@ def unfiltered(task: TaskConfig) -> TaskConfig:
     return task.model_copy(update=changed)  # type: ignore[return-value]
 
 
+def sampling_of(recipe: Recipe, options: RateOptions) -> RolloutConfig:
+    """How responses are drawn: as the last stage draws those that it trains on, which rates choose."""
+    config = rollout_config(recipe, options.max_new_tokens)
+    temperature = options.temperature
+    if temperature is None:
+        temperature = recipe.stages[-1].rollout.temperature
+    return config.model_copy(update={"temperature": temperature})
+
+
 def measure(recipe: Recipe, world: World, stop: StopFlag, options: RateOptions, folder: Path) -> None:
     """Sample every training question, and keep how often it is solved. Collective.
 
@@ -72,9 +81,7 @@ def measure(recipe: Recipe, world: World, stop: StopFlag, options: RateOptions, 
     """
     recipe = with_role(recipe, "actor", options.checkpoint)
     recipe = recipe.model_copy(update={"task": unfiltered(recipe.task)})
-    config = rollout_config(recipe, options.max_new_tokens)
-    if options.temperature is not None:
-        config = config.model_copy(update={"temperature": options.temperature})
+    config = sampling_of(recipe, options)
     with session(recipe, world, stop, "pass-rates", folder, trains=True) as run:
         if not run.task.train_size:
             error = InputError("the task has no questions that are trained on", where="task")

@@ -7,6 +7,19 @@ from genac_megatron.recipe.judged import SuiteConfig
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import Recipe, SftStage
 from genac_megatron.recipe.task_rules import check_benchmarks, check_task
+from genac_megatron.tasks.benchmarks import find_benchmark
+
+# A critic's figures in a run's evaluations (docs/figures.md): those that are better when lower, those that
+# only Monte-Carlo values give, and all of them.
+ERRORS = ("brier", "brier_used", "mse", "ece", "value_error")
+OF_MONTE_CARLO = ("mse", "mse_constant", "mse_pearson", "mse_spearman", "explained_variance_response")
+CRITIC_FIGURES = (
+    *ERRORS,
+    *OF_MONTE_CARLO,
+    *("brier_constant", "skill", "auc", "explained_variance", "explained_variance_prompt", "spearman"),
+    *("ranking_between", "ranking_prompt", "parse_rate", "score_entropy", "value_mean", "outcome_mean"),
+    *("tokens_per_state", "group_error", "group_distance"),
+)
 
 
 def check_judged(recipe: Recipe, where: Where) -> None:
@@ -79,19 +92,39 @@ def _check_best(recipe: Recipe, where: Where) -> None:
             where=where((*place, "stage")),
             way_out=f"one of: {', '.join(names)}",
         )
-    group, _, name = best.figure.partition("/")
-    suites = [suite.name for suite in recipe.evaluation.suites]
-    known = [f"suite/{one}{end}" for one in suites for end in ("", "_pass")]
-    if group == "suite" and best.figure not in known:
+    figure, key = best.figure, best.figure.removeprefix("eval/critic_")
+    suites = _suite_figures(recipe)
+    if figure.startswith("suite/") and figure not in suites:
         raise InputError(
-            f"no suite gives the figure {best.figure}",
+            f"no suite gives the figure {figure}",
             where=where((*place, "figure")),
-            way_out=f"one of: {', '.join(known)}" if known else "name it in evaluation.suites",
+            way_out=f"one of: {', '.join(suites)}" if suites else "name it in evaluation.suites",
         )
-    heads = ("accuracy", "reward_", *(("critic_",) if "critic" in recipe.roles else ()))
-    if group != "suite" and not (group == "eval" and name.startswith(heads)):
+    critic = key != figure and "critic" in recipe.roles and key in CRITIC_FIGURES
+    if not critic and not figure.startswith(("suite/", "eval/accuracy", "eval/reward_")):
         raise InputError(
-            f"no evaluation gives the figure {best.figure}",
+            f"no evaluation gives the figure {figure}",
             where=where((*place, "figure")),
             way_out="eval/accuracy, eval/critic_brier and its like, or suite/NAME (docs/figures.md)",
         )
+    if critic and key in OF_MONTE_CARLO and not recipe.evaluation.mc_states:
+        raise InputError(
+            f"no evaluation gives the figure {figure}: no state's value is estimated by Monte Carlo",
+            where=where((*place, "figure")),
+            way_out="set evaluation.mc_states (such a value is taken at a stage's ends), or name another",
+        )
+    if critic and key in ERRORS and best.mode == "max":
+        raise InputError(
+            f"{figure} is an error: mode max would keep the worst critic",
+            where=where((*place, "mode")),
+            way_out="set checkpoint.best.mode: min",
+        )
+
+
+def _suite_figures(recipe: Recipe) -> list[str]:
+    """What the run's suites give; a pass@k where a question is asked more than once."""
+    found = []
+    for suite in recipe.evaluation.suites:
+        samples = suite.samples or (1 if suite.task is not None else find_benchmark(suite.name).samples)
+        found += [f"suite/{suite.name}", *([f"suite/{suite.name}_pass"] if samples > 1 else [])]
+    return found

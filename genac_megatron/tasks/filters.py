@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 PASS_RATES = "pass_rates.jsonl"
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 SHOWN = 3
+# A run lets such questions go only after their rates are asked for (stages/room.py, tasks/mixture.py).
+NEVER = (
+    "leave them out (filter.unmeasured: drop): rows without room (task.overlong: drop), and what another "
+    "part of a mixture holds out, are never measured"
+)
 REMEDY = "measure them: genac evaluate pass-rates RECIPE task.filter.pass_rate=null --out FOLDER"
 
 
@@ -132,11 +137,12 @@ def known_rates(task: QuestionTask, config: FilterConfig) -> dict[str, float]:
     digests = [problem_digest(problem.text) for problem in task.problems("train")]
     missing = [index for index, digest in enumerate(digests) if digest not in rates]
     if len(missing) == len(digests) or (missing and config.unmeasured == "error"):
+        first = "; ".join(shown(task.problems("train")[index]) for index in missing[:SHOWN])
         raise InputError(
             f"{len(missing):,} of {len(digests):,} training questions have no pass rate in "
-            f"{config.pass_rates}",
+            f"{config.pass_rates}: {first}",
             where="task.filter.pass_rates",
-            way_out=f"{REMEDY}; or say what becomes of them by filter.unmeasured (drop, keep)",
+            way_out=REMEDY if len(missing) == len(digests) else f"{NEVER}; others can be: {REMEDY}",
         )
     if missing:
         what = "left out" if config.unmeasured == "drop" else "kept"

@@ -21,7 +21,8 @@ RECIPE: dict[str, Any] = {
     "task": {"kind": "jsonl", "path": "./train.jsonl", "heldout_size": 2, "instruction": "",
              "verifier": {"python": "./own.py:score"}},
     "stages": [{"kind": "policy", "name": "pg", "steps": 2, "algorithm": {"kind": "grpo"}, "eval_every": 0,
-                "rollout": ROLLOUT}],
+                "rollout": {**ROLLOUT, "temperature": 0.9}}],
+    "evaluation": {**SMALL["evaluation"], "temperature": 0.5},
 }  # fmt: skip
 
 
@@ -63,6 +64,7 @@ def test_each_question_has_its_rate_and_whose_it_is(measured: Path) -> None:
     assert {(row["actor"], row["weights"]) for row in rows} == {
         ("actor", manifest["plan"]["model"]["weights"])
     }
+    assert manifest["plan"]["sampling"]["temperature"] == 0.9, "as what is trained on is sampled"
     mean = sum(row["pass_rate"] for row in rows) / QUESTIONS
     assert manifest["figures"]["mean"] == pytest.approx(mean)
 
@@ -82,9 +84,10 @@ def test_a_command_that_was_killed_goes_on_to_the_same_file(measured: Path, tmp_
 def test_a_run_is_of_the_questions_that_are_chosen(measured: Path, tmp_path: Path) -> None:
     rates = {row["problem"]: row["pass_rate"] for row in lines(measured / "rates/pass_rates.jsonl")}
     middle = sorted(rates.values())[2:6]
-    path = recipe(tmp_path)
+    path, mine = recipe(tmp_path), tmp_path / "rates"
+    shutil.copytree(measured / "rates", mine)
     words = (
-        f"task.filter={{pass_rate: [{middle[0]}, {middle[-1]}], pass_rates: {measured}/rates}}",
+        f"task.filter={{pass_rate: [{middle[0]}, {middle[-1]}], pass_rates: {mine}}}",
         "task.order=easy_first",
     )
     done = genac("run", path, *words, cwd=tmp_path)
@@ -100,13 +103,9 @@ def test_a_run_is_of_the_questions_that_are_chosen(measured: Path, tmp_path: Pat
     assert set(played) <= set(easiest[:2]), "the first batch has the easiest"
     assert played
     # Another file of rates would be other questions than those that the run began with.
-    other = tmp_path / "other"
-    shutil.copytree(measured / "rates", other)
-    rows = lines(other / "pass_rates.jsonl")
-    rows[0]["pass_rate"] = 1.0 - rows[0]["pass_rate"]
-    (other / "pass_rates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(measured / "rates")
-    shutil.copytree(other, measured / "rates")
+    changed = lines(mine / "pass_rates.jsonl")
+    changed[0]["pass_rate"] = 1.0 - changed[0]["pass_rate"]
+    (mine / "pass_rates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     done = genac("run", path, *words, "stages.pg.steps=3", "--resume", cwd=tmp_path)
     assert done.returncode == 2
     assert "other prompts than when the checkpoint was made" in done.stderr

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from genac_megatron.cli import main
-from genac_megatron.errors import EXIT_INPUT, EXIT_OK
+from genac_megatron.errors import EXIT_INPUT, EXIT_OK, InputError
 from genac_megatron.recipe.data import MATHS
+from genac_megatron.recipe.judged_rules import CRITIC_FIGURES
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.stages import suites
 from genac_megatron.stages.suites import is_due
@@ -70,6 +71,39 @@ def test_what_no_run_would_give_is_refused(
 ) -> None:
     assert main(["run", recipe(tmp_path, **keys), "--dry-run"]) == EXIT_INPUT
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("best", "keys", "told"),
+    [
+        ({"figure": "suite/mine_pass"}, {"samples": 1}, "no suite gives the figure suite/mine_pass"),
+        ({"figure": "suite/mine_pass"}, {"samples": 2}, None),
+        ({"figure": "eval/critic_brier"}, {}, "eval/critic_brier is an error: mode max would keep the worst"),
+        ({"figure": "eval/critic_brier", "mode": "min"}, {}, None),
+        ({"figure": "eval/critic_auc"}, {}, None),
+        ({"figure": "eval/critic_bier", "mode": "min"}, {}, "no evaluation gives the figure eval/critic_b"),
+        ({"figure": "eval/critic_mse", "mode": "min"}, {}, "no state's value is estimated by Monte"),
+    ],
+)  # fmt: skip
+def test_the_best_is_by_a_figure_that_the_run_gives_and_its_right_end(
+    tmp_path: Path, best: dict[str, Any], keys: dict[str, Any], told: str | None
+) -> None:
+    path = Path(recipe(tmp_path, best=best, suites=[{"name": "mine", "task": OWN, **keys}]))
+    text = path.read_text().replace(f"{{actor: {MODEL}}}", f"{{actor: {MODEL}, critic: {MODEL}}}")
+    path.write_text(text.replace("kind: policy, algorithm: {kind: grpo}", "kind: ppo"))
+    if told is None:
+        assert load_recipe(str(path)).checkpoint.best is not None
+        return
+    with pytest.raises(InputError) as refusal:
+        load_recipe(str(path))
+    assert told in str(refusal.value)
+
+
+def test_a_critics_figures_are_those_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs/figures.md").read_text()
+    rows = page.partition("## evaluations.jsonl")[2].partition("\n## ")[0].splitlines()
+    names = {row.split("`")[1] for row in rows if row.startswith("| `")}
+    assert names - {"ranking_response"} == set(CRITIC_FIGURES), "that one a run's evaluations do not have"
 
 
 def test_suites_are_due_by_step_and_at_a_stages_ends(tmp_path: Path) -> None:

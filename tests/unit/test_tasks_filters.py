@@ -209,6 +209,30 @@ def test_pass_rates_choose_training_questions(tmp_path: Path) -> None:
         task_of(**block, filter=folder | {"pass_rate": [0.3, 0.35]})
 
 
+def test_what_a_mixture_never_measures_is_named_with_the_way_to_leave_it_out(tmp_path: Path) -> None:
+    for name, numbers in (("a", range(6)), ("a_held", [77]), ("b", range(6, 10)), ("b_held", [5])):
+        lines(tmp_path / f"{name}.jsonl", [{"question": f"q{n}?", "answer": "1"} for n in numbers])
+
+    def mixed(**keys: Any) -> Task:
+        parts = []
+        for name in ("a", "b"):
+            files = {"path": f"{tmp_path}/{name}.jsonl", "heldout_path": f"{tmp_path}/{name}_held.jsonl"}
+            one = {"kind": "jsonl", "verifier": "exact", "instruction": "", **files, **keys}
+            parts.append({"name": name, "task": one})
+        return task_of(kind="mixture", parts=parts)
+
+    whole = mixed()
+    measured = {whole.prompt("train", index).problem for index in range(whole.train_size)}
+    assert measured == {f"q{n}?" for n in range(10) if n != 5}
+    rates = [{"question": problem_digest(text), "pass_rate": 0.5} for text in measured]
+    lines(tmp_path / "pass_rates.jsonl", rates)
+    rule = {"pass_rate": [0.1, 0.9], "pass_rates": str(tmp_path)}
+    with pytest.raises(InputError, match=r"1 of 6 training questions .*a.jsonl:6: 'q5\?'") as refusal:
+        mixed(filter=rule)
+    assert str(refusal.value).index("filter.unmeasured: drop") < str(refusal.value).index("measure them")
+    assert mixed(filter=rule | {"unmeasured": "drop"}).train_size == 9
+
+
 # --- benchmarks are kept out -------------------------------------------------------------------
 
 
