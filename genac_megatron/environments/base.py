@@ -131,6 +131,8 @@ class OfTranscript:
         given = self._function(list(self._messages), self._prompt, self._seed)
         if inspect.isawaitable(given):
             given = await given
+        if not isinstance(given, Mapping | Step):
+            return given  # which is told as what it is
         shown = given.get("observation", "") if isinstance(given, Mapping) else given.observation
         told = [{"role": "user", "content": shown}] if isinstance(shown, str) else list(shown)
         self._messages += [dict(message) for message in told]

@@ -97,9 +97,9 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sqrt": math.sqrt, "abs": abs, "round": round, "min": min, "max": max, "log": math.log, "exp": math.exp,
+    "sqrt": math.sqrt, "abs": abs, "min": min, "max": max, "log": math.log, "exp": math.exp,
     "sin": math.sin, "cos": math.cos, "tan": math.tan, "floor": math.floor, "ceil": math.ceil,
-    "gcd": math.gcd,
+    "gcd": math.gcd, "round": lambda x, digits=0: _round(x, digits),
 }  # fmt: skip
 _NAMES = {"pi": math.pi, "e": math.e}
 
@@ -141,7 +141,13 @@ def _value(node: ast.expr) -> int | float:
     return found  # type: ignore[no-any-return]
 
 
+def _round(x: int | float, digits: int | float) -> int | float:
+    """To a place that numbers below LARGEST can have: Python's own writes 10 ** -digits out."""
+    places = max(-400, min(400, int(digits)))
+    return round(x, places) if places else round(x)
+
+
 def _power(base: int | float, exponent: int | float) -> Any:
-    if abs(base) > 1 and abs(exponent) * math.log10(abs(base)) > math.log10(LARGEST):
+    if base and exponent * math.log10(abs(base)) > math.log10(LARGEST):
         raise ValueError("the value is no real number below 1e300")
     return base**exponent

@@ -177,7 +177,8 @@ def baselines(
         # The group's mean alone until something is measured.
         weight = blend_weight(*(known[key] for key in BLEND)) if known and BLEND[0] in known else 0.0
     sizes = [len(group.rollouts) for group in batch.groups]
-    others = torch.cat([others_mean(of_group) for of_group in rewards.split(sizes)])
+    nothing = rewards.new_zeros(0)  # a rank may have no group
+    others = torch.cat([nothing, *(others_mean(group) for group in rewards.split(sizes))])
     blended = [
         (weight * value.double() + (1.0 - weight) * other).float()
         for value, other in zip(values, others, strict=True)

@@ -1,7 +1,7 @@
 """Generation, verification and judging of one batch, overlapped in one asyncio pipeline.
 
 As each response finishes, its states go to the critic; the prompt state is judged once per group.
-Every rank drives its own share of the prompts; the batch is then gathered on all of them.
+Every rank drives its own share of the prompts, and keeps what came of it.
 """
 
 from __future__ import annotations

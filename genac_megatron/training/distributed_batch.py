@@ -374,7 +374,8 @@ def distributed(mine: Sequence[Sample]) -> DistributedBatch:
     """The batch of every rank's samples, by their `place`: a rank's own are in that order, and those of one
     place are of one rank. Collective over the world.
 
-    Raises InputError, on every rank, where samples of ranks differ in their fields or in the form of experts.
+    Raises InputError, on every rank, where samples differ in their fields or in the form of experts, or where
+    a field has not one figure per trained token.
     """
     local = order_of(mine)
     rows = np.zeros((len(mine), 8), np.int64)
@@ -390,7 +391,7 @@ def distributed(mine: Sequence[Sample]) -> DistributedBatch:
     ranks = gathered_rows(rows)
     sizes = [len(part) for part in ranks]
     table, totals = np.concatenate(ranks), np.concatenate(gathered_rows(sums.reshape(-1, len(NORMALISED))))
-    names, experts, most = _forms(gathered(_form(mine)))
+    names, experts, most = _forms(gathered((_form(mine), _misfit(mine))))
     moved = np.argsort(table[:, 0], kind="stable")  # the batch's order of what ranks have one after the other
     place = np.empty(len(moved), np.int64)
     place[moved] = np.arange(len(moved))
@@ -429,8 +430,22 @@ def _form(mine: Sequence[Sample]) -> set[Form]:
     return {(*key, most) for key, most in found.items()}
 
 
-def _forms(ranks: Sequence[set[Form]]) -> Form:
-    found = set().union(*ranks)
+def _misfit(mine: Sequence[Sample]) -> str:
+    """What is wrong with the first field that has not one figure per trained token; "" where none is."""
+    for index, one in enumerate(mine):
+        for name, figures in one.fields.items():
+            if len(figures) != one.trained:
+                return (
+                    f"field {name!r} of a rank's sample {index} has {len(figures)} figures, where "
+                    f"{one.trained} tokens are trained"
+                )
+    return ""
+
+
+def _forms(ranks: Sequence[tuple[set[Form], str]]) -> Form:
+    if wrong := next((misfit for _, misfit in ranks if misfit), ""):
+        raise on_all_ranks(InputError(wrong, where="distributed batch"))
+    found = set[Form]().union(*(forms for forms, _ in ranks))
     names = {one for one, _, _ in found}
     experts = {one for _, one, _ in found if one[2]}
     if len(names) > 1 or len(experts) > 1:

@@ -115,6 +115,7 @@ def moved_case(rank: int, layout: dict[str, Any]) -> Any:
     """What arrives where a role computes it, against what was made."""
     import numpy as np
 
+    from genac_megatron.errors import InputError
     from genac_megatron.training.distributed_batch import distributed
 
     samples, rng = nested(4), np.random.default_rng(0)
@@ -140,6 +141,9 @@ def moved_case(rank: int, layout: dict[str, Any]) -> Any:
         assert a.tokens[:common] == b.tokens[:common]
         rows = (None, None) if a.experts is None or b.experts is None else (a.experts, b.experts)
         assert not common or rows[0] is None or np.array_equal(rows[0][:common], rows[1][:common])
+    samples[0].fields["advantages"] = [1.0] * (samples[0].trained + 1)  # of one rank alone
+    with pytest.raises(InputError, match="'advantages' of a rank's sample 0 has"):
+        distributed(parted(samples, rank))
     return places, None if role.groups is None else role.groups.dp.rank(), len(samples)
 
 

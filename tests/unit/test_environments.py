@@ -195,6 +195,8 @@ def test_a_function_of_the_transcript_is_an_environment() -> None:
     assert shown([first, second]) == ["2 messages", "4 messages"]
     assert second.step is not None
     assert (second.step.done, second.step.outcome) == (True, 0.5)
+    silent = Host(lambda: OfTranscript(lambda messages, prompt, seed: None), 99, str)
+    assert "gave NoneType" in silent(Job("a", PROMPT, 0, ("hello",), digest(None))).failure
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,12 @@ def test_blended_baselines_against_a_slow_reference(seed: int, weight: float) ->
             assert next(rows).tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+def test_a_rank_without_a_group_has_no_baselines() -> None:
+    config = stage(blend={"weight": 0.5}).advantage
+    found, figures = baselines(Progression(), config, Batch([]), torch.zeros(0))
+    assert (found, figures) == ([], {"actor/value_weight": 0.5})
+
+
 def test_errors_of_a_blend_by_hand_and_their_moving_average() -> None:
     batch = Batch([group(0, (1.0, [0.5, 0.75]), (0.0, [0.5, 0.25]))])
     # Others' means: 0 and 1. Values' errors .25, .0625, .25, .0625; the group's are 1 throughout.
