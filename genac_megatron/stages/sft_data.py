@@ -285,7 +285,13 @@ def _of_actor(run: Run, order: Order) -> list[Sample]:
         samples = taught(run, order, states, context)
     if not samples:
         what = f"the {teacher.kind} teacher gave no usable trace"
-        raise on_all_ranks(InputError(what, where=order.where))
+        way_out = ""
+        if teacher.kind == "self":
+            way_out = (
+                "more states (rollout.prompts, teacher.rounds), longer judgements (judging.max_new_tokens); "
+                "a model that cannot judge needs another teacher (docs/traces.md)"
+            )
+        raise on_all_ranks(InputError(what, where=order.where, way_out=way_out))
     run.progress.note(f"[{order.label}] {len(samples)} traces from {told} responses")
     return samples
 

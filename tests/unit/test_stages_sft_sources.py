@@ -291,8 +291,9 @@ def test_own_judgements_are_kept_where_monte_carlo_bears_them_out() -> None:
     assert kept
     assert all(parse_score(written(sample)) == 0.6 for sample in kept)
     run = run_of({**stage, "rollout": {"max_new_tokens": 1}})  # cut off: all are worth 0, and it says 0.5
-    with pytest.raises(InputError, match="the self teacher gave no usable trace"):
+    with pytest.raises(InputError, match="the self teacher gave no usable trace") as told:
         made_by(run)
+    assert "needs another teacher" in told.value.way_out
 
 
 def test_monte_carlo_scores_are_means_of_continuations() -> None:
