@@ -118,7 +118,16 @@ def opened(browser: Browser, base: str, key: str, path: str, width: int) -> Page
     return page
 
 
-def test_a_running_run_is_followed_on_the_page(browser: Browser, serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def followed(condition: str) -> str:
+    """Whether it holds once the page has asked anew, which it need not wait for."""
+    return f"(last = 0, follow().then(() => {condition}))"
+
+
+def test_a_running_run_is_followed_on_the_page(  # type: ignore[no-untyped-def]
+    browser: Browser, serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "REDRAW_S", 0.0)
+    monkeypatch.setattr(app, "TIMES", 0.0)
     folder = part(tmp_path / "run", steps=30, evaluations=0, rollouts=0)
     base = serve(folder)
     page = opened(browser, base, serve[-1], "/run/run", 1400)
@@ -128,10 +137,14 @@ def test_a_running_run_is_followed_on_the_page(browser: Browser, serve, tmp_path
     write_lines(folder / "metrics.jsonl", metric_rows(random.Random(0))[:36])
     write_lines(folder / "evaluations.jsonl", evaluation_rows(0)[:4])
     page.until("document.getElementById('live').innerText.includes('12 of 20')")  # by its own clock
-    page.until(
-        "last = 0, follow(), getComputedStyle(document.getElementById('plot-accuracy')).display !== 'none'"
-    )
+    page.until(followed("getComputedStyle(document.getElementById('plot-accuracy')).display !== 'none'"))
     page.until("document.querySelector('#plot-accuracy img').naturalWidth > 100")
+    end = {"event": "end", "time": 2.0, "code": 1, "told": "it broke"}
+    start = {"event": "start", "time": 1.0, "words": ["run", "r.yaml"], "recipe": "r.yaml", "before": "genac"}
+    write_lines(folder / "history.jsonl", [start, end])
+    page.until(followed("document.getElementById('figures').innerText.includes('it broke')"))
+    (folder / "history.jsonl").write_text("")  # and once more the part has other children
+    page.until(followed("!document.getElementById('figures').innerText.includes('it broke')"))
     assert page.value("window.kept.isConnected && window.kept.open"), "what is open stays open"
     assert page.faults() == []
 
