@@ -54,6 +54,7 @@ PARTS = (
     Part("httpx", "0.28", "1", needed=False, cost="critic traces from an endpoint"),
     Part("matplotlib", "3.10", needed=False, cost="the report's plots"),
     Part("tensorboard", "2.20", needed=False, cost="observe.tensorboard"),
+    Part("werkzeug", "3.1", "4", needed=False, cost="genac watch"),
     Part("wandb", "0.31", "0.40", needed=False, cost="observe.wandb"),
 )
 ENGINE = ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13")

@@ -30,10 +30,10 @@ from genac_megatron.recipe.tasks import (
 )
 from genac_megatron.stages.room import fit_chats, fit_rows, listed, room_of
 from genac_megatron.stages.sft_chats import used_conversations
-from genac_megatron.stages.suites import make_suite
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.base import FixedTask, Split
 from genac_megatron.tasks.benchmarks import find_benchmark
+from genac_megatron.tasks.suite import make_suite
 from genac_megatron.tasks.tokenizer import role_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:

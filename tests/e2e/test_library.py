@@ -67,7 +67,7 @@ def test_what_is_wrong_is_raised_before_anything_begins(
         genac.run(ROOT / "recipes/quickstart.yaml", resume=True)
     with pytest.raises(InputError, match="no run there"):
         genac.open_run(tmp_path)
-    with pytest.raises(AttributeError, match="it has FinishedRun"):
+    with pytest.raises(AttributeError, match="it has Comparison, FinishedRun"):
         genac.train  # noqa: B018
     with pytest.raises(InputError, match="it has no problem and response"):
         genac.score([{"problem": "2+2?"}], ROOT / "recipes/quickstart.yaml", p_bar=0.5)

@@ -13,6 +13,7 @@ from genac_megatron.algorithms.losses import make_reinforce_loss
 from genac_megatron.algorithms.replay import with_replay
 from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.records import Sample
+from genac_megatron.stages.ranks import ALONE
 from genac_megatron.stages.replay import Replay, replay_samples
 
 
@@ -79,7 +80,7 @@ def test_figures_are_apart_by_source() -> None:
     replay = Replay.__new__(Replay)  # its figures need nothing of a run
     chosen = replay_samples(pool(), 400, 0.3, 0)
     logprobs = [[-2.0 if s.part == "long" else -1.0] * s.trained for s in chosen]
-    figures = replay.figures(chosen, logprobs)
+    figures = replay.figures(chosen, logprobs, ALONE)
     assert figures["replay/nll_long"] == 2.0
     assert figures["replay/nll_short"] == 1.0
     counted = figures["replay/tokens_long"] + figures["replay/tokens_short"]
