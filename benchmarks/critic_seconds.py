@@ -7,7 +7,6 @@ whole process tree, which other programs on the machine disturb little.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -35,7 +34,6 @@ def step_seconds(
     """
     tasks = {task.key: task for task in all_tasks(Places(read_study(study), study, work, work), [seed])}
     spent: dict[str, list[dict[int, float]]] = {cell: [] for cell in cells}
-    tokens: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="genac-") as scratch:
         for turn in range(rounds):
             for cell in cells:
@@ -52,24 +50,10 @@ def step_seconds(
                         [sys.executable, "-W", "ignore", "-m", "genac_megatron", *words], ROOT
                     )
                 spent[cell].append(runs)
-                tokens[cell] = _tokens(folder / "run" / "metrics.jsonl")
-    return _rows(spent, tokens, over, steps)
+    return _rows(spent, over, steps)
 
 
-def _tokens(metrics: Path) -> float:
-    """Tokens that a step's passes had, but for those of evaluations: the mean over steps."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    counted = [
-        sum(value for key, value in row.items() if key.startswith("tokens/") and "evaluate" not in key)
-        for row in rows
-        if "actor/loss" in row
-    ]
-    return statistics.mean(counted)
-
-
-def _rows(
-    spent: dict[str, list[dict[int, float]]], tokens: dict[str, float], over: str, steps: int
-) -> list[dict[str, Any]]:
+def _rows(spent: dict[str, list[dict[int, float]]], over: str, steps: int) -> list[dict[str, Any]]:
     per_step = {
         cell: [(runs[steps] - runs[FEW]) / (steps - FEW) for runs in turns] for cell, turns in spent.items()
     }
@@ -85,7 +69,6 @@ def _rows(
             "seconds": round(statistics.mean(ratios[cell]), 2),
             "seconds, least": round(min(ratios[cell]), 2),
             "seconds, most": round(max(ratios[cell]), 2),
-            "tokens": round(tokens[cell] / tokens[over], 2),
         }
         for cell, found in per_step.items()
     ]
