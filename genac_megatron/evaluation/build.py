@@ -114,15 +114,7 @@ class Builder:
         self.parts = bank_parts(options.out)
         recipe = run.recipe
         rollout = for_critics(rollout_config(recipe, options.max_new_tokens if base is None else base.limit))
-        self.generator = Generator(
-            engine=run.engines["actor"],
-            tokenizer=run.tokenizers["actor"],
-            task=run.task,
-            config=rollout,
-            stop_ids=run.stop_ids("actor"),
-            seed=(recipe.seed, "bank"),
-            positions=run.actor.shape.max_positions,
-        )
+        self.generator = Generator.of_actor(run, rollout, (recipe.seed, "bank"))
         self.prompts = run.together(lambda: [self._prompt(number) for number in range(self._count())])
 
     def plan(self) -> dict[str, Any]:

@@ -133,15 +133,7 @@ def _sample(
     options: RateOptions,
     weights: str,
 ) -> None:
-    generator = Generator(
-        engine=run.engines["actor"],
-        tokenizer=run.tokenizers["actor"],
-        task=run.task,
-        config=config,
-        stop_ids=run.stop_ids("actor"),
-        seed=(run.recipe.seed, "pass-rates"),
-        positions=run.actor.shape.max_positions,
-    )
+    generator = Generator.of_actor(run, config, (run.recipe.seed, "pass-rates"))
 
     async def sampled(indices: Sequence[int]) -> list[Row]:
         groups = await asyncio.gather(

@@ -241,15 +241,7 @@ def _on_engines(run: Run, trial: Trial, config: Any) -> None:
     from genac_megatron.stages.rollouts import Generator
     from genac_megatron.training.agreement import from_first
 
-    generator = Generator(
-        engine=run.engines["actor"],
-        tokenizer=run.tokenizers["actor"],
-        task=trial.task,
-        config=config,
-        stop_ids=run.stop_ids("actor"),
-        seed=(trial.options.seed, "benchmark", trial.name),
-        positions=run.actor.shape.max_positions,
-    )
+    generator = Generator.of_actor(run, config, (trial.options.seed, "benchmark", trial.name), trial.task)
 
     def sample(items: Sequence[Item]) -> list[Row]:
         return asyncio.run(sampled(items))

@@ -201,15 +201,12 @@ def generator_for(
         judge = judge_for(run, config.max_new_tokens, (*seed, "judge"), final=final)
         if run.recipe.judging.budget is not None:
             judge.budget = Budget(run.recipe.judging.budget // run.world.size)
-    return Generator(
-        engine=run.engines["actor"],
-        tokenizer=run.tokenizers["actor"],
-        task=task or run.task,
-        config=config,
-        stop_ids=run.stop_ids("actor"),
-        seed=(*seed, "actor"),
+    return Generator.of_actor(
+        run,
+        config,
+        (*seed, "actor"),
+        task,
         judge=judge,
-        positions=run.actor.shape.max_positions,
         leaves_certain=leaves_certain,
         environment=run.environment,
     )

@@ -209,15 +209,8 @@ def _rollout_config(run: Run, stage: StageConfig) -> RolloutConfig:
 
 def _held_generator(run: Run, stage: StageConfig) -> Generator:
     """The current actor, ready to be rolled out as it is in evaluations."""
-    return Generator(
-        engine=run.engines["actor"],
-        tokenizer=run.tokenizers["actor"],
-        task=run.task,
-        config=_rollout_config(run, stage),
-        stop_ids=run.stop_ids("actor"),
-        seed=(run.recipe.seed, "heldout", "actor"),
-        positions=run.actor.shape.max_positions,
-        environment=run.environment,
+    return Generator.of_actor(
+        run, _rollout_config(run, stage), (run.recipe.seed, "heldout", "actor"), environment=run.environment
     )
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.environments import Environments
 from genac_megatron.recipe.schema import RolloutConfig
@@ -26,6 +26,8 @@ from genac_megatron.tasks.reasoning import written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from genac_megatron.stages.runtime import Run
 
 
 @dataclass
@@ -64,6 +66,22 @@ class Generator:
     positions: int | None = None  # of the actor's model; None: not checked
     leaves_certain: bool = False  # responses whose outcome is certain are not judged (stages/certain.py)
     environment: Environments | None = None  # what answers the actor's turns
+
+    @classmethod
+    def of_actor(
+        cls, run: Run, config: RolloutConfig, seed: tuple[object, ...], task: Task | None = None, **more: Any
+    ) -> Generator:
+        """A run's actor as it is now. task: whose prompts they are; None: the run's. more: fields."""
+        return cls(
+            engine=run.engines["actor"],
+            tokenizer=run.tokenizers["actor"],
+            task=run.task if task is None else task,
+            config=config,
+            stop_ids=run.stop_ids("actor"),
+            seed=seed,
+            positions=run.actor.shape.max_positions,
+            **more,
+        )
 
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""

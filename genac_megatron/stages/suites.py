@@ -156,15 +156,7 @@ def ask(run: Run, stage: StageConfig, suites: Sequence[Suite]) -> dict[str, dict
 
 
 def _asked(run: Run, suite: Suite, config: RolloutConfig) -> dict[str, Any]:
-    generator = Generator(
-        engine=run.engines["actor"],
-        tokenizer=run.tokenizers["actor"],
-        task=suite.task,
-        config=config,
-        stop_ids=run.stop_ids("actor"),
-        seed=(run.recipe.seed, "suite", suite.name),
-        positions=run.actor.shape.max_positions,
-    )
+    generator = Generator.of_actor(run, config, (run.recipe.seed, "suite", suite.name), suite.task)
     late = suite.task.late
     mine, places = run.share(suite.prompts), run.places(len(suite.prompts))
     groups = run.generating(lambda: generate(generator, mine, suite.samples, places=places))
