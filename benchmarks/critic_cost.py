@@ -36,7 +36,7 @@ from typing import Any
 
 from benchmarks.critic_counts import Group, length_table, lever_table, write
 from benchmarks.critic_seconds import step_seconds
-from benchmarks.machine import ROOT, save, table
+from benchmarks.machine import RESULTS, ROOT, save, table
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.states import cut_states
 from genac_megatron.models.mapping import random_weights
@@ -194,13 +194,19 @@ def iteration_table(folder: Path) -> list[dict[str, Any]]:
 
 
 def timed(options: argparse.Namespace) -> None:
-    """The seconds table, into results/critic_seconds.json."""
+    """The seconds table, into results/critic_seconds.json; cells that are not timed now keep their rows."""
+    cells = [cell for cell in CELLS if cell == "ppo" or cell in (options.cells or CELLS)]
     rows = step_seconds(
-        JOINT, options.seconds, CELLS, "ppo", seed=options.seed, steps=options.steps, rounds=options.rounds
+        JOINT, options.seconds, cells, "ppo", seed=options.seed, steps=options.steps, rounds=options.rounds
     )
+    how = {"steps": options.steps, "rounds": options.rounds, "load": round(os.getloadavg()[0], 1)}
+    found = {row["cell"]: row | how for row in rows}
+    path = RESULTS / "critic_seconds.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = {row["cell"]: row for row in before if row["cell"] not in found}
+    rows = [(kept | found)[cell] for cell in CELLS if cell in kept | found]
     print(table(rows))
-    settings = {key: getattr(options, key) for key in ("seed", "steps", "rounds")}
-    print(save("critic_seconds", settings | {"load": round(os.getloadavg()[0], 1)}, rows))
+    print(save("critic_seconds", {"seed": options.seed}, rows))
 
 
 def main() -> None:
@@ -213,6 +219,7 @@ def main() -> None:
     parser.add_argument("--counts", action="store_true", help="the FLOPs table alone, without a server")
     parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1200, 3000, 8000], help="by length")
     parser.add_argument("--seconds", type=Path, help="the seconds table alone, from the runs of that folder")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, help="of the seconds table, besides ppo; default: all")
     parser.add_argument("--seed", type=int, default=1, help="of those runs")
     parser.add_argument("--steps", type=int, default=14, help="of the longer runs of the seconds table")
     parser.add_argument("--rounds", type=int, default=2)
