@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--counts", action="store_true", help="the FLOPs table alone, without a server")
     parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1200, 3000, 8000], help="by length")
     parser.add_argument("--seconds", type=Path, help="the seconds table alone, from the runs of that folder")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, help="of the seconds table, besides ppo; default: all")
+    parser.add_argument(
+        "--cells", nargs="+", choices=CELLS, help="of the seconds table, besides ppo; default: all"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of those runs")
     parser.add_argument("--steps", type=int, default=14, help="of the longer runs of the seconds table")
     parser.add_argument("--rounds", type=int, default=2)
