@@ -1,4 +1,4 @@
-"""benchmarks/peer_steps.py: its rows agree with what they were read from, and its results with the formulas."""
+"""benchmarks/peer_steps.py: its rows could be, and its results are those of the formulas."""
 
 from __future__ import annotations
 
