@@ -25,7 +25,8 @@ from genac_megatron.recipe.schema import RoleConfig
 from genac_megatron.records import Sample
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.optimizer import build_optimizer
-from genac_megatron.training.packing import Pack, build_pack, multiple_for, plan_packs
+from genac_megatron.training.packing import Pack, build_pack, multiple_for
+from genac_megatron.training.plans import Rows, plan_packs
 from genac_megatron.training.role import Role
 
 from megatron.core.distributed import (  # isort: skip
@@ -155,9 +156,8 @@ def make_packs(config: RoleConfig, samples: list[Sample]) -> list[Pack]:
     training = config.training
     multiple = multiple_for(tp=1, cp=1, fp8=training.fp8)
     lengths = [len(sample.tokens) - 1 for sample in samples]
-    (plan,) = plan_packs(
-        lengths, dp=1, tokens_per_microbatch=training.tokens_per_microbatch, multiple=multiple
-    )
+    limit = training.tokens_per_microbatch
+    (plan,) = plan_packs(lengths, rows=Rows.whole(1), tokens_per_microbatch=limit, multiple=multiple).rows
     device = platform.device()
     return [build_pack(samples, pack, multiple=multiple, field_names=["weights"]).to(device) for pack in plan]
 

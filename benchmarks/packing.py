@@ -15,7 +15,8 @@ import time
 from typing import Any
 
 from benchmarks.machine import save, table
-from genac_megatron.training.packing import pack_length, packing_stats, plan_packs
+from genac_megatron.training.packing import pack_length, packing_stats
+from genac_megatron.training.plans import Rows, plan_packs
 
 GOAL = 2.0  # percent of the positions computed that are padding; of imbalance between ranks too
 
@@ -50,12 +51,12 @@ def least_waste(lengths: list[int], dp: int, tokens_per_microbatch: int) -> floa
 
 def measure(name: str, dp: int, options: argparse.Namespace) -> dict[str, Any]:
     """The worst of several drawn steps, in percent."""
-    limits = {"dp": dp, "tokens_per_microbatch": options.tokens_per_microbatch, "multiple": options.multiple}
+    limits = {"tokens_per_microbatch": options.tokens_per_microbatch, "multiple": options.multiple}
     worst: dict[str, float] = {}
     for seed in range(options.steps):
         lengths = draw(*DISTRIBUTIONS[name], count=options.samples, rng=random.Random(seed))
         began = time.perf_counter()
-        plan = plan_packs(lengths, **limits)
+        plan = plan_packs(lengths, rows=Rows.whole(dp), **limits).rows
         spent = time.perf_counter() - began
         used = [sum(lengths[i] for i in pack) for row in plan for pack in row]
         longest = pack_length(max(used), multiple=options.multiple)

@@ -1,11 +1,13 @@
 """What a batch costs a rank on its way from the engines to the trainer: as it stays where it was made, and as
 it was, gathered whole on every rank as pickled objects.
 
-Simulated (--ranks): the arithmetic of one rank of a world of so many, with real records, samples, plans and
-messages of its own share; what other ranks would tell are copies of what it tells itself. Seconds are this
+Simulated (--ranks): what one rank of a world of so many does, with real records, samples, plans and messages
+of its own share; what other ranks would tell are copies of what it tells itself, what they would send are
+zeros of the same sizes. told: the few numbers of each sample that all know. plan: the micro-batches. moved:
+messages made and read. home: log-probs back to where samples were made, of one pass. Seconds are this
 process's processor's, plus what is sent over a fabric of 35 GB/s (assumed, as in scale_model.py). Memory is
 the peak of Python's and numpy's blocks, times the 8 ranks of a node. `gathered` is one rank's share, pickled,
-read back and made into samples, times the ranks: too large to be done here, and linear (scale_pieces.py).
+read back and made into samples, times the ranks: too large to be done here, and linear.
 
 Real (--real): the exchange itself on so many gloo ranks of this machine, either way.
 Run: python -m benchmarks.scale_batch
@@ -20,10 +22,13 @@ import pickle
 import random
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,7 +45,7 @@ from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, State
 from genac_megatron.stages.batch import Batch, actor_samples, critic_samples
 from genac_megatron.stages.rollouts import Group
-from genac_megatron.training import distributed_batch
+from genac_megatron.training import distributed_batch, microbatches
 from genac_megatron.training.agreement import gathered
 from genac_megatron.training.distributed_batch import DistributedBatch, distributed
 from genac_megatron.training.layout import Layout, close_world, init_world
@@ -49,7 +54,7 @@ from genac_megatron.training.microbatches import Planned, planned
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "cluster" / "ppo-qwen3-8b-2n8g-tp4.yaml"
 VOCAB, PROMPT, INSTRUCTION = 150_000, 256, 128  # tokens; the instruction is every critic prompt's
 STATES, TRAINED, JUDGEMENT, SAMPLES = 8, 4, 256, 8  # of a response; tokens; responses to a prompt
-STEP_S = 96.0  # of scale_model.py's step at 1,024 GPUs
+STEP_S = 62.0  # of scale_model.py at 1,024 GPUs, with responses to 2k; longer ones take longer
 TP, MICROBATCH = 4, 16_384
 
 
@@ -105,53 +110,71 @@ class Clock:
         return found
 
 
-def told_by(ranks: int) -> None:
-    """What other ranks would tell is what this one does."""
-    distributed_batch.gathered_rows = lambda mine, group=None: [mine] * ranks
-    distributed_batch.gathered = lambda value: [value] * ranks
+class OneOf:
+    """A process group in which this is the first of `size` ranks."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self._size
 
 
-def stays(ranks: int, groups: list[Group], response: int, shape: Shape) -> tuple[Clock, float]:
-    """Everything that one of `ranks` does between its groups and its packs; and the bytes that it sends or
-    gets, whichever is more.
+@contextmanager
+def one_of(ranks: int, layout: Layout) -> Iterator[Any]:
+    """Stand-ins for the other ranks: the groups of this one, and collectives that need nobody."""
+    dp, alone = OneOf(layout.dp), OneOf(1)
+    groups = SimpleNamespace(dp=dp, cp=alone, pp=alone, mp=OneOf(layout.tp))
+    world = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: ranks)
+
+    def exchanged(parts: Any, sizes: Any, group: Any = None) -> list[Any]:
+        return [np.zeros(size, np.uint8) for size in sizes]
+
+    with (
+        patch.object(distributed_batch, "gathered_rows", lambda mine, group=None: [mine] * ranks),
+        patch.object(distributed_batch, "gathered", lambda value: [value] * ranks),
+        patch.object(distributed_batch, "exchanged", exchanged),
+        patch.object(distributed_batch, "spread_from", lambda source, array, group=None: array),
+        patch.object(distributed_batch, "dist", world),
+        patch.object(microbatches, "gathered_rows", lambda mine, group=None: [mine] * layout.dp),
+    ):
+        yield groups
+
+
+def stays(ranks: int, groups: list[Group], response: int, shape: Shape) -> tuple[Clock, float, int]:
+    """Everything that one of `ranks` does between its groups and its packs, and back; the bytes that it sends
+    or gets, whichever is more; and how many samples the batch has.
     """
-    clock, moved, layout = Clock(), 0.0, Layout("role", 0, ranks, tp=TP)
-    training, arrived = TrainingConfig(tokens_per_microbatch=MICROBATCH), []
+    clock, moved, count, layout = Clock(), 0.0, 0, Layout("role", 0, ranks, tp=TP)
+    training = TrainingConfig(tokens_per_microbatch=MICROBATCH)
     every = clock("samples", lambda: samples_of(groups, response))
-    for role, samples in every.items():
-        batch: DistributedBatch = clock(f"{role} told", partial(distributed, samples))
-
-        def plan_of(batch: DistributedBatch = batch) -> Planned:
-            return planned(
-                batch.lengths,
-                batch.order,
-                layout,
-                training=training,
-                shape=shape,
-                multiple=TP,
-                trees=True,
+    with one_of(ranks, layout) as of_rank:
+        for role, samples in every.items():
+            batch: DistributedBatch = clock(f"{role} told", partial(distributed, samples))
+            plan: Planned = clock(
+                f"{role} plan",
+                partial(
+                    planned,
+                    batch,
+                    layout,
+                    of_rank,
+                    training=training,
+                    shape=shape,
+                    multiple=TP,
+                    trees=True,
+                ),
             )
-
-        plan = clock(f"{role} plan", plan_of)
-        owner = plan.owner(len(batch))
-        mine = np.flatnonzero(batch.holder == 0)
-
-        def sent(batch: DistributedBatch = batch, owner: Any = owner, mine: Any = mine) -> list[Any]:
-            parts = [mine[owner[mine] == dp_rank] for dp_rank in range(layout.dp)]
-            return [batch.known.packed(batch.held, part) for part in parts]
-
-        messages = clock("pack", sent)
-        share = np.concatenate(messages)
-        order = np.concatenate([mine[owner[mine] == dp_rank] for dp_rank in range(layout.dp)])
-        parts = [order[owner[order] == dp_rank] for dp_rank in range(layout.dp)]
-
-        def come(batch: DistributedBatch = batch, parts: Any = parts, messages: Any = messages) -> list[Any]:
-            return [batch.known.unpacked(*both) for both in zip(messages, parts, strict=True)]
-
-        for _ in range(TP):  # a data-parallel rank trains as much as its TP ranks have made
-            arrived.append(clock("unpack", come))
-        moved += TP * len(share) * 2 + (len(batch) * 80)  # from homes, to TP peers; and what all are told
-    return clock, moved
+            there = clock(f"{role} moved", partial(batch.brought, layout, of_rank, plan.owner))
+            scores = {i: np.zeros(batch.known.trained[i], np.float32) for i in there.held}
+            settled = clock(f"{role} home", partial(there.settled, scores, plan.owner, layout, of_rank))
+            clock(f"{role} home", partial(there.returned, settled, layout))
+            message = batch.known.nbytes(np.flatnonzero(plan.owner == 0))
+            moved += message * 2 + len(batch) * 80  # from homes, to TP peers; and what all are told
+            count += len(batch)
+    return clock, moved, count
 
 
 def gathered_whole(groups: list[Group], response: int) -> tuple[float, float, int]:
@@ -180,8 +203,7 @@ def simulated(options: argparse.Namespace) -> list[dict[str, Any]]:
         tokens += JUDGEMENT * len({id(j) for g in groups for js in g.judgements for j in js})
         seconds, resident, size = gathered_whole(groups, response)
         for ranks in options.ranks:
-            told_by(ranks)
-            clock, moved = stays(ranks, groups, response, shape)
+            clock, moved, count = stays(ranks, groups, response, shape)
             tracemalloc.start()
             own = groups_of(options.groups, response, 2)
             stays(ranks, own, response, shape)
@@ -192,7 +214,8 @@ def simulated(options: argparse.Namespace) -> list[dict[str, Any]]:
                 {
                     "GPUs": ranks,
                     "response": response,
-                    "tokens": f"{tokens * ranks:.3g}",
+                    "samples": count,
+                    "tokens": tokens * ranks,
                     **{f"{part}_s": round(value, 2) for part, value in clock.spent.items()},
                     "sent_s": round(moved / fabric, 2),
                     "stays_s": round(spent, 2),

@@ -20,15 +20,16 @@ where the recipe puts them, on the first node (--serving first-node), or on more
            (nested states share theirs: measured ratio). Actor and critic overlap.
   tail     the longest response and its judgement with nobody else left: (most_r + most_c) t(1), as far as it
            is more than `rollout`.
-  gather   every rank gets and reads the whole batch: N (bytes / fabric + unpickle + samples), N sampled
-           tokens, measured on a CPU (scale_pieces.py); a rank's Python does it while its GPU waits.
+  batch    a rank's own N sampled tokens are made into samples, packed, sent and read, N own_s, and it learns
+           a few numbers of all n samples, from which it plans, n known_s; measured on a CPU (scale_batch.py).
+           A rank's Python does it while its GPU waits.
   publish  bytes of the roles' weights / min(NVLink, fabric) / fraction of a plain copy's speed (measured).
   skew     everybody waits for the slowest of n ranks: sigma sqrt(2 ln n) of `train`.
 
-REINFORCE trains the critic alone; SFT neither rolls out nor gathers. A pipeline is its last stage. The loss
-from the fewest GPUs to the most is 1 - (tokens per GPU and second there) / (here); its cause is the part that
-grew most per trained token. Memory is the most that a rank's GPU holds in any phase (recipe/memory.py), which
-also says what KV cache a server has; recipes that do not fit are left out.
+REINFORCE trains the critic alone; SFT neither rolls out nor moves a batch. A pipeline is its last stage. The
+loss from the fewest GPUs to the most is 1 - (tokens per GPU and second there) / (here); its cause is the part
+that grew most per trained token. Memory is the most that a rank's GPU holds in any phase (recipe/memory.py),
+which also says what KV cache a server has; recipes that do not fit are left out.
 
 Assumed (class Assumed): mfu 0.40 with tensor parallelism's own traffic in it, FP8 1.25 times that, 80 % of
 NVLink's, 70 % of the fabric's and 75 % of HBM's bandwidth, lengths half of their limit, 256 prompt tokens.
@@ -86,8 +87,8 @@ class Assumed:
 class Measured:
     """Pieces from benchmarks/results; see the scripts of that name."""
 
-    batch_bytes: float  # per sampled token
-    batch_s: float  # per sampled token: unpickle, make samples
+    known_s: float  # per sample of all ranks
+    own_s: float  # per token sampled on a rank
     waste: float  # of packed micro-batches, with pipelines
     unique: float  # prompt tokens computed over unique ones
     copy: float  # of a plain copy's speed that publication to servers reaches
@@ -98,11 +99,29 @@ class Measured:
             found: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())["rows"]
             return found
 
-        pieces = {row["piece"]: row["value"] for row in rows("scale_pieces")}
+        costs = [_batch_costs(pair) for pair in _by_response(rows("scale_batch"))]
+        known_s, own_s = (max(figures) for figures in zip(*costs, strict=True))
         copies = [row["alone/copy"] for row in rows("publication") if row["transport"].startswith("tensor")]
-        nanoseconds = pieces["unpickle, ns per sampled token"] + pieces["samples, ns per sampled token"]
         # python -m benchmarks.packing and .critic_cost: as the README states them
-        return Measured(pieces["bytes per sampled token"], nanoseconds * 1e-9, 0.058, 1.0, min(copies))
+        return Measured(known_s, own_s, 0.058, 1.0, min(copies))
+
+
+def _by_response(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Of scale_batch's simulated rows, those of each length of responses, in order of GPUs."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in sorted((row for row in rows if row["way"] == "simulated"), key=lambda row: row["GPUs"]):
+        found.setdefault(row["response"], []).append(row)
+    return list(found.values())
+
+
+def _batch_costs(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Seconds per sample of all ranks and per own token, by the fewest and the most GPUs: a rank's own part
+    is the same in both.
+    """
+    few, many = rows[0], rows[-1]
+    known_s = (many["stays_s"] - few["stays_s"]) / (many["samples"] - few["samples"])
+    own_s = (few["stays_s"] - known_s * few["samples"]) / (few["tokens"] / few["GPUs"])
+    return known_s, own_s
 
 
 @dataclass
@@ -116,10 +135,11 @@ class Work:
     trained: dict[str, tuple[float, float]] = field(default_factory=dict)  # role: tokens, mean sequence
     longest: float = 0.0  # tokens of the longest response, and of its last judgement
     longest_judgement: float = 0.0
+    samples: float = 0.0  # that a rank knows of: responses and trained states
 
     @property
     def sampled(self) -> float:
-        """Tokens that every rank gathers."""
+        """Tokens of responses and judgements."""
         return self.responses * self.response + self.judged * self.judgement
 
     @property
@@ -211,9 +231,9 @@ def work_of(recipe: Recipe, grown: float, assumed: Assumed) -> Work:
         trained["actor"] = (responses * length * passes, length)
         if not stage.train_critic:
             del trained["critic"]
-    return Work(
-        responses, response, judged, judgement, trained, rollout.max_new_tokens, judging.max_new_tokens
-    )
+    samples = states * ("critic" in trained) + responses * ("actor" in trained)
+    longest = (float(rollout.max_new_tokens), float(judging.max_new_tokens))
+    return Work(responses, response, judged, judgement, trained, *longest, samples)
 
 
 # --- a step --------------------------------------------------------------------------------------
@@ -303,7 +323,7 @@ def step_parts(
     parts = train_parts(recipe, shapes, work, assumed, measured)
     if work.responses:
         parts |= rollout_parts(recipe, shapes, work, servers, assumed, measured)
-        parts["gather"] = work.sampled * (measured.batch_bytes / assumed.fabric + measured.batch_s)
+        parts["batch"] = work.samples * measured.known_s + work.sampled / recipe.world.ranks * measured.own_s
         size = sum(BF16 * published(recipe.roles[name], shapes[name]) for name in work.trained)
         parts["publish"] = size / min(assumed.nvlink, assumed.fabric) / measured.copy
     parts["skew"] = parts["train"] * assumed.skew * math.sqrt(2 * math.log(recipe.world.ranks))

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.packing import DISTRIBUTIONS, draw
 from genac_megatron.records import Sample
+from genac_megatron.training.plans import Rows
 from genac_megatron.training.trees import Order, order_of, plan_trees
 
 VOCAB = 50_000
@@ -46,11 +47,11 @@ def critic_step(samples: int, rng: random.Random) -> list[Sample]:
 
 def plan_row(what: str, order: Order, dp: int, planned_s: float) -> dict[str, Any]:
     began = time.perf_counter()
-    plan = plan_trees(order, dp=dp, tokens_per_microbatch=LIMIT, multiple=16)
+    plan = plan_trees(order, rows=Rows.whole(dp), tokens_per_microbatch=LIMIT, multiple=16)
     planned_s += time.perf_counter() - began
     assert plan is not None
-    ranks = [sum(order.size(pack) for pack in row) for row in plan]
-    flat = sum(order.lengths)
+    ranks = [sum(order.size(pack) for pack in row) for row in plan.rows]
+    flat = int(order.lengths.sum())
     return {
         "step": what,
         "dp": dp,

@@ -138,7 +138,9 @@ def measure(
     loss = make_reinforce_loss(CriticLossConfig()) if what == "critic" else make_ppo_loss(LossConfig())
     order, everyone = order_of(samples), range(len(samples))
     trained = sum(sample.trained for sample in samples)
-    flat_tokens, whole = sum(order.lengths), sum(n * (n + 1) // 2 for n in order.lengths)
+    flat_tokens, whole = (
+        sum(figures) for figures in zip(*((n, n * (n + 1) // 2) for n in order.lengths.tolist()), strict=True)
+    )
     limit = flops(role.shape, flat_tokens, whole, trained) / flops(
         role.shape, order.size(everyone), order.pairs(everyone), trained
     )

@@ -388,7 +388,7 @@ class Run:
         beginning that several samples share counts once there.
         """
         if isinstance(samples, DistributedBatch):
-            tokens = sum(samples.lengths)
+            tokens = int(samples.lengths.sum())
         else:
             tokens = sum(len(sample.tokens) - 1 for sample in samples)
         self.count({f"tokens/{phase}": tokens / self.world.size})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 from zlib import crc32
 
@@ -74,13 +75,18 @@ class Known:
 
     # --- samples as bytes, those of a message in the batch's order: tokens, spans, each field, experts ---
 
+    @cached_property
+    def _bytes(self) -> Ints:
+        """Of each sample in a message."""
+        words = self.tokens + 2 * self.spans
+        layers, choices, kind = self.experts
+        width = layers * choices * np.dtype(kind).itemsize if kind else 0
+        found = words * TOKEN.itemsize + self.trained * FIELD.itemsize * len(self.names)
+        return found + self.replayed * (self.tokens - 1) * width
+
     def nbytes(self, indices: Ints) -> int:
         """Of a message with these samples."""
-        size = int((self.tokens + 2 * self.spans)[indices].sum()) * TOKEN.itemsize
-        size += int(self.trained[indices].sum()) * FIELD.itemsize * len(self.names)
-        layers, choices, kind = self.experts
-        rows = int((self.tokens - 1)[indices[self.replayed[indices]]].sum())
-        return size + rows * layers * choices * (np.dtype(kind).itemsize if kind else 0)
+        return int(self._bytes[indices].sum())
 
     def packed(self, samples: Mapping[int, Sample], indices: Ints) -> Bytes:
         """The message."""
@@ -153,16 +159,20 @@ class DistributedBatch:
         return np.arange(len(self)) if self.everywhere else np.flatnonzero(self.origin == dist.get_rank())
 
     @property
-    def lengths(self) -> list[int]:
+    def taken(self) -> bool:
+        """Whether a role's block has what it needs, so that the rest of the world is not asked."""
+        return self.everywhere or self.block is not None
+
+    @property
+    def lengths(self) -> Ints:
         """Input positions of each sample."""
-        return (self.known.tokens - 1).tolist()  # type: ignore[no-any-return]
+        return self.known.tokens - 1
 
     def order(self) -> Order:
         """An order in which neighbours share much, the lexicographic one where all samples are here."""
         if self.everywhere:
             return order_of([self.held[i] for i in range(len(self))])
-        order = self.known.order.tolist()
-        return Order(self.lengths, order, self.known.shared.tolist(), {i: k for k, i in enumerate(order)})
+        return Order(self.lengths, self.known.order, self.known.shared)
 
     def total(self, name: str) -> float:
         """The sum of a normalised field, one by one in the batch's order."""
@@ -206,13 +216,13 @@ class DistributedBatch:
         assert self.holder is not None
         assert self.block is None
         rank, leaders = dist.get_rank(), layout.leaders
-        mine = self.holder == rank
         parts = [np.zeros(0, np.uint8)] * dist.get_world_size()
-        for dp_rank, leader in enumerate(leaders):
-            parts[leader] = self.known.packed(self.held, np.flatnonzero(mine & (owner == dp_rank)))
+        sent = _dealt(np.flatnonzero(self.holder == rank), owner, layout.dp)
+        for leader, indices in zip(leaders, sent, strict=True):
+            parts[leader] = self.known.packed(self.held, indices)
         at = layout.coords(rank) if groups is not None else None
-        wanted = np.zeros(len(self), bool) if at is None else owner == at.dp
-        sources = [np.flatnonzero(wanted & (self.holder == r)) for r in range(len(parts))]
+        wanted = np.zeros(0, np.int64) if at is None else np.flatnonzero(owner == at.dp)
+        sources = _dealt(wanted, self.holder, len(parts))
         leads = rank in leaders
         sizes = [self.known.nbytes(source) if leads else 0 for source in sources]
         found = exchanged(parts, sizes)
@@ -233,22 +243,15 @@ class DistributedBatch:
         """The samples that `owner` gives to this rank of the block. Collective over the block."""
         if self.holder is None or np.array_equal(owner, self.holder):
             return self.held
-        parts = [self.known.packed(self.held, there) for there in self._between(self.holder, owner)]
-        sources = self._between(owner, self.holder)
+        assert self.block is not None
+        mine, wanted = (np.flatnonzero(whose == self.dp_rank) for whose in (self.holder, owner))
+        parts = [self.known.packed(self.held, there) for there in _dealt(mine, owner, self.block.dp)]
+        sources = _dealt(wanted, self.holder, self.block.dp)
         found = exchanged(parts, [self.known.nbytes(source) for source in sources], groups.dp)
         samples: dict[int, Sample] = {}
         for message, source in zip(found, sources, strict=True):
             samples |= self.known.unpacked(message, source)
         return samples
-
-    def _between(self, mine: Ints | None, theirs: Ints | None) -> list[Ints]:
-        """By the block's data-parallel rank: the samples that are this rank's by the one and theirs by the
-        other.
-        """
-        assert self.block is not None
-        assert mine is not None
-        own = mine == self.dp_rank
-        return [np.flatnonzero(own & (theirs == other)) for other in range(self.block.dp)]
 
     # --- results -----------------------------------------------------------------------------------
 
@@ -259,26 +262,21 @@ class DistributedBatch:
 
         scores: by sample, on the last pipeline stage, of those that `owner` gave to this rank.
         """
-        counts, mine = self.known.trained, groups.dp.rank()
-        holds = self._holds(layout.dp)
-        come = [np.flatnonzero((owner == other) & holds[mine]) for other in range(layout.dp)]
+        counts, mine, whole = self.known.trained, groups.dp.rank(), np.arange(len(self))
+        here = whole if self.holder is None else np.flatnonzero(self.holder == mine)
+        come = _dealt(here, owner, layout.dp)
         if layout.is_last_stage(groups):
-            sent = [np.flatnonzero((owner == mine) & there) for there in holds]
+            made = np.flatnonzero(owner == mine)
+            sent = [made] * layout.dp if self.holder is None else _dealt(made, self.holder, layout.dp)
             parts = [_flat([scores[i] for i in part.tolist()]).view(np.uint8) for part in sent]
             sizes = [int(counts[part].sum()) * FIELD.itemsize for part in come]
             values = np.concatenate(exchanged(parts, sizes, groups.dp)).view(np.float32)
         else:
-            values = np.empty(int(counts[holds[mine]].sum()), np.float32)
+            values = np.empty(int(counts[here].sum()), np.float32)
         if layout.pp > 1:
             at = layout.coords(dist.get_rank())
             values = spread_from(layout.rank_of(at._replace(pp=layout.pp - 1)), values, groups.pp)
         return _cut(values, np.concatenate(come), counts)
-
-    def _holds(self, dp: int) -> list[NDArray[np.bool_]]:
-        """By data-parallel rank: which samples are there."""
-        if self.holder is None:
-            return [np.ones(len(self), bool)] * dp
-        return [self.holder == dp_rank for dp_rank in range(dp)]
 
     def returned(self, settled: Mapping[int, Scores] | None, layout: Layout) -> list[list[float]]:
         """Figures per trained token of the samples that were made here, in order. Collective over the world.
@@ -302,16 +300,22 @@ class DistributedBatch:
         size, leaders = dist.get_world_size(), layout.leaders
         parts = [np.zeros(0, np.uint8)] * size
         if rank in leaders:
-            mine = self.holder == leaders.index(rank)
-            for other in range(size):
-                sent = np.flatnonzero(mine & (self.origin == other))
-                parts[other] = _flat([settled[i] for i in sent.tolist()]).view(np.uint8)
+            sent = _dealt(np.flatnonzero(self.holder == leaders.index(rank)), self.origin, size)
+            parts = [_flat([settled[i] for i in part.tolist()]).view(np.uint8) for part in sent]
         come = [np.zeros(0, np.int64)] * size
-        for dp_rank, leader in enumerate(leaders):
-            come[leader] = np.flatnonzero((self.origin == rank) & (self.holder == dp_rank))
+        there = _dealt(np.flatnonzero(self.origin == rank), self.holder, layout.dp)
+        for leader, part in zip(leaders, there, strict=True):
+            come[leader] = part
         sizes = [int(counts[part].sum()) * FIELD.itemsize for part in come]
         values = np.concatenate(exchanged(parts, sizes)).view(np.float32)
         return _cut(values, np.concatenate(come), counts)
+
+
+def _dealt(places: Ints, to: Ints, count: int) -> list[Ints]:
+    """Of `places`, in order, those that go `to` 0, 1, ... count - 1."""
+    theirs = to[places]
+    ends = np.cumsum(np.bincount(theirs, minlength=count))
+    return np.split(places[np.argsort(theirs, kind="stable")], ends[:-1])
 
 
 def _scaled(sample: Sample, factors: Mapping[str, float]) -> Sample:
@@ -385,7 +389,7 @@ def distributed(mine: Sequence[Sample]) -> DistributedBatch:
     rows[:, 3] = [one.trained for one in mine]
     rows[:, 4] = [len(one.spans) for one in mine]
     rows[:, 5] = [one.experts is not None for one in mine]
-    rows[:, 6] = [local.rank[i] for i in range(len(mine))]
+    rows[:, 6] = local.rank
     rows[local.order[:-1], 7] = local.shared
     sums = np.array([[sum(one.fields.get(name, ())) for name in NORMALISED] for one in mine], np.float64)
     ranks = gathered_rows(rows)
@@ -462,12 +466,10 @@ def _forms(ranks: Sequence[tuple[set[Form], str]]) -> Form:
 
 def _beginnings(mine: Sequence[Sample], local: Order) -> list[NDArray[np.int64]]:
     """Of every rank, what all its samples begin with, up to COMMON tokens with their experts. Collective."""
-    common = min(local.shared, default=0)
-    if len(mine) == 1:
-        common = local.lengths[0]
+    common = int((local.shared if len(mine) > 1 else local.lengths).min(initial=COMMON))
     words = np.zeros(0, np.int64)
     if mine and common:
-        common, first = min(common, COMMON), mine[local.order[0]]
+        first = mine[local.order[0]]
         words = np.asarray(first.tokens[:common], np.int64)
         if first.experts is not None:  # tokens are shared where they go to the same experts
             rows = first.experts[:common].reshape(common, -1)

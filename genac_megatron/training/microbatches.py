@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from numpy.typing import NDArray
 
 from genac_megatron.models.dropout import attach_keys, prefixes_of, token_keys
 from genac_megatron.models.families.base import Shape
@@ -18,8 +19,11 @@ from genac_megatron.models.sizes import parameters
 from genac_megatron.models.specs import tree_way
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Sample
+from genac_megatron.training.distributed_batch import DistributedBatch
+from genac_megatron.training.exchange import gathered_rows
 from genac_megatron.training.layout import Layout
-from genac_megatron.training.packing import Pack, Plan, build_pack, plan_packs, sample_multiple_for
+from genac_megatron.training.packing import Pack, build_pack, sample_multiple_for
+from genac_megatron.training.plans import MANY, Ints, Plan, Row, Rows, plan_packs, round_up
 from genac_megatron.training.tree_packs import build_tree_pack
 from genac_megatron.training.trees import Order, forest_of, plan_trees
 
@@ -54,49 +58,58 @@ def pair_cost(shape: Shape) -> float:
 
 @dataclass(frozen=True)
 class Planned:
-    """Which samples go together: the same on every rank."""
+    """Which samples go together."""
 
-    plan: Plan
-    order: Order | None  # of shared beginnings; None: packs are flat
+    owner: Ints  # [n]: the data-parallel rank of each sample, the same on every rank
+    rows: dict[int, Row]  # by data-parallel rank, of those planned here
+    order: Order | None  # of their samples' shared beginnings; None: packs are flat
     pad_to: int | None  # positions of every pack; None: as many as it needs
     multiple: int  # what a pack's length is a multiple of
     filled: int  # what a sample's span is a multiple of
 
-    def owner(self, count: int) -> NDArray[np.int64]:
-        """The data-parallel rank of each of the batch's `count` samples."""
-        owner = np.zeros(count, np.int64)
-        for dp_rank, row in enumerate(self.plan):
-            owner[[i for pack in row for i in pack]] = dp_rank
-        return owner
+
+def _rows(batch: DistributedBatch, layout: Layout, groups: Any) -> Rows:
+    """Whose micro-batches are planned here: all, or of many samples this data-parallel rank's alone."""
+    if len(batch) < MANY or layout.dp == 1:
+        return Rows.whole(layout.dp)
+    leads = dist.get_rank() in layout.leaders
+
+    def told(mine: Ints) -> Ints:
+        if batch.taken:
+            return np.concatenate(gathered_rows(mine, groups.dp))
+        return np.concatenate(gathered_rows(mine if leads else mine[:0]))
+
+    return Rows(layout.dp, () if groups is None else (groups.dp.rank(),), told)
 
 
 def planned(
-    lengths: Sequence[int],
-    order_of_all: Callable[[], Order],
+    batch: DistributedBatch,
     layout: Layout,
+    groups: Any,
     *,
     training: TrainingConfig,
     shape: Shape,
     multiple: int,
     trees: bool,
 ) -> Planned:
-    """The micro-batches of all data-parallel ranks, the longest of each first; a function of its arguments,
-    so ranks need not talk.
+    """Who computes which samples, and micro-batches, the longest of a row first: a function of what all ranks
+    know of the batch. Which rows are planned here changes nothing in them.
 
-    lengths: input positions by sample. multiple: what a pack's length is a multiple of. trees: samples that
-    begin alike, as order_of_all says, may share (training/trees.py); where that saves too little, and in
-    packs where nobody shares, all is as without.
+    groups: the layout's, None outside. multiple: what a pack's length is a multiple of. trees: samples that
+    begin alike may share (training/trees.py); where that saves too little, and in packs where nobody shares,
+    all is as without. Collective over the world where the batch is not taken yet, else over the block.
     """
+    lengths, rows = batch.lengths, _rows(batch, layout, groups)
     filled = sample_multiple_for(layout.cp)
     step = layout.pp if layout.vpp > 1 else 1
     limit = training.tokens_per_microbatch
     order: Order | None = None
     plan: Plan | None = None
-    if trees and min(lengths, default=0) > 0 and limit >= multiple:
-        order = order_of_all()
+    if trees and len(lengths) and lengths.min() > 0 and limit >= multiple:
+        order = batch.order()
         plan = plan_trees(
             order,
-            dp=layout.dp,
+            rows=rows,
             tokens_per_microbatch=limit,
             multiple=multiple,
             microbatch_multiple=step,
@@ -106,19 +119,22 @@ def planned(
         order = None
         plan = plan_packs(
             lengths,
-            dp=layout.dp,
+            rows=rows,
             tokens_per_microbatch=limit,
             multiple=multiple,
             microbatch_multiple=step,
             sample_multiple=filled,
         )
+    if order is not None:
+        order = order.part([i for row in plan.rows for pack in row for i in pack])
     pad_to = None
     gathered = layout.ep > 1 and training.moe_dispatcher == "allgather"
     one_shape = layout.pp > 1 and not training.variable_seq_lengths
     if one_shape or gathered:  # stages, or experts' ranks, exchange activations of one known shape
-        pad_to = max(_tokens(pack, lengths, order, filled) for rank in plan for pack in rank)
-        pad_to = -(-pad_to // multiple) * multiple
-    return Planned(plan, order, pad_to, multiple, filled)
+        longest = [max(_tokens(pack, lengths, order, filled) for pack in row) for row in plan.rows]
+        pad_to = round_up(rows.most(longest), multiple)
+    made = dict(zip(rows.here, plan.rows, strict=True))
+    return Planned(plan.owner, made, order, pad_to, multiple, filled)
 
 
 def microbatches(
@@ -137,16 +153,18 @@ def microbatches(
     Under context parallelism they are cut to what cp_rank holds.
     """
     check_experts(samples, shape)
-    packs = [_build(samples, pack, made, fields) for pack in made.plan[dp_rank]]
+    packs = [_build(samples, pack, made, fields) for pack in made.rows[dp_rank]]
     if training.adapter is not None and training.adapter.dropout:
         for pack in packs:
             pack.prefixes_T = prefixes_of(pack.tokens_T, pack.positions_T, pack.cu_seqlens, pack.tree)
     return [pack.cut(layout.cp, cp_rank) for pack in packs]
 
 
-def _tokens(pack: Sequence[int], lengths: Sequence[int], order: Order | None, filled: int) -> int:
+def _tokens(pack: Sequence[int], lengths: Ints, order: Order | None, filled: int) -> int:
     """Computed positions of a pack, samples filled up to multiples of `filled`."""
-    return sum(-(-lengths[i] // filled) * filled for i in pack) if order is None else order.size(pack)
+    if order is not None:
+        return order.size(pack)
+    return sum(round_up(length, filled) for length in lengths[np.asarray(pack, np.int64)].tolist())
 
 
 def _build(samples: Mapping[int, Sample], pack: Sequence[int], made: Planned, fields: Sequence[str]) -> Pack:

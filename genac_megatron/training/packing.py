@@ -1,4 +1,4 @@
-"""Sequences packed without a gap into micro-batches: the plan, the tensors, and the way back.
+"""Sequences packed without a gap into micro-batches: the tensors, and the way back.
 
 A sample of n tokens takes n - 1 positions: inputs tokens[:-1], labels tokens[1:]. Position j of a
 sample predicts its token j + 1, so everything that belongs to token t (loss mask, advantages, the
@@ -7,9 +7,7 @@ engine's log-probs, the log-probs read back) lies at position t - 1.
 
 from __future__ import annotations
 
-import heapq
 import math
-from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,16 +20,14 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.context_parallel import share_of
 from genac_megatron.models.packed_attention import TreeShape
 from genac_megatron.records import Sample
+from genac_megatron.training.plans import Row, round_up
 
 Samples = Sequence[Sample] | Mapping[int, Sample]  # by their places in a batch
-Plan = list[list[list[int]]]  # [dp][micro-batch][sample indices]
 
 # How many rows an FP8 matrix needs a multiple of (Transformer Engine: 16 for a scale per tensor, a
 # whole block for a scale per block).
 _FP8_ROWS = {"off": 1, "delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 _FP8_BLOCKS = ("mxfp8", "blockwise")
-
-_EVEN = 1.0025  # bins whose fullest is this near the mean are not levelled further
 
 
 def multiple_for(tp: int, cp: int, fp8: bool | str, *, sequence_parallel: bool | None = None) -> int:
@@ -57,159 +53,7 @@ def sample_multiple_for(cp: int) -> int:
 
 def pack_length(used: int, *, multiple: int = 1, pad_to: int | None = None) -> int:
     """Positions of a pack that holds `used` ones: at least pad_to and 1, a multiple of `multiple`."""
-    return _round_up(max(used, pad_to or 0, 1), multiple)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-# --- the plan ------------------------------------------------------------------------------------
-
-
-def plan_packs(
-    lengths: Sequence[int],
-    *,
-    dp: int,
-    tokens_per_microbatch: int,
-    multiple: int = 1,
-    microbatch_multiple: int = 1,
-    sample_multiple: int = 1,
-    costs: Sequence[int] | None = None,
-) -> Plan:
-    """Deal samples out to data-parallel ranks and micro-batches, even in tokens over both.
-
-    lengths: input positions of each sample (its tokens less one). Returns [dp][micro-batch][sample
-    indices]: every index once; on each rank the same number of micro-batches, the least that holds
-    the fullest rank, rounded up to microbatch_multiple (at least one of it). No micro-batch exceeds
-    tokens_per_microbatch once padded to `multiple`, except that a longer sample has one to itself.
-    Within a rank the longest micro-batch comes first (memory is tried at once, and ranks in step
-    hold alike lengths); where samples are few the last ones may be empty. Deterministic: the same
-    arguments give the same plan on every rank. costs: what ranks are to be even in; None: lengths.
-
-    Longest first to the least loaded (Graham 1969), then swaps: ranks differ by at most the longest
-    sample. So do micro-batches, save where that overflows one, and best fit under a bisected
-    capacity (MULTIFIT: Coffman, Garey, Johnson 1978) takes its place.
-    Raises InputError for a length below 1 or a tokens_per_microbatch below `multiple`.
-    """
-    capacity = tokens_per_microbatch // multiple * multiple
-    if capacity < 1:
-        raise InputError(
-            f"tokens_per_microbatch {tokens_per_microbatch} is below the {multiple} that packs are padded to",
-            where="training.tokens_per_microbatch",
-            way_out=f"raise it to a multiple of {multiple}",
-        )
-    if min(lengths, default=1) < 1:
-        raise InputError(f"sample {lengths.index(min(lengths))} has no input position", where="plan_packs")
-    sizes = [_round_up(n, sample_multiple) for n in lengths]
-    weights = sizes if costs is None else list(costs)
-    dearest_first = sorted(range(len(sizes)), key=lambda i: (-weights[i], i))
-    rows = [
-        sorted(row, key=lambda i: (-sizes[i], i))
-        for row in _level(_spread(dearest_first, weights, dp), weights)
-    ]
-    needed = max(len(_best_fit(row, sizes, capacity)) for row in rows)
-    count = _round_up(max(needed, 1), microbatch_multiple)
-    return [_pack_row(row, sizes, count, capacity) for row in rows]
-
-
-def _pack_row(row: list[int], sizes: list[int], count: int, capacity: int) -> list[list[int]]:
-    packs = _level(_spread(row, sizes, count), sizes)
-    if any(len(pack) > 1 and _load(pack, sizes) > capacity for pack in packs):
-        packs = _multifit(row, sizes, count, capacity)
-        packs = _level(packs + [[] for _ in range(count - len(packs))], sizes)
-    return sorted((sorted(pack) for pack in packs), key=lambda pack: (-_load(pack, sizes), pack))
-
-
-def _load(pack: list[int], sizes: list[int]) -> int:
-    return sum(sizes[i] for i in pack)
-
-
-def _spread(longest_first: list[int], sizes: list[int], bins: int) -> list[list[int]]:
-    """Each item to the bin with the least load so far."""
-    heap = [(0, b) for b in range(bins)]
-    out: list[list[int]] = [[] for _ in range(bins)]
-    for i in longest_first:
-        load, b = heap[0]
-        out[b].append(i)
-        heapq.heapreplace(heap, (load + sizes[i], b))
-    return out
-
-
-def _level(bins: list[list[int]], sizes: list[int]) -> list[list[int]]:
-    """Move or swap items out of the fullest bin while that lowers it; no bin rises to what it was.
-
-    A bin of one item cannot be lowered and is passed over. Ends, as each step lowers the loads'
-    sum of squares.
-    """
-    loads = [_load(b, sizes) for b in bins]
-    goal = _EVEN * sum(loads) / len(loads)
-    while divisible := [b for b in range(len(bins)) if len(bins[b]) > 1 and loads[b] > goal]:
-        top = max(divisible, key=lambda b: loads[b])
-        for other in sorted(range(len(bins)), key=lambda b: loads[b]):
-            swap = _best_swap(bins[top], bins[other], sizes, loads[top] - loads[other])
-            if swap is not None:
-                break
-        else:
-            break
-        given, taken = swap
-        bins[top].remove(given)
-        bins[other].append(given)
-        if taken is not None:
-            bins[other].remove(taken)
-            bins[top].append(taken)
-        moved = sizes[given] - (0 if taken is None else sizes[taken])
-        loads[top] -= moved
-        loads[other] += moved
-    return bins
-
-
-def _best_swap(
-    fuller: list[int], emptier: list[int], sizes: list[int], gap: int
-) -> tuple[int, int | None] | None:
-    """The (item to give, item to take or None) that brings two bins, gap apart, nearest to equal."""
-    takes: list[int | None] = [None, *sorted(emptier, key=lambda i: sizes[i])]
-    weights = [0, *sorted(sizes[i] for i in emptier)]
-    best, best_miss = None, gap
-    for give in fuller:
-        at = bisect_left(weights, sizes[give] - gap / 2)
-        for j in (at - 1, at):
-            if 0 <= j < len(weights):
-                miss = abs(2 * (sizes[give] - weights[j]) - gap)
-                if miss < best_miss:  # so 0 < what moves < gap
-                    best, best_miss = (give, takes[j]), miss
-    return best
-
-
-def _best_fit(longest_first: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Each item to the fullest bin that still holds it, else to a new one; as many bins as it takes."""
-    out: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free, bin), sorted
-    for i in longest_first:
-        at = bisect_left(room, (sizes[i], -1))
-        if at < len(room):
-            free, b = room.pop(at)
-        else:
-            free, b = capacity, len(out)
-            out.append([])
-        out[b].append(i)
-        if free > sizes[i]:
-            insort(room, (free - sizes[i], b))
-    return out
-
-
-def _multifit(longest_first: list[int], sizes: list[int], bins: int, capacity: int) -> list[list[int]]:
-    """Best fit under the smallest capacity, found by bisection, that needs no more than `bins`."""
-    best = _best_fit(longest_first, sizes, capacity)
-    low, high = _load(longest_first, sizes) // bins, capacity
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried = _best_fit(longest_first, sizes, middle)
-        if len(tried) <= bins:
-            best, high = tried, middle
-        else:
-            low = middle
-    return best
+    return round_up(max(used, pad_to or 0, 1), multiple)
 
 
 @dataclass(frozen=True)
@@ -226,7 +70,7 @@ class PackingStats:
 
 def packing_stats(
     lengths: Sequence[int],
-    plan: Plan,
+    plan: Sequence[Row],
     *,
     multiple: int = 1,
     pad_to: int | None = None,
@@ -236,7 +80,7 @@ def packing_stats(
     slots = [
         [
             pack_length(
-                sum(_round_up(lengths[i], sample_multiple) for i in pack), multiple=multiple, pad_to=pad_to
+                sum(round_up(lengths[i], sample_multiple) for i in pack), multiple=multiple, pad_to=pad_to
             )
             for pack in row
         ]
@@ -320,7 +164,7 @@ def build_pack(
     short, whose start is not in 1..n, whose spans are not in order, or whose field is missing or not one
     figure per trained token.
     """
-    spans = [_round_up(check_positions(samples[i], i), sample_multiple) for i in indices]
+    spans = [round_up(check_positions(samples[i], i), sample_multiple) for i in indices]
     used = sum(spans)
     length = pack_length(used, multiple=multiple, pad_to=pad_to)
     bounds = [0]

@@ -214,7 +214,7 @@ class Role(Resting):
         if batch.block is not None:
             raise ValueError(f"{self.name} is given a batch that lies on the block of {batch.block.name}")
         batch.need_experts(self.shape)
-        return batch.brought(self.layout, self.groups, self._planned(batch).owner(len(batch)))
+        return batch.brought(self.layout, self.groups, self._planned(batch).owner)
 
     def launch_step(
         self,
@@ -245,7 +245,7 @@ class Role(Resting):
             self.scheduler.step(increment=1)
             stats, scores = self._collect(outputs, packs, batch)
             stats |= {"grad_norm": float(grad_norm or 0.0), "lr": float(lr), "updated": float(bool(ok))}
-            stats["tokens"] = float(sum(batch.lengths))
+            stats["tokens"] = float(batch.lengths.sum())
         return ScoredPass(self.layout, self.groups, stats, self._finite, batch, scores)
 
     def train_step(
@@ -371,14 +371,14 @@ class Role(Resting):
         return [torch.tensor(logits).sigmoid().tolist() for logits in outputs]
 
     def _planned(self, batch: DistributedBatch) -> Planned:
-        """The micro-batches of all data-parallel ranks, the same on every rank of the world."""
+        """Who computes what. Collective over the world where the batch is not taken yet, else the block."""
         if self.name not in batch.plans:
             tell = dist.get_rank() == self.layout.first_rank
             cp, training, shape = self.layout.cp, self.config.training, self.shape
             batch.plans[self.name] = planned(
-                batch.lengths,
-                batch.order,
+                batch,
                 self.layout,
+                self.groups,
                 training=training,
                 shape=shape,
                 multiple=self.multiple,
@@ -390,7 +390,7 @@ class Role(Resting):
         """This data-parallel rank's micro-batches."""
         made, groups = self._planned(batch), self.groups
         return microbatches(
-            batch.fetched(groups, made.owner(len(batch))),
+            batch.fetched(groups, made.owner),
             batch.known.names,
             made,
             self.layout,
@@ -480,8 +480,7 @@ class Role(Resting):
                     mine[index] = values_T.numpy()
             sums = gathered_rows(np.array([list(stats.values())]), self.groups.dp_cp)
             stats = dict(zip(stats, (float(sum(x)) for x in np.concatenate(sums).T.tolist()), strict=True))
-        owner = self._planned(batch).owner(len(batch))
-        return stats, batch.settled(mine, owner, self.layout, self.groups)
+        return stats, batch.settled(mine, self._planned(batch).owner, self.layout, self.groups)
 
 
 def _no_loss(

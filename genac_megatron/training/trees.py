@@ -21,61 +21,61 @@ from itertools import pairwise
 import numpy as np
 
 from genac_megatron.records import Sample
-from genac_megatron.training.packing import Plan, plan_packs
+from genac_megatron.training.plans import MANY, Ints, Plan, Rows, plan_packs
 
 SHORTEST = 16  # tokens; samples that share fewer are apart: a further attention call costs more
-MANY = 4096  # samples of which a plan takes its time
 LEVEL = 1.01  # ranks whose slowest is this near the mean are level
-NEAR = 32  # figures whose minimum is taken one by one
+FEW = 256  # neighbours that are looked at one by one
+NEVER = np.iinfo(np.int64).max
+TOGETHER = 64  # neighbours of which one must be decided for a look at all to pay
 WORTHWHILE = 0.98  # trees are used where they compute at most this share of the samples' tokens
 
 
 @dataclass(frozen=True)
 class Order:
-    """A batch's samples in lexicographic order of their inputs, and what each shares with the next."""
+    """Samples of a batch in lexicographic order of their inputs, and what each shares with the next."""
 
-    lengths: list[int]  # inputs, by sample
-    order: list[int]  # sample indices
-    shared: list[int]  # [len(order) - 1]: tokens that order[k] and order[k + 1] share
-    rank: dict[int, int]  # sample index -> its place in `order`
-
-    def between(self, members: Sequence[int]) -> list[int]:
-        """What each of `members` (sample indices in order of rank) shares with the next."""
-        ranks = [self.rank[i] for i in members]
-        return [self._least(a, b) for a, b in pairwise(ranks)]
-
-    def _least(self, a: int, b: int) -> int:
-        """min(shared[a:b]); of a long range by two that cover it, each as long as a power of two."""
-        if b - a < NEAR:
-            return min(self.shared[a:b])
-        k = (b - a).bit_length() - 1
-        return min(self._leasts[k][a], self._leasts[k][b - (1 << k)])
+    lengths: Ints  # inputs, by sample
+    order: Ints  # [m]: sample indices
+    shared: Ints  # [m - 1]: tokens that order[k] and order[k + 1] share
 
     @cached_property
-    def _leasts(self) -> list[list[int]]:
-        """By k, the minimum of the 2^k figures of `shared` from each place on."""
-        table = [np.asarray(self.shared, np.int64)]
-        while 2 << len(table) - 1 <= len(self.shared):
-            step = 1 << len(table) - 1
-            table.append(np.minimum(table[-1][:-step], table[-1][step:]))
-        return [row.tolist() for row in table]
+    def rank(self) -> Ints:
+        """By sample, its place in `order`; 0 of samples that are not there."""
+        rank = np.zeros(len(self.lengths), np.int64)
+        rank[self.order] = np.arange(len(self.order))
+        return rank
 
-    def sort(self, members: Sequence[int]) -> list[int]:
+    def between(self, members: Ints) -> Ints:
+        """What each of `members` (sample indices in order of rank) shares with the next."""
+        places = self.rank[members]
+        if len(places) < 2:
+            return np.zeros(0, np.int64)
+        return np.minimum.reduceat(self.shared[places[0] : places[-1]], places[:-1] - places[0])
+
+    def sort(self, members: Sequence[int] | Ints) -> Ints:
         """`members` in order of rank."""
-        return sorted(members, key=self.rank.__getitem__)
+        given = np.asarray(members, np.int64)
+        return given[np.argsort(self.rank[given])]
 
-    def size(self, members: Sequence[int]) -> int:
+    def part(self, members: Sequence[int] | Ints) -> Order:
+        """The order of `members` alone, by the same indices."""
+        inside = self.sort(members)
+        return Order(self.lengths, inside, self.between(inside))
+
+    def size(self, members: Sequence[int] | Ints) -> int:
         """Tokens of the tree of `members`."""
-        return sum(self.lengths[i] for i in members) - sum(self.between(self.sort(members)))
+        inside = self.sort(members)
+        return int(self.lengths[inside].sum() - self.between(inside).sum())
 
-    def pairs(self, members: Sequence[int]) -> int:
+    def pairs(self, members: Sequence[int] | Ints) -> int:
         """Queries times keys of the tree of `members`, causal."""
-        whole = sum(_causal(self.lengths[i]) for i in members)
-        return whole - sum(map(_causal, self.between(self.sort(members))))
+        inside = self.sort(members)
+        return int(_causal(self.lengths[inside]).sum() - _causal(self.between(inside)).sum())
 
 
-def _causal(length: int) -> int:
-    return length * (length + 1) // 2
+def _causal(lengths: Ints) -> Ints:
+    return lengths * (lengths + 1) // 2
 
 
 def order_of(samples: Sequence[Sample], shortest: int = SHORTEST) -> Order:
@@ -91,7 +91,8 @@ def order_of(samples: Sequence[Sample], shortest: int = SHORTEST) -> Order:
         common = _common(inputs[a], inputs[b])
         common = _alike(samples[a], samples[b], common)
         shared.append(common if common >= shortest else 0)
-    return Order([len(ids) for ids in inputs], order, shared, {i: k for k, i in enumerate(order)})
+    lengths = [len(ids) for ids in inputs]
+    return Order(*(np.array(figures, np.int64) for figures in (lengths, order, shared)))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -118,7 +119,7 @@ def _alike(a: Sample, b: Sample, common: int) -> int:
 def plan_trees(
     order: Order,
     *,
-    dp: int,
+    rows: Rows,
     tokens_per_microbatch: int,
     multiple: int = 1,
     microbatch_multiple: int = 1,
@@ -130,57 +131,101 @@ def plan_trees(
     A tree beyond tokens_per_microbatch, or too large for ranks to be level, is cut: its parts each have
     the trunk. Deeper branches stay together first. None where trees save too little: packs are flat then.
     """
-    flat, indices = sum(order.lengths), range(len(order.lengths))
-    if order.size(indices) > WORTHWHILE * flat:
+    flat, most = int(order.lengths.sum()), WORTHWHILE * int(order.lengths.sum())
+    if flat - int(order.shared.sum()) > most:
         return None
     capacity = tokens_per_microbatch // multiple * multiple
     limits = dict.fromkeys(max(1, capacity // parts) for parts in (1, 2, 4))
-    best: tuple[tuple[float, int], Plan] | None = None
+    best: tuple[tuple[int, int], int, Plan] | None = None
     for limit in limits:
-        clumps = _clumps(order, limit)
-        sizes = [order.size(clump) for clump in clumps]
-        plan = plan_packs(
+        firsts = _clumps(order, limit)
+        sizes, pairs = _sizes(order, firsts)
+        dealt = plan_packs(
             sizes,
-            dp=dp,
+            rows=rows,
             tokens_per_microbatch=tokens_per_microbatch,
             multiple=multiple,
             microbatch_multiple=microbatch_multiple,
-            costs=[_cost(order, clump, pair_cost) for clump in clumps],
+            costs=sizes + np.rint(pair_cost * pairs).astype(np.int64),
         )
-        dealt = [[sorted(i for c in pack for i in clumps[c]) for pack in row] for row in plan]
-        dealt = [sorted(row, key=lambda pack: (-order.size(pack), pack)) for row in dealt]
-        slowest = max(sum(_cost(order, pack, pair_cost) for pack in row) for row in dealt)
-        if best is None or (slowest, len(plan[0])) < best[0]:
-            best = (slowest, len(plan[0])), dealt
-        if len(order.lengths) >= MANY:
-            mean = sum(_cost(order, pack, pair_cost) for row in dealt for pack in row) / dp
-            if slowest <= LEVEL * mean:  # smaller trees share less, and so many need not be tried to be level
-                break
-    assert best is not None
-    if sum(order.size(pack) for row in best[1] for pack in row) > WORTHWHILE * flat:
-        return None
-    return best[1]
-
-
-def _cost(order: Order, members: Sequence[int], pair_cost: float) -> int:
-    return order.size(members) + round(pair_cost * order.pairs(members))
-
-
-def _clumps(order: Order, limit: int) -> list[list[int]]:
-    """Neighbours in one clump while its tree has at most `limit` tokens; those that share most come first."""
-    ends = {k: k for k in range(len(order.order))}  # first rank -> last rank
-    starts = dict(ends)  # last rank -> first rank
-    sizes = {k: order.lengths[i] for k, i in enumerate(order.order)}  # by first rank
-    for k in sorted(range(len(order.shared)), key=lambda k: (-order.shared[k], k)):
-        if not order.shared[k]:
+        plan, figures = _of_samples(order, firsts, dealt, pair_cost)
+        costs, tokens = rows.told(figures).T.tolist()
+        slowest, count = max(costs), dealt.microbatches
+        if best is None or (slowest, count) < best[0]:
+            best = (slowest, count), sum(tokens), plan
+        # Smaller trees share less, and of many samples not all cuts are tried to be level.
+        if len(order.lengths) >= MANY and slowest <= LEVEL * sum(costs) / rows.dp:
             break
+    assert best is not None
+    return None if best[1] > most else best[2]
+
+
+def _of_samples(order: Order, firsts: Ints, dealt: Plan, pair_cost: float) -> tuple[Plan, Ints]:
+    """The plan of samples that a plan of clumps is; of each row here, what it costs and what it computes."""
+    ends = np.append(firsts[1:], len(order.order))
+    owner = np.empty(len(order.order), np.int64)
+    owner[order.order] = np.repeat(dealt.owner, ends - firsts)
+    rows, figures = [], []
+    for row in dealt.rows:
+        packs = [sorted(i for c in p for i in order.order[firsts[c] : ends[c]].tolist()) for p in row]
+        own = order.part([i for pack in packs for i in pack])
+        sized = sorted((-own.size(pack), pack) for pack in packs)
+        tokens, attended = -sum(size for size, _ in sized), (own.pairs(pack) for _, pack in sized)
+        rows.append([pack for _, pack in sized])
+        figures.append((tokens + sum(round(pair_cost * pairs) for pairs in attended), tokens))
+    return Plan(owner, rows, dealt.microbatches), np.array(figures, np.int64).reshape(-1, 2)
+
+
+def _sizes(order: Order, firsts: Ints) -> tuple[Ints, Ints]:
+    """Tokens, and queries times keys, of each clump's tree."""
+    if not len(firsts):
+        return firsts, firsts
+    own = np.append(order.shared, 0)  # what each shares with the next of its clump
+    own[firsts[1:] - 1] = 0
+    lengths = order.lengths[order.order]
+    sizes, pairs = lengths - own, _causal(lengths) - _causal(own)
+    return np.add.reduceat(sizes, firsts), np.add.reduceat(pairs, firsts)
+
+
+def _clumps(order: Order, limit: int) -> Ints:
+    """Neighbours in one clump while its tree has at most `limit` tokens; those that share most come first.
+
+    Returns the place in the order where each clump begins. The result of a loop over all neighbours. What is
+    decided for two depends on none that share less, so whoever shares more than both beside is decided at
+    once, in rounds over arrays while enough are.
+    """
+    firsts, sizes, shared = np.arange(len(order.order)), order.lengths[order.order], order.shared
+    later = np.empty(len(shared), np.int64)  # place in the order of looking; NEVER: two that stay apart
+    later[np.argsort(-shared, kind="stable")] = np.arange(len(shared))
+    later[shared == 0] = NEVER
+    while (open_ := int((later < NEVER).sum())) > FEW:
+        walled = np.concatenate([[NEVER], later, [NEVER]])
+        now = np.flatnonzero((later < walled[:-2]) & (later < walled[2:]))
+        merged = sizes[now] + sizes[now + 1] - shared[now]
+        fits = merged <= limit
+        later[now[~fits]] = NEVER
+        sizes[now[fits]] = merged[fits]
+        gone = now[fits]
+        firsts, sizes = np.delete(firsts, gone + 1), np.delete(sizes, gone + 1)
+        shared, later = np.delete(shared, gone), np.delete(later, gone)
+        if len(now) * TOGETHER < open_:
+            break
+    return firsts[_kept(sizes.tolist(), shared.tolist(), later, limit)]
+
+
+def _kept(sizes: list[int], shared: list[int], later: Ints, limit: int) -> list[int]:
+    """`_clumps` one by one: of clumps that lie side by side, those that others join on their right."""
+    ends = list(range(len(sizes)))  # of a clump's first one, its last
+    starts = list(range(len(sizes)))  # and the other way
+    joined = [False] * len(sizes)
+    for k in np.argsort(later, kind="stable")[: int((later < NEVER).sum())].tolist():
         left, right = starts[k], k + 1
-        merged = sizes[left] + sizes[right] - order.shared[k]
+        merged = sizes[left] + sizes[right] - shared[k]
         if merged <= limit:
-            sizes[left] = merged
-            last = ends.pop(right)
-            ends[left], starts[last] = last, left
-    return [order.order[first : last + 1] for first, last in sorted(ends.items())]
+            sizes[left], joined[right] = merged, True
+            last = ends[left] = ends[right]
+            starts[last] = left
+    return [k for k, inside in enumerate(joined) if not inside]
 
 
 # --- how a tree is laid out ----------------------------------------------------------------------
@@ -249,9 +294,9 @@ class Forest:
 
 def forest_of(order: Order, members: Sequence[int]) -> Forest:
     """The trees of `members` (sample indices), laid out."""
-    sorted_members = order.sort(members)
-    lengths = [order.lengths[i] for i in sorted_members]
-    chains, home = _grow(lengths, order.between(sorted_members))
+    inside = order.sort(members)
+    sorted_members, lengths = inside.tolist(), order.lengths[inside].tolist()
+    chains, home = _grow(lengths, order.between(inside).tolist())
     for chain in chains:
         chain.sample = sorted_members[chain.sample]
     placed, moved = _lay_out(chains)

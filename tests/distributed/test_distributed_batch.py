@@ -57,8 +57,21 @@ def parted(samples: list[Any], rank: int) -> list[Any]:
     return [one for one in samples if (int(one.source) % 4) % 3 == rank]
 
 
-def step_case(rank: int, layout: dict[str, Any], spread: bool) -> Any:
-    """Log-probs, an update with them as a field, two updates of parts: what this rank gets of each."""
+def step_case(rank: int, layout: dict[str, Any], spread: bool, own_rows: bool = False) -> Any:
+    """Log-probs, an update with them as a field, two updates of parts: what this rank gets of each.
+
+    own_rows: ranks plan their own micro-batches, as of a large batch.
+    """
+    from genac_megatron.training import microbatches
+
+    before, microbatches.MANY = microbatches.MANY, 0 if own_rows else microbatches.MANY
+    try:
+        return stepped(rank, layout, spread)
+    finally:
+        microbatches.MANY = before
+
+
+def stepped(rank: int, layout: dict[str, Any], spread: bool) -> Any:
     from genac_megatron.algorithms.losses import make_ppo_loss
     from genac_megatron.recipe.schema import LossConfig
     from genac_megatron.stages.minibatches import launch_parts, minibatches
@@ -109,6 +122,15 @@ def test_a_batch_that_stays_where_it_was_made_trains_as_a_list(pool: Any, name: 
             assert stats["computed_tokens"] <= 1.05 * others["computed_tokens"] <= 1.05 * stats["tokens"]
         for key, tensor in wanted["weights"].items():
             torch.testing.assert_close(one["weights"][key], tensor, atol=2e-5, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["dp4", "pp2 dp2", "a part of the world"])
+def test_ranks_that_plan_their_own_rows_train_to_the_bit_alike(pool: Any, name: str) -> None:
+    found, wanted = (pool.run(step_case, LAYOUTS[name], True, own_rows) for own_rows in (True, False))
+    for one, other in zip(found, wanted, strict=True):
+        weights, others = one.pop("weights"), other.pop("weights")
+        assert one == other
+        assert all(torch.equal(weights[key], tensor) for key, tensor in others.items())
 
 
 def moved_case(rank: int, layout: dict[str, Any]) -> Any:

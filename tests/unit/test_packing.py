@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from genac_megatron.training.packing import (
     multiple_for,
     pack_length,
     packing_stats,
-    plan_packs,
     sample_multiple_for,
     unpack,
 )
+from genac_megatron.training.plans import Row, Rows, plan_packs
 
 lengths_st = st.lists(st.integers(1, 90), max_size=60)
 setup_st = st.fixed_dictionaries(
@@ -36,6 +37,11 @@ setup_st = st.fixed_dictionaries(
 )
 
 
+def whole_plan(lengths: list[int], *, dp: int, **how: Any) -> list[Row]:
+    """Of all data-parallel ranks."""
+    return plan_packs(lengths, rows=Rows.whole(dp), **how).rows
+
+
 def round_up(n: int, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
@@ -45,8 +51,8 @@ def round_up(n: int, multiple: int) -> int:
 
 @given(lengths_st, setup_st)
 def test_plan_keeps_every_index_once_within_the_bounds(lengths: list[int], setup: dict[str, int]) -> None:
-    plan = plan_packs(lengths, **setup)
-    assert plan == plan_packs(lengths, **setup)
+    plan = whole_plan(lengths, **setup)
+    assert plan == whole_plan(lengths, **setup)
     assert sorted(i for row in plan for pack in row for i in pack) == list(range(len(lengths)))
 
     assert len(plan) == setup["dp"]
@@ -69,7 +75,7 @@ def test_plan_keeps_every_index_once_within_the_bounds(lengths: list[int], setup
 
 @given(lengths_st, setup_st)
 def test_plan_is_balanced_and_not_longer_than_needed(lengths: list[int], setup: dict[str, int]) -> None:
-    plan = plan_packs(lengths, **setup)
+    plan = whole_plan(lengths, **setup)
     sizes = [round_up(n, setup["sample_multiple"]) for n in lengths]
     rows = [sum(sizes[i] for pack in row for i in pack) for row in plan]
     # Longest-first to the least loaded: the fullest was the least loaded before its last item.
@@ -82,7 +88,7 @@ def test_plan_is_balanced_and_not_longer_than_needed(lengths: list[int], setup: 
 
 @given(st.lists(st.integers(1, 20), min_size=64, max_size=120), st.integers(1, 4), st.integers(1, 4))
 def test_microbatches_of_many_short_samples_are_even(lengths: list[int], dp: int, step: int) -> None:
-    plan = plan_packs(lengths, dp=dp, tokens_per_microbatch=100, microbatch_multiple=step)
+    plan = whole_plan(lengths, dp=dp, tokens_per_microbatch=100, microbatch_multiple=step)
     for row in plan:
         loads = [sum(lengths[i] for i in pack) for pack in row]
         assert max(loads) - min(loads) <= 2 * max(lengths)  # 1 x where no pack overflowed first
@@ -90,27 +96,27 @@ def test_microbatches_of_many_short_samples_are_even(lengths: list[int], dp: int
 
 def test_tight_packs_fit_where_spreading_would_overflow() -> None:
     # Longest-first spreading gives 3+2+2 | 3+2; only 3+3 | 2+2+2 holds within 6.
-    assert plan_packs([3, 3, 2, 2, 2], dp=1, tokens_per_microbatch=6) == [[[0, 1], [2, 3, 4]]]
+    assert whole_plan([3, 3, 2, 2, 2], dp=1, tokens_per_microbatch=6) == [[[0, 1], [2, 3, 4]]]
 
 
 def test_an_overlong_sample_is_alone_and_does_not_unbalance_the_ranks() -> None:
     lengths = [1000] + [50] * 20
-    plan = plan_packs(lengths, dp=2, tokens_per_microbatch=100)
+    plan = whole_plan(lengths, dp=2, tokens_per_microbatch=100)
     assert plan[0][0] == [0]
     assert [sum(lengths[i] for pack in row for i in pack) for row in plan] == [1000, 1000]
     assert len(plan[0]) == len(plan[1]) == 10
 
 
 def test_fewer_samples_than_slots_leaves_empty_packs() -> None:
-    assert plan_packs([5], dp=2, tokens_per_microbatch=8, microbatch_multiple=2) == [[[0], []], [[], []]]
-    assert plan_packs([], dp=2, tokens_per_microbatch=8) == [[[]], [[]]]
+    assert whole_plan([5], dp=2, tokens_per_microbatch=8, microbatch_multiple=2) == [[[0], []], [[], []]]
+    assert whole_plan([], dp=2, tokens_per_microbatch=8) == [[[]], [[]]]
 
 
 def test_realistic_waste_is_below_one_percent() -> None:
     rng = random.Random(0)
     lengths = [min(2048, max(1, round(rng.lognormvariate(6.0, 0.7)))) for _ in range(512)]
     for dp in (1, 2, 4, 8):
-        plan = plan_packs(lengths, dp=dp, tokens_per_microbatch=8192, multiple=16)
+        plan = whole_plan(lengths, dp=dp, tokens_per_microbatch=8192, multiple=16)
         longest = max(pack_length(sum(lengths[i] for i in pack), multiple=16) for row in plan for pack in row)
         stats = packing_stats(lengths, plan, multiple=16, pad_to=longest)
         assert stats.tokens == sum(lengths)
@@ -134,7 +140,7 @@ def test_stats_of_a_plan_counted_by_hand() -> None:
 )
 def test_plan_refuses(lengths: list[int], kwargs: dict[str, int]) -> None:
     with pytest.raises(InputError):
-        plan_packs(lengths, dp=1, **kwargs)
+        whole_plan(lengths, dp=1, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_unpack_gives_back_what_build_laid_out(samples: list[Sample], how: dict[
 def test_a_planned_step_trains_every_token_once(samples: list[Sample], setup: dict[str, int]) -> None:
     lengths = [len(sample.tokens) - 1 for sample in samples]
     shape = {name: setup[name] for name in ("multiple", "sample_multiple")}
-    plan = plan_packs(lengths, **setup)
+    plan = whole_plan(lengths, **setup)
     packs = [build_pack(samples, pack, **shape) for row in plan for pack in row]
     found = {i: values.tolist() for pack in packs for i, values in unpack(pack, pack.labels_T).items()}
     assert found == {i: sample.tokens[sample.start :] for i, sample in enumerate(samples)}

@@ -23,7 +23,8 @@ from genac_megatron.records import Sample
 from genac_megatron.training import trees
 from genac_megatron.training.layout import Layout
 from genac_megatron.training.microbatches import shares_prefixes
-from genac_megatron.training.packing import Pack, build_pack, plan_packs, unpack
+from genac_megatron.training.packing import Pack, build_pack, unpack
+from genac_megatron.training.plans import Row, Rows, plan_packs
 from genac_megatron.training.tree_packs import build_tree_pack
 from genac_megatron.training.trees import Order, forest_of, order_of, plan_trees
 from tests.distributed.cases import role_config
@@ -44,6 +45,12 @@ def batches(draw: st.DrawFn) -> list[Sample]:
         sample.fields = {"advantages": [float(len(samples) * 100 + t) for t in range(sample.trained)]}
         samples.append(sample)
     return samples
+
+
+def tree_rows(order: Order, *, dp: int, **how: Any) -> list[Row] | None:
+    """The plan of all data-parallel ranks."""
+    plan = plan_trees(order, rows=Rows.whole(dp), **how)
+    return None if plan is None else plan.rows
 
 
 def tree_pack(samples: list[Sample], shortest: int = 1, **how: Any) -> Pack:
@@ -128,10 +135,10 @@ setup_st = st.fixed_dictionaries(
 @given(batches(), setup_st)
 def test_a_plan_keeps_each_sample_once_and_its_limits(samples: list[Sample], setup: dict[str, Any]) -> None:
     order = order_of(samples, 2)
-    plan = plan_trees(order, **setup)
+    plan = tree_rows(order, **setup)
     if plan is None:
         return
-    assert plan == plan_trees(order, **setup)
+    assert plan == tree_rows(order, **setup)
     assert sorted(i for row in plan for pack in row for i in pack) == list(range(len(samples)))
     assert len(plan) == setup["dp"]
     assert len({len(row) for row in plan}) == 1
@@ -159,7 +166,7 @@ def nested(trunk: int, cuts: list[int], branch: int, seed: int = 0) -> list[Samp
 def test_nested_states_cost_the_trunk_once() -> None:
     samples = nested(1000, [250, 500, 750, 1000], 100)
     order = order_of(samples)
-    assert plan_trees(order, dp=1, tokens_per_microbatch=8192) == [[[0, 1, 2, 3]]]
+    assert tree_rows(order, dp=1, tokens_per_microbatch=8192) == [[[0, 1, 2, 3]]]
     forest = forest_of(order, range(4))
     assert (forest.size, forest.deepest) == (1400, 1100)
     assert forest.cuts() == [(1100, 1200, 0, 250), (1200, 1300, 0, 500), (1300, 1400, 0, 750)]
@@ -168,7 +175,7 @@ def test_nested_states_cost_the_trunk_once() -> None:
 def test_a_tree_that_does_not_fit_is_cut_and_its_trunk_repeated() -> None:
     samples = nested(1000, [250, 500, 750, 1000], 100)
     order = order_of(samples)
-    plan = plan_trees(order, dp=1, tokens_per_microbatch=1250)
+    plan = tree_rows(order, dp=1, tokens_per_microbatch=1250)
     assert plan is not None
     sizes = [order.size(pack) for pack in plan[0]]
     assert max(sizes) <= 1250
@@ -179,17 +186,17 @@ def test_ranks_are_levelled_by_computed_tokens() -> None:
     """Two trees of six states: each rank has one, though the samples' own lengths would level them too."""
     samples = [*nested(600, [100, 200, 300, 400, 500, 600], 50, 1), *nested(600, [600] * 6, 50, 2)]
     order = order_of(samples)
-    plan = plan_trees(order, dp=2, tokens_per_microbatch=4096)
+    plan = tree_rows(order, dp=2, tokens_per_microbatch=4096)
     assert plan is not None
     assert sorted(order.size(row[0]) for row in plan) == [900, 900]
 
 
 def test_what_shares_too_little_stays_flat() -> None:
     lonely = [Sample([i * 100 + t for t in range(50)], 1) for i in range(6)]
-    assert plan_trees(order_of(lonely), dp=2, tokens_per_microbatch=120) is None
+    assert tree_rows(order_of(lonely), dp=2, tokens_per_microbatch=120) is None
     short = [Sample([*range(15), 100 + i, *range(30)], 1) for i in range(4)]
-    assert order_of(short).shared == [0, 0, 0], "15 tokens are not worth a branch"
-    assert order_of(short, 15).shared == [15, 15, 15]
+    assert order_of(short).shared.tolist() == [0, 0, 0], "15 tokens are not worth a branch"
+    assert order_of(short, 15).shared.tolist() == [15, 15, 15]
 
 
 def test_only_tokens_that_go_to_the_same_experts_are_shared() -> None:
@@ -199,9 +206,9 @@ def test_only_tokens_that_go_to_the_same_experts_are_shared() -> None:
     same = np.zeros((21, 2, 2), np.uint8)
     other = same.copy()
     other[17, 1, 0] = 3
-    assert order_of([sample(5, same), sample(6, same.copy())], 1).shared == [20]
-    assert order_of([sample(5, same), sample(6, other)], 1).shared == [17]
-    assert order_of([sample(5, same), sample(6, None)], 1).shared == [0]
+    assert order_of([sample(5, same), sample(6, same.copy())], 1).shared.tolist() == [20]
+    assert order_of([sample(5, same), sample(6, other)], 1).shared.tolist() == [17]
+    assert order_of([sample(5, same), sample(6, None)], 1).shared.tolist() == [0]
     pack_of = [sample(5, same), sample(6, other)]
     order = order_of(pack_of, 1)
     pack = build_tree_pack(pack_of, [0, 1], forest_of(order, [0, 1]), multiple=8)
@@ -265,15 +272,16 @@ def test_scores_of_any_size_stay_finite(dtype: torch.dtype) -> None:
 
 
 def test_costs_level_ranks_and_sizes_fill_packs() -> None:
-    plan = plan_packs([10, 10, 10, 10], dp=2, tokens_per_microbatch=40, costs=[30, 10, 10, 10])
-    assert sorted(sorted(row[0]) for row in plan) == [[0], [1, 2, 3]]
+    costs = np.array([30, 10, 10, 10])
+    plan = plan_packs([10, 10, 10, 10], rows=Rows.whole(2), tokens_per_microbatch=40, costs=costs)
+    assert sorted(sorted(row[0]) for row in plan.rows) == [[0], [1, 2, 3]]
 
 
 def test_order_is_by_ids_not_by_their_bytes() -> None:
     """255 < 256, whose low byte is smaller."""
     samples = [Sample([256, *range(20), 1], 1), Sample([255, *range(20), 1], 1)]
     order: Order = order_of(samples)
-    assert order.order == [1, 0]
+    assert order.order.tolist() == [1, 0]
 
 
 def test_what_computes_attention_over_trees_with_a_mock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,22 +315,24 @@ def test_where_packs_stay_flat_it_is_said_once(caplog: pytest.LogCaptureFixture)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=200), st.data())
 def test_what_members_far_apart_share_is_the_least_between(shared: list[int], data: st.DataObject) -> None:
     count = len(shared) + 1
-    order = Order([60] * count, list(range(count)), shared, {i: i for i in range(count)})
+    order = Order(np.array([60] * count), np.arange(count), np.array(shared))
     members = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=2, max_size=6)))
-    assert order.between(members) == [min(shared[a:b]) for a, b in itertools.pairwise(members)]
+    assert order.between(np.array(members)).tolist() == [
+        min(shared[a:b]) for a, b in itertools.pairwise(members)
+    ]
 
 
 def test_a_plan_of_many_samples_stops_where_ranks_are_level(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = [8 if k % 4 == 3 else 40 for k in range(255)]
-    order = Order([60] * 256, list(range(256)), shared, {i: i for i in range(256)})
+    order = Order(np.array([60] * 256), np.arange(256), np.array(shared))
     tried: list[int] = []
     real = trees._clumps
     monkeypatch.setattr(trees, "_clumps", lambda order, limit: tried.append(limit) or real(order, limit))
     setup = {"dp": 4, "tokens_per_microbatch": 480}
-    plan_trees(order, **setup)
+    tree_rows(order, **setup)
     assert len(tried) == 3
     monkeypatch.setattr(trees, "MANY", 256)
-    plan = plan_trees(order, **setup)
+    plan = tree_rows(order, **setup)
     assert len(tried) == 4
     assert plan is not None
     assert sorted(i for row in plan for pack in row for i in pack) == list(range(256))
