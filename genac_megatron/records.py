@@ -77,6 +77,7 @@ class Completion:
     # With routing replay: of each token that was read, so of the prompt's and of all ids but the last.
     experts: Experts | None = field(default=None, compare=False, repr=False)
     sampled: tuple[tuple[int, int], ...] = ()  # ranges [begin, end) of ids, in order; (): all were sampled
+    cached: int | None = field(default=None, compare=False)  # of the request's ids, had read; None: not known
 
     @property
     def version(self) -> int:
@@ -119,6 +120,10 @@ class Episode:
     parts: Mapping[str, float] = field(default_factory=dict)  # by name, summed
     shortened: int = 0  # observations that lost their middle
     failure: str = ""  # how the environment failed
+    # Tokens that turns after the first stood behind and an earlier one had read or written; and how many of
+    # them the engine still had in its prefix cache. None: it has none that says so
+    again: int = 0
+    cached: int | None = None
 
     @property
     def taken(self) -> int:
@@ -142,6 +147,9 @@ class Rollout:
     critic_outcome: float | None = None  # of a cut-off response, where critics have another rule
     limit: int | None = None  # tokens that it might have had; None: not known
     episode: Episode | None = None  # of a conversation
+    # Of a conversation of which the chat template shows each turn something else than what stands before it
+    # in the completion: those ids, by turn. (): every turn stands behind the prompt and all before it
+    behind: tuple[tuple[int, ...], ...] = ()
     # Of its tokens, once they are known: what the actor is trained with, and a scalar critic's values.
     advantages: Sequence[float] | None = field(default=None, compare=False, repr=False)
     values: Sequence[float] | None = field(default=None, compare=False, repr=False)
@@ -217,6 +225,21 @@ class Sample:
     def trained(self) -> int:
         """Number of tokens that carry loss."""
         return sum(end - begin for begin, end in self.ranges)
+
+
+def samples_of(rollout: Rollout, fields: Mapping[str, list[float]]) -> list[Sample]:
+    """What an actor is trained on: a response as one sequence or, where turns stand behind ids of their own,
+    a sequence for each. fields: a figure for each sampled token.
+    """
+    completion = rollout.completion
+    if not rollout.behind:
+        return [sample_of(rollout.prompt.ids, completion, dict(fields))]
+    made, read = [], 0
+    for (begin, end), before in zip(completion.ranges, rollout.behind, strict=True):
+        own = {name: figures[read : read + end - begin] for name, figures in fields.items()}
+        made.append(Sample([*before, *completion.ids[begin:end]], len(before), own))
+        read += end - begin
+    return made
 
 
 def sample_of(

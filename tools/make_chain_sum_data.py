@@ -2,9 +2,10 @@
 
     python tools/make_chain_sum_data.py [FOLDER]
 
-actor.jsonl: sums with a tagged answer. critic.jsonl: the critic's prompt about a right, a wrong or no partial
-answer, and a score. Their numbers have two digits where the recipes' task has one, so that no problem of the
-task is among them. The files depend on this script and on reasoning-gym alone.
+actor.jsonl: sums with a tagged answer. tools.jsonl: the same by way of a calculator. critic.jsonl: the
+critic's prompt about a right, a wrong or no partial answer, and a score. Their numbers have two digits where
+the recipes' task has one, so that no problem of the task is among them. The files depend on this script and
+on reasoning-gym alone.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.prompt import prompt_text
+from genac_megatron.environments.tools import SCHEMAS
 from genac_megatron.recipe.schema import JudgingConfig
 from genac_megatron.records import Prompt
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "smollm2"
 INSTRUCTION = "Give the final answer as <answer>...</answer>."  # the recipes' task.instruction
 JUDGING = JudgingConfig(template="brief")
-LIMIT, LINES = 32, 160
+LIMIT, LINES, CALLS = 32, 160, 48
 SCORES = {"right": 9, "wrong": 1, "none": 5}
 
 
@@ -51,6 +53,15 @@ def actor() -> Iterator[dict[str, Any]]:
         yield conversation(f"{question}\n\n{INSTRUCTION}", f"{solved}\n<answer>{result}</answer>")
 
 
+def asking() -> Iterator[dict[str, Any]]:
+    for question, solved, result in list(problems())[:CALLS]:
+        given = {"name": "calculator", "arguments": {"expression": solved.partition(" = ")[0]}}
+        call = f"<tool_call>{json.dumps(given)}</tool_call>"
+        first, last = conversation(f"{question}\n\n{INSTRUCTION}", call), f"<answer>{result}</answer>"
+        told = [{"role": "tool", "content": result}, {"role": "assistant", "content": last}]
+        yield {"messages": [*first["messages"], *told], "tools": [SCHEMAS["calculator"]]}
+
+
 def critic() -> Iterator[dict[str, Any]]:
     rng = random.Random(71)
     for question, solved, result in problems():
@@ -67,7 +78,7 @@ def critic() -> Iterator[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     folder = Path(arguments[0]) if arguments else FOLDER
-    for name, lines in (("actor", actor()), ("critic", critic())):
+    for name, lines in (("actor", actor()), ("tools", asking()), ("critic", critic())):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return 0
 

@@ -7,9 +7,11 @@ holds `<|im_end|>` ends no turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from genac_megatron.environments.base import Message
 from genac_megatron.errors import InputError
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 ASKED, SAID, SEEN = "GENACASKEDMARK", "GENACSAIDMARK", "GENACSEENMARK"
 THOUGHT = "GENACTHOUGHTMARK"
-PLAIN = ("a", "\n")  # what a text may follow without a token that holds some of both
+TEXT = f'\t"{SEEN}\n\u00e9{SAID}"\t'  # by which a template shows what it makes of texts
 
 
 class Rendered(NamedTuple):
@@ -47,11 +49,13 @@ def render(
     if ended and first.lstrip().startswith(end):
         first = first.lstrip()[len(end) :]
     ids += encode_after(tokenizer, end, first)
-    for (_, content), after in zip(messages, frame[1:], strict=True):
+    for (role, content), after in zip(messages, frame[1:], strict=True):
         own, cut = shortened(tokenizer, content, limit)
-        ids += own
+        text = content if not cut else str(tokenizer.decode(own))
+        shown = _written(tokenizer, role, text)
+        ids += own if shown == text else _plain(tokenizer, shown)
         left_out += cut
-        texts.append(content if not cut else str(tokenizer.decode(own)))
+        texts.append(text)
         ids += encode_after(tokenizer, "a" if after[:1].isspace() else "\n", after)
     return Rendered(tuple(ids), tuple(texts), left_out)
 
@@ -91,6 +95,61 @@ def _frame(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, 
     return (*parts, rest)
 
 
+def shown_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    begun: Sequence[Mapping[str, Any]],
+    since: Sequence[Message],
+    tools: Sequence[Any] = (),
+) -> tuple[int, ...]:
+    """A whole conversation as the chat template shows it now, the generation prompt included.
+
+    begun: the messages that it began with. since: what was said then, by `assistant` and by others. Special
+    tokens that their texts spell are plain text.
+    """
+    name = "GENACPLAIN"
+    while any(name in text for _, text in since) or name in str(begun):
+        name += "Q"
+    kept: list[str] = []
+
+    def hidden(text: str) -> str:
+        kept.append(text)
+        return f"{name}{len(kept) - 1}X"
+
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    messages = [dict(message) for message in begun]
+    for role, text in since:
+        own = role == "assistant"  # its reasoning is for the template to find
+        content = special.sub(lambda found: hidden(found[0]), text) if own else ""
+        content = content if own else hidden(_written(tokenizer, role, text))
+        messages.append({"role": role, "content": content})
+    pieces = re.split(rf"{name}(\d+)X", chat_text(tokenizer, messages, tools))
+    ids = list(encode_after(tokenizer, "", pieces[0]))
+    for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
+        ids += _plain(tokenizer, kept[int(number)])
+        ids += encode_after(tokenizer, "a" if after[:1].isspace() else "\n", after)
+    return tuple(ids)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, role: str, text: str) -> str:
+    """A text as the template writes it: some strip it, Llama's makes JSON of a tool's."""
+    return _writes(tokenizer, str(tokenizer.chat_template), role)(text)
+
+
+@lru_cache(maxsize=64)
+def _writes(tokenizer: PreTrainedTokenizerBase, template: str, role: str) -> Callable[[str], str]:
+    asked = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
+    shown = chat_text(tokenizer, [*asked, {"role": role, "content": TEXT}])
+    ways: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+        lambda text: json.dumps(text)[1:-1],
+        str.strip,
+    )
+    return next((way for way in ways if way(TEXT) in shown), str)
+
+
+@lru_cache(maxsize=64)
 def rewrites(tokenizer: PreTrainedTokenizerBase) -> str:
     """How the chat template shows earlier turns otherwise than they were written; "" where it does not.
 

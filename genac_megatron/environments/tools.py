@@ -1,8 +1,8 @@
 """Tools over a task's problems: a turn that calls some is answered with results, one without a call ends.
 
 Calls are read in the forms of Qwen and Hermes (`<tool_call>{"name": ..., "arguments": ...}</tool_call>`,
-several in a turn) and of Llama (the turn is one object `{"name": ..., "parameters": ...}`). The chat template
-shows the tools, whose schemas are the prompt's.
+several in a turn) and of Llama (the turn is objects `{"name": ..., "parameters": ...}`, `;` between them).
+The chat template shows the tools, whose schemas are the prompt's.
 """
 
 from __future__ import annotations
@@ -73,8 +73,21 @@ def calls(turn: str) -> list[tuple[str, dict[str, Any]] | str]:
     """A turn's tool calls, (name, arguments) each, or what is wrong with one."""
     texts = [text.strip() for text in _CALL.findall(turn)]
     if not texts and turn.strip().startswith("{") and '"name"' in turn:
-        texts = [turn.strip()]
+        texts = _objects(turn.strip())
     return [_call(text) for text in texts]
+
+
+def _objects(text: str) -> list[str]:
+    """JSON objects one behind the other, as text; what follows them is no call."""
+    found, at, decoder = list[str](), 0, json.JSONDecoder()
+    while text.startswith("{", at):
+        try:
+            end = decoder.raw_decode(text, at)[1]
+        except (ValueError, RecursionError):
+            return [*found, text[at:]]  # which is told
+        found.append(text[at:end])
+        at = end + len(text[end:]) - len(text[end:].lstrip("; \n"))
+    return found
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]] | str:
@@ -85,6 +98,11 @@ def _call(text: str) -> tuple[str, dict[str, Any]] | str:
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
         return 'a call is {"name": ..., "arguments": {...}}'
     arguments = given.get("arguments", given.get("parameters", {}))
+    if isinstance(arguments, str):  # some write them as JSON once more
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return 'a call is {"name": ..., "arguments": {...}}'
     if not isinstance(arguments, dict):
         return 'a call is {"name": ..., "arguments": {...}}'
     return given["name"], arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.algorithms import Dapo, RegressionConfig
+from genac_megatron.recipe.algorithms import Dapo, RegressionConfig, WithScalarCritic
 from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.own_code import check_named, parse_named
 from genac_megatron.recipe.precision import Where
@@ -94,6 +94,8 @@ def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
         if getattr(recipe.evaluation, key):
             what = f"evaluation.{key}, whose questions have one response each,"
             yield ("evaluation", key), what, "take it out"
+    if recipe.environment is not None and recipe.environment.history == "template":
+        yield from _missing_in_turns(recipe)
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
         if isinstance(stage, PpoStage) and stage.overlong is not None:
@@ -113,10 +115,25 @@ def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
             if source.teacher is not None and source.teacher.kind in ("self", "monte_carlo"):
                 what = f"the teacher '{source.teacher.kind}', which continues responses,"
                 yield (*place, *own, "teacher"), what, "set teacher.kind to exact or endpoint"
-        if isinstance(stage, PpoStage | PolicyStage) and stage.overlap:
-            yield (*place, "overlap"), "overlap", "take it out"
         if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, Dapo) and stage.algorithm.overlong:
             yield (*place, "algorithm", "overlong"), "the overlong penalty", "take it out"
+
+
+def _missing_in_turns(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
+    """The same of conversations whose turns are sequences of their own."""
+    say = "{}, which reads a conversation as one sequence (environment.history: template has one a turn),"
+    way_out = "set environment.history: sampled"
+    for name, role in recipe.roles.items():
+        if role.engine.routing_replay:
+            yield ("roles", name, "engine", "routing_replay"), say.format("routing replay"), way_out
+    for index, stage in enumerate(recipe.stages):
+        place: Place = ("stages", index)
+        if isinstance(stage, ValueStage) or isinstance(getattr(stage, "algorithm", None), WithScalarCritic):
+            yield place, say.format("a scalar critic"), way_out
+        if isinstance(stage, PpoStage) and stage.critic_updates > 1:
+            yield (*place, "critic_updates"), say.format("a critic that weighs by the moved actor"), way_out
+        if isinstance(stage, SftStage) and stage.role == "actor" and stage.data == "demonstrations":
+            yield (*place, "data"), say.format("a demonstration"), way_out
 
 
 def need_no_environment(recipe: Recipe, command: str) -> None:

@@ -21,6 +21,10 @@ class EnvironmentConfig(Block):
     turns: Positive = 8  # of the actor, at most
     turn_tokens: Positive | None = None  # of one turn, at most; None: as many as the conversation has left
     observation_tokens: Positive = 256  # of each message that is shown; longer ones lose their middle
+    # What a turn stands behind where the chat template shows earlier turns otherwise than they were written
+    # (it leaves reasoning out, say). sampled: everything as it was sampled, a conversation is one sequence;
+    # template: what the template shows then, each turn is a sequence of its own
+    history: Literal["sampled", "template"] = "sampled"
     step_s: PositiveFloat = 10.0  # for one answer; then its process is ended, and the conversation failed
     processes: Positive = 1  # per rank
     concurrency: Positive = 64  # conversations at a time, per rank

@@ -23,6 +23,7 @@ from genac_megatron.recipe.joint_rules import (
 from genac_megatron.recipe.judged_rules import check_judged
 from genac_megatron.recipe.lora_rules import check_lora
 from genac_megatron.recipe.names import check_names
+from genac_megatron.recipe.overlap_rules import check_overlap
 from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.pipeline import chunk_layers
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
@@ -316,7 +317,7 @@ def _check_stages(recipe: Recipe, where: Where) -> None:
             who = f"kl_coef of the stage '{stage.name}'"
             _check_copy(recipe, "actor", "reference", who, ("roles", "reference", "model"), where)
         if isinstance(stage, PpoStage | PolicyStage):
-            _check_overlap(recipe, stage, place, where)
+            check_overlap(recipe, stage, place, where)
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage, SftStage) or stage.data == "traces":
             new = stage.rollout.max_new_tokens
@@ -392,38 +393,6 @@ def _check_copy(
             where=where(place),
             way_out=f"give roles.{target}.model the shape of roles.{source}.model",
         )
-
-
-def _check_overlap(
-    recipe: Recipe, stage: PpoStage | PolicyStage, place: tuple[str | int, ...], where: Where
-) -> None:
-    if not stage.overlap:
-        return
-    asked = ("actor", "critic") if isinstance(stage, PpoStage) and not recipe.judging.teacher else ("actor",)
-    for role in asked:
-        engine = recipe.roles[role].engine
-        if engine.kind != "sglang":
-            raise InputError(
-                f"the stage '{stage.name}' overlaps generation with training; the {role}'s engine computes "
-                "in the ranks that train",
-                where=where((*place, "overlap")),
-                way_out=f"set roles.{role}.engine.kind: sglang, or take overlap out",
-            )
-        if engine.release != "off":
-            raise InputError(
-                f"the {role}'s engine gives memory back while the trainer computes, and the stage "
-                f"'{stage.name}' has it generate then",
-                where=where(("roles", role, "engine", "release")),
-                way_out="set release: off, or take overlap out",
-            )
-    for role, config in recipe.roles.items():
-        if config.training.offload:
-            raise InputError(
-                f"'{role}' rests in host memory while engines generate, and the stage '{stage.name}' has it "
-                "train then",
-                where=where(("roles", role, "training", "offload")),
-                way_out="take offload out, or overlap",
-            )
 
 
 def _check_sft(recipe: Recipe, stage: SftStage, place: tuple[str | int, ...], where: Where) -> None:

@@ -297,7 +297,9 @@ class PpoStage(Block):
     # judgement is weighted by how much likelier the moved actor goes on as the old one did (PACT, 2609.26355)
     critic_updates: Positive = 1
     importance_limit: PositiveFloat = 6.0  # judgements beyond this weight are left out
-    overlap: bool = False  # one step off policy: batch k + 1 is generated while k trains (sglang engines)
+    # Batches that are begun before their step, so off policy by as many publications at most (sglang
+    # engines); true is 1. More than one go on over publications in flight
+    overlap: bool | Annotated[int, Field(ge=0)] = False
     minibatches: Positive = 1  # parts of a batch, an update each
     epochs: Positive = 1  # passes over a batch
     overlong: OverlongConfig | None = None  # half of it is added to the actor's outcome, none to the critic's
@@ -347,7 +349,7 @@ class PolicyStage(Block):
     start_from: str | None = None  # a scalar critic begins from a copy of this role's weights, the head apart
     steps: Positive = 100  # batches
     rollout: RolloutConfig = RolloutConfig()
-    overlap: bool = False  # as for ppo
+    overlap: bool | Annotated[int, Field(ge=0)] = False  # as for ppo
     minibatches: Positive = 1  # parts of a batch, an update each
     epochs: Positive = 1  # passes over a batch
     actor_optimizer: OptimizerConfig | None = None  # over the role's, key by key

@@ -29,6 +29,7 @@ from genac_megatron.serving.generation import (
     score_continuations,
     unique_tokens,
 )
+from genac_megatron.serving.rounds import rounds
 
 MOST_READ = 20_000  # prompts that are kept until their prefixes are counted
 SETTLE_TURNS = 8  # of the loop between batches: what consumers submit at once joins the next batch
@@ -77,8 +78,11 @@ class EmbeddedEngine(Engine):
 
     Requests of one turn of the loop are batched together, similar prompts side by side, within
     `max_batch` and `max_batch_tokens`; a request above the latter runs alone. The loop runs between
-    batches, so completions are consumed while others still wait.
+    batches, so completions are consumed while others still wait; and answers from outside of the loop are
+    waited for (serving/rounds.py).
     """
+
+    inline = True
 
     def __init__(
         self, hf_config: dict[str, Any] | str | Path, config: EngineConfig, device: torch.device | str = "cpu"
@@ -211,6 +215,8 @@ class EmbeddedEngine(Engine):
         """Run one batch after `turns` turns of the loop, and come back for the next."""
         if turns > 0:
             loop.call_soon(self._drain, loop, turns - 1)
+            return
+        if rounds(loop).wait(lambda: loop.call_soon(self._drain, loop, SETTLE_TURNS)):
             return
         self._scheduled = False
         self._queue = [waiting for waiting in self._queue if not waiting.future.done()]

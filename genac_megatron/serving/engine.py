@@ -17,6 +17,7 @@ class Engine(ABC):
     """Generates with a role's weights. Every method is called from the event loop's thread."""
 
     version: int = -1  # of the weights loaded; -1 while there is no complete set
+    inline = False  # it computes in its caller's event loop, a batch at a time
 
     @abstractmethod
     async def complete(self, request: Request) -> Completion:

@@ -1,20 +1,21 @@
-"""One step off policy: the next batch is generated while the trainer works on the last.
+"""Off policy by a bounded number of steps: batches are generated while the trainer works on earlier ones.
 
-A batch is begun with the prompts and seeds of its step, and with p_bar as it was one step earlier; it is
-taken one step later: its tokens are at most one publication per role older than they would be in the
-synchronous order, and their versions say so.
-The log-probs are those of the engine, so PPO's ratio and truncated importance sampling correct for the gap.
-A resumed run generates the batch that was under way anew.
+With `overlap: k` the batches of the k steps after a step are begun before its own is waited for, and each
+is taken in its turn (stages/queue.py). A batch is begun with the prompts and seeds of its step, and with
+p_bar as it is then. What is under way goes on over publications: so a token is at most k publications of its
+role older than in the synchronous order, and its version says so. The log-probs are those of the engine:
+PPO's ratio and truncated importance sampling correct for the gap.
+
+A checkpoint waits for what is under way and holds it (stages/kept_groups.py); the resumed run trains on it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import copy
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from genac_megatron.errors import PeerLost
 from genac_megatron.recipe.schema import PolicyStage, PpoStage
@@ -30,116 +31,164 @@ from genac_megatron.stages.batch import (
     train_prompts,
 )
 from genac_megatron.stages.figures import batch_figures
-from genac_megatron.stages.rollouts import Generator, Group, generate, groups_of, repeats
+from genac_megatron.stages.kept_groups import group_of, keep_groups, kept_groups
+from genac_megatron.stages.loop import Loop
+from genac_megatron.stages.queue import Begun, Queue
+from genac_megatron.stages.rollouts import Generator, Group, Lot, groups_of, repeats
 from genac_megatron.stages.runtime import Run
 
 
 @dataclass
-class Begun:
-    """A step's batch under way on this rank."""
+class Plan:
+    """What a step's batch is played with on this rank."""
 
     step: int
     generator: Generator
     prompts: Sequence[Prompt]  # of all ranks
-    future: Future[list[Group]]
-    restarts: int  # of servers, so far
+    lot: Lot
+    restarts: int  # of servers, before it was begun
+
+
+Groups = list[Group]
 
 
 class Batches:
-    """A stage's batches in order: played when asked for or, with `overlap`, one step ahead."""
+    """A stage's batches in order: played when asked for or, with `overlap`, begun some steps ahead."""
 
-    def __init__(self, run: Run, stage: PpoStage | PolicyStage) -> None:
-        self.run, self.stage = run, stage
-        self._begun: Begun | None = None
-        self._late = 0  # verifications of the batch that were ended by their limit
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    def __init__(self, run: Run, stage: PpoStage | PolicyStage, loop: Loop) -> None:
+        self.run, self.stage, self.loop = run, stage, loop
+        self._cursor = run.at.cursor  # behind the prompts of what is begun
+        self._late = 0  # verifications of batches that were ended by their limit
+        self._mark: int | None = None  # of the task's count, up to which they are counted; None: to be read
+        self._queue = Queue(int(stage.overlap), self._plan, self._play)
+        if stage.overlap:
+            run.serving.settle = self._settle
+            loop.beside = self._keep
+            if loop.resumed is not None:
+                self._restore(loop.resumed)
 
     def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *_: object) -> None:
         """End what is under way."""
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it ended just now
-                loop.call_soon_threadsafe(_cancel_all, loop)
-        self._pool.shutdown(wait=True)
-        self.run.serving.settle = None
+        self._queue.close()
+        self.run.serving.settle, self.loop.beside = None, None
 
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
-        """The batch of `step` and its figures; with `overlap` the one after it is begun. Collective."""
+        """The batch of `step` and its figures; with `overlap` those after it are begun. Collective."""
         if not self.stage.overlap:
             return next_batch(self.run, self.stage, step)
-        begun = self._begun or self._begin(step)
-        assert begun.step == step
+        if self._mark is None:  # evaluations, which count their own, were after the last one
+            self._mark = self.run.task.late
+        begun = self._queue.next(step, self.stage.steps)
+        self.run.count(self._lengths())
         mine = self._take(begun)
-        next_prompts(self.run, len(begun.prompts))  # the cursor counts what was trained on
-        self._begun = self._begin(step + 1) if step < self.stage.steps else None
+        next_prompts(self.run, len(begun.work.prompts))  # the cursor counts what was trained on
+        self._queue.taken()
         batch = played_batch(self.run, mine)
         return batch, batch_figures(self.run, batch)
 
-    def _take(self, begun: Begun) -> list[Group]:
-        """Wait for a batch. Where servers were lost it is generated anew, as in the synchronous order."""
-        run, stage = self.run, self.stage
-        futures = [begun.future]
+    def _take(self, begun: Begun[Plan, Groups]) -> Groups:
+        """Wait for a batch. Where servers were lost it is generated anew, and others that failed with it."""
+        run = self.run
 
-        def result() -> list[Group]:
-            if futures:
-                try:
-                    return futures.pop().result()
-                except PeerLost:
-                    if run.serving.restarts() == begun.restarts:
-                        raise  # otherwise a publication or an evaluation has replaced the server since
-            turns = run.share(repeats(begun.prompts))
-            share, places = run.share(begun.prompts), run.places(len(begun.prompts))
-            late = run.task.late
-            groups = generate(begun.generator, share, stage.rollout.samples, turns, places)
-            self._late += run.task.late - late
-            return groups
+        def result() -> Groups:
+            self._renew()  # a publication or an evaluation may have replaced the server
+            try:
+                return begun.future.result()
+            except PeerLost:
+                if not self._renew():
+                    raise
+            return begun.future.result()
 
         with run.phase("wait"):
             mine = run.generating(result)
-        self._spend()
+        self._queue.call(self._tally)
         run.count({"verify/late": float(self._late)})
         self._late = 0
         return mine
 
-    def _spend(self) -> None:
-        """Count what the batch has cost, before anybody else asks the engines."""
+    def _renew(self) -> bool:
+        """Begin again what failed with servers that have been replaced since; whether there was any."""
+        restarts, found = self.run.serving.restarts(), False
+        for begun in self._queue:
+            failed = begun.future.done() and isinstance(begun.future.exception(), PeerLost)
+            if failed and begun.work.restarts != restarts:
+                begun.work.restarts, found = restarts, True
+                self._queue.again(begun)
+        return found
+
+    def _lengths(self) -> dict[str, float]:
+        """How many of this rank's groups are done, and wait for their turn, and how many are not."""
+        lots = [begun.work.lot for begun in self._queue]
+        ready = sum(lot.done for lot in lots)
+        return {
+            "queue/ready": float(ready),
+            "queue/under_way": float(sum(len(lot.prompts) for lot in lots) - ready),
+        }
+
+    def _tally(self) -> None:
+        """Count what batches have cost so far, before anybody else asks the engines."""
         for role, phase in (("actor", "rollout"), ("critic", "judge")):
             if role in self.run.engines:
                 self.run.spend(phase, role)
+        if self._mark is not None:
+            self._late += self.run.task.late - self._mark
+            self._mark = self.run.task.late
 
-    def _begin(self, step: int) -> Begun:
+    def _settle(self) -> None:
+        """Wait for all that is under way; nothing more is begun before the next batch is asked for."""
+        self._queue.settle()
+        self._queue.call(self._tally)
+        self._mark = None
+
+    def _plan(self, step: int) -> Plan:
         run, stage = self.run, self.stage
-        prompts = train_prompts(run, run.at.cursor, stage.rollout.prompts)
+        prompts = train_prompts(run, self._cursor, stage.rollout.prompts)
+        self._cursor += len(prompts)
         seed = (run.recipe.seed, stage.name, step)
         which = judged_responses(run, stage)
         generator = generator_for(run, stage.rollout, seed, judged=is_judged(stage), **which)
+        generator.tag = f" of step {step}"
         if generator.judge is not None:
             generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
-        share, turns, places = run.share(prompts), run.share(repeats(prompts)), run.places(len(prompts))
-        future = self._pool.submit(self._work, generator, share, turns, places)
+        turns, places = run.share(repeats(prompts)), run.places(len(prompts))
+        lot = Lot(run.share(prompts), stage.rollout.samples, turns, places)
+        return Plan(step, generator, prompts, lot, run.serving.restarts())
 
-        def settle() -> None:
-            wait([future])
-            self._spend()
+    def _play(self, plan: Plan) -> Coroutine[Any, Any, Groups]:
+        others = [begun.work.lot for begun in self._queue if begun.work is not plan]
+        return groups_of(plan.generator, plan.lot, others)
 
-        run.serving.settle = settle
-        return Begun(step, generator, prompts, future, run.serving.restarts())
+    # --- checkpoints ---------------------------------------------------------------------------------
 
-    def _work(
-        self, generator: Generator, prompts: Sequence[Prompt], turns: Sequence[int], places: Sequence[int]
-    ) -> list[Group]:
-        late = self.run.task.late  # evaluations, which count their own, wait for this to end
-        with asyncio.Runner() as runner:
-            self._loop = runner.get_loop()
-            groups = runner.run(groups_of(generator, prompts, self.stage.rollout.samples, turns, places))
-        self._late += self.run.task.late - late
-        return groups
+    def _keep(self, folder: Path) -> None:
+        """Wait for what is under way and write it into a checkpoint; what failed is begun again then."""
+        self._settle()
+        done = {}
+        for begun in self._queue:
+            if begun.future.exception() is not None:
+                break  # with those behind it: they are taken in order
+            done[begun.step] = begun.future.result()
+        keep_groups(folder, self.run.world, done, self.run.spent)
 
-
-def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-    for task in asyncio.all_tasks(loop):
-        task.cancel()
+    def _restore(self, checkpoint: Path) -> None:
+        """Take over what a checkpoint holds, in whatever world it was made. Collective."""
+        run, rollout = self.run, self.stage.rollout
+        steps, spent = run.together(lambda: kept_groups(checkpoint, run.world))
+        for step, rows in sorted(steps.items()):
+            sizes = {len(row["rollouts"]) for row in rows.values()}
+            if len(rows) != rollout.prompts or sizes != {rollout.samples} or step > self.stage.steps:
+                break  # a rank lacked it, or the recipe has other sizes now: it is begun again
+            plan = self._plan(step)
+            mine = run.share([rows[place] for place in sorted(rows)])
+            groups = [group_of(row, prompt) for row, prompt in zip(mine, plan.lot.prompts, strict=True)]
+            plan.lot.done = len(groups)
+            self._queue.put(step, plan, groups)
+        run.count(spent)
+        if steps:
+            run.progress.note(
+                f"[{self.stage.name}] {len(list(self._queue))} of the {len(steps)} batches that were "
+                "generated ahead are taken over from the checkpoint"
+            )

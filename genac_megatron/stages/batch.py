@@ -36,7 +36,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
-from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, sample_of
+from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, sample_of, samples_of
 from genac_megatron.stages.budget import Budget
 from genac_megatron.stages.dealt import placed
 from genac_megatron.stages.figures import batch_figures
@@ -371,8 +371,8 @@ def response_samples(
     lengths = [rollout.completion.written for rollout in rollouts]
     weights = _weights(batch, lengths, loss.aggregate, limit).tolist()
     likelihood = positive_weights(lengths, batch.outcomes, loss.nll_from, batch.ranks.totals)
-    samples = []
-    for i, rollout in enumerate(rollouts):
+    samples, numbers = list[Sample](), list[int]()
+    for i, (rollout, number) in enumerate(zip(rollouts, batch.numbers[0], strict=True)):
         fields = {
             "weights": [weights[i]] * lengths[i],
             "advantages": advantages[i].tolist(),
@@ -381,8 +381,9 @@ def response_samples(
         if loss.nll_coef != 0.0:
             fields["nll_weights"] = [likelihood[i]] * lengths[i]
         rollout.advantages = fields["advantages"]
-        samples.append(sample_of(rollout.prompt.ids, rollout.completion, fields))
-    return placed(samples, batch.numbers[0])
+        samples += samples_of(rollout, fields)
+        numbers += [number] * (len(samples) - len(numbers))
+    return placed(samples, numbers)
 
 
 def _weights(batch: Batch, lengths: Sequence[int], aggregate: str, limit: int | None = None) -> Tensor:

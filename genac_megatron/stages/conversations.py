@@ -2,13 +2,15 @@
 
 Token by token it is what the engine saw: ids that were sampled, and behind each turn what the chat template
 writes around the environment's answer (environments/rendering.py). No text is tokenized again, and no earlier
-turn is shown otherwise than it was written, whatever the template would do.
+turn is shown otherwise than it was written, whatever the template would do; or, by `history: template`, each
+turn stands behind what the template shows then, and what the engine saw is kept with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
@@ -17,7 +19,7 @@ import numpy as np
 
 from genac_megatron.environments import Environments, make_environment
 from genac_megatron.environments.host import Answer, Job, digest
-from genac_megatron.environments.rendering import render, rewrites
+from genac_megatron.environments.rendering import render, rewrites, shown_ids
 from genac_megatron.environments.tools import SCHEMAS
 from genac_megatron.escaping import transcript
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
 
     from genac_megatron.records import Experts
 
+HISTORIES = {
+    "sampled": "conversations keep them as they were sampled, token by token (who serves the model by this "
+    "template shows it others; environment.history: template)",
+    "template": "each turn stands behind what it shows then, and is trained on as a sequence of its own",
+}
 LOOKED_AT = 2  # prompts of each split with which a conversation is begun before training
 Ended = Literal["done", "turns", "tokens", "failed"]
 Speak = Callable[["Conversation", int], Awaitable[Completion]]
@@ -50,6 +57,9 @@ class Actor(Protocol):
     def config(self) -> RolloutConfig: ...
     @property
     def seed(self) -> tuple[object, ...]: ...
+    @property
+    def tag(self) -> str: ...
+    def outside(self) -> AbstractAsyncContextManager[None]: ...
 
 
 def begun_environment(
@@ -63,10 +73,9 @@ def begun_environment(
     if recipe.environment is None:
         return None
     if how := rewrites(tokenizer):
-        tell(
-            f"environment: the chat template {how}; conversations keep them as they were sampled, token by "
-            "token (who serves the model by this template shows it others)"
-        )
+        tell(f"environment: the chat template {how}; {HISTORIES[recipe.environment.history]}")
+    elif recipe.environment.history == "template":
+        tell("environment: the chat template shows earlier turns as they were written: there is one history")
     if recipe.environment.tools:
         _need_tools(tokenizer, [SCHEMAS[name] for name in recipe.environment.tools])
     environment = make_environment(recipe.environment, recipe.task)
@@ -89,10 +98,13 @@ def _need_tools(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, An
 def conversation_figures(rollouts: Sequence[Rollout], ranks: Ranks = ALONE) -> dict[str, float]:
     """Of a batch's conversations, which all `ranks` have; {} where there are none."""
     both = [(rollout, rollout.episode) for rollout in rollouts if rollout.episode is not None]
-    count, answers, shortened = ranks.totals(
+    known = [(episode.again, episode.cached) for _, episode in both if episode.cached is not None]
+    count, answers, shortened, again, cached = ranks.totals(
         len(both),
         sum(turn.who != ACTOR for _, episode in both for turn in episode.turns),
         sum(episode.shortened for _, episode in both),
+        sum(tokens for tokens, _ in known),
+        sum(found for _, found in known),
     )
     if not count:
         return {}
@@ -105,7 +117,8 @@ def conversation_figures(rollouts: Sequence[Rollout], ranks: Ranks = ALONE) -> d
             "environment/out_of_tokens": [episode.ended == "tokens" for _, episode in both],
         }
     )
-    return figures | {"environment/shortened": shortened / max(answers, 1.0)}
+    figures["environment/shortened"] = shortened / max(answers, 1.0)
+    return figures | ({"rollout/turns_cached": cached / again} if again else {})
 
 
 async def opened(
@@ -149,6 +162,9 @@ class Conversation:
         self.actor, self.environment, self.prompt, self.sample = actor, environment, prompt, sample
         self.limit = actor.config.max_new_tokens
         self.said: list[Completion] = []  # the actor's turns
+        self.ids = prompt.ids  # what the actor's next turn stands behind
+        self._afresh = environment.config.history == "template" and bool(rewrites(actor.tokenizer))
+        self._behind: list[tuple[int, ...]] = []  # the same of each turn, where it is no beginning
         self.turns: list[Turn] = []
         self._response: list[int] = []
         self._ranges: list[tuple[int, int]] = []
@@ -157,15 +173,16 @@ class Conversation:
         self._outcome: float | None = None
         self._parts: dict[str, float] = {}
         self._shortened, self._failure = 0, ""
+        self._again, self._cached = 0, list[int | None]()
 
     @property
     def key(self) -> str:
         return f"{self.prompt.id}#{self.sample}"
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """Everything so far: what the actor's next turn stands behind."""
-        return (*self.prompt.ids, *self._response)
+    def job(self) -> str:
+        """What its environment knows it by."""
+        return f"{self.key}{self.actor.tag}"
 
     @property
     def transcript(self) -> str:
@@ -178,7 +195,8 @@ class Conversation:
             try:
                 ended = await self._play(speak)
             finally:
-                await self.environment.end(self.key, self.prompt)
+                async with self.actor.outside():
+                    await self.environment.end(self.job, self.prompt)
         finish: dict[Ended, Finish] = {"done": "stop", "failed": "abort"}
         completion = Completion(
             tuple(self._response),
@@ -189,15 +207,24 @@ class Conversation:
             tuple(self._ranges),
         )
         last = next(turn.text for turn in reversed(self.turns) if turn.who == ACTOR)
+        cached = None if None in self._cached else sum(found or 0 for found in self._cached)
         episode = Episode(
-            tuple(self.turns), ended, self._outcome, self._parts, self._shortened, self._failure
+            *(tuple(self.turns), ended, self._outcome, self._parts, self._shortened, self._failure),
+            *(self._again, cached),
         )
-        return Rollout(self.prompt, self.sample, completion, last, limit=self.limit, episode=episode)
+        behind = tuple(self._behind)
+        return Rollout(
+            self.prompt, self.sample, completion, last, limit=self.limit, episode=episode, behind=behind
+        )
 
     async def _play(self, speak: Speak) -> Ended:
         config, tokenizer = self.environment.config, self.actor.tokenizer
         for number in range(1, config.turns + 1):
-            room = self.limit - len(self._response)
+            self._look_back()
+            room = self.limit - max(len(self._response), len(self.ids) - len(self.prompt.ids))
+            if room < 1:  # the template has more to say than was sampled
+                self._take_back()
+                return "tokens"
             said = await speak(self, min(config.turn_tokens or room, room))
             self._add(said)
             if said.finish == "length" and len(self._response) >= self.limit:
@@ -225,11 +252,34 @@ class Conversation:
                 return "tokens"
         return "turns"
 
+    def _look_back(self) -> None:
+        """What the next turn stands behind."""
+        if not self._afresh:
+            self.ids = (*self.prompt.ids, *self._response)
+            return
+        if self.turns:
+            since = [("assistant" if turn.who == ACTOR else turn.who, turn.text) for turn in self.turns]
+            prompt = self.prompt
+            self.ids = shown_ids(self.actor.tokenizer, prompt.messages, since, prompt.tools)
+
+    def _take_back(self) -> None:
+        """No turn follows the last answer: it has no tokens."""
+        end = self._ranges[-1][1]
+        del self._response[end:]
+        kept = (replace(one, begin=min(one.begin, end), end=min(one.end, end)) for one in self.turns)
+        self.turns = list(kept)
+
     def _add(self, said: Completion) -> None:
         """A turn of the actor's."""
         begin, end = len(self._response), len(self._response) + len(said.ids)
         text = written(self.actor.tokenizer, said.ids, self.actor.task.reasoning_tags)
         self.turns.append(Turn(ACTOR, text, begin, end))
+        if self._afresh:
+            self._behind.append(self.ids)
+        elif self._ranges:  # the last token that was sampled is read for the first time now
+            read = len(self.prompt.ids) + self._ranges[-1][1] - 1
+            self._again += read
+            self._cached.append(None if said.cached is None else min(said.cached, read))
         if said.experts is not None:  # of what earlier turns have read already they are those of then
             read = sum(0 if one is None else len(one) for one in self._experts)
             self._experts.append(said.experts[read:])
@@ -240,16 +290,11 @@ class Conversation:
     async def _answer(self) -> Answer:
         """What the environment says to the turns so far."""
         said = tuple(turn.text for turn in self.turns if turn.who == ACTOR)
-        answer = await self.environment.ask(
-            Job(
-                self.key,
-                self.prompt,
-                episode_seed(self.actor.seed, self.prompt),
-                said,
-                self.prompt.opening,
-                tuple(self._seen),
+        seed = episode_seed(self.actor.seed, self.prompt)
+        async with self.actor.outside():
+            answer = await self.environment.ask(
+                Job(self.job, self.prompt, seed, said, self.prompt.opening, tuple(self._seen))
             )
-        )
         if answer.step is not None:
             step = answer.step
             self._seen.append(digest(step.messages))

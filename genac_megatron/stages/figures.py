@@ -46,6 +46,12 @@ def rollout_figures(batch: Batch, versions: Mapping[str, int]) -> dict[str, floa
     )
     oldest = ranks.least(min((r.completion.version for r in rollouts), default=math.inf))
     figures["rollout/staleness"] = float(versions["actor"] - oldest)
+    spans = [span for rollout in rollouts for span in rollout.completion.spans]
+    behind, tokens = ranks.totals(
+        sum((versions["actor"] - version) * count for version, count in spans),
+        sum(count for _, count in spans),
+    )
+    figures["rollout/staleness_mean"] = behind / max(tokens, 1.0)
     if ranks.any(batch.targets != batch.outcomes):
         figures |= ranks.means({"rollout/target_mean": batch.targets})
     return {

@@ -30,11 +30,18 @@ class Loop:
         self._asked = False  # to stop, at a step where it could not
         self._watch = Watch(stage.expect)
         self._went_back = False  # from what is trained, which is kept elsewhere, to earlier weights
+        # Writes, on each rank, what a checkpoint inside the stage holds besides (stages/ahead.py)
+        self.beside: Callable[[Path], None] | None = None
 
     @property
     def fresh(self) -> bool:
         """Whether the stage begins at its beginning."""
         return self.run.at.step == 0
+
+    @property
+    def resumed(self) -> Path | None:
+        """The checkpoint that the stage goes on from, inside it."""
+        return None if self.fresh else self._resumed
 
     @property
     def total(self) -> int:
@@ -208,7 +215,7 @@ class Loop:
                 state["inside"] = before_judging(state, self._mark, inside, steps)
             if self._went_back:
                 state["went_back"] = True
-            (to or self.checkpoints).save(name, self.run.roles, state)
+            (to or self.checkpoints).save(name, self.run.roles, state, beside=self.beside)
 
 
 def run_state(run: Run, stage: str, steps: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genac_megatron.records import Completion, Judgement, Rollout, Sample, sample_of
+from genac_megatron.records import Completion, Judgement, Rollout, Sample, sample_of, samples_of
 from genac_megatron.stages.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def parity_figures(
 
 def measure_rollouts(run: Run, mine: Iterable[Rollout]) -> dict[str, float]:
     """The actor's parity on the first of every rank's rollouts by its current version. Collective."""
-    chosen = [engine_sample(r.prompt.ids, r.completion) for r in islice(mine, run.even_share(MEASURED))]
+    rollouts = islice(mine, run.even_share(MEASURED))
+    chosen = [one for r in rollouts for one in samples_of(r, {"behaviour": list(r.completion.logprobs)})]
     return _measure(run, "actor", chosen, run.recipe.evaluation.temperature)
 
 

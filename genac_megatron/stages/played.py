@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,11 @@ class Player:
     config: RolloutConfig
     seed: tuple[object, ...]
     teacher: Teacher
+    tag: str = ""
+
+    def outside(self) -> AbstractAsyncContextManager[None]:
+        """Nothing else is made meanwhile."""
+        return nullcontext()
 
     async def play(self, environment: Environments, prompt: Prompt, number: int) -> Rollout:
         """A conversation, by its number among those of the stage."""

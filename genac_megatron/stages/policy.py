@@ -64,7 +64,7 @@ def policy(run: Run, stage: PolicyStage, loop: Loop) -> None:
     if loop.fresh:
         run.publish("actor")
         judge("start", 0)
-    with Batches(run, stage) as batches:
+    with Batches(run, stage, loop) as batches:
         for step in loop.steps(stage.steps):
             batch, figures = draw(run, stage, batches, step)
             figures |= train(run, stage, batch, step)

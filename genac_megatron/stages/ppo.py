@@ -47,7 +47,7 @@ def joint_ppo(run: Run, stage: PpoStage, loop: Loop) -> None:
         run.publish("actor", *([] if run.recipe.judging.teacher else ["critic"]))
         entered = evaluate(run, stage, "start", 0, monte_carlo=by_monte_carlo or stage.gate.of_monte_carlo)
         check_entry_gate(run.recipe, stage, entered)
-    with Batches(run, stage) as batches:
+    with Batches(run, stage, loop) as batches:
         for step in loop.steps(stage.steps):
             batch, figures = batches.next(step)
             figures |= train(run, stage, batch, step)

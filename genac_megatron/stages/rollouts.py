@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from genac_megatron.environments import Environments
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
+from genac_megatron.serving.rounds import rounds
 from genac_megatron.stages.certain import Others, PromptState, left_out, let_go
 from genac_megatron.stages.conversations import Conversation, opened
 from genac_megatron.stages.judging import StateJudge, need_room
@@ -66,6 +68,7 @@ class Generator:
     positions: int | None = None  # of the actor's model; None: not checked
     leaves_certain: bool = False  # responses whose outcome is certain are not judged (stages/certain.py)
     environment: Environments | None = None  # what answers the actor's turns
+    tag: str = ""  # of its conversations, where those of another may be under way too
 
     @classmethod
     def of_actor(
@@ -86,7 +89,8 @@ class Generator:
     async def group(self, prompt: Prompt, samples: range) -> Group:
         """All responses to one prompt, by the numbers of their samples."""
         if self.environment is not None:
-            prompt = await opened(self.environment, self.tokenizer, prompt, self.seed)
+            async with self.outside():
+                prompt = await opened(self.environment, self.tokenizer, prompt, self.seed)
         need_room(prompt, self.config.max_new_tokens, self.positions)
         group = Group(prompt)
         if self.judge is None:
@@ -107,6 +111,10 @@ class Generator:
             group.rollouts.append(rollout)
             group.judgements.append(judgements)
         return group
+
+    def outside(self) -> AbstractAsyncContextManager[None]:
+        """Around an await of the environment."""
+        return rounds(asyncio.get_running_loop()).outside() if self.engine.inline else nullcontext()
 
     async def _sampled(self, prompt: Prompt, sample: int) -> Rollout:
         """A response that is not verified yet."""
@@ -183,6 +191,39 @@ def repeats(prompts: Sequence[Prompt]) -> list[int]:
     return turns
 
 
+@dataclass
+class Lot:
+    """Prompts that this rank plays together."""
+
+    prompts: Sequence[Prompt]
+    samples: int  # responses each
+    turns: Sequence[int]  # `repeats` of the whole batch, of these prompts
+    places: Sequence[int]  # where they stand among those of all ranks
+    done: int = 0  # groups
+
+    @property
+    def numbers(self) -> list[range]:
+        """The numbers of each prompt's samples: one that a batch repeats goes on counting."""
+        return [range(turn * self.samples, (turn + 1) * self.samples) for turn in self.turns]
+
+    @property
+    def keys(self) -> list[list[str]]:
+        """By prompt those of its responses."""
+        pairs = zip(self.prompts, self.numbers, strict=True)
+        return [[f"{prompt.id}#{sample}" for sample in own] for prompt, own in pairs]
+
+    @property
+    def homes(self) -> dict[str, int]:
+        """What the actor's requests share, and by which number servers share it."""
+        return {prompt.id: place for prompt, place in zip(self.prompts, self.places, strict=True)}
+
+    @property
+    def response_homes(self) -> dict[str, int]:
+        """The same of the critic's requests."""
+        firsts = (place * self.samples + n for place in self.places for n in range(self.samples))
+        return dict(zip(chain.from_iterable(self.keys), firsts, strict=True))
+
+
 def generate(
     generator: Generator,
     prompts: Sequence[Prompt],
@@ -197,28 +238,32 @@ def generate(
     prompts stand among those of all ranks (`Run.places`), by which servers share them; None: from 0 on.
     """
     turns = repeats(prompts) if turns is None else turns
-    return asyncio.run(groups_of(generator, prompts, samples, turns, places))
+    lot = Lot(prompts, samples, turns, range(len(prompts)) if places is None else places)
+    return asyncio.run(groups_of(generator, lot))
 
 
-async def groups_of(
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    samples: int,
-    turns: Sequence[int],
-    places: Sequence[int] | None = None,
-) -> list[Group]:
-    """`generate` for an event loop of one's own."""
-    judge, places = generator.judge, range(len(prompts)) if places is None else places
-    numbers = [range(turn * samples, (turn + 1) * samples) for turn in turns]
-    generator.engine.deal({prompt.id: place for prompt, place in zip(prompts, places, strict=True)})
+async def groups_of(generator: Generator, lot: Lot, beside: Sequence[Lot] = ()) -> list[Group]:
+    """`generate` for an event loop of one's own. beside: what else is under way there."""
+    judge, lots, lot.done = generator.judge, (*beside, lot), 0
+    generator.engine.deal({key: place for one in lots for key, place in one.homes.items()})
     if judge is not None:
-        keys = [[f"{p.id}#{sample}" for sample in own] for p, own in zip(prompts, numbers, strict=True)]
-        firsts = (place * samples + n for place in places for n in range(samples))
-        judge.deal(dict(zip(chain.from_iterable(keys), firsts, strict=True)))
+        judge.deal({key: place for one in lots for key, place in one.response_homes.items()})
         if judge.budget is not None:
-            judge.budget.deal(keys, judge.config.max_new_tokens)
-    made = (generator.group(p, n) for p, n in zip(prompts, numbers, strict=True))
-    return list(await asyncio.gather(*made))
+            judge.budget.deal(lot.keys, judge.config.max_new_tokens)
+
+    async def one(prompt: Prompt, samples: range) -> Group:
+        group = await generator.group(prompt, samples)
+        lot.done += 1
+        return group
+
+    made = [asyncio.ensure_future(one(p, n)) for p, n in zip(lot.prompts, lot.numbers, strict=True)]
+    try:
+        return await asyncio.gather(*made)
+    except BaseException:  # the others of a loop that goes on would, too
+        for task in made:
+            task.cancel()
+        await asyncio.gather(*made, return_exceptions=True)
+        raise
 
 
 async def _judged(judge: StateJudge, group: Group) -> Group:

@@ -380,6 +380,11 @@ class Run:
         for key, value in figures.items():
             self._spent[key] = self._spent.get(key, 0.0) + value
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """What this rank has counted since the last row."""
+        return dict(self._spent)
+
     def count_sequences(self, phase: str, samples: Samples) -> Callable[[float], None]:
         """Count the tokens of a forward pass over `samples`, a list that is the same on every rank or a batch
         of all ranks' samples, to `phase`.

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,11 +129,18 @@ class Checkpoints:
     # --- saving --------------------------------------------------------------------------------
 
     def save(
-        self, name: str, roles: Mapping[str, Role], state: Mapping[str, Any], *, optimizers: bool = True
+        self,
+        name: str,
+        roles: Mapping[str, Role],
+        state: Mapping[str, Any],
+        *,
+        optimizers: bool = True,
+        beside: Callable[[Path], None] | None = None,
     ) -> None:
         """Write checkpoint `name`. `state` is the run's small state, as plain JSON data.
 
-        Not `optimizers`: the weights alone, also of roles that train.
+        Not `optimizers`: the weights alone, also of roles that train. beside: writes more, on each rank, into
+        the folder that it is given.
 
         Raises GenacError where it cannot be written, NotFinite where a weight or an optimizer's state is not
         finite; earlier checkpoints stay as they are.
@@ -146,6 +154,8 @@ class Checkpoints:
         agree(lambda: need_finite(sharded))
         self._local(own_results_queue, part)
         self._local(lambda: self._prepare(part, roles, trained) if rank == 0 else None, part)
+        if beside is not None:
+            self._local(partial(beside, part), part)
         keep_write_errors()
         request = self._collective(
             lambda: dist_checkpointing.save(

@@ -17,18 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "smollm2"
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "tools"])
 def test_a_recipe_resolves(name: str, smollm2: Path) -> None:
     places = [f"roles.{role}.model.hf={smollm2}" for role in ("actor", "critic")]
     recipe = load_recipe(str(RECIPES / f"{name}.yaml"), places)
     assert "llama, 135 M parameters" in describe(recipe)
-    assert [stage.kind for stage in recipe.stages] == ["sft", "sft", "reinforce", "ppo"]
+    between = [] if name == "tools" else ["reinforce"]
+    assert [stage.kind for stage in recipe.stages] == ["sft", "sft", *between, "ppo"]
 
 
 def test_the_conversations_are_those_of_the_tool(tmp_path: Path) -> None:
     tool = ROOT / "tools" / "make_chain_sum_data.py"
     subprocess.run([sys.executable, str(tool), str(tmp_path)], check=True, cwd=tmp_path)
-    for file in ("actor.jsonl", "critic.jsonl"):
+    for file in ("actor.jsonl", "tools.jsonl", "critic.jsonl"):
         assert (tmp_path / file).read_text() == (RECIPES / file).read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tests.e2e.test_run import RECIPE, rows
+from tests.unit.test_conversations import THINKING
 from tests.warm import genac
 
 ROLLOUT = {"prompts": 4, "samples": 2, "max_new_tokens": 80}
@@ -98,8 +100,26 @@ def test_the_report_shows_conversations(done: Path) -> None:
     assert "&lt;user&gt;\nstep " in page
 
 
-def test_a_critic_judges_between_turns(tmp_path: Path) -> None:
+def test_turns_are_sequences_of_their_own_where_the_template_rewrites_them(tmp_path: Path) -> None:
+    """Trainer and engine agree on them, over two ranks; what is trained on is what was sampled."""
+    model = {**ACTOR["model"], "chat_template": THINKING}
+    actor = {**ACTOR, "model": model, "layout": {}}
+    block = {"kind": "task", "turns": 4, "turn_tokens": 4, "history": "template"}
+    path = recipe(tmp_path, [policy("grpo")], roles={"actor": actor}, environment=block)
+    result = genac("run", str(path), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "each turn stands behind what it shows then" in result.stdout + result.stderr
+    steps = [row for row in rows(tmp_path) if "actor/loss" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert row["parity/actor_p99"] < 1e-3
+        assert row["rollout/turns_mean"] > 1
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Traces of the exact teacher, REINFORCE, joint PPO: over states before the actor's turns."""
+    folder = tmp_path_factory.mktemp("judged")
     stages: list[dict[str, Any]] = [
         SFT,
         {"kind": "sft", "name": "sft-critic", "role": "critic", "start_from": "actor", "data": "traces",
@@ -110,11 +130,15 @@ def test_a_critic_judges_between_turns(tmp_path: Path) -> None:
     states = {"cutter": "turns", "min_segment": 1, "max_states": 4}
     judging = {"template": "brief", "max_new_tokens": 40, "transcript_tokens": 40, "states": states}
     roles = {"actor": ACTOR, "critic": RECIPE["roles"]["critic"]}
-    less = {"prompts": 2, "samples": 1}
-    path = recipe(tmp_path, stages, roles=roles, judging=judging, evaluation=less)
-    result = genac("run", str(path), cwd=tmp_path)
+    more = {"evaluation": {"prompts": 2, "samples": 1}, "checkpoint": {"every": 1, "keep": 9}}
+    path = recipe(folder, stages, roles=roles, judging=judging, **more)
+    result = genac("run", str(path), cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
-    found = [row for row in rows(tmp_path) if row["stage"] == "ppo" and "actor/loss" in row]
+    return folder
+
+
+def test_a_critic_judges_between_turns(judged: Path) -> None:
+    found = [row for row in rows(judged) if row["stage"] == "ppo" and "actor/loss" in row]
     assert len(found) == 2
     for row in found:
         assert math.isfinite(row["actor/grad_norm"])
@@ -122,8 +146,23 @@ def test_a_critic_judges_between_turns(tmp_path: Path) -> None:
         assert row["parity/critic_p99"] < 1e-3
         assert row["judge/states"] > 4, "more than the prompts' own"
         assert row["judge/too_long"] == 0.0
-    shown = [
-        json.loads(line) for line in (tmp_path / "runs" / "run" / "rollouts.jsonl").read_text().splitlines()
-    ]
+    shown = rows(judged, "rollouts.jsonl")
     asked = [row["judge_prompt"] for row in shown if "judge_prompt" in row]
     assert any("<actor>\n" in prompt and "<user>\nstep " in prompt for prompt in asked)
+
+
+def test_a_run_over_conversations_resumes_byte_for_byte(judged: Path, tmp_path: Path) -> None:
+    """From inside the joint stage: figures, evaluations, rollouts and weights are those of the whole run."""
+    shutil.copytree(judged, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir():
+        if path.name in ("ppo-00002", "ppo-end"):
+            shutil.rmtree(path)
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "ppo-00001").is_dir()
+    result = genac("run", str(tmp_path / "recipe.yaml"), "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for log in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
+        assert rows(tmp_path, log) == rows(judged, log), log
+    ends = [sorted((f / "runs/run/checkpoints/ppo-end/weights").glob("*.distcp")) for f in (tmp_path, judged)]
+    assert ends[0]
+    assert [path.name for path in ends[0]] == [path.name for path in ends[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*ends, strict=True))

@@ -30,7 +30,7 @@ GROUPS = (
         "advantage",
     ),
     *("parity", "drift", "publish", "serving", "time", "tokens", "unique", "memory", "eval", "heldout"),
-    *("suite", "test", "best", "environment"),
+    *("suite", "test", "best", "environment", "queue"),
 )
 SUMMARY = (*GROUPS, "share", "metrics", "gate", "report", "run")
 PLACEHOLDER = r"ROLE|PHASE|SUITE|SOURCE|PART|KIND|STEP|KEY|FIGURE|K|\.\.\."

@@ -19,6 +19,7 @@ SCALAR = {"actor": ROLE, "critic": {"model": {**ROLE["model"], "head": "value"}}
 POLICY: dict[str, Any] = {"kind": "policy", "algorithm": {"kind": "grpo"}, "rollout": {"max_new_tokens": 99}}
 LOCK = {"kind": "lock"}
 OTHER = {"kind": "state_tracking"}
+TEMPLATE = {"kind": "task", "history": "template"}
 
 
 def recipe(folder: Path, **changes: Any) -> Path:
@@ -51,6 +52,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "turns": ({"environment": {"kind": "task", "turns": 4}}, "a lock has 8 turns"),
     "overlap": ({"stages": [{**POLICY, "overlap": True}]}, "overlap"),
+    "history-scalar": (
+        {"roles": SCALAR, "environment": TEMPLATE, "stages": [{"kind": "value"}]},
+        "a scalar critic, which reads a conversation as one sequence",
+    ),
+    "history-updates": (
+        {"roles": BOTH, "environment": TEMPLATE, "stages": [{"kind": "ppo", "critic_updates": 2}]},
+        "a critic that weighs by the moved actor",
+    ),
+    "history-demonstrations": (
+        {"environment": TEMPLATE, "stages": [{"kind": "sft", "role": "actor", "data": "demonstrations"}]},
+        "a demonstration, which reads",
+    ),
     "monte-carlo": ({"evaluation": {"mc_states": 4}}, "Monte-Carlo value"),
     "final": ({"judging": {"states": {"final": True}}}, "may say how the conversation ended"),
     "turns-without": (

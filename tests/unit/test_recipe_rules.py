@@ -216,6 +216,24 @@ def test_what_gives_memory_back_does_not_overlap(path: Path, more: str, key: str
     assert key in raised.value.where
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("name=x", "of the actor waits for all that is under way"),
+        ("roles.actor.publication.mode=in_flight", "of the critic waits for all that is under way"),
+    ],
+)
+def test_several_batches_ahead_go_on_over_publications(path: Path, more: str, message: str):
+    served = [f"roles.{role}.engine.kind=sglang" for role in ("actor", "critic")]
+    assert load_recipe(path, [*served, more, "stages.3.overlap=true"]).stages[3].overlap == 1
+    with pytest.raises(InputError, match=message):
+        load_recipe(path, [*served, more, "stages.3.overlap=2"])
+    flight = [f"roles.{role}.publication.mode=in_flight" for role in ("actor", "critic")]
+    assert load_recipe(path, [*served, *flight, "stages.3.overlap=2"]).stages[3].overlap == 2
+    frozen = [flight[0], "stages.3.overlap=2", "stages.3.train_critic=false"]
+    assert load_recipe(path, [*served, *frozen]).stages[3].overlap == 2, "which is not published"
+
+
 def test_traces_of_the_exact_teacher_need_a_task_that_has_one(path: Path):
     overrides = [
         "task={kind: reasoning_gym, name: chain_sum}",

@@ -31,6 +31,11 @@ def test_calls_are_read_in_the_families_forms() -> None:
     wanted = [("calculator", {"expression": "1+1"}), ("python", {"code": "print(2)"})]
     assert calls(f"<think>so</think>\n{one}\n{two}") == wanted
     assert calls('{"name": "calculator", "parameters": {"expression": "1+1"}}') == wanted[:1]
+    llama = '{"name": "calculator", "parameters": {"expression": "1+1"}}; {"name": "python", "parameters": '
+    assert calls(llama + '"{\\"code\\": \\"print(2)\\"}"}\nand so') == wanted
+    assert calls(llama)[0] == wanted[0]
+    assert str(calls(llama)[1]).startswith("the call is not JSON: ")
+    assert calls('{"name": "x", "arguments": "no"}') == ['a call is {"name": ..., "arguments": {...}}']
     assert calls("The answer is {x}.") == []
     assert calls("<tool_call>{broken") == ["the call is not JSON: Expecting property name enclosed in double "
                                            "quotes: line 1 column 2 (char 1)"]  # fmt: skip

@@ -130,7 +130,10 @@ class SglangEngine(Engine):
         self._count(sample)
         spans = tuple((int(version), count) for version, count in sample.spans)
         experts = self._experts(request, sample) if self.config.routing_replay else None
-        return Completion(sample.ids, sample.logprobs, cast(Finish, sample.finish), spans, experts)
+        return Completion(
+            *(sample.ids, sample.logprobs, cast(Finish, sample.finish), spans, experts),
+            cached=sample.cached_tokens,
+        )
 
     async def score(
         self, ids: Sequence[int], continuations: Sequence[Sequence[int]], *, temperature: float = 1.0
