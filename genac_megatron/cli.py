@@ -27,11 +27,12 @@ from genac_megatron.evaluation import command as evaluation
 from genac_megatron.launch import LAUNCHER, Launcher, adopt_slurm, check_world, in_world, rank_command
 from genac_megatron.observe.ending import Ending
 from genac_megatron.observe.lock import run_lock
-from genac_megatron.observe.origin import TYPED, Origin, typed
+from genac_megatron.observe.origin import TYPED, Origin, again, typed
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.observe.voice import one_voice
 from genac_megatron.recipe.document import files
-from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.loader import dump_recipe, load_recipe
+from genac_megatron.stages.endpoints import unset_keys
 from genac_megatron.stages.inputs import need_inputs
 from genac_megatron.studies import command as studies
 from genac_megatron.tracing import command as tracing
@@ -58,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe", epilog=EPILOG)
     run.add_argument("recipe", help="a YAML file")
     run.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example stages.2.steps=5")
-    run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its estimate")
+    run.add_argument("--dry-run", action="store_true", help="look at all it needs, and print an estimate")
+    run.add_argument("--resolved", action="store_true", help="print every key of the recipe, and run nothing")
     run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     run.add_argument("--profile", action="store_true", help="trace a step of each stage (observe.profile)")
     parity = commands.add_parser("parity", help="compare a role's trainer and engine", epilog=EPILOG)
@@ -166,21 +168,11 @@ def _options_first(given: list[str]) -> list[str]:
 def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -> int:
     profile = ["observe.profile.on=true"] if options.profile else []
     recipe = load_recipe(options.recipe, [*profile, *options.overrides])
+    planning = options.dry_run or options.resolved
     first = LAUNCHER not in os.environ and _rank_name() in (None, "rank 0")  # of all that run this command
-    need_inputs(recipe, resume=options.resume, planning=options.dry_run, ask=first and not options.dry_run)
-    if options.dry_run:
-        from genac_megatron.cluster.placement import describe_memory
-        from genac_megatron.models.hf_headers import check_weights
-        from genac_megatron.recipe.estimate import describe
-        from genac_megatron.recipe.loader import dump_recipe
-        from genac_megatron.stages.look import look_at_data
-
-        for role in recipe.roles.values():
-            adapter = role.training.adapter is not None
-            check_weights(role.model, resuming=options.resume, planning=True, adapter=adapter)
-        memory = [f"{describe_memory(recipe)}\n"] if recipe.cluster.gpu is not None else []
-        data = look_at_data(recipe)
-        print("\n".join([dump_recipe(recipe), describe(recipe), *memory, *data]))
+    need_inputs(recipe, resume=options.resume, planning=planning, ask=first and not planning)
+    if planning:
+        print(dump_recipe(recipe) if options.resolved else _plan(recipe, options, given), end="")
         return EXIT_OK
     if not in_world():  # at once, before ranks have imported torch; their first one takes the folder
         run_lock(run_path(recipe)).refuse()
@@ -189,6 +181,27 @@ def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -
         endings.append(Ending(run_path(recipe), plots=recipe.observe.plots))
     origin = Origin(given, options.recipe, options.overrides, files(Path(options.recipe)))
     return _in_ranks(recipe, given, _run_job(options, origin), run_path(recipe))
+
+
+def _plan(recipe: Recipe, options: argparse.Namespace, given: list[str]) -> str:
+    """What a dry run has to say. Raises InputError at what a run would refuse."""
+    from genac_megatron.cluster.placement import describe_memory
+    from genac_megatron.models.hf_headers import check_weights
+    from genac_megatron.recipe.estimate import describe
+    from genac_megatron.stages.look import look_at_data
+
+    for role in recipe.roles.values():
+        adapter = role.training.adapter is not None
+        check_weights(role.model, resuming=options.resume, planning=True, adapter=adapter)
+    memory = [f"{describe_memory(recipe)}\n"] if recipe.cluster.gpu is not None else []
+    data = [*look_at_data(recipe), *unset_keys(recipe)]
+    words = [word for word in given if word != "--dry-run"]
+    next_ones = [
+        "Nothing was run.",
+        f"  every key:  {again(words, options.recipe, '--resolved')}",
+        f"  to run it:  {again(words, options.recipe)}",
+    ]
+    return "\n".join([describe(recipe), *memory, *data, *([""] if data else []), *next_ones, ""])
 
 
 def _run_job(options: argparse.Namespace, origin: Origin) -> Job:

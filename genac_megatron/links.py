@@ -25,7 +25,11 @@ def refuse_unreadable(folder: Path) -> None:
         gone = [path for path in files if _dangles(path)]
         marked = [path for path in files if path.suffix == ".json" and path.is_file() and _is_marked(path)]
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(folder)) from error
+        raise InputError(
+            f"cannot be read: {error.strerror}",
+            where=str(folder),
+            way_out="see its owner and rights (ls -ld)",
+        ) from error
     if gone:
         more = f" ({len(gone) - 1} more such links)" if len(gone) > 1 else ""
         raise InputError(

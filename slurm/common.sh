@@ -241,7 +241,7 @@ genac_job() {
   local added=()
   read -r -a added <<<"$GENAC_ADDED"
   given+=("${added[@]}")
-  [ -z "$GENAC_FINISHED" ] || { say "this run is finished: nothing to do"; exit 0; }
+  [ -z "$GENAC_FINISHED" ] || { say "this run is finished: nothing to do"; last_words 0; exit 0; }
   [ -z "$GENAC_POSITION" ] || say "resuming after $GENAC_POSITION"
   preflight "${given[@]}"
   [ -z "$stop_asked" ] || requeue

@@ -36,7 +36,7 @@ BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 HEAD = """# Reference: the keys of a recipe
 
 Made from the schema by `make reference`; a test holds it to that. A recipe is one YAML, `genac run RECIPE
---dry-run` prints it with every default. An unknown key is an error that names the nearest one.
+--resolved` prints it with every default. An unknown key is an error that names the nearest one.
 
 ## How values come together
 - `extends: base.yaml`, or a list of files, each relative to the file that it stands in: mappings merge key by

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genac_megatron.cluster.placement import Placement, misfits, placement, server_count
+from genac_megatron.cluster.placement import SUGGESTED, Placement, misfits, placement, server_count
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.observe.lock import run_lock
 from genac_megatron.observe.manifest import read_manifest, survey
@@ -45,7 +45,7 @@ def check_allocation(recipe: Recipe, environ: Mapping[str, str]) -> Placement:
     """The recipe's placement. Raises InputError where it does not fit, or the job's nodes are not its."""
     place = placement(recipe)
     if reasons := misfits(recipe):
-        raise InputError("\n  ".join(reasons), where=f"recipe {recipe.name}")
+        raise InputError("\n  ".join(reasons), where=f"recipe {recipe.name}", way_out=SUGGESTED)
     nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
     gpus = environ.get("SLURM_GPUS_ON_NODE")
     has = f"{nodes} node(s)" + (f" of {gpus} GPU(s)" if gpus else "")

@@ -13,6 +13,8 @@ from genac_megatron.recipe.schema import Recipe
 from genac_megatron.recipe.servers import plan_gpus, role_gpus, started_engines, too_few
 from genac_megatron.recipe.share import GIB, Share
 
+SUGGESTED = "change these keys; genac run RECIPE --dry-run shows who holds what"
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from genac_megatron.cluster.placement import duties, misfits, placement
+from genac_megatron.cluster.placement import SUGGESTED, duties, misfits, placement
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.recipe.schema import Recipe
 
@@ -42,7 +42,7 @@ def render(recipe: Recipe, path: Path, overrides: Sequence[str], options: Mappin
     Raises InputError naming every reason why the recipe does not fit the nodes it names.
     """
     if reasons := misfits(recipe):
-        raise InputError("\n  ".join(reasons), where=f"recipe {recipe.name} does not fit")
+        raise InputError("\n  ".join(reasons), where=f"recipe {recipe.name} does not fit", way_out=SUGGESTED)
     place = placement(recipe)
     header = {
         "job-name": recipe.name.replace("/", "-"),  # a part of the output's name
@@ -105,5 +105,10 @@ def submit(text: str) -> str:
     except subprocess.TimeoutExpired:
         raise GenacError(f"sbatch did not answer in {SBATCH_LIMIT_S:.0f} s", way_out="see sinfo") from None
     if done.returncode:
-        raise GenacError(f"sbatch refused the job: {done.stderr.strip()}", where="sbatch")
+        raise GenacError(
+            f"sbatch refused the job: {done.stderr.strip()}",
+            where="sbatch",
+            way_out="sinfo shows partitions and limits; further sbatch options go behind the recipe, as in "
+            "genac slurm RECIPE --partition=NAME --account=NAME",
+        )
     return done.stdout.strip().split(";")[0]

@@ -32,7 +32,11 @@ def attempt(run: Path) -> Path:
         return latest.resolve()
     folders = sorted(run.glob("logs/*/heartbeats"), key=lambda path: path.stat().st_mtime)
     if not folders:
-        raise InputError("no rank has left a heartbeat yet", where=str(run / "logs"))
+        raise InputError(
+            "no rank has left a heartbeat yet",
+            where=str(run / "logs"),
+            way_out="ask again once the run has begun; squeue shows a job that still waits",
+        )
     return folders[-1].parent
 
 

@@ -39,6 +39,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.models.families.base import Shape
 
 # What Megatron writes beside the tensors: its own description of the format, and an empty common part.
+ANOTHER = "take another checkpoint (genac inspect shows what one holds)"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON = {"common_backend": "torch", "common_backend_version": 1}
 # Modules whose extra state Transformer Engine or Megatron asks for; there is none in converted weights.
@@ -97,7 +98,7 @@ class StoredWeights:
         faults += [f"missing file {file}" for file in files if not (self.weights / file).is_file()]
         if faults:
             more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise InputError("; ".join(sorted(faults)[:8]) + more, where=str(self.weights))
+            raise InputError("; ".join(sorted(faults)[:8]) + more, where=str(self.weights), way_out=ANOTHER)
 
     def get(self, unit: Unit) -> Tensor:
         """A unit's parameter as a single rank would hold it. Raises InputError where it cannot be read."""
@@ -113,7 +114,9 @@ class StoredWeights:
         """A piece of a stored tensor."""
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(wanted.sizes):
-            raise InputError(f"{key} is not whole: pieces are missing", where=str(self.weights))
+            raise InputError(
+                f"{key} is not whole: pieces are missing", where=str(self.weights), way_out=ANOTHER
+            )
         tensor = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
@@ -131,7 +134,7 @@ class StoredWeights:
         key = f"{self.role}.{name}"
         entry = self.metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
-            raise InputError(f"missing tensor {key}", where=str(self.weights))
+            raise InputError(f"missing tensor {key}", where=str(self.weights), way_out=ANOTHER)
         return self._read(key, entry, ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size))
 
     def _key(self, unit: Unit) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
 
+WAY_OUT = "give the file that `genac traces` has written (OUT/traces.jsonl)"
 NEEDED: dict[str, type | tuple[type, ...]] = {
     "actor": str, "p_bar": (int, float), "step": int, "prompt_id": str, "problem": str, "partial": str,
     "used": int, "limit": int, "text": str, "value": (int, float), "monte_carlo": (int, float),
@@ -115,18 +116,18 @@ def _checked(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"not JSON: {error}", where=where) from error
+        raise InputError(f"not JSON: {error}", where=where, way_out=WAY_OUT) from error
     if not isinstance(row, dict):
-        raise InputError("not an object", where=where)
+        raise InputError("not an object", where=where, way_out=WAY_OUT)
     for name, kind in NEEDED.items():
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
             raise InputError(
                 f"a trace has no {name}, or one of another kind: {row.get(name)!r}",
                 where=where,
-                way_out="give the file that `genac traces` has written (OUT/traces.jsonl)",
+                way_out=WAY_OUT,
             )
     if not 0 <= row["p_bar"] <= 1:
-        raise InputError(f"p_bar {row['p_bar']} is not from 0 to 1", where=where)
+        raise InputError(f"p_bar {row['p_bar']} is not from 0 to 1", where=where, way_out=WAY_OUT)
     return row
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import in_world
-from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.stages.endpoints import need_endpoints
+from genac_megatron.stages.inputs import need_places
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.schema import Recipe
@@ -205,13 +205,10 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
 
 def _need_folders(options: argparse.Namespace) -> None:
     """Raise InputError, before ranks start, where a bank or a checkpoint that is named is not there."""
-    if options.checkpoint is not None:
-        find_checkpoint(Path(options.checkpoint).expanduser())
+    need_places(getattr(options, "out", ""), options.checkpoint)
     for bank in (options.bank, *options.also) if options.step == "score" else ():
         if not Path(bank).is_dir():
             raise InputError("no bank is there", where=bank, way_out="genac evaluate bank build makes one")
-    if options.step == "build" and Path(options.out).is_file():
-        raise InputError("a file, and no folder", where=options.out, way_out="name another with --out")
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -256,6 +253,7 @@ def _score_job(options: argparse.Namespace, folder: Path) -> Job:
 def _gradients(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
     recipe = _recipe(options)
     folder = RunFolder(run_path(recipe)).beside("gradients", given)
+    need_places(options.out, options.checkpoint, options.critic, options.scalar)
     if not in_world():
         need_endpoints(recipe, teachers=False)
 
@@ -283,6 +281,7 @@ def _gradients(options: argparse.Namespace, given: list[str], in_ranks: InRanks)
 def _pass_rates(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
     recipe = _recipe(options)
     folder = RunFolder(run_path(recipe)).beside("pass-rates", given)
+    need_places(options.out, options.checkpoint)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
         from genac_megatron.evaluation.pass_rates import RateOptions, measure
@@ -326,6 +325,11 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
         p_bar=options.p_bar,
     )
     _check_task(options)
+    need_places(options.out, options.checkpoint, options.critic)
+    for name, path in wanted.paths.items():
+        if not Path(path).expanduser().exists():
+            what = f"there is no file or folder {path} of {name}"
+            raise InputError(what, where="--path", way_out="write --path BENCHMARK=FILE")
     if options.url is not None:
         limits = {"concurrency": options.concurrency, "timeout_s": options.timeout}
         more = {key: value for key, value in limits.items() if value is not None}

@@ -203,7 +203,8 @@ def _load_scalar(run: Run, source: str) -> None:
     load_checkpoint(path, {"critic": run.roles[SCALAR]})
     if run.tokenizers["actor"].get_vocab() != run.tokenizers[SCALAR].get_vocab():
         what = "the scalar critic has another tokenizer than the actor, whose token ids it must read"
-        raise on_all_ranks(InputError(what, where=f"roles.{SCALAR}.model.tokenizer"))
+        way_out = "name a scalar critic whose run had this actor's tokenizer"
+        raise on_all_ranks(InputError(what, where=f"roles.{SCALAR}.model.tokenizer", way_out=way_out))
 
 
 def sources(run: Run, options: GradientOptions) -> list[Source]:

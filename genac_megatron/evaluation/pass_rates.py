@@ -84,8 +84,11 @@ def measure(recipe: Recipe, world: World, stop: StopFlag, options: RateOptions, 
     config = sampling_of(recipe, options)
     with session(recipe, world, stop, "pass-rates", folder, trains=True) as run:
         if not run.task.train_size:
-            error = InputError("the task has no questions that are trained on", where="task")
-            raise on_all_ranks(error)
+            what, way_out = (
+                "the task has no questions that are trained on",
+                "give a task with a training split",
+            )
+            raise on_all_ranks(InputError(what, where="task", way_out=way_out))
         run.publish("actor")
         count = min(options.prompts or run.task.train_size, run.task.train_size)
         prompts = run.together(lambda: [run.task.prompt("train", index) for index in range(count)])

@@ -22,6 +22,7 @@ from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, TeacherConfig
 from genac_megatron.recipe.tasks import StateTrackingTask
 from genac_megatron.records import Prompt
+from genac_megatron.serving.chat import read_key
 from genac_megatron.serving.there import need_there
 from genac_megatron.tasks.tokenizer import role_tokenizer
 from genac_megatron.training.agreement import from_first
@@ -181,6 +182,8 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
     known = parts.begin(plan)
     left = [(row, n) for row in asked for n in range(options.judgements) if (row["state"], n) not in known]
     if left:
+        if teacher.api_key_env is not None:
+            read_key(teacher.api_key_env, "--api-key-env")
         need_there(teacher.url or "", "critic", "--url")
     ask_endpoint_about(
         left, teacher, recipe.judging, teacher.concurrency, lambda row: parts.append([row], 0), as_it_is=True
@@ -193,7 +196,10 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
 
 def _need_values(values: dict[int, float], where: str) -> None:
     if not values:
-        raise on_all_ranks(InputError("no judgement parses: it is no critic", where=where))
+        way_out = (
+            "name a model that was trained as a critic (--checkpoint RUN), or raise judging.max_new_tokens"
+        )
+        raise on_all_ranks(InputError("no judgement parses: it is no critic", where=where, way_out=way_out))
 
 
 def _parts(options: ScoreOptions) -> Parts:

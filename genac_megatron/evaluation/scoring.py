@@ -91,7 +91,11 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
     is judged; StopRequested where it was asked to stop.
     """
     if "actor" not in recipe.roles:
-        raise InputError("the recipe has no role 'actor', whose tokens the bank holds", where="roles")
+        raise InputError(
+            "the recipe has no role 'actor', whose tokens the bank holds",
+            where="roles",
+            way_out="score it by a recipe with both roles, such as that which built the bank",
+        )
     actor = recipe.roles["actor"].model
     recipe = with_role(recipe, "critic", options.checkpoint)
     if options.icc is not None:

@@ -256,9 +256,15 @@ def check(shape: Shape, layout: Sizes, training: TrainingConfig, specs: Kind) ->
     layout.chunk_layers(shape.layers, 0, 0)  # raises where they cannot be cut so
     for what in ("heads",) if shape.experts else ("heads", "ffn"):
         if getattr(shape, what) % layout.tp:
-            raise InputError(f"{what} {getattr(shape, what)} cannot be cut by tp {layout.tp}", where=where)
+            size = getattr(shape, what)
+            way_out = f"choose tp that divides {size}"
+            raise InputError(f"{what} {size} cannot be cut by tp {layout.tp}", where=where, way_out=way_out)
     if shape.kv_heads % layout.tp and layout.tp % shape.kv_heads:
-        raise InputError(f"kv_heads {shape.kv_heads} cannot be shared by tp {layout.tp}", where=where)
+        raise InputError(
+            f"kv_heads {shape.kv_heads} cannot be shared by tp {layout.tp}",
+            where=where,
+            way_out=f"choose tp that divides {shape.kv_heads}, or a multiple of it",
+        )
     if specs == "torch" and shape.heads // layout.tp % layout.cp:
         # Transformer Engine's ring has no such limit.
         raise InputError(
@@ -285,10 +291,14 @@ def check(shape: Shape, layout: Sizes, training: TrainingConfig, specs: Kind) ->
 def _check_experts(shape: Shape, layout: Sizes, where: str) -> None:
     if shape.experts is None:
         if layout.ep > 1:
-            raise InputError("ep needs a mixture of experts, and this family is dense", where=where)
+            what = "ep needs a mixture of experts, and this family is dense"
+            raise InputError(what, where=where, way_out="set ep: 1")
         return
     if shape.experts % layout.ep:
-        raise InputError(f"{shape.experts} experts cannot be cut by ep {layout.ep}", where=where)
+        way_out = f"choose ep that divides {shape.experts}"
+        raise InputError(
+            f"{shape.experts} experts cannot be cut by ep {layout.ep}", where=where, way_out=way_out
+        )
     if layout.tp > 1 and not layout.sequence_parallel:
         # Every rank would send all tokens to the experts: Megatron refuses to train so.
         raise InputError(

@@ -29,7 +29,9 @@ def read_tensor(header: Header, name: str, entry: Mapping[str, Any]) -> Tensor:
     """A tensor of a file, on the CPU, in the file's dtype. Raises InputError."""
     if entry["dtype"] not in FLOATS:
         raise InputError(
-            f"tensor {name} is {entry['dtype']}, not one of {', '.join(FLOATS)}", where=str(header.path)
+            f"tensor {name} is {entry['dtype']}, not one of {', '.join(FLOATS)}",
+            where=str(header.path),
+            way_out="save the folder in bf16 or fp32",
         )
     begin, end = entry["data_offsets"]
     raw = torch.empty(end - begin, dtype=torch.uint8)
@@ -39,5 +41,7 @@ def read_tensor(header: Header, name: str, entry: Mapping[str, Any]) -> Tensor:
             if file.readinto(raw.numpy().data) != end - begin:
                 raise OSError("cut short")
     except OSError as error:
-        raise InputError(f"tensor {name}: {error}", where=str(header.path)) from error
+        raise InputError(
+            f"tensor {name}: {error}", where=str(header.path), way_out="fetch it again"
+        ) from error
     return raw.view(FLOATS[entry["dtype"]]).view(entry["shape"])

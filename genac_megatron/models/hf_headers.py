@@ -18,6 +18,7 @@ from genac_megatron.models.registry import shape_from_folder
 from genac_megatron.models.sizes import hf_names, hf_size
 from genac_megatron.recipe.schema import ModelConfig
 
+WHOLE = "fetch the folder again, whole"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOAT_NAMES = ("F32", "BF16", "F16")
@@ -83,7 +84,9 @@ class HfHeaders:
             entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return {str(name): self.path / file for name, file in entries.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"is not an index of shards ({error!r})", where=str(index)) from error
+            raise InputError(
+                f"is not an index of shards ({error!r})", where=str(index), way_out=WHOLE
+            ) from error
 
     def _instead(self) -> str:
         """What to do with a folder that has neither weights in one file nor an index."""
@@ -91,7 +94,7 @@ class HfHeaders:
         if len(found) == 1 and "-of-" not in found[0].name:
             return f"there is {found[0].name}: where it is the whole model, rename it to {SINGLE}"
         if found:
-            return "there are shards without their index: fetch the folder again, whole"
+            return f"there are shards without their index: {WHOLE}"
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.gguf")):
             return "its weights are in another format: save them as safetensors"
         return "give a Hugging Face folder with weights"
@@ -135,10 +138,11 @@ class HfHeaders:
     def entry(self, name: str) -> tuple[Header, dict[str, Any]]:
         """The header of a tensor's file, and what it says about it. Raises InputError where it is missing."""
         if name not in self._file_of:
-            raise InputError(f"tensor {name} is missing", where=str(self.path))
+            raise InputError(f"tensor {name} is missing", where=str(self.path), way_out=WHOLE)
         header = self._file(self._file_of[name])
         if name not in header.entries:
-            raise InputError(f"tensor {name} is not in it, where the index has it", where=str(header.path))
+            what = f"tensor {name} is not in it, where the index has it"
+            raise InputError(what, where=str(header.path), way_out=WHOLE)
         return header, header.entries[name]
 
     def check(self, shape: Shape) -> None:

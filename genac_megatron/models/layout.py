@@ -44,7 +44,9 @@ class Sizes:
                 way_out=f"give it a multiple of {block} ranks",
             )
         if (self.tp * self.cp * self.dp) % self.ep:
-            raise InputError(f"ep {self.ep} does not divide its {self.count // self.pp} ranks", where=where)
+            ranks = self.count // self.pp
+            way_out = f"choose ep that divides {ranks}"
+            raise InputError(f"ep {self.ep} does not divide its {ranks} ranks", where=where, way_out=way_out)
         if self.vpp > 1 and self.pp == 1:
             raise InputError("vpp needs pp > 1", where=where, way_out="set vpp: 1, or pp to at least 2")
         if self.sequence_parallel and self.tp == 1:

@@ -67,7 +67,8 @@ class PeftHeaders:
             found = json.loads(path.read_text(encoding="utf-8"))
             assert isinstance(found, dict)
         except (OSError, ValueError, AssertionError) as error:
-            raise InputError(f"is not an adapter's configuration ({error!r})", where=str(path)) from error
+            what = f"is not an adapter's configuration ({error!r})"
+            raise InputError(what, where=str(path), way_out="give a PEFT adapter's folder") from error
         for key, values in PLAIN.items():
             if found.get(key, values[0] if key not in REQUIRED else None) not in values:
                 raise InputError(
@@ -103,7 +104,8 @@ class PeftHeaders:
             return AdapterConfig(rank=rank, alpha=alpha, targets=targets)
         except (KeyError, TypeError, ValueError) as error:
             what = f"says no rank and alpha of projections that are known here ({error!r:.200})"
-            raise InputError(what, where=str(self.path / CONFIG)) from error
+            way_out = f"it needs r and lora_alpha, and modules among {', '.join(TARGETS)}"
+            raise InputError(what, where=str(self.path / CONFIG), way_out=way_out) from error
 
     def check(self, shape: Shape) -> None:
         """Raise InputError naming what is missing, surplus or misshapen beside a model of this shape."""

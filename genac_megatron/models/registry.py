@@ -132,7 +132,8 @@ def _experts(kind: Family, sizes: ModelShape) -> dict[str, Any]:
     wrong = [key for key, value in given.items() if (value is None) == kind.moe]
     if wrong:
         what = "needs" if kind.moe else "has no"
-        raise InputError(f"the family '{kind.name}' {what} {', '.join(wrong)}")
+        way_out = "give them" if kind.moe else "take them out of the shape, or choose qwen3_moe"
+        raise InputError(f"the family '{kind.name}' {what} {', '.join(wrong)}", way_out=way_out)
     return given if kind.moe else {}
 
 
@@ -167,9 +168,9 @@ def shape_from_folder(folder: str | Path, where: str = "") -> Shape:
             "--exclude '*.safetensors')",
         ) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}", way_out=FOLDER) from None
     if not isinstance(config, dict):
-        raise InputError("not a JSON object", where=str(path))
+        raise InputError("not a JSON object", where=str(path), way_out=FOLDER)
     return shape_from_hf(config, str(path))
 
 

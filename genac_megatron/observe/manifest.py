@@ -50,7 +50,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"the manifest cannot be read: {what}", where=str(path / MANIFEST), way_out="remove this folder"
         ) from error
     if known[0] != FORMAT:
-        raise InputError(f"format {known[0]!r}, this version reads {FORMAT}", where=str(path / MANIFEST))
+        raise InputError(
+            f"format {known[0]!r}, this version reads {FORMAT}",
+            where=str(path / MANIFEST),
+            way_out="load it with the version that wrote it (report/index.html, history.jsonl)",
+        )
     return manifest
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from genac_megatron.errors import InputError
 
+YAML = "correct it there; text with : # { or [ in it needs quotes"
 # Keys whose value may be a path. One that begins with ./ or ../ is relative to the file that holds it.
 PATH_KEYS = frozenset(
     {
@@ -89,12 +90,14 @@ def parse(text: str, source: str, folder: Path, where: str = "") -> Entry:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = where or (f"{source}:{mark.line + 1}" if mark else source)
-        raise InputError(f"not YAML: {error.problem or error.context}", where=place) from None
+        raise InputError(f"not YAML: {error.problem or error.context}", where=place, way_out=YAML) from None
     except (yaml.YAMLError, ValueError) as error:
         what = str(error).splitlines()[0]
-        raise InputError(f"not YAML: {what}", where=where or source) from None
+        raise InputError(f"not YAML: {what}", where=where or source, way_out=YAML) from None
     except RecursionError:
-        raise InputError("a block that contains itself", where=where or source) from None
+        raise InputError(
+            "a block that contains itself", where=where or source, way_out="write it out, or less deep"
+        ) from None
 
 
 @functools.lru_cache(maxsize=256)  # a study reads the same few files for each of its runs
@@ -115,7 +118,7 @@ def _entry(loader: _Loader, node: yaml.Node, source: str, folder: Path, where: s
         key = key_node.value
         place_of_key = where or f"{source}:{key_node.start_mark.line + 1}"
         if not isinstance(key, str):
-            raise InputError("a key must be text", where=place_of_key)
+            raise InputError("a key must be text", where=place_of_key, way_out="write it as in key: value")
         if key in children:
             raise InputError(
                 f"the key '{key}' is here twice",
@@ -168,7 +171,9 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> Entry:
     merged = Entry({}, own.where)
     for base in listed:
         if not isinstance(base.value, str):
-            raise InputError("`extends` is a path or a list of paths", where=base.where)
+            raise InputError(
+                "`extends` is a path or a list of paths", where=base.where, way_out="extends: ./other.yaml"
+            )
         target = path.parent / base.value
         if not target.is_file():
             raise InputError(
@@ -235,7 +240,11 @@ def _block(target: Entry, path: Sequence[str], where: str) -> dict[str, Entry]:
     if target.value is None:
         target.value = {}
     if not isinstance(target.value, dict):
-        raise InputError(f"{'.'.join(path)} is a value, not a block with keys", where=where)
+        raise InputError(
+            f"{'.'.join(path)} is a value, not a block with keys",
+            where=where,
+            way_out=f"set it by {'.'.join(path)}=..., or name a key of a block (docs/reference.md)",
+        )
     return target.value
 
 

@@ -8,6 +8,7 @@ absolute or relative to the current directory, as in a shell.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe import document
@@ -112,7 +114,8 @@ def _explain_one(root: Entry, detail: Any) -> tuple[str, str, str]:
         tags = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         return _find(root, (*location, "kind")).where, what, _nearest(str(context.get("tag")), tags)
     what, way_out = in_words(kind, context, str(detail["msg"]), detail["input"])
-    return entry.where, f"'{path}' {what} (it is {_short(detail['input'])})", way_out
+    instead = way_out or _instead(location, block=kind.startswith(("model", "dict")))
+    return entry.where, f"'{path}' {what} (it is {_short(detail['input'])})", instead
 
 
 def in_words(kind: str, context: Mapping[str, Any], message: str, value: Any) -> tuple[str, str]:
@@ -141,6 +144,21 @@ def in_words(kind: str, context: Mapping[str, Any], message: str, value: Any) ->
         return (said if said.startswith("must ") else f"is wrong: {said}"), ""
     message = message[:1].lower() + message[1:]
     return f"is wrong: {message.removeprefix('input ')}", ""
+
+
+def _instead(location: Location, *, block: bool) -> str:
+    """What to do about a value that is none for its key. block: it should be a block of keys."""
+    blocks, field = _blocks_at(location)
+    if block and blocks:
+        kinds = [kind for one in blocks for kind in _kinds(one)]
+        known = sorted({key for one in blocks for key in one.model_fields})
+        return f"begin it with kind: one of {', '.join(kinds)}" if kinds else f"its keys: {', '.join(known)}"
+    if field is None or field.is_required():
+        return "docs/reference.md has what it may be"
+    default = field.get_default(call_default_factory=True)
+    if default is None or isinstance(default, BaseModel):
+        return "write such a value, or leave the key out (docs/reference.md)"
+    return f"write such a value, or leave the key out (docs/reference.md; default {json.dumps(default)})"
 
 
 def _short(value: object) -> str:
@@ -184,17 +202,24 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _known_keys(location: Location) -> set[str]:
     """The keys that the schema knows in the block at a location."""
+    return {key for block in _blocks_at(location)[0] for key in block.model_fields}
+
+
+def _blocks_at(location: Location) -> tuple[list[type[BaseModel]], FieldInfo | None]:
+    """The blocks that a location may be, and its field; of an entry of a list or dict, that of the whole."""
     blocks: list[type[BaseModel]] = [Recipe]
+    field: FieldInfo | None = None
     for part in location:
         if isinstance(part, int):
             continue
-        annotations = [block.model_fields[part].annotation for block in blocks if part in block.model_fields]
-        if annotations:
-            blocks = [found for annotation in annotations for found in _blocks_in(annotation)]
+        fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
+        if fields:
+            field = fields[0]
+            blocks = [found for one in fields for found in _blocks_in(one.annotation)]
         else:  # the tag of a union, or the free key of a dict
             tagged = [block for block in blocks if part in _kinds(block)]
             blocks = tagged or blocks
-    return {key for block in blocks for key in block.model_fields}
+    return blocks, field
 
 
 def _blocks_in(annotation: Any) -> list[type[BaseModel]]:

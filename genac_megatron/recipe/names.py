@@ -36,7 +36,9 @@ def check_names(recipe: Recipe, where: Callable[[Sequence[str | int]], str]) -> 
             )
         if name.startswith("."):
             raise InputError(
-                f"the name {name!r} begins with a dot, as what is no checkpoint yet does", where=where(place)
+                f"the name {name!r} begins with a dot, as what is no checkpoint yet does",
+                where=where(place),
+                way_out="a name like sft-actor",
             )
 
 

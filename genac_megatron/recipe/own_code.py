@@ -64,7 +64,8 @@ def check_named(named: Named, where: str) -> None:
     except (SyntaxError, ValueError) as error:  # ValueError: null bytes
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise InputError(f"not Python: {what}", where=f"{named.place}{line}") from error
+        way_out = "correct the file: what it holds is imported when the run begins"
+        raise InputError(f"not Python: {what}", where=f"{named.place}{line}", way_out=way_out) from error
     names = set(_bound(tree.body))
     if named.function not in names and "*" not in names:
         near = difflib.get_close_matches(named.function, names, n=1, cutoff=0.5)
@@ -82,6 +83,8 @@ def _bound(body: list[ast.stmt]) -> Iterator[str]:
         match statement:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 yield name
+            case ast.Assign(value=ast.Constant() | ast.Dict() | ast.Set()):
+                pass  # no function
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                 yield from (alias.asname or alias.name.split(".")[0] for alias in aliases)
             case _:

@@ -27,7 +27,11 @@ def chunk_layers(layers: int, pp: int, vpp: int, text: str | None) -> tuple[rang
     if text is not None:
         counts = _counts(text, chunks)
         if sum(counts) != layers:
-            raise InputError(f"{text!r} has {sum(counts)} layers, the model {layers}", where=KEY)
+            raise InputError(
+                f"{text!r} has {sum(counts)} layers, the model {layers}",
+                where=KEY,
+                way_out=f"for example {_example(layers, chunks)!r}",
+            )
     elif layers % chunks:
         raise InputError(
             f"pp * vpp = {pp} * {vpp} = {chunks} does not divide the model's {layers} layers",

@@ -171,6 +171,7 @@ def _check_split(name: str, shape: Shape, layout: LayoutConfig, where: Where) ->
             f"tp {layout.tp} of '{name}' neither divides its model's kv_heads {shape.kv_heads} nor is a "
             "multiple of them",
             where=where((*place, "tp")),
+            way_out=f"choose tp that divides {shape.kv_heads}, or a multiple of it",
         )
     try:
         chunk_layers(shape.layers, layout.pp, layout.vpp, layout.pipeline_model_parallel_layout)
@@ -213,6 +214,7 @@ def _check_experts(name: str, shape: Shape, layout: LayoutConfig, where: Where) 
         raise InputError(
             f"ep {layout.ep} of '{name}' does not divide its model's {shape.experts} experts",
             where=where((*place, "ep")),
+            way_out=f"choose ep that divides {shape.experts}",
         )
     if shape.experts and layout.tp > 1 and layout.sequence_parallel is False:
         raise InputError(

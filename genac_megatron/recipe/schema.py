@@ -316,7 +316,7 @@ class ClusterConfig(Block):
 
 
 class Recipe(Block):
-    """Everything a run needs. `genac run RECIPE --dry-run` prints it resolved."""
+    """Everything a run needs. `genac run RECIPE --resolved` prints it whole."""
 
     name: str  # of the run, and of its folder
     runs: Annotated[str, AfterValidator(os.path.expanduser)] = "runs"  # the run folder is <runs>/<name>

@@ -22,7 +22,7 @@ def inherited(recipe: Any) -> Any:
     roles = dict(recipe["roles"])
     for name, role in roles.items():
         model = role.get("model") if isinstance(role, dict) else None
-        other = roles.get(model.get("share")) if isinstance(model, dict) else None
+        other = _shared(roles, model)
         if not isinstance(other, dict) or not isinstance(model, dict) or other is role:
             continue
         theirs = other.get("model")
@@ -48,11 +48,17 @@ def lent(recipe: Any) -> Any:
     roles = dict(recipe["roles"])
     for name, role in recipe["roles"].items():
         engine = role.get("engine") if isinstance(role, dict) else None
-        other = roles.get(engine.get("share")) if isinstance(engine, dict) else None
+        other = _shared(roles, engine)
         theirs = other.get("engine") if isinstance(other, dict) else None
         if isinstance(engine, dict) and isinstance(theirs, dict):
             roles[name] = {**role, "engine": {**copy.deepcopy(theirs), **engine}}
     return {**recipe, "roles": roles}
+
+
+def _shared(roles: dict[str, Any], block: Any) -> Any:
+    """The plain data of the role that a block shares with; None where it names none."""
+    name = block.get("share") if isinstance(block, dict) else None
+    return roles.get(name) if isinstance(name, str) else None
 
 
 def only(recipe: Recipe, roles: Mapping[str, RoleConfig]) -> Recipe:

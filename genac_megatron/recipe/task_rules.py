@@ -23,8 +23,10 @@ from genac_megatron.recipe.tasks import (
 from genac_megatron.tasks.answers import EXACT, MARKED
 from genac_megatron.tasks.benchmarks import find_benchmark
 from genac_megatron.tasks.mixture import BLOCK
+from genac_megatron.tasks.rows import READERS
 
 ASKED_FOR = {"boxed": "\\boxed", "tag": "<answer>", "line": "Answer:", "hashes": "####"}  # by an instruction
+RELATIVE = "a path that begins with ./ is relative to the recipe, others to the current directory"
 VERIFIERS = {"math": "mathematical equality (math-verify)", "exact": "the same text, spaces apart"}
 
 
@@ -37,7 +39,9 @@ def check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> 
         least, most = (getattr(task, f"{end}_{what}", 0) for end in ("min", "max"))
         if least > most:
             raise InputError(
-                f"min_{what} {least} is above max_{what} {most}", where=where((*place, f"min_{what}"))
+                f"min_{what} {least} is above max_{what} {most}",
+                where=where((*place, f"min_{what}")),
+                way_out="lower the first, or raise the second",
             )
     if isinstance(task, JsonlTask | DatasetTask | PythonTask) and task.verifier is None:
         known = "; ".join(f"{name}: {what}" for name, what in VERIFIERS.items())
@@ -55,6 +59,18 @@ def check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> 
         check_file(task.path, (*place, "path"), where)
         if task.heldout_path is not None:
             check_file(task.heldout_path, (*place, "heldout_path"), where)
+    if (
+        isinstance(task, DatasetTask)
+        and _names_a_file(task.name)
+        and not Path(task.name).expanduser().exists()
+    ):
+        what = f"there is no file or folder {task.name}"
+        raise InputError(what, where=where((*place, "name")), way_out=RELATIVE)
+
+
+def _names_a_file(name: str) -> bool:
+    """Whether a data set's name can only be a path of this machine."""
+    return name.startswith(("/", "~")) or name.lower().removesuffix(".gz").endswith(READERS)
 
 
 def _check_mixture(task: MixtureTask, place: tuple[str | int, ...], where: Where) -> None:
@@ -142,9 +158,10 @@ def check_benchmarks(sources: Sequence[BenchmarkSource], place: tuple[str | int,
             raise InputError(f"{name} is named {times} times", where=where(place), way_out="name it once")
         path = next(source.path for source in sources if source.name == name)
         if path is not None and benchmark.suite:
-            raise InputError(f"{name} is generated: it reads no path", where=where(place))
+            what = f"{name} is generated: it reads no path"
+            raise InputError(what, where=where(place), way_out="take the path out")
         if path is not None and not Path(path).expanduser().exists():
-            raise InputError(f"there is no file or folder {path}", where=where(place))
+            raise InputError(f"there is no file or folder {path}", where=where(place), way_out=RELATIVE)
 
 
 def _check_forms(task: JsonlTask | DatasetTask, place: tuple[str | int, ...], where: Where) -> None:
@@ -167,5 +184,5 @@ def check_file(path: str, location: Sequence[str | int], where: Where) -> None:
         raise InputError(
             f"there is no file {path}",
             where=where(location),
-            way_out="a path that begins with ./ is relative to the recipe, others to the current directory",
+            way_out=RELATIVE,
         )

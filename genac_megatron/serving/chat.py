@@ -211,20 +211,7 @@ class ChatEndpoint:
         check_address(url, names.url)
         headers = {}
         if api_key_env is not None:
-            key = os.environ.get(api_key_env, "").strip()
-            if not key:
-                raise InputError(
-                    f"the environment variable {api_key_env} is not set",
-                    where=names.api_key_env,
-                    way_out=f"export it, or leave {names.api_key_env} out",
-                )
-            if not (key.isascii() and key.isprintable()):
-                raise InputError(
-                    f"the environment variable {api_key_env} holds characters that no HTTP header can",
-                    where=names.api_key_env,
-                    way_out="export the key alone, in one line",
-                )
-            headers["Authorization"] = f"Bearer {key}"
+            headers["Authorization"] = f"Bearer {read_key(api_key_env, names.api_key_env)}"
         return f"{url.rstrip('/')}/chat/completions", headers
 
     def _post(self, body: dict[str, Any]) -> httpx.Response | Unanswered:
@@ -262,6 +249,24 @@ class ChatEndpoint:
         text = content if isinstance(content, str) else None
         told = reasoning if isinstance(reasoning, str) else ""
         return Answer(text, str(choice.get("finish_reason") or "stop"), tokens, told, read)
+
+
+def read_key(variable: str, setting: str) -> str:
+    """The key in an environment variable. Raises InputError, naming the setting, where there is none."""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(
+            f"the environment variable {variable} is not set",
+            where=setting,
+            way_out=f"export it, or leave {setting} out",
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"the environment variable {variable} holds characters that no HTTP header can",
+            where=setting,
+            way_out="export the key alone, in one line",
+        )
+    return key
 
 
 def check_address(url: str, name: str) -> None:

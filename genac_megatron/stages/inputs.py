@@ -37,6 +37,15 @@ def need_inputs(recipe: Recipe, *, resume: bool, planning: bool, ask: bool = Fal
         need_endpoints(recipe, teachers=not resume)  # of a resumed run, their answers may all be there
 
 
+def need_places(out: str, *checkpoints: str | None) -> None:
+    """Raise InputError where a checkpoint that a command names is not there, or `out` is a file."""
+    for named in checkpoints:
+        if named is not None:
+            find_checkpoint(Path(named).expanduser())
+    if Path(out).is_file():
+        raise InputError("a file, and no folder", where=out, way_out="name another with --out")
+
+
 def _need_folder(path: Path) -> None:
     """A folder that is there, or can be made, and written to."""
     there = next(one for one in (path, *path.absolute().parents) if one.exists() or one.is_symlink())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genac_megatron import platform
-from genac_megatron.cluster.placement import placement, publication_faults, tenants
+from genac_megatron.cluster.placement import SUGGESTED, placement, publication_faults, tenants
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
@@ -199,7 +199,8 @@ class Run:
         self._check_nodes()
         total, who = min(gathered(platform.gpu_bytes())), tenants(self.recipe)
         if reasons := publication_faults(self.recipe):
-            raise on_all_ranks(InputError("\n  ".join(reasons), where=f"recipe {self.recipe.name}"))
+            what, way_out = "\n  ".join(reasons), SUGGESTED
+            raise on_all_ranks(InputError(what, where=f"recipe {self.recipe.name}", way_out=way_out))
         if reasons := memory.faults(self.recipe, who, total, "GPU here"):
             what, way_out = "\n  ".join(reasons), "--dry-run shows who holds what (cluster.gpu names the GPU)"
             raise on_all_ranks(InputError(what, where=f"recipe {self.recipe.name}", way_out=way_out))
@@ -327,7 +328,8 @@ class Run:
         """
         if not self.roles[target].shape.may_start_from(self.roles[source].shape):
             what = f"{target} cannot start from {source}: their shapes differ"
-            raise on_all_ranks(InputError(what, where=f"roles.{target}.model"))
+            way_out = f"give {target} the model of {source}, or leave start_from out"
+            raise on_all_ranks(InputError(what, where=f"roles.{target}.model", way_out=way_out))
         Publisher(self.roles[source], [RoleSink(self.roles[target])]).publish(0)
 
     # --- the world -------------------------------------------------------------------------------

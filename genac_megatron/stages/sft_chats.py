@@ -29,7 +29,11 @@ _MARK = "GENACTURNMARK"
 def used_conversations(stage: SftStage) -> tuple[list[Conversation], int]:
     """(the conversations that the stage trains on, how many its file has). Raises InputError."""
     if stage.path is None:
-        raise InputError("data: jsonl needs a path", where=f"stage {stage.name}")
+        raise InputError(
+            "data: jsonl needs a path",
+            where=f"stage {stage.name}",
+            way_out='path: a file of lines {"messages": [...]}',
+        )
     found = read_conversations(Path(stage.path).expanduser())
     return found[: stage.size], len(found)
 

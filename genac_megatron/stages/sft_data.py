@@ -302,7 +302,11 @@ def of_file(run: Run, order: Order) -> list[Sample]:
     rows = read_traces(path)
     made = file_samples(rows[: order.size], run.tokenizers[order.role], run.recipe.judging, order.teacher)
     if not made:
-        raise InputError("no trace in it parses and fits into judging.max_new_tokens", where=path)
+        raise InputError(
+            "no trace in it parses and fits into judging.max_new_tokens",
+            where=path,
+            way_out="raise judging.max_new_tokens, or ask for other traces (docs/traces.md)",
+        )
     run.progress.note(f"[{order.label}] {len(made)} of {len(rows)} traces of {path} (size {order.size})")
     return made
 
@@ -424,5 +428,9 @@ def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
     left_out = f"; {len(long)} are too long and left out: {listed(long)}" if long else ""
     run.progress.note(f"[{stage.name}] {len(used)} of {count} conversations{turns}{left_out}")
     if not samples:
-        raise InputError("no conversation is left to train on", where=f"stage {stage.name}")
+        raise InputError(
+            "no conversation is left to train on",
+            where=f"stage {stage.name}",
+            way_out="give a longer file, shorter conversations, or a model with more positions",
+        )
     return samples

@@ -173,7 +173,8 @@ def _write(places: Any, seeds: list[int], console: Any) -> None:
     seeds_done = sorted({record["seed"] for record in [*records, *audited]})
     study = places.study.model_copy(update={"seeds": seeds_done})
     if not (records or audited):
-        raise InputError("none of its runs is done", where=str(places.work))
+        way_out = "run the study first: the same command without --collect"
+        raise InputError("none of its runs is done", where=str(places.work), way_out=way_out)
     found = {"study": study.model_dump(mode="json"), "records": records}
     write_json_atomic(places.out / FIGURES, found | ({"audits": audited} if study.audits else {}))
     tables = ([markdown(study, records)] if records else []) + [audits.markdown(study, audited)]

@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.block import Block
+from genac_megatron.recipe.document import YAML
 from genac_megatron.recipe.loader import in_words
 
 
@@ -154,9 +155,11 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Any:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise InputError(
+            f"cannot be read: {error.strerror}", where=str(path), way_out="give a study's YAML file"
+        ) from None
     except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {error}", where=str(path)) from None
+        raise InputError(f"not YAML: {error}", where=str(path), way_out=YAML) from None
     if not isinstance(found, dict) or "extends" not in found:
         return found
     parent = path.parent / str(found.pop("extends"))
@@ -226,7 +229,8 @@ def cells_of(study: Study, where: str = "") -> list[Cell]:
     bases = [name for name, _ in bases_of(study)]
     for cell in made:
         if cell.spec.recipe is None:
-            raise InputError(f"the cell '{cell.name}' has no recipe", where=where)
+            way_out = "give it one, or one of its axes' options"
+            raise InputError(f"the cell '{cell.name}' has no recipe", where=where, way_out=way_out)
         _need(cell.spec.runs, bases, f"the cell '{cell.name}' starts from", "base run", where)
     return made
 

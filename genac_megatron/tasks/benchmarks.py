@@ -125,7 +125,8 @@ def make_benchmark(
     benchmark = find_benchmark(name)
     if benchmark.suite:
         if path is not None:
-            raise InputError(f"{name} is generated: it reads no path", where="benchmark")
+            what = f"{name} is generated: it reads no path"
+            raise InputError(what, where="benchmark", way_out="take the path out")
         return GymSuite(benchmark.suite, tokenizer, reasoning_tags)
     problems = _questions(name, benchmark, path)
     task = Questions([], problems, benchmark.verifier, tokenizer)
@@ -246,7 +247,9 @@ def _questions(name: str, benchmark: Benchmark, path: str | None) -> list[Proble
         text = _field(row, benchmark.question_keys, where)
         problems.append(Problem(text, answer, benchmark.instruction, where=where))
     if not problems:
-        raise InputError("no problem in it", where=str(Path(config.source)))
+        raise InputError(
+            "no problem in it", where=str(Path(config.source)), way_out="give a file with a problem a line"
+        )
     return problems
 
 

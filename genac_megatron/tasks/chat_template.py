@@ -89,5 +89,9 @@ def _read_by(template: str, where: str) -> set[str]:
             Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
         )
     except TemplateError as error:
-        raise InputError(f"the chat template cannot be read: {error}", where=where) from error
+        raise InputError(
+            f"the chat template cannot be read: {error}",
+            where=where,
+            way_out="correct it, or give another by model.chat_template (recipes/base-models/plain.jinja)",
+        ) from error
     return {str(name) for name in read}

@@ -98,7 +98,11 @@ def _rows(config: DatasetTask, split: str) -> Iterable[Located]:
     path = Path(config.source).expanduser()
     if path.is_file():
         if not path.name.lower().removesuffix(".gz").endswith(READERS):
-            raise InputError(f"a file that is none of {', '.join(READERS)}", where=config.source)
+            raise InputError(
+                f"a file that is none of {', '.join(READERS)}",
+                where=config.source,
+                way_out="save it in one of these forms, or give its name that ending",
+            )
         return iter_rows(path)
     if path.is_dir() and ((path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()):
         return _numbered(_loaded(config, split, lambda: _from_disk(path, split)), config.source, split)

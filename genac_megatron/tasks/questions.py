@@ -250,7 +250,11 @@ def compiled(text: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise InputError(f"not a regular expression: {error}", where="task.answer_pattern") from error
+        raise InputError(
+            f"not a regular expression: {error}",
+            where="task.answer_pattern",
+            way_out=r"one of Python's, such as '#### (\S+)'",
+        ) from error
     if pattern.groups < 1:
         raise InputError(
             "the pattern has no group", where="task.answer_pattern", way_out="put the answer in a (group)"

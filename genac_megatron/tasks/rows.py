@@ -112,7 +112,11 @@ def _bytes(file: Path, path: str) -> bytes:
             way_out="name a file; folders are read by kind: datasets (name: FOLDER)",
         ) from error
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=path) from error
+        raise InputError(
+            f"cannot be read: {error.strerror or error}",
+            where=path,
+            way_out="give a file that is there and that you may read",
+        ) from error
     if data.startswith(LFS):
         raise _pointer(path)
     if data.startswith(UTF16):
@@ -231,10 +235,14 @@ def _parquet(file: Path) -> Iterator[Located]:
             yield f"{file}, row {number}", as_row(shorten(row))
     except (OSError, pyarrow.ArrowException) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise InputError(f"cannot be read: {what}", where=str(file)) from error
+        raise InputError(
+            f"cannot be read: {what}", where=str(file), way_out="give a whole parquet file: fetch it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"a column of text holds what is not UTF-8: {error.reason}", where=str(file)
+            f"a column of text holds what is not UTF-8: {error.reason}",
+            where=str(file),
+            way_out="write its texts as UTF-8",
         ) from error
 
 

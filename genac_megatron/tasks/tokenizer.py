@@ -23,6 +23,7 @@ BUILTIN, BUILTIN_PREFIX = "builtin:tiny", "builtin:"
 TINY_FOLDER = Path(__file__).parent / "tiny_tokenizer"
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 SHOWN_TOKENS = 4
+AGAIN = "fetch the tokenizer's folder again, whole"
 MARK = "GENACCONTENTMARK"
 TAIL = 64  # tokens of a prompt's end that are looked at
 # The end of a prompt that has opened a tag for the answer, and perhaps closed it again.
@@ -53,13 +54,15 @@ def tokenizer_size(spec: str, where: str = "") -> int:
             f"cannot read {path}: {reason}", where=where, way_out="a tokenizer folder holds tokenizer.json"
         ) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}", way_out=AGAIN) from None
     try:
         vocab = tokenizer["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         return int(max(ids + [token["id"] for token in tokenizer.get("added_tokens", [])])) + 1
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError("not a tokenizer in the format of `tokenizers`", where=str(path)) from None
+        raise InputError(
+            "not a tokenizer in the format of `tokenizers`", where=str(path), way_out=AGAIN
+        ) from None
 
 
 def check_rows(spec: str, rows: int, where: str) -> None:
@@ -353,11 +356,12 @@ def read_ends(path: Path) -> tuple[int, ...]:
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from error
+        raise InputError(f"cannot be read: {error}", where=str(path), way_out=AGAIN) from error
     found = config.get("eos_token_id") if isinstance(config, dict) else None
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
-        raise InputError(f"eos_token_id is {found!r}, not a token id or a list of them", where=str(path))
+        what = f"eos_token_id is {found!r}, not a token id or a list of them"
+        raise InputError(what, where=str(path), way_out="write the number of the token that ends a turn")
     return tuple(ends)
 
 

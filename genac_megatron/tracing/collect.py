@@ -202,8 +202,9 @@ class Collector:
         drawn.prompts = max(before, default=0)
         states = drawn.next(wanted)
         if not states:
-            error = InputError(f"no state of {actor.name} could be drawn", where=f"stage {self.stage.name}")
-            raise on_all_ranks(error)
+            what = f"no state of {actor.name} could be drawn"
+            way_out = "raise rollout.max_new_tokens or rollout.prompts, or lower judging.states.min_segment"
+            raise on_all_ranks(InputError(what, where=f"stage {self.stage.name}", way_out=way_out))
         tokenizer, limit = run.tokenizers["actor"], self.stage.rollout.max_new_tokens
         counts = {"round": number, "of": len(states), "drawn": drawn.prompts}
 

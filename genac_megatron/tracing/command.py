@@ -13,6 +13,7 @@ from genac_megatron.observe.runinfo import RunFolder, run_path
 from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.stages.endpoints import need_endpoints
+from genac_megatron.stages.inputs import need_places
 from genac_megatron.tracing.asked_stage import traces_stage
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
     recipe = load_recipe(options.recipe, [*options.overrides, *options.override])
     need_no_environment(recipe, "genac traces ask")
     traces_stage(recipe, options.stage)  # before ranks start
+    need_places(options.out, options.checkpoint, options.critic)
     folder = RunFolder(run_path(recipe)).beside("traces", given)
     if not in_world() and not Path(options.out).exists():  # else it goes on, and may have all answers
         need_endpoints(recipe, teachers=True)

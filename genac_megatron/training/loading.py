@@ -158,7 +158,11 @@ def _read_small(
     """The manifest and what is not sharded. Raises InputError where `roles` are not what it holds."""
     manifest = read_manifest(path)
     if missing := sorted(set(roles) - set(manifest["roles"])):
-        raise InputError(f"it holds no role {', '.join(missing)}", where=str(path))
+        raise InputError(
+            f"it holds no role {', '.join(missing)}",
+            where=str(path),
+            way_out=f"there are: {', '.join(sorted(manifest['roles'])) or 'none'}; name another checkpoint",
+        )
     for name, role in roles.items():
         _check_shape(path, name, manifest["roles"][name], role.shape, body=not optimizers)
         if not moved:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from genac_megatron.recipe.loader import load_recipe
 from tests.warm import Popen, command, environment, genac
 
 UNEQUAL = ("time", "memory/", "tokens/evaluate")
@@ -224,19 +225,27 @@ def test_a_killed_rank_loses_nothing_and_leaves_nothing_behind(whole: Path, tmp_
     assert rows(tmp_path) == rows(whole)
 
 
-def test_dry_run_prints_the_recipe_and_its_estimate_without_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--dry-run", "--resolved"])
+def test_a_dry_run_says_what_matters_and_the_next_command_without_torch(tmp_path: Path, flag: str) -> None:
     recipe = write_recipe(tmp_path)
     code = (
         "import sys; from genac_megatron.cli import main; c = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(c)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "run", str(recipe), "--dry-run", "stages.2.steps=7"],
+        [sys.executable, "-c", code, "run", str(recipe), flag, "stages.2.steps=7"],
         cwd=tmp_path, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "steps: 7" in done.stdout
-    assert "rank" in done.stdout
+    if flag == "--resolved":
+        (tmp_path / "whole.yaml").write_text(done.stdout)
+        assert load_recipe(tmp_path / "whole.yaml") == load_recipe(recipe, ["stages.2.steps=7"])
+    else:
+        assert "7 steps" in done.stdout
+        assert "Memory, estimated" in done.stdout
+        assert done.stdout.endswith(f" run {recipe} stages.2.steps=7\n")
+        assert f" run {recipe} stages.2.steps=7 --resolved\n" in done.stdout
+        assert len(done.stdout.splitlines()) < 40
     assert not (tmp_path / "runs").exists()
 
 

@@ -74,6 +74,18 @@ def rank_pid(run: Path, rank: int) -> int:
     return int(json.loads((run / f"logs/latest/heartbeats/rank-{rank:05d}.json").read_text())["pid"])
 
 
+def last_words(text: str) -> list[list[Any]]:
+    """Of each attempt: what happened (not how long), the run folder, what comes next. Its report is there."""
+    found: list[list[Any]] = []
+    for what, rest in re.findall(r"^genac: (.+?)(?: after .*)?\n((?:  .*\n)+)", text, re.MULTILINE):
+        lines = [line.strip() for line in rest.splitlines() if "no rank began the run" not in line]
+        folder = Path(lines[0].removeprefix("run folder: "))
+        assert lines[1] == f"report:     {folder}/report/index.html"
+        assert (folder / "report" / "index.html").is_file()
+        found.append([what, folder, *lines[2:]])
+    return found
+
+
 def gone(job: int) -> None:
     until(lambda: not ours(job), f"processes of job {job} to be gone: {ours(job)}", 30.0)
 
@@ -97,9 +109,12 @@ def test_requeued_by_usr1_it_ends_like_an_uninterrupted_run(
     text = output()
     assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("COMPLETED", "0:0", "1"), text
     gone(job)
-    told = (f"run folder: {run}", f"to end it: scancel {job}", f"to-hf {run} run-hf")  # last words, twice
-    words = ("asked to stop", "requeue (restart 1)", f"job {job}-r1", "resuming after ppo", "done: ", *told)
+    words = ("asked to stop", "requeue (restart 1)", f"job {job}-r1", "resuming after ppo", "done: ")
     assert [said for said in words if said not in text] == [], text
+    again = f"Slurm starts it again, and it goes on from its checkpoint; to end it: scancel {job}"
+    first, last = last_words(text)
+    assert first == ["stopped as asked, with a checkpoint", run, again], text
+    assert last == ["done", run, f"its actor:  sbatch {ROOT}/slurm/convert.sh to-hf {run} run-hf"], text
     _check_logs(run, job)
     _check_against_uninterrupted(run, recipe, tmp_path)
     again = genac("status", str(run), cwd=tmp_path, environ=cluster.environ)
@@ -161,7 +176,7 @@ def test_a_stalled_rank_is_named_and_a_killed_one_ends_the_job(
     assert (seen["JobState"], seen["ExitCode"], seen["Restarts"]) == ("FAILED", "4:0", "0"), output()
     assert "sbatch the same again, it resumes" in output()
     again = f"  to go on:   genac slurm {recipe.resolve()} stages.ppo.steps=50\n"
-    assert "genac: ended: an engine or a rank was lost after" in output()
+    assert last_words(output()) == [["ended: an engine or a rank was lost", run, again.strip()]], output()
     assert output().endswith(again), output()
     gone(job)
 
@@ -214,8 +229,12 @@ def test_a_gate_that_fails_ends_with_3(
     seen = cluster.wait(job, LIMIT_S)
     assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "3:0"), output()
     assert "a gate failed" in output()
-    way = f"genac slurm {recipe} {gate[0]} {gate[1]} stages.reinforce.gate.action=warn\n"
-    assert output().endswith(f"        or: {way}"), output()
+    again = f"genac slurm {recipe} {gate[0]} {gate[1]}"
+    [[what, run, *ways]] = last_words(output())
+    assert (what, run) == ("ended: a gate is not reached", tmp_path / "runs/run"), output()
+    assert ways[0].startswith(f"to go on:   {again} stages.reinforce.steps="), output()
+    assert ways[-1] == f"or: {again} stages.reinforce.gate.action=warn", output()
+    assert output().rstrip().endswith(ways[-1])
 
 
 def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Output) -> None:
@@ -231,18 +250,19 @@ def test_smoke(cluster: Cluster, settings: Settings, tmp_path: Path, output: Out
 def test_a_chain_goes_on_without_requeue(
     cluster: Cluster, short: Short, settings: Settings, tmp_path: Path, output: Output
 ) -> None:
-    """Two jobs of one name: the first is stopped and not requeued, the second resumes and ends the run.
+    """Jobs of one name: the first is stopped and not requeued, the second resumes and ends the run, the third
+    finds nothing left to do.
 
     One rank on one node: the nodes are not the point.
     """
     short(50)
     done = cluster.run(
-        str(ROOT / "slurm" / "chain.sh"), "2", "--parsable", "--nodes=1", *NODES[1:],
+        str(ROOT / "slurm" / "chain.sh"), "3", "--parsable", "--nodes=1", *NODES[1:],
         str(ROOT / "slurm" / "genac_ppo.sh"), "--", "stages.ppo.steps=12", "world.ranks=1",
         cwd=tmp_path, RECIPE="recipe.yaml", **settings, **AT_ONCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, second = map(int, done.stdout.split())
+    first, second, third = map(int, done.stdout.split())
     # At once: the first could end while a busy machine looks.
     waiting = cluster.job(second)
     assert (waiting["JobState"], waiting["Dependency"]) == ("PENDING", "singleton(unfulfilled)"), output()
@@ -252,6 +272,15 @@ def test_a_chain_goes_on_without_requeue(
     assert cluster.wait(first, LIMIT_S)["ExitCode"] == "75:0", output()
     assert cluster.wait(second, LIMIT_S)["JobState"] == "COMPLETED", output()
     assert "GENAC_REQUEUE is off" in output()
+    assert cluster.wait(third, LIMIT_S)["JobState"] == "COMPLETED", output()
+    assert "this run is finished: nothing to do" in output()
+    again = "to go on:   genac slurm recipe.yaml stages.ppo.steps=12 world.ranks=1"
+    its_actor = f"its actor:  sbatch {ROOT}/slurm/convert.sh to-hf {run} run-hf"
+    assert last_words(output()) == [
+        ["stopped as asked, with a checkpoint", run, again],
+        ["done", run, its_actor],
+        ["done", run, its_actor],
+    ], output()
     assert reached(run, "ppo", 12)
     gone(first)
     gone(second)

@@ -77,6 +77,16 @@ def test_a_command_that_is_none_is_told(tmp_path: Path) -> None:
             check(words, tmp_path)
 
 
+def test_a_file_has_its_name_on_one_page_alone() -> None:
+    """Who follows two pages in one folder overwrites nothing."""
+    on: dict[str, set[str]] = {}
+    for page in ALL:
+        for name in [named[1] for _, text in blocks(page) if (named := NAMED.match(text))]:
+            on.setdefault(name, set()).add(page.name)
+    assert {name: pages for name, pages in on.items() if len(pages) > 1} == {}
+    assert len(on) > 8
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in ALL:
         text = BLOCK.sub("", page.read_text(encoding="utf-8"))

@@ -69,6 +69,34 @@ def test_a_judge_that_is_down_is_told_of_before_anything_begins(capsys: pytest.C
     assert cli.main(["run", str(path), "--dry-run"]) == 0, "a login node may not see it"
 
 
+def test_a_key_that_is_not_set_is_told_beside_an_address_where_nobody_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOBODYS_KEY", raising=False)
+    path = recipe(url := nobody())
+    assert cli.main(["run", str(path), "task.judge.api_key_env=NOBODYS_KEY"]) == 2
+    said = capsys.readouterr().err
+    assert "task.judge.api_key_env: the environment variable NOBODYS_KEY is not set" in said
+    assert f"task.judge.url: the judge does not answer at {url}" in said
+    assert "way out: export it, or leave task.judge.api_key_env out" in said
+    assert said.count("genac: error: ") == 1
+
+
+def test_a_dry_run_asks_nobody_and_names_keys_that_are_not_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOBODYS_KEY", raising=False)
+    words = ["run", str(recipe(nobody())), "--dry-run", "task.judge.api_key_env=NOBODYS_KEY"]
+    line = "judge: NOBODYS_KEY is not set here; the run needs it in its environment\n"
+    assert cli.main(words) == 0
+    assert line in capsys.readouterr().out
+    monkeypatch.setenv("NOBODYS_KEY", "k")
+    assert cli.main(words) == 0
+    assert line not in capsys.readouterr().out
+    assert cli.main([*words, "task.judge.url=nowhere"]) == 2
+    assert "way out: set task.judge.url to the base" in capsys.readouterr().err
+
+
 def test_one_that_takes_requests_and_says_nothing_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(there, "LIMIT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=8) as server:

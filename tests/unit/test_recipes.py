@@ -48,8 +48,9 @@ def test_a_recipe_beyond_maths_passes_its_dry_run(
     monkeypatch.chdir(tmp_path)
     [path] = (FOLDER / name).glob("qwen3-4b-*.yaml")
     assert main(["run", str(path), "--dry-run"]) == 0
+    assert "4.02 B parameters" in capsys.readouterr().out
+    assert main(["run", str(path), "--resolved"]) == 0
     shown = capsys.readouterr().out
-    assert "4.02 B parameters" in shown
     assert {"planning": "name: rush_hour", "dialogue": "kind: rubric"}[name] in shown
 
 

@@ -328,7 +328,11 @@ class Fleet:
         if name is None:
             return ""
         if name not in os.environ:
-            raise InputError(f"the environment variable {name} is not set", where="engine.api_key_env")
+            raise InputError(
+                f"the environment variable {name} is not set",
+                where="engine.api_key_env",
+                way_out="export it, or leave engine.api_key_env out",
+            )
         return os.environ[name]
 
     def _attach(self) -> None:
