@@ -20,7 +20,7 @@ OURS = {
     *(f"models/{name}.py" for name in ("logprobs", "mapping", "packed_attention", "routing", "specs")),
     *("models/families/base.py", "models/families/reading.py", "publication/publisher.py"),
     *(f"serving/{name}.py" for name in ("embedded", "engine", "sglang/engine", "sglang/loading")),
-    *(f"training/{name}.py" for name in ("distributed_batch", "packing", "tree_packs")),
+    *(f"training/{name}.py" for name in ("distributed_batch", "packing", "plans", "tree_packs")),
 }
 RECIPES = ("quickstart.yaml", "games/lock.yaml")
 BAD = ("-1.5e+300", "{a: {b: 1}}")
