@@ -235,13 +235,30 @@ def _in_ranks(recipe: Recipe, given: list[str], job: Job, folder: Path) -> int:
     folder: for their heartbeats.
     """
     from genac_megatron.platform.network import rank_environment
+    from genac_megatron.recipe.megatron_rules import queue_environment
 
+    queues = queue_environment(recipe, os.environ)
     if not in_world():
         return Launcher(rank_command(given), recipe.world.ranks, recipe.world.threads).run()
     os.environ.update(adopt_slurm())
     check_world(recipe.world.ranks)
-    os.environ.update(rank_environment(os.environ))
+    os.environ.update(rank_environment(os.environ) | queues)
     return _rank(recipe, job, folder)
+
+
+def need_files(recipe: Recipe, files: int) -> None:
+    """Raise InputError where this process may open fewer files than a rank has connections."""
+    from genac_megatron.recipe.estimate import open_files
+
+    needed = open_files(recipe)
+    if files < needed:
+        raise InputError(
+            f"one of {recipe.world.ranks} ranks has up to {needed} files open, and this process may have "
+            f"{files}",
+            where="world.ranks",
+            way_out="raise the hard limit of open files (ulimit -Hn) on every node: LimitNOFILE of slurmd, "
+            "or /etc/security/limits.conf",
+        )
 
 
 def _rank(recipe: Recipe, job: Job, folder: Path) -> int:
@@ -254,7 +271,7 @@ def _rank(recipe: Recipe, job: Job, folder: Path) -> int:
         import torch
 
     follow_launcher()
-    platform.raise_open_files()
+    need_files(recipe, platform.raise_open_files())
     torch.set_num_threads(recipe.world.threads)
     install()  # before anything imports megatron.core
     one_voice()

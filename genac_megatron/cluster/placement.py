@@ -120,11 +120,16 @@ def publication_faults(recipe: Recipe) -> list[str]:
         stage = ranks_of(layout, recipe.world.ranks) // layout.pp
         sources = [layout.first_rank + stage * index for index in range(layout.pp)]
         sending = {(place.node_of(rank), rank % place.ranks_per_node) for rank in sources}
-        served = {(engine.node_of(index), gpu) for index, gpus in enumerate(plan[name]) for gpu in gpus}
+        served = {
+            (node, gpu)
+            for index, gpus in enumerate(plan[name])
+            for node in engine.nodes_of(index)
+            for gpu in gpus
+        }
         alone, both = {one for one in served if one[1] >= place.ranks_per_node}, served & sending
         if way == "tensor" and alone:
             why = f"no rank is on GPU {_named(alone)}, where CUDA IPC would have to begin"
-        elif both and (way == "group" or (way == "auto" and alone)):
+        elif both and (way == "group" or (way == "auto" and (alone or engine.nnodes > 1))):
             why = f"on GPU {_named(both)} is also a rank that sends, and NCCL takes one process of a GPU"
             why += f"; CUDA IPC does not reach GPU {_named(alone)}, where no rank is" if alone else ""
         else:
@@ -227,7 +232,8 @@ def _duty(recipe: Recipe, place: Placement, node: int) -> str:
         if role.starts_servers and node in role.engine.nodes:
             engine, used = role.engine, role_gpus(recipe, name, node)
             gpus = f", GPUs {', '.join(map(str, used))}" if place.gpus_per_node else ""
-            parts.append(f"{engine.engines_per_node} server(s) of {name} (tp {engine.tp}{gpus})")
+            share = f"a part of {engine.engines_per_node}" if engine.nnodes > 1 else engine.engines_per_node
+            parts.append(f"{share} server(s) of {name} (tp {engine.tp}{gpus})")
     if trains:
         parts.insert(0, f"train {' and '.join(trains)}")
     return "; ".join(parts) or "drive requests alone"

@@ -273,6 +273,7 @@ def check(shape: Shape, layout: Sizes, training: TrainingConfig, specs: Kind) ->
             way_out=f"choose tp and cp whose product divides {shape.heads}",
         )
     _check_experts(shape, layout, where)
+    _need_engine(training, specs)
     if tree_way(training) == "merged" and training.dtype == "fp32" and platform.device().type != "cpu":
         raise InputError(
             "merged calls of flash attention take half precision, and the dtype is fp32",
@@ -346,6 +347,7 @@ def transformer_config(
     }
     arguments |= _experts(shape, training, fused)
     arguments |= _parallel(layout, dtype) | _precision(training)
+    arguments["tp_comm_overlap"] = training.tp_comm_overlap
     if layout.pipeline_model_parallel_layout is not None:
         arguments["pipeline_model_parallel_layout"] = StageLayout(
             layout.pipeline_model_parallel_layout, layout.pp, stage
@@ -391,6 +393,17 @@ def _parallel(layout: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         "batch_p2p_comm": not interleaved,
         "deallocate_pipeline_outputs": False,
     }
+
+
+def _need_engine(training: TrainingConfig, specs: Kind) -> None:
+    """What Transformer Engine alone has. Raises InputError."""
+    for key in ("tp_comm_overlap", "use_precision_aware_optimizer"):
+        if getattr(training, key) and (specs != "te" or not platform.has_te()):
+            raise InputError(
+                f"{key} needs Transformer Engine, on a GPU",
+                where=f"training.{key}",
+                way_out="take it out (and what goes with it)",
+            )
 
 
 def _precision(training: TrainingConfig) -> dict[str, Any]:

@@ -225,13 +225,19 @@ def set_parameter(
     item: ParamRule, hf: Sequence[Tensor], chunks: Sequence[nn.Module], layout: ChunkLayout, shape: Shape
 ) -> None:
     """Set one of this rank's parameters from whole Hugging Face tensors, `item.hf_names`."""
-    tensors = [_checked(tensor, name, shape) for name, tensor in zip(item.hf_names, hf, strict=True)]
-    value = shard(item.rule, tensors, shape, unwrap(chunks[0]).pg_collection.tp.rank(), layout.tp)
+    tensors = [checked(tensor, name, shape) for name, tensor in zip(item.hf_names, hf, strict=True)]
+    keep(item, shard(item.rule, tensors, shape, unwrap(chunks[0]).pg_collection.tp.rank(), layout.tp))
+
+
+@torch.no_grad()
+def keep(item: ParamRule, value: Tensor) -> None:
+    """Set one of this rank's parameters from its shard."""
     item.parameter.copy_(value)
     remember(item.parameter, value)
 
 
-def _checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:
+def checked(tensor: Tensor, name: str, shape: Shape) -> Tensor:
+    """The tensor. Raises InputError where its size is not the shape's."""
     if tensor.shape != hf_size(name, shape):
         raise InputError(
             f"{name} has shape {tuple(tensor.shape)}, expected {hf_size(name, shape)}", where="weights"

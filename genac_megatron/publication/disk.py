@@ -24,7 +24,6 @@ from genac_megatron.publication.sequence import place
 from genac_megatron.publication.transport import Parcel
 from genac_megatron.recipe.schema import PublicationConfig
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.training.agreement import agree, gathered
 from genac_megatron.training.role import Role
 
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -68,8 +67,8 @@ class Disk(FleetTransport):
         self._files |= {tensor: name for tensor, _ in parcel.bucket.tensors}
 
     def close(self, version: int) -> None:
-        files = {name: file for part in gathered(self._files) for name, file in part.items()}
-        agree(lambda: self._load(files) if dist.get_rank() == self.leader else None)
+        files = {name: file for part in self.gathered(self._files) for name, file in part.items()}
+        self.agree(lambda: self._load(files) if dist.get_rank() == self.leader else None)
         super().close(version)
         if dist.get_rank() == self.leader:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -83,7 +83,7 @@ def _transport(
     cuda = platform.device().type == "cuda"
     choice = config.transport
     if choice == "auto":
-        here = all(on_this_machine(endpoint.url) for endpoint in endpoints)
+        here = all(on_this_machine(endpoint.url) and not endpoint.spans for endpoint in endpoints)
         near = gpus is not None if cuda else all(gathered(here))
         choice = "tensor" if near else "group"
     if choice == "disk":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,9 @@ from genac_megatron.errors import PeerLost
 from genac_megatron.publication.checksum import RankSums, Sums
 from genac_megatron.publication.control import CallsFailed, Control
 from genac_megatron.publication.sequence import WAY_OUT, Steps, place
-from genac_megatron.publication.transport import Parcel, Transport, elements
+from genac_megatron.publication.transport import Ended, Parcel, Transport, elements
 from genac_megatron.recipe.schema import PublicationConfig
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.training.agreement import agree, gathered
 from genac_megatron.training.role import Role
 
 Expected = dict[tuple[str, int], list[Sums]]  # (device, tensor-parallel size) -> per rank
@@ -64,17 +63,20 @@ class FleetTransport(Transport):
 
     # --- the publication -------------------------------------------------------------------------
 
-    def connect(self, version: int, sources: Sequence[int]) -> None:
+    def start(self, only: Iterable[str] | None) -> None:
+        super().start(only)
         self.servers = [s for s in self.fleet if self.only is None or s.name in self.only]
-        self.steps.servers, self.steps.figures = self.servers, self.figures
-        self.steps.version = version
         self.verifying = self._due()
         self._sums, self._touched = {}, False
+
+    def connect(self, version: int, sources: Sequence[int]) -> None:
+        self.steps.servers, self.steps.figures = self.servers, self.figures
+        self.steps.version = version
         with self.timed("connect_s"):
             self.join_servers(sources)
 
     def join_servers(self, sources: Sequence[int]) -> None:
-        """Make what must be there before the servers pause. Collective."""
+        """Make what must be there before the servers pause. Collective over the circle."""
 
     def begin(self, version: int) -> None:
         if dist.get_rank() == self.leader:
@@ -101,22 +103,24 @@ class FleetTransport(Transport):
 
     def close(self, version: int) -> None:
         expected = self._expected() if self.verifying else None
-        agree(lambda: self.steps.close(expected) if dist.get_rank() == self.leader else None)
-        self.lost = []
-        self.usable |= {server.name for server in self.servers}
-        for server in self.servers:
-            known = expected is None
-            self._since[server.endpoint] = self._since.get(server.endpoint, 0) + 1 if known else 0
-        self.release()
+        self.agree(lambda: self.steps.close(expected) if dist.get_rank() == self.leader else None)
 
-    def abandon(self) -> None:
-        touched = any(gathered(self._touched))
+    def abandon(self) -> Ended:
+        touched = any(self.gathered(self._touched))
         lost = self.steps.abandon(touched) if dist.get_rank() == self.leader else []
-        self.lost = sorted({name for part in gathered(lost) for name in part})
-        self.usable -= set(self.lost)
-        if touched:
-            self.usable -= {server.name for server in self.servers}
-        self.release()
+        return Ended(tuple(lost), tuple(server.name for server in self.servers) if touched else ())
+
+    def ended(self, version: int, failed: Ended | None) -> None:
+        if failed is None:
+            self.lost = []
+            self.usable |= {server.name for server in self.servers}
+            for server in self.servers:
+                since = 0 if self.verifying else self._since.get(server.endpoint, 0) + 1
+                self._since[server.endpoint] = since
+        else:
+            self.lost = sorted(failed.lost)
+            self.usable -= {*failed.lost, *failed.doubtful}
+        super().ended(version, failed)
 
     def shut(self) -> None:
         super().shut()
@@ -150,10 +154,12 @@ class FleetTransport(Transport):
                     sums.add(parcel.bucket, flat)
 
     def _expected(self) -> dict[str, list[Sums]]:
-        """Per server and rank what it must hold, from the sources of all stages. Collective."""
+        """Per server and rank what it must hold, from the sources of all stages. Collective over the
+        circle.
+        """
         merged: Expected = {}
         mine = {key: [rank.sums for rank in ranks] for key, ranks in self._sums.items()}
-        for part in gathered(mine):
+        for part in self.gathered(mine):
             for key, ranks in part.items():
                 for rank, sums in enumerate(ranks):
                     merged.setdefault(key, [{} for _ in ranks])[rank].update(sums)

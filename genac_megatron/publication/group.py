@@ -29,10 +29,9 @@ from genac_megatron.errors import PeerLost
 from genac_megatron.publication.control import FLAT_BUCKET, CallsFailed, at_once, words
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.sequence import WAY_OUT, place
-from genac_megatron.publication.transport import Parcel
+from genac_megatron.publication.transport import Ended, Parcel
 from genac_megatron.recipe.schema import PublicationConfig
 from genac_megatron.serving.sglang.fleet import Endpoint
-from genac_megatron.training.agreement import agree
 from genac_megatron.training.role import Role
 
 GOODBYE_S = 15.0  # for a server to leave a group, on a busy machine too; a lost one does not answer
@@ -55,7 +54,7 @@ class Group(FleetTransport):
     def __init__(self, role: Role, endpoints: Sequence[Endpoint], config: PublicationConfig) -> None:
         super().__init__(role, endpoints, config)
         self._joined: Joined | None = None  # this rank's, where it is a source
-        self._members: list[Endpoint] | None = None  # of all sources' groups, known on every rank
+        self._members: list[Endpoint] | None = None  # of all sources' groups, known to the circle
 
     def join_servers(self, sources: Sequence[int]) -> None:
         members = [server.endpoint for server in self.servers]
@@ -63,7 +62,7 @@ class Group(FleetTransport):
             return
         self._members = None
         for source in sources:  # one by one: a server that waits in one group cannot join another
-            agree(self._join if dist.get_rank() == source else _nothing)
+            self.agree(self._join if dist.get_rank() == source else _nothing)
         self._members = members
 
     def deliver(self, parcel: Parcel) -> None:
@@ -103,11 +102,11 @@ class Group(FleetTransport):
         self._leave()
         super().shut()
 
-    def abandon(self) -> None:
+    def abandon(self) -> Ended:
         joined, self._joined, self._members = self._joined, None, None
         if joined is not None:
             _destroy(joined)
-        super().abandon()
+        return super().abandon()
 
     # --- groups ----------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ _world: object = None  # that they were made for
 def group_of(ranks: Iterable[int]) -> dist.ProcessGroup | None:
     """A group of these global ranks for worker threads, apart from all others; None of a single rank.
 
-    The same ranks have the same group, whose limit is that of all collectives. Collective over the world.
+    The same ranks have the same group, whose limit is that of all collectives. Collective over its ranks;
+    others get None.
     """
     global _world
     if _world is not dist.group.WORLD:
@@ -25,5 +26,5 @@ def group_of(ranks: Iterable[int]) -> dist.ProcessGroup | None:
     if len(key) < 2:
         return None
     if key not in _groups:
-        _groups[key] = new_group(key)
+        _groups[key] = new_group(key, "publication")
     return _groups[key]

@@ -2,7 +2,8 @@
 
 The work of a pipeline stage's first data-parallel replica: its tensor-parallel ranks send their shards to
 its first rank, the bucket's source, which joins them straight into the buffer that will be sent. Experts on
-other ranks come from the source's expert-parallel group, which may reach into other replicas.
+other ranks come from the source's expert-parallel group, which may reach into other replicas; of a bucket in
+FP8 the rank that holds an expert makes its blocks, so each rank of that group quantizes its share.
 """
 
 from __future__ import annotations
@@ -74,6 +75,16 @@ class Joiner:
         first_replica = mine.dp == 0 and mine.cp == 0
         return mine.pp == bucket.stage and (first_replica or self._with_source(bucket))
 
+    def ranks(self, plan: Sequence[Bucket]) -> set[int]:
+        """Global ranks that hold shards that some bucket is joined from."""
+        layout = self.role.layout
+        found: set[int] = set()
+        for source in {source_of(bucket, layout) for bucket in plan}:
+            stage = layout.coords(source).pp
+            found |= {layout.rank_of(Coords(tp, 0, 0, stage)) for tp in range(layout.tp)}
+            found |= set(range(source, source + layout.ep))
+        return found
+
     def _with_source(self, bucket: Bucket) -> bool:
         """Whether this rank is in the expert-parallel group of the bucket's source: ranks in a row."""
         return dist.get_rank() - source_of(bucket, self.role.layout) in range(self.role.layout.ep)
@@ -86,14 +97,33 @@ class Joiner:
         FP8 bucket: uint8 [bucket.nbytes], what is not in FP8 being in `dtype`. Collective over the ranks that
         take part.
         """
-        self.role.wake()
+        self.role.settle()
         bytes_ = None if flat is None else flat.view(torch.uint8)
         places = bucket.places(dtype or (self._dtype if flat is None else flat.dtype))
         for item in bucket.items:
             expert = item.rule.expert is not None and self.role.layout.ep > 1
             shards = self._expert(item, bucket) if expert else self._gathered(item)
-            if bytes_ is not None:
+            if bytes_ is None:
+                continue
+            if expert and bucket.fp8 and item.in_blocks:
+                self.attempt(partial(self._place, item, shards[0], bytes_, places))
+            else:
                 self.attempt(partial(self._write, item, shards, bytes_, places, bucket.fp8))
+
+    def _blocks(self, item: Item, shard: Tensor) -> Tensor:
+        """An expert's weights in FP8 as they go to the source, uint8 [bytes]: scales, then weights."""
+        whole = unshard(item.rule, [shard], self.role.shape, item.layer)
+        made = [quantize(whole[name]) for name, _ in item.hf]
+        parts = [*(scales for _, scales in made), *(weights for weights, _ in made)]
+        return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+
+    def _place(self, item: Item, blocks: Tensor, bytes_: Tensor, places: Mapping[str, Place]) -> None:
+        """Put what `_blocks` made into the bucket, uint8 [bucket.nbytes]."""
+        at = 0
+        for name in (*(scale_name(name) for name, _ in item.hf), *(name for name, _ in item.hf)):
+            to = view_of(bytes_, places[name])
+            to.view(torch.uint8).flatten().copy_(blocks[at : at + to.nbytes])
+            at += to.nbytes
 
     def _write(
         self, item: Item, shards: Sequence[Tensor], bytes_: Tensor, places: Mapping[str, Place], fp8: bool
@@ -117,6 +147,9 @@ class Joiner:
                 first = dist.get_rank() == source_of(bucket, self.role.layout)
                 mine = self._parameters.get((item.chunk, item.rule.name, item.layer))
                 nbytes = item.shard_numel * (self._dtype if mine is None else mine.dtype).itemsize
+                if self._travels_in_blocks(item, bucket):
+                    nbytes = item.nbytes(self._dtype.itemsize, bucket.fp8)
+                    sending = max(sending, nbytes if mine is not None else 0)
                 if first and mine is None:
                     gathering = max(gathering, nbytes)
                 elif first and self._from_others(item):
@@ -145,6 +178,10 @@ class Joiner:
         """Whether tensor parallelism cuts an item that is no expert of another rank."""
         expert = item.rule.expert is not None and self.role.layout.ep > 1
         return not expert and self.role.layout.tp > 1 and item.rule.tp_axis is not None
+
+    def _travels_in_blocks(self, item: Item, bucket: Bucket) -> bool:
+        """Whether an item is an expert's that its holder quantizes."""
+        return bucket.fp8 and item.in_blocks and item.rule.expert is not None and self.role.layout.ep > 1
 
     def _as_it_is(self, item: Item, held: Tensor) -> bool:
         """Whether this rank's shard travels as it lies there."""
@@ -182,10 +219,18 @@ class Joiner:
         if not self._with_source(bucket):
             return []
         mine = self._mine(item)
+        blocks = self._travels_in_blocks(item, bucket)
+        nbytes = item.nbytes(self._dtype.itemsize, bucket.fp8)
+        if blocks and mine is not None:
+            made: Tensor | None = self.attempt(partial(self._blocks, item, mine))
+            if made is None and self._sending is not None:
+                made = self._sending[:nbytes]
+            mine = made
         first = dist.get_rank() == source_of(bucket, self.role.layout)
         if first and mine is None:
             each = (self.role.shape.experts or 0) // self.role.layout.ep
-            (held,) = self._room(1, item.shard_size, self._dtype)
+            size, dtype = ((nbytes,), torch.uint8) if blocks else (item.shard_size, self._dtype)
+            (held,) = self._room(1, size, dtype)
             dist.recv(held, group=self.role.groups.ep, group_src=(item.rule.expert or 0) // each)
             return [held]
         if not first and mine is not None:

@@ -1,22 +1,24 @@
 """How far a publication has come, for ranks that have no part in its buckets.
 
 Each pipeline stage's source writes it to the world's store. The next stage's source waits there for its turn,
-and idle ranks for the end: no collective, so nothing is exchanged per bucket but a source's few bytes. A wait
-ends with an error once nothing has moved for as long as a collective may take.
+and idle ranks for the end, which the store tells them: no collective, so nothing is exchanged per bucket but
+a source's few bytes. A wait ends with an error once nothing has moved for as long as a collective may take.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from genac_megatron.errors import PeerLost
 
-LONGEST_PAUSE_S = 0.1  # between two looks: the store of a thousand ranks answers 10,000 a second
+LONGEST_PAUSE_S = 0.1  # between two looks of a source
 DONE, FAILED = "done", "failed"
+OVER = "over"  # the publication, however it went
 _count = 0  # publications of this process's world; each is collective, so all ranks count alike
 
 
@@ -86,7 +88,36 @@ class Progress:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def forget(self, stage: int) -> None:
-        """Remove what was told of a stage, once nobody waits any more."""
+    def over(self) -> None:
+        """There is an outcome for all ranks: idle ones may come for it."""
         if self._store is not None:
-            self._store.delete_key(str(stage))
+            self._store.set(OVER, DONE)
+
+    def wait_until_over(self) -> None:
+        """Wait, without asking again and again, until there is an outcome. Raises PeerLost after `limit_s`
+        without movement.
+        """
+        if self._store is None:
+            return
+        seen: list[str] | None = None
+        while True:
+            try:
+                self._store.wait([OVER], timedelta(seconds=self.limit_s))
+            except dist.DistStoreError:
+                keys = [str(stage) for stage in range(len(self.sources))]
+                said = [self._store.get(k).decode() if self._store.check([k]) else "" for k in keys]
+                if said == seen:
+                    raise PeerLost(
+                        f"nothing was sent for {self.limit_s:g} s, after {', '.join(said)} buckets of each "
+                        "stage",
+                        where=self.name,
+                        way_out=f"read the logs of ranks {', '.join(map(str, self.sources))}",
+                    ) from None
+                seen = said
+            else:
+                return
+
+    def forget(self, key: int | str) -> None:
+        """Remove what was told of a stage, or that it is over, once nobody waits any more."""
+        if self._store is not None:
+            self._store.delete_key(str(key))

@@ -5,9 +5,11 @@
 
 Bucket by bucket along the plan: the owning pipeline stage joins its shards on its first rank, the source,
 while a worker thread still sends the bucket before; at most two buckets are alive. Only sources and readers
-take part in a bucket. All ranks agree a few times per publication, however many buckets it has: before
-anything is touched, after the last bucket, at the end. A rank that fails by itself in between goes on with
-its part of what is collective (transport.py), so nobody waits for it and its error is raised everywhere.
+take part in a bucket. The circle, those that hold what is joined and those that read it, agrees a few times
+per publication, however many buckets it has: before anything is touched, after the last bucket, at the end. A
+rank that fails by itself in between goes on with its part of what is collective (transport.py), so nobody
+waits for it. All other ranks, nearly all of a large world, wait for the end in the store; then the first
+source tells everybody once how it went, which is the one exchange of the whole world.
 
 The order of device collectives. Two threads that launch kernels of two NCCL communicators may do so in one
 order here and in another there: where kernels share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron's
@@ -23,6 +25,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,14 +35,23 @@ from genac_megatron import platform
 from genac_megatron.dtypes import DTYPES
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.models.mapping import ParamRule, role_rules, set_parameter, with_head
+from genac_megatron.publication.groups import group_of
 from genac_megatron.publication.join import Joiner, source_of
 from genac_megatron.publication.memory import PeakMemory
 from genac_megatron.publication.plan import make_plan
-from genac_megatron.publication.progress import Progress
-from genac_megatron.publication.transport import InProcess, Named, Parcel, Sink, Transport
-from genac_megatron.training.agreement import agree, gathered
+from genac_megatron.publication.progress import OVER, Progress
+from genac_megatron.publication.transport import Ended, InProcess, Named, Parcel, Sink, Transport
+from genac_megatron.training.agreement import Circle, Told, from_rank, raised, told_of
 from genac_megatron.training.layout import Coords, collective_limit_s
 from genac_megatron.training.role import Role
+
+
+class Outcome(NamedTuple):
+    """How a publication went."""
+
+    error: Told | None  # None: well
+    left: Ended | None  # where it failed
+    figures: dict[str, float]
 
 
 class Publisher:
@@ -82,20 +94,52 @@ class Publisher:
         """
         transport = self.transport
         transport.start(only)
+        name = f"publication of {self.role.name} {version}, phase send"
+        progress = Progress(self._sources, collective_limit_s(), name)
+        first = self._sources[0]
+        own: GenacError | None = None
+        outcome: Outcome | None = None
+        if self._circle() is None:
+            progress.wait_until_over()
+        else:
+            own, outcome = self._carried(version, progress)
+            if dist.get_rank() == first:
+                progress.over()
+        outcome = from_rank(first, outcome)
+        assert outcome is not None
+        if dist.get_rank() == first:
+            progress.forget(OVER)
+        transport.ended(version, outcome.left)
+        if outcome.error is not None:
+            raise own or raised(outcome.error)
+        return outcome.figures
+
+    def _circle(self) -> Circle | None:
+        """The ranks that carry a publication, the same on every rank; None outside. Collective over the world
+        where transports first ask who reads.
+        """
+        ranks = tuple(sorted({*self._joiner.ranks(self.plan), *self._sources, *self.transport.readers()}))
+        inside = dist.get_rank() in ranks
+        self.transport.circle = Circle(ranks, group_of(ranks)) if inside else None
+        return self.transport.circle
+
+    def _carried(self, version: int, progress: Progress) -> tuple[GenacError | None, Outcome]:
+        """Everything between the circle's ranks: what it ended with, alike on all of them."""
+        transport = self.transport
         with PeakMemory() as memory:
             try:
                 with transport.timed("seconds"):
                     transport.connect(version, self._sources)
-                    agree(lambda: self._begin(version))
-                    self._send(version)
+                    transport.agree(lambda: self._begin(version))
+                    self._send(version, progress)
                     transport.close(version)
             except GenacError as error:
-                if error.agreed:
-                    transport.abandon()
-                raise
+                if not error.agreed:
+                    raise
+                return error, Outcome(told_of(error), transport.abandon(), {})
             finally:
                 self._joiner.release()
-        return self._shared_figures(memory)
+        return None, Outcome(None, None, self._shared_figures(memory))
 
     def close(self) -> None:
         """Let go of servers, groups and shared memory. Needed by no publication to sinks."""
@@ -111,10 +155,8 @@ class Publisher:
         self._joiner.reserve(self.plan)
         self.transport.begin(version)
 
-    def _send(self, version: int) -> None:
+    def _send(self, version: int, progress: Progress) -> None:
         """All buckets; then the first error of any rank, on all of them."""
-        name = f"publication of {self.role.name} {version}, phase send"
-        progress = Progress(self._sources, collective_limit_s(), name)
         rank = dist.get_rank()
         mine = self._sources.index(rank) if rank in self._sources else None
         try:
@@ -123,7 +165,7 @@ class Publisher:
             if mine is not None:
                 progress.end(mine, ok=False)
         progress.wait_for_all()
-        agree(self._outcome)
+        self.transport.agree(self._outcome)
         if mine is not None:
             progress.forget(mine)
 
@@ -199,7 +241,7 @@ class Publisher:
             "host_peak_bytes": memory.host,
             "device_peak_bytes": memory.device,
         }
-        parts = gathered(mine)
+        parts = self.transport.gathered(mine)
         largest = {"seconds", "host_peak_bytes", "device_peak_bytes"}
         figures = {
             key: max(part.get(key, 0.0) for part in parts)

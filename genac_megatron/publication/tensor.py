@@ -27,7 +27,7 @@ from genac_megatron.publication.control import FLAT_BUCKET, Control, at_once
 from genac_megatron.publication.fleet import FleetTransport
 from genac_megatron.publication.groups import group_of
 from genac_megatron.publication.payload import by_handle, on_this_machine, shared_buffer
-from genac_megatron.publication.transport import Parcel
+from genac_megatron.publication.transport import Ended, Parcel
 from genac_megatron.recipe.schema import PublicationConfig
 from genac_megatron.serving.sglang.by_value import by_value
 from genac_megatron.serving.sglang.fleet import Endpoint
@@ -104,9 +104,11 @@ class DeviceTensors(FleetTransport):
         self._payloads: dict[str, list[str]] = {}  # of this bucket, for servers that this rank leads
         self._exported: set[int] = set()  # slots whose memory a server may still read
 
+    def readers(self) -> Sequence[int]:
+        return sorted({rank for server in self.servers for rank in self.gpus[server.name]})
+
     def join_servers(self, sources: Sequence[int]) -> None:
-        readers = sorted({rank for server in self.servers for rank in self.gpus[server.name]})
-        self._groups = {source: group_of([source, *readers]) for source in sources}
+        self._groups = {source: group_of([source, *self.readers()]) for source in sources}
         self._engines = {server.name: group_of(self.gpus[server.name]) for server in self.servers}
         self._mine = [server for server in self.servers if dist.get_rank() in self.gpus[server.name]]
 
@@ -204,11 +206,12 @@ class DeviceTensors(FleetTransport):
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()
 
-    def abandon(self) -> None:
-        super().abandon()
+    def abandon(self) -> Ended:
+        ended = super().abandon()
         if self.handles_made > self.handles_read:
             logger.warning(
                 "%s: %d handles of device memory were not read, in a publication that failed: their buckets "
                 "stay allocated until this process ends",
                 *(self.role.name, self.handles_made - self.handles_read),
             )
+        return ended

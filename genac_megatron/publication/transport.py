@@ -1,8 +1,9 @@
 """How buckets travel: the interface that a publication drives, and the way within this process.
 
-Every rank of the world calls `connect`, `close` and `abandon` in the same order, from its main thread; they
-may communicate. `send` runs in a worker thread while the main thread joins the next bucket over other process
-groups, so it must leave the default group alone: `groups.group_of` is for it.
+The ranks of a publication's circle (publisher.py) call `connect`, `close` and `abandon` in the same order,
+from their main threads; they may communicate with each other, by `agree` and `gathered`. All ranks of the
+world call `ended`, which is local. `send` runs in a worker thread while the main thread joins the next bucket
+over other process groups, so it must leave the default group alone: `groups.group_of` is for it.
 
 Between `connect` and the last bucket a rank that fails by itself must not leave others waiting in a
 collective. So memory is there before the first one (`reserve`), and what is local goes through `attempt`: its
@@ -16,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.quantize import dequantize
 from genac_megatron.publication.groups import group_of
 from genac_megatron.publication.plan import Bucket, Place
-from genac_megatron.training.agreement import gathered
+from genac_megatron.training.agreement import Circle, agree, gathered
 
 Named = tuple[str, Tensor]
 
@@ -61,6 +62,13 @@ class Parcel:
         return dist.get_rank() == self.source
 
 
+class Ended(NamedTuple):
+    """What a publication that failed has left of a fleet."""
+
+    lost: tuple[str, ...]  # servers that could not be brought back
+    doubtful: tuple[str, ...]  # whose weights may be mixed
+
+
 class Transport(ABC):
     """Brings buckets to their receivers; `figures` are this rank's seconds and bytes of one publication."""
 
@@ -72,6 +80,7 @@ class Transport(ABC):
         self.only: frozenset[str] | None = None  # of a fleet: the servers that are meant
         self.failure: Exception | None = None  # the first that this rank had by itself
         self.stopped = False  # another rank has failed: nothing more is delivered
+        self.circle: Circle | None = None  # of this publication, on its ranks
         self._slots: dict[int, Tensor] = {}
 
     def start(self, only: Iterable[str] | None) -> None:
@@ -79,9 +88,23 @@ class Transport(ABC):
         self.figures, self.only = {}, None if only is None else frozenset(only)
         self.failure, self.stopped = None, False
 
+    def readers(self) -> Sequence[int]:
+        """Global ranks that read buckets, alike on every rank. Collective over the world, the first time."""
+        return ()
+
+    def agree(self, act: Callable[[], Any]) -> Any:
+        """`training.agreement.agree` among the circle."""
+        return agree(act, circle=self.circle)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """`value` of every rank of the circle."""
+        return gathered(value, self.circle)
+
     @abstractmethod
     def connect(self, version: int, sources: Sequence[int]) -> None:
-        """Make the groups that the way needs. sources: global ranks, per pipeline stage. Collective."""
+        """Make the groups that the way needs. sources: global ranks, per pipeline stage. Collective over the
+        circle.
+        """
 
     @abstractmethod
     def begin(self, version: int) -> None:
@@ -100,10 +123,16 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self, version: int) -> None:
-        """Every bucket was delivered: make `version` current. Collective."""
+        """Every bucket was delivered: make `version` current. Collective over the circle."""
 
-    def abandon(self) -> None:
-        """The publication failed, on all ranks alike: leave no receiver waiting. Collective."""
+    def abandon(self) -> Ended:
+        """The publication failed, on all its ranks alike: leave no receiver waiting. Collective over the
+        circle. What it gives on the first source, `ended` is told everywhere.
+        """
+        return Ended((), ())
+
+    def ended(self, version: int, failed: Ended | None) -> None:
+        """On every rank of the world: how it went. failed: None where all is well."""
         self.release()
 
     def release(self) -> None:
@@ -160,10 +189,13 @@ class InProcess(Transport):
         self._readers: list[int] | None = None
         self._groups: dict[int, dist.ProcessGroup | None] = {}
 
-    def connect(self, version: int, sources: Sequence[int]) -> None:
+    def readers(self) -> Sequence[int]:
         if self._readers is None:
             self._readers = [rank for rank, reads in enumerate(gathered(bool(self._reading))) if reads]
-        self._groups = {source: group_of([source, *self._readers]) for source in sources}
+        return self._readers
+
+    def connect(self, version: int, sources: Sequence[int]) -> None:
+        self._groups = {source: group_of([source, *self.readers()]) for source in sources}
 
     def begin(self, version: int) -> None:
         """Sinks are ready."""
@@ -186,10 +218,13 @@ class InProcess(Transport):
             sink.load_weights(parcel.version, named(parcel.bucket, flat, self.dtype), final=final)
 
     def close(self, version: int) -> None:
-        for sink in self.sinks:
+        """Sinks have it."""
+
+    def ended(self, version: int, failed: Ended | None) -> None:
+        for sink in self.sinks if failed is None else ():
             if not getattr(sink, "reads", True):
                 sink.load_weights(version, (), final=True)
-        self.release()
+        super().ended(version, failed)
 
 
 def named(bucket: Bucket, flat: Tensor, dtype: torch.dtype) -> Iterator[Named]:

@@ -40,6 +40,7 @@ from genac_megatron.recipe.schema import (
 )
 from genac_megatron.recipe.servers import lora_slots, served_adapters, widest
 from genac_megatron.recipe.sharing import owner_of
+from genac_megatron.recipe.training import TrainingConfig
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Of the scales, per element of a copy: blocks of 128 x 128 with 4 bytes, of 32 with one.
@@ -48,6 +49,7 @@ FP8_SCALE_BYTES = {"blockwise": SCALE_BYTES / BLOCK**2, "mxfp8": 1 / 32}
 READS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "up", "up_proj": "up",
          "down_proj": "down"}  # fmt: skip
 SHOWN_RANKS = 16  # more ranks than this are shown by their first and their heaviest
+OTHER_FILES = 512  # of a rank: libraries, logs, checkpoints, requests under way
 
 
 class Place(NamedTuple):
@@ -198,14 +200,21 @@ def engine_bytes(role: RoleConfig, shape: Shape) -> float:
     return float((parameters(shape) + cache) * BYTES[role.engine.dtype])
 
 
+def _state_bytes(training: TrainingConfig) -> float:
+    """Of a parameter, on the GPU: Adam's moments and, under bf16, the fp32 master."""
+    moments = BYTES[training.exp_avg_dtype] + BYTES[training.exp_avg_sq_dtype]
+    here = 1 - training.optimizer_offload_fraction if training.optimizer_cpu_offload else 1
+    return here * (moments + (4 if training.dtype == "bf16" else 0))
+
+
 def memory_of(
     role: RoleConfig, shape: Shape, place: Place | None, world: int, *, shared: bool = False
 ) -> Memory:
     """The parts of one role's memory on one rank, in bytes; `place` is None outside the role's layout.
     shared: it stands on another role's base, which is counted there.
 
-    Weights as `weight_bytes` says; gradients accumulate in fp32; the optimizer holds fp32 Adam moments and,
-    under bf16, fp32 master weights, divided over the data- and context-parallel ranks where the optimizer
+    Weights as `weight_bytes` says; gradients accumulate in fp32; the optimizer's states (`_state_bytes`) are
+    divided over the data- and context-parallel ranks where the optimizer
     is distributed, an expert's over the ranks that hold the same experts. Every rank of the world generates
     with every role, and so holds an embedded engine of each.
     """
@@ -231,9 +240,16 @@ def memory_of(
         engine,
         weights=weights,
         gradients=count * 4,
-        optimizer=shares * (12 if training.dtype == "bf16" else 8),
+        optimizer=shares * _state_bytes(training),
         activations=activation_bytes(role, shape, place.pp),
     )
+
+
+def open_files(recipe: Recipe) -> int:
+    """Files that a rank may have open at most, connections among them: gloo's groups keep one to each of
+    their ranks, which are the world's and, on CPUs, each role's.
+    """
+    return recipe.world.ranks * (1 + len(recipe.roles)) + OTHER_FILES
 
 
 def describe(recipe: Recipe) -> str:

@@ -22,13 +22,13 @@ from genac_megatron.recipe.joint_rules import (
 )
 from genac_megatron.recipe.judged_rules import check_judged
 from genac_megatron.recipe.lora_rules import check_lora
+from genac_megatron.recipe.megatron_rules import check_megatron, check_one_buffer
 from genac_megatron.recipe.names import check_names
 from genac_megatron.recipe.overlap_rules import check_overlap
 from genac_megatron.recipe.own_rules import check_privileged
 from genac_megatron.recipe.pipeline import chunk_layers
 from genac_megatron.recipe.precision import Where, check_precision, check_quantization
 from genac_megatron.recipe.schema import (
-    EngineConfig,
     LayoutConfig,
     ModelConfig,
     PolicyStage,
@@ -40,6 +40,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
+from genac_megatron.recipe.server_rules import check_servers
 from genac_megatron.recipe.size_rules import check_sizes
 from genac_megatron.recipe.source_rules import (
     check_replay,
@@ -96,8 +97,9 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         _check_layout(recipe, name, role.layout, where)
         _check_model(name, role, where)
         _check_limits(recipe, name, role, where)
-        _check_nodes(name, role.engine, where)
+        check_servers(name, role, where)
         check_lora(recipe, name, role, where)
+    check_one_buffer(recipe, read_shape, where)
     check_task(recipe.task, ("task",), where)
     check_environment(recipe, where)
     _check_judging(recipe, where)
@@ -144,6 +146,7 @@ def _check_model(name: str, role: RoleConfig, where: Where) -> None:
     _check_context(name, shape, role, where)
     _check_lengths(name, shape, role, where)
     check_precision(name, role, shape, where)
+    check_megatron(name, role, shape, where)
     check_quantization(name, role, shape, where)
     check_adapter(name, role, shape, where)
     if role.engine.routing_replay and shape.experts is None:
@@ -239,45 +242,6 @@ def _check_limits(recipe: Recipe, name: str, role: RoleConfig, where: Where) -> 
                     where=where(("roles", name, block, key)),
                     way_out=f"lower {key}, or raise world.timeout_s above it",
                 )
-
-
-def _check_nodes(name: str, engine: EngineConfig, where: Where) -> None:
-    """Servers are dealt evenly to nodes, and each has GPUs where GPUs are named."""
-    place, nodes = ("roles", name, "engine"), engine.nodes
-    if engine.kind != "sglang":
-        return
-    if len(set(nodes)) < len(nodes) or engine.engines % len(nodes):
-        raise InputError(
-            f"{engine.engines} servers of '{name}' over nodes {nodes}",
-            where=where((*place, "nodes")),
-            way_out="name each node once, and make engines a multiple of their number",
-        )
-    if len(nodes) > 1 and engine.host != EngineConfig().host:
-        raise InputError(
-            f"the servers of '{name}' are on {len(nodes)} nodes, and one address is named for all",
-            where=where((*place, "host")),
-            way_out="leave host out: each node takes its address on the fabric",
-        )
-    if engine.urls and nodes != [0]:
-        raise InputError(
-            f"somebody else runs the servers of '{name}' (urls), so nodes says nothing",
-            where=where((*place, "nodes")),
-            way_out="take nodes out",
-        )
-    needed = engine.engines_per_node * engine.tp
-    if engine.gpus and len(engine.gpus) != needed:
-        raise InputError(
-            f"'{name}' names {len(engine.gpus)} GPUs, its {engine.engines_per_node} servers of a node take "
-            f"{needed}",
-            where=where((*place, "gpus")),
-            way_out="name engines / len(nodes) * tp of them",
-        )
-    if len(set(engine.gpus)) < len(engine.gpus):
-        raise InputError(
-            f"'{name}' names a GPU twice for its servers of a node: {engine.gpus}",
-            where=where((*place, "gpus")),
-            way_out="name different ones, tp for each server in order; other roles may share them",
-        )
 
 
 def _check_judging(recipe: Recipe, where: Where) -> None:

@@ -128,8 +128,9 @@ class EngineConfig(Block):
     engines: Positive = 1  # servers
     nodes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]  # as many servers on each
     tp: Positive = 1  # tensor-parallel ranks of each
-    # Of the job's on each node, counted in CUDA_VISIBLE_DEVICES, tp per server in order; none: the first that
-    # no other server has (recipe/servers.py)
+    nnodes: Positive = 1  # a server spans so many of `nodes`, in their order, with tp / nnodes ranks on each
+    # Of the job's on each node, counted in CUDA_VISIBLE_DEVICES, as many as a server has ranks there, in
+    # order; none: the first that no other server has (recipe/servers.py)
     gpus: list[Annotated[int, Field(ge=0)]] = []
     # Of a GPU's whole memory, for weights and KV cache; None: what the others on it leave (recipe/memory.py)
     mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -151,17 +152,27 @@ class EngineConfig(Block):
 
     @property
     def engines_per_node(self) -> int:
-        """Servers on each of `nodes`."""
-        return self.engines // len(self.nodes)
+        """Servers that have ranks on each of `nodes`."""
+        return self.engines * self.nnodes // len(self.nodes)
+
+    @property
+    def tp_per_node(self) -> int:
+        """Ranks of a server on each of its nodes."""
+        return self.tp // self.nnodes
+
+    def nodes_of(self, index: int) -> list[int]:
+        """The nodes of server `index`: the first servers are on the first ones."""
+        first = index // self.engines_per_node * self.nnodes
+        return self.nodes[first : first + self.nnodes]
 
     def node_of(self, index: int) -> int:
-        """The node that starts server `index`: the first ones are on the first node."""
-        return self.nodes[index // self.engines_per_node]
+        """The node at which server `index` is reached."""
+        return self.nodes_of(index)[0]
 
     def gpus_of(self, index: int) -> list[int]:
-        """Of `gpus`, those of server `index`, on its node."""
-        first = index % self.engines_per_node * self.tp
-        return self.gpus[first : first + self.tp]
+        """Of `gpus`, those of server `index`, on each of its nodes."""
+        first = index % self.engines_per_node * self.tp_per_node
+        return self.gpus[first : first + self.tp_per_node]
 
     @property
     def batch(self) -> int:
@@ -206,6 +217,10 @@ class RoleConfig(Block):
     def fp8(self) -> bool:
         """Whether its trainer or its engine has FP8's rounding."""
         return self.training.fp8 != "off" or self.engine.quantization == "fp8"
+
+    def user_buffers(self, hidden: int) -> tuple[int, int, int, int]:
+        """What Transformer Engine's user buffers (`tp_comm_overlap`) are made by: tp, cp, tokens, hidden."""
+        return (self.layout.tp, self.layout.cp, self.training.tokens_per_microbatch, hidden)
 
     @property
     def served(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig, Recipe
 
 VERSIONS_AT_ONCE = 2  # of a role's adapters that a server decodes with: the newest, and the one before
-Plan = dict[str, list[list[int]]]  # role -> server -> the GPUs of its ranks, in order, on its node
+Plan = dict[str, list[list[int]]]  # role -> server -> the GPUs of its ranks, in order, on each of its nodes
 
 
 def plan_gpus(engines: Mapping[str, EngineConfig]) -> Plan:
@@ -26,13 +26,16 @@ def plan_gpus(engines: Mapping[str, EngineConfig]) -> Plan:
     taken: dict[int, set[int]] = {}  # by node
     for name, engine in engines.items():
         for index, places in enumerate(plan[name]):
-            taken.setdefault(engine.node_of(index), set()).update(places)
+            for node in engine.nodes_of(index):
+                taken.setdefault(node, set()).update(places)
     for name, engine in engines.items():
         for index in range(engine.engines) if not engine.gpus else ():
-            here = taken.setdefault(engine.node_of(index), set())
-            free = (place for place in range(len(here) + engine.tp) if place not in here)
-            plan[name][index] = [next(free) for _ in range(engine.tp)]
-            here.update(plan[name][index])
+            here = [taken.setdefault(node, set()) for node in engine.nodes_of(index)]
+            used = set[int]().union(*here)
+            free = (place for place in range(len(used) + engine.tp) if place not in used)
+            plan[name][index] = [next(free) for _ in range(engine.tp_per_node)]
+            for held in here:
+                held.update(plan[name][index])
     return plan
 
 
@@ -66,7 +69,7 @@ def node_servers(engines: Mapping[str, EngineConfig], node: int, *, gpu: bool) -
         f"{name}/{index}": places if gpu else list(range(len(places)))
         for name, servers in plan_gpus(engines).items()
         for index, places in enumerate(servers)
-        if engines[name].node_of(index) == node
+        if node in engines[name].nodes_of(index)
     }
 
 
@@ -76,7 +79,7 @@ def role_gpus(recipe: Recipe, role: str, node: int) -> list[int]:
     if role not in engines:
         return []
     plan, engine = plan_gpus(engines)[role], engines[role]
-    return [place for n, places in enumerate(plan) if engine.node_of(n) == node for place in places]
+    return [place for n, places in enumerate(plan) if node in engine.nodes_of(n) for place in places]
 
 
 def too_few(engines: Mapping[str, EngineConfig], gpus: int) -> list[str]:
@@ -89,7 +92,7 @@ def too_few(engines: Mapping[str, EngineConfig], gpus: int) -> list[str]:
             continue
         most = max(max(plan[name][n]) for n in over)
         text = f"the servers of '{name}' take GPUs up to {most}, a node has {gpus}"
-        nodes = {engine.node_of(n) for n in over}
+        nodes = {node for n in over for node in engine.nodes_of(n)}
         beside = [other for other, e in engines.items() if other != name and nodes & set(e.nodes)]
         way = f"lower roles.{name}.engine.engines or tp, or give them more nodes (engine.nodes)"
         if beside and not engine.gpus:

@@ -65,6 +65,19 @@ class TrainingConfig(Block):
     recompute: Literal["off", "selective", "full"] = "off"
     distributed_optimizer: bool = True  # optimizer states are dealt out over data-parallel ranks
     overlap_grad_reduce: bool = False  # gradients are reduced while the backward pass goes on
+    # Updated weights are gathered from the distributed optimizer's ranks meanwhile, and each layer waits for
+    # its own; publications, checkpoints and whatever else reads weights wait for all
+    overlap_param_gather: bool = False
+    # Matrix products and the exchanges of tensor parallelism at once, by Transformer Engine's user buffers;
+    # every pack then has tokens_per_microbatch positions
+    tp_comm_overlap: bool = False
+    # Transformer Engine's Adam, whose moments have the two dtypes below
+    use_precision_aware_optimizer: bool = False
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"  # of the mean of gradients
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"  # of the mean of their squares
+    optimizer_cpu_offload: bool = False  # masters and moments stay in host memory, where they are updated
+    optimizer_offload_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # ... of so much of the weights
+    overlap_cpu_optimizer_d2h_h2d: bool = False  # ... while gradients and weights are copied
     fuse_weight_gradients: bool = True  # add them up inside the matrix product, where Transformer Engine can
     logprob_chunk: Positive = 1024  # tokens whose logits exist at once
     offload: bool = False  # rest in host memory while engines generate: weights, gradients, optimizer states

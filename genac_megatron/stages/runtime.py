@@ -16,7 +16,7 @@ from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.hf_headers import begins_with_weights, check_weights
-from genac_megatron.models.mapping import GetTensor, load_hf_into, random_weights, with_head
+from genac_megatron.models.mapping import GetTensor, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.metrics import MetricsLog
@@ -49,8 +49,10 @@ from genac_megatron.training.agreement import agree, from_first, gathered
 from genac_megatron.training.checkpoint import load_base, load_checkpoint
 from genac_megatron.training.distributed_batch import DistributedBatch
 from genac_megatron.training.finite import need_sound
+from genac_megatron.training.first_load import load_once
 from genac_megatron.training.layout import Layout, World
 from genac_megatron.training.loading import load_peft
+from genac_megatron.training.overlap import make_buffers
 from genac_megatron.training.role import Role, Samples
 
 T = TypeVar("T")
@@ -149,6 +151,7 @@ class Run:
             servers = {name: Servers(self.recipe.roles[name].engine, fleets.get(name)) for name in shares}
             for made in servers.values():
                 made.release(CACHE, WEIGHTS)
+        make_buffers([(self.recipe.roles[name], shape) for name, shape in shapes.items()])
         served: dict[str, Served] = {}
         for name in in_order(self.recipe):
             self._build_role(name, self.recipe.roles[name], shapes[name], served, resuming)
@@ -243,22 +246,27 @@ class Run:
     ) -> None:
         layout = self.together(lambda: Layout.from_config(name, config.layout, self.world.size))
         groups = layout.groups()
+        weights: list[GetTensor] = []  # that the role begins with, on a rank of its block
 
         def build() -> None:
             owner = owner_of(self.recipe, name)
             beside = None if owner is None else self.roles[owner]
-            role = Role(name, config, shape, layout, groups, beside=beside)
-            adapter = config.training.adapter is not None
+            role = self.roles[name] = Role(name, config, shape, layout, groups, beside=beside)
             own = beside is None or config.model.head != "lm"
+            adapter = config.training.adapter is not None
             if role.active and own and begins_with_weights(config.model, resuming=resuming, adapter=adapter):
-                load_hf_into(role.models, layout, shape, _first_weights(config.model, shape))
-                if config.model.hf is not None:
-                    need_sound(Path(config.model.hf), {name: role}, NOT_FINITE)
-            self.roles[name] = role
+                weights.append(_first_weights(config.model, shape))
             if config.served and config.engine.kind == "embedded":
-                served[name] = InRanks(role)
+                served[name] = InRanks(self.roles[name])
+
+        def begin() -> None:
+            for get_tensor in weights:
+                load_once(self.roles[name], get_tensor)
+                if config.model.hf is not None:
+                    need_sound(Path(config.model.hf), {name: self.roles[name]}, NOT_FINITE)
 
         self.together(build)
+        self.together(begin)
         if config.served and config.fp8:
             key, alarm = self.recipe.parity_alarm(name)
             self.progress.note(

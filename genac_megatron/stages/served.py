@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from genac_megatron import platform
 from genac_megatron.cluster.heartbeat import attempt_folder
@@ -280,6 +281,7 @@ class Fleets:
             share=share,
             neighbours=tuple(self._started),
             adapters=adapters,
+            meeting=None if config.nnodes == 1 else c10d._get_default_store(),
         )
         self._started.append(fleet)
         if not config.urls:
@@ -341,7 +343,7 @@ def shared_gpus(endpoints: Sequence[Endpoint], config: EngineConfig) -> dict[str
 
     Not run on a GPU.
     """
-    if platform.device().type != "cuda" or config.urls:
+    if platform.device().type != "cuda" or config.urls or config.nnodes > 1:
         return None
     places = list(zip(nodes_of_ranks(), gathered(_own_gpu()), strict=True))
     return ranks_on({endpoint.name: (endpoint.node, endpoint.gpus) for endpoint in endpoints}, places)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -25,12 +25,20 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def gathered(value: Any) -> list[Any]:
-    """`value` of every rank, in order of rank, on all of them. Collective over the world."""
-    if dist.get_world_size() == 1:
+class Circle(NamedTuple):
+    """Some ranks of the world, in order, and their group; None of a single one."""
+
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+
+
+def gathered(value: Any, circle: Circle | None = None) -> list[Any]:
+    """`value` of every rank, in order of rank, on all of them. Collective over the circle, or the world."""
+    count = dist.get_world_size() if circle is None else len(circle.ranks)
+    if count == 1:
         return [value]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
+    parts: list[Any] = [None] * count
+    dist.all_gather_object(parts, value, group=None if circle is None else circle.group)
     return parts
 
 
@@ -44,11 +52,15 @@ def unexpected(error: Exception) -> GenacError:
     return GenacError(f"{type(error).__name__}: {error}", where=f"rank {dist.get_rank()}")
 
 
-def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = unexpected) -> T:
+def agree(
+    act: Callable[[], T],
+    explain: Callable[[Exception], GenacError] = unexpected,
+    circle: Circle | None = None,
+) -> T:
     """Run `act` on every rank; where it fails on one, raise the first such rank's error on all.
 
     It also names what other ranks failed of, where that differs. `explain` words an error that is no
-    GenacError; its traceback goes to the log. Collective.
+    GenacError; its traceback goes to the log. Collective over the circle, or the world.
     """
     failure: GenacError | None = None
     try:
@@ -58,15 +70,31 @@ def agree(act: Callable[[], T], explain: Callable[[Exception], GenacError] = une
     except Exception as error:
         logger.error("rank %d failed", dist.get_rank(), exc_info=True)
         failure = explain(error)
-    told = None if failure is None else (family(failure), failure.what, failure.where, failure.way_out)
-    failures = {rank: other for rank, other in enumerate(gathered(told)) if other is not None}
+    told = None if failure is None else told_of(failure)
+    ranks = range(dist.get_world_size()) if circle is None else circle.ranks
+    answers = zip(ranks, gathered(told, circle), strict=True)
+    failures = {rank: other for rank, other in answers if other is not None}
     if failures:
         kind, what, where, way_out = failures[min(failures)]
         raise on_all_ranks(kind(what + _others(failures), where=where, way_out=way_out)) from failure
     return result
 
 
-def _others(failures: dict[int, tuple[Any, str, str, str]]) -> str:
+Told = tuple[type[GenacError], str, str, str]  # an error as other ranks can raise it
+
+
+def told_of(error: GenacError) -> Told:
+    """An error as `raised` makes it again."""
+    return family(error), error.what, error.where, error.way_out
+
+
+def raised(told: Told) -> GenacError:
+    """Another rank's error, as all raise it."""
+    kind, what, where, way_out = told
+    return on_all_ranks(kind(what, where=where, way_out=way_out))
+
+
+def _others(failures: dict[int, Told]) -> str:
     """A line for each error that is not the first rank's, up to SHOWN_OTHERS."""
     texts = {
         f"{where}: {what}" if where else what: rank
@@ -85,9 +113,13 @@ def family(error: GenacError) -> type[GenacError]:
 
 def from_first(act: Callable[[], T]) -> T:
     """What `act` returns on rank 0, on every rank; its error likewise. Collective."""
-    found = agree(lambda: act() if dist.get_rank() == 0 else None)
+    return from_rank(0, agree(lambda: act() if dist.get_rank() == 0 else None))  # type: ignore[return-value]
+
+
+def from_rank(source: int, value: T) -> T:
+    """The `value` of one rank, on every rank. Collective over the world."""
     if dist.get_world_size() == 1:
-        return found  # type: ignore[return-value]
-    box = [found]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]

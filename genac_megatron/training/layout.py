@@ -14,12 +14,17 @@ Interface in short:
 
 Roles may share ranks, be disjoint or overlap. Every role has groups of its own, also where sizes and ranks
 are equal, so that no two roles' collectives meet in one group.
-No role uses megatron's global parallel state: it is initialised once only because Megatron's global memory
-buffer and random-state tracker live there.
+
+A rank makes the groups that it is in and no others, and meets nobody else for it (`new_group`): torch's own
+way has every rank of the world pass a barrier for each group of anybody. No role uses megatron's global
+parallel state: it is initialised because Megatron's global memory buffer and random-state tracker live there,
+over the world's group and one of this rank alone (`_global_state`); by itself it would make eleven groups of
+the whole world, each with a connection from every rank to every other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +58,7 @@ class World(NamedTuple):
 
 
 _timeout = timedelta(seconds=600)
+_worlds = 0  # that this process has joined: names of groups are never used twice in a store
 _devices: list[Any] = []  # gloo's, once there is one
 _groups: dict[tuple[str | int, ...], ProcessGroupCollection | None] = {}
 
@@ -96,8 +102,9 @@ def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
     Every collective of every group made afterwards fails after `timeout_s` seconds. Seeds torch's generator
     and Megatron's random-state tracker with `seed`. Calling it again returns the same world.
     """
-    global _timeout
+    global _timeout, _worlds
     if not dist.is_initialized():
+        _worlds += 1
         _timeout = timedelta(seconds=timeout_s)
         local = platform.device()
         if local.type == "cuda":
@@ -111,11 +118,26 @@ def init_world(timeout_s: float = 600.0, seed: int = 0) -> World:
                 platform.backend(), timeout=_timeout, store=dist.HashStore(), rank=0, world_size=1
             )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            distributed_timeout_minutes=max(1, round(_timeout.total_seconds() / 60))
-        )
+        _global_state()
     seed_everything(seed)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _global_state() -> None:
+    """Megatron's global parallel state, all sizes 1, over two groups."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    alone = dist.group.WORLD if size == 1 else new_group([rank], "alone", platform.backend())
+
+    def found(ranks: Sequence[int], *_: Any, **__: Any) -> Any:
+        if len(ranks) == size:
+            return dist.group.WORLD
+        return alone if list(ranks) == [rank] else dist.GroupMember.NON_GROUP_MEMBER
+
+    made, parallel_state.create_group = parallel_state.create_group, found
+    try:
+        parallel_state.initialize_model_parallel()
+    finally:
+        parallel_state.create_group = made
 
 
 def _meeting() -> dict[str, Any]:
@@ -144,9 +166,31 @@ def seed_everything(seed: int) -> None:
 
 
 @one_gloo_device()
-def new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """A further group of these global ranks, with the limit of all others. Collective over the world."""
-    return dist.new_group(list(ranks), timeout=_timeout)  # type: ignore[no-any-return,unused-ignore]
+def new_group(ranks: Sequence[int], name: str, backend: str | None = None) -> dist.ProcessGroup | None:
+    """A further group of these global ranks, in their order, with the limit of all others; None outside.
+
+    Collective over its members alone. name: another for each group of the same ranks. backend: None: the
+    world's. By torch's internals: with `use_local_synchronization`, its own way, members that are in
+    different numbers of other groups give it different names, and wait for each other.
+    """
+    rank = dist.get_rank()
+    if rank not in ranks:
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    known, store = distributed_c10d._world.pg_map[world]
+    told = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        list(ranks).index(rank),
+        list(ranks),
+        distributed_c10d.Backend(backend or known),
+        store,
+        group_name=distributed_c10d.GroupName(f"genac/{_worlds}/{name}/{told}"),
+        timeout=_timeout,
+    )
+    distributed_c10d._world.pg_group_ranks[group] = {r: at for at, r in enumerate(ranks)}
+    return group  # type: ignore[no-any-return,unused-ignore]
 
 
 def collective_limit_s() -> float:
@@ -174,19 +218,24 @@ class Layout(Sizes):
     def groups(self) -> ProcessGroupCollection | None:
         """This layout's process groups, or None on a rank outside the block.
 
-        Collective over the whole world: every rank calls it, for all layouts in the same order. Asked for
-        again by the same role with the same sizes, they are the same groups.
+        Collective over the block: its ranks call it, for all layouts that they share in the same order.
+        Asked for again by the same role with the same sizes, they are the same groups.
         """
         key = (self.name, self.first_rank, self.count, self.tp, self.pp, self.cp, self.ep)
         if key not in _groups:
-            _groups[key] = _make_groups(self)
+            inside = self.contains(dist.get_rank())
+            _groups[key] = _make_groups(self, "/".join(map(str, key))) if inside else None
         return _groups[key]
 
 
 class _GridGroups:
-    """The process groups of one block of ranks; the same enumeration of ranks is made only once."""
+    """The process groups of one block that this rank is in; the same enumeration of ranks is made only once.
 
-    def __init__(self, layout: Layout) -> None:
+    name: of the layout, as no other is called.
+    """
+
+    def __init__(self, layout: Layout, name: str) -> None:
+        self.name = name
         self.made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
         sizes = [layout.tp, layout.cp, layout.dp, layout.pp]
         experts = [1, layout.ep, layout.tp * layout.cp * layout.dp // layout.ep, layout.pp]
@@ -198,7 +247,7 @@ class _GridGroups:
         return HyperCommGrid(sizes, list(names), layout.first_rank, platform.backend())
 
     def __call__(self, *dims: str) -> dist.ProcessGroup | None:
-        """The group that this rank is in, of those that vary along `dims`; None outside the block."""
+        """The group that this rank is in, of those that vary along `dims`."""
         grid = self.dense if all(d in GRID for d in dims) else self.expert
         return self.of(grid.get_rank_enum(list(dims)))
 
@@ -206,16 +255,15 @@ class _GridGroups:
         """The group that this rank is in, of those listed."""
         key = tuple(tuple(int(r) for r in ranks) for ranks in enumeration)
         if key not in self.made:
-            self.made[key], _ = dist.new_subgroups_by_enumeration(
-                [list(ranks) for ranks in key], timeout=_timeout, backend=platform.backend()
-            )
+            mine = next((ranks for ranks in key if dist.get_rank() in ranks), None)
+            name = f"{self.name}/{len(self.made)}"
+            self.made[key] = None if mine is None else new_group(mine, name, platform.backend())
         return self.made[key]
 
 
-@one_gloo_device()
-def _make_groups(layout: Layout) -> ProcessGroupCollection | None:
-    """Make every group that Megatron asks a collection for."""
-    group = _GridGroups(layout)
+def _make_groups(layout: Layout, name: str) -> ProcessGroupCollection:
+    """Make every group that Megatron asks a collection for, on a rank of the block."""
+    group = _GridGroups(layout, name)
     pipelines = group.dense.get_rank_enum("pp")
     alone = group("expt_tp")  # every rank by itself
     ends = group.of([[ranks[0], ranks[-1]] for ranks in pipelines]) if layout.pp > 1 else alone
@@ -240,4 +288,4 @@ def _make_groups(layout: Layout) -> ProcessGroupCollection | None:
         "embd": ends if ends is not None else alone,
         "pos_embd": alone,
     }
-    return ProcessGroupCollection(**fields) if layout.contains(dist.get_rank()) else None
+    return ProcessGroupCollection(**fields)

@@ -11,6 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.models.dropout import attach_keys, prefixes_of, token_keys
 from genac_megatron.models.families.base import Shape
 from genac_megatron.models.packed_attention import attach_tree
@@ -130,11 +131,28 @@ def planned(
     pad_to = None
     gathered = layout.ep > 1 and training.moe_dispatcher == "allgather"
     one_shape = layout.pp > 1 and not training.variable_seq_lengths
-    if one_shape or gathered:  # stages, or experts' ranks, exchange activations of one known shape
+    buffered = training.tp_comm_overlap  # ... and user buffers have one size
+    if (
+        one_shape or gathered or buffered
+    ):  # stages, or experts' ranks, exchange activations of one known shape
         longest = [max(_tokens(pack, lengths, order, filled) for pack in row) for row in plan.rows]
-        pad_to = round_up(rows.most(longest), multiple)
+        most = rows.most(longest)
+        pad_to = _whole(most, limit) if buffered else round_up(most, multiple)
     made = dict(zip(rows.here, plan.rows, strict=True))
     return Planned(plan.owner, made, order, pad_to, multiple, filled)
+
+
+def _whole(longest: int, limit: int) -> int:
+    """What user buffers are made for: a whole micro-batch. Raises InputError, on every rank, for more."""
+    if longest > limit:
+        raise on_all_ranks(
+            InputError(
+                f"a sample takes {longest} positions, and tp_comm_overlap has buffers for {limit}",
+                where="training.tokens_per_microbatch",
+                way_out="raise it, or take tp_comm_overlap out",
+            )
+        )
+    return limit
 
 
 def microbatches(

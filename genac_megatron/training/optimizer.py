@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from genac_megatron.dtypes import DTYPES
@@ -47,7 +49,33 @@ def _megatron_config(optimizer: OptimizerConfig, training: TrainingConfig) -> Me
         params_dtype=DTYPES[training.dtype],
         use_distributed_optimizer=training.distributed_optimizer,
         fp8_recipe=None if training.fp8 == "off" else training.fp8,
+        overlap_param_gather=training.overlap_param_gather,
+        use_precision_aware_optimizer=training.use_precision_aware_optimizer,
+        store_param_remainders=False,  # whole masters, as checkpoints of any other setting have them
+        exp_avg_dtype=DTYPES[training.exp_avg_dtype],
+        exp_avg_sq_dtype=DTYPES[training.exp_avg_sq_dtype],
+        optimizer_cpu_offload=training.optimizer_cpu_offload,
+        optimizer_offload_fraction=training.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=training.overlap_cpu_optimizer_d2h_h2d,
     )
+
+
+@torch.no_grad()
+def reload_weights(optimizer: Any) -> None:
+    """Have the fp32 masters begin at the model's weights, which were written from outside.
+
+    Under `use_precision_aware_optimizer` they are Transformer Engine's to hold, and Megatron (0.16.1, 0.19.2)
+    leaves them as they are. Not collective.
+    """
+    optimizer.reload_model_params()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+        if inner is None or not aware or isinstance(inner, HybridDeviceOptimizer):
+            continue
+        for parameter in (one for group in inner.param_groups for one in group["params"]):
+            if inner.state.get(parameter):  # else they are made at the first step
+                inner.set_scaled_state(parameter, "master_param", parameter.detach().float())
 
 
 def build_scheduler(megatron_optimizer: Any, optimizer: OptimizerConfig, total_steps: int) -> Any:

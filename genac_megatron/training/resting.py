@@ -14,6 +14,7 @@ from genac_megatron.models.families.base import Shape
 from genac_megatron.models.mapping import beside_base
 from genac_megatron.platform.fp8 import data_tensors
 from genac_megatron.training.offload import HostCopy, forget_passes, states_of, storages_of, weights_of
+from genac_megatron.training.overlap import end_gather
 
 
 class BaseMemory:
@@ -72,9 +73,16 @@ class Resting:
 
     @property
     def models(self) -> list[Any]:
-        """The bare models of this rank's chunks, none outside the block. Asked for, a resting role wakes."""
-        self.wake()
+        """The bare models of this rank's chunks, none outside the block. Asked for, a resting role wakes, and
+        updated weights that are still on their way (`overlap_param_gather`) are waited for.
+        """
+        self.settle()
         return self._models
+
+    def settle(self) -> None:
+        """Have all weights here, awake and gathered: passes alone may be ahead of that. Not collective."""
+        self.wake()
+        end_gather(self.chunks)
 
     def rest(self) -> None:
         """Give the device's memory back until `wake`, but for what passes need besides (NCCL, FP8 histories).
@@ -88,6 +96,7 @@ class Resting:
         """
         if not self.active or self.resting:
             return
+        self.settle()
         forget_passes(self._models)
         gradients = [buffer.grad_data for buffer in self._buffers()]
         base = self._base()

@@ -19,11 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
@@ -48,7 +44,8 @@ from genac_megatron.training.microbatches import (
     shares_prefixes,
 )
 from genac_megatron.training.offload import forget_masters, forget_passes
-from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler
+from genac_megatron.training.optimizer import build_cooldown, build_optimizer, build_scheduler, reload_weights
+from genac_megatron.training.overlap import begin_gather, ddp_config, end_gather, wait_for_the_head
 from genac_megatron.training.packing import Pack, multiple_for, unpack
 from genac_megatron.training.resting import Resting
 from genac_megatron.training.trained import is_trained
@@ -118,16 +115,15 @@ class Role(Resting):
             parameter.requires_grad_(is_trained(name, training, self.shape))
         if training.frozen:
             return model
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=training.distributed_optimizer,
-            overlap_grad_reduce=training.overlap_grad_reduce,
-            grad_reduce_in_fp32=True,
-            fp8_param_gather=training.fp8_param and training.adapter is None,
-            check_for_nan_in_grad=False,  # the step looks at the gradient norm instead
+        ddp = DistributedDataParallel(
+            self.model_config,
+            ddp_config(training),
+            model,
+            disable_bucketing=index > 0,
+            pg_collection=self.groups,
         )
-        return DistributedDataParallel(
-            self.model_config, ddp, model, disable_bucketing=index > 0, pg_collection=self.groups
-        )
+        wait_for_the_head(ddp)
+        return ddp
 
     def _connect(self) -> None:
         """Give the schedule its hooks: gradient finalisation over this role's groups only."""
@@ -157,7 +153,7 @@ class Role(Resting):
 
     def begin_stage(self, optimizer: OptimizerConfig | None, total_steps: int) -> None:
         """A fresh optimizer and schedule over the current weights. Collective over the world."""
-        self.wake()
+        self.settle()
         self._have_gradients()
         self.optimizer_config = optimizer or self.config.optimizer
         self.optimizer = build_optimizer(
@@ -183,6 +179,7 @@ class Role(Resting):
 
     def end_stage(self) -> None:
         """Let the memory of optimizer and gradients go: the next stage's begin from the weights."""
+        end_gather(self.chunks)
         self.optimizer = self.scheduler = None
         self._states.drop()
         if self.active:
@@ -198,7 +195,7 @@ class Role(Resting):
         self.wake()
         self.serial += 1
         if self.optimizer is not None:
-            self.optimizer.reload_model_params()
+            reload_weights(self.optimizer)
 
     # --- passes --------------------------------------------------------------------------------
 
@@ -241,6 +238,7 @@ class Role(Resting):
                 outputs, packs = self._run(batch, loss, temperature, with_entropy, forward_only=False)
             with mark(f"{self.name} optimizer"):
                 ok, grad_norm, _ = self.optimizer.step()
+            begin_gather(self.chunks)
             lr = self.optimizer.param_groups[0]["lr"]
             self.scheduler.step(increment=1)
             stats, scores = self._collect(outputs, packs, batch)

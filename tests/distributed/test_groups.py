@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 
@@ -66,3 +67,41 @@ def shared_objects(rank: int) -> tuple[bool, set[str]]:
 
 def test_each_role_has_groups_of_its_own(pool: Any) -> None:
     assert pool.run(shared_objects) == [(True, set())] * 4
+
+
+def megatrons(rank: int) -> tuple[bool, list[int]]:
+    """Whether Megatron's own data-parallel groups are the world's, and the sizes of its others."""
+    from megatron.core import parallel_state
+
+    of_world = (
+        *(parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_group_gloo()),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    alone = (
+        *(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()),
+        *(parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_model_parallel_group()),
+    )
+    return all(g is dist.group.WORLD for g in of_world), [dist.get_world_size(g) for g in alone]
+
+
+def test_megatrons_own_groups_are_the_worlds_and_one_of_this_rank(pool: Any) -> None:
+    for of_world, alone in pool.run(megatrons):
+        assert of_world
+        assert alone == [1, 1, 1, 1]
+
+
+def made_by_members(rank: int, first: list[int], second: list[int]) -> list[float]:
+    """Sums over groups that none but their members make, some of which are in more groups than others."""
+    from genac_megatron.training.layout import new_group
+
+    sums = []
+    for ranks, name in ((first, "first"), (second, "second")):
+        if rank in ranks:
+            value = torch.tensor([float(rank)])
+            dist.all_reduce(value, group=new_group(ranks, name))
+            sums.append(value.item())
+    return sums
+
+
+def test_a_group_is_made_by_its_members_alone(pool: Any) -> None:
+    assert pool.run(made_by_members, [0, 1], [1, 3]) == [[1.0], [1.0, 4.0], [], [4.0]]

@@ -15,7 +15,8 @@ from tests.distributed.recorded import recorded
 
 WORLD = 4
 BUCKET = 1 << 14
-AGREEMENTS = 3  # world-wide exchanges of objects: ready, all sent, figures
+AGREEMENTS = 3  # of those that carry a publication: ready, all sent, figures
+TOLD = 1  # of the whole world: how it went
 TP2PP2 = {"count": 4, "tp": 2, "pp": 2}
 
 
@@ -47,7 +48,7 @@ def test_ranks_agree_as_often_however_many_buckets_there_are(pool: Any) -> None:
     for (many, often), (few, seldom) in results:
         assert many > 3 * few
         objects = [sum(n for (name, _), n in calls.items() if "object" in name) for calls in (often, seldom)]
-        assert objects[0] == objects[1] <= AGREEMENTS
+        assert objects[0] == objects[1] <= AGREEMENTS + TOLD
         assert often["broadcast", WORLD] == many  # the bytes: each rank has an engine
         assert seldom["broadcast", WORLD] == few
         assert not any(name == "barrier" for name, _ in often)
@@ -64,6 +65,17 @@ def test_buckets_go_to_the_ranks_that_read_them_and_to_no_others(pool: Any) -> N
     assert broadcasts[0].keys() == broadcasts[2].keys() == {2}
     assert broadcasts[0][2] + broadcasts[2][2] == many
     assert broadcasts[3] == {}
+
+
+def test_ranks_without_a_part_are_told_once_how_it_went(pool: Any) -> None:
+    """Rank 0 holds what rank 1 reads; of ranks 2 and 3 nothing is asked but to hear the end."""
+    results = pool.run(exchanged_case, role_config(layout={"count": 4}), [BUCKET], 1)
+    calls = [calls for ((_, calls),) in results]
+    wide = [{name: n for (name, size), n in each.items() if size == WORLD} for each in calls]
+    inner = {"broadcast": 2} if "broadcast" in wide[2] else {}  # of the one object, by torch's own hand
+    assert wide == [{"broadcast_object_list": TOLD, **inner}] * WORLD
+    assert all(size == WORLD for each in calls[2:] for _, size in each)
+    assert calls[0]["all_gather_object", 2] == calls[1]["all_gather_object", 2] == AGREEMENTS
 
 
 def limit_case(rank: int) -> list[float]:
@@ -118,6 +130,34 @@ def no_memory(real: Any, after: int) -> Any:
         return real(*args, **kwargs)
 
     return allocate
+
+
+def idle_case(rank: int, config: Any) -> tuple[str, bool, int]:
+    """A publication between ranks 0 and 1 fails, and the next one does not: what each rank sees."""
+    from genac_megatron.errors import GenacError
+    from genac_megatron.publication.publisher import Publisher
+
+    role = make_role("actor", config, WORLD)
+    sink = OnRank(1)
+    publisher = Publisher(role, [sink], BUCKET)
+    if rank == 1:
+        publisher.transport.allocate = no_memory(publisher.transport.allocate, 0)
+    try:
+        publisher.publish(2)
+        told, agreed = "", False
+    except GenacError as error:
+        told, agreed = str(error), error.agreed
+    publisher.transport.__dict__.pop("allocate", None)
+    publisher.publish(3)
+    return told, agreed, sink.version
+
+
+def test_idle_ranks_raise_what_the_others_raise_and_go_on(pool: Any) -> None:
+    results = pool.run(idle_case, role_config(layout={"count": 4}))
+    assert results == [results[0]] * WORLD
+    told, agreed, version = results[0]
+    assert "rank 1: MemoryError: no room for" in told
+    assert (agreed, version) == (True, 3)
 
 
 def failing_case(rank: int, config: Any, kind: str, where: int) -> tuple[str, float, bool]:

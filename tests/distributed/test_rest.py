@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dp2-bf16": {"layout": {"count": 2}, "training": {"dtype": "bf16"}},
     "dp2-bf16-overlap": {
         "layout": {"count": 2},
-        "training": {"dtype": "bf16", "overlap_grad_reduce": True},
+        "training": {"dtype": "bf16", "overlap_grad_reduce": True, "overlap_param_gather": True},
     },
     "dp2-bf16-replicated": {
         "layout": {"count": 2},

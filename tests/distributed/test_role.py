@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import make_role, published, role_config, train, train_case
+from tests.distributed.cases import Collected, make_role, published, role_config, train, train_case
 
 # fp32 sums in another order: measured differences are below 2e-6 (losses of about 1). Adam divides by the
 # root of the second moment, which lifts rounding of small gradients to under 1e-2 of a step of 5e-3.
@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-dp2": {"count": 4, "pp": 2},
     "tp2-offset": {"first_rank": 2, "count": 2, "tp": 2},
 }
+GATHERED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # So that four ranks too accumulate over micro-batches, and four stages have more of them than stages.
 SMALL = {"dp4": 48, "pp4": 48}
 
@@ -78,12 +79,68 @@ def test_a_layout_trains_like_one_rank(
 
 @pytest.mark.parametrize(
     "training",
-    [{"recompute": "full"}, {"overlap_grad_reduce": True}, {"distributed_optimizer": False}],
-    ids=["recompute", "overlap", "replicated-optimizer"],
+    [{"recompute": "full"}, {"overlap_grad_reduce": True}, {"distributed_optimizer": False}, GATHERED],
+    ids=["recompute", "overlap", "replicated-optimizer", "overlap-gather"],
 )
 def test_a_training_option_changes_no_result(pool: Any, reference: Any, training: dict[str, Any]) -> None:
     config = role_config(layout={"count": 4, "tp": 2}, training=training)
     check(pool.run(train_case, config)[0], reference["qwen3", True])
+
+
+GATHER_LAYOUTS = {
+    "pp2-vpp2-dp2": ("llama", False, {"pp": 2, "vpp": 2}),
+    "pp2-dp2": ("llama", False, {"pp": 2}),
+    "dp4": ("qwen3", True, {}),
+}
+
+
+@pytest.mark.parametrize("name", GATHER_LAYOUTS)
+def test_weights_gathered_meanwhile_are_those_gathered_at_once(pool: Any, name: str) -> None:
+    """Bit for bit. The head of an untied model is read on the last stage without a call of its module."""
+    family, tie, layout = GATHER_LAYOUTS[name]
+    training = {"tokens_per_microbatch": 48}
+    given = {"family": family, "tie": tie, "layout": {"count": 4, **layout}}
+    plain = pool.run(train_case, role_config(**given, training={**training, "overlap_grad_reduce": True}))
+    found = pool.run(train_case, role_config(**given, training={**training, **GATHERED}))
+    for got, wanted in zip(found, plain, strict=True):
+        assert (got["before"], got["figures"]) == (wanted["before"], wanted["figures"])
+        assert all(torch.equal(got["weights"][key], weight) for key, weight in wanted["weights"].items())
+
+
+def under_way_case(rank: int) -> Any:
+    """After an update weights are on their way; one rank alone may read them, and then they are here. So does
+    a publisher that was made before.
+    """
+    from genac_megatron.publication.publisher import Publisher
+
+    role = make_role("actor", role_config(layout={"count": 4}, training=GATHERED), 4)
+    role.begin_stage(None, 10)
+    train(role, 1)
+    groups = [group for chunk in role.chunks for group in chunk.bucket_groups]
+    begun = [group.param_gather_handle is not None for group in groups]
+    mine = None
+    if rank in (0, 2):
+        mine = [parameter.detach().clone() for parameter in role.models[0].parameters()]
+    ended = [group.param_gather_handle is None for group in groups]
+    sink = Collected()
+    publisher = Publisher(role, [sink], 1 << 14)
+    train(role, 1)  # nobody is left waiting
+    publisher.publish(1)
+    fresh = published(role)
+    same = all(torch.equal(sink.tensors[name], tensor) for name, tensor in fresh.items())
+    role.end_stage()
+    return begun, ended, mine, same
+
+
+def test_what_reads_weights_waits_by_itself(pool: Any) -> None:
+    found = pool.run(under_way_case)
+    for rank, (begun, ended, _, same) in enumerate(found):
+        assert same
+        assert begun
+        assert all(begun)
+        assert all(ended) == (rank in (0, 2))
+    for first, second in zip(found[0][2], found[2][2], strict=True):
+        assert torch.equal(first, second)
 
 
 def two_roles(rank: int, actor_layout: dict[str, Any], critic_layout: dict[str, Any]) -> Any:

@@ -15,9 +15,11 @@ import httpx
 import pytest
 
 from genac_megatron import platform
+from genac_megatron.cli import need_files
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.registry import shape_from_hf
-from genac_megatron.recipe.schema import EngineConfig
+from genac_megatron.recipe.estimate import open_files
+from genac_megatron.recipe.schema import EngineConfig, Recipe
 from genac_megatron.records import Request, SamplingParams
 from genac_megatron.serving.sglang import engine as engines
 from genac_megatron.serving.sglang.client import ServerClient, ServerError
@@ -50,6 +52,21 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     with soft_limit(300):
         most = platform.raise_open_files()
         assert most == min(hard, platform.FILES) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_a_large_world_wants_its_connections_before_it_begins() -> None:
+    roles = {
+        name: {"model": {"family": "qwen3", "tokenizer": "builtin:tiny"}} for name in ("actor", "critic")
+    }
+    given = {"name": "n", "roles": roles, "world": {"ranks": 1024}, "task": {"kind": "state_tracking"}}
+    recipe = Recipe.model_validate({**given, "stages": [{"kind": "ppo"}]})
+    assert open_files(recipe) == 3 * 1024 + 512
+    need_files(recipe, 4096)
+    with pytest.raises(
+        InputError, match="of 1024 ranks has up to 3584 files open, and this process may"
+    ) as r:
+        need_files(recipe, 1024)
+    assert "ulimit -Hn" in r.value.way_out
 
 
 def test_few_files_bound_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:

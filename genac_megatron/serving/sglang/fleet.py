@@ -2,6 +2,10 @@
 
 The first rank of a node owns the servers on it; all ranks know the endpoints of all. A restarted server holds
 random weights: whoever restarts it publishes to it before any request goes there.
+
+A server may span nodes (`engine.nnodes`): each node's fleet starts, watches and replaces its part. The first
+part is the endpoint; it tells the others, through a store that all fleets of the role have, where their ranks
+meet. Where one part is lost all of them are started again.
 """
 
 from __future__ import annotations
@@ -11,15 +15,16 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.models.blockwise import served_config
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.platform.fp8 import fp8_arguments, serving_refusal
-from genac_megatron.platform.network import spare_ports
+from genac_megatron.platform.network import bracketed, spare_ports
 from genac_megatron.recipe.schema import AdapterConfig, EngineConfig
 from genac_megatron.recipe.servers import plan_gpus
 from genac_megatron.recipe.share import Share
@@ -49,11 +54,27 @@ class Endpoint:
     gpus: tuple[
         str, ...
     ] = ()  # of its ranks, in order, as `gpus.identity` calls them; none: on a CPU, or not ours
+    nnodes: int = 1  # that it spans, from `node` on
 
     @property
     def index(self) -> int:
         """Among the role's servers."""
         return int(self.name.rpartition("/")[2])
+
+    @property
+    def spans(self) -> bool:
+        """Whether its ranks are on several nodes."""
+        return self.nnodes > 1
+
+
+class Meeting(Protocol):
+    """What parts of a server find each other by: torch's stores are such."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
 
 
 class Fleet:
@@ -64,7 +85,7 @@ class Fleet:
     GPUs (recipe/servers.py); None: as if there were no other role. cores: by a server's name, the hardware
     threads that it runs on; None: this process's. share: what a server gets of each GPU; None on a CPU.
     neighbours: fleets that started before, perhaps on the same GPUs. adapters: of the roles whose adapters
-    these servers load; none: they hold whole weights.
+    these servers load; none: they hold whole weights. meeting: of servers that span nodes.
     """
 
     def __init__(
@@ -83,7 +104,9 @@ class Fleet:
         share: Share | None = None,
         neighbours: Sequence[Fleet] = (),
         adapters: Sequence[AdapterConfig] = (),
+        meeting: Meeting | None = None,
     ) -> None:
+        self._meeting = meeting
         self.name, self.config, self.device = name, config, device
         self.node, self.host = node, host
         self._model, self._logs = model, logs
@@ -143,8 +166,29 @@ class Fleet:
                 fleet._settle(gpus)
             fraction = self._share.fraction(self._free(gpus, self._share))
             server.spec = replace(server.spec, mem_fraction=fraction)
+        if server.spec.nnodes > 1:
+            server.spec = replace(server.spec, meeting=self._meet(server.spec))
         server.start()
         self._starting.append(server)
+
+    def _meet(self, spec: ServerSpec) -> str:
+        """Where the parts of a server meet, as its first part says. Raises PeerLost where it does not."""
+        assert self._meeting is not None, "parts of a server cannot meet"
+        index = [server.spec.name for server in self._servers].index(spec.name)
+        key = f"serving/{spec.name}/{self._instances[index]}"
+        if spec.node_rank == 0:
+            self._meeting.set(key, f"{bracketed(spec.host)}:{spare_ports(1, spec.host)[0]}")
+        limit = self.config.start_timeout_s
+        try:
+            self._meeting.wait([key], timedelta(seconds=limit))
+        except RuntimeError as error:
+            raise PeerLost(
+                f"its first part, on node {self.config.node_of(int(spec.name.rpartition('/')[2]))}, said "
+                f"nothing within {limit:.0f} s (engine.start_timeout_s)",
+                where=f"SGLang server {spec.name}, part {spec.node_rank}",
+                way_out="read the log of that node's first rank",
+            ) from error
+        return self._meeting.get(key).decode()
 
     def _settle(self, gpus: Sequence[str]) -> None:
         """Wait for those that are starting on one of these GPUs."""
@@ -190,55 +234,57 @@ class Fleet:
         return [
             self._endpoint(server, instance)
             for server, instance in zip(self._servers, self._instances, strict=True)
+            if server.spec.node_rank == 0
         ]
 
     def _endpoint(self, server: Server, instance: int) -> Endpoint:
         spec = server.spec
         bare = Endpoint(spec.name, spec.url, spec.key, spec.tp, spec.device, instance, self.node)
-        gpus = self._gpus.get(bare.index, ())
-        return replace(bare, gpus=tuple(identity(name, self._uuids.get(name, "")) for name in gpus))
+        gpus = self._gpus.get(bare.index, ()) if spec.nnodes == 1 else ()  # elsewhere they are not known
+        named = tuple(identity(name, self._uuids.get(name, "")) for name in gpus)
+        return replace(bare, gpus=named, nnodes=spec.nnodes)
 
     def lost(self, *, resting: bool = False) -> list[str]:
-        """Names of the servers that have died, or that do not answer within ASK_S seconds.
+        """Names of the servers that have died, or a part of which on this node has, or that do not answer
+        within ASK_S seconds.
 
         resting: they have given memory back, and are asked for no token.
         """
         endpoints = self.endpoints()
-        with ThreadPoolExecutor(len(endpoints), thread_name_prefix="ask") as pool:
+        with ThreadPoolExecutor(max(1, len(endpoints)), thread_name_prefix="ask") as pool:
             answered = list(pool.map(partial(answers, resting=resting), endpoints))
-        return [
-            endpoint.name
-            for index, endpoint in enumerate(endpoints)
-            if (self._servers and not self._servers[index].alive()) or not answered[index]
-        ]
+        silent = {e.name for e, told in zip(endpoints, answered, strict=True) if not told}
+        known = [server.spec.name for server in self._servers] or [endpoint.name for endpoint in endpoints]
+        dead = {server.spec.name for server in self._servers if not server.alive()}
+        return [name for name in known if name in silent | dead]
 
     def restart(self, names: Sequence[str], allowed: Collection[str]) -> None:
         """Replace those of these servers that are ours.
 
         Raises PeerLost, with the log's end, at one that is not `allowed`: the budget is spent.
         """
-        begun = []
-        for index, endpoint in enumerate(self.endpoints()):
-            if endpoint.name not in names:
-                continue
-            if self.config.urls:
+        for endpoint in self.endpoints() if self.config.urls else ():
+            if endpoint.name in names:
                 raise PeerLost(
                     f"it does not answer at {endpoint.url}, and it is not ours to restart",
                     where=f"SGLang server {endpoint.name}",
                     way_out="start it again; --resume goes on from the newest checkpoint",
                 )
-            server = self._servers[index]
-            if endpoint.name not in allowed:
+        begun = []
+        for index, server in enumerate(self._servers):
+            if server.spec.name not in names:
+                continue
+            if server.spec.name not in allowed:
                 raise PeerLost(
                     f"it was lost, and the {self.config.restarts} restarts of engine.restarts are spent;"
                     f" its log ends:\n{server.log_tail()}",
-                    where=f"SGLang server {endpoint.name}",
+                    where=f"SGLang server {server.spec.name}",
                     way_out=f"read {server.log}; --resume goes on from the newest checkpoint",
                 )
             server.stop()
+            self._instances[index] += 1
             self._begin(server)
             begun.append(server)
-            self._instances[index] += 1
         self._note()
         self._wait(begun)
 
@@ -276,6 +322,8 @@ class Fleet:
         fp8 = fp8_arguments(self._capability()) if config.quantization == "fp8" else ()
         return ServerSpec(
             name=f"{self.name}/{index}",
+            nnodes=config.nnodes,
+            node_rank=config.nodes_of(index).index(self.node) if config.nnodes > 1 else 0,
             model=self._model,
             port=port,
             dtype=config.dtype,
@@ -292,7 +340,7 @@ class Fleet:
 
     def _here(self) -> list[int]:
         """The servers of this node."""
-        return [n for n in range(self.config.engines) if self.config.node_of(n) == self.node]
+        return [n for n in range(self.config.engines) if self.node in self.config.nodes_of(n)]
 
     def _choose_gpus(self, places: Sequence[Sequence[int]]) -> None:
         """Give each server of this node its GPUs. Raises InputError where the job has too few."""
@@ -321,7 +369,8 @@ class Fleet:
             )
 
     def _log(self, index: int) -> Path:
-        return self._logs / f"{self.name}-{index}.log"
+        part = self.suffix if self.config.nnodes > 1 else ""
+        return self._logs / f"{self.name}-{index}{part}.log"
 
     def _attached_key(self) -> str:
         name = self.config.api_key_env

@@ -77,7 +77,7 @@ def refusals(
     found = []
     for role, servers in plan_gpus(engines).items():
         for index, places in enumerate(servers):
-            if engines[role].node_of(index) == node:
+            if node in engines[role].nodes_of(index):
                 try:
                     server_gpus(role, index, places, visible)
                 except InputError as error:

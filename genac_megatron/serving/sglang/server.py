@@ -67,6 +67,11 @@ class ServerSpec:
     args: tuple[str, ...] = ()  # more of SGLang's; they come last, so they win
     env: Mapping[str, str] = field(default_factory=dict)  # more variables, for example CUDA_VISIBLE_DEVICES
     cores: tuple[int, ...] = ()  # hardware threads that it runs on; none: those of this process
+    # Of a server that spans nodes, this node's part: how many there are, which it is (the first one answers
+    # requests), and where their ranks meet, "host:port" of the first
+    nnodes: int = 1
+    node_rank: int = 0
+    meeting: str = ""
 
     @property
     def url(self) -> str:
@@ -86,6 +91,12 @@ class ServerSpec:
             # A request names its stop tokens. A model's own would stop it too; llama's default is token 2.
             "--json-model-override-args": '{"eos_token_id": null}',
         }
+        if self.nnodes > 1:
+            given |= {
+                "--nnodes": self.nnodes,
+                "--node-rank": self.node_rank,
+                "--dist-init-addr": self.meeting,
+            }
         limits = {"--max-running-requests": self.max_running, "--max-total-tokens": self.max_tokens}
         given |= {name: limit for name, limit in limits.items() if limit is not None}
         pairs = [str(part) for pair in given.items() for part in pair]
@@ -285,6 +296,8 @@ class Server:
         try:
             if httpx.get(f"{self.spec.url}/health", timeout=PROBE_S, trust_env=False).status_code != 200:
                 return False
+            if self.spec.node_rank > 0:  # it has a health endpoint of its own, once all parts have met
+                return True
             reply = httpx.get(
                 f"{self.spec.url}/model_info", headers=headers, timeout=PROBE_S, trust_env=False
             )

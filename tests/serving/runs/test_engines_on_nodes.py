@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"{PYTHON_VARIABLE} is not set: `make test-serving` builds SGLang's environment and sets it",
 )
 PLACES = {"actor": {"engines": 2, "nodes": [0, 1]}, "critic": {"nodes": [1]}}
+SPANNING = {"actor": {"tp": 2, "nnodes": 2, "nodes": [0, 1]}, "critic": {"nodes": [1]}}
 
 
 def start_nodes(folder: Path, steps: int, places: dict[str, Any]) -> list[subprocess.Popen[str]]:
@@ -83,3 +84,21 @@ def test_a_node_that_the_world_lacks_is_told(tmp_path: Path) -> None:
     ends = [finish(rank) for rank in start_nodes(tmp_path, 1, {"actor": {"nodes": [2]}, "critic": {}})]
     assert [code for code, _ in ends] == [2, 2], ends
     assert "roles.actor.engine.nodes: servers are to start on nodes [2], and the world has 2" in ends[0][1]
+
+
+@pytest.mark.extended  # what it is made of: tests/serving/publication/test_over_nodes.py
+def test_a_server_of_both_nodes_loses_a_part_and_is_replaced_whole(tmp_path: Path) -> None:
+    ranks = start_nodes(tmp_path, 3, SPANNING)
+    wait_for(lambda: any(row.get("kind") == "ppo" for row in rows(tmp_path)), ranks[0], "a first step")
+    before = [servers_of(tmp_path, node)["actor/0"] for node in (0, 1)]
+    os.killpg(before[1], signal.SIGKILL)
+    ends = [finish(rank) for rank in ranks]
+    assert [code for code, _ in ends] == [0, 0], "\n".join(output for _, output in ends)
+    steps = [row for row in rows(tmp_path) if "rollout/staleness" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert max(row.get("serving/actor_restarts", 0) for row in steps) == 1
+    after = [servers_of(tmp_path, node)["actor/0"] for node in (0, 1)]
+    assert not set(after) & set(before)
+    logs = {path.name for path in (tmp_path / "attempt").glob("*.log")}
+    assert {"actor-0.log", "actor-0-node1.log"} <= logs
+    assert gone([*before, *after])
