@@ -52,9 +52,10 @@ from genac_megatron.metrics import Floats
 from genac_megatron.models.sizes import parameters
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
-from genac_megatron.records import Prompt, Rollout, Sample
+from genac_megatron.records import Rollout, Sample
 from genac_megatron.stages.batch import Batch, gathered_batch, play, train_prompts
 from genac_megatron.stages.heldout import told_step
+from genac_megatron.stages.rollouts import Asked
 from genac_megatron.stages.runtime import Run, mean
 from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
@@ -266,7 +267,8 @@ class Audit:
     def _prompts(self) -> dict[str, str]:
         """What is asked: a file may be another under its old name, a chat template may print the date."""
         options, run = self.options, self.run
-        asked = train_prompts(run, 0, options.reference + options.batches * options.prompts)
+        drawn = train_prompts(run, 0, options.reference + options.batches * options.prompts)
+        asked = run.together(lambda: list(drawn))
         found = {"texts": texts_digest(asked)}
         if prints_date(run.tokenizers["actor"]):
             found["rendered"] = rendered_digest([prompt.ids for prompt in asked])
@@ -363,7 +365,7 @@ class Audit:
         return row, sums
 
     def _played(
-        self, prompts: list[Prompt], config: RolloutConfig, what: str, number: int, *, judged: bool
+        self, prompts: Asked, config: RolloutConfig, what: str, number: int, *, judged: bool
     ) -> Batch:
         """A batch on every rank: gradients of many small parts of it are compared."""
         played = play(self.run, prompts, config, (*self.seed, what, number), judged=judged)

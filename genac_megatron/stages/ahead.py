@@ -12,14 +12,13 @@ A checkpoint waits for what is under way and holds it (stages/kept_groups.py); t
 from __future__ import annotations
 
 import copy
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genac_megatron.errors import PeerLost
 from genac_megatron.recipe.schema import PolicyStage, PpoStage
-from genac_megatron.records import Prompt
 from genac_megatron.stages.batch import (
     Batch,
     generator_for,
@@ -28,13 +27,14 @@ from genac_megatron.stages.batch import (
     next_batch,
     next_prompts,
     played_batch,
+    shared_out,
     train_prompts,
 )
 from genac_megatron.stages.figures import batch_figures
 from genac_megatron.stages.kept_groups import group_of, keep_groups, kept_groups
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.queue import Begun, Queue
-from genac_megatron.stages.rollouts import Generator, Group, Lot, groups_of, repeats
+from genac_megatron.stages.rollouts import Asked, Generator, Group, Lot, groups_of
 from genac_megatron.stages.runtime import Run
 
 
@@ -44,7 +44,7 @@ class Plan:
 
     step: int
     generator: Generator
-    prompts: Sequence[Prompt]  # of all ranks
+    prompts: Asked  # of all ranks
     lot: Lot
     restarts: int  # of servers, before it was begun
 
@@ -153,8 +153,8 @@ class Batches:
         generator.tag = f" of step {step}"
         if generator.judge is not None:
             generator.judge.icc = copy.copy(generator.judge.icc)  # the run's moves on meanwhile
-        turns, places = run.share(repeats(prompts)), run.places(len(prompts))
-        lot = Lot(run.share(prompts), stage.rollout.samples, turns, places)
+        share, turns, places = shared_out(run, prompts)
+        lot = Lot(share, stage.rollout.samples, turns, places)
         return Plan(step, generator, prompts, lot, run.serving.restarts())
 
     def _play(self, plan: Plan) -> Coroutine[Any, Any, Groups]:

@@ -42,7 +42,7 @@ from genac_megatron.stages.dealt import placed
 from genac_megatron.stages.figures import batch_figures
 from genac_megatron.stages.heldout import judge_for
 from genac_megatron.stages.ranks import ALONE, EVERYONE, Ranks
-from genac_megatron.stages.rollouts import Generator, Group, generate, repeats
+from genac_megatron.stages.rollouts import Asked, Generator, Group, generate, repeats
 from genac_megatron.stages.runtime import Run
 from genac_megatron.tasks.base import Task
 from genac_megatron.training.distributed_batch import distributed
@@ -162,21 +162,25 @@ class Batch:
         return Batch(groups, self.fresh, None if self.places is None else places)
 
 
-def next_prompts(run: Run, count: int) -> list[Prompt]:
+def next_prompts(run: Run, count: int) -> Asked:
     """The next `count` training prompts; the cursor moves on."""
     cursor = run.at.cursor
     run.at.cursor += count
     return train_prompts(run, cursor, count)
 
 
-def train_prompts(run: Run, first: int, count: int, task: Task | None = None) -> list[Prompt]:
-    """Training prompts `first` to `first + count` of the run's order. Collective: they may be read here.
+def train_prompts(run: Run, first: int, count: int) -> Asked:
+    """Training prompts `first` to `first + count` of the run's order. Collective."""
+    task, seed = run.task, run.recipe.seed
+    return Asked(task, run.together(lambda: [task.train_index(seed, first + i) for i in range(count)]))
 
-    task: another than the run's.
+
+def shared_out(run: Run, prompts: Asked) -> tuple[list[Prompt], list[int], range]:
+    """This rank's share of a batch's prompts, which are read here, for `generate`: themselves, how often each
+    stands before its place in the batch, where the share stands. Collective.
     """
-    asked = task or run.task
-    indices = (asked.train_index(run.recipe.seed, first + i) for i in range(count))
-    return run.together(lambda: [asked.prompt("train", index) for index in indices])
+    share = run.together(lambda: run.share(prompts))
+    return share, run.share(repeats(prompts.indices)), run.places(len(prompts))
 
 
 def generator_for(
@@ -214,25 +218,22 @@ def generator_for(
 
 def play(
     run: Run,
-    prompts: Sequence[Prompt],
+    prompts: Asked,
     config: RolloutConfig,
     seed: tuple[object, ...],
     *,
     judged: bool = True,
-    task: Task | None = None,
     **judging: Unpack[Judged],
 ) -> Batch:
     """Roll out `prompts` over all ranks and, where asked for, have their states judged. Collective.
 
-    task: whose prompts they are, where it is not the run's. judging: `final` and `leaves_certain`, as for
-    `generator_for`.
+    judging: `final` and `leaves_certain`, as for `generator_for`.
     """
-    generator = generator_for(run, config, seed, judged=judged, task=task, **judging)
+    generator = generator_for(run, config, seed, judged=judged, task=prompts.task, **judging)
     began, late = time.perf_counter(), generator.task.late
-    turns = repeats(prompts)
-    share, mine_turns, places = run.share(prompts), run.share(turns), run.places(len(prompts))
+    share, turns, places = shared_out(run, prompts)
     with run.progress.shown("rollout"):  # engines measure themselves
-        mine = run.generating(lambda: generate(generator, share, config.samples, mine_turns, places))
+        mine = run.generating(lambda: generate(generator, share, config.samples, turns, places))
     _credit(run, time.perf_counter() - began, generator.task.late - late)
     return played_batch(run, mine)
 
@@ -244,10 +245,15 @@ def played_batch(run: Run, mine: list[Group]) -> Batch:
             for number, judgements in enumerate(group.judgements):
                 whole = group.finals[number : number + 1]
                 fill_used([*judgements, *whole], run.icc.p_bar, run.recipe.judging.score)
-    size = run.world.size
-    batch = Batch(mine, places=None if size == 1 else [run.world.rank + k * size for k in range(len(mine))])
+    batch = spread(run, mine)
     batch.fresh = frozenset(role for role in run.roles if _is_fresh(run, role, batch))
     return batch
+
+
+def spread(run: Run, mine: list[Group]) -> Batch:
+    """The batch of which this rank has the groups of its share (`Run.share`)."""
+    size = run.world.size
+    return Batch(mine, places=None if size == 1 else [run.world.rank + k * size for k in range(len(mine))])
 
 
 def gathered_batch(run: Run, batch: Batch) -> Batch:
@@ -476,15 +482,16 @@ def judgement_sample(judgement: Judgement, share: float) -> Sample:
     return sample_of(judgement.prompt_ids, judgement.completion, fields)
 
 
-def supervised(samples: Iterable[Sample]) -> list[Sample]:
-    """Give samples the token-mean loss weights of one batch.
+def supervised(samples: Iterable[Sample], ranks: Ranks = ALONE) -> list[Sample]:
+    """Give samples the token-mean loss weights of one batch, which all `ranks` have. Collective over them.
 
     Weights that they have already are kept in proportion: a token of 0 carries no loss and counts for none.
     """
     batch = list(samples)
     own = [sample.fields.get("weights") or [1.0] * sample.trained for sample in batch]
     sums = torch.tensor([sum(weights) for weights in own], dtype=torch.float64)
-    shares = token_weights(sums, "token").tolist()
+    whole, count = ranks.totals(float(sums.sum()), float((sums > 0).sum()))
+    shares = token_weights(sums, "token", whole=(whole, count)).tolist()
     return [
         replace(sample, fields={"weights": [share * weight for weight in weights]})
         for sample, weights, share in zip(batch, own, shares, strict=True)

@@ -7,7 +7,7 @@ differences between critics are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.observe.runinfo import EVALUATIONS
 from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftStage, StageConfig
-from genac_megatron.records import Judgement, Rollout, State
+from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, within_prompts, within_responses
 from genac_megatron.stages.conversations import conversation_figures
 from genac_megatron.stages.judging import Judge, StateJudge, TeacherJudge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
-from genac_megatron.stages.ranks import ALONE, Ranks
+from genac_megatron.stages.ranks import ALONE, EVERYONE, Ranks
 from genac_megatron.stages.reward_figures import earned, part_figures, source_figures
 from genac_megatron.stages.rollouts import Generator, Group, continue_states, generate, judge_groups
 from genac_megatron.stages.runtime import Run, mean
@@ -107,7 +107,7 @@ def _evaluated(
         share = run.even_share(run.recipe.observe.shown_rollouts)
         keep(run, stage, run.gather(held.groups[:share]), step)
     if run.environment is not None:
-        row["conversations"] = _conversations(run, held)
+        row["conversations"] = _conversations(held)
     return row
 
 
@@ -130,9 +130,9 @@ def _trained_targets(run: Run, stage: StageConfig, targets: list[float]) -> list
         return targets
     generator = replace(_held_generator(run, stage), config=stage.rollout)
     count = _held_prompts(run)
-    prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
+    prompts = _held_share(run, count)
     samples, places = run.recipe.evaluation.samples, run.places(count)
-    groups = run.generating(lambda: generate(generator, run.share(prompts), samples, places=places))
+    groups = run.generating(lambda: generate(generator, prompts, samples, places=places))
     run.spend("evaluate", "actor")
     mine = [rollout.target for group in groups for rollout in group.rollouts]
     return [target for part in run.gather([mine]) for target in part]
@@ -179,11 +179,11 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
     late = run.task.late
     if cached is None or cached.key != key:
         config, count = run.recipe.evaluation, _held_prompts(run)
-        prompts = run.together(lambda: [run.task.prompt("heldout", index) for index in range(count)])
+        prompts = _held_share(run, count)
         groups = run.generating(
             lambda: generate(
                 _held_generator(run, stage),
-                run.share(prompts),
+                prompts,
                 config.samples,
                 places=run.places(count),
             )
@@ -198,6 +198,11 @@ def held_out(run: Run, stage: StageConfig) -> HeldOut:
 def _held_prompts(run: Run) -> int:
     """Prompts of an evaluation, of all ranks."""
     return min(run.recipe.evaluation.prompts, run.task.heldout_size)
+
+
+def _held_share(run: Run, count: int) -> list[Prompt]:
+    """This rank's of the first `count` held-out prompts. Collective."""
+    return run.together(lambda: [run.task.prompt("heldout", index) for index in run.share(range(count))])
 
 
 def _rollout_config(run: Run, stage: StageConfig) -> RolloutConfig:
@@ -274,20 +279,46 @@ def _evaluate_critic(
     judged = held.judged[1]  # a stage begins with what the one before ended with
     if monte_carlo and held.draws is None and run.recipe.evaluation.mc_states:
         held.draws = monte_carlo_draws(run, stage, judged)
-    groups = run.gather(judged)
     # Only where asked for: a resumed run has no values left over from an earlier stage.
     mine = held.draws if monte_carlo and held.draws is not None else {}
     known = {k: v for part in run.gather([mine]) for k, v in part.items()}
-    row = critic_row(groups, known)
-    tell_too_long(run, (j for group in groups for js in group.judgements for j in js))
-    keep(run, stage, groups, step)
+    row = critic_row(run.gather([without_tokens(group) for group in judged]), known)
+    row["tokens_per_state"] = tokens_per_state(judged, EVERYONE)
+    tell_too_long(run, (j for group in judged for js in group.judgements for j in js), EVERYONE)
+    keep(run, stage, run.gather(judged[: run.even_share(run.recipe.observe.shown_rollouts)]), step)
     return row
 
 
-def _conversations(run: Run, held: HeldOut) -> dict[str, float]:
+def without_tokens(group: Group) -> Group:
+    """The group without ids, log-probs and texts: what figures of all ranks' need of it on each."""
+    prompt = replace(group.prompt, messages=(), problem="", reference=None, ids=(), tools=(), privileged={})
+    nothing, made = Completion((), (), "stop"), Group(prompt)
+    lean: dict[int, Judgement] = {}
+    for rollout, judgements in zip(group.rollouts, group.judgements, strict=True):
+        own = Rollout(
+            prompt, rollout.sample, nothing, "", rollout.outcome, critic_outcome=rollout.critic_outcome
+        )
+        for judgement in judgements:  # a group shares its prompt state's
+            state = replace(judgement.state, rollout=own)
+            told = replace(judgement, state=state, prompt_ids=(), completion=nothing, text="")
+            lean.setdefault(id(judgement), told)
+        made.rollouts.append(own)
+        made.judgements.append([lean[id(judgement)] for judgement in judgements])
+    return made
+
+
+def tokens_per_state(groups: Sequence[Group], ranks: Ranks = ALONE) -> float:
+    """Tokens of a judgement, of those that the critic was asked for; 0 of none. Collective over `ranks`."""
+    unique = {id(j): j for group in groups for judgements in group.judgements for j in judgements}.values()
+    lengths = [len(judgement.completion.ids) for judgement in unique if not judgement.skipped]
+    total, count = ranks.totals(sum(lengths), len(lengths))
+    return total / count if count else 0.0
+
+
+def _conversations(held: HeldOut) -> dict[str, float]:
     """Figures of the held-out conversations. Collective."""
-    parts = run.gather([[rollout for group in held.groups for rollout in group.rollouts]])
-    return conversation_figures([rollout for part in parts for rollout in part])
+    mine = [rollout for group in held.groups for rollout in group.rollouts]
+    return conversation_figures(mine, EVERYONE)
 
 
 def _judged(run: Run, stage: StageConfig, groups: list[Group]) -> list[Group]:
@@ -360,7 +391,6 @@ def critic_row(groups: list[Group], known: dict[tuple[str, int], list[float]]) -
     unique = {id(j): j for j, _ in pairs}.values()
     asked = [judgement for judgement in unique if not judgement.skipped]
     figures["parse_rate"] = mean(j.value is not None for j in asked) if asked else 0.0
-    figures["tokens_per_state"] = mean(len(j.completion.ids) for j in asked) if asked else 0.0
     with_value = {_key(j.state): j.used for j, _ in pairs if _key(j.state) in known}
     if with_value:
         keys = sorted(with_value)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from genac_megatron.environments import Environments
 from genac_megatron.recipe.schema import RolloutConfig
@@ -181,13 +181,34 @@ class Generator:
             rollout.critic_outcome = outcome if critic == "verify" else 0.0
 
 
-def repeats(prompts: Sequence[Prompt]) -> list[int]:
-    """How often each prompt of a batch stands before its place there."""
-    seen: Counter[str] = Counter()
+class Asked(Sequence[Prompt]):
+    """Training prompts of a task, made when they are read: a rank reads those of its share."""
+
+    def __init__(self, task: Task, indices: Sequence[int]) -> None:
+        self.task, self.indices = task, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, at: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, at: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(at, slice):
+            return [self.task.prompt("train", index) for index in self.indices[at]]
+        return self.task.prompt("train", self.indices[at])
+
+
+def repeats(prompts: Sequence[Hashable]) -> list[int]:
+    """How often each prompt of a batch (what tells it from others) stands before its place there."""
+    seen: Counter[Hashable] = Counter()
     turns = []
     for prompt in prompts:
-        turns.append(seen[prompt.id])
-        seen[prompt.id] += 1
+        turns.append(seen[prompt])
+        seen[prompt] += 1
     return turns
 
 
@@ -237,7 +258,7 @@ def generate(
     `repeats` of the whole batch, of these prompts; None where they are the whole batch. `places`: where the
     prompts stand among those of all ranks (`Run.places`), by which servers share them; None: from 0 on.
     """
-    turns = repeats(prompts) if turns is None else turns
+    turns = repeats([prompt.id for prompt in prompts]) if turns is None else turns
     lot = Lot(prompts, samples, turns, range(len(prompts)) if places is None else places)
     return asyncio.run(groups_of(generator, lot))
 

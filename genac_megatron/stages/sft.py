@@ -9,6 +9,7 @@ from genac_megatron.algorithms.losses import make_sft_loss
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
 from genac_megatron.stages.batch import supervised
+from genac_megatron.stages.dealt import Dealt, placed
 from genac_megatron.stages.fallback import keep_weights
 from genac_megatron.stages.figures import prefixed
 from genac_megatron.stages.gates import check_sft_gate
@@ -16,11 +17,12 @@ from genac_megatron.stages.heldout import evaluate
 from genac_megatron.stages.loop import Loop
 from genac_megatron.stages.merging import merge_due
 from genac_megatron.stages.minibatches import pop_tokens
-from genac_megatron.stages.ranks import ALONE, Ranks
+from genac_megatron.stages.ranks import ALONE, EVERYONE, Ranks
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_data import check_room, kept_data, pass_order, phases_of, with_room
 from genac_megatron.stages.sft_heldout import Watch, hold_out
+from genac_megatron.training.distributed_batch import distributed
 
 
 def sft(run: Run, stage: SftStage, loop: Loop) -> None:
@@ -74,16 +76,29 @@ def _train(run: Run, stage: SftStage, loop: Loop, samples: list[Sample]) -> tupl
         if epoch != ordered:
             order = pass_order(samples, phases_of(stage), seed_for(run.recipe.seed, stage.name, epoch))
             ordered = epoch
-        batch = supervised(order[index * stage.batch : (index + 1) * stage.batch])
+        batch = _share(run, order[index * stage.batch : (index + 1) * stage.batch])
         with run.phase(f"{stage.role}_train"):
-            result = role.train_step(batch, loss)
+            result = role.train_step(batch.where, loss)
         stats = dict(result.stats)
         tokens = pop_tokens(stage.role, stats)
         merged = merge_due(run, stage.role, step=step)
         seen = watch.look(step, loop) if watch is not None else {}
-        figures = {**prefixed(stage.role, stats), **part_figures(stage.role, batch, result.logprobs)}
+        parts = part_figures(stage.role, batch.mine, result.logprobs, _ranks(run))
+        figures = {**prefixed(stage.role, stats), **parts}
         loop.done(step, {**figures, **merged, **seen, **tokens}, None)
     return loop.total, watch.settle(loop.total) if watch is not None else {}
+
+
+def _ranks(run: Run) -> Ranks:
+    return ALONE if run.world.size == 1 else EVERYONE
+
+
+def _share(run: Run, batch: Sequence[Sample]) -> Dealt:
+    """A step's samples, each on one rank, those of one source together: they begin alike. Collective."""
+    alike = sorted(range(len(batch)), key=lambda i: batch[i].source)
+    here = sorted(alike[place] for place in run.places(len(batch)))
+    mine = placed(supervised([batch[i] for i in here], _ranks(run)), here)
+    return Dealt(mine, mine if run.world.size == 1 else distributed(mine))
 
 
 def part_figures(

@@ -24,7 +24,8 @@ from genac_megatron.recipe.schema import (
 from genac_megatron.recipe.source_rules import replayed
 from genac_megatron.recipe.stages import ActorConfig, named_sources
 from genac_megatron.recipe.tasks import TaskConfig, single_tasks
-from genac_megatron.records import Prompt, Sample
+from genac_megatron.records import Sample
+from genac_megatron.stages.rollouts import Asked
 from genac_megatron.stages.room import Room, fit_part
 from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.base import read_alike
@@ -131,17 +132,17 @@ def sizes(stage: SftStage) -> list[int]:
     return [after - before for before, after in pairwise(edges)]
 
 
-def order_prompts(run: Run, order: Order, places: range) -> list[tuple[int, Prompt]]:
-    """(place, training prompt of an order's task) for some places among those that it draws; texts that the
-    recipe's task holds out are passed over, so they may be a few fewer.
+def order_prompts(run: Run, order: Order, places: range) -> tuple[list[int], Asked]:
+    """(places, training prompts of an order's task there) for some places among those that it draws; texts
+    that the recipe's task holds out are passed over, so they may be a few fewer.
     """
     held = frozenset[str]() if order.task is run.task else held_out_texts(run.task)
     found = []
     for place in places:
         index = order.task.train_index(run.recipe.seed, order.first + place)
         if not held or order.task._problem("train", index).key not in held:
-            found.append((place, order.task.prompt("train", index)))
-    return found
+            found.append((place, index))
+    return [place for place, _ in found], Asked(order.task, [index for _, index in found])
 
 
 def held_out_texts(task: Task) -> frozenset[str]:

@@ -227,21 +227,22 @@ def judged_by_values(run: Run, mine: Sequence[Group]) -> list[Group]:
     The states are those that a generative critic would be asked about. Values are clipped to [0, 1], where
     outcomes lie: that can only lower their error.
     """
-    everyone = run.gather(mine)
-    rollouts = [rollout for group in everyone for rollout in group.rollouts]
-    values = dict(zip((id(r) for r in rollouts), response_values(run, rollouts, "evaluate"), strict=True))
+    from genac_megatron.stages.batch import spread  # which leans on evaluations
+
+    rollouts = [rollout for group in mine for rollout in group.rollouts]
+    found = iter(response_values(run, rollouts, "evaluate", spread(run, list(mine))))
     judged = [
         Group(
             group.prompt,
             group.rollouts,
-            [_judgements(run, rollout, values[id(rollout)]) for rollout in group.rollouts],
+            [_judgements(run, rollout, next(found)) for rollout in group.rollouts],
         )
-        for group in everyone
+        for group in mine
     ]
     for group in judged:
         for judgements in group.judgements[1:]:  # one prompt state for all: the prefix is the same
             judgements[0] = group.judgements[0][0]
-    return run.share(judged)
+    return judged
 
 
 def _judgements(run: Run, rollout: Rollout, values: Tensor) -> list[Judgement]:

@@ -133,6 +133,50 @@ def test_ranks_that_plan_their_own_rows_train_to_the_bit_alike(pool: Any, name: 
         assert all(torch.equal(weights[key], tensor) for key, tensor in others.items())
 
 
+def sft_case(rank: int, spread: bool) -> Any:
+    """Two SFT steps, of samples that ranks have a share of each, or all have whole."""
+    from types import SimpleNamespace
+
+    from genac_megatron.algorithms.losses import make_sft_loss
+    from genac_megatron.stages.batch import supervised
+    from genac_megatron.stages.runtime import Run
+    from genac_megatron.stages.sft import _ranks, _share, part_figures
+    from genac_megatron.training.layout import World
+
+    role = make_role("actor", role_config(layout={"tp": 2}), RANKS)
+    role.begin_stage(None, 10)
+    run: Any = SimpleNamespace(world=World(rank, RANKS, rank))  # no more of a run is used
+    run.places = lambda count: Run.places(run, count)
+    found = []
+    for seed in (5, 6):
+        samples = nested(seed)
+        for number, one in enumerate(samples):
+            one.part, one.fields = "ab"[number % 2], {"weights": [1.0] * (one.trained - 1) + [0.0]}
+        if spread:
+            batch = _share(run, samples)
+            result = role.train_step(batch.where, make_sft_loss())
+            figures = part_figures("actor", batch.mine, result.logprobs, _ranks(run))
+        else:
+            whole = supervised(samples)
+            result = role.train_step(whole, make_sft_loss())
+            figures = part_figures("actor", whole, result.logprobs)
+        told = {key: result.stats[key] for key in ("loss", "grad_norm", "tokens")}
+        found.append((told | figures, len(result.logprobs), len(samples)))
+    return found, published(role)
+
+
+def test_sft_steps_of_shares_are_those_of_a_list(pool: Any) -> None:
+    spread, whole = (pool.run(sft_case, way) for way in (True, False))
+    wanted, weights = whole[0]
+    for steps, own in spread:
+        for (figures, _, _), (others, _, _) in zip(steps, wanted, strict=True):
+            assert figures == pytest.approx(others, rel=1e-4, abs=1e-5)
+        for key, tensor in weights.items():
+            torch.testing.assert_close(own[key], tensor, atol=2e-5, rtol=0, msg=key)
+    for step in range(2):
+        assert sum(steps[step][1] for steps, _ in spread) == wanted[step][2], "each sample on one rank"
+
+
 def moved_case(rank: int, layout: dict[str, Any]) -> Any:
     """What arrives where a role computes it, against what was made."""
     import numpy as np

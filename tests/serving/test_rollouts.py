@@ -378,7 +378,7 @@ def test_repeats_change_nothing_for_prompts_that_come_first() -> None:
 def test_repeats_are_numbered_over_the_whole_batch_whatever_the_ranks() -> None:
     batch = repeated()
     whole = generate(generator(random_engine(1), judge(random_engine(2))), batch, 2)
-    turns = repeats(batch)
+    turns = repeats([prompt.id for prompt in batch])
     assert turns == [0, 0, 1, 0, 1, 2]
     for size in (2, 3):
         for rank in range(size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import statistics
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,14 @@ import pytest
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
-from genac_megatron.stages.heldout import critic_row, held_out, monte_carlo_draws, tell_too_long
+from genac_megatron.stages.heldout import (
+    critic_row,
+    held_out,
+    monte_carlo_draws,
+    tell_too_long,
+    tokens_per_state,
+    without_tokens,
+)
 from genac_megatron.stages.rollouts import Group
 
 
@@ -60,9 +68,26 @@ def test_every_state_meets_its_own_responses_outcome(groups: list[Group]) -> Non
     later = [pair for pair, place in zip(pairs, row["positions"], strict=True) if place]
     wins = [(v > w) + (v == w) / 2 for v, r in later for w, q in later if r > q]
     assert row["auc"] == pytest.approx(statistics.fmean(wins))
-    assert row["tokens_per_state"] == pytest.approx(
-        statistics.fmean([2, 4, 4, 4, 2, 4, 4])
-    )  # each judgement once
+    each = statistics.fmean([2, 4, 4, 4, 2, 4, 4])  # each judgement once
+    assert tokens_per_state(groups) == pytest.approx(each)
+
+
+def test_figures_need_no_tokens(groups: list[Group]) -> None:
+    """What other ranks get of a group: neither ids nor texts, and the same row."""
+    lean = [without_tokens(group) for group in groups]
+    known = {("heldout/0#0", 1): [1.0, 0.0], ("heldout/0#0", 2): [1.0, 1.0], ("heldout/1#1", 1): [0.0, 1.0]}
+    assert repr(critic_row(lean, known)) == repr(critic_row(groups, known))  # NaN too
+    for one in lean:
+        assert not one.prompt.ids
+        assert not one.prompt.problem
+        for judgements in one.judgements:
+            assert judgements[0] is one.judgements[0][0], "one prompt state for all"
+            assert not any(
+                j.completion.ids or j.prompt_ids or j.state.rollout.completion.ids for j in judgements
+            )
+    long = [group(9, 0.5, [(1.0, [(0.5, 0.5)] * 500), (0.0, [(0.5, 0.5)])])]
+    sizes = [len(pickle.dumps(made)) / 502 for made in (long, [without_tokens(one) for one in long])]
+    assert sizes[0] > 2.5 * sizes[1]
 
 
 def test_a_shared_prompt_state_is_one_state() -> None:

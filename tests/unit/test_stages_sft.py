@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.sft_data import _read_samples, _write_samples, check_room, with_room
+from genac_megatron.stages.sft_data import _read_samples, _write_samples, check_room, compact, with_room
 
 
 def test_kept_samples_are_all_of_them_or_refused(tmp_path: Path) -> None:
@@ -29,6 +31,22 @@ def test_kept_samples_are_all_of_them_or_refused(tmp_path: Path) -> None:
     assert _read_samples(path) == samples
     path.unlink()
     assert _read_samples(path) is None
+
+
+def test_samples_as_arrays_are_the_same_in_a_few_bytes(tmp_path: Path) -> None:
+    figures = {"weights": [1 / 3, 0.0, 1.0]}
+    samples = [
+        Sample([100_000 + n, 2, 3, 4], 1, figures, source="a", part="x", problem="p") for n in range(3)
+    ]
+    kept = compact(samples)
+    for one, other in zip(kept, samples, strict=True):
+        assert replace(one, tokens=list(one.tokens), fields={"weights": list(one.fields["weights"])}) == other
+    path = tmp_path / "data" / "x.jsonl"
+    _write_samples(path, kept)
+    assert _read_samples(path) == samples
+    long = Sample(list(range(100_000, 110_000)), 1)
+    assert sys.getsizeof(compact([long])[0].tokens) < 41_000 < sys.getsizeof(long.tokens)
+    assert compact(None) is None
 
 
 def test_samples_longer_than_the_model_are_named() -> None:
