@@ -317,6 +317,8 @@ def optimisation(figure: Figure, run: RunData, theme: Theme) -> bool:
     for i, (axes, (title, keys)) in enumerate(zip(stacked(figure, len(panels)), panels, strict=True)):
         for role, key in keys.items():
             stage_lines(axes, run, key, theme.of(role), role)
+        if title == "share clipped":
+            per_cent(axes)
         bands(axes, run, theme, names=i == 0)
         axes.set_ylabel(title)
         if i < len(panels) - 1:

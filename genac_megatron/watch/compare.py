@@ -316,7 +316,7 @@ def shown(one: Estimate | None, digits: int | None) -> str:
 
 def _plain_number(value: float, digits: int | None) -> str:
     """As text, without a sign where it is 0."""
-    text = f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
+    text = f"{value:.3g}" if digits is None else f"{value:,.{digits}f}"
     return text.lstrip("-") if text.strip("-0.") == "" else text
 
 

@@ -1,10 +1,14 @@
-"""The tutorial's commands, as they stand there and in that order, on a tiny model and a made-up teacher."""
+"""The tutorial's commands, as they stand there and in that order: its small part with few steps, and the
+second on a tiny model and a made-up teacher.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,9 @@ from tests.conversion.tiny_folder import make_folder, tiny_shape
 from tests.unit.fake_chat import FakeChat, reply
 from tests.warm import ROOT, genac
 
-pytestmark = [pytest.mark.extended, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+FIRST, SECOND = PAGE.split("# Then: ")
 SMALL = [
     "observe.plots=false", "checkpoint.every=0", "judging.max_new_tokens=40", "judging.states.max_states=3",
     "evaluation.prompts=2", "evaluation.samples=2", "evaluation.mc_states=2", "evaluation.mc_continuations=2",
@@ -28,37 +33,67 @@ SMALL = [
     "stages.reinforce.steps=1", "stages.reinforce.gate.action=warn", "stages.ppo.steps=1",
     "stages.ppo.gate.action=warn",
 ]  # fmt: skip
+FEW = [
+    "world.ranks=1", "observe.plots=false", "evaluation.prompts=4", "evaluation.samples=2",
+    "evaluation.mc_states=2", "evaluation.mc_continuations=2", "stages.sft-actor.size=32",
+    "stages.sft-critic.size=32",
+    "stages.reinforce.steps=1", "stages.ppo.steps=1", "stages.sft-critic.gate.action=warn",
+    "stages.reinforce.gate.action=warn", "stages.ppo.gate.action=warn",
+    *(f"stages.{stage}.rollout.prompts=2" for stage in ("sft-actor", "sft-critic", "reinforce", "ppo")),
+]  # fmt: skip
 
 
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+def commands(part: str) -> list[list[str]]:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", part, flags=re.MULTILINE | re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def recipe() -> str:
-    return re.findall(r"^```yaml\n# file: mine\.yaml\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)[0]
+def files(part: str) -> dict[str, str]:
+    """What the part's blocks name as files."""
+    return dict(re.findall(r"^```\w+\n# file: (\S+)\n(.*?)^```$", part, flags=re.MULTILINE | re.DOTALL))
 
 
-def test_every_command_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_part_runs_as_it_stands(tmp_path: Path) -> None:
+    """Its files written, its script run, its recipe looked at whole and run with few steps."""
+    for name, text in files(FIRST).items():
+        (tmp_path / name).write_text(text)
+    seen = [" ".join(words[:2]) for words in commands(FIRST)]
+    assert [*seen[:2], *(words.split("=")[0] for words in seen[2:])] == [
+        "git clone", "cd GenAC-Megatron", "alias genac", "genac doctor", "mkdir ~/first",
+        "python3.11 clock.py", "genac run", "genac run",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "clock.py"], cwd=tmp_path, check=True, timeout=60)
+    few = [f"stages.{stage}.size=64" for stage in ("sft-actor", "sft-critic")]  # of 14,000, for the time
+    look, run = commands(FIRST)[-2:]
+    done = genac(*look[1:], *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "all of them have room in the model of actor and critic" in done.stdout
+    done = genac(*run[1:], *FEW, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs/first/report/summary.json").read_text())
+    assert {"actor/accuracy_ppo", "critic/brier_sft", "critic/brier_ppo"} <= set(summary)
+
+
+@pytest.mark.extended
+def test_every_command_of_the_second_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def teach(body: dict[str, Any]) -> tuple[int, Any]:
         assert body["max_completion_tokens"] == 4000
         return 200, reply("It fails. <answer>0</answer>", finish_reason="stop")
 
     monkeypatch.setenv("TEACHER_KEY", "k")
     make_folder(tmp_path / "model", tiny_shape(max_positions=4096, init_std=0.1))
-    question = json.loads(re.findall(r"^```json\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)[0])
+    question = json.loads(re.findall(r"^```json\n(.*?)^```$", SECOND, flags=re.MULTILINE | re.DOTALL)[0])
     rows = [{**question, "question": f"{n}: {question['question']}"} for n in range(80)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "some.jsonl").write_text(json.dumps({"problem": "2+2?", "response": "2+2\nis 4"}) + "\n")
     server = FakeChat(teach)
     small = [*SMALL, f"stages.sft-critic.teacher.url={server.url}"]
     # The recipe itself is shrunk, so that commands stay as they are.
-    (tmp_path / "whole.yaml").write_text(recipe())
-    (tmp_path / "mine.yaml").write_text(shrunk(recipe(), small))
+    (tmp_path / "mine.yaml").write_text(shrunk(files(SECOND)["mine.yaml"], small))
     try:
-        seen = [words[1] for words in commands()]
+        seen = [words[1] for words in commands(SECOND)]
         assert seen == ["run", "traces", "traces", "run", "report", "score", "convert", "convert"]
-        for words in commands():
+        for words in commands(SECOND):
             assert words[0] == "genac"
             more = ["--gate", "warn"] if words[1] == "traces" else []
             done = genac(*words[1:], *more, cwd=tmp_path)

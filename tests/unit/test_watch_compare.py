@@ -16,7 +16,7 @@ from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.intervals import Estimate
 from genac_megatron.observe.report_data import read_run
-from genac_megatron.watch.compare import Comparison, Line, block_codes, shown
+from genac_megatron.watch.compare import Comparison, Line, block_codes, exact, shown
 from genac_megatron.watch.compared import compare_runs, names_of
 
 
@@ -235,3 +235,12 @@ def test_bad_words_end_with_2_and_one_message(
         said = capsys.readouterr()
         assert said.err.count("genac: error:") == 1, words
         assert "way out" in said.err, words
+
+
+def test_long_counts_are_readable() -> None:
+    assert [shown(exact(value), 0) for value in (280.0, 6692493.0, -5572862.0)] == [
+        "280",
+        "6,692,493",
+        "-5,572,862",
+    ]
+    assert shown(exact(7.27e-07), None) == "7.27e-07"
