@@ -3,11 +3,12 @@ it was, gathered whole on every rank as pickled objects.
 
 Simulated (--ranks): what one rank of a world of so many does, with real records, samples, plans and messages
 of its own share; what other ranks would tell are copies of what it tells itself, what they would send are
-zeros of the same sizes. told: the few numbers of each sample that all know. plan: the micro-batches. moved:
-messages made and read. home: log-probs back to where samples were made, of one pass. Seconds are this
-process's processor's, plus what is sent over a fabric of 35 GB/s (assumed, as in scale_model.py). Memory is
-the peak of Python's and numpy's blocks, times the 8 ranks of a node. `gathered` is one rank's share, pickled,
-read back and made into samples, times the ranks: too large to be done here, and linear.
+zeros of the same sizes. samples: advantages, baselines and weights, and how accurate values are over all.
+told: the few numbers of each sample that all know. plan: the micro-batches. moved: messages made and read.
+home: log-probs back to where samples were made, of one pass. Seconds are this process's processor's, plus
+what is sent over a fabric of 35 GB/s (assumed, as in scale_model.py). Memory is the peak of Python's and
+numpy's blocks, times the 8 ranks of a node. `gathered` is one rank's share, pickled, read back and made into
+samples, times the ranks: too large to be done here, and linear.
 
 Real (--real): the exchange itself on so many gloo ranks of this machine, either way.
 Run: python -m benchmarks.scale_batch
@@ -43,7 +44,9 @@ from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
 from genac_megatron.recipe.schema import TrainingConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, State
+from genac_megatron.stages import ranks as everyone
 from genac_megatron.stages.batch import Batch, actor_samples, critic_samples
+from genac_megatron.stages.regime import batch_accuracy
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.training import distributed_batch, microbatches
 from genac_megatron.training.agreement import gathered
@@ -89,8 +92,11 @@ def groups_of(count: int, response: int, seed: int) -> list[Group]:
     return made
 
 
-def samples_of(groups: list[Group], response: int) -> dict[str, list[Sample]]:
-    batch = Batch(groups)
+def samples_of(groups: list[Group], response: int, ranks: int | None = None) -> dict[str, list[Sample]]:
+    """ranks: the groups are a part of so many's; None: all."""
+    batch = Batch(groups, places=None if ranks is None else [k * ranks for k in range(len(groups))])
+    if ranks is not None:
+        batch_accuracy(batch)  # what lambda may go by
     return {
         "actor": actor_samples(batch, AdvantageConfig(), 0.95, LossConfig(), response),
         "critic": critic_samples(batch, TRAINED, "leave_one_out", CriticLossConfig()),
@@ -140,6 +146,7 @@ def one_of(ranks: int, layout: Layout) -> Iterator[Any]:
         patch.object(distributed_batch, "spread_from", lambda source, array, group=None: array),
         patch.object(distributed_batch, "dist", world),
         patch.object(microbatches, "gathered_rows", lambda mine, group=None: [mine] * layout.dp),
+        patch.object(everyone, "gathered_rows", lambda mine, group=None: [mine] * ranks),
     ):
         yield groups
 
@@ -150,8 +157,8 @@ def stays(ranks: int, groups: list[Group], response: int, shape: Shape) -> tuple
     """
     clock, moved, count, layout = Clock(), 0.0, 0, Layout("role", 0, ranks, tp=TP)
     training = TrainingConfig(tokens_per_microbatch=MICROBATCH)
-    every = clock("samples", lambda: samples_of(groups, response))
     with one_of(ranks, layout) as of_rank:
+        every = clock("samples", lambda: samples_of(groups, response, ranks))
         for role, samples in every.items():
             batch: DistributedBatch = clock(f"{role} told", partial(distributed, samples))
             plan: Planned = clock(

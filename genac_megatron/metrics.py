@@ -34,7 +34,9 @@ def _pair(values: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _codes(ids: Sequence[Hashable] | NDArray[Any]) -> Ints:
-    """Ids of any hashable kind as integers 0.. in order of first sight."""
+    """Ids of any hashable kind as integers 0.. in order of first sight; of an array of integers in theirs."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "i":
+        return np.unique(ids, return_inverse=True)[1]
     seen: dict[Hashable, int] = {}
     return np.array([seen.setdefault(i, len(seen)) for i in ids], dtype=np.int64)
 
@@ -100,7 +102,7 @@ def explained_variance(values: ArrayLike, outcomes: ArrayLike) -> float:
 def explained_within(
     values: ArrayLike,
     targets: ArrayLike,
-    groups: Sequence[Hashable],
+    groups: Sequence[Hashable] | Ints,
     noise: ArrayLike | None = None,
 ) -> float:
     """1 - Var(t - v) / Var(t), both about their group's mean: what values know beyond which group it is.

@@ -8,6 +8,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from genac_megatron.records import Judgement
 from genac_megatron.tasks.answers import after_reasoning
 from genac_megatron.tasks.tokenizer import encode_after
@@ -15,6 +18,7 @@ from genac_megatron.tasks.tokenizer import encode_after
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Figures = Sequence[float] | NDArray[np.float64]
 LEVELS = 11  # the integers 0..10
 _ANSWER = re.compile(r"<answer>\s*([+-]?[0-9]+)\s*</answer>")
 
@@ -143,7 +147,7 @@ def leave_one_out(
     rewards: Sequence[float],
     outcomes: Sequence[float],
     keys: Sequence[Hashable] | None = None,
-    everyone: tuple[Sequence[float], Sequence[float]] | None = None,
+    everyone: tuple[Figures, Figures] | None = None,
 ) -> list[float]:
     """The baseline b of each entry: mean reward of the batch's *other* entries with the same outcome.
 
@@ -157,10 +161,10 @@ def leave_one_out(
     names: Sequence[Hashable] = range(len(rewards)) if keys is None else keys
     if not len(rewards) == len(outcomes) == len(names):
         raise ValueError("rewards, outcomes and keys must be equally long")
-    totals: dict[Hashable, list[float]] = defaultdict(list)
     own: dict[Hashable, list[float]] = defaultdict(list)
-    for value, outcome in zip(*(everyone or (rewards, outcomes)), strict=True):
-        totals[_level(outcome)].append(value)
+    every, theirs = (np.asarray(figures, np.float64) for figures in everyone or (rewards, outcomes))
+    levels = np.rint(theirs * 10).astype(np.int64)  # as `_level`
+    totals = {int(level): every[levels == level].tolist() for level in np.unique(levels)}
     for value, outcome, name in zip(rewards, outcomes, names, strict=True):
         own[_level(outcome), name].append(value)
     sums = {level: math.fsum(values) for level, values in totals.items()}
@@ -179,7 +183,7 @@ def reinforce_weights(
     keys: Sequence[Hashable],
     baseline: Literal["leave_one_out", "none"] = "leave_one_out",
     ratios: Sequence[float] | None = None,
-    everyone: tuple[Sequence[float], Sequence[float]] | None = None,
+    everyone: tuple[Figures, Figures] | None = None,
 ) -> dict[Hashable, float]:
     """w = R_v - b per critic completion, the mean over its entries where it was judged on several.
 

@@ -461,8 +461,9 @@ def _weigh(entries: Sequence[Entry], baseline: str, ranks: Ranks) -> list[tuple[
     rewards = [reward(judgement.value, target) for judgement, target, _, _ in entries]
     targets, keys = [target for _, target, _, _ in entries], [id(judgement) for judgement, _, _, _ in entries]
     ratios = [ratio for _, _, ratio, _ in entries]
-    everyone = ranks.rows(np.array([rewards, targets], np.float64).T)
-    weights = reinforce_weights(rewards, targets, keys, baseline, ratios, everyone.T.tolist())  # type: ignore[arg-type]
+    table = ranks.rows(np.array([rewards, targets], np.float64).T)
+    everyone = table[:, 0], table[:, 1]
+    weights = reinforce_weights(rewards, targets, keys, baseline, ratios, everyone)  # type: ignore[arg-type]
     chosen: dict[int, tuple[Judgement, int]] = {}
     for judgement, _, _, place in entries:
         chosen.setdefault(id(judgement), (judgement, place))

@@ -254,8 +254,10 @@ def batch_accuracy(batch: Batch) -> dict[str, float]:
     rows = [(numbers[id(r)], j.used, r.target, j.state.index) for j, r in pairs_of(batch.groups)]
     found = batch.ranks.rows(np.array(rows, np.float64).reshape(-1, 4))
     found = found[np.argsort(found[:, 0], kind="stable")]
-    whole = metrics.explained_variance(found[:, 1].tolist(), found[:, 2].tolist())
+    whole = metrics.explained_variance(found[:, 1], found[:, 2])
     ids, found = batch.problems, found[found[:, 3] > 0]
-    keys = [ids[int(number)] for number in found[:, 0]]
-    within = metrics.explained_within(found[:, 1].tolist(), found[:, 2].tolist(), keys)
+    seen, which = np.unique(found[:, 0].astype(np.int64), return_inverse=True)
+    codes: dict[str, int] = {}
+    problems = np.array([codes.setdefault(ids[number], len(codes)) for number in seen.tolist()], np.int64)
+    within = metrics.explained_within(found[:, 1], found[:, 2], problems[which])
     return {"explained_variance": whole, "explained_variance_prompt": within}

@@ -12,12 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genac_megatron import metrics
 from genac_megatron.critic.states import trained_indices, trained_responses
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, Sample, State
+from genac_megatron.stages.accuracy import pairs_of, within_prompts
 from genac_megatron.stages.batch import Batch, actor_samples, critic_samples, supervised
 from genac_megatron.stages.figures import judge_figures, rollout_figures, trained_figures
 from genac_megatron.stages.parity import parity_figures
+from genac_megatron.stages.regime import batch_accuracy
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.runtime import largest
 from genac_megatron.training.role import StepResult
@@ -287,3 +290,12 @@ def test_nan_of_any_minibatch_is_told(key: str, spoilt: int) -> None:
     results = [StepResult(one, [[0.0]]) for one in stats]
     assert math.isnan(trained_figures("actor", results, Batch([]), [sample], [[0.0]])[f"actor/{key}"])
     assert math.isnan(largest(one["grad_norm"] for one in stats)) is (key == "grad_norm")
+
+
+@given(st.integers(0, 10**6))
+def test_a_batch_is_as_accurate_as_its_states(seed: int) -> None:
+    batch = make_batch(seed)
+    pairs = pairs_of(batch.groups)
+    whole = metrics.explained_variance([j.used for j, _ in pairs], [r.target for _, r in pairs])
+    wanted = {"explained_variance": whole, "explained_variance_prompt": within_prompts(batch.groups)}
+    assert batch_accuracy(batch) == pytest.approx(wanted, nan_ok=True)
