@@ -124,6 +124,9 @@ class Episode:
     # them the engine still had in its prefix cache. None: it has none that says so
     again: int = 0
     cached: int | None = None
+    seed: int = 0  # that the environment began with
+    # Of each answer a digest, by which it is known when it is given again, and the outcome that it named
+    answers: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def taken(self) -> int:

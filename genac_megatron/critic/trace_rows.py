@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.kept_episodes import episode_row, so_far, with_episode
 from genac_megatron.critic.prompt import build_prompt_ids, prompt_text
+from genac_megatron.critic.states import state_text
 from genac_megatron.critic.traces import learnt_text, to_sample
 from genac_megatron.critic.verdicts import Row, monte_carlo
 from genac_megatron.errors import InputError
+from genac_megatron.escaping import Transcript
 from genac_megatron.records import Completion, Prompt, Rollout, Sample, State
 
 if TYPE_CHECKING:
@@ -26,10 +30,18 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def state_row(state: State, partial: str, actor: str, told: IccState, limit: int) -> Row:
-    """A state as it is kept, with what the critic is told of its actor. `partial`: the prefix as text."""
+def state_row(
+    state: State, tokenizer: PreTrainedTokenizerBase, most: int | None, actor: str, told: IccState, limit: int
+) -> Row:
+    """A state as it is kept, with what the critic is told of its actor. most: tokens of a conversation that
+    it is shown.
+    """
     rollout, count = state.rollout, len(state.rollout.completion.ids)
-    prompt = rollout.prompt
+    prompt, partial = rollout.prompt, state_text(state, tokenizer, most)
+    talk: Row = {}
+    if prompt.opening:
+        whole = {"opening": prompt.opening, "whole": state_text(state, tokenizer)}
+        talk = {**whole, "prompt_ids": list(prompt.ids), **episode_row(so_far(state))}
     return {
         "actor": actor,
         "p_bar": told.p_bar,
@@ -46,14 +58,28 @@ def state_row(state: State, partial: str, actor: str, told: IccState, limit: int
         "success": prompt.success,
         "privileged": dict(prompt.privileged),
         "partial": partial,
+        **talk,
     }
 
 
 def as_state(row: Row, prompt: Prompt) -> State:
     """The state again, its response as far as it goes; what was to follow is not kept."""
     ids = tuple(row["ids"])
+    if row.get("opening"):  # as its environment began it
+        begun = {"ids": tuple(row["prompt_ids"]), "opening": row["opening"], "success": row["success"]}
+        prompt = replace(prompt, **begun)
     rollout = Rollout(prompt, row["sample"], Completion(ids, (), "length"), row["partial"])
-    return State(rollout, row["index"], len(ids), len(ids))
+    return State(with_episode(rollout, row), row["index"], len(ids), len(ids))
+
+
+def shown_partial(row: Row) -> str:
+    """What a critic is shown of a row's response."""
+    return Transcript(row["partial"]) if row.get("opening") else str(row["partial"])
+
+
+def whole_partial(row: Row) -> str:
+    """All of it, for who works out a value."""
+    return str(row.get("whole", row["partial"]))
 
 
 def shown_prompt(row: Row) -> Prompt:
@@ -65,6 +91,7 @@ def shown_prompt(row: Row) -> Prompt:
         None,
         success=row.get("success", ""),
         privileged=row.get("privileged") or {},
+        opening=row.get("opening", ""),
     )
 
 
@@ -76,20 +103,23 @@ def told(row: Row) -> IccState:
 def critic_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, judging: JudgingConfig) -> tuple[int, ...]:
     """Ids of the critic's prompt for a row's state."""
     prompt = shown_prompt(row)
-    return build_prompt_ids(tokenizer, judging, told(row), prompt, row["partial"], row["used"], row["limit"])
+    partial = shown_partial(row)
+    return build_prompt_ids(tokenizer, judging, told(row), prompt, partial, row["used"], row["limit"])
 
 
 def messages(row: Row, judging: JudgingConfig, as_it_is: bool = False) -> list[dict[str, str]]:
     """The chat that an endpoint is shown; `brief`, for models that are trained on it, as `standard`."""
     if judging.template == "brief" and not as_it_is:
         judging = judging.model_copy(update={"template": "standard"})
-    parts = prompt_text(judging, told(row), shown_prompt(row), row["partial"], row["used"], row["limit"])
+    prompt, partial = shown_prompt(row), shown_partial(row)
+    parts = prompt_text(judging, told(row), prompt, partial, row["used"], row["limit"])
     return [{"role": "user", "content": "".join(parts)}]
 
 
 def trace_row(state: Row, answer: Row) -> Row:
     """A state and the answer about it that is learnt."""
-    kept = {key: value for key, value in state.items() if key not in ("ids", "outcomes", "round", "drawn")}
+    unread = ("ids", "outcomes", "round", "drawn", "whole", "prompt_ids", "sampled", "episode")
+    kept = {key: value for key, value in state.items() if key not in unread}
     value = monte_carlo(state)
     more = {key: answer[key] for key in ("text", "reasoning", "value", "judgement")}
     return kept | more | {"monte_carlo": value, "continuations": len(state["outcomes"])}

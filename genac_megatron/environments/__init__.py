@@ -26,6 +26,7 @@ def make_environment(config: EnvironmentConfig, task: TaskConfig) -> Environment
     if config.kind == "task":
         return Environments(partial(makers.of_task, task.kind), config)
     if config.kind == "tools":
-        return Environments(partial(makers.of_tools, tuple(config.tools)), config)
+        made = partial(makers.of_tools, tuple(config.tools), config.sandbox_s, config.sandbox_mib)
+        return Environments(made, config)
     assert config.python is not None  # recipe/environment_rules.py
     return Environments(partial(makers.of_user, config.python), config)

@@ -27,6 +27,10 @@ class EnvironmentFault(Exception):
     """An environment did what it may not; the text says what."""
 
 
+class NotAgain(EnvironmentFault):
+    """An episode cannot be brought back by its turns."""
+
+
 @dataclass(frozen=True)
 class Step:
     """An environment's answer to a turn of the actor."""

@@ -14,6 +14,7 @@ from genac_megatron.environments.base import (
     Checked,
     EnvironmentFault,
     Message,
+    NotAgain,
     checked_messages,
     checked_step,
 )
@@ -42,6 +43,7 @@ class Answer:
     step: Checked | None = None  # of the last turn
     opening: tuple[Message, ...] | None = None  # where it was asked for; None: the prompt's own messages
     failure: str = ""  # why there is none
+    not_again: bool = False  # as the episode could not be brought back
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Host:
             raise
         except EnvironmentFault as error:
             self._live.pop(job.key, None)
-            return Answer(failure=str(error))
+            return Answer(failure=str(error), not_again=isinstance(error, NotAgain))
         except BaseException as error:  # SystemExit too
             self._live.pop(job.key, None)
             return Answer(failure=self._told(error))
@@ -95,18 +97,21 @@ class Host:
         return done
 
     def _again(self, job: Job) -> _Live:
-        """The episode as its turns have left it. Raises EnvironmentFault where it goes otherwise."""
+        """The episode as its turns have left it. Raises NotAgain where it goes otherwise."""
         environment, opening = self._begin(job)
         if digest(opening) != job.opening:
-            raise EnvironmentFault("began otherwise with the same prompt and seed")
+            raise NotAgain("began otherwise with the same prompt and seed")
         live = _Live(environment)
+        if not getattr(environment, "remembers", True):
+            live.taken = len(job.turns) - 1
+            return live
         if len(job.turns) > 1 and not getattr(environment, "replays", True):
-            raise EnvironmentFault("was lost with its process, and cannot be brought back (replays is False)")
+            raise NotAgain("cannot be brought back by its turns (replays is False)")
         for turn, seen in zip(job.turns[:-1], job.seen, strict=True):
             if digest(self._take(live, turn).messages) != seen:
-                raise EnvironmentFault(
-                    "was lost with its process, and answers the same turns otherwise (a class that cannot "
-                    "be brought back says replays = False)"
+                raise NotAgain(
+                    "answers the same turns otherwise when it is brought back by them (a class that cannot "
+                    "be says replays = False)"
                 )
         return live
 

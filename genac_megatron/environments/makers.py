@@ -20,11 +20,11 @@ def of_task(kind: str, chars: int) -> Host:
     return Host(games[kind], chars, lambda error: f"raised {type(error).__name__}: {error}")
 
 
-def of_tools(names: tuple[str, ...], chars: int) -> Host:
-    """Episodes with tools."""
+def of_tools(names: tuple[str, ...], seconds: float, mib: int, chars: int) -> Host:
+    """Episodes with tools. seconds, mib: of programs (environments/tools.py)."""
     from genac_megatron.environments.tools import Tools
 
-    return Host(lambda: Tools(names), chars, str)
+    return Host(lambda: Tools(names, seconds, mib), chars, str)
 
 
 def of_user(name: str, chars: int) -> Host:

@@ -10,10 +10,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from genac_megatron.environments.host import Answer, Host, Job
+from genac_megatron.environments.host import Answer, Host, Job, digest
 from genac_megatron.errors import InputError
 from genac_megatron.records import Prompt
 from genac_megatron.tasks.workers import Pool
@@ -22,8 +23,18 @@ if TYPE_CHECKING:
     from genac_megatron.recipe.environments import EnvironmentConfig
 
 CHARS_PER_TOKEN = 16  # of what an environment shows, a message may have at most as many
+ANY_TURN = "?"
 TOLD = 5  # failures of which the log has the words
 logger = logging.getLogger(__name__)
+
+
+def cannot_again(answer: Answer, what: str) -> InputError:
+    """What is said where an episode could not be brought back."""
+    return InputError(
+        f"{what} brings conversations back by their turns, and the environment {answer.failure}",
+        where="environment",
+        way_out="make it depend on its prompt, its seed and the turns alone, or leave that out",
+    )
 
 
 def _failed(why: str) -> Answer:
@@ -40,6 +51,7 @@ class Environments:
     def __init__(self, make: Callable[[int], Host], config: EnvironmentConfig) -> None:
         """make: from the most characters of a message to what answers in a process; it crosses by pickle."""
         self.config, self.failures = config, 0
+        self._brought_back = False  # it was seen to
         made = partial(make, CHARS_PER_TOKEN * config.observation_tokens)
         self._pools = [
             _Steps(made, _failed, 1, config.step_s, "the environment") for _ in range(config.processes)
@@ -93,6 +105,28 @@ class Environments:
                 where="environment",
                 way_out="put what its file does when it is run under if __name__ == '__main__':",
             ) from error
+
+    def need_again(self, job: Job, what: str) -> None:
+        """Raise InputError where an episode cannot be brought back by its turns, as `what` would; looked at
+        once. job: of an episode's beginning.
+
+        A turn without meaning is taken, and the episode then brought back by it. What is told apart by other
+        turns alone is found where that happens (`cannot_again`).
+        """
+        if self._brought_back:
+            return
+        opening = self._answer(0, job)
+        first = replace(job, turns=(ANY_TURN,), opening=digest(opening.opening))
+        answer = self._answer(0, first)
+        if answer.step is not None:
+            seen = (digest(answer.step.messages),)
+            again = replace(first, key=f"{job.key} again", turns=(ANY_TURN, ANY_TURN), seen=seen)
+            answer = self._answer(0, again)
+            self._answer(0, replace(again, over=True))
+        self._answer(0, replace(job, over=True))
+        if answer.not_again:
+            raise cannot_again(answer, what)
+        self._brought_back = True
 
     def _tell(self, job: Job, why: str) -> None:
         self.failures += 1

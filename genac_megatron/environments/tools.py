@@ -12,10 +12,12 @@ import json
 import math
 import operator
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from genac_megatron.environments.base import Step
+from genac_megatron.environments.sandbox import run_python
 from genac_megatron.records import Prompt
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -35,17 +37,25 @@ SCHEMAS = {
     "calculator": schema(
         "calculator", "Work out an arithmetic expression.", "expression", "Such as (3 + 4) * sqrt(2)."
     ),
+    "python": schema(
+        "python", "Run a Python program and see what it prints. Each begins anew.", "code",
+        "Such as print(sum(range(10))).",
+    ),
 }  # fmt: skip
 
 
 class Tools:
-    """The tools of a conversation."""
+    """The tools of a conversation. seconds: of a turn's programs, together. mib: of a program's memory."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    remembers = False  # an answer is of its turn alone
+
+    def __init__(self, names: Sequence[str], seconds: float, mib: int) -> None:
         self._run: dict[str, Callable[[dict[str, Any]], str]] = {
             "calculator": lambda given: calculate(given["expression"]),
+            "python": lambda given: self._program(given["code"]),
         }
-        self._names = tuple(names)
+        self._names, self._seconds, self._mib = tuple(names), seconds, mib
+        self._until = 0.0
 
     def reset(self, prompt: Prompt, seed: int) -> None:
         """The prompt's own messages, with the tools' schemas (stages/conversations.py)."""
@@ -55,6 +65,7 @@ class Tools:
         found = calls(turn)
         if not found:
             return Step(done=True)
+        self._until = time.monotonic() + self._seconds
         return Step([{"role": "tool", "content": self._result(call)} for call in found[:MOST_CALLS]])
 
     def _result(self, call: Any) -> str:
@@ -67,6 +78,14 @@ class Tools:
             return self._run[name](given)
         except (KeyError, TypeError) as error:
             return f"error: the arguments of {name} lack {error}"
+
+    def _program(self, code: Any) -> str:
+        left = self._until - time.monotonic()
+        if not isinstance(code, str) or not code.strip():
+            return "error: code is the text of a program"
+        if left <= 0.0:
+            return f"error: the programs of a turn have {self._seconds:g} s together, and they are over"
+        return run_python(code, left, self._mib)
 
 
 def calls(turn: str) -> list[tuple[str, dict[str, Any]] | str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from genac_megatron.critic.endpoint import EndpointTeacher
 from genac_megatron.critic.score import format_answer, parse_score
-from genac_megatron.critic.trace_rows import critic_prompt, messages
+from genac_megatron.critic.trace_rows import critic_prompt, messages, whole_partial
 from genac_megatron.critic.verdicts import Row
 from genac_megatron.errors import PeerLost
 from genac_megatron.recipe.schema import JudgingConfig, TeacherConfig
@@ -182,7 +182,7 @@ def ask_exact_about(
         split, index = row["prompt_id"].rsplit("/", 1)
         prompt = task.prompt(split, int(index))
         rng = random.Random(seed_for(*seed, row["state"], number))
-        words, score = task.teacher.trace(prompt, row["partial"], row["p_bar"], rng)
+        words, score = task.teacher.trace(prompt, whole_partial(row), row["p_bar"], rng)
         lines = [words.rstrip()]
         if score and judging.icc == "on":
             lines.append(f"p {row['p_bar']:.2f}")

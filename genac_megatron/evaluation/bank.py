@@ -12,7 +12,9 @@ A line of bank.jsonl:
     outcomes    of the actor's responses to it, in order of their numbers; the first `samples` of them
                 make the success rate
     skipped     null; "right" or "wrong" where `limit` responses were all of that kind (no states then)
-    responses   one right (outcome >= 0.5), one wrong: sample, ids, logprobs, finish, text, outcome
+    responses   one right (outcome >= 0.5), one wrong: sample, ids, logprobs, finish, text, outcome; of a
+                conversation sampled and episode too (critic/kept_episodes.py)
+    seed        of conversations: what their environment began with
     states      response (its place in `responses`; null: the prompt state, which both share), index, cut,
                 end, and draws: the outcomes of K fresh continuations by the actor
 
@@ -30,10 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genac_megatron.critic.kept_episodes import episode_row, with_episode
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.parts import Parts, Row
 from genac_megatron.observe.runinfo import jsonable
-from genac_megatron.records import Completion, Prompt, Rollout, State
+from genac_megatron.records import Completion, Episode, Prompt, Rollout, State
 
 FORMAT = 1
 ROWS = "bank.jsonl"
@@ -76,6 +79,7 @@ class BankPrompt:
     skipped: str | None = None
     responses: tuple[Rollout, ...] = ()
     states: tuple[BankState, ...] = ()
+    seed: int | None = None  # of conversations: what their environment began with
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ def to_row(number: int, found: BankPrompt) -> Row:
             "success": prompt.success,
             **({"source": prompt.source} if prompt.source else {}),
             **({"privileged": dict(prompt.privileged)} if prompt.privileged else {}),
+            **({"opening": prompt.opening} if prompt.opening else {}),
         },
+        **({} if found.seed is None else {"seed": found.seed}),
         "outcomes": list(found.outcomes),
         "skipped": found.skipped,
         "responses": [
@@ -153,6 +159,7 @@ def to_row(number: int, found: BankPrompt) -> Row:
                 "finish": rollout.completion.finish,
                 "text": rollout.text,
                 "outcome": rollout.outcome,
+                **episode_row(rollout),
             }
             for rollout in found.responses
         ],
@@ -181,9 +188,10 @@ def from_row(row: Row) -> BankPrompt:
         given["success"],
         source=given.get("source", ""),
         privileged=given.get("privileged", {}),
+        opening=given.get("opening", ""),
     )
     responses = tuple(_response(prompt, one) for one in row["responses"])
-    whole = no_response(prompt)
+    whole = no_response(prompt, row.get("seed"))
     states = tuple(
         BankState(
             State(
@@ -197,17 +205,19 @@ def from_row(row: Row) -> BankPrompt:
         )
         for one in row["states"]
     )
-    return BankPrompt(prompt, tuple(row["outcomes"]), row["skipped"], responses, states)
+    return BankPrompt(prompt, tuple(row["outcomes"]), row["skipped"], responses, states, row.get("seed"))
 
 
-def no_response(prompt: Prompt) -> Rollout:
-    """What the prompt state is a prefix of."""
-    return Rollout(prompt, 0, Completion((), (), "stop"), "")
+def no_response(prompt: Prompt, seed: int | None = None) -> Rollout:
+    """What the prompt state is a prefix of. seed: of the conversations' environment."""
+    episode = None if seed is None else Episode((), "tokens", seed=seed)
+    return Rollout(prompt, 0, Completion((), (), "stop"), "", episode=episode)
 
 
 def _response(prompt: Prompt, given: dict[str, Any]) -> Rollout:
     completion = Completion(tuple(given["ids"]), tuple(given["logprobs"]), given["finish"])
-    return Rollout(prompt, given["sample"], completion, given["text"], given["outcome"])
+    rollout = Rollout(prompt, given["sample"], completion, given["text"], given["outcome"])
+    return with_episode(rollout, given)
 
 
 def by_response(found: BankPrompt) -> list[list[int]]:

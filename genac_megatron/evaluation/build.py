@@ -28,6 +28,7 @@ from genac_megatron.evaluation.bank import (
     to_row,
 )
 from genac_megatron.evaluation.session import (
+    answered_by,
     identity,
     made_from,
     rollout_config,
@@ -114,7 +115,7 @@ class Builder:
         self.parts = bank_parts(options.out)
         recipe = run.recipe
         rollout = for_critics(rollout_config(recipe, options.max_new_tokens if base is None else base.limit))
-        self.generator = Generator.of_actor(run, rollout, (recipe.seed, "bank"))
+        self.generator = Generator.of_actor(run, rollout, (recipe.seed, "bank"), environment=run.environment)
         self.prompts = run.together(lambda: [self._prompt(number) for number in range(self._count())])
 
     def plan(self) -> dict[str, Any]:
@@ -141,6 +142,7 @@ class Builder:
             "states_from": None if self.base is None else self.base.manifest["sha256"],
             "p_bar_of": None if self.told is None else self.told.manifest["sha256"],
             "step": self.options.step,
+            **answered_by(recipe),
         }
 
     def _rendered(self) -> dict[str, str]:
@@ -187,6 +189,7 @@ class Builder:
                 pair.skipped,
                 pair.responses,
                 tuple(BankState(state.state, state.response, tuple(next(draws))) for state in pair.states),
+                pair.seed,
             )
             for pair in pairs
         ]
@@ -236,18 +239,20 @@ class Builder:
         pair = choose_pair(rollouts)
         if pair is None:
             return BankPrompt(prompt, outcomes, "right" if outcomes[0] >= RIGHT else "wrong")
-        states = [BankState(State(no_response(prompt), 0, 0, 0), None, ())]
+        first = rollouts[0]
+        prompt, seed = first.prompt, None if first.episode is None else first.episode.seed  # as it was begun
+        states = [BankState(State(no_response(prompt, seed), 0, 0, 0), None, ())]
         for which, rollout in enumerate(pair):
             cuts = cut_states(rollout, self.generator.tokenizer, self.run.recipe.judging.states)
             states += [BankState(state, which, ()) for state in cuts[1:]]
-        return BankPrompt(prompt, outcomes, None, pair, tuple(states))
+        return BankPrompt(prompt, outcomes, None, pair, tuple(states), seed)
 
     def _again(self, number: int, rollouts: Sequence[Rollout]) -> BankPrompt:
         """The states that the other bank has for this prompt, whose reference is the task's."""
         assert self.base is not None
         row = to_row(number, self.base.prompts[number])
-        prompt = self.prompts[number]
-        row["prompt"] |= {"reference": prompt.reference, "ids": list(prompt.ids)}
+        prompt = rollouts[0].prompt
+        row["prompt"] |= {"reference": prompt.reference, "ids": list(prompt.ids), "opening": prompt.opening}
         row["prompt"]["privileged"] = dict(prompt.privileged)
         row["outcomes"] = [rollout.outcome for rollout in rollouts]
         return from_row(row)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from genac_megatron.errors import EXIT_OK, InputError
 from genac_megatron.launch import in_world
 from genac_megatron.observe.runinfo import RunFolder, run_path
-from genac_megatron.recipe.environment_rules import need_no_environment
+from genac_megatron.recipe.environment_rules import check_benchmarks, need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.stages.endpoints import need_endpoints
 from genac_megatron.stages.inputs import need_places
@@ -95,7 +95,10 @@ def _add_compare(steps: Any) -> None:
 
 def _add_task(kinds: Any) -> None:
     task = kinds.add_parser("task", help="avg@k and pass@k on named benchmarks")
-    task.add_argument("benchmarks", help="for example aime24,math500; maths: the six of it; rg:chain_sum")
+    task.add_argument(
+        "benchmarks",
+        help="for example aime24,math500; maths: the six of it; rg:chain_sum; heldout: the recipe's own",
+    )
     _add_recipe(task, optional=True)
     task.add_argument("--checkpoint", help="the actor's: a run folder, or one checkpoint of it")
     task.add_argument("--url", help="an OpenAI-compatible server instead of a recipe: its base, .../v1")
@@ -163,6 +166,7 @@ def add_score(commands: Any) -> None:
 def score_in_ranks(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
     """A rank's part of `genac score`, which library.score starts."""
     recipe = _recipe(options)
+    need_no_environment(recipe, "genac score")
     folder = RunFolder(run_path(recipe)).beside("score", given)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:
@@ -212,9 +216,7 @@ def _need_folders(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    recipe = load_recipe(options.recipe, [*options.overrides, *options.override])
-    need_no_environment(recipe, "genac evaluate")
-    return recipe
+    return load_recipe(options.recipe, [*options.overrides, *options.override])
 
 
 def _build_job(options: argparse.Namespace, folder: Path) -> Job:
@@ -252,6 +254,7 @@ def _score_job(options: argparse.Namespace, folder: Path) -> Job:
 
 def _gradients(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
     recipe = _recipe(options)
+    need_no_environment(recipe, "genac evaluate gradients")
     folder = RunFolder(run_path(recipe)).beside("gradients", given)
     need_places(options.out, options.checkpoint, options.critic, options.scalar)
     if not in_world():
@@ -307,7 +310,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> int:
-    from genac_megatron.evaluation.trial import ServerOptions, TrialOptions, paths_of, try_actor, try_server
+    from genac_megatron.evaluation.trial import TrialOptions, paths_of, try_actor
+    from genac_megatron.evaluation.trial_server import ServerOptions, try_server
     from genac_megatron.tasks.benchmarks import benchmark_names
 
     names = benchmark_names(options.benchmarks)
@@ -338,6 +342,7 @@ def _task(options: argparse.Namespace, given: list[str], in_ranks: InRanks) -> i
         return EXIT_OK
 
     recipe = _recipe(options)
+    check_benchmarks(recipe, names, voting=options.critic is not None)
     folder = RunFolder(run_path(recipe)).beside("task", given)
 
     def job(recipe: Recipe, world: World, stop: StopFlag) -> None:

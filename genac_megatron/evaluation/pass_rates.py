@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 from genac_megatron import __version__
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.parts import Parts, Row
-from genac_megatron.evaluation.session import identity, made_from, rollout_config, stop_if_asked, with_role
+from genac_megatron.evaluation.session import (
+    answered_by,
+    identity,
+    made_from,
+    rollout_config,
+    stop_if_asked,
+    with_role,
+)
 from genac_megatron.recipe.data import FilterConfig
 from genac_megatron.recipe.tasks import MixtureTask, QuestionsBlock, TaskConfig
 from genac_megatron.records import Prompt
@@ -124,6 +131,7 @@ def plan_of(
         "seed": recipe.seed,
         "actor": recipe.judging.actor_name,
         "model": model,
+        **answered_by(recipe),
     }
 
 
@@ -136,7 +144,7 @@ def _sample(
     options: RateOptions,
     weights: str,
 ) -> None:
-    generator = Generator.of_actor(run, config, (run.recipe.seed, "pass-rates"))
+    generator = Generator.of_actor(run, config, (run.recipe.seed, "pass-rates"), environment=run.environment)
 
     async def sampled(indices: Sequence[int]) -> list[Row]:
         groups = await asyncio.gather(

@@ -8,7 +8,6 @@ from typing import Any
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.publication.digest import weights_digest
-from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.recipe.sharing import only
 from genac_megatron.stages.runtime import Run
@@ -25,7 +24,6 @@ def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
 
 def with_roles(recipe: Recipe, checkpoints: Mapping[str, str | None]) -> Recipe:
     """The recipe with these roles alone, their weights from the checkpoints named. Raises as `with_role`."""
-    need_no_environment(recipe, "genac evaluate")
     roles = {}
     for role, checkpoint in checkpoints.items():
         if role not in recipe.roles:
@@ -45,6 +43,14 @@ def rollout_config(recipe: Recipe, max_new_tokens: int | None) -> RolloutConfig:
     if max_new_tokens is not None:
         changes["max_new_tokens"] = max_new_tokens
     return recipe.stages[-1].rollout.model_copy(update=changes)
+
+
+def answered_by(recipe: Recipe) -> dict[str, Any]:
+    """What answers the actor's turns, for a plan; {} where nothing does: such plans say nothing of it."""
+    if recipe.environment is None:
+        return {}
+    pace = {"processes", "concurrency"}
+    return {"environment": recipe.environment.model_dump(mode="json", exclude=pace)}
 
 
 def identity(run: Run, role: str) -> dict[str, str]:

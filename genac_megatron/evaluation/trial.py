@@ -1,7 +1,8 @@
 """`genac evaluate task`: avg@k and pass@k on named benchmarks, by a recipe's actor or any chat server.
 
 OUT/BENCHMARK/
-    samples.jsonl    per sample: index, sample, outcome, finish, tokens, text
+    samples.jsonl    per sample: index, sample, outcome, finish, tokens, text; of a conversation, whose text
+                     is the last turn, turns, how it ended and all of it, too
     results.json     figures with intervals over problems
     manifest.json    what made it
 OUT/results.md       the table of all that are finished in the folder, whichever call made them
@@ -14,7 +15,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,17 +24,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genac_megatron import __version__, metrics
-from genac_megatron.errors import GenacError, InputError, PeerLost, StopRequested
+from genac_megatron.errors import InputError
+from genac_megatron.escaping import transcript
 from genac_megatron.evaluation.intervals import Resampled, plain
 from genac_megatron.evaluation.parts import MANIFEST, PARTS, Parts, Row
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.evaluation.trial_paths import paths_of as paths_of
 from genac_megatron.evaluation.votes import vote_table, votes_of
 from genac_megatron.observe.runinfo import write_json_atomic, write_text_atomic
-from genac_megatron.records import Prompt
-from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply, Unanswered
-from genac_megatron.serving.there import need_there
-from genac_megatron.stages.seeds import seed_for
+from genac_megatron.recipe.data import HELDOUT
+from genac_megatron.records import Prompt, Rollout
 from genac_megatron.tasks.base import Task
 from genac_megatron.tasks.benchmarks import GymSuite, find_benchmark, make_benchmark
 
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from genac_megatron.training.layout import World
 
 RESULTS, SAMPLES, SUMMARY = "results.json", "samples.jsonl", "results.md"
-NAMES = Names("genac evaluate task", "--url", "--model", "--api-key-env")
-KEPT_TOGETHER = 16  # answers of a server that are written at a time, and lost where we are killed
 Item = tuple[int, int]  # (problem, sample)
 
 
@@ -69,27 +66,22 @@ class TrialOptions:
     draws: int = 2000  # bootstrap
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """A model behind an OpenAI-compatible endpoint."""
-
-    url: str
-    model: str
-    api_key_env: str | None = None
-    concurrency: int = 32
-    timeout_s: float = 1800.0
-    attempts: int = 4
-
-
 class Trial:
     """One benchmark's work: which samples are missing, and what the whole says.
 
-    `model` says what the model is, so that no other's samples are mixed in; `made_from` where it was found,
-    for people.
+    `model` says what the model is, so that no other's samples are mixed in, `answered_by` what answers its
+    turns, if something does; `made_from` where it was found, for people.
     """
 
     def __init__(
-        self, options: TrialOptions, name: str, task: Task, model: Row, sampling: Row, made_from: Row
+        self,
+        options: TrialOptions,
+        name: str,
+        task: Task,
+        model: Row,
+        sampling: Row,
+        made_from: Row,
+        answered_by: Row | None = None,
     ) -> None:
         self.options, self.name, self.task, self.made_from = options, name, task, made_from
         self.sampling = sampling
@@ -106,6 +98,7 @@ class Trial:
             "sampling": sampling,
             "seed": options.seed,
             "model": model,
+            **(answered_by or {}),
         }
 
     @property
@@ -149,6 +142,9 @@ class Trial:
         each = Resampled([row["index"] for row in rows], self.options.draws)
         figures["truncated"] = each.mean([float(row["finish"] == "length") for row in rows])
         figures["tokens"] = each.mean([float(row["tokens"]) for row in rows])
+        if all("turns" in row for row in rows):
+            figures["turns"] = each.mean([float(row["turns"]) for row in rows])
+            figures["failed"] = each.mean([float(row["ended"] == "failed") for row in rows])
         return {
             "benchmark": self.name,
             "title": find_benchmark(self.name).title,
@@ -202,7 +198,13 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     Raises InputError where a benchmark's data is missing, StopRequested where it was asked to stop.
     """
     from genac_megatron.evaluation.score import ScoreOptions, needs_critic, told_by
-    from genac_megatron.evaluation.session import identity, made_from, rollout_config, with_roles
+    from genac_megatron.evaluation.session import (
+        answered_by,
+        identity,
+        made_from,
+        rollout_config,
+        with_roles,
+    )
     from genac_megatron.recipe.tasks import BenchmarkTask
     from genac_megatron.stages.session import session
 
@@ -212,8 +214,10 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
         told = told_by(recipe, ScoreOptions(options.out, options.out, options.critic, options.p_bar))
         roles["critic"] = options.critic
     recipe = with_roles(recipe, roles)
-    first = BenchmarkTask(kind="benchmark", name=options.names[0], path=options.paths.get(options.names[0]))
-    recipe = recipe.model_copy(update={"task": first})
+    own = HELDOUT if HELDOUT in options.names else options.names[0]  # the run's task
+    if own != HELDOUT:
+        first = BenchmarkTask(kind="benchmark", name=own, path=options.paths.get(own))
+        recipe = recipe.model_copy(update={"task": first})
     config = rollout_config(recipe, options.max_new_tokens)
     if options.temperature is not None:
         config = config.model_copy(update={"temperature": options.temperature})
@@ -225,8 +229,9 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
         for name in options.names:
             tags = recipe.roles["actor"].model.reasoning_tags
             made = partial(make_benchmark, name, options.paths.get(name), run.tokenizers["actor"], tags)
-            task = run.task if name == options.names[0] else run.together(made)
-            trial = run.together(partial(Trial, options, name, task, model, sampling, source))
+            task = run.task if name == own else run.together(made)
+            more = answered_by(recipe)
+            trial = run.together(partial(Trial, options, name, task, model, sampling, source, more))
             _on_engines(run, trial, config)
             if told is not None:
                 votes[name] = votes_of(run, trial, told)
@@ -241,7 +246,8 @@ def _on_engines(run: Run, trial: Trial, config: Any) -> None:
     from genac_megatron.stages.rollouts import Generator
     from genac_megatron.training.agreement import from_first
 
-    generator = Generator.of_actor(run, config, (trial.options.seed, "benchmark", trial.name), trial.task)
+    seed = (trial.options.seed, "benchmark", trial.name)
+    generator = Generator.of_actor(run, config, seed, trial.task, environment=run.environment)
 
     def sample(items: Sequence[Item]) -> list[Row]:
         return asyncio.run(sampled(items))
@@ -251,8 +257,9 @@ def _on_engines(run: Run, trial: Trial, config: Any) -> None:
         groups = await asyncio.gather(*made)
         found = [group.rollouts[0] for group in groups]
         return [
-            _row(item, rollout.outcome, rollout.completion.finish, len(rollout.completion.ids), rollout.text)
-            for item, rollout in zip(items, found, strict=True)
+            sample_row(item, one.outcome, one.completion.finish, one.completion.written, one.text)
+            | conversation_row(one)
+            for item, one in zip(items, found, strict=True)
         ]
 
     left = from_first(trial.begin)
@@ -270,147 +277,8 @@ def _on_engines(run: Run, trial: Trial, config: Any) -> None:
     run.together(lambda: trial.finish() if run.world.rank == 0 else None)
 
 
-# --- any chat server -----------------------------------------------------------------------------
-
-
-def try_server(server: ServerOptions, options: TrialOptions) -> str:
-    """Every benchmark by a model behind an endpoint, from this process; the table.
-
-    Raises InputError where the endpoint refuses the model, the key or all requests, PeerLost where some
-    failed for good; what was answered is kept, and the same call goes on.
-    """
-    if not server.model:
-        raise InputError(f"which model of {server.url}?", where=NAMES.url, way_out="name it by --model")
-    endpoint = ChatEndpoint(
-        server.url,
-        server.model,
-        api_key_env=server.api_key_env,
-        timeout_s=server.timeout_s,
-        concurrency=server.concurrency,
-        attempts=server.attempts,
-        who="server",
-        names=NAMES,
-    )
-    limit = options.max_new_tokens or 4096
-    temperature = 1.0 if options.temperature is None else options.temperature
-    sampling = {"max_new_tokens": limit, "temperature": temperature}
-    # Not its address: a server that is started again may have another.
-    model, source = {"model": server.model}, {"model": server.model, "url": server.url.rstrip("/")}
-    try:
-        for name in options.names:
-            task = make_benchmark(name, options.paths.get(name), None)
-            _ask(endpoint, Trial(options, name, task, model, sampling, source), limit, temperature)
-    except KeyboardInterrupt:
-        raise StopRequested("stopped as asked", way_out="the same command goes on from here") from None
-    finally:
-        endpoint.close()
-    return write_summary(options.out)
-
-
-def _ask(endpoint: ChatEndpoint, trial: Trial, limit: int, temperature: float) -> None:
-    left = trial.begin()
-    if left:
-        need_there(endpoint.base, endpoint.who, NAMES.url)
-
-    def one(item: Item) -> tuple[Item, Reply]:
-        seed = seed_for(*trial.seed_of(item)) % 2**31
-        messages = trial.prompts[item[0]].messages
-        return item, endpoint.ask(messages, limit, temperature, seed=seed)
-
-    replies = _Replies(trial)
-    with ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="ask") as pool:
-        futures = [pool.submit(one, item) for item in left]
-        try:
-            for future in as_completed(futures):
-                replies.take(future)
-            replies.keep()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            replies.keep()
-            replies.take_what_is_open(futures)
-            raise
-    replies.check(endpoint, len(left))
-    trial.finish()
-
-
-class _Replies:
-    """What came of a benchmark's requests: answers are graded and kept, failures counted."""
-
-    def __init__(self, trial: Trial) -> None:
-        self.trial = trial
-        self.taken: set[Future[tuple[Item, Reply]]] = set()
-        self.answered: list[tuple[Item, Answer]] = []
-        self.refused: list[tuple[Item, Refusal]] = []
-        self.failed, self.cause = 0, ""  # of the last
-
-    def take(self, future: Future[tuple[Item, Reply]]) -> None:
-        """Count a reply in. Raises what the request has raised."""
-        self.taken.add(future)
-        item, reply = future.result()
-        if isinstance(reply, Unanswered):
-            self.failed, self.cause = self.failed + 1, reply.cause
-        elif isinstance(reply, Refusal):
-            self.refused.append((item, reply))
-        else:
-            self.answered.append((item, reply))
-        if len(self.answered) >= KEPT_TOGETHER:
-            self.keep()
-
-    def take_what_is_open(self, futures: Sequence[Future[tuple[Item, Reply]]]) -> None:
-        """Keep the answers to requests that cannot be taken back; the pool waits for them anyway."""
-        try:
-            for future in as_completed([f for f in futures if f not in self.taken and not f.cancelled()]):
-                try:
-                    self.take(future)
-                except GenacError:
-                    continue  # one of its kind is being raised
-        finally:
-            self.keep()
-
-    def keep(self) -> None:
-        """Grade and write what was answered."""
-        answered = self.answered
-        pairs = [(self.trial.prompts[item[0]], answer.text or "") for item, answer in answered]
-        cut_off = {place for place, (_, answer) in enumerate(answered) if answer.finish == "length"}
-        outcomes = self.trial.task.verify_many(pairs, cut_off)
-        rows = [
-            _row(item, outcome, answer.finish, answer.tokens, answer.text or "")
-            for (item, answer), outcome in zip(answered, outcomes, strict=True)
-        ]
-        if rows:
-            self.trial.parts.append(rows, 0)
-        self.answered = []
-
-    def check(self, endpoint: ChatEndpoint, asked: int) -> None:
-        """Raise where not every request was answered."""
-        if self.refused and len(self.refused) == asked:
-            raise endpoint.refused_all(asked, self.refused[-1][1])
-        told, way_out = [], "give the same command again"
-        if self.failed:
-            told.append(
-                f"{self.failed} of {asked} requests failed, each {endpoint.attempts} times, the last: "
-                f"{self.cause}"
-            )
-            way_out = f"see that the server is up, lower --concurrency, and {way_out}"
-        if self.refused:
-            problems = sorted({item[0] for item, _ in self.refused})
-            told.append(
-                f"{len(self.refused)} of {asked} requests were refused (problems {_listed(problems)}), "
-                f"the last with {self.refused[-1][1]}"
-            )
-            way_out = f"have the server accept what it refused (a longer context?); {way_out}"
-        if told:
-            what = f"{'; '.join(told)}; the others are kept"
-            raise PeerLost(what, where=endpoint.url, way_out=way_out)
-
-
-def _listed(numbers: Sequence[int], most: int = 10) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
-
-
-def _row(item: Item, outcome: float, finish: str, tokens: int, text: str) -> Row:
+def sample_row(item: Item, outcome: float, finish: str, tokens: int, text: str) -> Row:
+    """A sample as it is kept."""
     index, sample = item
     return {
         "index": index,
@@ -420,6 +288,15 @@ def _row(item: Item, outcome: float, finish: str, tokens: int, text: str) -> Row
         "tokens": tokens,
         "text": text,
     }
+
+
+def conversation_row(rollout: Rollout) -> Row:
+    """What a sample's row says more where it is of a conversation; its `text` is the last turn."""
+    episode = rollout.episode
+    if episode is None:
+        return {}
+    said = transcript((turn.who, turn.text) for turn in episode.turns)
+    return {"turns": episode.taken, "ended": episode.ended, "conversation": said}
 
 
 # --- what came out -------------------------------------------------------------------------------

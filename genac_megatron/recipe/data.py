@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from genac_megatron.recipe.block import Block, Fraction, Positive
 
 MATHS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")  # "maths" names them all
+HELDOUT = "heldout"  # in the place of a benchmark's name: a recipe's own held-out prompts
 
 # Training sets by a short name: where they lie on the hub, and how their rows are read. Names and columns are
 # those of the sets' cards; none could be downloaded where this was written.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.algorithms import Dapo, RegressionConfig, WithScalarCritic
+from genac_megatron.recipe.algorithms import Dapo, WithScalarCritic
+from genac_megatron.recipe.data import HELDOUT
 from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.own_code import check_named, parse_named
 from genac_megatron.recipe.precision import Where
-from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftSource, SftStage, ValueStage
+from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftStage, ValueStage
 from genac_megatron.recipe.stages import sources_of
 from genac_megatron.recipe.tasks import LockTask, single_tasks
 
 Place = tuple[str | int, ...]
 PLAYED = (LockTask,)  # tasks that are environments themselves
+SANDBOX_SLACK_S = 5.0  # of an answer, for its program's process to begin and to end
 
 
 def check_environment(recipe: Recipe, where: Where) -> None:
@@ -81,18 +83,24 @@ def _check_tools(config: EnvironmentConfig, where: Where) -> None:
             where=where(("environment", "tools")),
             way_out="give kind: tools and tools: [calculator], or leave tools out",
         )
+    if "python" in config.tools and config.step_s < config.sandbox_s + SANDBOX_SLACK_S:
+        enough = config.sandbox_s + 2 * SANDBOX_SLACK_S
+        raise InputError(
+            f"a turn's programs may take {config.sandbox_s:g} s (environment.sandbox_s), and an answer "
+            f"{config.step_s:g} s: conversations would fail that a slow program is in",
+            where=where(("environment", "step_s")),
+            way_out=f"set environment.step_s to {enough:g}, or lower sandbox_s",
+        )
 
 
 def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
     """(place, what, way out) of what a recipe asks for that conversations do not have yet."""
-    if recipe.evaluation.mc_states:
-        yield ("evaluation", "mc_states"), "a Monte-Carlo value (evaluation.mc_states)", "set it to 0"
     if recipe.judging.states.final:
         what = "judging.states.final, whose states may say how the conversation ended,"
         yield ("judging", "states", "final"), what, "take it out"
     for key in ("suites", "test"):
-        if getattr(recipe.evaluation, key):
-            what = f"evaluation.{key}, whose questions have one response each,"
+        if getattr(recipe.evaluation, key) and isinstance(recipe.task, PLAYED):
+            what = f"evaluation.{key}, whose questions are not played as the task '{recipe.task.kind}' is,"
             yield ("evaluation", key), what, "take it out"
     if recipe.environment is not None and recipe.environment.history == "template":
         yield from _missing_in_turns(recipe)
@@ -102,19 +110,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
             yield (*place, "overlong"), "the overlong penalty", "take it out"
         if isinstance(stage, ValueStage) and stage.distil is not None:
             yield (*place, "distil"), "distil", "take it out"
-        value = getattr(getattr(stage, "algorithm", stage), "value", None)
-        if isinstance(value, RegressionConfig) and value.target == "monte_carlo":
-            what = "value.target monte_carlo, which continues responses,"
-            yield (*place, "value", "target"), what, "set it to outcome or exact"
-        sources = sources_of(stage)
-        if isinstance(stage, SftStage) and stage.data == "traces":
-            sources = [*sources, ((), SftSource(share=1.0, teacher=stage.teacher))]
-        for own, source in sources:
+        for own, source in sources_of(stage):
             if source.task not in (None, recipe.task):
                 yield (*place, *own, "task"), "a source of another task", "take the source out"
-            if source.teacher is not None and source.teacher.kind in ("self", "monte_carlo"):
-                what = f"the teacher '{source.teacher.kind}', which continues responses,"
-                yield (*place, *own, "teacher"), what, "set teacher.kind to exact or endpoint"
         if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, Dapo) and stage.algorithm.overlong:
             yield (*place, "algorithm", "overlong"), "the overlong penalty", "take it out"
 
@@ -142,6 +140,23 @@ def need_no_environment(recipe: Recipe, command: str) -> None:
         raise InputError(
             f"{command} does not work with an environment yet",
             where=f"recipe {recipe.name}, environment",
-            way_out="genac run evaluates the actor on held-out prompts at the ends of each stage, and every "
-            "eval_every steps",
+            way_out="genac run, genac evaluate task, genac evaluate bank and genac traces do",
+        )
+
+
+def check_benchmarks(recipe: Recipe, names: Sequence[str], *, voting: bool) -> None:
+    """What `genac evaluate task` may ask of a recipe with an environment. Raises InputError.
+
+    voting: by a critic.
+    """
+    if recipe.environment is None:
+        return
+    if voting:
+        need_no_environment(recipe, "genac evaluate task --critic")
+    others = [name for name in names if name != HELDOUT]
+    if others and isinstance(recipe.task, PLAYED):
+        raise InputError(
+            f"the questions of {', '.join(others)} are not played as the task '{recipe.task.kind}' is",
+            where=f"recipe {recipe.name}, environment",
+            way_out=f"name {HELDOUT}, which is the task's own prompts",
         )

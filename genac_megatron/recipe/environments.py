@@ -17,7 +17,9 @@ class EnvironmentConfig(Block):
     # the task's questions, with tools that the actor may call until it answers
     kind: Literal["task", "python", "tools"]
     python: str | None = None  # path/to/file.py:Name, or package.module:Name
-    tools: list[Literal["calculator"]] = []  # that the actor may call
+    tools: list[Literal["calculator", "python"]] = []  # that the actor may call
+    sandbox_s: PositiveFloat = 5.0  # for a turn's programs of the tool python, together; then they are ended
+    sandbox_mib: Positive = 512  # of such a program's memory
     turns: Positive = 8  # of the actor, at most
     turn_tokens: Positive | None = None  # of one turn, at most; None: as many as the conversation has left
     observation_tokens: Positive = 256  # of each message that is shown; longer ones lose their middle

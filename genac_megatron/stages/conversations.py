@@ -19,11 +19,13 @@ import numpy as np
 
 from genac_megatron.environments import Environments, make_environment
 from genac_megatron.environments.host import Answer, Job, digest
+from genac_megatron.environments.processes import cannot_again
 from genac_megatron.environments.rendering import render, rewrites, shown_ids
+from genac_megatron.environments.sandbox import need_sandbox
 from genac_megatron.environments.tools import SCHEMAS
 from genac_megatron.escaping import transcript
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
-from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, Turn
+from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, State, Turn
 from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Split, Task
@@ -40,6 +42,7 @@ HISTORIES = {
     "template shows it others; environment.history: template)",
     "template": "each turn stands behind what it shows then, and is trained on as a sequence of its own",
 }
+CONTINUING = "a Monte-Carlo value"
 LOOKED_AT = 2  # prompts of each split with which a conversation is begun before training
 Ended = Literal["done", "turns", "tokens", "failed"]
 Speak = Callable[["Conversation", int], Awaitable[Completion]]
@@ -78,6 +81,8 @@ def begun_environment(
         tell("environment: the chat template shows earlier turns as they were written: there is one history")
     if recipe.environment.tools:
         _need_tools(tokenizer, [SCHEMAS[name] for name in recipe.environment.tools])
+    if "python" in recipe.environment.tools:
+        need_sandbox()
     environment = make_environment(recipe.environment, recipe.task)
     sizes: tuple[tuple[Split, int], ...] = (("train", task.train_size), ("heldout", task.heldout_size))
     prompts = [task.prompt(split, n) for split, size in sizes for n in range(min(size, LOOKED_AT))]
@@ -161,6 +166,9 @@ class Conversation:
     def __init__(self, actor: Actor, environment: Environments, prompt: Prompt, sample: int) -> None:
         self.actor, self.environment, self.prompt, self.sample = actor, environment, prompt, sample
         self.limit = actor.config.max_new_tokens
+        self.seed = episode_seed(actor.seed, prompt)
+        self.name = ""  # of one that goes on from a state (`stand`)
+        self.begun: tuple[int, ...] = ()  # of the turn that is next, what stands already
         self.said: list[Completion] = []  # the actor's turns
         self.ids = prompt.ids  # what the actor's next turn stands behind
         self._afresh = environment.config.history == "template" and bool(rewrites(actor.tokenizer))
@@ -169,7 +177,7 @@ class Conversation:
         self._response: list[int] = []
         self._ranges: list[tuple[int, int]] = []
         self._experts: list[Experts | None] = []
-        self._seen: list[str] = []
+        self._answers: list[tuple[str, float | None]] = []
         self._outcome: float | None = None
         self._parts: dict[str, float] = {}
         self._shortened, self._failure = 0, ""
@@ -177,7 +185,7 @@ class Conversation:
 
     @property
     def key(self) -> str:
-        return f"{self.prompt.id}#{self.sample}"
+        return self.name or f"{self.prompt.id}#{self.sample}"
 
     @property
     def job(self) -> str:
@@ -210,7 +218,7 @@ class Conversation:
         cached = None if None in self._cached else sum(found or 0 for found in self._cached)
         episode = Episode(
             *(tuple(self.turns), ended, self._outcome, self._parts, self._shortened, self._failure),
-            *(self._again, cached),
+            *(self._again, cached, self.seed, tuple(self._answers)),
         )
         behind = tuple(self._behind)
         return Rollout(
@@ -219,18 +227,21 @@ class Conversation:
 
     async def _play(self, speak: Speak) -> Ended:
         config, tokenizer = self.environment.config, self.actor.tokenizer
-        for number in range(1, config.turns + 1):
+        for number in range(len(self.said) + 1, config.turns + 1):
             self._look_back()
             room = self.limit - max(len(self._response), len(self.ids) - len(self.prompt.ids))
             if room < 1:  # the template has more to say than was sampled
                 self._take_back()
                 return "tokens"
-            said = await speak(self, min(config.turn_tokens or room, room))
+            most = room if config.turn_tokens is None else config.turn_tokens - len(self.begun)
+            said = self._whole(await speak(self, min(most, room)))
             self._add(said)
             if said.finish == "length" and len(self._response) >= self.limit:
                 return "tokens"
             answer = await self._answer()
             if answer.step is None:
+                if answer.not_again and self.name:
+                    raise cannot_again(answer, CONTINUING)
                 self._failure = answer.failure
                 return "failed"
             shown = render(
@@ -253,14 +264,44 @@ class Conversation:
         return "turns"
 
     def _look_back(self) -> None:
-        """What the next turn stands behind."""
+        """What the next turn stands behind, or the rest of it."""
         if not self._afresh:
             self.ids = (*self.prompt.ids, *self._response)
-            return
-        if self.turns:
+        elif self.turns:
             since = [("assistant" if turn.who == ACTOR else turn.who, turn.text) for turn in self.turns]
             prompt = self.prompt
             self.ids = shown_ids(self.actor.tokenizer, prompt.messages, since, prompt.tools)
+        self.ids += self.begun
+
+    def _whole(self, said: Completion) -> Completion:
+        """A turn with what stood of it already, of which nobody asks for log-probs."""
+        begun, self.begun = self.begun, ()
+        if not begun:
+            return said
+        blank = (0.0,) * len(begun)
+        return replace(said, ids=(*begun, *said.ids), logprobs=(*blank, *said.logprobs))
+
+    def stand(self, state: State, name: str) -> None:
+        """Let it stand where a state is, under a name of its own: what was said and answered is so again, and
+        the environment is brought back by the turns.
+        """
+        rollout, cut, self.name = state.rollout, state.cut, name
+        episode, ids = rollout.episode, rollout.completion.ids
+        if episode is None:  # of the prompt
+            return
+        self.seed = episode.seed
+        for turn in episode.turns:
+            if turn.begin < cut < turn.end:
+                self.begun = ids[turn.begin : cut]
+            elif turn.begin < cut:
+                self.turns.append(turn)
+                if turn.who == ACTOR:
+                    own = ids[turn.begin : turn.end]
+                    self.said.append(Completion(own, (0.0,) * len(own), "stop"))
+                    self._ranges.append((turn.begin, turn.end))
+        self._response = list(ids[: cut - len(self.begun)])
+        self._answers = list(episode.answers[: len(self.said)])
+        self._outcome = next((given for _, given in reversed(self._answers) if given is not None), None)
 
     def _take_back(self) -> None:
         """No turn follows the last answer: it has no tokens."""
@@ -290,14 +331,14 @@ class Conversation:
     async def _answer(self) -> Answer:
         """What the environment says to the turns so far."""
         said = tuple(turn.text for turn in self.turns if turn.who == ACTOR)
-        seed = episode_seed(self.actor.seed, self.prompt)
+        seen = tuple(one for one, _ in self._answers)
         async with self.actor.outside():
             answer = await self.environment.ask(
-                Job(self.job, self.prompt, seed, said, self.prompt.opening, tuple(self._seen))
+                Job(self.job, self.prompt, self.seed, said, self.prompt.opening, seen)
             )
         if answer.step is not None:
             step = answer.step
-            self._seen.append(digest(step.messages))
+            self._answers.append((digest(step.messages), step.outcome))
             self._outcome = step.outcome if step.outcome is not None else self._outcome
             self._parts = {
                 name: self._parts.get(name, 0.0) + step.parts.get(name, 0.0)

@@ -22,6 +22,7 @@ from genac_megatron.recipe.schema import PpoStage, Recipe, RolloutConfig, SftSta
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.accuracy import MEASURED, blend_errors, pairs_of, within_prompts, within_responses
 from genac_megatron.stages.conversations import conversation_figures
+from genac_megatron.stages.exact_error import exact_errors
 from genac_megatron.stages.judging import Judge, StateJudge, TeacherJudge
 from genac_megatron.stages.parity import measure_judgements, measure_rollouts
 from genac_megatron.stages.ranks import ALONE, EVERYONE, Ranks
@@ -283,6 +284,7 @@ def _evaluate_critic(
     mine = held.draws if monte_carlo and held.draws is not None else {}
     known = {k: v for part in run.gather([mine]) for k, v in part.items()}
     row = critic_row(run.gather([without_tokens(group) for group in judged]), known)
+    row |= exact_errors(run, judged)
     row["tokens_per_state"] = tokens_per_state(judged, EVERYONE)
     tell_too_long(run, (j for group in judged for js in group.judgements for j in js), EVERYONE)
     keep(run, stage, run.gather(judged[: run.even_share(run.recipe.observe.shown_rollouts)]), step)

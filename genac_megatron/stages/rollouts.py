@@ -15,12 +15,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
 from genac_megatron.environments import Environments
+from genac_megatron.environments.host import Job
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.rounds import rounds
 from genac_megatron.stages.certain import Others, PromptState, left_out, let_go
-from genac_megatron.stages.conversations import Conversation, opened
+from genac_megatron.stages.conversations import CONTINUING, Conversation, episode_seed, opened
 from genac_megatron.stages.judging import StateJudge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
@@ -129,7 +130,8 @@ class Generator:
     async def _turn(self, talk: Conversation, most: int) -> Completion:
         """The actor's next turn of a conversation, of at most so many tokens."""
         params = SamplingParams(most, self.config.temperature, self.stop_ids)
-        seed = seed_for(*self.seed, talk.prompt.id, talk.sample, len(talk.said))
+        whose = (talk.name,) if talk.name else (talk.prompt.id, talk.sample)
+        seed = seed_for(*self.seed, *whose, len(talk.said))
         return await self.engine.complete(Request(talk.ids, params, seed, talk.key))
 
     async def _unjudged(self, prompt: Prompt, sample: int) -> tuple[Rollout, list[Judgement]]:
@@ -157,6 +159,21 @@ class Generator:
             return rollout, await judging
         finally:
             await let_go(judging)
+
+    async def goes_on(self, state: State, key: str) -> Rollout:
+        """A fresh end of the response that a state is of, not verified yet."""
+        rollout, limit = state.rollout, self.config.max_new_tokens
+        if self.environment is not None:
+            talk = Conversation(self, self.environment, rollout.prompt, rollout.sample)
+            talk.stand(state, key)
+            return await talk.play(self._turn)
+        kept = rollout.completion.ids[: state.cut]
+        params = SamplingParams(limit - state.cut, self.config.temperature, self.stop_ids)
+        request = Request((*rollout.prompt.ids, *kept), params, seed_for(*self.seed, key), key)
+        completion = await self.engine.complete(request)
+        ids = (*kept, *completion.ids)
+        text = written(self.tokenizer, ids, self.task.reasoning_tags)
+        return Rollout(rollout.prompt, rollout.sample, Completion(ids, (), completion.finish), text)
 
     async def verify(self, rollout: Rollout) -> None:
         """Set the rollout's outcome, and the critic's, by the recipe's rules for cut-off responses.
@@ -317,18 +334,21 @@ def judge_groups(
 
 
 def continue_states(generator: Generator, states: Sequence[State], count: int) -> list[list[float]]:
-    """Targets of `count` fresh continuations of the actor from each state, within its token limit."""
+    """Targets of `count` fresh continuations of the actor from each state, within its token limit.
+
+    A conversation's environment is brought back by its turns, with the seed that it had: what it hides is as
+    it was. Raises InputError where it is not the same again.
+    """
+    environment = generator.environment
+    if environment is not None and states:
+        prompt = states[0].rollout.prompt
+        environment.need_again(
+            Job(f"{prompt.id}@again", prompt, episode_seed(("again",), prompt)), CONTINUING
+        )
 
     async def one(state: State, sample: int) -> float:
-        rollout, limit = state.rollout, generator.config.max_new_tokens
-        kept = rollout.completion.ids[: state.cut]
-        params = SamplingParams(limit - state.cut, generator.config.temperature, generator.stop_ids)
-        key = f"{rollout.key}@{state.index}+{sample}"
-        seed = seed_for(*generator.seed, key)
-        completion = await generator.engine.complete(Request((*rollout.prompt.ids, *kept), params, seed, key))
-        ids = (*kept, *completion.ids)
-        text = written(generator.tokenizer, ids, generator.task.reasoning_tags)
-        whole = Rollout(rollout.prompt, sample, Completion(ids, (), completion.finish), text)
+        key = f"{state.rollout.key}@{state.index}+{sample}"
+        whole = await generator.goes_on(state, key)
         await generator.verify(whole)
         return whole.target
 

@@ -156,14 +156,15 @@ def ask(run: Run, stage: StageConfig, suites: Sequence[Suite]) -> dict[str, dict
 
 
 def _asked(run: Run, suite: Suite, config: RolloutConfig) -> dict[str, Any]:
-    generator = Generator.of_actor(run, config, (run.recipe.seed, "suite", suite.name), suite.task)
+    seed = (run.recipe.seed, "suite", suite.name)
+    generator = Generator.of_actor(run, config, seed, suite.task, environment=run.environment)
     late = suite.task.late
     mine, places = run.share(suite.prompts), run.places(len(suite.prompts))
     groups = run.generating(lambda: generate(generator, mine, suite.samples, places=places))
     run.spend("suites", "actor")
     run.count({"verify/late": float(suite.task.late - late)})
     rollouts = [(group.prompt.id, r) for group in groups for r in group.rollouts]
-    rows = run.gather([(p, r.outcome, r.truncated, len(r.completion.ids)) for p, r in rollouts])
+    rows = run.gather([(p, r.outcome, r.truncated, r.completion.written) for p, r in rollouts])
     outcomes: dict[str, list[float]] = {}
     for prompt, outcome, _, _ in sorted(rows, key=lambda row: int(row[0].rpartition("/")[2])):
         outcomes.setdefault(prompt, []).append(outcome)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.errors import InputError
+from genac_megatron.recipe.data import HELDOUT
 from genac_megatron.recipe.data import MATHS as MATHS
 from genac_megatron.recipe.tasks import DatasetTask, JsonlTask, OwnReward, ReasoningGymTask
 from genac_megatron.records import Prompt
@@ -100,6 +101,8 @@ def find_benchmark(name: str) -> Benchmark:
     if name.startswith(GYM_PREFIX):
         task = name.removeprefix(GYM_PREFIX)
         return Benchmark(f"reasoning-gym: {task}", 4, suite=(task,))
+    if name == HELDOUT:
+        return Benchmark("the recipe's held-out prompts", 4)
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.5)
         known = f"did you mean {near[0]}? " if near else ""
@@ -123,6 +126,12 @@ def make_benchmark(
     Raises InputError where the benchmark is unknown or its data is missing.
     """
     benchmark = find_benchmark(name)
+    if name == HELDOUT:
+        raise InputError(
+            f"{HELDOUT} is a recipe's own held-out prompts: its actor alone is asked them, by a command",
+            where="benchmark",
+            way_out=f"genac evaluate task {HELDOUT} RECIPE; in a run every evaluation asks them",
+        )
     if benchmark.suite:
         if path is not None:
             what = f"{name} is generated: it reads no path"

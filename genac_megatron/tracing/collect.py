@@ -21,7 +21,6 @@ from pathlib import Path
 from genac_megatron.critic.balance import LEAST_RATE, MOST_AT_ONCE, MOST_OF_ONE, VALUE_BUCKETS
 from genac_megatron.critic.icc import IccState
 from genac_megatron.critic.judged import judged_rows
-from genac_megatron.critic.states import state_text
 from genac_megatron.critic.trace_rows import as_state, plain, state_row
 from genac_megatron.critic.verdicts import Row, accepted, bucket, evenly, monte_carlo
 from genac_megatron.errors import InputError, on_all_ranks
@@ -33,7 +32,7 @@ from genac_megatron.evaluation.ask import (
     ask_endpoint_about,
     ask_exact_about,
 )
-from genac_megatron.evaluation.session import stop_if_asked, with_roles
+from genac_megatron.evaluation.session import answered_by, stop_if_asked, with_roles
 from genac_megatron.observe.manifest import MANIFEST, find_checkpoint
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, SftStage
@@ -119,6 +118,7 @@ class Collector:
             "length_buckets": stage.length_buckets,
             "actors": [self._named(one) for one in self.actors],
             "model": recipe.roles["actor"].model.model_dump(mode="json"),
+            **answered_by(recipe),
         }
 
     def _named(self, actor: ActorConfig) -> Row:
@@ -206,6 +206,7 @@ class Collector:
             way_out = "raise rollout.max_new_tokens or rollout.prompts, or lower judging.states.min_segment"
             raise on_all_ranks(InputError(what, where=f"stage {self.stage.name}", way_out=way_out))
         tokenizer, limit = run.tokenizers["actor"], self.stage.rollout.max_new_tokens
+        most = run.recipe.judging.transcript_tokens
         counts = {"round": number, "of": len(states), "drawn": drawn.prompts}
 
         def rows() -> list[Row]:
@@ -213,7 +214,7 @@ class Collector:
                 {
                     "state": first + place,
                     **counts,
-                    **state_row(one, state_text(one, tokenizer), actor.name, told, limit),
+                    **state_row(one, tokenizer, most, actor.name, told, limit),
                 }
                 for place, one in enumerate(states)
             ]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from genac_megatron.errors import EXIT_OK
 from genac_megatron.launch import in_world
 from genac_megatron.observe.runinfo import RunFolder, run_path
-from genac_megatron.recipe.environment_rules import need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.stages.endpoints import need_endpoints
 from genac_megatron.stages.inputs import need_places
@@ -79,7 +78,6 @@ def run_command(options: argparse.Namespace, given: list[str], in_ranks: InRanks
         print(run_filter([Path(folder) for folder in options.folders], wanted))
         return EXIT_OK
     recipe = load_recipe(options.recipe, [*options.overrides, *options.override])
-    need_no_environment(recipe, "genac traces ask")
     traces_stage(recipe, options.stage)  # before ranks start
     need_places(options.out, options.checkpoint, options.critic)
     folder = RunFolder(run_path(recipe)).beside("traces", given)

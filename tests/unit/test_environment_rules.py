@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.environment_rules import need_no_environment
+from genac_megatron.recipe.environment_rules import check_benchmarks, need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
@@ -64,24 +64,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"environment": TEMPLATE, "stages": [{"kind": "sft", "role": "actor", "data": "demonstrations"}]},
         "a demonstration, which reads",
     ),
-    "monte-carlo": ({"evaluation": {"mc_states": 4}}, "Monte-Carlo value"),
     "final": ({"judging": {"states": {"final": True}}}, "may say how the conversation ended"),
     "turns-without": (
         {"task": OTHER, "environment": None, "judging": {"states": {"cutter": "turns"}}},
         "there is no environment",
     ),
     "ppo-overlong": ({"roles": BOTH, "stages": [{"kind": "ppo", "overlong": {}}]}, "overlong penalty"),
-    "self": (
-        {
-            "roles": BOTH,
-            "stages": [{"kind": "sft", "role": "critic", "data": "traces", "teacher": {"kind": "self"}}],
-        },
-        "the teacher 'self', which continues responses,",
-    ),
-    "regression": (
-        {"roles": SCALAR, "stages": [{"kind": "value", "value": {"target": "monte_carlo"}}]},
-        "monte_carlo, which continues responses",
-    ),
     "tools-none": ({"task": OTHER, "environment": {"kind": "tools"}}, "names what a kind of tools offers"),
     "tools-on-a-game": (
         {"environment": {"kind": "tools", "tools": ["calculator"]}},
@@ -89,7 +77,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "suites": (
         {"evaluation": {"suites": [{"name": "math500"}]}},
-        r"evaluation\.suites, whose questions have one response each, does not work",
+        r"evaluation\.suites, whose questions are not played as the task 'lock' is, does not work",
+    ),
+    "sandbox": (
+        {"task": OTHER, "environment": {"kind": "tools", "tools": ["python"], "step_s": 8.0}},
+        r"programs may take 5 s .* and an answer 8 s(.|\n)*set environment.step_s to 15",
     ),
     "overlong": (
         {"stages": [{**POLICY, "algorithm": {"kind": "dapo", "overlong": {}}}]},
@@ -115,7 +107,33 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path, case: str) -> None
         load_recipe(recipe(tmp_path, **changes))
 
 
+CONTINUED: dict[str, dict[str, Any]] = {
+    "monte-carlo": {"evaluation": {"mc_states": 4}},
+    "self": {
+        "roles": BOTH,
+        "stages": [{"kind": "sft", "role": "critic", "data": "traces", "teacher": {"kind": "self"}}],
+    },
+    "regression": {"roles": SCALAR, "stages": [{"kind": "value", "value": {"target": "monte_carlo"}}]},
+    "suites-with-tools": {
+        "task": OTHER, "environment": {"kind": "tools", "tools": ["python"], "step_s": 15.0},
+        "evaluation": {"suites": [{"name": "math500"}]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_conversations_are_continued_and_evaluated(tmp_path: Path, case: str) -> None:
+    assert load_recipe(recipe(tmp_path, **CONTINUED[case])).environment is not None
+
+
 def test_commands_that_know_single_responses_refuse_conversations(tmp_path: Path) -> None:
     loaded = load_recipe(recipe(tmp_path))
-    with pytest.raises(InputError, match="genac evaluate does not work with an environment yet"):
-        need_no_environment(loaded, "genac evaluate")
+    with pytest.raises(InputError, match="genac score does not work with an environment yet"):
+        need_no_environment(loaded, "genac score")
+    check_benchmarks(loaded, ["heldout"], voting=False)
+    with pytest.raises(InputError, match="the questions of math500 are not played as the task 'lock' is"):
+        check_benchmarks(loaded, ["heldout", "math500"], voting=False)
+    with pytest.raises(InputError, match="task --critic does not work with an environment yet"):
+        check_benchmarks(loaded, ["heldout"], voting=True)
+    tools = {"task": OTHER, "environment": {"kind": "tools", "tools": ["calculator"]}}
+    check_benchmarks(load_recipe(recipe(tmp_path, **tools)), ["math500"], voting=False)

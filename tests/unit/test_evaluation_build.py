@@ -50,6 +50,7 @@ class Problems:
 def builder(task: Problems, base: Bank | None = None, **options: Any) -> Builder:
     recipe = load_recipe("recipes/quickstart.yaml")
     run: Any = SimpleNamespace(
+        environment=None,
         recipe=recipe,
         world=SimpleNamespace(rank=0, size=1),
         engines={"actor": None},

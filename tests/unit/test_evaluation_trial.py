@@ -19,7 +19,8 @@ from fake_chat import Answer, FakeChat, question, reply
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.evaluation.trial import ServerOptions, Trial, TrialOptions, paths_of, try_server
+from genac_megatron.evaluation.trial import Trial, TrialOptions, paths_of
+from genac_megatron.evaluation.trial_server import ServerOptions, try_server
 from genac_megatron.tasks.benchmarks import make_benchmark
 
 pytestmark = pytest.mark.usefixtures("one_math_process")

@@ -43,7 +43,7 @@ def test_calls_are_read_in_the_families_forms() -> None:
 
 
 def test_a_turn_without_a_call_is_the_answer() -> None:
-    tools = Tools(["calculator"])
+    tools = Tools(["calculator"], 5.0, 256)
     assert tools.step("Answer: 4").done
     shown = tools.step(call("calculator", expression="2^10") + call("python", code="1") + call("calculator"))
     assert [message["content"] for message in shown.observation] == [  # type: ignore[index]

@@ -14,7 +14,8 @@ from sglang_servers import START_S, Farm, served_config
 from tiny_models import plain_model
 
 from genac_megatron.errors import InputError
-from genac_megatron.evaluation.trial import ServerOptions, TrialOptions, try_server
+from genac_megatron.evaluation.trial import TrialOptions
+from genac_megatron.evaluation.trial_server import ServerOptions, try_server
 from genac_megatron.platform.network import spare_ports
 from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.serving.sglang.server import Server, ServerSpec
