@@ -66,13 +66,14 @@ def test_adapters_of_a_study_stand_beside_its_base_runs(study: str, tmp_path: Pa
     def run(name: str) -> str:
         return str(tmp_path / study / f"{name}-s1")
 
+    assert found["actor"]["actor"].model.checkpoint == run("writer")
     for name, roles in found.items():
         for role, config in roles.items():
             adapter, model = config.training.adapter, config.model
             if adapter is not None:
                 assert model.base == run("actor"), (name, role)
                 assert model.base_role == ("actor" if role == "critic" and not model.share else None)
-            elif name != "actor":
+            elif name not in ("writer", "actor"):
                 bare = name == "judge_full" and role == "critic"  # SFT copies the actor's weights
                 assert model.base is None
                 assert (model.checkpoint is None) == bare, (name, role)
