@@ -32,6 +32,7 @@ class Prompt:
     # What a privileged critic is shown, by template placeholder: reference, rubric. Never the actor.
     privileged: Mapping[str, str] = field(default_factory=dict)
     opening: str = field(default="", compare=False)  # a digest of what its environment began with
+    asked: Prompt | None = field(default=None, compare=False, repr=False)  # the task's own, of one so begun
 
     @property
     def digest(self) -> str:

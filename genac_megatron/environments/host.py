@@ -117,7 +117,8 @@ class Host:
 
     def _begin(self, job: Job) -> tuple[Any, tuple[Message, ...] | None]:
         environment = self._make()
-        given = self._awaited(environment.reset(job.prompt, job.seed))
+        asked = job.prompt.asked or job.prompt  # the same whenever it is begun
+        given = self._awaited(environment.reset(asked, job.seed))
         return environment, None if given is None else checked_messages(given, self._chars)[0]
 
     def _take(self, live: _Live, turn: str) -> Checked:

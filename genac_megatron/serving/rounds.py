@@ -30,17 +30,19 @@ class Rounds:
             yield
         finally:
             self._open -= 1
-            if not self._open:
-                self._go_on()
+            if not self._open:  # not at once: who is answered last would go on first
+                gone_on.get_loop().call_soon(self._go_on)
         await gone_on
 
     def wait(self, then: Callable[[], object]) -> bool:
         """Whether something is awaited; `then` is called once nothing is."""
-        if self._open:
+        if self._answered:
             self._then.append(then)
-        return self._open > 0
+        return bool(self._answered)
 
     def _go_on(self) -> None:
+        if self._open:  # something was asked for meanwhile
+            return
         answered, self._answered = self._answered, []
         then, self._then = self._then, []
         for future in answered:

@@ -58,8 +58,8 @@ class Batches:
     def __init__(self, run: Run, stage: PpoStage | PolicyStage, loop: Loop) -> None:
         self.run, self.stage, self.loop = run, stage, loop
         self._cursor = run.at.cursor  # behind the prompts of what is begun
-        self._late = 0  # verifications of batches that were ended by their limit
-        self._mark: int | None = None  # of the task's count, up to which they are counted; None: to be read
+        # Of the task's count of late verifications, up to which they are counted; None: to be read
+        self._mark: int | None = None
         self._queue = Queue(int(stage.overlap), self._plan, self._play)
         if stage.overlap:
             run.serving.settle = self._settle
@@ -105,8 +105,6 @@ class Batches:
         with run.phase("wait"):
             mine = run.generating(result)
         self._queue.call(self._tally)
-        run.count({"verify/late": float(self._late)})
-        self._late = 0
         return mine
 
     def _renew(self) -> bool:
@@ -134,7 +132,7 @@ class Batches:
             if role in self.run.engines:
                 self.run.spend(phase, role)
         if self._mark is not None:
-            self._late += self.run.task.late - self._mark
+            self.run.count({"verify/late": float(self.run.task.late - self._mark)})
             self._mark = self.run.task.late
 
     def _settle(self) -> None:

@@ -143,7 +143,9 @@ async def opened(
         return prompt
     success = environment.config.success or prompt.success or "the environment says so"
     most = f"in at most {environment.config.turns} turns"
-    prompt = replace(prompt, opening=digest(answer.opening), success=f"{success} ({most})")
+    prompt = replace(
+        prompt, opening=digest(answer.opening), success=f"{success} ({most})", asked=prompt.asked or prompt
+    )
     tools = tuple(SCHEMAS[name] for name in environment.config.tools)
     if answer.opening is None and not tools:
         return prompt

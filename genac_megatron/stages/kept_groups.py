@@ -123,7 +123,9 @@ def _rollout_row(rollout: Rollout) -> Row:
 def _rollout_of(row: Row, prompt: Prompt) -> Rollout:
     episode = row["episode"]
     if episode is not None:
-        episode = Episode(**{**episode, "turns": tuple(Turn(**turn) for turn in episode["turns"])})
+        turns = tuple(Turn(**turn) for turn in episode["turns"])
+        answers = tuple(tuple(answer) for answer in episode["answers"])
+        episode = Episode(**{**episode, "turns": turns, "answers": answers})
     behind = tuple(tuple(ids) for ids in row["behind"])
     completion = _completion_of(row["completion"])
     return Rollout(prompt, **{**row, "completion": completion, "episode": episode, "behind": behind})

@@ -383,3 +383,26 @@ def test_a_group_begins_as_its_environment_says() -> None:
         "<|im_start|>system\nrules<|im_end|>\n<|im_start|>user\nlevel 3<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.opening == digest((("system", "rules"), ("user", "level 3")))
+
+
+def test_an_environment_is_given_the_tasks_own_prompt_whenever_it_begins() -> None:
+    """One that puts rules before the question, and says what is asked for, begins with the same again."""
+
+    class Rules:
+        def reset(self, prompt: Prompt, seed: int) -> list[dict[str, str]]:
+            return [{"role": "system", "content": f"rules {prompt.success}"}, *prompt.messages]
+
+        def step(self, turn: str) -> Step:
+            return Step("on")
+
+    environment: Any = Direct(lambda n, _: Step(), turns=2)
+    environment._host = Host(Rules, 400, str)
+    prompt = asyncio.run(opened(environment, TINY, PROMPT, (1,)))
+    assert [message["content"] for message in prompt.messages] == ["rules ", "begin"]
+
+    async def speak(talk: Conversation, most: int) -> Completion:
+        return turn("go", most)
+
+    episode = asyncio.run(Conversation(actor(), environment, prompt, 0).play(speak)).episode
+    assert episode is not None
+    assert (episode.ended, episode.failure) == ("turns", "")

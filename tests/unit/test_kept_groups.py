@@ -6,12 +6,14 @@ import asyncio
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from genac_megatron.environments.base import Step
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
+from genac_megatron.stages.ahead import Batches
 from genac_megatron.stages.conversations import Conversation
 from genac_megatron.stages.kept_groups import group_of, group_row, keep_groups, kept_groups
 from genac_megatron.stages.rollouts import Group
@@ -87,3 +89,18 @@ def test_nothing_under_way_leaves_nothing(tmp_path: Path) -> None:
     keep_groups(tmp_path, World(0, 1, 0), {}, {})
     assert list(tmp_path.iterdir()) == []
     assert kept_groups(tmp_path, World(0, 1, 0)) == ({}, {})
+
+
+def test_late_verifications_of_what_is_under_way_are_in_the_checkpoint(tmp_path: Path) -> None:
+    """They are counted where the trainer next waits, or saves. The run is `SimpleNamespace` here."""
+    spent: dict[str, float] = {}
+    world, task = World(0, 1, 0), SimpleNamespace(late=3)
+    run: Any = SimpleNamespace(
+        at=SimpleNamespace(cursor=0), serving=SimpleNamespace(), engines={}, task=task, world=world
+    )
+    run.spent, run.count = spent, lambda figures: spent.update(figures)
+    loop: Any = SimpleNamespace(resumed=None)
+    batches = Batches(run, SimpleNamespace(overlap=2), loop)  # type: ignore[arg-type]
+    batches._mark = 1
+    loop.beside(tmp_path)
+    assert kept_groups(tmp_path, world)[1] == {"verify/late": 2.0}

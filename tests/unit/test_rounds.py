@@ -17,8 +17,11 @@ CONFIG = {
 }  # fmt: skip
 
 
-def batches(seed: int) -> list[list[str]]:
-    """Of six talks of four requests each, with answers from outside between them, in an order by `seed`."""
+def batches(seed: int, *, begun: bool = False) -> list[list[str]]:
+    """Of six talks of four requests each, with answers from outside between them, in an order by `seed`.
+
+    begun: an answer from outside is what a talk begins with.
+    """
     draw, made = random.Random(seed), EmbeddedEngine(CONFIG, EngineConfig(dtype="fp32", max_batch=4), "cpu")
     made.load_weights(0, made._model.named_parameters())  # type: ignore[union-attr]
     seen: list[list[str]] = []
@@ -32,6 +35,9 @@ def batches(seed: int) -> list[list[str]]:
 
     async def talk(number: int) -> None:
         ids = [number + 1]
+        if begun:
+            async with rounds(asyncio.get_running_loop()).outside():
+                await asyncio.sleep(draw.random() * 0.01)
         for turn in range(4):
             said = await made.complete(Request((*ids,), SamplingParams(2), turn, f"{number}/{turn}"))
             async with rounds(asyncio.get_running_loop()).outside():
@@ -51,6 +57,11 @@ def test_batches_are_the_same_however_long_answers_take() -> None:
     assert sorted(key for batch in first for key in batch) == [f"{n}/{t}" for n in range(6) for t in range(4)]
     assert batches(2) == batches(3) == first
     assert max(len(batch) for batch in first) == 4
+
+
+def test_they_are_where_all_that_wait_are_answered_before() -> None:
+    """Which of them is answered last is nothing to the order."""
+    assert batches(1, begun=True) == batches(2, begun=True) == batches(3, begun=True)
 
 
 def test_who_fails_or_is_cancelled_outside_holds_nobody_up() -> None:
