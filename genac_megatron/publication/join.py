@@ -147,6 +147,8 @@ class Joiner:
                 first = dist.get_rank() == source_of(bucket, self.role.layout)
                 mine = self._parameters.get((item.chunk, item.rule.name, item.layer))
                 nbytes = item.shard_numel * (self._dtype if mine is None else mine.dtype).itemsize
+                if mine is not None and not self._as_it_is(item, mine):
+                    sending = max(sending, nbytes)
                 if self._travels_in_blocks(item, bucket):
                     nbytes = item.nbytes(self._dtype.itemsize, bucket.fp8)
                     sending = max(sending, nbytes if mine is not None else 0)
@@ -154,8 +156,6 @@ class Joiner:
                     gathering = max(gathering, nbytes)
                 elif first and self._from_others(item):
                     gathering = max(gathering, nbytes * self.role.layout.tp)
-                if mine is not None and not self._as_it_is(item, mine):
-                    sending = max(sending, nbytes)
         self._gathering, self._sending = self._bytes(gathering), self._bytes(sending)
 
     def release(self) -> None:

@@ -89,7 +89,11 @@ class Progress:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def over(self) -> None:
-        """There is an outcome for all ranks: idle ones may come for it."""
+        """There is an outcome for all ranks: idle ones may come for it.
+
+        The key stays: no exchange says that the latest rank has seen it (a broadcast goes down a tree, and
+        its source returns once its own neighbours have it).
+        """
         if self._store is not None:
             self._store.set(OVER, DONE)
 
@@ -108,8 +112,8 @@ class Progress:
                 said = [self._store.get(k).decode() if self._store.check([k]) else "" for k in keys]
                 if said == seen:
                     raise PeerLost(
-                        f"nothing was sent for {self.limit_s:g} s, after {', '.join(said)} buckets of each "
-                        "stage",
+                        f"nothing was sent for {self.limit_s:g} s, after "
+                        f"{', '.join(each or 'no' for each in said)} buckets of each stage",
                         where=self.name,
                         way_out=f"read the logs of ranks {', '.join(map(str, self.sources))}",
                     ) from None
@@ -117,7 +121,7 @@ class Progress:
             else:
                 return
 
-    def forget(self, key: int | str) -> None:
-        """Remove what was told of a stage, or that it is over, once nobody waits any more."""
+    def forget(self, stage: int) -> None:
+        """Remove what was told of a stage, once nobody waits any more."""
         if self._store is not None:
-            self._store.delete_key(str(key))
+            self._store.delete_key(str(stage))

@@ -39,7 +39,7 @@ from genac_megatron.publication.groups import group_of
 from genac_megatron.publication.join import Joiner, source_of
 from genac_megatron.publication.memory import PeakMemory
 from genac_megatron.publication.plan import make_plan
-from genac_megatron.publication.progress import OVER, Progress
+from genac_megatron.publication.progress import Progress
 from genac_megatron.publication.transport import Ended, InProcess, Named, Parcel, Sink, Transport
 from genac_megatron.training.agreement import Circle, Told, from_rank, raised, told_of
 from genac_megatron.training.layout import Coords, collective_limit_s
@@ -107,8 +107,6 @@ class Publisher:
                 progress.over()
         outcome = from_rank(first, outcome)
         assert outcome is not None
-        if dist.get_rank() == first:
-            progress.forget(OVER)
         transport.ended(version, outcome.left)
         if outcome.error is not None:
             raise own or raised(outcome.error)

@@ -78,6 +78,23 @@ def test_ranks_without_a_part_are_told_once_how_it_went(pool: Any) -> None:
     assert calls[0]["all_gather_object", 2] == calls[1]["all_gather_object", 2] == AGREEMENTS
 
 
+def late_case(rank: int, config: Any) -> bool:
+    """What a rank finds that comes for the end when all others have gone on. Raises PeerLost for nothing."""
+    from genac_megatron.publication import progress
+    from genac_megatron.publication.publisher import Publisher
+
+    Publisher(make_role("actor", config, WORLD), [OnRank(1)], BUCKET).publish(1)
+    torch.distributed.barrier()
+    progress._count -= 1  # the same publication's again
+    progress.Progress([0], 1.0, "publication").wait_until_over()
+    return True
+
+
+def test_a_rank_that_comes_last_still_hears_the_end(pool: Any) -> None:
+    """Of eight ranks the first source's broadcast returns before the last rank has even asked."""
+    assert pool.run(late_case, role_config(layout={"count": 4})) == [True] * WORLD
+
+
 def limit_case(rank: int) -> list[float]:
     """Seconds after which collectives of a publication's group fail; empty where this rank is in none."""
     import torch.distributed as dist

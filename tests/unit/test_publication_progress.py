@@ -76,6 +76,13 @@ def test_a_stage_that_waits_for_its_turn_is_not_lost_while_an_earlier_one_moves(
     thread.join()
 
 
+def test_an_idle_rank_that_nobody_tells_the_end_says_how_far_each_stage_came() -> None:
+    progress = Progress([0, 4], 0.2, "publication of actor 3", dist.HashStore())
+    progress.tell(0, 6)
+    with pytest.raises(PeerLost, match=r"nothing was sent for 0\.2 s, after 7, no buckets of each stage"):
+        progress.wait_until_over()
+
+
 def test_what_was_told_is_removed() -> None:
     store = dist.HashStore()
     before = store.num_keys()

@@ -167,17 +167,20 @@ class Fleet:
             fraction = self._share.fraction(self._free(gpus, self._share))
             server.spec = replace(server.spec, mem_fraction=fraction)
         if server.spec.nnodes > 1:
-            server.spec = replace(server.spec, meeting=self._meet(server.spec))
+            server.spec = self._meet(server.spec)
         server.start()
         self._starting.append(server)
 
-    def _meet(self, spec: ServerSpec) -> str:
-        """Where the parts of a server meet, as its first part says. Raises PeerLost where it does not."""
+    def _meet(self, spec: ServerSpec) -> ServerSpec:
+        """A part of a server with what its first part says: where they meet, and the fraction, as ranks whose
+        KV caches differ would schedule apart. Raises PeerLost where it says nothing.
+        """
         assert self._meeting is not None, "parts of a server cannot meet"
         index = [server.spec.name for server in self._servers].index(spec.name)
         key = f"serving/{spec.name}/{self._instances[index]}"
         if spec.node_rank == 0:
-            self._meeting.set(key, f"{bracketed(spec.host)}:{spare_ports(1, spec.host)[0]}")
+            address = f"{bracketed(spec.host)}:{spare_ports(1, spec.host)[0]}"
+            self._meeting.set(key, f"{address} {spec.mem_fraction}")
         limit = self.config.start_timeout_s
         try:
             self._meeting.wait([key], timedelta(seconds=limit))
@@ -188,7 +191,8 @@ class Fleet:
                 where=f"SGLang server {spec.name}, part {spec.node_rank}",
                 way_out="read the log of that node's first rank",
             ) from error
-        return self._meeting.get(key).decode()
+        address, fraction = self._meeting.get(key).decode().split()
+        return replace(spec, meeting=address, mem_fraction=float(fraction))
 
     def _settle(self, gpus: Sequence[str]) -> None:
         """Wait for those that are starting on one of these GPUs."""
