@@ -25,7 +25,7 @@ def check_servers(name: str, role: RoleConfig, where: Where) -> None:
             "nodes",
             f"{engine.engines} servers of '{name}' over nodes {nodes}{each}",
             "name each node once, and make engines a multiple of their number"
-            + (" / nnodes" if engine.nnodes > 1 else ""),
+            + (" / nnodes, which is to come out even" if engine.nnodes > 1 else ""),
         )
     if len(nodes) > 1 and engine.host != EngineConfig().host:
         raise refuse(

@@ -144,7 +144,8 @@ class Run:
 
     def _build(self, resuming: bool) -> None:
         shares = self._shares()
-        shapes, fleets = self.together(partial(self._start_fleets, resuming, shares))
+        start = partial(self._start_fleets, resuming, shares)
+        shapes, fleets = self.together(lambda: self._fleets.telling(start))
         servers: dict[str, Servers] = {}
         if shares and colocated(tenants(self.recipe)):
             # What a role takes before a server is healthy is lost to the server's KV cache.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,14 @@ from genac_megatron.serving.sglang.cores import (
     read_topology,
 )
 from genac_megatron.serving.sglang.engine import MORE_FILES, SglangEngine
-from genac_megatron.serving.sglang.fleet import Endpoint, Fleet
+from genac_megatron.serving.sglang.fleet import Endpoint, Fleet, meeting_key
 from genac_megatron.serving.sglang.gpus import identity, ranks_on, refusals, visible_gpus
 from genac_megatron.serving.sglang.server import Zygote, serving_python
 from genac_megatron.stages.servers import CACHE, WEIGHTS, Servers
 from genac_megatron.training.agreement import gathered
 from genac_megatron.training.role import Role
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -290,6 +291,22 @@ class Fleets:
                 self._zygote = Zygote(python, self._logs / f"zygote{fleet.suffix}.log")
             fleet.start(python, self._zygote)
         return fleet
+
+    def telling(self, act: Callable[[], T]) -> T:
+        """What `act`, which starts them, gives. Where it fails, other nodes' parts of servers do not wait for
+        this one's first parts.
+        """
+        try:
+            return act()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        for role, engine in self._engines.items() if self._first else ():
+            for index in range(engine.engines) if engine.nnodes > 1 else ():
+                if engine.node_of(index) == self._node:
+                    c10d._get_default_store().set(meeting_key(f"{role}/{index}", 0), "")
 
     def _check_gpus(self) -> None:
         """Raise InputError where this node has not the GPUs of all roles' servers: before any is started."""

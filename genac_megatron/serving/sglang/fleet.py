@@ -77,6 +77,11 @@ class Meeting(Protocol):
     def get(self, key: str) -> bytes: ...
 
 
+def meeting_key(server: str, instance: int) -> str:
+    """Under which a server's first part says where the others meet it; "" there: it could not be started."""
+    return f"serving/{server}/{instance}"
+
+
 class Fleet:
     """The servers of one role that run on one node.
 
@@ -173,11 +178,11 @@ class Fleet:
 
     def _meet(self, spec: ServerSpec) -> ServerSpec:
         """A part of a server with what its first part says: where they meet, and the fraction, as ranks whose
-        KV caches differ would schedule apart. Raises PeerLost where it says nothing.
+        KV caches differ would schedule apart. Raises PeerLost where it is not started, or says nothing.
         """
         assert self._meeting is not None, "parts of a server cannot meet"
         index = [server.spec.name for server in self._servers].index(spec.name)
-        key = f"serving/{spec.name}/{self._instances[index]}"
+        key = meeting_key(spec.name, self._instances[index])
         if spec.node_rank == 0:
             address = f"{bracketed(spec.host)}:{spare_ports(1, spec.host)[0]}"
             self._meeting.set(key, f"{address} {spec.mem_fraction}")
@@ -185,14 +190,19 @@ class Fleet:
         try:
             self._meeting.wait([key], timedelta(seconds=limit))
         except RuntimeError as error:
-            raise PeerLost(
-                f"its first part, on node {self.config.node_of(int(spec.name.rpartition('/')[2]))}, said "
-                f"nothing within {limit:.0f} s (engine.start_timeout_s)",
-                where=f"SGLang server {spec.name}, part {spec.node_rank}",
-                way_out="read the log of that node's first rank",
-            ) from error
-        address, fraction = self._meeting.get(key).decode().split()
-        return replace(spec, meeting=address, mem_fraction=float(fraction))
+            raise self._alone(spec, f"said nothing within {limit:.0f} s (engine.start_timeout_s)") from error
+        said = self._meeting.get(key).decode().split()
+        if not said:
+            raise self._alone(spec, "could not be started")
+        return replace(spec, meeting=said[0], mem_fraction=float(said[1]))
+
+    def _alone(self, spec: ServerSpec, why: str) -> PeerLost:
+        """Of a part that its server's first one leaves alone."""
+        return PeerLost(
+            f"its first part, on node {self.config.node_of(int(spec.name.rpartition('/')[2]))}, {why}",
+            where=f"SGLang server {spec.name}, part {spec.node_rank}",
+            way_out="read the log of that node's first rank",
+        )
 
     def _settle(self, gpus: Sequence[str]) -> None:
         """Wait for those that are starting on one of these GPUs."""

@@ -26,8 +26,10 @@ PLACES = {"actor": {"engines": 2, "nodes": [0, 1]}, "critic": {"nodes": [1]}}
 SPANNING = {"actor": {"tp": 2, "nnodes": 2, "nodes": [0, 1]}, "critic": {"nodes": [1]}}
 
 
-def start_nodes(folder: Path, steps: int, places: dict[str, Any]) -> list[subprocess.Popen[str]]:
-    """One rank on each of two nodes."""
+def start_nodes(
+    folder: Path, steps: int, places: dict[str, Any], first: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """One rank on each of two nodes. first: more of the first one's environment."""
     roles = {n: {**r, "engine": {**SERVERS, **places[n]}} for n, r in RECIPE["roles"].items()}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, "roles": roles, "stages": [{**PPO, "steps": steps}]}))
@@ -37,7 +39,8 @@ def start_nodes(folder: Path, steps: int, places: dict[str, Any]) -> list[subpro
         Popen(
             command("run", str(path), f"runs={folder}"),
             cwd=folder,
-            env=environment(**meeting, **logs, RANK=node, LOCAL_RANK="0", GROUP_RANK=node),
+            env=environment(**meeting, **logs, LOCAL_RANK="0", RANK=node, GROUP_RANK=node)
+            | ((first or {}) if node == "0" else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -84,6 +87,13 @@ def test_a_node_that_the_world_lacks_is_told(tmp_path: Path) -> None:
     ends = [finish(rank) for rank in start_nodes(tmp_path, 1, {"actor": {"nodes": [2]}, "critic": {}})]
     assert [code for code, _ in ends] == [2, 2], ends
     assert "roles.actor.engine.nodes: servers are to start on nodes [2], and the world has 2" in ends[0][1]
+
+
+def test_a_part_does_not_wait_for_a_node_that_cannot_start_its_own(tmp_path: Path) -> None:
+    ends = [finish(rank) for rank in start_nodes(tmp_path, 1, SPANNING, {PYTHON_VARIABLE: "/nowhere"})]
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert "/nowhere is no interpreter" in ends[0][1]
+    assert "actor/0, part 1: its first part, on node 0, could not be started" in ends[0][1]
 
 
 @pytest.mark.extended  # what it is made of: tests/serving/publication/test_over_nodes.py
