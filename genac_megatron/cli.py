@@ -195,7 +195,7 @@ def _plan(recipe: Recipe, options: argparse.Namespace, given: list[str]) -> str:
         check_weights(role.model, resuming=options.resume, planning=True, adapter=adapter)
     memory = [f"{describe_memory(recipe)}\n"] if recipe.cluster.gpu is not None else []
     data = [*look_at_data(recipe), *unset_keys(recipe)]
-    words = [word for word in given if word != "--dry-run"]
+    words = [word for word in given if not word.startswith("--d")]  # argparse reads --dry too
     next_ones = [
         "Nothing was run.",
         f"  every key:  {again(words, options.recipe, '--resolved')}",

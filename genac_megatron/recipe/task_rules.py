@@ -59,13 +59,17 @@ def check_task(task: TaskConfig, place: tuple[str | int, ...], where: Where) -> 
         check_file(task.path, (*place, "path"), where)
         if task.heldout_path is not None:
             check_file(task.heldout_path, (*place, "heldout_path"), where)
-    if (
-        isinstance(task, DatasetTask)
-        and _names_a_file(task.name)
-        and not Path(task.name).expanduser().exists()
-    ):
-        what = f"there is no file or folder {task.name}"
-        raise InputError(what, where=where((*place, "name")), way_out=RELATIVE)
+    if isinstance(task, DatasetTask):
+        _check_source(task, place, where)
+
+
+def _check_source(task: DatasetTask, place: tuple[str | int, ...], where: Where) -> None:
+    """A path that is not there would be asked for on the hub, as a data set of that name."""
+    key = "name" if task.path is None else "path"
+    local = task.path is not None or _names_a_file(task.name)
+    if local and not Path(task.source).expanduser().exists():
+        what = f"there is no file or folder {task.source}"
+        raise InputError(what, where=where((*place, key)), way_out=RELATIVE)
 
 
 def _names_a_file(name: str) -> bool:

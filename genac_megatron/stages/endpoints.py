@@ -53,7 +53,9 @@ def unset_keys(recipe: Recipe) -> list[str]:
 
     for one in named:
         check_address(one.url, one.setting)
-    unset = dict.fromkeys((one.who, one.key) for one in named if one.key and not os.environ.get(one.key))
+    unset = dict.fromkeys(
+        (one.who, one.key) for one in named if one.key and not os.environ.get(one.key, "").strip()
+    )
     return [f"{who}: {key} is not set here; the run needs it in its environment" for who, key in unset]
 
 

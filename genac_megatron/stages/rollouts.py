@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -206,6 +206,10 @@ class Asked(Sequence[Prompt]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        # Sequence's own would take an IndexError of a task for the end.
+        return (self.task.prompt("train", index) for index in self.indices)
 
     @overload
     def __getitem__(self, at: int) -> Prompt: ...

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.stages.batch import shared_out, train_prompts
+from genac_megatron.stages.rollouts import Asked
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
 
@@ -41,3 +42,13 @@ def test_each_rank_makes_its_share_of_the_prompts(ranks: int, monkeypatch: pytes
     seen = [prompt.id for prompt in wanted]
     assert [found[k][1] for k in range(10)] == [seen[:k].count(seen[k]) for k in range(10)]
     assert [prompt.id for prompt in asked[3:5]] == seen[3:5]
+
+
+def test_a_mistake_of_a_task_is_not_the_end_of_its_prompts() -> None:
+    def prompt(split: str, index: int) -> int:
+        return [5, 6][index]
+
+    task: Any = SimpleNamespace(prompt=prompt)  # no more of a task is used
+    assert list(Asked(task, [1, 0])) == [6, 5]
+    with pytest.raises(IndexError):
+        list(Asked(task, [0, 2, 1]))

@@ -102,6 +102,8 @@ FURTHER = (
     (("traces", "ask", "{recipe}", "--out", "afile"), "afile", "name another with --out"),
     (("run", "rows.yaml", "--dry-run", "task={{kind: datasets, name: gone.parquet, verifier: exact}}"),
      "gone.parquet", "relative to the recipe"),
+    (("run", "rows.yaml", "--dry-run", "task={{kind: datasets, name: math, path: gone/math}}"),
+     "no file or folder gone/math", "relative to the recipe"),
     (("run", "rows.yaml", "--dry-run", "task.path=good.jsonl", 'task.verifier={{python: "./none.py:score"}}'),
      "none.py", "no function 'score'"),
     (("run", "rows.yaml", "--dry-run", "task.path=good.jsonl", "roles.actor.model.share={{a: 1}}"),

@@ -71,6 +71,22 @@ def test_every_part_of_a_mixture_is_read(tmp_path: Path, capsys: pytest.CaptureF
     assert "task: nobody/nothing is looked for when the run begins" in out
 
 
+def test_a_data_set_of_a_path_may_be_called_as_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = written(tmp_path / "a.jsonl", ROWS)
+    task = f"{{kind: datasets, name: math.json, path: {rows}, verifier: exact, heldout_size: 2}}"
+    assert f"task: 4 training and 2 held-out prompts in {rows}" in told(
+        capsys, recipe(tmp_path, task), EXIT_OK
+    )
+
+
+def test_the_command_to_run_is_one_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, "{kind: state_tracking, heldout_size: 2}")
+    assert main(["run", path, "--dry", "--resume", "seed=3"]) == EXIT_OK
+    assert capsys.readouterr().out.endswith(f" run {path} --resume seed=3\n")
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "datasets"])
 def test_a_broken_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     rows = written(tmp_path / "a.jsonl", [*ROWS, '{"question": "b?", "answer":'])

@@ -90,6 +90,9 @@ def test_a_dry_run_asks_nobody_and_names_keys_that_are_not_set(
     line = "judge: NOBODYS_KEY is not set here; the run needs it in its environment\n"
     assert cli.main(words) == 0
     assert line in capsys.readouterr().out
+    monkeypatch.setenv("NOBODYS_KEY", " ")
+    assert cli.main(words) == 0
+    assert line in capsys.readouterr().out, "which a run refuses"
     monkeypatch.setenv("NOBODYS_KEY", "k")
     assert cli.main(words) == 0
     assert line not in capsys.readouterr().out

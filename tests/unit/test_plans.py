@@ -26,9 +26,9 @@ class InStep:
     def rows(self, dp_rank: int) -> Rows:
         def told(mine: Ints) -> Ints:
             self.given[dp_rank] = mine
-            self.barrier.wait(10)
+            self.barrier.wait(120)
             found = np.concatenate(self.given)
-            self.barrier.wait(10)
+            self.barrier.wait(120)
             return found
 
         return Rows(self.dp, (dp_rank,), told)
