@@ -78,7 +78,7 @@ def _check_optimizer(role: RoleConfig, refuse: Refuse) -> None:
             )
     if not training.optimizer_cpu_offload:
         for key in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
-            if key in training.model_fields_set:
+            if getattr(training, key) != type(training).model_fields[key].default:  # a dumped recipe has all
                 raise refuse(
                     key,
                     "says how its optimizer is offloaded, and it is not",

@@ -60,7 +60,9 @@ def leaves(value: Any, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_value_that_is_none_for_its_key_is_told_with_a_way_out(name: str, tmp_path: Path) -> None:
     whole = tmp_path / "whole.yaml"
-    whole.write_text(dump_recipe(load_recipe(ROOT / "recipes" / name)))
+    recipe = load_recipe(ROOT / "recipes" / name)
+    whole.write_text(dump_recipe(recipe))
+    assert load_recipe(whole) == recipe, "else all is refused of one reason"
     lacking, refused = [], 0
     for path in leaves(yaml.safe_load(whole.read_text())):
         for bad in BAD:
