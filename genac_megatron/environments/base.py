@@ -20,6 +20,7 @@ from genac_megatron.records import Prompt
 
 Message = tuple[str, str]  # role, content
 ROLES = ("user", "tool", "system")
+MOST = 256  # messages, or parts of an outcome, at a time
 ROUNDING = 1e-6  # beyond [0, 1], of a sum of floats
 
 
@@ -75,6 +76,8 @@ def checked_step(given: Any, limit: int) -> Checked:
         outcome = min(max(outcome, 0.0), 1.0)
     if not isinstance(given.parts, Mapping):
         raise EnvironmentFault(f"gave parts {given.parts!r:.40}: they are figures by name")
+    if len(given.parts) > MOST:
+        raise EnvironmentFault(f"gave {len(given.parts)} parts: {MOST} at most")
     parts = {str(name): _figure(f"part {name}", value) for name, value in given.parts.items()}
     messages, shortened = checked_messages(given.observation, limit)
     return Checked(messages, given.done, outcome, parts, shortened)
@@ -86,6 +89,8 @@ def checked_messages(given: Any, limit: int) -> tuple[tuple[Message, ...], int]:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, Sequence):
         raise EnvironmentFault(f"gave {type(given).__name__} to be shown: it is text, or chat messages")
+    if len(given) > MOST:
+        raise EnvironmentFault(f"gave {len(given)} messages to be shown: {MOST} at most")
     found, left_out = [], 0
     for message in given:
         role, content = (

@@ -115,18 +115,22 @@ class Environments:
         """
         if self._brought_back:
             return
-        opening = self._answer(0, job)
+        opening = self._asked(job)
         first = replace(job, turns=(ANY_TURN,), opening=digest(opening.opening))
-        answer = self._answer(0, first)
+        answer = self._asked(first)
         if answer.step is not None:
             seen = (digest(answer.step.messages),)
             again = replace(first, key=f"{job.key} again", turns=(ANY_TURN, ANY_TURN), seen=seen)
-            answer = self._answer(0, again)
-            self._answer(0, replace(again, over=True))
-        self._answer(0, replace(job, over=True))
+            answer = self._asked(again)
+            self._asked(replace(again, over=True))
+        self._asked(replace(job, over=True))
         if answer.not_again:
             raise cannot_again(answer, what)
         self._brought_back = True
+
+    def _asked(self, job: Job) -> Answer:
+        """From the first process, by the one thread that speaks to it."""
+        return self._threads[0].submit(self._answer, 0, job).result()
 
     def _tell(self, job: Job, why: str) -> None:
         self.failures += 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.algorithms import Dapo, WithScalarCritic
+from genac_megatron.recipe.algorithms import Dapo, RegressionConfig, WithScalarCritic
 from genac_megatron.recipe.data import HELDOUT
 from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.own_code import check_named, parse_named
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftStage, ValueStage
-from genac_megatron.recipe.stages import sources_of
+from genac_megatron.recipe.stages import TeacherConfig, sources_of
 from genac_megatron.recipe.tasks import LockTask, single_tasks
 
 Place = tuple[str | int, ...]
@@ -132,6 +132,22 @@ def _missing_in_turns(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
             yield (*place, "critic_updates"), say.format("a critic that weighs by the moved actor"), way_out
         if isinstance(stage, SftStage) and stage.role == "actor" and stage.data == "demonstrations":
             yield (*place, "data"), say.format("a demonstration"), way_out
+
+
+def continues(recipe: Recipe) -> bool:
+    """Whether responses are continued from their states, for Monte-Carlo values."""
+    if recipe.evaluation.mc_states and "critic" in recipe.roles:
+        return True
+    for stage in recipe.stages:
+        value = getattr(getattr(stage, "algorithm", stage), "value", None)
+        if isinstance(value, RegressionConfig) and value.target == "monte_carlo":
+            return True
+        data, teacher = getattr(stage, "data", "traces"), getattr(stage, "teacher", TeacherConfig())
+        asked = [(one.data or data, one.teacher or teacher) for _, one in sources_of(stage)]
+        for kind, by in asked or [(data, teacher)]:
+            if kind == "traces" and by.kind in ("self", "monte_carlo"):
+                return True
+    return False
 
 
 def need_no_environment(recipe: Recipe, command: str) -> None:

@@ -64,8 +64,8 @@ class Batches:
         if stage.overlap:
             run.serving.settle = self._settle
             loop.beside = self._keep
-            if loop.resumed is not None:
-                self._restore(loop.resumed)
+        if loop.resumed is not None:
+            self._restore(loop.resumed)
 
     def __enter__(self) -> Batches:
         return self
@@ -172,13 +172,17 @@ class Batches:
         keep_groups(folder, self.run.world, done, self.run.spent)
 
     def _restore(self, checkpoint: Path) -> None:
-        """Take over what a checkpoint holds, in whatever world it was made. Collective."""
+        """Take over what a checkpoint holds, in whatever world it was made. Collective.
+
+        With `overlap` off it is nothing, which is said.
+        """
         run, rollout = self.run, self.stage.rollout
         steps, spent = run.together(lambda: kept_groups(checkpoint, run.world))
         for step, rows in sorted(steps.items()):
             sizes = {len(row["rollouts"]) for row in rows.values()}
-            if len(rows) != rollout.prompts or sizes != {rollout.samples} or step > self.stage.steps:
-                break  # a rank lacked it, or the recipe has other sizes now: it is begun again
+            same = len(rows) == rollout.prompts and sizes == {rollout.samples}
+            if not self.stage.overlap or not same or step > self.stage.steps:
+                break  # a rank lacked it, or the recipe is another now: it is begun again
             plan = self._plan(step)
             mine = run.share([rows[place] for place in sorted(rows)])
             groups = [group_of(row, prompt) for row, prompt in zip(mine, plan.lot.prompts, strict=True)]
@@ -186,7 +190,10 @@ class Batches:
             self._queue.put(step, plan, groups)
         run.count(spent)
         if steps:
+            taken = len(list(self._queue))
+            rest = "" if taken == len(steps) else "; the others are generated again"
+            why = "" if self.stage.overlap else ", as overlap is off now"
             run.progress.note(
-                f"[{self.stage.name}] {len(list(self._queue))} of the {len(steps)} batches that were "
-                "generated ahead are taken over from the checkpoint"
+                f"[{self.stage.name}] {taken} of the {len(steps)} batches that were generated ahead are "
+                f"taken over from the checkpoint{rest}{why}"
             )

@@ -24,6 +24,7 @@ from genac_megatron.environments.rendering import render, rewrites, shown_ids
 from genac_megatron.environments.sandbox import need_sandbox
 from genac_megatron.environments.tools import SCHEMAS
 from genac_megatron.escaping import transcript
+from genac_megatron.recipe.environment_rules import continues
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, State, Turn
 from genac_megatron.stages.ranks import ALONE, Ranks
@@ -88,10 +89,17 @@ def begun_environment(
     prompts = [task.prompt(split, n) for split, size in sizes for n in range(min(size, LOOKED_AT))]
     try:
         environment.check([Job(f"{p.id}@check", p, episode_seed(("check",), p)) for p in prompts])
+        if prompts and continues(recipe):
+            need_again(environment, prompts[0])
     except BaseException:
         environment.close()
         raise
     return environment
+
+
+def need_again(environment: Environments, prompt: Prompt) -> None:
+    """Raise InputError where conversations cannot be brought back by their turns. Looked at once."""
+    environment.need_again(Job(f"{prompt.id}@again", prompt, episode_seed(("again",), prompt)), CONTINUING)
 
 
 def _need_tools(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> None:
@@ -231,13 +239,15 @@ class Conversation:
         config, tokenizer = self.environment.config, self.actor.tokenizer
         for number in range(len(self.said) + 1, config.turns + 1):
             self._look_back()
-            room = self.limit - max(len(self._response), len(self.ids) - len(self.prompt.ids))
+            behind, stands = self.ids, len(self.begun)
+            room = self.limit - max(len(self._response), len(behind) - len(self.prompt.ids)) - stands
             if room < 1:  # the template has more to say than was sampled
                 self._take_back()
                 return "tokens"
-            most = room if config.turn_tokens is None else config.turn_tokens - len(self.begun)
+            most = room if config.turn_tokens is None else config.turn_tokens - stands
+            self.ids += self.begun
             said = self._whole(await speak(self, min(most, room)))
-            self._add(said)
+            self._add(said, behind)
             if said.finish == "length" and len(self._response) >= self.limit:
                 return "tokens"
             answer = await self._answer()
@@ -266,14 +276,13 @@ class Conversation:
         return "turns"
 
     def _look_back(self) -> None:
-        """What the next turn stands behind, or the rest of it."""
+        """What the next turn stands behind."""
         if not self._afresh:
             self.ids = (*self.prompt.ids, *self._response)
         elif self.turns:
             since = [("assistant" if turn.who == ACTOR else turn.who, turn.text) for turn in self.turns]
             prompt = self.prompt
             self.ids = shown_ids(self.actor.tokenizer, prompt.messages, since, prompt.tools)
-        self.ids += self.begun
 
     def _whole(self, said: Completion) -> Completion:
         """A turn with what stood of it already, of which nobody asks for log-probs."""
@@ -302,6 +311,7 @@ class Conversation:
                     self.said.append(Completion(own, (0.0,) * len(own), "stop"))
                     self._ranges.append((turn.begin, turn.end))
         self._response = list(ids[: cut - len(self.begun)])
+        self._behind = list(rollout.behind[: len(self.said)])
         self._answers = list(episode.answers[: len(self.said)])
         self._outcome = next((given for _, given in reversed(self._answers) if given is not None), None)
 
@@ -312,13 +322,13 @@ class Conversation:
         kept = (replace(one, begin=min(one.begin, end), end=min(one.end, end)) for one in self.turns)
         self.turns = list(kept)
 
-    def _add(self, said: Completion) -> None:
-        """A turn of the actor's."""
+    def _add(self, said: Completion, behind: tuple[int, ...]) -> None:
+        """A turn of the actor's, and what it stands behind."""
         begin, end = len(self._response), len(self._response) + len(said.ids)
         text = written(self.actor.tokenizer, said.ids, self.actor.task.reasoning_tags)
         self.turns.append(Turn(ACTOR, text, begin, end))
         if self._afresh:
-            self._behind.append(self.ids)
+            self._behind.append(behind)
         elif self._ranges:  # the last token that was sampled is read for the first time now
             read = len(self.prompt.ids) + self._ranges[-1][1] - 1
             self._again += read

@@ -15,13 +15,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
 from genac_megatron.environments import Environments
-from genac_megatron.environments.host import Job
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Request, Rollout, SamplingParams, State
 from genac_megatron.serving.engine import Engine
 from genac_megatron.serving.rounds import rounds
 from genac_megatron.stages.certain import Others, PromptState, left_out, let_go
-from genac_megatron.stages.conversations import CONTINUING, Conversation, episode_seed, opened
+from genac_megatron.stages.conversations import Conversation, need_again, opened
 from genac_megatron.stages.judging import StateJudge, need_room
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.tasks.base import Task
@@ -345,10 +344,7 @@ def continue_states(generator: Generator, states: Sequence[State], count: int) -
     """
     environment = generator.environment
     if environment is not None and states:
-        prompt = states[0].rollout.prompt
-        environment.need_again(
-            Job(f"{prompt.id}@again", prompt, episode_seed(("again",), prompt)), CONTINUING
-        )
+        need_again(environment, states[0].rollout.prompt)
 
     async def one(state: State, sample: int) -> float:
         key = f"{state.rollout.key}@{state.index}+{sample}"

@@ -26,6 +26,7 @@ from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.schema import RolloutConfig, StatesConfig
 from genac_megatron.recipe.tasks import LockTask
 from genac_megatron.records import Completion, Prompt, Request, Rollout, State
+from genac_megatron.stages.conversations import begun_environment
 from genac_megatron.stages.exact_error import error_figures, turns_before
 from genac_megatron.stages.rollouts import Generator, continue_states
 from genac_megatron.tasks import make_task
@@ -205,6 +206,21 @@ def test_what_cannot_be_brought_back_is_refused_before_anything_is_sampled(
         assert not engine.asked
     finally:
         environment.close()
+
+
+def test_a_run_that_would_continue_is_refused_before_it_begins(games: Path) -> None:
+    config = EnvironmentConfig.model_validate(
+        {"kind": "python", "python": f"{games}:Lasting", "step_s": 30.0}
+    )
+    evaluation, task = SimpleNamespace(mc_states=4), make_task(LOCK, TINY, seed=3)
+    recipe: Any = SimpleNamespace(environment=config, evaluation=evaluation, task=LOCK, stages=[])
+    recipe.roles = ("actor", "critic")
+    with pytest.raises(InputError, match="a Monte-Carlo value brings conversations back by their turns"):
+        begun_environment(recipe, task, TINY, print)
+    evaluation.mc_states = 0
+    begun = begun_environment(recipe, task, TINY, print)
+    assert begun is not None
+    begun.close()
 
 
 def test_so_is_what_turns_out_not_to_be_where_it_does(games: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,6 +199,46 @@ def test_each_turn_stands_behind_what_the_template_shows_then(texts: list[str]) 
     assert [sample.trained for sample in samples] == [len(ids) for ids in own(rollout)]
     figures = [figure for sample in samples for figure in sample.fields["behaviour"]]
     assert figures == list(rollout.completion.logprobs)
+
+
+@pytest.mark.parametrize("cutter", ["turns", "fixed"])
+def test_one_that_goes_on_stands_behind_what_the_template_shows_then(cutter: Any) -> None:
+    """`history: template`, from states between and inside turns: ids, and the room that is left."""
+    tokenizer, most_of, limit = with_template(THINKING), list[int](), 300
+
+    async def first(talk: Conversation, most: int) -> Completion:
+        most_of.append(most)
+        n = len(talk.said) + 1
+        return turn(f"<think>\nhard {n}\n</think>\n\nsay {n}", most, tokenizer=tokenizer)
+
+    def begun() -> Conversation:
+        environment = Direct(lambda n, _: Step(f"on {n}", done=n == 3), history="template")
+        return Conversation(actor(tokenizer, limit), environment, PROMPT, 0)  # type: ignore[arg-type]
+
+    rollout = replace(asyncio.run(begun().play(first)), limit=None)
+    config = StatesConfig(cutter=cutter, fixed_length=7, min_segment=1, max_states=64)
+    ranges, insides = rollout.completion.ranges, 0
+    states = cut_states(rollout, tokenizer, config)
+    assert len(states) >= 3
+    for state in states[1:]:
+        seen: list[tuple[tuple[int, ...], int]] = []
+
+        async def rest(talk: Conversation, most: int, cut: int = state.cut, seen: Any = seen) -> Completion:
+            seen.append((talk.ids, most))
+            begin, end = ranges[len(talk.said)]
+            ids = rollout.completion.ids[max(begin, cut) : end]
+            return Completion(ids, (-1.0,) * len(ids), "stop")
+
+        talk = begun()
+        talk.stand(state, "again")
+        whole = asyncio.run(talk.play(rest))
+        at = next(n for n, (_, end) in enumerate(ranges) if state.cut < end)
+        own = rollout.completion.ids[ranges[at][0] : state.cut]
+        insides += bool(own)
+        assert seen[0] == ((*rollout.behind[at], *own), most_of[at] - len(own))
+        assert whole.behind == rollout.behind
+        assert whole.completion.ids == rollout.completion.ids
+    assert bool(insides) == (cutter == "fixed")
 
 
 def test_a_conversation_that_the_template_leaves_as_it_is_stays_one_sequence() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from genac_megatron.errors import InputError
-from genac_megatron.recipe.environment_rules import check_benchmarks, need_no_environment
+from genac_megatron.recipe.environment_rules import check_benchmarks, continues, need_no_environment
 from genac_megatron.recipe.loader import load_recipe
 
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
@@ -108,7 +108,8 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path, case: str) -> None
 
 
 CONTINUED: dict[str, dict[str, Any]] = {
-    "monte-carlo": {"evaluation": {"mc_states": 4}},
+    "monte-carlo": {"roles": BOTH, "evaluation": {"mc_states": 4}},
+    "no-critic": {"evaluation": {"mc_states": 4}},
     "self": {
         "roles": BOTH,
         "stages": [{"kind": "sft", "role": "critic", "data": "traces", "teacher": {"kind": "self"}}],
@@ -123,7 +124,9 @@ CONTINUED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CONTINUED)
 def test_conversations_are_continued_and_evaluated(tmp_path: Path, case: str) -> None:
-    assert load_recipe(recipe(tmp_path, **CONTINUED[case])).environment is not None
+    loaded = load_recipe(recipe(tmp_path, **CONTINUED[case]))
+    assert loaded.environment is not None
+    assert continues(loaded) == (case not in ("no-critic", "suites-with-tools"))
 
 
 def test_commands_that_know_single_responses_refuse_conversations(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from genac_megatron.environments.base import Step
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
@@ -104,3 +105,21 @@ def test_late_verifications_of_what_is_under_way_are_in_the_checkpoint(tmp_path:
     batches._mark = 1
     loop.beside(tmp_path)
     assert kept_groups(tmp_path, world)[1] == {"verify/late": 2.0}
+
+
+@pytest.mark.parametrize(("overlap", "why"), [(0, ", as overlap is off now"), (1, "")])
+def test_what_is_not_taken_over_is_said_and_its_cost_counted(tmp_path: Path, overlap: int, why: str) -> None:
+    """`overlap` is off, or the recipe has other sizes. The run is `SimpleNamespace` here."""
+    world, told, spent = World(0, 1, 0), list[str](), dict[str, float]()
+    keep_groups(tmp_path, world, {3: [group()], 4: [group()]}, {"tokens/rollout": 10.0})
+    at, progress = SimpleNamespace(cursor=0), SimpleNamespace(note=told.append)
+    run: Any = SimpleNamespace(at=at, serving=SimpleNamespace(), world=world, progress=progress)
+    run.together, run.count = lambda act: act(), spent.update
+    rollout = SimpleNamespace(prompts=5, samples=2)
+    stage: Any = SimpleNamespace(overlap=overlap, name="ppo", steps=9, rollout=rollout)
+    Batches(run, stage, SimpleNamespace(resumed=tmp_path))  # type: ignore[arg-type]
+    assert told == [
+        "[ppo] 0 of the 2 batches that were generated ahead are taken over from the checkpoint; the others "
+        f"are generated again{why}"
+    ]
+    assert spent == {"tokens/rollout": 10.0}
