@@ -40,8 +40,9 @@ def state_row(
     prompt, partial = rollout.prompt, state_text(state, tokenizer, most)
     talk: Row = {}
     if prompt.opening:
+        begun = {"messages": list(prompt.messages), "tools": list(prompt.tools)}
         whole = {"opening": prompt.opening, "whole": state_text(state, tokenizer)}
-        talk = {**whole, "prompt_ids": list(prompt.ids), **episode_row(so_far(state))}
+        talk = {**begun, **whole, "prompt_ids": list(prompt.ids), **episode_row(so_far(state))}
     return {
         "actor": actor,
         "p_bar": told.p_bar,
@@ -66,8 +67,15 @@ def as_state(row: Row, prompt: Prompt) -> State:
     """The state again, its response as far as it goes; what was to follow is not kept."""
     ids = tuple(row["ids"])
     if row.get("opening"):  # as its environment began it
-        begun = {"ids": tuple(row["prompt_ids"]), "opening": row["opening"], "success": row["success"]}
-        prompt = replace(prompt, **begun)
+        prompt = replace(
+            prompt,
+            messages=tuple(row["messages"]),
+            tools=tuple(row["tools"]),
+            ids=tuple(row["prompt_ids"]),
+            opening=row["opening"],
+            success=row["success"],
+            asked=prompt,
+        )
     rollout = Rollout(prompt, row["sample"], Completion(ids, (), "length"), row["partial"])
     return State(with_episode(rollout, row), row["index"], len(ids), len(ids))
 
@@ -118,7 +126,8 @@ def messages(row: Row, judging: JudgingConfig, as_it_is: bool = False) -> list[d
 
 def trace_row(state: Row, answer: Row) -> Row:
     """A state and the answer about it that is learnt."""
-    unread = ("ids", "outcomes", "round", "drawn", "whole", "prompt_ids", "sampled", "episode")
+    talk = ("messages", "tools", "whole", "prompt_ids", "sampled", "episode")
+    unread = ("ids", "outcomes", "round", "drawn", *talk)
     kept = {key: value for key, value in state.items() if key not in unread}
     value = monte_carlo(state)
     more = {key: answer[key] for key in ("text", "reasoning", "value", "judgement")}

@@ -169,6 +169,7 @@ def guard(wanted: dict[str, Any], told: int) -> None:
     child = os.fork()
     if child == 0:
         _or_tell(told, become, wanted["python"], wanted["mib"], wanted["seconds"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a program of the same user might send it
     late = False
 
     def end(*_: object) -> None:

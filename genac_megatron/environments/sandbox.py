@@ -57,10 +57,10 @@ def run_python(code: str, seconds: float, mib: int) -> str:
     return "\n".join(part for part in (text.rstrip("\n"), f"[{end}]" if end else "") if part)
 
 
-def need_sandbox() -> None:
-    """Raise InputError where this machine shuts no program in."""
+def need_sandbox(mib: int = 512) -> None:
+    """Raise InputError where this machine shuts no program in, or so much memory is too little for any."""
     try:
-        seen = run_python("print(6 * 7)", 60.0, 512)
+        seen = run_python("print(6 * 7)", 60.0, mib)
     except EnvironmentFault as error:
         seen = str(error).removeprefix("could not shut a program in: ")
     if seen != "42":
@@ -68,14 +68,16 @@ def need_sandbox() -> None:
             f"this machine shuts no program in, and none is run that is not ({seen:.200})",
             where="environment.tools, python",
             way_out="allow namespaces of users (sysctl user.max_user_namespaces; in a container "
-            "--security-opt seccomp=unconfined, or --cap-add SYS_ADMIN), or leave the tool python out",
+            "--security-opt seccomp=unconfined, or --cap-add SYS_ADMIN), raise environment.sandbox_mib, or "
+            "leave the tool python out",
         )
 
 
 def seen_paths() -> list[str]:
     """The folders that an interpreter needs, outer ones alone."""
-    real = os.path.dirname(os.path.realpath(sys.executable))
-    folders = {*LIBRARIES, sys.prefix, sys.base_prefix, sys.exec_prefix, real}
+    own = {sys.prefix, sys.base_prefix, sys.exec_prefix}
+    behind = {os.path.realpath(path) for path in own}  # links, as package managers make them
+    folders = {*LIBRARIES, *own, *behind, os.path.dirname(os.path.realpath(sys.executable))}
     found = sorted(path for path in folders if os.path.lexists(path))
     return [path for path in found if not any(_inside(path, other) for other in found)]
 

@@ -176,8 +176,8 @@ def to_row(number: int, found: BankPrompt) -> Row:
     }
 
 
-def from_row(row: Row) -> BankPrompt:
-    """The inverse of `to_row`."""
+def from_row(row: Row, begun: Prompt | None = None) -> BankPrompt:
+    """The inverse of `to_row`. begun: of states that go on, the prompt as its environment began it."""
     given = row["prompt"]
     prompt = Prompt(
         given["id"],
@@ -189,6 +189,8 @@ def from_row(row: Row) -> BankPrompt:
         source=given.get("source", ""),
         privileged=given.get("privileged", {}),
         opening=given.get("opening", ""),
+        tools=() if begun is None else begun.tools,
+        asked=None if begun is None else begun.asked,
     )
     responses = tuple(_response(prompt, one) for one in row["responses"])
     whole = no_response(prompt, row.get("seed"))

@@ -255,7 +255,7 @@ class Builder:
         row["prompt"] |= {"reference": prompt.reference, "ids": list(prompt.ids), "opening": prompt.opening}
         row["prompt"]["privileged"] = dict(prompt.privileged)
         row["outcomes"] = [rollout.outcome for rollout in rollouts]
-        return from_row(row)
+        return from_row(row, prompt)
 
     def _finish(self, plan: dict[str, Any]) -> None:
         rows = self.parts.whole(plan, [(number,) for number in range(len(self.prompts))])

@@ -11,6 +11,7 @@ from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.own_code import check_named, parse_named
 from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftStage, ValueStage
+from genac_megatron.recipe.source_rules import has_teacher
 from genac_megatron.recipe.stages import TeacherConfig, sources_of
 from genac_megatron.recipe.tasks import LockTask, single_tasks
 
@@ -104,6 +105,8 @@ def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
             yield ("evaluation", key), what, "take it out"
     if recipe.environment is not None and recipe.environment.history == "template":
         yield from _missing_in_turns(recipe)
+    if recipe.environment is not None and recipe.environment.kind != "task" and has_teacher(recipe.task):
+        yield from _missing_teachers(recipe)
     for index, stage in enumerate(recipe.stages):
         place: Place = ("stages", index)
         if isinstance(stage, PpoStage) and stage.overlong is not None:
@@ -115,6 +118,27 @@ def _missing(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
                 yield (*place, *own, "task"), "a source of another task", "take the source out"
         if isinstance(stage, PolicyStage) and isinstance(stage.algorithm, Dapo) and stage.algorithm.overlong:
             yield (*place, "algorithm", "overlong"), "the overlong penalty", "take it out"
+
+
+def _missing_teachers(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:
+    """The same of exact teachers: they read a response, or the task's own game, and no other transcript."""
+    what = f"an exact teacher of '{recipe.task.kind}', which knows no transcript but its own game's,"
+    if recipe.judging.teacher:
+        yield ("judging", "teacher"), what, "take it out"
+    for index, stage in enumerate(recipe.stages):
+        own: Place = ("algorithm",) if isinstance(stage, PolicyStage) else ()
+        value = getattr(getattr(stage, "algorithm", stage), "value", None)
+        if isinstance(value, RegressionConfig) and value.target == "exact":
+            yield ("stages", index, *own, "value", "target"), what, "set it to outcome or monte_carlo"
+        data, default = getattr(stage, "data", "traces"), getattr(stage, "teacher", TeacherConfig())
+        asked = [(place, one.data or data, one.teacher or default) for place, one in sources_of(stage)]
+        if isinstance(stage, SftStage) and not asked:
+            asked = [((), data, default)]
+        for place, kind, teacher in asked:
+            reasons = teacher.kind == "monte_carlo" and teacher.writes != "score"
+            if kind == "traces" and (teacher.kind == "exact" or reasons):
+                way_out = "set teacher.kind to self or endpoint, or to monte_carlo with writes: score"
+                yield ("stages", index, *place, "teacher"), what, way_out
 
 
 def _missing_in_turns(recipe: Recipe) -> Iterator[tuple[Place, str, str]]:

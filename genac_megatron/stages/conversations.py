@@ -83,7 +83,7 @@ def begun_environment(
     if recipe.environment.tools:
         _need_tools(tokenizer, [SCHEMAS[name] for name in recipe.environment.tools])
     if "python" in recipe.environment.tools:
-        need_sandbox()
+        need_sandbox(recipe.environment.sandbox_mib)
     environment = make_environment(recipe.environment, recipe.task)
     sizes: tuple[tuple[Split, int], ...] = (("train", task.train_size), ("heldout", task.heldout_size))
     prompts = [task.prompt(split, n) for split, size in sizes for n in range(min(size, LOOKED_AT))]

@@ -25,10 +25,11 @@ def turns_before(state: State) -> int:
 def exact_errors(run: Run, mine: Sequence[Group]) -> dict[str, float]:
     """The mean squared error over all ranks' judged states, the best constant's, and the error by turn.
 
-    {} where there is no environment, or its task has no exact teacher. mine: this rank's groups. Collective.
+    {} where there is no environment, or none that the task's exact teacher knows. mine: this rank's groups.
+    Collective.
     """
     teacher, icc = run.task.teacher, run.icc
-    if run.environment is None or teacher is None or icc is None:
+    if run.environment is None or teacher is None or icc is None or run.environment.config.kind != "task":
         return {}
     tokenizer = run.tokenizers["actor"]
     judged: dict[int, Judgement] = {id(j): j for g in mine for js in g.judgements for j in js}

@@ -281,6 +281,22 @@ def test_rows_of_traces_keep_what_was_before_a_state_and_nothing_after_it(
             assert whole.completion.ids == own.completion.ids
 
 
+def test_a_prompt_comes_back_as_its_environment_began_it(lock: tuple[Environments, Prompt]) -> None:
+    """In rows of traces and banks: the actor is shown the same, and the environment asked as it was."""
+    environment, task_prompt = lock
+    own = played(environment, task_prompt, said(*wrong_then_right(task_prompt)))
+    rules = ({"role": "system", "content": "rules"}, *own.prompt.messages)
+    begun = replace(own.prompt, messages=rules, tools=({"type": "function"},))
+    assert begun.asked is task_prompt
+    state = State(replace(own, prompt=begun), 0, 0, len(own.completion.ids))
+    row = json.loads(json.dumps(state_row(state, TINY, 12, "actor", IccState(0.5, 1), 300)))
+    bank = BankPrompt(begun, (1.0,), None, (state.rollout,), (BankState(state, 0, ()),), 1)
+    kept = from_row(json.loads(json.dumps(to_row(0, bank))), begun).states[0].state
+    for found in (as_state(row, task_prompt).rollout.prompt, kept.rollout.prompt):
+        assert (found.messages, found.tools, found.ids) == (begun.messages, begun.tools, begun.ids)
+        assert found.asked is task_prompt
+
+
 def test_errors_against_exact_values_by_turn() -> None:
     rows = [(0, 0.5, 0.25), (1, 1.0, 0.5), (1, 0.0, 0.5), (3, 0.75, 0.75)]
     assert error_figures(rows) == {

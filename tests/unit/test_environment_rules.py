@@ -20,6 +20,7 @@ POLICY: dict[str, Any] = {"kind": "policy", "algorithm": {"kind": "grpo"}, "roll
 LOCK = {"kind": "lock"}
 OTHER = {"kind": "state_tracking"}
 TEMPLATE = {"kind": "task", "history": "template"}
+TOOLS = {"kind": "tools", "tools": ["calculator"]}
 
 
 def recipe(folder: Path, **changes: Any) -> Path:
@@ -82,6 +83,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sandbox": (
         {"task": OTHER, "environment": {"kind": "tools", "tools": ["python"], "step_s": 8.0}},
         r"programs may take 5 s .* and an answer 8 s(.|\n)*set environment.step_s to 15",
+    ),
+    "exact-of-tools": (
+        {
+            "task": OTHER, "environment": TOOLS, "roles": BOTH,
+            "stages": [{"kind": "sft", "role": "critic", "data": "traces"}],
+        },
+        r"an exact teacher of 'state_tracking', which knows no transcript(.|\n)*or to monte",
+    ),
+    "exact-target": (
+        {
+            "task": OTHER, "environment": {"kind": "python", "python": "./own.py:Game"}, "roles": SCALAR,
+            "stages": [{"kind": "value", "value": {"target": "exact"}}],
+        },
+        r"an exact teacher of 'state_tracking'(.|\n)*set it to outcome or monte_carlo",
     ),
     "overlong": (
         {"stages": [{**POLICY, "algorithm": {"kind": "dapo", "overlong": {}}}]},

@@ -193,7 +193,8 @@ def test_without_rights_of_ones_own_it_takes_a_namespace_of_users() -> None:
         pytest.skip("no interpreter that everyone may read")
     code = (
         "import os\nprint(os.getuid(), sorted(os.listdir('/')))\ntry: os.fork()\n"
-        "except OSError as e: print(e)\ntry: open('/etc/passwd')\nexcept OSError as e: print(e)"
+        "except OSError as e: print(e)\ntry: open('/etc/passwd')\nexcept OSError as e: print(e)\n"
+        "import time\nos.kill(1, 2)\ntime.sleep(0.3)"
     )
     asked = json.dumps(vars(Wanted(code, SECONDS, MIB, python, seen_paths())))
     read, write = os.pipe()
@@ -238,6 +239,22 @@ def test_the_refusal_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="shuts no program in") as told:
         need_sandbox()
     assert "leave the tool python out" in str(told.value)
+
+
+def test_memory_that_is_too_little_for_any_program_is_refused() -> None:
+    with pytest.raises(InputError, match="shuts no program in") as told:
+        need_sandbox(4)
+    assert "raise environment.sandbox_mib" in str(told.value)
+
+
+def test_an_interpreter_behind_a_link_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a package manager's folder names its newest version."""
+    link = tmp_path / "env"
+    link.symlink_to(sys.prefix)
+    for name in ("prefix", "exec_prefix"):
+        monkeypatch.setattr(sys, name, str(link))
+    monkeypatch.setattr(sys, "executable", str(link / "bin" / Path(sys.executable).name))
+    assert run("import numpy; print(6 * 7)") == "42"
 
 
 def test_programs_of_a_turn_share_its_time() -> None:
