@@ -66,7 +66,10 @@ class Tools:
         if not found:
             return Step(done=True)
         self._until = time.monotonic() + self._seconds
-        return Step([{"role": "tool", "content": self._result(call)} for call in found[:MOST_CALLS]])
+        results = [self._result(call) for call in found[:MOST_CALLS]]
+        if len(found) > MOST_CALLS:
+            results.append(f"error: {len(found)} calls in a turn: the first {MOST_CALLS} are answered")
+        return Step([{"role": "tool", "content": result} for result in results])
 
     def _result(self, call: Any) -> str:
         if isinstance(call, str):

@@ -51,6 +51,9 @@ def test_a_turn_without_a_call_is_the_answer() -> None:
         "error: the arguments of calculator lack 'expression'",
     ]  # fmt: skip
     assert not shown.done
+    shown = tools.step(call("calculator", expression="1") * 10)
+    contents = [message["content"] for message in shown.observation]  # type: ignore[index]
+    assert contents == ["1"] * 8 + ["error: 10 calls in a turn: the first 8 are answered"]
 
 
 @pytest.mark.parametrize(
