@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "stages": [
             {**SFT, "data": "traces", "role": "critic", "size": 6, "gate": {"action": "off"},
-             "teacher": {"kind": "exact", "continuations": 2, "rounds": 1}},
+             "teacher": {"kind": "self", "continuations": 2, "rounds": 1}},
             {"kind": "ppo", "steps": 1, "rollout": ROLLOUT, "eval_every": 0, "gate": {"action": "off"}},
         ],
         "world": {**RECIPE["world"], "ranks": 1},
@@ -111,7 +111,8 @@ def test_traces_are_asked_about_states_between_turns(folder: Path) -> None:
     played = ["task={kind: lock, min_length: 1, max_length: 2, turns: 4, heldout_size: 16}",
               "environment={kind: task, turns: 4, turn_tokens: 3}"]  # fmt: skip
     wide = "stages.0.teacher.tolerance_floor=1.0"  # an actor that was never trained plays as nobody does
-    done(folder, "traces", "ask", "recipe.yaml", *played, wide, "--out", "asked", "--gate", "off")
+    exact = "stages.0.teacher.kind=exact"
+    done(folder, "traces", "ask", "recipe.yaml", *played, exact, wide, "--out", "asked", "--gate", "off")
     rows = [json.loads(line) for line in (folder / "asked/traces.jsonl").read_text().splitlines()]
     assert rows
     for row in rows:
