@@ -254,11 +254,9 @@ def behind(beats: list[dict[str, Any]], now: float | None = None) -> list[dict[s
 
 def describe(beat: Mapping[str, Any]) -> str:
     """Stage, step and phase of a heartbeat."""
-    text = (
-        f"stage {beat['stage']}, step {min(beat['step'] + 1, beat['steps'])} of {beat['steps']}"
-        if "stage" in beat
-        else "starting"
-    )
+    text = f"stage {beat['stage']}" if "stage" in beat else "starting"
+    if "steps" in beat:  # not known before the stage's data
+        text += f", step {min(beat['step'] + 1, beat['steps'])} of {beat['steps']}"
     if beat.get("phases"):
         text += f", phase {' > '.join(beat['phases'])}"
     return text

@@ -63,7 +63,7 @@ def shown_figures(metrics: Mapping[str, float], room: int = _ROOM) -> list[tuple
 
 
 class _Stage:
-    """A stage's steps and how long one takes."""
+    """A stage's steps (total 0: not known yet) and how long one takes."""
 
     def __init__(self, name: str, total: int, done: int, now: float) -> None:
         self.name, self.total, self.done = name, total, done
@@ -76,6 +76,11 @@ class _Stage:
         if steps > 0:
             self._recent.append((now - self.last) / steps)
         self.done, self.last = step, now
+
+    @property
+    def told(self) -> str:
+        """Its name, and how far it is."""
+        return f"{self.name} {self.done}/{self.total}" if self.total else self.name
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -166,18 +171,25 @@ class Progress:
             seen["phase_s"] = now - begin
             seen["usual_s"] = self._usual.get((stage.name if stage else "", name))
         if stage is not None:
-            seen |= {"stage": stage.name, "step": stage.done, "steps": stage.total}
+            seen["stage"] = stage.name
+            if stage.total:
+                seen |= {"step": stage.done, "steps": stage.total}
             seen |= {"stages": list(self._stages), "step_s": stage.seconds_per_step, "eta_s": stage.eta(now)}
         return seen
 
     # --- what a run calls ------------------------------------------------------------------------
 
-    def stage(self, name: str, total_steps: int, done: int = 0) -> None:
-        """A stage of `total_steps` begins, or goes on after its first `done` steps."""
-        self._stage = _Stage(name, total_steps, done, self._clock())
+    def prepare(self, name: str) -> None:
+        """A stage begins with what precedes its steps, which `stage` tells: data, a look at the held-out."""
+        self._stage = _Stage(name, 0, 0, self._clock())
         self._figures = []
         if name not in self._stages:
             self._stages.append(name)
+
+    def stage(self, name: str, total_steps: int, done: int = 0) -> None:
+        """A stage of `total_steps` begins, or goes on after its first `done` steps."""
+        self.prepare(name)
+        self._stage = _Stage(name, total_steps, done, self._clock())
         self._line(f"{self._place()}: {total_steps} steps" + (f", going on after {done}" if done else ""))
 
     def last_step(self, total_steps: int) -> None:
@@ -239,7 +251,7 @@ class Progress:
         now, stage, phases = self._clock(), self._stage, list(self._phases)
         at = self._name or "starting"
         if stage is not None:
-            at = f"{stage.name} {stage.done}/{stage.total}"
+            at = stage.told
         parts = [f"{name} for {format_duration(now - begin)}" for name, begin in phases]
         return f"[{at}] " + (" · ".join(parts) or f"{format_duration(now - self._began)} so far")
 
@@ -268,14 +280,14 @@ class Progress:
         if stage is None:
             return Text(f"{self._name} starting, {format_duration(now - self._began)}")
         index = self._stages.index(stage.name)
-        share = min(1.0, stage.done / stage.total) if stage.total else 1.0
+        share = min(1.0, stage.done / stage.total) if stage.total else 0.0
         grid.add_row(
             Text(f"{self._name} {index + 1}/{len(self._stages)} stages".strip(), style="bold"),
             ProgressBar(total=len(self._stages), completed=index + share, width=26),
             Text(f"{format_duration(now - self._began)} so far", style="dim"),
         )
         grid.add_row(
-            Text(f"  {stage.name} {stage.done}/{stage.total}"),
+            Text(f"  {stage.told}"),
             ProgressBar(total=max(1, stage.total), completed=stage.done, width=26),
             Text(self._pace(stage, now), style="cyan"),
         )
@@ -289,6 +301,8 @@ class Progress:
 
     def _pace(self, stage: _Stage, now: float) -> str:
         each, eta = stage.seconds_per_step, stage.eta(now)
+        if not stage.total:
+            return f"before its steps: {format_duration(now - stage.began)}"
         if each is None or eta is None:
             return f"first step: {format_duration(now - stage.last)}"
         return f"eta {format_duration(eta)}, {each:.3g} s/step"

@@ -251,6 +251,7 @@ def _stages(run: Run, checkpoints: Checkpoints, begun: Found | None) -> None:
     for index in range(run.at.stage, len(run.recipe.stages)):
         stage = run.recipe.stages[index]
         loop = Loop(run, stage, checkpoints, resumed)
+        run.progress.prepare(stage.name)
         with _diverged(stage, loop):
             try:
                 _stage(run, stage, loop)

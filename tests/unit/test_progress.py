@@ -10,6 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
+from genac_megatron.cluster.heartbeat import describe
 from genac_megatron.observe import progress as progress_module
 from genac_megatron.observe.progress import Progress, format_duration, shown_figures
 from genac_megatron.observe.timer import PhaseTimer
@@ -108,6 +109,31 @@ def test_a_step_that_takes_long_says_each_minute_where_it_is(monkeypatch: pytest
     said = out.getvalue()
     time.sleep(0.1)
     assert out.getvalue() == said, "it ends with the run"
+
+
+def test_what_precedes_a_stages_steps_is_told_as_that_stages() -> None:
+    clock = Clock()
+    progress, _ = text_progress(clock)
+    progress.stage("sft", 1000)
+    progress.step(1000, {"actor/loss": 1.0})
+    progress.prepare("ppo")
+    with progress.phase("data"):
+        clock.now += 66
+        assert progress._where() == "[ppo] data for 1m06s"
+        wide = Console(file=io.StringIO(), width=200, record=True)
+        wide.print(progress._render())
+        shown = wide.export_text()
+        for wanted in ("2/2 stages", "  ppo", "before its steps: 1m06s"):
+            assert wanted in shown
+        for old in ("sft", "1000", "actor/loss"):
+            assert old not in shown
+        seen = progress.snapshot()
+        assert seen["stage"] == "ppo"
+        assert "steps" not in seen
+        assert seen["eta_s"] is None
+        assert describe(seen) == "stage ppo, phase data"
+    progress.stage("ppo", 12, done=10)
+    assert progress._where().startswith("[ppo 10/12]")
 
 
 def test_figures_take_one_line_however_narrow_the_terminal() -> None:
