@@ -78,6 +78,8 @@ def last_words(text: str) -> list[list[Any]]:
     """Of each attempt: what happened (not how long), the run folder, what comes next. Its report is there."""
     found: list[list[Any]] = []
     for what, rest in re.findall(r"^genac: (.+?)(?: after .*)?\n((?:  .*\n)+)", text, re.MULTILINE):
+        if "  run folder: " not in rest:
+            continue  # what is told of a run that goes on
         lines = [line.strip() for line in rest.splitlines() if "no rank began the run" not in line]
         folder = Path(lines[0].removeprefix("run folder: "))
         assert lines[1] == f"report:     {folder}/report/index.html"
