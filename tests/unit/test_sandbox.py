@@ -30,6 +30,23 @@ REPOSITORY = Path(__file__).parents[2]
 SECONDS, MIB = 20.0, 256
 
 
+@pytest.fixture(scope="module")
+def why_not() -> str:
+    """What this machine says to shutting a program in; empty where it does."""
+    try:
+        need_sandbox()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def machine_that_can(request: pytest.FixtureRequest, why_not: str) -> None:
+    """Most containers allow no namespaces: there what is refused is tested, and nothing else can be."""
+    if why_not and request.function is not test_where_nothing_can_be_shut_in_nothing_is_run:
+        pytest.skip(why_not)
+
+
 def run(code: str, seconds: float = SECONDS) -> str:
     return run_python(code, seconds, MIB)
 
@@ -51,7 +68,7 @@ def test_a_program_prints() -> None:
     assert failed.startswith("so far\nTraceback")
     assert failed.endswith("ZeroDivisionError: division by zero")
     assert "SyntaxError" in run("print(")
-    assert "null bytes" in run("print(1)\0")
+    assert run("print(1)\0") == "SyntaxError: source code cannot contain null bytes"
     assert run("print('half \ud83d')") == "half ?"
     assert run("import sympy; print(sympy.factor('x**2 - 1'))") == "(x - 1)*(x + 1)", "packages are seen"
 
