@@ -7,14 +7,11 @@ as the actor does (`p_bar`). No Monte-Carlo noise is in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from genac_megatron.critic.states import state_text
 from genac_megatron.records import Judgement, State
-
-if TYPE_CHECKING:
-    from genac_megatron.stages.rollouts import Group
-    from genac_megatron.stages.runtime import Run
+from genac_megatron.stages.rollouts import Group
+from genac_megatron.stages.runtime import Run, mean
 
 
 def turns_before(state: State) -> int:
@@ -46,16 +43,12 @@ def error_figures(rows: Sequence[tuple[int, float, float]]) -> dict[str, float]:
     """Of (turns before, value, exact value)."""
     if not rows:
         return {}
-    centre = _mean([exact for *_, exact in rows])
+    centre = mean([exact for *_, exact in rows])
     figures = {
-        "exact_mse": _mean([(value - exact) ** 2 for _, value, exact in rows]),
-        "exact_mse_constant": _mean([(exact - centre) ** 2 for *_, exact in rows]),
+        "exact_mse": mean([(value - exact) ** 2 for _, value, exact in rows]),
+        "exact_mse_constant": mean([(exact - centre) ** 2 for *_, exact in rows]),
     }
     for turn in sorted({before for before, *_ in rows}):
         own = [(value - exact) ** 2 for before, value, exact in rows if before == turn]
-        figures[f"exact_mse/turn_{turn + 1}"] = _mean(own)
+        figures[f"exact_mse/turn_{turn + 1}"] = mean(own)
     return figures
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
