@@ -14,7 +14,9 @@ set; `libraries` is what a process has that imported the same and no more.
 A group's prompt is computed once on our side (training.share_prefixes; `computed` is the share of a step's
 trained tokens that was). --shots puts solved problems before each, the same on both sides: a longer prompt to
 share. --flat adds our side without sharing.
-Run: python -m benchmarks.vs_trl [--shots 8] [--flat]
+--model measures one of them, with more steps, say, where a step is short against what a run's start
+varies by; the other's saved rows stay.
+Run: python -m benchmarks.vs_trl [--shots 8] [--flat] [--model "0.2 M" --steps 41]
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.machine import ROOT, checked, save, table
+from benchmarks.machine import RESULTS, ROOT, checked, save, table
 
 ALGORITHMS = ("grpo", "rloo")
 GOAL = 0.7
@@ -247,7 +249,15 @@ def measure(name: str, algorithm: str, options: argparse.Namespace) -> list[dict
         row["time, of TRL's"] = round(row["cpu ms a token"] / theirs["cpu ms a token"], 3)
         row["wall time, of TRL's"] = round(row["ms a token"] / theirs["ms a token"], 3)
         row["memory, of TRL's"] = round(row["peak_GiB"] / theirs["peak_GiB"], 3)
+        row |= {"steps": options.steps, "rounds": options.rounds, "load": round(os.getloadavg()[0], 1)}
     return rows
+
+
+def kept(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved rows of models that were not measured now."""
+    path = RESULTS / "vs_trl.json"
+    saved = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in saved if row["model"] not in {new["model"] for new in measured}]
 
 
 def trl_python() -> str:
@@ -284,9 +294,10 @@ def main(arguments: list[str] | None = None) -> None:
                 met = "met" if row[what] <= GOAL else "missed"
                 print(f"{row['model']} {row['algorithm']}: {what}: {row[what]} (goal <= {GOAL}: {met})")
     if not options.no_save:
-        settings = {key: value for key, value in vars(options).items() if key not in ("trl_python", "task")}
-        settings |= {"trl": "1.16.0", "models": MODELS, "load": round(os.getloadavg()[0], 1)}
-        print("written", save("vs_trl", settings, rows).name)
+        left_out = ("trl_python", "task", "model", "no_save")
+        settings = {key: value for key, value in vars(options).items() if key not in left_out}
+        settings |= {"trl": "1.16.0", "models": MODELS}
+        print("written", save("vs_trl", settings, rows + kept(rows)).name)
 
 
 if __name__ == "__main__":
