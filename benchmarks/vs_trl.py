@@ -1,7 +1,7 @@
 """GRPO and RLOO steps, ours against TRL's: the same model, prompts, batch, precision, machine. Goal: <= 0.7.
 
 A step samples `prompts` x `samples` completions, verifies them, and makes one update. Both sides: one process
-with one thread, fp32, the same random weights (so completions end by chance, alike on both sides), the same
+with one thread, fp32, the same random weights (so completions end by chance, alike: at one token), the same
 prompts, no reference model, no gradient checkpointing. Ours is `genac run` with a stage of kind policy (the
 embedded engine samples); TRL's is its trainer with transformers' generate, in an environment of its own
 (`python tools/env.py trl`). Runs take turns, each side's once with few steps and once with all.
@@ -66,6 +66,9 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(shape)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Ours ends at every known end of a turn, TRL's at the tokenizer's: so there is one.
+    saved = folder / "tokenizer.json"
+    saved.write_text(saved.read_text().replace("<|endoftext|>", "<|unused|>"))
 
 
 def write_prompts(folder: Path, count: int, shots: int = 0) -> dict[str, Any]:

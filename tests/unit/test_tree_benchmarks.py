@@ -15,7 +15,7 @@ from benchmarks.tree_plans import critic_step, plan_rows
 from benchmarks.trees import small_samples
 from genac_megatron.recipe.tasks import TaskConfig
 from genac_megatron.tasks import make_task
-from genac_megatron.tasks.tokenizer import load_tokenizer
+from genac_megatron.tasks.tokenizer import load_tokenizer, stop_token_ids
 from genac_megatron.training.trees import order_of
 
 TINY = load_tokenizer("builtin:tiny")
@@ -57,6 +57,13 @@ def test_plans_are_near_the_uncut_trees_and_level() -> None:
         assert 0 <= row["rank imbalance %"] < 5
     lengths = [len(sample.tokens) for sample in critic_step(8, random.Random(1))]
     assert lengths[0] < lengths[1] < lengths[2] < lengths[3], "states nest"
+
+
+def test_completions_end_at_one_token(tmp_path: Path) -> None:
+    """As TRL's side has it; else ours, with one end more, would be shorter."""
+    vs_trl.make_model(tmp_path, vs_trl.MODELS["0.2 M"])
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert stop_token_ids(tokenizer, str(tmp_path)) == (tokenizer.eos_token_id,)
 
 
 @pytest.mark.extended
