@@ -133,7 +133,7 @@ def update(role: Role, samples: Sequence[Sample], loss: Loss, trees: bool) -> tu
 
 
 def measure(
-    role: Role, what: str, cell: dict[str, int], samples: list[Sample], repeat: int
+    role: Role, what: str, cell: dict[str, Any], samples: list[Sample], repeat: int
 ) -> dict[str, Any]:
     loss = make_reinforce_loss(CriticLossConfig()) if what == "critic" else make_ppo_loss(LossConfig())
     order, everyone = order_of(samples), range(len(samples))
@@ -152,7 +152,6 @@ def measure(
         share = stats["computed_tokens"] / stats["tokens"] if trees else share
     ratio = seconds[False] / seconds[True]
     return {
-        "update": what,
         **cell,
         "flat tokens": flat_tokens,
         "unique": order.size(everyone),
@@ -181,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="samples as short as the quickstart's")
     parser.add_argument("--planner", action="store_true", help="plans of 1,024 samples, no model")
-    parser.add_argument("--add", action="store_true", help="to the rows of an earlier call")
+    parser.add_argument("--add", action="store_true", help="what an earlier call's rows have not")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.planner:
@@ -193,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         role, rows = make_role(options), []
         update(role, actor_samples(100, 4), make_ppo_loss(LossConfig()), True)  # warm
         for what, samples in zip(("critic", "actor"), small_samples(), strict=True):
-            rows.append(measure(role, what, {"samples": len(samples)}, samples, options.repeat))
+            cell = {"update": what, "samples": len(samples)}
+            rows.append(measure(role, what, cell, samples, options.repeat))
         print(table(rows), save("trees_small", {"repeat": options.repeat}, rows).name, sep="\n")
         return
     of_rows = ("responses", "states", "groups", "most", "add", "small", "planner")
@@ -210,12 +210,15 @@ def main(arguments: list[str] | None = None) -> None:
             if group > 1:
                 cells.append(("actor", 0, actor_samples(response, group)))
             for what, states, samples in cells:
-                if sum(len(sample.tokens) for sample in samples) > options.most:
+                cell = {"update": what, "response": response, "states": states, "group": group}
+                there = any(cell.items() <= row.items() for row in rows)
+                if there or sum(len(sample.tokens) for sample in samples) > options.most:
                     continue
-                cell = {"response": response, "states": states, "group": group}
                 rows.append(measure(role, what, cell, samples, options.repeat))
                 print(rows[-1], flush=True)
-                written = save("trees", settings | {"load": round(os.getloadavg()[0], 1)}, rows)
+                save("trees", settings | {"load": round(os.getloadavg()[0], 1)}, rows)
+    rows.sort(key=lambda row: (row["update"] == "actor", row["response"], row["group"], row["states"]))
+    written = save("trees", settings | {"load": round(os.getloadavg()[0], 1)}, rows)
     print(table(rows))
     long = [row["of limit"] for row in rows if row["response"] >= 3000]
     if long:
