@@ -155,30 +155,27 @@ def publication(shape: Shape, layout: Layout, fp8: bool) -> dict[str, Any]:
     made: list[list[Bucket]] = []
     seconds = timed(lambda: made.append(make_plan(shape, layout, 2, fp8=fp8)))
     plan = made[0]
-    joiner = mock.Mock(spec=Joiner, role=mock.Mock(layout=layout))
+    joiner = mock.Mock(spec=Joiner, role=mock.Mock(layout=layout, shape=shape))
     circle = Joiner.ranks(joiner, plan)
     seconds += timed(lambda: [bucket.places for bucket in plan])
-    own = (shape.experts or 0) // layout.ep  # a source holds the first ones
     to_sources = plain = 0
+    quantized: Counter[tuple[int, int]] = Counter()  # elements, by stage and rank from its source on
     for bucket in plan:
         for item in bucket.items:
-            if item.rule.expert is not None:
-                away = item.rule.expert >= own
-                to_sources += item.nbytes(2, fp8) * away
-                plain += 2 * item.numel * away
-            elif item.rule.tp_axis is not None:
-                to_sources += 2 * item.numel * (layout.tp - 1) // layout.tp
-                plain += 2 * item.numel * (layout.tp - 1) // layout.tp
+            expert = item.rule.expert
+            if expert is None and item.rule.tp_axis is None:
+                continue  # whole on every rank
+            parts = layout.tp if expert is None else layout.ep  # a source has one of them
+            by_holder = Joiner.travels_in_blocks(joiner, item, bucket)
+            plain += 2 * item.numel * (parts - 1) // parts
+            to_sources += item.nbytes(2, by_holder) * (parts - 1) // parts
+            if by_holder and expert is not None:
+                quantized[bucket.stage, expert // ((shape.experts or 0) // parts)] += item.numel
+            elif by_holder:
+                quantized.update({(bucket.stage, rank): item.numel // parts for rank in range(parts)})
+            elif fp8 and item.in_blocks:
+                quantized[bucket.stage, 0] += item.numel
     sources = {source_of(bucket, layout) for bucket in plan}
-    quantized = sum(item.in_blocks for bucket in plan for item in bucket.items) if fp8 else 0
-    most = max(
-        sum(item.in_blocks and item.rule.expert is None for b in plan if b.stage == s for item in b.items)
-        + sum(
-            item.in_blocks and item.rule.expert is not None and item.rule.expert < own
-            for b in plan if b.stage == s for item in b.items
-        )
-        for s in range(layout.pp)
-    )  # fmt: skip
     return {
         "publication": "FP8" if fp8 else "bf16",
         "buckets": len(plan),
@@ -188,8 +185,8 @@ def publication(shape: Shape, layout: Layout, fp8: bool) -> dict[str, Any]:
         "exchanges of those few": FEW,
         "GiB sent": round(sum(bucket.nbytes(2) for bucket in plan) / GIB, 1),
         "GiB to sources": f"{to_sources / GIB:.1f} (were {plain / GIB:.1f})",
-        "items in blocks": quantized,
-        "of one rank at most": most if fp8 else 0,
+        "10^9 numbers quantized": round(quantized.total() / 1e9, 1),
+        "by one rank at most": round(max(quantized.values(), default=0) / 1e9, 2),
         "python_s": round(seconds, 2),
     }
 

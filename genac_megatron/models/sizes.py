@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
+from genac_megatron.models.blockwise import BLOCK
 from genac_megatron.models.families.base import Rule, Shape
 from genac_megatron.models.registry import rules
 from genac_megatron.recipe.schema import AdapterConfig
@@ -73,6 +74,16 @@ def local_size(rule: Rule, shape: Shape, tp: int) -> Size:
     if rule.tp_axis is not None:
         size[rule.tp_axis] //= tp
     return tuple(size)
+
+
+def cut_between_blocks(rule: Rule, shape: Shape, tp: int) -> bool:
+    """Whether tensor parallelism cuts each of a rule's matrices between blocks of FP8 (models/blockwise.py).
+
+    Then a rank's blocks are the whole's. Not where a rank holds a part of a key-value group.
+    """
+    if rule.tp_axis is None or (rule.fuse == "qkv" and tp > shape.kv_heads):
+        return False
+    return all(hf_size(name, shape)[rule.tp_axis] % (tp * BLOCK) == 0 for name in rule.hf)
 
 
 @cache

@@ -2,8 +2,11 @@
 
 The work of a pipeline stage's first data-parallel replica: its tensor-parallel ranks send their shards to
 its first rank, the bucket's source, which joins them straight into the buffer that will be sent. Experts on
-other ranks come from the source's expert-parallel group, which may reach into other replicas; of a bucket in
-FP8 the rank that holds an expert makes its blocks, so each rank of that group quantizes its share.
+other ranks come from the source's expert-parallel group, which may reach into other replicas.
+
+Of a bucket in FP8 each rank quantizes what it holds, and its blocks travel: an expert's holder, and each
+tensor-parallel rank its shard where that ends between blocks. Where a block reaches over two ranks' shards,
+the source quantizes that parameter, whole.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from genac_megatron.models.adapters import LowRank
 from genac_megatron.models.blockwise import scale_name
 from genac_megatron.models.mapping import param_rules, unshard
 from genac_megatron.models.quantize import quantize
-from genac_megatron.models.sizes import Size
+from genac_megatron.models.sizes import Size, cut_between_blocks
 from genac_megatron.platform.fp8 import as_set, kept_in_fp8, plain
 from genac_megatron.publication.plan import Bucket, Item, Place
 from genac_megatron.publication.transport import view_of
@@ -85,6 +88,15 @@ class Joiner:
             found |= set(range(source, source + layout.ep))
         return found
 
+    def travels_in_blocks(self, item: Item, bucket: Bucket) -> bool:
+        """Whether ranks quantize what they hold of an item: an expert, or a shard that is whole blocks."""
+        if not (bucket.fp8 and item.in_blocks):
+            return False
+        if item.rule.expert is not None:
+            return self.role.layout.ep > 1
+        tp = self.role.layout.tp
+        return tp > 1 and cut_between_blocks(item.rule, self.role.shape, tp)
+
     def _with_source(self, bucket: Bucket) -> bool:
         """Whether this rank is in the expert-parallel group of the bucket's source: ranks in a row."""
         return dist.get_rank() - source_of(bucket, self.role.layout) in range(self.role.layout.ep)
@@ -102,28 +114,31 @@ class Joiner:
         places = bucket.places(dtype or (self._dtype if flat is None else flat.dtype))
         for item in bucket.items:
             expert = item.rule.expert is not None and self.role.layout.ep > 1
-            shards = self._expert(item, bucket) if expert else self._gathered(item)
+            shards = self._expert(item, bucket) if expert else self._gathered(item, bucket)
             if bytes_ is None:
                 continue
-            if expert and bucket.fp8 and item.in_blocks:
-                self.attempt(partial(self._place, item, shards[0], bytes_, places))
+            if self.travels_in_blocks(item, bucket):
+                self.attempt(partial(self._place, item, shards, bytes_, places))
             else:
                 self.attempt(partial(self._write, item, shards, bytes_, places, bucket.fp8))
 
     def _blocks(self, item: Item, shard: Tensor) -> Tensor:
-        """An expert's weights in FP8 as they go to the source, uint8 [bytes]: scales, then weights."""
-        whole = unshard(item.rule, [shard], self.role.shape, item.layer)
-        made = [quantize(whole[name]) for name, _ in item.hf]
+        """A shard in FP8 as it goes to the source, uint8 [bytes]: scales, then weights."""
+        part = unshard(item.rule, [shard], self.role.shape, item.layer)
+        made = [quantize(part[name]) for name, _ in item.hf]
         parts = [*(scales for _, scales in made), *(weights for weights, _ in made)]
         return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
 
-    def _place(self, item: Item, blocks: Tensor, bytes_: Tensor, places: Mapping[str, Place]) -> None:
-        """Put what `_blocks` made into the bucket, uint8 [bucket.nbytes]."""
+    def _place(
+        self, item: Item, shards: Sequence[Tensor], bytes_: Tensor, places: Mapping[str, Place]
+    ) -> None:
+        """Put what `_blocks` made of each shard, in order, into the bucket, uint8 [bucket.nbytes]."""
         at = 0
         for name in (*(scale_name(name) for name, _ in item.hf), *(name for name, _ in item.hf)):
-            to = view_of(bytes_, places[name])
-            to.view(torch.uint8).flatten().copy_(blocks[at : at + to.nbytes])
-            at += to.nbytes
+            whole = view_of(bytes_, places[name])
+            for blocks, to in zip(shards, whole.chunk(len(shards), item.rule.tp_axis or 0), strict=True):
+                to.copy_(blocks[at : at + to.nbytes].view(to.dtype).view(to.shape))
+            at += whole.nbytes // len(shards)
 
     def _write(
         self, item: Item, shards: Sequence[Tensor], bytes_: Tensor, places: Mapping[str, Place], fp8: bool
@@ -149,8 +164,8 @@ class Joiner:
                 nbytes = item.shard_numel * (self._dtype if mine is None else mine.dtype).itemsize
                 if mine is not None and not self._as_it_is(item, mine):
                     sending = max(sending, nbytes)
-                if self._travels_in_blocks(item, bucket):
-                    nbytes = item.nbytes(self._dtype.itemsize, bucket.fp8)
+                if self.travels_in_blocks(item, bucket):
+                    nbytes = self._nbytes_in_blocks(item)
                     sending = max(sending, nbytes if mine is not None else 0)
                 if first and mine is None:
                     gathering = max(gathering, nbytes)
@@ -179,9 +194,10 @@ class Joiner:
         expert = item.rule.expert is not None and self.role.layout.ep > 1
         return not expert and self.role.layout.tp > 1 and item.rule.tp_axis is not None
 
-    def _travels_in_blocks(self, item: Item, bucket: Bucket) -> bool:
-        """Whether an item is an expert's that its holder quantizes."""
-        return bucket.fp8 and item.in_blocks and item.rule.expert is not None and self.role.layout.ep > 1
+    def _nbytes_in_blocks(self, item: Item) -> int:
+        """Of a shard that travels in blocks."""
+        parts = self.role.layout.tp if self._from_others(item) else 1
+        return item.nbytes(self._dtype.itemsize, True) // parts
 
     def _as_it_is(self, item: Item, held: Tensor) -> bool:
         """Whether this rank's shard travels as it lies there."""
@@ -202,12 +218,24 @@ class Joiner:
             return held.detach() if made is None else made
         return self._sending[: held.numel() * held.dtype.itemsize].view(held.dtype).view(held.shape)
 
-    def _gathered(self, item: Item) -> list[Tensor]:
-        """The shards of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""
+    def _travelling(self, item: Item, bucket: Bucket) -> Tensor | None:
+        """This rank's part as it goes to the source: its blocks, or its shard; None where it holds none."""
         mine = self._mine(item)
-        assert mine is not None
+        if mine is None or not self.travels_in_blocks(item, bucket):
+            return mine
+        made: Tensor | None = self.attempt(partial(self._blocks, item, mine))
+        if made is None and self._sending is not None:
+            made = self._sending[: self._nbytes_in_blocks(item)]
+        return made
+
+    def _gathered(self, item: Item, bucket: Bucket) -> list[Tensor]:
+        """The parts of all tensor-parallel ranks in order, on the first; a replicated one is not sent."""
         at = self.role.layout.coords(dist.get_rank())
-        if not self._from_others(item) or at.dp > 0 or at.cp > 0:
+        if at.dp > 0 or at.cp > 0:
+            return []  # here for its experts
+        mine = self._travelling(item, bucket)
+        assert mine is not None
+        if not self._from_others(item):
             return [mine]
         group = self.role.groups.tp
         shards = self._room(group.size(), tuple(mine.shape), mine.dtype) if group.rank() == 0 else None
@@ -218,18 +246,14 @@ class Joiner:
         """An expert's parameter, on the source; it is sent there by the rank of its group that holds it."""
         if not self._with_source(bucket):
             return []
-        mine = self._mine(item)
-        blocks = self._travels_in_blocks(item, bucket)
-        nbytes = item.nbytes(self._dtype.itemsize, bucket.fp8)
-        if blocks and mine is not None:
-            made: Tensor | None = self.attempt(partial(self._blocks, item, mine))
-            if made is None and self._sending is not None:
-                made = self._sending[:nbytes]
-            mine = made
+        mine = self._travelling(item, bucket)
         first = dist.get_rank() == source_of(bucket, self.role.layout)
         if first and mine is None:
             each = (self.role.shape.experts or 0) // self.role.layout.ep
-            size, dtype = ((nbytes,), torch.uint8) if blocks else (item.shard_size, self._dtype)
+            blocks = self.travels_in_blocks(item, bucket)
+            size, dtype = (
+                ((self._nbytes_in_blocks(item),), torch.uint8) if blocks else (item.shard_size, self._dtype)
+            )
             (held,) = self._room(1, size, dtype)
             dist.recv(held, group=self.role.groups.ep, group_src=(item.rule.expert or 0) // each)
             return [held]

@@ -4,6 +4,7 @@ they bring is seen."""
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,16 @@ from tests.distributed.test_publication_scale import Failing
 # Blocks of 128 do not end where tensor-parallel ranks' parts do, and the last ones are smaller.
 SIZES = {"hidden": 160, "ffn": 320, "heads": 4, "kv_heads": 2, "head_dim": 40, "vocab": 67}
 EXPERTS = SIZES | {"experts": 4, "experts_per_token": 2, "expert_ffn": 144, "norm_topk": True}
+# Of two ranks attention's parts are whole blocks, the feed-forward's are not; of four o_proj's alone are.
+MIXED = SIZES | {"heads": 8, "kv_heads": 4, "head_dim": 64}
+QKV, OUT, FEED_FORWARD = 160 * (512 + 256 + 256), 160 * 512, 160 * 320 * 3  # elements of a layer
+SHARES = {  # of the four layers, by rank: how many elements it quantizes
+    "tp1": [4 * (QKV + OUT + FEED_FORWARD), 0, 0, 0],
+    "tp2": [4 * ((QKV + OUT) // 2 + FEED_FORWARD), 4 * (QKV + OUT) // 2, 0, 0],
+    "tp2-dp2": [4 * ((QKV + OUT) // 2 + FEED_FORWARD), 4 * (QKV + OUT) // 2, 0, 0],
+    "tp2-pp2": [2 * ((QKV + OUT) // 2 + FEED_FORWARD), QKV + OUT] * 2,
+    "tp4": [4 * (QKV + OUT // 4 + FEED_FORWARD), OUT, OUT, OUT],
+}
 CHOSEN = ["tp1", "tp2", "pp2-vpp2", "tp2-pp2", "dp2", "tp2-offset"]
 TEMPERATURE = 1.0
 BUCKET = 1 << 19
@@ -115,15 +126,65 @@ def test_experts_over_ranks(pool: Any) -> None:
     check(pool.run(fp8_case, config))
 
 
+def joined_case(rank: int, config: Any) -> dict[str, Any]:
+    """Whether joined buckets are to the byte what whole tensors make, and how much this rank quantized."""
+    from genac_megatron.models.blockwise import in_blocks, scale_name
+    from genac_megatron.models.mapping import random_weights
+    from genac_megatron.models.quantize import quantize
+    from genac_megatron.publication import join
+    from genac_megatron.publication.plan import make_plan
+    from genac_megatron.publication.transport import view_of
+
+    role = make_role("actor", config, torch.distributed.get_world_size())
+    get = random_weights(role.shape, SEED)
+    plan = make_plan(role.shape, role.layout, 2, BUCKET, fp8=True)
+    joiner = join.Joiner(role)
+    joiner.reserve(plan)
+    arrived: dict[str, torch.Tensor] = {}
+    with mock.patch.object(join, "quantize", wraps=quantize) as made:
+        for bucket in plan:
+            source = join.source_of(bucket, role.layout) == rank
+            flat = torch.full((bucket.nbytes(2),), 0xAB, dtype=torch.uint8) if source else None
+            if joiner.takes_part(bucket):
+                joiner.join(bucket, flat, torch.bfloat16)
+            if flat is not None:
+                arrived |= {name: view_of(flat, at) for name, at in bucket.places(torch.bfloat16).items()}
+    wanted: dict[str, torch.Tensor] = {}
+    for name in (name for name in arrived if not name.endswith("_scale_inv")):
+        tensor = get(name).to(torch.bfloat16)
+        wanted |= (
+            dict(zip((name, scale_name(name)), quantize(tensor), strict=True))
+            if in_blocks(name)
+            else {name: tensor}
+        )
+    return {
+        "sent": len(arrived),
+        "same": arrived.keys() == wanted.keys() and digest(arrived.items()) == digest(wanted.items()),
+        "quantized": sum(call.args[0].numel() for call in made.call_args_list),
+    }
+
+
+@pytest.mark.parametrize("layout", SHARES)
+def test_each_rank_quantizes_its_shard(pool: Any, layout: str) -> None:
+    """Where its parts are whole blocks; the bytes are those that whole tensors make, in every layout."""
+    layouts = LAYOUTS | {"tp4": {"count": 4, "tp": 4}}
+    config = role_config(layout=layouts[layout], shape=MIXED, training={"dtype": "bf16"})
+    results = pool.run(joined_case, config)
+    assert all(one["same"] for one in results)
+    # Of each layer 7 matrices with scales and 4 norms; embedding (the output layer is tied) and final norm.
+    assert sum(one["sent"] for one in results) == 4 * (7 * 2 + 4) + 2
+    assert [one["quantized"] for one in results] == SHARES[layout]
+
+
 def failing_case(rank: int, config: Any) -> str:
     """What a publication says whose first bucket fails on rank 0; the next one goes well."""
     from genac_megatron.errors import GenacError
     from genac_megatron.publication.publisher import Publisher
 
     sink, told = Failing(0, 1), ""
-    publisher = Publisher(make_role("actor", config, 4), [sink], 1 << 16, fp8=True)
-    # Experts are made anew for the way, as where they are kept in FP8 or an adapter is merged into them.
-    publisher._joiner._as_it_is = lambda item, held: item.rule.expert is None  # type: ignore[method-assign]
+    publisher = Publisher(make_role("actor", config, 4), [sink], BUCKET, fp8=True)
+    # What travels in blocks is made anew, as where it is kept in FP8 or an adapter is merged into it.
+    publisher._joiner._as_it_is = lambda item, held: not item.in_blocks  # type: ignore[method-assign]
     try:
         publisher.publish(1)
     except GenacError as error:
@@ -133,9 +194,16 @@ def failing_case(rank: int, config: Any) -> str:
     return told
 
 
-def test_experts_that_are_made_anew_travel_on_after_a_failure(pool: Any) -> None:
-    layout = {"count": 4, "tp": 2, "ep": 2}
-    results = pool.run(failing_case, role_config(family="qwen3_moe", layout=layout, shape=EXPERTS))
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"family": "qwen3_moe", "layout": {"count": 4, "tp": 2, "ep": 2}, "shape": EXPERTS},
+        {"layout": {"count": 2, "tp": 2}, "shape": MIXED},
+    ],
+    ids=["experts", "shards"],
+)
+def test_what_is_made_anew_travels_on_after_a_failure(pool: Any, config: dict[str, Any]) -> None:
+    results = pool.run(failing_case, role_config(**config))
     assert results == [results[0]] * 4
     assert "rank 0: MemoryError: no room for" in results[0]
 

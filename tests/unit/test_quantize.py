@@ -15,8 +15,10 @@ from torch import Tensor
 from genac_megatron.models import quantize as module
 from genac_megatron.models.blockwise import BLOCK, in_blocks, scale_name, scale_size
 from genac_megatron.models.families.base import Shape
+from genac_megatron.models.mapping import shard, unshard
 from genac_megatron.models.quantize import FP8, dequantize, quantize
-from genac_megatron.models.sizes import hf_names
+from genac_megatron.models.registry import rules
+from genac_megatron.models.sizes import cut_between_blocks, hf_names
 from genac_megatron.publication.plan import Bucket, make_plan
 from genac_megatron.publication.transport import named, view_of
 from genac_megatron.serving.sglang.by_value import metadata
@@ -228,6 +230,31 @@ def test_buckets_hold_everything_once_without_gaps(shape: Shape, dtype: torch.dt
     )
     plain = sum(bucket.numel * dtype.itemsize for bucket in plan)
     print("bytes, of plain:", sum(bucket.nbytes(dtype.itemsize) for bucket in plan) / plain)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_shards_are_said_to_end_between_blocks_where_theirs_are_the_wholes(tp: int) -> None:
+    """Beside the outcome: a shard quantized by itself has the scales of its rows or columns of the whole."""
+    wide = dataclasses.replace(SHAPE, heads=16, kv_heads=4, ffn=512)  # keys: 256 rows, 64 to a head
+    weights, said = weights_of(wide, torch.bfloat16), {}
+    for rule in rules(wide):
+        if rule.tp_axis is None or not in_blocks(rule.hf[0]):
+            continue
+        held = [weights[name] for name in rule.hf_names(0)]
+        whole = {name: quantize(weights[name])[1] for name in rule.hf_names(0)}
+        said[rule.name.split(".")[-2]] = cut_between_blocks(rule, wide, tp)
+        if not said[rule.name.split(".")[-2]]:
+            continue
+        for rank in range(tp):
+            for name, part in unshard(rule, [shard(rule, held, wide, rank, tp)], wide, 0).items():
+                assert torch.equal(quantize(part)[1], whole[name].chunk(tp, rule.tp_axis)[rank]), name
+    # Keys: 256 / tp rows, and no group is cut; o_proj: 1,024 / tp columns; feed-forward: 512 / tp.
+    assert said == {
+        "linear_qkv": tp <= 2,
+        "linear_proj": True,
+        "linear_fc1": tp <= 4,
+        "linear_fc2": tp <= 4,
+    }
 
 
 def test_what_arrives_is_the_dequantized_weight() -> None:
