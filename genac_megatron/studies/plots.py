@@ -69,13 +69,14 @@ def _curves(study: Study, records: Sequence[Record], curve: Curve, figure: Figur
         length = min(len(points) for points in with_curve)
         x = np.mean([[p[curve.x] for p in points[:length]] for points in with_curve], axis=0)
         y = np.array([[p["accuracy"] for p in points[:length]] for points in with_curve])
-        (line,) = axes.plot(x, y.mean(0), markersize=4, label=label, **_look(number))
+        fewer = f", {_seeds(len(y))}" if len(y) < len(study.seeds) else ""
+        (line,) = axes.plot(x, y.mean(0), markersize=4, label=label + fewer, **_look(number))
         if len(cells) <= FEW:
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(xlabel=NAMES[curve.x], ylabel="held-out accuracy")
     _large(axes)
     shaded = ", least to most shaded" if len(cells) <= FEW else ""
-    axes.set_title(f"mean over {_seeds(study)}{shaded}", loc="left", fontsize=9)
+    axes.set_title(f"mean over {_seeds(len(study.seeds))}{shaded}", loc="left", fontsize=9)
     _legend(axes)
 
 
@@ -108,7 +109,7 @@ def _lines(study: Study, records: Sequence[Record], lines: Lines, figure: Figure
         )  # fmt: skip
     axes.set_xticks(range(len(options)), [str(option) for option in options])
     axes.set(xlabel=lines.x, ylabel=lines.figure)
-    axes.set_title(f"mean over {_seeds(study)}, 95 % intervals", loc="left", fontsize=9)
+    axes.set_title(f"mean over {_seeds(len(study.seeds))}, 95 % intervals", loc="left", fontsize=9)
     _legend(axes)
 
 
@@ -130,11 +131,10 @@ def _dots(study: Study, best: dict[str, list[Record]], rows: Sequence[Record], f
         axes.set_title("\n".join(textwrap.wrap(words, 60 // len(study.dots))), loc="left", fontsize=8)
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
     panels[0].invert_yaxis()
-    figure.supxlabel(f"{_seeds(study)}, their mean and its 95 % interval", fontsize=8)
+    figure.supxlabel(f"{_seeds(len(study.seeds))}, their mean and its 95 % interval", fontsize=8)
 
 
-def _seeds(study: Study) -> str:
-    count = len(study.seeds)
+def _seeds(count: int) -> str:
     return f"{count} seed{'' if count == 1 else 's'}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.axes import Axes
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
@@ -18,6 +19,7 @@ from genac_megatron.models.sizes import adapter_parameters, attention_parameters
 from genac_megatron.observe.lock import _began as began
 from genac_megatron.observe.lock import held
 from genac_megatron.recipe.schema import AdapterConfig, ModelConfig, ModelShape, TrainingConfig
+from genac_megatron.studies import plots
 from genac_megatron.studies.collect import curve
 from genac_megatron.studies.cost import multiplied, spent, total, weights_of
 from genac_megatron.studies.places import Places
@@ -380,6 +382,18 @@ def test_figures_are_compared_and_drawn_cell_by_cell(tmp_path: Path) -> None:
     (path,) = draw_all(study, records, tmp_path)
     assert path.name == "figures.png"
     assert path.stat().st_size > 5000
+
+
+def test_a_line_of_fewer_seeds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study.model_validate({"name": "joint", "seeds": [1, 2], "curves": [{"x": "steps"}]})
+    shown: list[Axes] = []
+    monkeypatch.setattr(plots, "_legend", shown.append)
+    records = [record(cell, cell, seed) for cell, seed in (("ppo", 1), ("ppo", 2), ("grpo", 1))]
+    curve = [{"steps": step, "accuracy": 0.5} for step in (0, 5)]
+    draw_all(study, [{**one, "curve": curve} for one in records], tmp_path)
+    (axes,) = shown
+    assert axes.get_title(loc="left").startswith("mean over 2 seeds")
+    assert axes.get_legend_handles_labels()[1] == ["ppo", "grpo, 1 seed"]
 
 
 def test_a_study_that_is_under_way_is_not_begun_again(
