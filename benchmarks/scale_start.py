@@ -1,11 +1,11 @@
-"""Start, publication and checkpoint of a 235B-shaped model at 1,024 ranks: counts, by the code that does it.
+"""Start and publication of a 235B-shaped model at 1,024 ranks: counts, by the code that does it.
 
 No process group is made: one process plays a rank of such a world, and what would be a group, a connection, a
 read or a message is counted. Of the start: groups that a rank makes, connections that gloo's keep open (a
 file each), barriers that the whole world passes for groups of anybody, beside Megatron's and torch's own way;
 bytes that are read from the model's folder, beside every rank reading whole tensors. Of a publication: who
 takes part, exchanges of the whole world and of those few, bytes on the way to the sources and from them, and
-seconds of Python for the plan. Of a checkpoint: files and bytes, as training/sharding.py deals them out.
+seconds of Python for the plan. Of a checkpoint: benchmarks/scale_checkpoint.py.
 
 Run: python -m benchmarks.scale_start
 """
@@ -191,18 +191,6 @@ def publication(shape: Shape, layout: Layout, fp8: bool) -> dict[str, Any]:
     }
 
 
-def checkpoint(shape: Shape, layout: Layout) -> dict[str, Any]:
-    """Weights in bf16, fp32 masters and moments: each rank writes its share in a file of its own."""
-    total = parameters(shape) * (2 + 12)
-    return {
-        "checkpoint": "all ranks write",
-        "files": layout.count + 2,  # the metadata and the manifest
-        "TB": round(total / 1e12, 2),
-        "of a rank, GiB": round(total / layout.count / GIB, 2),
-        "read once by a resume, TB": round(total / 1e12, 2),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1024)
@@ -219,7 +207,6 @@ def main() -> None:
             groups(layout),
             reading(shape, layout, plan),
             [publication(shape, layout, fp8) for fp8 in (False, True)],
-            [checkpoint(shape, layout)],
         ]
     for rows in parts:
         print(table(rows), end="\n\n")

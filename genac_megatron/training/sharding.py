@@ -3,16 +3,26 @@
 An optimizer's states lie on one data-parallel rank each, which writes and reads its own
 (platform/optimizer_shards.py). Weights lie on all of them: Megatron's fully parallel wrappers deal them out,
 for writing and for reading, here in the groups of each role.
+
+What is told of a stored tensor is this rank's pieces (`by_itself`). By itself Megatron (0.16.1, 0.19.2) tells
+torch of the whole grid that a weight is a piece of, and torch compares all pieces of it: of 94 layers of 128
+experts 110 s of a rank's processor, at every save and load (benchmarks/scale_checkpoint.py plans both).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    dict_list_map_outplace,
+    extract_matching_values,
+    merge,
+)
 from megatron.core.dist_checkpointing.exchange_utils import (
     determine_main_replica_uniform_distribution,
     exchange_by_distribution,
@@ -104,10 +114,13 @@ class SharedWriting(FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
         self.roles = roles
 
     def apply_saving_parallelization(self, sharded_state_dict: Sharded) -> None:
-        """Say of each weight on this rank whether it is the one that writes it. Collective in the groups."""
+        """Say of each weight on this rank whether it is the one that writes it, and of each piece where it is
+        stored. Collective in the groups.
+        """
         for _, group, weights in _dealt(self.roles, sharded_state_dict):
             plan = determine_main_replica_uniform_distribution(weights, group)
             distribute_main_replicas_with_precomputed_distribution(weights, group, plan)
+        dict_list_map_inplace(by_itself, sharded_state_dict)
 
 
 class SharedReading(FullyParallelLoadStrategyWrapper):  # type: ignore[misc]
@@ -145,15 +158,39 @@ class SharedReading(FullyParallelLoadStrategyWrapper):  # type: ignore[misc]
             torch.cuda.synchronize()  # for broadcasts that are under way
         return state
 
-    def _read(self, *request: Any) -> Sharded:
+    def _read(self, wanted: Sharded, *place: Any) -> Sharded:
         """What this rank reads itself: in 0.16 still collective, from 0.17 on each rank by itself."""
         try:
-            loaded: Sharded = self.base_strategy.load(*request)
+            pieces = dict_list_map_outplace(by_itself, wanted)
+            loaded: Sharded = self.base_strategy.load(pieces, *place)
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             if lost_peer(error):
                 raise
             raise self.explain(error) from error
-        return loaded
+        return _shaped_as(wanted, loaded)
+
+
+def by_itself(value: Any) -> Any:
+    """A weight's piece as a box of the stored tensor, without the grid that it is of; anything else as it is.
+
+    Its tensor is a view where that is contiguous: what is loaded into it is in place.
+    """
+    if not isinstance(value, ShardedTensor) or not value.prepend_axis_num:
+        return value
+    shape = (*(1 for _ in range(value.prepend_axis_num)), *value.local_shape)
+    data = None if value.data is None else value.data.contiguous().view(shape)
+    return replace(value, data=data, local_shape=shape, prepend_axis_num=0, axis_fragmentations=None)
+
+
+def _shaped_as(wanted: Any, loaded: Any) -> Any:
+    """What `by_itself` was loaded into, in the shapes that were asked for."""
+    if isinstance(wanted, dict):
+        return {key: _shaped_as(one, loaded[key]) for key, one in wanted.items()}
+    if isinstance(wanted, list):
+        return [_shaped_as(*pair) for pair in zip(wanted, loaded, strict=True)]
+    if isinstance(wanted, ShardedTensor) and wanted.prepend_axis_num:
+        return loaded.view(wanted.local_shape)
+    return loaded
 
 
 def _without_tensors(role: Sharded) -> Sharded:
