@@ -35,11 +35,12 @@ SMALL = [
 ]  # fmt: skip
 FEW = [
     "world.ranks=1", "observe.plots=false", "evaluation.prompts=4", "evaluation.samples=2",
-    "evaluation.mc_states=2", "evaluation.mc_continuations=2", "stages.sft-actor.size=32",
-    "stages.sft-critic.size=32",
-    "stages.reinforce.steps=1", "stages.ppo.steps=1", "stages.sft-critic.gate.action=warn",
-    "stages.reinforce.gate.action=warn", "stages.ppo.gate.action=warn",
-    *(f"stages.{stage}.rollout.prompts=2" for stage in ("sft-actor", "sft-critic", "reinforce", "ppo")),
+    "evaluation.mc_states=2", "evaluation.mc_continuations=2",
+    *(f"stages.{stage}.{what}" for stage in ("sft-actor", "sft-critic")
+      for what in ("size=32", "heldout.size=8", "heldout.cooldown=2", "optimizer.warmup_steps=2")),
+    "stages.reinforce.steps=1", "stages.ppo.steps=1",
+    *(f"stages.{stage}.{what}" for stage in ("sft-actor", "sft-critic", "reinforce", "ppo")
+      for what in ("rollout.prompts=2", "gate.action=warn")),
 ]  # fmt: skip
 
 
@@ -60,10 +61,10 @@ def test_the_small_part_runs_as_it_stands(tmp_path: Path) -> None:
     seen = [" ".join(words[:2]) for words in commands(FIRST)]
     assert [*seen[:2], *(words.split("=")[0] for words in seen[2:])] == [
         "git clone", "cd GenAC-Megatron", "alias genac", "genac doctor", "mkdir ~/first",
-        "python3.11 clock.py", "genac run", "genac run",
+        "python3.11 cups.py", "genac run", "genac run",
     ]  # fmt: skip
-    subprocess.run([sys.executable, "clock.py"], cwd=tmp_path, check=True, timeout=60)
-    few = [f"stages.{stage}.size=64" for stage in ("sft-actor", "sft-critic")]  # of 14,000, for the time
+    subprocess.run([sys.executable, "cups.py"], cwd=tmp_path, check=True, timeout=60)
+    few = [f"stages.{stage}.size=64" for stage in ("sft-actor", "sft-critic")]  # of 15,000, for the time
     look, run = commands(FIRST)[-2:]
     done = genac(*look[1:], *few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
