@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from genac_megatron import compact
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -68,17 +70,22 @@ class Completion:
     """What an engine sampled: exact ids (the stop token included) and their log-probs.
 
     Of a conversation, all that stands after its prompt: the actor's turns as they were sampled and, between
-    them, what others wrote. Of the latter there is no log-prob, no version, no advantage and no loss.
+    them, what others wrote. Of the latter there is no log-prob, no version, no advantage and no loss. Ids and
+    log-probs of whatever kind are held in compact form (compact.py).
     """
 
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # one per sampled id, temperature applied
+    ids: Sequence[int]
+    logprobs: Sequence[float]  # one per sampled id, temperature applied
     finish: Finish
     spans: tuple[tuple[int, int], ...] = ()  # (weight version, number of tokens), in order
     # With routing replay: of each token that was read, so of the prompt's and of all ids but the last.
     experts: Experts | None = field(default=None, compare=False, repr=False)
     sampled: tuple[tuple[int, int], ...] = ()  # ranges [begin, end) of ids, in order; (): all were sampled
     cached: int | None = field(default=None, compare=False)  # of the request's ids, had read; None: not known
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", compact.ids(self.ids))
+        object.__setattr__(self, "logprobs", compact.figures(self.logprobs))
 
     @property
     def version(self) -> int:
@@ -188,7 +195,7 @@ class Judgement:
     """The critic's completion for a state. `value` is the parsed v in [0, 1], None where none parses."""
 
     state: State
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]  # held in compact form
     completion: Completion
     text: str
     value: float | None
@@ -199,18 +206,22 @@ class Judgement:
     certain: float | None = None  # never asked: the outcome that all others of the response's group had
     weight: float = 0.0  # REINFORCE weight: R_v minus its leave-one-out baseline
 
+    def __post_init__(self) -> None:
+        self.prompt_ids = compact.ids(self.prompt_ids)
+
 
 @dataclass
 class Sample:
     """One sequence to train on: tokens, of which those from `start` on carry loss, or those of `spans` alone.
 
     Per-token fields hold one figure for each token that carries loss, for example `weights`
-    (loss weight), `advantages`, `behaviour` (the engine's log-probs), `old` (the trainer's).
+    (loss weight), `advantages`, `behaviour` (the engine's log-probs), `old` (the trainer's). Tokens and
+    figures may be any sequences of numbers: those of completions are compact ones.
     """
 
-    tokens: list[int]
+    tokens: Sequence[int]
     start: int
-    fields: dict[str, list[float]] = field(default_factory=dict)
+    fields: dict[str, Sequence[float]] = field(default_factory=dict)
     experts: Experts | None = field(default=None, compare=False, repr=False)  # of tokens[:-1], to be replayed
     source: str = ""  # what it was made of, a prompt's id for example; "": nothing that others share
     problem: str = ""  # a digest of its problem's text, which other ids' prompts may have too; "": not known
@@ -231,31 +242,32 @@ class Sample:
         return sum(end - begin for begin, end in self.ranges)
 
 
-def samples_of(rollout: Rollout, fields: Mapping[str, list[float]]) -> list[Sample]:
+def samples_of(rollout: Rollout, fields: Mapping[str, Sequence[float]]) -> list[Sample]:
     """What an actor is trained on: a response as one sequence or, where turns stand behind ids of their own,
     a sequence for each. fields: a figure for each sampled token.
     """
     completion = rollout.completion
     if not rollout.behind:
-        return [sample_of(rollout.prompt.ids, completion, dict(fields))]
+        return [sample_of(rollout.prompt.ids, completion, fields)]
     made, read = [], 0
     for (begin, end), before in zip(completion.ranges, rollout.behind, strict=True):
         own = {name: figures[read : read + end - begin] for name, figures in fields.items()}
-        made.append(Sample([*before, *completion.ids[begin:end]], len(before), own))
+        ids = compact.ids((*before, *completion.ids[begin:end]))
+        made.append(Sample(ids, len(before), own))
         read += end - begin
     return made
 
 
 def sample_of(
-    prompt: Sequence[int], completion: Completion, fields: dict[str, list[float]] | None = None
+    prompt: Sequence[int], completion: Completion, fields: Mapping[str, Sequence[float]] | None = None
 ) -> Sample:
     """A completion after its prompt's ids; what was sampled of it carries loss."""
     start = len(prompt)
     spans = tuple((start + begin, start + end) for begin, end in completion.sampled)
     return Sample(
-        [*prompt, *completion.ids],
+        compact.ids((*prompt, *completion.ids)),
         spans[0][0] if spans else start,
-        fields or {},
+        dict(fields or {}),
         experts=completion.experts,
         spans=spans,
     )

@@ -155,7 +155,7 @@ def _candidates(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: St
         logprobs = rollout.completion.logprobs
         return [i + 1 for i in range(len(ids) - 1) if math.exp(logprobs[i]) < config.low_prob]
     ends_line = {i: "\n" in str(tokenizer.decode([i])) for i in set(ids)}
-    return [i + 1 for i in range(len(ids) - 1) if ends_line[ids[i]]]
+    return [i for i, token in enumerate(ids[:-1], 1) if ends_line[token]]
 
 
 def _in_turns(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, config: StatesConfig) -> list[int]:

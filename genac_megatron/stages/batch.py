@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genac_megatron import compact
 from genac_megatron.algorithms.advantages import (
     normalised,
     segment_gae,
@@ -381,8 +382,8 @@ def response_samples(
     for i, (rollout, number) in enumerate(zip(rollouts, batch.numbers[0], strict=True)):
         fields = {
             "weights": [weights[i]] * lengths[i],
-            "advantages": advantages[i].tolist(),
-            "behaviour": list(rollout.completion.logprobs),
+            "advantages": compact.figures(advantages[i].tolist()),
+            "behaviour": rollout.completion.logprobs,
         }
         if loss.nll_coef != 0.0:
             fields["nll_weights"] = [likelihood[i]] * lengths[i]
@@ -478,7 +479,7 @@ def judgement_sample(judgement: Judgement, share: float) -> Sample:
     fields = {
         "weights": [share] * count,
         "advantages": [judgement.weight] * count,
-        "behaviour": list(judgement.completion.logprobs),
+        "behaviour": judgement.completion.logprobs,
     }
     return sample_of(judgement.prompt_ids, judgement.completion, fields)
 

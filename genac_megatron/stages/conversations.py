@@ -303,7 +303,7 @@ class Conversation:
         self.seed = episode.seed
         for turn in episode.turns:
             if turn.begin < cut < turn.end:
-                self.begun = ids[turn.begin : cut]
+                self.begun = tuple(ids[turn.begin : cut])
             elif turn.begin < cut:
                 self.turns.append(turn)
                 if turn.who == ACTOR:

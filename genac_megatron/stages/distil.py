@@ -74,7 +74,7 @@ def _batch(lessons: Lessons, size: int, step: int, seed: tuple[object, ...]) -> 
 def _taught(sample: Sample, value: float, weight: float) -> Sample:
     before = [0.0] * (sample.trained - 1)
     fields = {"weights": [*before, weight], "targets": [*before, value], "old": [*before, value]}
-    return Sample(sample.tokens, sample.start, fields)
+    return Sample(sample.tokens, sample.start, {**fields})
 
 
 def compare(run: Run, stage: ValueStage, lessons: Lessons) -> dict[str, float]:

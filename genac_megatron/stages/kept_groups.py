@@ -95,7 +95,8 @@ def _completion_row(completion: Completion) -> Row:
     if experts is not None:
         raw = base64.b64encode(np.ascontiguousarray(experts).tobytes()).decode()
         kept = {"dtype": str(experts.dtype), "shape": experts.shape, "bytes": raw}
-    return {**_plain(completion), "experts": kept}
+    numbers = {"ids": list(completion.ids), "logprobs": list(completion.logprobs)}
+    return {**_plain(completion), **numbers, "experts": kept}
 
 
 def _completion_of(row: Row) -> Completion:
@@ -136,6 +137,7 @@ def _judgement_row(judgement: Judgement, own: Mapping[int, int]) -> Row:
     of = own.get(id(state.rollout))  # None: the prompt state's, of no response
     return {
         **_plain(judgement, without=("state",)),
+        "prompt_ids": list(judgement.prompt_ids),
         "completion": _completion_row(judgement.completion),
         "state": [of, state.rollout.sample, state.index, state.cut, state.end],
     }

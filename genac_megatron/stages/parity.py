@@ -52,7 +52,7 @@ def parity_figures(
 def measure_rollouts(run: Run, mine: Iterable[Rollout]) -> dict[str, float]:
     """The actor's parity on the first of every rank's rollouts by its current version. Collective."""
     rollouts = islice(mine, run.even_share(MEASURED))
-    chosen = [one for r in rollouts for one in samples_of(r, {"behaviour": list(r.completion.logprobs)})]
+    chosen = [one for r in rollouts for one in samples_of(r, {"behaviour": r.completion.logprobs})]
     return _measure(run, "actor", chosen, run.recipe.evaluation.temperature)
 
 
@@ -65,7 +65,7 @@ def measure_judgements(run: Run, mine: Iterable[Judgement]) -> dict[str, float]:
 
 def engine_sample(prompt: Sequence[int], completion: Completion) -> Sample:
     """A completion as the trainer scores it, beside the log-probs that it was sampled with."""
-    return sample_of(prompt, completion, {"behaviour": list(completion.logprobs)})
+    return sample_of(prompt, completion, {"behaviour": completion.logprobs})
 
 
 def _measure(run: Run, role: str, mine: Sequence[Sample], temperature: float) -> dict[str, float]:

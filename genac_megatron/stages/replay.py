@@ -72,7 +72,7 @@ def replay_samples(pool: Sequence[Sample], tokens: int, share: float, seed: int)
     least. Their nll_weights sum to 1, a token's in proportion to the weight it has in the pool.
     """
     wanted, carried = tokens * share / (1.0 - share), 0.0
-    chosen: list[tuple[Sample, list[float]]] = []
+    chosen: list[tuple[Sample, Sequence[float]]] = []
     for sample in random.Random(seed).sample(list(pool), len(pool)):
         if chosen and carried >= wanted:
             break

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
+from genac_megatron import compact as compact_form
 from genac_megatron.critic import traces
 from genac_megatron.critic.balance import balance, scarce_part, shortest_and_longest
 from genac_megatron.critic.states import cut_states
@@ -61,13 +61,15 @@ def compact(samples: list[Sample] | None) -> list[Sample] | None: ...
 
 
 def compact(samples: list[Sample] | None) -> list[Sample] | None:
-    """The samples with arrays for lists: 4 bytes a token and 8 a figure, where lists take 36 and 32."""
+    """The samples with compact numbers for lists: 4 bytes a token and 8 a figure for 36 and 32."""
     if samples is None:
         return None
     made = []
     for sample in samples:
-        fields: Any = {name: array("d", values) for name, values in sample.fields.items()}
-        made.append(replace(sample, tokens=cast("list[int]", array("i", sample.tokens)), fields=fields))
+        fields: dict[str, Sequence[float]] = {
+            name: compact_form.figures(values) for name, values in sample.fields.items()
+        }
+        made.append(replace(sample, tokens=compact_form.ids(sample.tokens), fields=fields))
     return made
 
 
@@ -164,7 +166,8 @@ def _read_samples(path: Path) -> list[Sample] | None:
 
 def _sample(row: dict[str, Any]) -> Sample:
     """Raises ValueError where a row's fields are not one figure per trained token."""
-    fields = {name: [float(value) for value in values] for name, values in row.get("fields", {}).items()}
+    given = row.get("fields", {}).items()
+    fields: dict[str, Sequence[float]] = {name: [float(value) for value in values] for name, values in given}
     spans = tuple((int(begin), int(end)) for begin, end in row.get("spans", ()))
     sample = Sample(row["tokens"], row["start"], fields, spans=spans)
     if any(len(values) != sample.trained for values in fields.values()):

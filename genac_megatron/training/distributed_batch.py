@@ -118,8 +118,8 @@ class Known:
             if self.replayed[i]:
                 rows = int(self.tokens[i]) - 1
                 experts = take(rows * layers * choices, np.dtype(kind)).reshape(rows, layers, choices)
-            own = {name: cast("list[float]", arrays[number]) for name, arrays in fields.items()}
-            ids, ranges = cast("list[int]", tokens[number]), tuple(map(tuple, spans[number]))
+            own = {name: cast("Sequence[float]", arrays[number]) for name, arrays in fields.items()}
+            ids, ranges = cast("Sequence[int]", tokens[number]), tuple(map(tuple, spans[number]))
             made[i] = Sample(ids, int(self.starts[i]), own, experts, spans=ranges)
         return made
 

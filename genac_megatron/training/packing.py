@@ -242,7 +242,7 @@ def check_positions(sample: Sample, index: int) -> int:
     return n - 1
 
 
-def figures_of(sample: Sample, name: str, index: int) -> list[float]:
+def figures_of(sample: Sample, name: str, index: int) -> Sequence[float]:
     """A sample's field `name`. Raises InputError where it is not one figure per trained token."""
     figures = sample.fields.get(name)
     if figures is None or len(figures) != sample.trained:

@@ -188,7 +188,8 @@ def object_case(rank: int, times: int) -> list[int]:
     for group in made:
         for rollout in group.rollouts:
             one = rollout.completion
-            rollout.completion = Completion(one.ids * times, one.logprobs * times, one.finish)
+            ids, logprobs = list(one.ids) * times, list(one.logprobs) * times
+            rollout.completion = Completion(ids, logprobs, one.finish)
     sizes: list[int] = []
     real = dist.all_gather_object, dist.broadcast_object_list
 

@@ -23,7 +23,7 @@ LOGS = {
 # Lowest first. Rooms of one line do not import each other.
 LEVELS = (
     ("errors",),
-    ("dtypes", "links", "launch", "escaping", "metrics", "platform"),
+    ("dtypes", "compact", "links", "launch", "escaping", "metrics", "platform"),
     ("words",),
     ("records", "algorithms"),
     ("observe",),

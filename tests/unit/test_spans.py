@@ -181,7 +181,7 @@ def test_ppo_is_that_of_loops_over_sampled_ids(
         for index, values in unpack(pack, torch.arange(len(pack.labels_T))).items():
             tokens = samples[index].tokens
             where = [t for begin, end in samples[index].ranges for t in range(begin, end)]
-            now[values] = torch.tensor([logp(tokens[:t], tokens[t]) for t in where])
+            now[values] = torch.tensor([logp(list(tokens[:t]), tokens[t]) for t in where])
         loss, stats = make_ppo_loss(config)(now, None, pack.fields)
         assert float(loss) == pytest.approx(wanted, abs=FLOAT32)
         assert all(math.isfinite(float(value)) for value in stats.values())
