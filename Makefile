@@ -25,6 +25,8 @@ in = py="$$($(PYTHON) tools/env.py $(1))" && "$$py"
 genac = $(call in,cpu) -m genac_megatron
 # Where servers are wanted: their environment, built first, and known to what follows.
 serve = serve="$$($(PYTHON) tools/env.py serve)" && export GENAC_SERVE_PYTHON="$$serve" &&
+# The same of other packages' environments.
+theirs = theirs="$$($(PYTHON) tools/env.py environments)" && export GENAC_ENVIRONMENTS_PYTHON="$$theirs" &&
 # Pins for GPUs are for Python 3.12, and made by tools/gpu_setup.sh, not by tools/env.py.
 GENAC_GPU_PYTHON ?= $(shell $(PYTHON) tools/env.py cpu 2>/dev/null)
 gpu = "$(GENAC_GPU_PYTHON)"
@@ -75,6 +77,10 @@ test-distributed: python ## Layouts, checkpoints and publication over real proce
 serve-env: python ## Build the environment in which SGLang serves, and print its interpreter
 	@$(PYTHON) tools/env.py serve
 
+.PHONY: environments-env
+environments-env: python ## Build the environment in which verifiers and textarena play, and print its interpreter
+	@$(PYTHON) tools/env.py environments
+
 .PHONY: test-serving
 test-serving: python ## Engines that generate, with SGLang's servers on this machine
 	@$(serve) $(call in,cpu) -m pytest tests/serving $(pick) $(ARGS)
@@ -86,7 +92,7 @@ test-conversion: python ## Hugging Face folders to checkpoints and back, on a re
 
 .PHONY: test-e2e
 test-e2e: python ## Whole runs by the command line
-	@$(call in,cpu) -m pytest tests/e2e $(pick) $(ARGS)
+	@$(theirs) $(call in,cpu) -m pytest tests/e2e $(pick) $(ARGS)
 
 .PHONY: test-slurm
 test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian's slurm-wlm and munge; in CI they are installed)
@@ -95,7 +101,7 @@ test-slurm: python ## Real jobs on a Slurm of two nodes on this machine (Debian'
 
 .PHONY: test-extended
 test-extended: python ## What make test leaves out: long tests of what shorter ones cover too
-	@$(serve) $(call in,cpu) -m pytest tests -m extended $(ARGS)
+	@$(serve) $(theirs) $(call in,cpu) -m pytest tests -m extended $(ARGS)
 
 .PHONY: test-faults
 test-faults: python ## Harm to real runs: killed ranks, full disks, damaged checkpoints, clocks (root mounts a small disk)

@@ -1,7 +1,7 @@
 """Build, once, the Python environment that a lock file describes, and print its interpreter's path.
 
     python tools/env.py NAME        cpu: the default. cpu-next: megatron-core 0.19. serve: SGLang.
-                                    trl: TRL, for a benchmark alone
+                                    environments: verifiers and textarena. trl: for a benchmark alone
 
 Environments live in ${GENAC_CACHE:-~/.cache/genac}/envs/NAME-KEY, where KEY is hashed from the lock, the
 Python version and this build recipe: a second clone starts at once, a changed lock builds anew. The project
@@ -35,6 +35,7 @@ LOCK_OF = {
     "cpu": "cpu.lock",
     "cpu-next": "cpu-next.lock",
     "serve": "serve-cpu.lock",
+    "environments": "environments.lock",
     "trl": "trl.lock",
 }
 PYTHON = (3, 11)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genac_megatron.environments.base import OfTranscript
 from genac_megatron.environments.host import Host
 from genac_megatron.recipe.own_code import parse_named
 from genac_megatron.tasks.own_code import OwnCodeError, load_own, told
+
+if TYPE_CHECKING:
+    from genac_megatron.tasks.theirs.process import Theirs
 
 
 def of_task(kind: str, chars: int) -> Host:
@@ -25,6 +28,13 @@ def of_tools(names: tuple[str, ...], seconds: float, mib: int, chars: int) -> Ho
     from genac_megatron.environments.tools import Tools
 
     return Host(lambda: Tools(names, seconds, mib), chars, str)
+
+
+def of_package(theirs: Theirs, chars: int) -> Host:
+    """Episodes of another package's environment, played in a process under that package's interpreter."""
+    from genac_megatron.environments.theirs import make_theirs
+
+    return Host(make_theirs(theirs), chars, str)
 
 
 def of_user(name: str, chars: int) -> Host:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from genac_megatron.environments.host import Answer, Host, Job, digest
 from genac_megatron.errors import InputError
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.workers import Pool
+from genac_megatron.tasks.workers import START_LIMIT_S, Pool
 
 if TYPE_CHECKING:
     from genac_megatron.recipe.environments import EnvironmentConfig
 
 CHARS_PER_TOKEN = 16  # of what an environment shows, a message may have at most as many
 ANY_TURN = "?"
+BEGINS = "reset takes (prompt, seed), and gives messages, or None for the prompt's"
 TOLD = 5  # failures of which the log has the words
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,18 @@ class _Steps(Pool[Answer]):
 class Environments:
     """A recipe's environment on this rank: its processes, started at first use."""
 
-    def __init__(self, make: Callable[[int], Host], config: EnvironmentConfig) -> None:
-        """make: from the most characters of a message to what answers in a process; it crosses by pickle."""
+    def __init__(
+        self, make: Callable[[int], Host], config: EnvironmentConfig, start_s: float = START_LIMIT_S
+    ) -> None:
+        """make: from the most characters of a message to what answers in a process; it crosses by pickle.
+        start_s: for a process to be ready.
+        """
         self.config, self.failures = config, 0
         self._brought_back = False  # it was seen to
         made = partial(make, CHARS_PER_TOKEN * config.observation_tokens)
         self._pools = [
-            _Steps(made, _failed, 1, config.step_s, "the environment") for _ in range(config.processes)
+            _Steps(made, _failed, 1, config.step_s, "the environment", start_s)
+            for _ in range(config.processes)
         ]
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="environment") for _ in self._pools]
         self._at: dict[str, int] = {}  # the process of each episode
@@ -88,7 +94,7 @@ class Environments:
                 self._threads[place], self._answer, place, Job(key, prompt, 0, over=True)
             )
 
-    def check(self, jobs: list[Job]) -> None:
+    def check(self, jobs: list[Job], way_out: str = BEGINS) -> None:
         """Begin some episodes before time is spent. Raises InputError where one fails."""
         try:
             for job, answer in zip(jobs, self._pools[0].run(jobs), strict=True):
@@ -96,7 +102,7 @@ class Environments:
                     raise InputError(
                         f"the environment {answer.failure}",
                         where=f"environment, prompt {job.prompt.id}",
-                        way_out="reset takes (prompt, seed), and gives messages, or None for the prompt's",
+                        way_out=way_out,
                     )
                 self._pools[0].run([Job(job.key, job.prompt, 0, over=True)])
         except RuntimeError as error:
@@ -105,6 +111,22 @@ class Environments:
                 where="environment",
                 way_out="put what its file does when it is run under if __name__ == '__main__':",
             ) from error
+
+    def try_out(self, job: Job, way_out: str) -> None:
+        """Play an episode to its end by turns without meaning, before time is spent: so its reward is seen.
+        Raises InputError where it fails. job: of an episode's beginning.
+        """
+        answer = self._asked(job)
+        job, seen = replace(job, opening=digest(answer.opening)), list[str]()
+        while not answer.failure and len(seen) < self.config.turns:
+            job = replace(job, turns=(*job.turns, ANY_TURN), seen=tuple(seen))
+            answer = self._asked(job)
+            if answer.step is None or answer.step.done:
+                break
+            seen.append(digest(answer.step.messages))
+        self._asked(replace(job, over=True))
+        if answer.failure:
+            raise InputError(f"the environment {answer.failure}", where="task", way_out=way_out)
 
     def need_again(self, job: Job, what: str) -> None:
         """Raise InputError where an episode cannot be brought back by its turns, as `what` would; looked at

@@ -20,7 +20,7 @@ from genac_megatron.environments.base import Step
 from genac_megatron.environments.sandbox import run_python
 from genac_megatron.records import Prompt
 
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 MOST_CALLS = 8  # of a turn
 LONGEST = 500  # characters of an expression
 LARGEST = 10**300
@@ -93,7 +93,7 @@ class Tools:
 
 def calls(turn: str) -> list[tuple[str, dict[str, Any]] | str]:
     """A turn's tool calls, (name, arguments) each, or what is wrong with one."""
-    texts = [text.strip() for text in _CALL.findall(turn)]
+    texts = [text.strip() for text in CALL.findall(turn)]
     if not texts and turn.strip().startswith("{") and '"name"' in turn:
         texts = _objects(turn.strip())
     return [_call(text) for text in texts]

@@ -136,7 +136,7 @@ def _installed_from() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Versions of what results go by, and of SGLang where servers' environment is named."""
+    """Versions of what results go by, and of what runs under other interpreters, where they are named."""
     found = {}
     for name in PACKAGES:
         try:
@@ -147,4 +147,8 @@ def packages() -> dict[str, str]:
     if serve:
         for info in sorted(Path(serve).parent.parent.glob("lib/python3*/site-packages/sglang-*.dist-info")):
             found["sglang (servers)"] = info.name.removeprefix("sglang-").removesuffix(".dist-info")
+    if theirs := os.environ.get("GENAC_ENVIRONMENTS_PYTHON"):
+        for name in ("verifiers", "textarena"):
+            infos = Path(theirs).parent.parent.glob(f"lib/python3*/site-packages/{name}-*.dist-info")
+            found |= {f"{name} (environments)": one.name.split("-")[1].removesuffix(".dist") for one in infos}
     return found

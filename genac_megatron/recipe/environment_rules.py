@@ -13,10 +13,10 @@ from genac_megatron.recipe.precision import Where
 from genac_megatron.recipe.schema import PolicyStage, PpoStage, Recipe, SftStage, ValueStage
 from genac_megatron.recipe.source_rules import has_teacher
 from genac_megatron.recipe.stages import TeacherConfig, sources_of
-from genac_megatron.recipe.tasks import LockTask, single_tasks
+from genac_megatron.recipe.tasks import LockTask, PackageTask, single_tasks
 
 Place = tuple[str | int, ...]
-PLAYED = (LockTask,)  # tasks that are environments themselves
+PLAYED = (LockTask, PackageTask)  # tasks that are environments themselves
 SANDBOX_SLACK_S = 5.0  # of an answer, for its program's process to begin and to end
 
 
@@ -55,7 +55,7 @@ def check_environment(recipe: Recipe, where: Where) -> None:
         raise InputError(
             f"the task '{recipe.task.kind}' is no environment of its own",
             where=where(("environment", "kind")),
-            way_out="choose a task that is played (lock), or environment.kind python",
+            way_out="choose a task that is played (lock, verifiers, textarena), or environment.kind python",
         )
     if isinstance(recipe.task, LockTask) and config.kind == "task" and config.turns < recipe.task.turns:
         raise InputError(
@@ -70,6 +70,8 @@ def check_environment(recipe: Recipe, where: Where) -> None:
             way_out="give kind: python and python: path/to/file.py:Name, or leave python out",
         )
     _check_tools(config, where)
+    if isinstance(recipe.task, PackageTask):
+        _check_package(recipe.task, config, where)
     if config.python is not None:
         here = where(("environment", "python"))
         check_named(parse_named(config.python, here), here)
@@ -91,6 +93,22 @@ def _check_tools(config: EnvironmentConfig, where: Where) -> None:
             f"{config.step_s:g} s: conversations would fail that a slow program is in",
             where=where(("environment", "step_s")),
             way_out=f"set environment.step_s to {enough:g}, or lower sandbox_s",
+        )
+
+
+def _check_package(task: PackageTask, config: EnvironmentConfig, where: Where) -> None:
+    low, high = task.rewards
+    if low >= high:
+        raise InputError(
+            f"task.rewards [{low:g}, {high:g}] are the rewards that are worth 0 and 1, the lower one first",
+            where=where(("task", "rewards")),
+            way_out="give its least and its best reward: [-1, 1]",
+        )
+    if config.kind != "task":
+        raise InputError(
+            f"the task '{task.kind}' is an environment, and environment.kind names another",
+            where=where(("environment", "kind")),
+            way_out="set environment.kind to task",
         )
 
 

@@ -233,6 +233,46 @@ PartTask = Annotated[
 ]
 
 
+class PackageTask(RowsBlock):
+    """An environment of another package, with its own rows: environment: {kind: task} plays it."""
+
+    kind: str
+    id: str  # of the environment
+    args: dict[str, Any] = {}  # it is made with these
+    python: str | None = (
+        None  # an interpreter that has the package; None: $GENAC_ENVIRONMENTS_PYTHON, else this
+    )
+    path: str | None = None  # a folder that it is looked for in, beside what is installed there
+    # The rewards that are worth 0 and 1, others in proportion. One beyond them fails its conversation
+    rewards: tuple[float, float] = (0.0, 1.0)
+    timeout_s: PositiveFloat = 600.0  # for it to load, with its rows
+    heldout_size: Positive = 256  # rows: of its evaluation set; a seeded share where it has none
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Rows to train on and held-out ones that are asked for; None: it has its own."""
+        return None
+
+
+class VerifiersTask(PackageTask):
+    """An environment of verifiers: what its module's load_environment gives, or a class of the package."""
+
+    kind: Literal["verifiers"]
+
+
+class TextArenaTask(PackageTask):
+    """A game of textarena for one player, by its id."""
+
+    kind: Literal["textarena"]
+    train_size: Positive = 1000  # seeds
+    heldout_size: Positive = 128  # seeds
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(train_size, heldout_size)"""
+        return self.train_size, self.heldout_size
+
+
 class MixturePart(Block):
     """A task of a mixture, with its own verifier."""
 
@@ -267,6 +307,8 @@ TaskConfig = Annotated[
     | BenchmarkTask
     | RubricTask
     | PythonTask
+    | VerifiersTask
+    | TextArenaTask
     | MixtureTask,
     Field(discriminator="kind"),
 ]

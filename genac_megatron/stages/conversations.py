@@ -23,9 +23,11 @@ from genac_megatron.environments.processes import cannot_again
 from genac_megatron.environments.rendering import render, rewrites, shown_ids
 from genac_megatron.environments.sandbox import need_sandbox
 from genac_megatron.environments.tools import SCHEMAS
+from genac_megatron.errors import InputError
 from genac_megatron.escaping import transcript
 from genac_megatron.recipe.environment_rules import continues
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
+from genac_megatron.recipe.tasks import PackageTask
 from genac_megatron.records import ACTOR, Completion, Episode, Finish, Prompt, Rollout, State, Turn
 from genac_megatron.stages.ranks import ALONE, Ranks
 from genac_megatron.stages.seeds import seed_for
@@ -43,6 +45,7 @@ HISTORIES = {
     "template shows it others; environment.history: template)",
     "template": "each turn stands behind what it shows then, and is trained on as a sequence of its own",
 }
+THEIRS = "see what it says; task.rewards names its rewards that are worth 0 and 1"
 CONTINUING = "a Monte-Carlo value"
 LOOKED_AT = 2  # prompts of each split with which a conversation is begun before training
 Ended = Literal["done", "turns", "tokens", "failed"]
@@ -84,17 +87,38 @@ def begun_environment(
         _need_tools(tokenizer, [SCHEMAS[name] for name in recipe.environment.tools])
     if "python" in recipe.environment.tools:
         need_sandbox(recipe.environment.sandbox_mib)
-    environment = make_environment(recipe.environment, recipe.task)
+    environment = make_environment(recipe.environment, recipe.task, recipe.seed)
     sizes: tuple[tuple[Split, int], ...] = (("train", task.train_size), ("heldout", task.heldout_size))
     prompts = [task.prompt(split, n) for split, size in sizes for n in range(min(size, LOOKED_AT))]
     try:
-        environment.check([Job(f"{p.id}@check", p, episode_seed(("check",), p)) for p in prompts])
+        own = isinstance(recipe.task, PackageTask)
+        jobs = [Job(f"{p.id}@check", p, episode_seed(("check",), p)) for p in prompts]
+        environment.check(jobs, *([THEIRS] if own else []))
+        if own:
+            _need_played(environment, task, tokenizer, prompts[0])
         if prompts and continues(recipe):
             need_again(environment, prompts[0])
     except BaseException:
         environment.close()
         raise
     return environment
+
+
+def _need_played(
+    environment: Environments, task: Task, tokenizer: PreTrainedTokenizerBase, prompt: Prompt
+) -> None:
+    """Raise InputError where another package's environment cannot be played as the recipe says."""
+    if task.turns is not None and task.turns > environment.config.turns:
+        raise InputError(
+            f"the environment plays {task.turns} turns, and environment.turns ends a conversation after "
+            f"{environment.config.turns}, without a reward",
+            where="environment.turns",
+            way_out=f"set it to {task.turns}, or have the environment play fewer (task.args)",
+        )
+    if prompt.tools:
+        _need_tools(tokenizer, prompt.tools)
+    job = Job(f"{prompt.id}@tried", prompt, episode_seed(("tried",), prompt))
+    environment.try_out(job, THEIRS)
 
 
 def need_again(environment: Environments, prompt: Prompt) -> None:

@@ -23,6 +23,7 @@ from genac_megatron.recipe.tasks import (
     DatasetTask,
     JsonlTask,
     OwnReward,
+    PackageTask,
     RowsBlock,
     RubricTask,
     TaskConfig,
@@ -135,6 +136,9 @@ def _task(config: TaskConfig, look: _Look, *, fit: bool = True) -> None:
         if not name or not Path(name).expanduser().exists():
             look.note(f"task: {config.name} is looked for when the run begins")
             return
+    elif isinstance(config, PackageTask):
+        look.note(f"task: {config.id} of {config.kind} is loaded when the run begins")
+        return
     elif isinstance(config, JsonlTask | RubricTask):
         name = config.path
     else:

@@ -10,7 +10,7 @@ from genac_megatron.tasks.base import Problem, Task, Teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from genac_megatron.recipe.tasks import BenchmarkTask, LockTask, PartTask, TaskConfig
+    from genac_megatron.recipe.tasks import BenchmarkTask, LockTask, PackageTask, PartTask, TaskConfig
 
 __all__ = ["Problem", "Task", "Teacher", "make_task"]
 
@@ -62,7 +62,7 @@ def make_task(
 
 
 def _make_task(
-    config: PartTask | BenchmarkTask | LockTask,
+    config: PartTask | BenchmarkTask | LockTask | PackageTask,
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     reasoning_tags: tuple[str, str] | None,
@@ -73,6 +73,7 @@ def _make_task(
         DatasetTask,
         JsonlTask,
         LockTask,
+        PackageTask,
         PythonTask,
         RubricTask,
         StateTrackingTask,
@@ -107,6 +108,10 @@ def _make_task(
         from genac_megatron.tasks.benchmarks import make_benchmark
 
         return make_benchmark(config.name, config.path, tokenizer, reasoning_tags)
+    if isinstance(config, PackageTask):
+        from genac_megatron.tasks.theirs.task import make_package_task
+
+        return make_package_task(config, tokenizer, seed)
     if isinstance(config, RubricTask):
         from genac_megatron.tasks.rubric import make_rubric_task
 

@@ -96,6 +96,7 @@ class Task(ABC):
     success: str = ""  # what counts as success, as the critic is told
     reasoning_tags: tuple[str, str] | None = None  # the actor's own, beside those of known families
     reveals = False  # whether prompts carry what a privileged critic is shown
+    turns: int | None = None  # of its own environment's conversations, at most, where that is known
     digest = ""  # of prompts that another's code makes: ranks and resumed runs must have the same ones
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, train_size: int, heldout_size: int) -> None:

@@ -89,7 +89,7 @@ def _kill(process: BaseProcess) -> None:
 class _Worker:
     """One process, what it works on, and until when it may."""
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]], alarm_s: float) -> None:
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], alarm_s: float, start_s: float) -> None:
         context = multiprocessing.get_context("spawn")  # fork would copy the caller's threads' locks
         self.pipe, far = context.Pipe()
         given = (far, make, os.getpid(), alarm_s)
@@ -106,7 +106,7 @@ class _Worker:
         far.close()
         self.job: int | None = None
         self.ready = False
-        self.deadline = time.monotonic() + START_LIMIT_S
+        self.deadline = time.monotonic() + start_s
 
     def give(self, job: int, what: Any, limit_s: float) -> None:
         self.job, self.deadline = job, time.monotonic() + limit_s
@@ -134,8 +134,10 @@ class Pool(Generic[T]):
         count: int = 1,
         limit_s: float = TIME_LIMIT_S,
         name: str = "scoring",
+        start_s: float = START_LIMIT_S,
     ) -> None:
         self.make, self.failed, self.limit_s, self.name = make, failed, limit_s, name
+        self.start_s = start_s
         self.late = 0
         self._count = count
         self._workers: list[_Worker] = []
@@ -151,7 +153,7 @@ class Pool(Generic[T]):
                 if self._ended:
                     raise RuntimeError(f"{self.name} was ended")
                 while waiting and len(self._workers) < min(self._count, len(jobs)):
-                    self._workers.append(_Worker(self.make, self.limit_s + OVERTIME_S))
+                    self._workers.append(_Worker(self.make, self.limit_s + OVERTIME_S, self.start_s))
                 for worker in self._give(jobs, waiting):
                     self._again(worker, jobs, waiting, lost, found)
                 for worker in self._collect(jobs, found):

@@ -127,7 +127,9 @@ def test_the_locks_that_are_built_hold_exact_pins(env: ModuleType):
         lock = env.read_lock((ROOT / "requirements" / name).read_text())
         names = [pin.partition("==")[0].lower().replace("_", "-") for pin in lock.wheels + lock.source]
         assert len(names) == len(set(names))
-        assert "torch==2.13.0" in lock.wheels
+        torch = [pin for pin in lock.wheels + lock.source if pin.startswith("torch==")]
+        # Other packages' environments neither train nor generate
+        assert torch == ([] if name == "environments.lock" else ["torch==2.13.0"]), name
         assert "apex" not in names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import yaml
 
 from genac_megatron.errors import InputError
+from genac_megatron.evaluation.command import _gradients, score_in_ranks
 from genac_megatron.recipe.environment_rules import check_benchmarks, continues, need_no_environment
 from genac_megatron.recipe.loader import load_recipe
+from genac_megatron.recipe.tasks import VerifiersTask
 
 SHAPE = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
 ROLE = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": SHAPE}}
@@ -18,6 +21,7 @@ BOTH = {"actor": ROLE, "critic": ROLE}
 SCALAR = {"actor": ROLE, "critic": {"model": {**ROLE["model"], "head": "value"}}}
 POLICY: dict[str, Any] = {"kind": "policy", "algorithm": {"kind": "grpo"}, "rollout": {"max_new_tokens": 99}}
 LOCK = {"kind": "lock"}
+THEIRS = {"kind": "textarena", "id": "GuessTheNumber-v0"}
 OTHER = {"kind": "state_tracking"}
 TEMPLATE = {"kind": "task", "history": "template"}
 TOOLS = {"kind": "tools", "tools": ["calculator"]}
@@ -36,6 +40,10 @@ def test_a_game_and_an_environment_of_ones_own_are_read(tmp_path: Path) -> None:
     assert load_recipe(recipe(tmp_path)).environment is not None
     own = {"kind": "python", "python": "./own.py:Game"}
     assert load_recipe(recipe(tmp_path, task=OTHER, environment=own)).environment is not None
+    task = {"kind": "verifiers", "id": "simon", "path": "./", "args": {"rounds": 4}}
+    theirs = load_recipe(recipe(tmp_path, task=task)).task
+    assert isinstance(theirs, VerifiersTask)
+    assert theirs.path == str(tmp_path.resolve())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -102,6 +110,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"stages": [{**POLICY, "algorithm": {"kind": "dapo", "overlong": {}}}]},
         "the overlong penalty does not work with an environment yet",
     ),
+    "distil": (
+        {"roles": SCALAR, "stages": [{"kind": "value", "distil": {"path": "./own.py"}}]},
+        "distil does not work with an environment yet",
+    ),
+    "package-alone": ({"task": THEIRS, "environment": None}, "no environment plays it"),
+    "package-and-another": (
+        {"task": THEIRS, "environment": {"kind": "python", "python": "./own.py:Game"}},
+        r"'textarena' is an environment, and environment\.kind names another",
+    ),
+    "package-rewards": ({"task": {**THEIRS, "rewards": [1, -1]}}, "the lower one first"),
+    "package-suites": (
+        {"task": THEIRS, "evaluation": {"suites": [{"name": "math500"}]}},
+        "questions are not played as the task 'textarena' is",
+    ),
+    "package-teacher": (
+        {"task": THEIRS, "stages": [{"kind": "sft", "role": "actor", "data": "demonstrations"}]},
+        "teacher",
+    ),
     "source": (
         {
             "task": OTHER, "environment": None,
@@ -148,6 +174,10 @@ def test_commands_that_know_single_responses_refuse_conversations(tmp_path: Path
     loaded = load_recipe(recipe(tmp_path))
     with pytest.raises(InputError, match="genac score does not work with an environment yet"):
         need_no_environment(loaded, "genac score")
+    given = argparse.Namespace(recipe=str(tmp_path / "recipe.yaml"), overrides=[], override=[])
+    for command, name in ((score_in_ranks, "genac score"), (_gradients, "genac evaluate gradients")):
+        with pytest.raises(InputError, match=f"{name} does not work with an environment yet"):
+            command(given, [], lambda *_: 0)
     check_benchmarks(loaded, ["heldout"], voting=False)
     with pytest.raises(InputError, match="the questions of math500 are not played as the task 'lock' is"):
         check_benchmarks(loaded, ["heldout", "math500"], voting=False)

@@ -26,6 +26,7 @@ RECIPES = sorted(
         *FOLDER.glob("*.yaml"),
         *(FOLDER / "quickstart").glob("*.yaml"),
         *(FOLDER / "evaluate").glob("*.yaml"),
+        *(FOLDER / "environments").glob("*.yaml"),
         FOLDER / "planning" / "cpu.yaml",
     ]
 )
