@@ -25,7 +25,7 @@ from genac_megatron.records import Prompt
 from genac_megatron.tasks import make_task
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "environments"
-COUNT = 96
+COUNT = 160
 SLIPS = 1 / 3
 Message = dict[str, str]
 Player = Callable[[Sequence[Message], random.Random], str]

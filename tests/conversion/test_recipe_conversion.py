@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "smollm2"
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "tools"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "tools", "verifiers"])
 def test_a_recipe_resolves(name: str, smollm2: Path) -> None:
     places = [f"roles.{role}.model.hf={smollm2}" for role in ("actor", "critic")]
     recipe = load_recipe(str(RECIPES / f"{name}.yaml"), places)
     assert "llama, 135 M parameters" in describe(recipe)
-    between = [] if name == "tools" else ["reinforce"]
+    between = [] if name in ("tools", "verifiers") else ["reinforce"]
     assert [stage.kind for stage in recipe.stages] == ["sft", "sft", *between, "ppo"]
 
 

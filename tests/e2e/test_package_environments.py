@@ -5,8 +5,11 @@ They play under an interpreter of their own, GENAC_ENVIRONMENTS_PYTHON (`make te
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +200,23 @@ def test_a_tool_environment_of_verifiers_is_played(own: Path, of_verifiers: Play
     assert (broken.done, broken.outcome) == (True, 0.0), "what is no call is an answer"
 
 
+def test_the_sums_of_smollm2_are_worked_out(of_verifiers: Played) -> None:
+    """By the very calls that recipes/smollm2/tools.jsonl teaches."""
+    folder = ROOT / "recipes" / "smollm2"
+    taught = json.loads((folder / "tools.jsonl").read_text().splitlines()[0])
+    task, host = of_verifiers.load(verifiers(folder, id="sums", heldout_size=32))
+    assert (task.train_size, task.heldout_size, task.turns) == (88, 32, 3)
+    prompt = task.prompt("train", 0)
+    talk = Talk(host, prompt)
+    expression = re.findall(r"\d+ [+-] \d+", prompt.problem)[0]
+    asked = re.findall(r"\d+ [+-] \d+", taught["messages"][0]["content"])[0]
+    assert prompt.problem.replace(expression, asked) == taught["messages"][0]["content"]
+    result = step_of(talk.say(taught["messages"][1]["content"].replace(asked, expression)))
+    assert result.messages == (("tool", prompt.reference["answer"]),)
+    said = step_of(talk.say(f"<answer>{result.messages[0][1]}</answer>"))
+    assert (said.outcome, said.parts["calculator_calls"]) == (1.0, 1.0)
+
+
 def test_a_class_of_verifiers_with_a_generators_rows_is_played(of_verifiers: Played) -> None:
     """ReasoningGymEnv, whole and by its name: one turn, graded by reasoning-gym."""
     args = {"gym": "chain_sum", "num_train_examples": 12, "num_eval_examples": 4}
@@ -350,6 +370,14 @@ def test_games_that_cannot_be_played_are_refused_by_name(of_textarena: Played, i
 def test_a_refusal_says_the_way_out() -> None:
     with pytest.raises(InputError, match=r"textarena GuessTheNumber (.|\n)*did you mean GuessTheNumber-v0"):
         make_task(textarena("GuessTheNumber"), None, 3)
+
+
+@pytest.mark.extended
+def test_the_recipes_demonstrations_are_those_of_the_tool(tmp_path: Path) -> None:
+    tool = ROOT / "tools" / "make_played_data.py"
+    subprocess.run([sys.executable, str(tool), str(tmp_path)], check=True, cwd=tmp_path)
+    for file in ("simon.jsonl", "guess.jsonl"):
+        assert (tmp_path / file).read_text() == (RECIPES / file).read_text()
 
 
 def test_a_run_over_an_environment_of_verifiers(tmp_path: Path) -> None:
