@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError
 from genac_megatron.models.mapping import ADAPTERS, beside_base
-from genac_megatron.platform import optimizer_shards
+from genac_megatron.platform import optimizer_shards, plan_check
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.role import Role
 
@@ -110,6 +110,7 @@ class SharedWriting(FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
     """A save in which each data-parallel rank writes about as much of its role's weights as the others."""
 
     def __init__(self, roles: Mapping[str, Role]) -> None:
+        plan_check.install()
         super().__init__(TorchDistSaveShardedStrategy("torch_dist", 1))
         self.roles = roles
 
