@@ -18,6 +18,7 @@ def held(rank: int, job: dict) -> dict:
     """What a rank has once it got every bucket."""
     model = build(rank, job["port"], job["arguments"])
 
+    import torch.distributed
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.weight_checker import WeightChecker
@@ -30,7 +31,9 @@ def held(rank: int, job: dict) -> dict:
             assert done[0], done
     said = WeightChecker(get_model=lambda: model).handle("checksum", role="target")
     parameters = {name: [str(p.dtype), list(p.shape)] for name, p in model.named_parameters()}
-    return {"sums": said["checksums"], "held": parameters, "refused": refused(model)}
+    found = {"sums": said["checksums"], "held": parameters, "refused": refused(model)}
+    torch.distributed.barrier()  # rank 0 has the store: where it ended first, groups of others broke
+    return found
 
 
 def build(rank: int, port: int, arguments: list[str]):
