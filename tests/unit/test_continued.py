@@ -213,7 +213,7 @@ def test_a_run_that_would_continue_is_refused_before_it_begins(games: Path) -> N
         {"kind": "python", "python": f"{games}:Lasting", "step_s": 30.0}
     )
     evaluation, task = SimpleNamespace(mc_states=4), make_task(LOCK, TINY, seed=3)
-    recipe: Any = SimpleNamespace(environment=config, evaluation=evaluation, task=LOCK, stages=[])
+    recipe: Any = SimpleNamespace(environment=config, evaluation=evaluation, task=LOCK, stages=[], seed=3)
     recipe.roles = ("actor", "critic")
     with pytest.raises(InputError, match="a Monte-Carlo value brings conversations back by their turns"):
         begun_environment(recipe, task, TINY, print)
