@@ -16,8 +16,9 @@ import multiprocessing
 import os
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.machine import save, table
 from genac_megatron.platform.megatron import install
@@ -26,6 +27,7 @@ FORMS = ("gathered", "by share")
 SHAPE = {"layers": 4, "hidden": 384, "ffn": 1024, "heads": 6, "kv_heads": 2, "head_dim": 64, "vocab": 8192}
 LIMIT_S = 1200.0
 Figures = dict[str, float]
+T = TypeVar("T")
 
 
 def peak_reset() -> None:
@@ -158,17 +160,17 @@ def rank_figures(rank: int, ranks: int, folder: Path) -> list[Figures]:
     return found
 
 
-def work(rank: int, ranks: int, port: int, folder: str, pipe: Any) -> None:
+def work(act: Callable[..., Any], rank: int, ranks: int, port: int, folder: str, pipe: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
-    pipe.send(rank_figures(rank, ranks, Path(folder)))
+    pipe.send(act(rank, ranks, Path(folder)))
     os._exit(0)  # groups of a world that is over are not taken down one by one
 
 
-def measure(ranks: int) -> list[list[Figures]]:
-    """Per rank, the figures of both forms."""
+def on_ranks(act: Callable[[int, int, Path], T], ranks: int) -> list[T]:
+    """act(rank, ranks, a folder) on so many real ranks at once, over gloo; of each, what it returns."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["genac_megatron.training.role", "genac_megatron.models.build"])
     with socket.socket() as free:
@@ -178,7 +180,8 @@ def measure(ranks: int) -> list[list[Figures]]:
         pipes = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            context.Process(target=work, args=(rank, ranks, port, folder, theirs), daemon=False).start()
+            args = (act, rank, ranks, port, folder, theirs)
+            context.Process(target=work, args=args, daemon=False).start()
             theirs.close()
             pipes.append(ours)
         for rank, pipe in enumerate(pipes):
@@ -219,7 +222,7 @@ def main() -> None:
 
     model = {"family": "qwen3", "shape": SHAPE, "tokenizer": "builtin:tiny"}
     count = parameters(shape_of(ModelConfig.model_validate(model), SHAPE["vocab"]))
-    rows = [row for dp in options.dp for row in rows_of(dp, count, measure(dp))]
+    rows = [row for dp in options.dp for row in rows_of(dp, count, on_ranks(rank_figures, dp))]
     print(table(rows))
     print(save("checkpoint_memory", {"parameters": count, "shape": SHAPE, "dtype": "bf16"}, rows))
 

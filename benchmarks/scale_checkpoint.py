@@ -8,15 +8,19 @@ ranks would tell it in a collective is what those told when they were played. No
 Saved are weights in bf16, fp32 masters and Adam's two moments: 14 bytes a parameter. Told, of one rank at
 most: to all others what it holds, which Megatron validates, to its data-parallel group what weights, to the
 coordinator its plan. Seconds are this process's processor's: of a rank's state and plan; of reading what all
-others hold; of the coordinator's validation and global plan. A resume in the same layout is planned for the
-first data-parallel groups of the first and the last stage.
-Run: python -m benchmarks.scale_checkpoint --ranks 128; --groups 4 (of 1,024 ranks; all of them take 30 min)
+others hold; of the coordinator's validation, reading of plans and global plan. A resume in the same layout is
+planned for four ranks of the first data-parallel groups of the first and the last stage; every rank reads the
+metadata once for its weights and once for its optimizer. How often ranks meet:
+benchmarks/checkpoint_collectives.py.
+Run: python -m benchmarks.scale_checkpoint [--ranks 128] [--groups 4]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import math
 import pickle
 import tempfile
 import time
@@ -46,7 +50,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import Tensor
-from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint import FileSystemReader, default_planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from genac_megatron.platform.without_cuda import facade
@@ -58,6 +62,7 @@ from genac_megatron.training.sharding import OPTIMIZER, ROLES, SharedReading, Sh
 
 META = torch.device("meta")
 OTHERS = 5  # files beside the ranks': torch's and Megatron's metadata, two of what is no shard, the manifest
+READERS = 4  # ranks of a group whose resume is planned
 _type = Tensor.type
 
 
@@ -78,11 +83,12 @@ class Group:
 class Told:
     """What ranks have told each other, by the collective's name; the bytes of one rank's."""
 
-    plans: list[Any]  # by rank, for the coordinator
+    plans: list[bytes]  # by rank, pickled: for the coordinator
     holdings: list[bytes]  # by rank, pickled: for Megatron's validation
     last: Any = None  # what was told last
     weights: list[Any] | None = None  # of the ranks of a data-parallel group; None: not asked yet
     nbytes: dict[str, int] = field(default_factory=dict)
+    plans_read_s: float = 0.0
 
     def all_gathered(self, found: list[Any], mine: Any, group: Any = None) -> None:
         self.last = mine
@@ -92,11 +98,11 @@ class Told:
         found[:] = [mine] * len(found) if of_group is None else of_group
 
     def gathered(self, obj: Any, object_gather_list: list[Any] | None = None, **_: Any) -> None:
-        rank = dist.get_rank()
-        self.plans[rank] = obj
-        self.nbytes["plan"] = max(self.nbytes.get("plan", 0), len(pickle.dumps(obj)))
-        if object_gather_list is not None:
-            object_gather_list[:] = self.plans
+        self.plans[dist.get_rank()] = pickle.dumps(obj)
+        if object_gather_list is not None:  # the coordinator, played last
+            began = time.process_time()
+            object_gather_list[:] = map(pickle.loads, self.plans)
+            self.plans_read_s = time.process_time() - began
 
 
 @contextmanager
@@ -135,7 +141,8 @@ def as_rank(rank: int, world: int, told: Told) -> Iterator[None]:
 
 def role_of(config: RoleConfig, shape: Shape, layout: Layout) -> Role:
     """This rank's part of the role, after a step: it has Adam's states."""
-    with META:
+    # Random values of meta tensors are none, and take a third of all seconds.
+    with META, mock.patch.object(torch.nn.init, "normal_", lambda tensor, *_, **__: tensor):
         role = Role("actor", config, shape, layout, layouts._make_groups(layout, "actor"))
         role.begin_stage(None, 10)
         for part in getattr(role.optimizer, "chained_optimizers", [role.optimizer]):
@@ -157,6 +164,7 @@ class Rank:
 
 def held(rank: int, told: Told, config: RoleConfig, shape: Shape, layout: Layout) -> Rank:
     """Up to Megatron's validation, which gathers of every rank what it holds."""
+    gc.freeze()  # Megatron collects garbage at a save: this rank's, not what others were played with
     with as_rank(rank, layout.count, told):
         role = role_of(config, shape, layout)
         began = time.process_time()
@@ -187,7 +195,9 @@ def planned(one: Rank, told: Told, layout: Layout, folder: Path, written: Writte
     ):
         began = time.process_time()
         request = SharedWriting({one.role.name: one.role}).async_save(one.state, folder)
-        seconds = time.process_time() - began - (written.coordinator_s if one.rank == 0 else 0)
+        seconds = time.process_time() - began
+        if one.rank == 0:
+            seconds -= told.plans_read_s + written.coordinator_s
         return list(request.async_fn_args[1]) if request.async_fn_args else [], seconds
 
 
@@ -240,10 +250,11 @@ def saved(
     """Every rank's part of a save, planned; the metadata's file lies in `folder` then. Or of `count` groups'
     ranks, without the coordinator's part.
     """
-    told, written = Told([None] * layout.count, [b""] * layout.count), Written()
+    told, written = Told([b""] * layout.count, [b""] * layout.count), Written()
     places: dict[Any, _StorageInfo] = {}
     every = list(groups_of(layout))
     for group in every if count is None else every[:: len(every) // count][:count]:
+        gc.unfreeze()
         ranks = [held(rank, told, config, shape, layout) for rank in group]
         told.weights = [deals(one, told, layout) for one in reversed(ranks)]  # in the group's order
         for one in ranks:
@@ -261,15 +272,19 @@ class Planned(GenacError):
     """A rank knows what it will read."""
 
 
-def read(config: RoleConfig, shape: Shape, layout: Layout, stage: int, told: Told, folder: Path) -> list[Any]:
-    """Of one data-parallel group that resumes: (bytes, files, seconds) of each rank."""
+def read(
+    config: RoleConfig, shape: Shape, layout: Layout, stage: int, told: Told, metadata: Any
+) -> list[Any]:
+    """Of a data-parallel group that resumes, which has read the metadata: (bytes, files, seconds) of each of
+    its first READERS, and what they are sent of weights, (tensors, bytes).
+    """
+    gc.unfreeze()
     group = [layout.rank_of(Coords(0, 0, dp, stage)) for dp in range(layout.dp)]
     ranks = [held(rank, told, config, shape, layout) for rank in group]
     told.weights = [deals(one, told, layout) for one in ranks]
     found: list[Any] = []
 
     def planned_only(state: Any, reader: Any, planner: Any, **_: Any) -> None:
-        metadata = reader.read_metadata()
         planner.set_up_planner(state, metadata, is_coordinator=False)
         reader.set_up_storage_reader(metadata, is_coordinator=False)
         plan = reader.prepare_local_plan(planner.create_local_plan())
@@ -277,7 +292,8 @@ def read(config: RoleConfig, shape: Shape, layout: Layout, stage: int, told: Tol
         found.append([sum(place.length for place in places), len({place.relative_path for place in places})])
         raise Planned("planned")
 
-    for one in ranks:
+    for one in ranks[:READERS]:
+        gc.freeze()
         with (
             as_rank(one.rank, layout.count, told),
             mock.patch.object(sharding, "agree", lambda act: act()),
@@ -289,9 +305,19 @@ def read(config: RoleConfig, shape: Shape, layout: Layout, stage: int, told: Tol
             request, _ = extract_matching_values(request, lambda value: isinstance(value, ShardedBase))
             began = time.process_time()
             with contextlib.suppress(Planned):
-                SharedReading({one.role.name: one.role}, lambda _: Planned("planned")).load(request, folder)
-            found[-1].append(time.process_time() - began)
+                SharedReading({one.role.name: one.role}, lambda _: Planned("planned")).load(request, Path())
+            found[-1] += [time.process_time() - began, *sent(request[ROLES][one.role.name], one.role)]
     return found
+
+
+def sent(role: dict[str, Any], played: Role) -> tuple[int, int]:
+    """(broadcasts, bytes) that weights take, each from the rank that reads it to those that need it too."""
+    weights = {key: part for key, part in role.items() if key != OPTIMIZER}
+    plan = determine_main_replica_uniform_distribution(weights, played.groups.dp_cp, True)
+    shared = [
+        plan.shard_to_metadata[key] for key, ranks in plan.all_ranks_for_shard.items() if len(ranks) > 1
+    ]
+    return len(shared), sum(math.prod(one.local_shape) * one.dtype.itemsize for one in shared)
 
 
 def validated(told: Told, layout: Layout) -> tuple[float, float]:
@@ -318,7 +344,7 @@ def rows(
             "GiB": f"{min(shares) / GIB:.2f} to {max(shares) / GIB:.2f}",
             "told all, KB": round(max(map(len, told.holdings)) / 1e3),
             "told its group, KB": round(told.nbytes["group"] / 1e3),
-            "told one, KB": round(told.nbytes["plan"] / 1e3),
+            "told one, KB": round(max(map(len, told.plans)) / 1e3),
             "s": round(max(written.seconds), 2),
         }
     ]
@@ -326,18 +352,22 @@ def rows(
         return made
     read_s, look_s = validated(told, layout)
     stages = (0, layout.pp - 1)
-    resumed = [one for stage in stages for one in read(config, shape, layout, stage, told, folder)]
-    gib, files, seconds = zip(*resumed, strict=True)
+    began = time.process_time()
+    metadata = FileSystemReader(folder).read_metadata()
+    metadata_s = time.process_time() - began
+    resumed = [one for stage in stages for one in read(config, shape, layout, stage, told, metadata)]
+    gib, files, seconds, calls, weights = zip(*resumed, strict=True)
     made.append(
         {
             "a save": "of all",
             "files": len(written.files) + OTHERS,
             "bytes": sum(shares),
             "of tensors": written.of_tensors,
-            "pieces": sum(len(plan.items) for plan in told.plans),
+            "pieces": sum(len(pickle.loads(plan).items) for plan in told.plans),
             "metadata, MB": round((folder / ".metadata").stat().st_size / 1e6, 1),
             "what all hold read by each, s": round(read_s, 2),
             "validated by one, s": round(look_s, 2),
+            "plans read by one, s": round(told.plans_read_s, 2),
             "planned by one, s": round(written.coordinator_s, 2),
         }
     )
@@ -346,6 +376,9 @@ def rows(
             "a resume": "of a rank",
             "files": f"{min(files)} to {max(files)}",
             "GiB": f"{min(gib) / GIB:.2f} to {max(gib) / GIB:.2f}",
+            "broadcasts": max(calls),
+            "GiB of them": round(max(weights) / GIB, 2),
+            "metadata read, s": round(metadata_s, 2),
             "s": round(max(seconds), 2),
         }
     )

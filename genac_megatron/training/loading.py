@@ -24,7 +24,7 @@ from genac_megatron.models.peft_folder import PeftHeaders
 from genac_megatron.observe.manifest import COMMON, WEIGHTS, read_manifest
 from genac_megatron.platform.fp8 import remember
 from genac_megatron.training.adapted import brings_base, check_adapter
-from genac_megatron.training.agreement import agree, lost_peer
+from genac_megatron.training.agreement import agree, from_first, lost_peer
 from genac_megatron.training.finite import need_sound
 from genac_megatron.training.role import Role
 from genac_megatron.training.sharding import OPTIMIZER, ROLES, Sharded, SharedReading, role_state
@@ -97,7 +97,7 @@ def _load(
         for name, role in chosen.items()
         if role.active
     }
-    states = agree(lambda: _saved_states(path / WEIGHTS), partial(_unreadable, path))
+    states = from_first(lambda: _saved_states(path))
     unsaved = {name: _take_unsaved(role, states) for name, role in request.items()}
     strategy = SharedReading(chosen, partial(_unreadable, path))
     try:
@@ -129,9 +129,13 @@ def _request(name: str, role: Role, optimizers: bool, *, head: bool, base: bool,
     return sharded
 
 
-def _saved_states(weights: Path) -> set[str]:
+def _saved_states(path: Path) -> set[str]:
     """Which layers' extra states a checkpoint has: FP8's scales and histories, or nothing."""
-    return {key for key in FileSystemReader(weights).read_metadata().state_dict_metadata if EXTRA in key}
+    try:
+        keys = FileSystemReader(path / WEIGHTS).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return {key for key in keys if EXTRA in key}
 
 
 def _take_unsaved(role: Sharded, saved: set[str]) -> Sharded:

@@ -106,12 +106,24 @@ def _dealt(roles: Mapping[str, Role], state: Sharded) -> Iterator[tuple[str, Any
             yield name, role.groups.dp_cp, weights
 
 
+class _Saving(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Without every rank's plan in the metadata, where Megatron keeps them for a cache that is not used here:
+    each rank reads the metadata at a resume.
+    """
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *more: Any) -> Any:
+        _, metadata, _ = planned
+        if metadata is not None:  # on the rank that writes it
+            vars(metadata).pop("all_local_plans", None)
+        return super()._get_save_and_finalize_callbacks(writer, planned, *more)
+
+
 class SharedWriting(FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
     """A save in which each data-parallel rank writes about as much of its role's weights as the others."""
 
     def __init__(self, roles: Mapping[str, Role]) -> None:
         plan_check.install()
-        super().__init__(TorchDistSaveShardedStrategy("torch_dist", 1))
+        super().__init__(_Saving("torch_dist", 1))
         self.roles = roles
 
     def apply_saving_parallelization(self, sharded_state_dict: Sharded) -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from benchmarks import scale_checkpoint
-from benchmarks.scale_checkpoint import read, rows, saved, strategies
+from benchmarks.scale_checkpoint import FileSystemReader, read, rows, saved, strategies
 from genac_megatron.models.registry import shape_of
 from genac_megatron.models.sizes import parameters
 from genac_megatron.recipe.schema import RoleConfig
@@ -58,12 +58,17 @@ def test_every_byte_is_written_once_and_read_once(tmp_path: Path) -> None:
     assert written.of_tensors == 14 * parameters(shape)
     assert len(written.files) == 2 * RANKS
     scale_checkpoint.validated(told, layout)
-    resumed = [one for stage in (0, 1) for one in read(CONFIG, shape, layout, stage, told, tmp_path)]
+    metadata = FileSystemReader(tmp_path).read_metadata()
+    assert not hasattr(metadata, "all_local_plans"), "which each rank would read at a resume"
+    resumed = [one for stage in (0, 1) for one in read(CONFIG, shape, layout, stage, told, metadata)]
     ranks = [dp * layout.tp + stage * RANKS // 2 for stage in (0, 1) for dp in range(layout.dp)]
-    for (nbytes, files, _), rank in zip(resumed, ranks, strict=True):
+    for (nbytes, files, _, calls, weights), rank in zip(resumed, ranks, strict=True):
         # Its own states again, and a share of the weights, which other replicas may have written.
         assert 0.8 * written.by_rank[rank] < nbytes < 1.25 * written.by_rank[rank]
         assert 2 <= files <= 2 * layout.dp
+        assert calls > 0
+        # A rank's weights: its half of a stage's, and norms. Those that it reads it sends.
+        assert weights == pytest.approx(2 * parameters(shape) / layout.tp / layout.pp, rel=0.05)
 
 
 def test_a_part_of_the_groups_can_be_played(tmp_path: Path) -> None:
