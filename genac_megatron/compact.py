@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 N = TypeVar("N", int, float)
-IDS, FIGURES = "i", "d"  # 4 and 8 bytes
+IDS: Final = "i"  # 4 bytes
+FIGURES: Final = "d"  # 8
 
 
 class Compact(Sequence[N]):
@@ -22,8 +23,9 @@ class Compact(Sequence[N]):
 
     __slots__ = ("_held",)
 
-    def __init__(self, kind: str, numbers: Iterable[N]) -> None:
-        self._held: array[Any] = array(kind, numbers)
+    def __init__(self, kind: str, numbers: Iterable[N] | memoryview) -> None:
+        """numbers: of a view of that kind no copy is made."""
+        self._held: Any = numbers if isinstance(numbers, memoryview) else array(kind, numbers)
 
     @overload
     def __getitem__(self, at: int) -> N: ...
@@ -31,7 +33,11 @@ class Compact(Sequence[N]):
     def __getitem__(self, at: slice) -> Compact[N]: ...
     def __getitem__(self, at: int | slice) -> N | Compact[N]:
         found: Any = self._held[at]
-        return Compact(self._held.typecode, found) if isinstance(at, slice) else found
+        return Compact(self._kind, found) if isinstance(at, slice) else found
+
+    @property
+    def _kind(self) -> str:
+        return memoryview(self._held).format
 
     def __len__(self) -> int:
         return len(self._held)
@@ -49,6 +55,9 @@ class Compact(Sequence[N]):
     def __hash__(self) -> int:
         return hash(tuple(self._held))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ids_in if self._kind == IDS else figures_in), (self._held.tobytes(),)
+
     def __repr__(self) -> str:
         return repr(tuple(self._held))
 
@@ -57,6 +66,16 @@ class Compact(Sequence[N]):
 
         found: NDArray[Any] = np.array(self._held, dtype)
         return found
+
+
+def ids_in(held: memoryview | bytes) -> Compact[int]:
+    """The token ids that some bytes are, where they lie."""
+    return Compact(IDS, memoryview(held).cast(IDS))
+
+
+def figures_in(held: memoryview | bytes) -> Compact[float]:
+    """The floats that some bytes are, where they lie."""
+    return Compact(FIGURES, memoryview(held).cast(FIGURES))
 
 
 def ids(numbers: Iterable[int]) -> Compact[int]:

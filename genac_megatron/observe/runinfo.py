@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +43,17 @@ def jsonable(value: Any) -> Any:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
+    """As `write_parts_atomic`, in UTF-8."""
+    write_parts_atomic(path, [text.encode()])
+
+
+def write_parts_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write so that a reader, or a crash, sees the old file or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from genac_megatron import compact as compact_form
 from genac_megatron.critic import traces
 from genac_megatron.critic.balance import balance, scarce_part, shortest_and_longest
 from genac_megatron.critic.states import cut_states
@@ -30,6 +29,7 @@ from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.seeds import seed_for
 from genac_megatron.stages.sft_chats import chat_samples, used_conversations
 from genac_megatron.stages.sft_orders import WHOLE, Order, order_prompts, orders
+from genac_megatron.stages.sft_pool import MAKING, compacted, forget, held_once
 from genac_megatron.stages.strengths import Cast
 from genac_megatron.tasks.base import Teacher
 from genac_megatron.tasks.conversations import Conversation
@@ -44,33 +44,15 @@ def kept_data(run: Run, stage: SftStage, *, fresh: bool) -> list[Sample]:
     """
     path = kept_path(run.folder.path, stage)
     if not fresh:
-        if (kept := from_first(lambda: compact(_read_samples(path)))) is not None:
-            return kept
+        kept = run.together(lambda: _read_samples(path) if run.world.rank == 0 else None)
+        if from_first(lambda: kept is not None):
+            return held_once(run, kept or [], stage.name)
         run.progress.note(f"[{stage.name}] warning: {path} is gone: its samples are made again")
     samples = make_data(run, stage)
     run.together(lambda: _write_samples(path, samples) if run.world.rank == 0 else None)
-    return compact(samples)
-
-
-@overload
-def compact(samples: list[Sample]) -> list[Sample]: ...
-
-
-@overload
-def compact(samples: list[Sample] | None) -> list[Sample] | None: ...
-
-
-def compact(samples: list[Sample] | None) -> list[Sample] | None:
-    """The samples with compact numbers for lists: 4 bytes a token and 8 a figure for 36 and 32."""
-    if samples is None:
-        return None
-    made = []
-    for sample in samples:
-        fields: dict[str, Sequence[float]] = {
-            name: compact_form.figures(values) for name, values in sample.fields.items()
-        }
-        made.append(replace(sample, tokens=compact_form.ids(sample.tokens), fields=fields))
-    return made
+    held = held_once(run, samples if run.world.rank == 0 else [], stage.name)
+    forget(run, stage.name)
+    return held
 
 
 def kept_path(folder: Path, stage: SftStage) -> Path:
@@ -225,7 +207,7 @@ def demonstrations(run: Run, order: Order) -> list[Sample]:
         raise on_all_ranks(error)
     tokenizer, alike = run.tokenizers[order.role], reads_alike(run.recipe, order.role)
     if teacher.plays:
-        return dealt(run, order.size, partial(_played, run, order, teacher, alike))
+        return dealt(run, order, order.size, partial(_played, run, order, teacher, alike))
 
     def write(places: range) -> list[Sample]:
         samples = []
@@ -237,7 +219,7 @@ def demonstrations(run: Run, order: Order) -> list[Sample]:
             samples.append(traces.to_sample(tokenizer, ids, teacher.demonstrate(prompt, rng), prompt))
         return samples
 
-    return dealt(run, order.size, write)
+    return dealt(run, order, order.size, write)
 
 
 def _played(run: Run, order: Order, teacher: Teacher, alike: bool, places: range) -> list[Sample]:
@@ -254,10 +236,9 @@ def _played(run: Run, order: Order, teacher: Teacher, alike: bool, places: range
     )
 
 
-def dealt(run: Run, count: int, make: Callable[[range], list[Sample]]) -> list[Sample]:
+def dealt(run: Run, order: Order, count: int, make: Callable[[range], list[Sample]]) -> list[Sample]:
     """Samples that each rank makes a part of, by number and in that order on all. Collective."""
-    mine = run.together(lambda: make(run.places(count)))
-    return [sample for part in run.gather([mine]) for sample in part]
+    return held_once(run, run.together(lambda: make(run.places(count))), order.file)
 
 
 def reads_alike(recipe: Recipe, role: str) -> bool:
@@ -301,7 +282,7 @@ def _of_actor(run: Run, order: Order) -> list[Sample]:
     )
     teacher = order.teacher
     if teacher.kind == "file":
-        return run.together(lambda: of_file(run, order))
+        return of_file(run, order)
     if teacher.kind == "self":
         drawn = Drawn(run, order)
         samples = own_traces(run, order, drawn.next)
@@ -324,16 +305,24 @@ def _of_actor(run: Run, order: Order) -> list[Sample]:
 
 
 def of_file(run: Run, order: Order) -> list[Sample]:
-    """The first `order.size` traces of a file that `genac traces` has written. Raises InputError."""
+    """The first `order.size` traces that `genac traces` has written into a file. Collective; raises
+    InputError.
+    """
     path = str(order.teacher.path)
-    rows = read_traces(path)
-    made = file_samples(rows[: order.size], run.tokenizers[order.role], run.recipe.judging, order.teacher)
+    rows = run.together(lambda: read_traces(path))
+
+    def write(places: range) -> list[Sample]:
+        mine = rows[places.start : places.stop]
+        return file_samples(mine, run.tokenizers[order.role], run.recipe.judging, order.teacher)
+
+    made = dealt(run, order, min(order.size, len(rows)), write)
     if not made:
-        raise InputError(
+        error = InputError(
             "no trace in it parses and fits into judging.max_new_tokens",
             where=path,
             way_out="raise judging.max_new_tokens, or ask for other traces (docs/traces.md)",
         )
+        raise on_all_ranks(error)
     run.progress.note(f"[{order.label}] {len(made)} of {len(rows)} traces of {path} (size {order.size})")
     return made
 
@@ -343,12 +332,17 @@ def taught(run: Run, order: Order, states: list[State], context: traces.TraceCon
     chosen = order.teacher
     if chosen.kind == "endpoint":
         mine = run.together(lambda: traces.endpoint_samples(run.share(states), chosen, context))
-        return run.gather(mine)
+        return run.gather(compacted(mine))
     teacher = order.task.teacher
     if chosen.kind == "monte_carlo":
         values = run.gather(monte_carlo_values(run, order, run.share(states)))
         reasoner = None if chosen.writes == "score" else teacher
-        return run.together(lambda: traces.monte_carlo_samples(states, values, reasoner, context))
+
+        def of_values(places: range) -> list[Sample]:
+            at = slice(places.start, places.stop)
+            return traces.monte_carlo_samples(states[at], values[at], reasoner, context)
+
+        return dealt(run, order, len(states), of_values)
     if teacher is None:
         error = InputError(
             f"the task {order.kind} has no exact teacher",
@@ -361,7 +355,7 @@ def taught(run: Run, order: Order, states: list[State], context: traces.TraceCon
         mine = states[places.start : places.stop]
         return traces.exact_samples(mine, teacher, context, chosen.p_bar_range, chosen.writes)
 
-    return dealt(run, len(states), write)
+    return dealt(run, order, len(states), write)
 
 
 def drawn_states(run: Run, order: Order) -> tuple[list[State], int]:
@@ -444,9 +438,9 @@ def jsonl_samples(run: Run, stage: SftStage) -> list[Sample]:
     """
     used, count = run.together(lambda: used_conversations(stage))
     mine = [used[place] for place in run.places(len(used))]
-    parts = run.gather([run.together(lambda: _made_of(run, stage, mine))])
-    samples = [sample for made, _ in parts for sample in made]
-    long = [words for _, told in parts for words in told]
+    made, told = run.together(lambda: _made_of(run, stage, mine))
+    samples = held_once(run, made, f"{MAKING}{stage.name}-chats")
+    long = [words for part in run.gather([told]) for words in part]
     run.together(lambda: check_chats(stage, long))
     turns = "" if stage.turns == "last" else f", {len(samples)} turns of the assistant's"
     left_out = f"; {len(long)} are too long and left out: {listed(long)}" if long else ""
@@ -472,5 +466,5 @@ def _made_of(run: Run, stage: SftStage, chats: Sequence[Conversation]) -> tuple[
         if length > most:
             long.append(f"{chat.where}: {length} tokens, in {most} positions")
         else:
-            samples += compact(made)
+            samples += compacted(made)
     return samples, long

@@ -6,6 +6,7 @@ recipe's task holds out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,6 +28,7 @@ from genac_megatron.recipe.tasks import TaskConfig, single_tasks
 from genac_megatron.records import Sample
 from genac_megatron.stages.rollouts import Asked
 from genac_megatron.stages.room import Room, fit_part
+from genac_megatron.stages.sft_pool import MAKING
 from genac_megatron.tasks import Task, make_task
 from genac_megatron.tasks.base import read_alike
 
@@ -68,6 +70,12 @@ class Order:
     def where(self) -> str:
         """Its place, for messages."""
         return f"stage {self.label}"
+
+    @property
+    def file(self) -> str:
+        """Its samples' name among the run's files while they are made; of each actor's one of its own."""
+        told = "/".join(map(str, self.seed[1:]))
+        return f"{MAKING}{self.stage}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     def marked(self, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """Its samples as the stage keeps them: named, and without the score's loss where it is not scored."""

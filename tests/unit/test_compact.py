@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tracemalloc
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,13 @@ FLOATS = st.lists(st.floats(allow_nan=False), max_size=40)
 
 @given(ids=IDS, floats=FLOATS, begin=st.integers(-50, 50), end=st.integers(-50, 50))
 def test_it_is_what_a_tuple_is(ids: list[int], floats: list[float], begin: int, end: int) -> None:
-    for held, given_ in ((compact.ids(ids), tuple(ids)), (compact.figures(floats), tuple(floats))):
+    lies_in = array("i", ids).tobytes(), array("d", floats).tobytes()
+    for held, given_ in (
+        (compact.ids(ids), tuple(ids)),
+        (compact.figures(floats), tuple(floats)),
+        (compact.ids_in(lies_in[0]), tuple(ids)),
+        (compact.figures_in(memoryview(b"." + lies_in[1])[1:]), tuple(floats)),  # wherever that is
+    ):
         numbers: Sequence[float] = held
         assert numbers == given_
         assert numbers == list(given_)
@@ -35,6 +42,13 @@ def test_it_is_what_a_tuple_is(ids: list[int], floats: list[float], begin: int, 
         assert np.asarray(numbers).tolist() == list(given_), "to the last bit"
         assert torch.tensor(numbers, dtype=torch.float64).tolist() == [float(x) for x in given_]
         assert repr(numbers) == repr(given_)
+
+
+def test_where_they_lie_makes_no_difference() -> None:
+    held, view = compact.ids([3, 4, 5]), compact.ids_in(array("i", [3, 4, 5]).tobytes())
+    assert held == view == held
+    assert view[1:] == held[1:]
+    assert {held: 1}[view] == 1
 
 
 def test_an_id_that_is_none_is_refused() -> None:

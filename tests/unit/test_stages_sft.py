@@ -13,7 +13,8 @@ import pytest
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.schema import SftStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.sft_data import _read_samples, _write_samples, check_room, compact, with_room
+from genac_megatron.stages.sft_data import _read_samples, _write_samples, check_room, with_room
+from genac_megatron.stages.sft_pool import compacted
 
 
 def test_kept_samples_are_all_of_them_or_refused(tmp_path: Path) -> None:
@@ -38,15 +39,14 @@ def test_samples_as_arrays_are_the_same_in_a_few_bytes(tmp_path: Path) -> None:
     samples = [
         Sample([100_000 + n, 2, 3, 4], 1, figures, source="a", part="x", problem="p") for n in range(3)
     ]
-    kept = compact(samples)
+    kept = compacted(samples)
     for one, other in zip(kept, samples, strict=True):
         assert replace(one, tokens=list(one.tokens), fields={"weights": list(one.fields["weights"])}) == other
     path = tmp_path / "data" / "x.jsonl"
     _write_samples(path, kept)
     assert _read_samples(path) == samples
     long = Sample(list(range(100_000, 110_000)), 1)
-    assert sys.getsizeof(compact([long])[0].tokens) < 41_000 < sys.getsizeof(long.tokens)
-    assert compact(None) is None
+    assert sys.getsizeof(compacted([long])[0].tokens) < 41_000 < sys.getsizeof(long.tokens)
 
 
 def test_samples_longer_than_the_model_are_named() -> None:
