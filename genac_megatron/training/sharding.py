@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from genac_megatron.errors import GenacError
 from genac_megatron.models.mapping import ADAPTERS, beside_base
-from genac_megatron.platform import optimizer_shards, plan_check
+from genac_megatron.platform import optimizer_shards, plan_check, read_plan
 from genac_megatron.training.agreement import agree, lost_peer
 from genac_megatron.training.role import Role
 
@@ -140,6 +140,7 @@ class SharedReading(FullyParallelLoadStrategyWrapper):  # type: ignore[misc]
     """A load in which each data-parallel rank reads a share of its role's weights and sends it to others."""
 
     def __init__(self, roles: Mapping[str, Role], explain: Callable[[BaseException], GenacError]) -> None:
+        read_plan.install()
         super().__init__(TorchDistLoadShardedStrategy())
         self.roles, self.explain = roles, explain
 
