@@ -495,6 +495,6 @@ def supervised(samples: Iterable[Sample], ranks: Ranks = ALONE) -> list[Sample]:
     whole, count = ranks.totals(float(sums.sum()), float((sums > 0).sum()))
     shares = token_weights(sums, "token", whole=(whole, count)).tolist()
     return [
-        replace(sample, fields={"weights": [share * weight for weight in weights]})
+        replace(sample, fields={"weights": compact.figures(share * weight for weight in weights)})
         for sample, weights, share in zip(batch, own, shares, strict=True)
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from genac_megatron import compact
 from genac_megatron.algorithms.baselines.ppo import token_gae, value_targets
 from genac_megatron.algorithms.baselines.sp3o import trained_places
 from genac_megatron.algorithms.baselines.vapo import length_adaptive_lambda
@@ -120,11 +121,10 @@ def value_samples(
     for i, (rollout, value, target) in enumerate(zip(rollouts, values, lesson.targets, strict=True)):
         sample = _sequence(rollout)
         weights = masks[i] / total
-        sample.fields = {
-            "weights": (weights if lesson.scales is None else weights * lesson.scales[i]).tolist(),
-            "targets": target.tolist(),
-            "old": value.tolist(),
-        }
+        if lesson.scales is not None:
+            weights = weights * lesson.scales[i]
+        given = {"weights": weights, "targets": target, "old": value}
+        sample.fields = {name: compact.figures(numbers.tolist()) for name, numbers in given.items()}
         samples.append(sample)
     return samples
 
