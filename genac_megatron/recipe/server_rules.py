@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from genac_megatron.errors import InputError
 from genac_megatron.recipe.precision import Where
-from genac_megatron.recipe.schema import EngineConfig, RoleConfig
+from genac_megatron.recipe.schema import EngineConfig, PublicationConfig, RoleConfig
+
+# What an embedded engine reads too; enable_lora and share have a rule of their own (recipe/lora_rules.py)
+EMBEDDED = {
+    "engine": {"kind", "dtype", "quantization", "max_batch", "max_batch_tokens", "routing_replay"}
+    | {"enable_lora", "share"},
+    "publication": {"every"},
+}
 
 
 def check_servers(name: str, role: RoleConfig, where: Where) -> None:
@@ -81,3 +88,19 @@ def _check_spans(name: str, role: RoleConfig, where: Where) -> None:
             where=where(("roles", name, "publication", "transport")),
             way_out="leave transport out (it is group then), or set disk",
         )
+
+
+def check_embedded(name: str, role: RoleConfig, where: Where) -> None:
+    """Raise InputError where something is written that an embedded engine would not read."""
+    if role.engine.kind != "embedded":
+        return
+    written = {"engine": (role.engine, EngineConfig()), "publication": (role.publication, PublicationConfig())}
+    for block, (mine, usual) in written.items():
+        others = mine.model_fields_set - EMBEDDED[block]
+        for key in sorted(key for key in others if getattr(mine, key) != getattr(usual, key)):
+            raise InputError(
+                f"'{name}' sets {block}.{key}, which is of SGLang's servers, and its engine is embedded",
+                where=where(("roles", name, block, key)),
+                way_out=f"set roles.{name}.engine.kind: sglang, or take {key} out (an override "
+                f"roles.{name}.{block}={{}} writes the block anew)",
+            )

@@ -97,3 +97,26 @@ def test_a_server_that_shares_gpus_with_a_sender_is_told(place: Path) -> None:
     """CUDA IPC stays on a node, and NCCL takes one process of a GPU."""
     recipe = large("roles.actor.engine.nodes=[4, 5]", "roles.actor.publication.transport=auto")
     assert "weights of 'actor' do not reach all its servers" in publication_faults(recipe)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("engine.nnodes", "2"),
+        ("engine.engines", "4"),
+        ("engine.mem_fraction", "0.5"),
+        ("engine.urls", "['http://127.0.0.1:30000']"),
+        ("publication.bucket_mib", "64"),
+        ("publication.mode", "in_flight"),
+    ],
+)
+def test_what_servers_alone_read_is_refused_beside_an_embedded_engine(key: str, value: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"roles.actor.{key}={value}"])
+    assert f"'actor' sets {key}, which is of SGLang's servers, and its engine is embedded" in str(caught.value)
+    assert "kind: sglang" in str(caught.value.way_out)
+
+
+def test_an_embedded_engine_may_have_what_servers_read_at_its_usual_value() -> None:
+    for key in "engine.engines=1", "engine.nodes=[0]", "publication.transport=auto", "publication.every=2":
+        load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"roles.actor.{key}"])
