@@ -1,4 +1,4 @@
-"""Text of others in a prompt: nothing in it can be taken for a tag or a special token."""
+"""Text of others in a prompt: nothing in it can be taken for a tag or a special token, and not too long."""
 
 from __future__ import annotations
 
@@ -46,3 +46,11 @@ def read_transcript(text: str) -> list[tuple[str, str]]:
     """The parts of what `transcript` wrote, as they are shown there."""
     pieces = _PART.split(text)
     return [(who, said.removesuffix("\n")) for who, said in zip(pieces[1::2], pieces[2::2], strict=True)]
+
+
+def cut_middle(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, from its two ends, and a line that says how many are left out."""
+    if len(text) <= limit:
+        return text
+    head = limit // 2
+    return f"{text[:head]}\n[{len(text) - limit} characters left out]\n{text[len(text) - limit + head :]}"

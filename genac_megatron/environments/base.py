@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from genac_megatron.escaping import cut_middle
 from genac_megatron.records import Prompt
 
 Message = tuple[str, str]  # role, content
@@ -105,14 +106,6 @@ def checked_messages(given: Any, limit: int) -> tuple[tuple[Message, ...], int]:
         left_out += max(0, len(shown) - limit)
         found.append((str(role), kept))
     return tuple(found), left_out
-
-
-def cut_middle(text: str, limit: int) -> str:
-    """At most `limit` characters of a text, from its two ends, and a line that says how many are left out."""
-    if len(text) <= limit:
-        return text
-    head = limit // 2
-    return f"{text[:head]}\n[{len(text) - limit} characters left out]\n{text[len(text) - limit + head :]}"
 
 
 def _figure(name: str, value: Any) -> float:

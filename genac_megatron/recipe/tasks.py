@@ -115,7 +115,8 @@ class JsonlTask(QuestionsBlock):
     kind: Literal["jsonl"]
     path: str  # of the rows (docs/tasks.md)
     heldout_path: str | None = None  # None: a seeded share of path
-    heldout_size: Positive = 256  # rows of that share
+    # At most so many held-out rows; None: all that are given, or a share of 256
+    heldout_size: Positive | None = None
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     # how an answer is held to the reference: math, exact, or a function of yours; to be set
@@ -136,7 +137,8 @@ class DatasetTask(QuestionsBlock):
     revision: str | None = None  # of the data set on its hub: a commit, tag or branch
     split: str = "train"  # to train on
     heldout_split: str | None = None  # None: a seeded share of split
-    heldout_size: Positive = 256  # rows of that share
+    # At most so many held-out rows; None: all that are given, or a share of 256
+    heldout_size: Positive | None = None
     question_key: str = "question"  # a.b: b inside a. Its value is text, or a list of chat messages
     answer_key: str = "answer"  # where both names are left as they are, verl's are read as well
     answer_pattern: str | None = None  # regex whose group 1 is the reference (GSM8K: "#### (.*)")
@@ -200,7 +202,8 @@ class RubricTask(RowsBlock):
     kind: Literal["rubric"]
     path: str  # JSONL: a prompt (text, or a list of chat messages) and perhaps a rubric of its own
     heldout_path: str | None = None  # None: a seeded share of path
-    heldout_size: Positive = 256  # rows of that share
+    # At most so many held-out rows; None: all that are given, or a share of 256
+    heldout_size: Positive | None = None
     prompt_key: str = "prompt"  # of a row's prompt
     rubric_key: str = "rubric"  # of a row's rubric
     rubric: str | None = None  # of items that have none
@@ -215,7 +218,8 @@ class PythonTask(RowsBlock):
     kind: Literal["python"]
     path: str  # a Python file, or the name of a module
     prompts: str  # its function
-    heldout_size: Positive = 256  # a seeded share, where no prompt says that it is held out
+    # At most so many held-out prompts; None: all that say so, or a seeded share of 256
+    heldout_size: Positive | None = None
     instruction: str = ""  # behind each prompt
     verifier: Verifier | None = None  # math, exact, or a function of yours
     timeout_s: PositiveFloat = 600.0  # for the function to give all prompts
@@ -246,7 +250,8 @@ class PackageTask(RowsBlock):
     # The rewards that are worth 0 and 1, others in proportion. One beyond them fails its conversation
     rewards: tuple[float, float] = (0.0, 1.0)
     timeout_s: PositiveFloat = 600.0  # for it to load, with its rows
-    heldout_size: Positive = 256  # rows: of its evaluation set; a seeded share where it has none
+    # At most so many held-out rows; None: its whole evaluation set, or a seeded share of 256
+    heldout_size: Positive | None = None
 
     @property
     def sizes(self) -> tuple[int, int] | None:

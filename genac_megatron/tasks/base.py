@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "heldout"]
 _ANSWER = re.compile(r"^[ \t]*answer\b[ \t:]*(.*)$", re.MULTILINE)
+HELD_OUT = 256  # problems, where neither the recipe nor the data say how many
 DRAWS_PER_PROBLEM = 200  # tries for one more problem that is new, before the space counts as too small
 
 
@@ -316,15 +317,23 @@ def answer_line(text: str) -> str | None:
 
 
 def split_problems(
-    problems: Iterable[Problem], heldout: Iterable[Problem] | None, heldout_size: int, seed: int, where: str
+    problems: Iterable[Problem],
+    heldout: Iterable[Problem] | None,
+    heldout_size: int | None,
+    seed: int,
+    where: str,
+    notes: list[str],
 ) -> tuple[list[Problem], list[Problem]]:
     """(train, held-out) of a fixed set: the given held-out problems, else a seeded share of `problems`.
 
+    heldout_size: at most so many of the given ones, shuffled, and `notes` says what is left aside; None: all
+    of them, or a share of HELD_OUT.
     A text that occurs twice counts once, and one that is held out leaves the training split.
     Raises InputError where nothing is left to train on or to hold out, or where a text has two references.
     """
     unique = _unique(problems)
     if heldout is None:
+        heldout_size = heldout_size or HELD_OUT
         random.Random(f"split/{seed}").shuffle(unique)
         if len(unique) <= heldout_size:
             raise InputError(
@@ -335,9 +344,14 @@ def split_problems(
         return unique[heldout_size:], unique[:heldout_size]
     held = _unique(heldout)
     random.Random(f"split/{seed}").shuffle(held)
-    held = held[:heldout_size]
     keys = {problem.key for problem in held}
     train = [problem for problem in unique if problem.key not in keys]
+    if heldout_size is not None and len(held) > heldout_size:
+        notes.append(
+            f"{len(held) - heldout_size:,} of {len(held):,} held-out questions are left aside "
+            f"(task.heldout_size {heldout_size})"
+        )
+        held = held[:heldout_size]
     if not train or not held:
         raise InputError(
             f"{len(train)} training and {len(held)} held-out problems are left after removing repeats",

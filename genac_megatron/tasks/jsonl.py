@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from genac_megatron.errors import InputError
 from genac_megatron.recipe.tasks import JsonlTask
 from genac_megatron.tasks.filters import kept_rows
 from genac_megatron.tasks.questions import QuestionTask, make_question_task, need_verifier, read_problems
@@ -25,6 +26,13 @@ def make_jsonl_task(config: JsonlTask, tokenizer: PreTrainedTokenizerBase | None
     train, heldout = read_problems(rows, config, by_split="yes")
     given = heldout or None
     if config.heldout_path is not None:
+        if given:
+            raise InputError(
+                f"its {config.split_key!r} names a held-out split, and task.heldout_path another file",
+                where=given[0].where,
+                way_out="leave task.heldout_path out, so that rows name their split, or set task.split_key: "
+                "null where it says something else",
+            )
         rows = kept_rows(read_rows(config.heldout_path), config, notes)
         first, second = read_problems(rows, config, by_split="yes")
         given = first + second

@@ -68,11 +68,12 @@ def make_python_task(
         if split not in ("train", "heldout"):
             raise InputError(f"its split is {split!r}", where=where, way_out="say train or heldout")
         (heldout if split == "heldout" else train).append(problem)
-    splits = split_problems(train, heldout or None, config.heldout_size, seed, str(named))
+    notes: list[str] = []
+    splits = split_problems(train, heldout or None, config.heldout_size, seed, str(named), notes)
     verifier = config.verifier
     assert verifier is not None  # recipe/rules.py
     task = QuestionTask(*splits, "exact" if isinstance(verifier, OwnReward) else verifier, tokenizer)
-    task.digest = given.digest
+    task.digest, task.notes = given.digest, notes
     return task
 
 

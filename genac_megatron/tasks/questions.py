@@ -345,7 +345,7 @@ def make_question_task(
     train = [problem for problem in train if id(problem) in kept]
     if heldout is not None:
         heldout = [problem for problem in heldout if id(problem) in kept]
-    splits = split_problems(train, heldout, config.heldout_size, seed, where)
+    splits = split_problems(train, heldout, config.heldout_size, seed, where, told)
     task = QuestionTask(*splits, need_verifier(config), tokenizer, config.answer_forms)
     task.notes = told
     keep_lengths(task, config.filter.prompt_tokens)

@@ -2,7 +2,8 @@
 
 One JSON object a line: a prompt (text, or chat messages that end with the user's) and, where the recipe gives
 no rubric for all, a rubric of its own. The judge is any model behind an OpenAI-compatible endpoint. It is
-shown the conversation, the response and the rubric; what the response says is data to it, its tags broken.
+shown the conversation, the response behind its reasoning and the rubric; what the response says is data to
+it, its tags broken. Of a response longer than `LONGEST` it is shown both ends.
 
 Where no attempt gives a score (the endpoint fails or refuses this request, or the judge's answer holds none),
 the outcome is `judge.failed_outcome` and `failed` counts it; `judge.give_up` failures in a row end the run,
@@ -20,12 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError, PeerLost
-from genac_megatron.escaping import escape
+from genac_megatron.escaping import cut_middle, escape
 from genac_megatron.recipe.tasks import RubricTask
 from genac_megatron.records import Prompt
 from genac_megatron.serving.chat import Answer, ChatEndpoint, Names, Refusal, Reply
+from genac_megatron.tasks.answers import after_reasoning
 from genac_megatron.tasks.base import FixedTask, Problem, split_problems
-from genac_megatron.tasks.fields import Messages, look_up, read_messages, shown_text
+from genac_megatron.tasks.fields import MISSING, Messages, look_up, read_messages, shown_text
+from genac_megatron.tasks.reasoning import opened_reasoning, usual
 from genac_megatron.tasks.rows import Row, read_rows
 
 if TYPE_CHECKING:
@@ -62,14 +65,19 @@ def make_rubric_task(
     config: RubricTask, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> RubricJudged:
     """The task. Raises InputError where its data is wrong (naming file and line) or the key is not set."""
-    return RubricJudged(config, *read_rubric_rows(config, seed), tokenizer)
+    notes: list[str] = []
+    task = RubricJudged(config, *read_rubric_rows(config, seed, notes), tokenizer)
+    task.notes = notes
+    return task
 
 
-def read_rubric_rows(config: RubricTask, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. Raises InputError naming file and line."""
+def read_rubric_rows(
+    config: RubricTask, seed: int, notes: list[str]
+) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems; `notes` says what is left aside. Raises InputError naming file and line."""
     problems = _read(config, config.path)
     heldout = None if config.heldout_path is None else _read(config, config.heldout_path)
-    return split_problems(problems, heldout, config.heldout_size, seed, config.path)
+    return split_problems(problems, heldout, config.heldout_size, seed, config.path, notes)
 
 
 def parse_judgement(text: str, scale: int) -> float | None:
@@ -107,6 +115,7 @@ class RubricJudged(FixedTask):
         self._pool = ThreadPoolExecutor(judge.concurrency, thread_name_prefix="judge")
         self._lock = threading.Lock()
         self.failed = 0  # responses that no attempt could score
+        self._told_long = False
         self._in_a_row = 0  # failures
         self._refused_in_a_row = 0  # of them, the last so many
 
@@ -138,10 +147,25 @@ class RubricJudged(FixedTask):
         """What the judge is asked about a response."""
         return JUDGE.format(
             conversation=escape(prompt.problem),
-            response=escape(text[:LONGEST]),
+            response=escape(self._shown(prompt, text)),
             rubric=prompt.reference,
             scale=self._config.scale,
         )
+
+    def _shown(self, prompt: Prompt, text: str) -> str:
+        """What of a response the judge reads; all of one whose reasoning does not end."""
+        opened = self.tokenizer is not None and opened_reasoning(
+            self.tokenizer, prompt.ids, self.reasoning_tags
+        )
+        said = after_reasoning(usual(text, self.reasoning_tags), opened)
+        said = text if said is None else said
+        if len(said) > LONGEST and not self._told_long:
+            self._told_long = True
+            logger.warning(
+                "the judge is shown both ends of responses longer than %d characters, as of %s (%d)",
+                LONGEST, prompt.id, len(said),
+            )  # fmt: skip
+        return cut_middle(said, LONGEST)
 
     def close(self) -> None:
         """End the threads and connections."""
@@ -181,7 +205,9 @@ def _read(config: RubricTask, path: str) -> list[Problem]:
 
 
 def _item(config: RubricTask, row: Row, where: str) -> Problem:
-    rubric = row.get(config.rubric_key, config.rubric)
+    rubric = look_up(row, config.rubric_key)
+    if rubric is MISSING or rubric is None or rubric == "":
+        rubric = config.rubric
     if not isinstance(rubric, str) or not rubric.strip():
         raise InputError(
             f"no rubric under {config.rubric_key!r}, and the recipe has none for all",

@@ -15,12 +15,11 @@ from genac_megatron.environments.base import (
     OfTranscript,
     Step,
     checked_step,
-    cut_middle,
 )
 from genac_megatron.environments.host import Answer, Host, Job, digest
 from genac_megatron.environments.processes import CHARS_PER_TOKEN
 from genac_megatron.errors import InputError
-from genac_megatron.escaping import read_transcript, transcript
+from genac_megatron.escaping import cut_middle, read_transcript, transcript
 from genac_megatron.recipe.environments import EnvironmentConfig
 from genac_megatron.recipe.tasks import LockTask
 from genac_megatron.records import Prompt

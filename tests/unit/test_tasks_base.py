@@ -49,7 +49,7 @@ def test_fixed_splits_never_meet(train: list[str], heldout: list[str], size: int
         problems = [Problem(text, 0) for text in train]
         held = None if given_heldout is None else [Problem(text, 0) for text in given_heldout]
         try:
-            kept, out = split_problems(problems, held, size, seed, "here")
+            kept, out = split_problems(problems, held, size, seed, "here", [])
         except InputError:
             held_keys = set() if held is None else {p.key for p in held}
             left = {p.key for p in problems} - held_keys

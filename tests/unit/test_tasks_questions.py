@@ -31,8 +31,9 @@ def write(path: Path, rows: list[dict[str, object]]) -> str:
     return str(path)
 
 
-def sums(count: int, **more: object) -> list[dict[str, object]]:
-    return [{"question": f"What is {n} + {n}?", "answer": 2 * n, **more} for n in range(count)]
+def sums(count: int, first: int = 0, **more: object) -> list[dict[str, object]]:
+    numbers = range(first, first + count)
+    return [{"question": f"What is {n} + {n}?", "answer": 2 * n, **more} for n in numbers]
 
 
 def problems(task: Task, split: str) -> set[str]:
@@ -91,6 +92,26 @@ def test_jsonl_split_by_a_second_file_or_by_a_key(tmp_path: Path) -> None:
         task = make_task(config, TINY, 0)
         assert problems(task, "heldout") == {f"What is {n} + {n}?" for n in range(4)}
         assert problems(task, "train") == {f"What is {n} + {n}?" for n in range(4, 10)}
+
+
+def test_what_is_given_as_held_out_is_held_out_whole_unless_told(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", sums(310, first=1000))
+    heldout = write(tmp_path / "heldout.jsonl", sums(300))
+    whole = make_task(JsonlTask(kind="jsonl", path=train, heldout_path=heldout, verifier="exact"), TINY, 0)
+    assert (whole.train_size, whole.heldout_size, whole.notes) == (310, 300, [])
+    cut = JsonlTask(kind="jsonl", path=train, heldout_path=heldout, verifier="exact", heldout_size=50)
+    some = make_task(cut, TINY, 0)
+    assert some.heldout_size == 50
+    assert "250 of 300 held-out questions are left aside (task.heldout_size 50)" in some.notes[0]
+    assert make_task(JsonlTask(kind="jsonl", path=train, verifier="exact"), TINY, 0).heldout_size == 256
+
+
+def test_rows_that_say_they_are_held_out_are_not_lost_beside_a_held_out_file(tmp_path: Path) -> None:
+    both = write(tmp_path / "both.jsonl", [*sums(10), *sums(4, split="test")])
+    heldout = write(tmp_path / "heldout.jsonl", sums(3, first=20))
+    config = JsonlTask(kind="jsonl", path=both, heldout_path=heldout, verifier="exact")
+    with pytest.raises(InputError, match=r"both\.jsonl:11: its 'split' names a held-out split"):
+        make_task(config, TINY, 0)
 
 
 @pytest.mark.parametrize(

@@ -400,5 +400,5 @@ def test_a_question_with_another_answer_in_the_other_split_is_refused_or_dropped
 def test_prompts_of_other_tasks_have_one_reference_each() -> None:
     problems = [Problem("a?", {"low": 1}), Problem("b?", {"low": 1}), Problem("a?", {"low": 2}, where="x:3")]
     with pytest.raises(InputError, match="x:3: the same prompt stands there with different references"):
-        split_problems(problems, None, 1, 0, "x")
-    assert len(split_problems([*problems[:2], problems[0]], None, 1, 0, "x")[0]) == 1
+        split_problems(problems, None, 1, 0, "x", [])
+    assert len(split_problems([*problems[:2], problems[0]], None, 1, 0, "x", [])[0]) == 1

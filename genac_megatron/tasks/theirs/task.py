@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from genac_megatron.errors import InputError
 from genac_megatron.records import Prompt
-from genac_megatron.tasks.base import FixedTask, Problem
+from genac_megatron.tasks.base import HELD_OUT, FixedTask, Problem
 from genac_megatron.tasks.fields import read_messages, shown_text
 from genac_megatron.tasks.theirs.process import Failed, Lost, TheirProcess, Theirs, theirs_of
 
@@ -66,7 +66,8 @@ def package_task(
     """The task of what the environment says of itself. Raises InputError where its rows cannot be used."""
     theirs = theirs_of(config, seed)
     rows = {split: _different(theirs, split, loaded[split]) for split in ("train", "heldout")}
-    train, heldout = _split(rows["train"], rows["heldout"], config, seed)
+    notes: list[str] = []
+    train, heldout = _split(rows["train"], rows["heldout"], config, seed, notes)
     same = {problem.reference["same"] for problem in heldout}
     kept = [problem for problem in train if problem.reference["same"] not in same]
     if not kept:
@@ -78,6 +79,7 @@ def package_task(
     task = PackageEnvironment(config, tokenizer, (kept, heldout), loaded)
     digest = hashlib.sha256("\n".join(problem.reference["same"] for problem in [*kept, *heldout]).encode())
     task.digest = digest.hexdigest()
+    task.notes += notes
     if left := len(loaded["train"]) - len(kept) - (0 if rows["heldout"] else len(heldout)):
         task.notes.append(
             f"{left} of its {len(loaded['train'])} rows are left out: they repeat others, or are held out"
@@ -115,15 +117,23 @@ def _different(theirs: Theirs, split: str, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _split(
-    train: list[Problem], heldout: list[Problem], config: PackageTask, seed: int
+    train: list[Problem], heldout: list[Problem], config: PackageTask, seed: int, notes: list[str]
 ) -> tuple[list[Problem], list[Problem]]:
-    """(train, held-out): the environment's own rows to evaluate on, else a seeded share of its rows."""
+    """(train, held-out): the environment's own rows to evaluate on, else a seeded share of its rows.
+
+    `notes` says what is left aside of the former.
+    """
     held = heldout or train
     random.Random(f"split/{seed}").shuffle(held)
-    if not heldout and len(train) <= config.heldout_size:
+    size = config.heldout_size or (len(heldout) if heldout else HELD_OUT)
+    if not heldout and len(train) <= size:
         raise InputError(
-            f"{len(train)} different rows do not suffice for heldout_size {config.heldout_size}",
+            f"{len(train)} different rows do not suffice for heldout_size {size}",
             where="task.heldout_size",
             way_out="lower it, or give the environment more rows (task.args)",
         )
-    return (train if heldout else held[config.heldout_size :]), held[: config.heldout_size]
+    if heldout and len(held) > size:
+        notes.append(
+            f"{len(held) - size:,} of {len(held):,} held-out rows are left aside (task.heldout_size {size})"
+        )
+    return (train if heldout else held[size:]), held[:size]
