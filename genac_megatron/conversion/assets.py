@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Assets:
     tokenizer: Path  # a folder with tokenizer.json
     config: Path | None  # a folder with config.json; None: it is made of the shape
     template: str | None = None  # the recipe's chat template, in the place of the tokenizer's
+    variables: Mapping[str, Any] = field(default_factory=dict)  # the recipe's chat_template_kwargs
 
     def check(self, shape: Shape) -> None:
         """Raise InputError where tokenizer or config are not those of a model of `shape`."""
@@ -66,7 +67,10 @@ class Assets:
                 shutil.copytree(source, folder / name, dirs_exist_ok=True)
             elif source.exists():
                 shutil.copyfile(source, folder / name)
-        if self.template is not None:
+        if self.variables:  # whoever renders it has them
+            loaded = load_tokenizer(str(self.tokenizer), None, self.variables, self.template)
+            write_text_atomic(folder / TEMPLATE, str(loaded.chat_template))
+        elif self.template is not None:
             write_text_atomic(folder / TEMPLATE, template_text(self.template))
         ends = {} if self._names_ends else _ends(self.tokenizer, self.config, self.template)
         config, generation = {**hf_config(shape), **ends}, {}
@@ -142,7 +146,8 @@ def of_checkpoint(path: Path, role: str, given: str | None = None) -> Assets:
     if tokenizer is None:
         raise InputError(f"the recipe names no tokenizer for {role}", where=str(path), way_out="use --assets")
     template = model.get("chat_template")
-    return Assets(tokenizer, hf, None if template is None else str(template))
+    variables = model.get("chat_template_kwargs") or {}
+    return Assets(tokenizer, hf, None if template is None else str(template), variables)
 
 
 def trained_from(path: Path, role: str) -> str | None:

@@ -28,7 +28,7 @@ DETACH = 0x2  # umount2(2)
 ALL_BELOW, READ_ONLY = 0x8000, 0x1  # mount_setattr(2)
 SET_DEATH_SIGNAL, SET_SECCOMP, NO_NEW_PRIVS = 1, 22, 38  # prctl(2)
 NOBODY = 65534
-WORK = "/work"
+WORK = "/.genac-work"  # a path that no interpreter lies below
 WORK_MIB, FILE_MIB, FILES = 16, 8, 64
 
 # What no program of a model's needs: sockets (a virtual socket knows no namespace), processes and threads,
@@ -104,7 +104,7 @@ def build(paths: list[str], code: bytes) -> None:
             os.close(os.open(here, os.O_CREAT, 0o644))
             _mount(path, here, "", BIND)
     os.makedirs(root + WORK)
-    os.makedirs(root + "/dev")
+    os.makedirs(root + "/dev", exist_ok=True)  # an interpreter may lie below it: /dev/shm
     os.close(os.open(root + "/dev/null", os.O_CREAT, 0o644))
     wanted = struct.pack("4Q", READ_ONLY | NOSUID | NODEV, 0, 0, 0)
     done = LIBC.syscall(_LATER["mount_setattr"], -100, root.encode(), ALL_BELOW, wanted, len(wanted))

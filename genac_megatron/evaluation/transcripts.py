@@ -18,6 +18,8 @@ from genac_megatron.errors import InputError
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import Recipe
 
+OPTIONAL = ("tokens", "limit", "actor", "p_bar", "step", "success")  # null, as tables write it, is none
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
@@ -62,7 +64,8 @@ def _transcript(line: str, where: str) -> Row:
         raise InputError(f"not JSON: {error}", where=where, way_out=way_out) from error
     if not isinstance(row, dict):
         raise InputError("not an object", where=where, way_out=way_out)
-    problem, response = row.get("problem", row.get("question")), row.get("response")
+    problem, response = row.get("problem"), row.get("response")
+    problem = row.get("question") if problem is None else problem
     messages = row.get("messages")
     if problem is None and isinstance(messages, list) and len(messages) > 1:
         *asked, last = [one if isinstance(one, dict) else {} for one in messages]
@@ -86,7 +89,17 @@ def _transcript(line: str, where: str) -> Row:
             isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
         ):
             raise InputError(f"{name} is {value!r}", where=where, way_out="correct it, or leave it out")
-    return {**row, "problem": problem, "response": response}
+    for name, text in (("problem", problem), ("response", response)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"its {name} is no Unicode text: half of a surrogate pair at character {error.start}",
+                where=where,
+                way_out="write it anew as UTF-8",
+            ) from error
+    given = {name: value for name, value in row.items() if value is not None or name not in OPTIONAL}
+    return {**given, "problem": problem, "response": response}
 
 
 def told_by(recipe: Recipe, options: ScoreOptions) -> IccState:

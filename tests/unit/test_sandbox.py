@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from genac_megatron.environments import make_environment, sandbox
 from genac_megatron.environments.base import EnvironmentFault
 from genac_megatron.environments.host import Job, digest
+from genac_megatron.environments.jail import WORK
 from genac_megatron.environments.sandbox import JAIL, MOST_BYTES, Wanted, need_sandbox, run_python, seen_paths
 from genac_megatron.environments.tools import Tools
 from genac_megatron.errors import InputError
@@ -141,12 +143,22 @@ def test_nothing_of_the_machine_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
     shown = run(seen)
     assert "WANDB" not in shown
     assert "proc" not in shown
-    assert "'work'" in shown
+    assert repr(WORK.lstrip("/")) in shown
     assert run("import os; print([n for n in range(3, 60) if os.path.exists(f'/dev/fd/{n}')])") == "[]"
     held = (
         "import os\nfor n in range(3, 64):\n    try: os.fstat(n); print(n)\n    except OSError: pass\nprint()"
     )
     assert "printed nothing" in run(held), "no descriptor but the three"
+
+
+def test_an_interpreter_may_lie_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / "mine").write_text("seen")
+        monkeypatch.setattr(sandbox, "seen_paths", lambda: [*seen_paths(), folder])
+        assert run(f"print(open({folder!r} + '/mine').read(), len(open('/dev/null').read()))") == "seen 0"
+    assert run("import os\nprint(os.getcwd())") == WORK
+    assert not Path(WORK).exists(), "of no machine's own folders"
 
 
 def test_nothing_of_the_machine_is_written() -> None:
@@ -156,8 +168,8 @@ def test_nothing_of_the_machine_is_written() -> None:
     assert "Error" in refused("import os\nos.chmod('/usr', 0o777)")
     libc = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
     calls = (
-        "mount(b'tmpfs', b'/work', b'tmpfs', 0, None)", "mount(b'none', b'/', None, 4128, None)",
-        "umount2(b'/work', 2)", "unshare(0x10000000)", "ptrace(0, 0, 0, 0)",
+        f"mount(b'tmpfs', b'{WORK}', b'tmpfs', 0, None)", "mount(b'none', b'/', None, 4128, None)",
+        f"umount2(b'{WORK}', 2)", "unshare(0x10000000)", "ptrace(0, 0, 0, 0)",
     )  # fmt: skip
     for what in calls:
         assert run(f"{libc}print(libc.{what}, ctypes.get_errno())") == "-1 1", what

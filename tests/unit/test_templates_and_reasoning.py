@@ -89,6 +89,19 @@ def test_a_converted_folder_has_the_recipes_template(tmp_path: Path) -> None:
     assert tokenizer.decode(chat_ids(tokenizer, ASK)) == "user: 2+2?\nassistant:"
 
 
+def test_a_converted_folder_has_the_recipes_template_variables(tmp_path: Path) -> None:
+    """With them its prompts are those that the model was trained on."""
+    folder = Path(base(tmp_path / "base"))
+    shape = shape_of(ModelConfig(family="llama", shape=ModelShape(**FIVE), tokenizer=str(folder)), 355)
+    (tmp_path / "out").mkdir()
+    import torch
+
+    template = "{{ mode | default('plain') }}: {{ messages[0].content }}"
+    Assets(folder, None, template, {"mode": "brief"}).write(tmp_path / "out", shape, torch.bfloat16)
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    assert tokenizer.decode(chat_ids(tokenizer, ASK)) == "brief: 2+2?"
+
+
 @pytest.mark.parametrize(
     ("text", "opened", "value"),
     [

@@ -96,10 +96,14 @@ def test_transcripts_are_read_in_their_forms_and_bad_ones_are_named(tmp_path: Pa
         (json.dumps({"messages": chat[:1]}), "it has no problem and response"),
         ('{"problem": "p", "response": "r", "p_bar": 1.5}', r"p_bar is 1\.5"),
         ('{"problem": "p", "response": "r", "tokens": true}', "tokens is True"),
+        (r'{"problem": "p", "response": "\ud83d"}', "its response is no Unicode text"),
     ):
         path.write_text(f"\n{bad}\n")
         with pytest.raises(InputError, match=rf"t\.jsonl:2: {said}"):
             read_transcripts(path)
+    nulls = {"problem": None, "question": "q", "response": "r", "id": None, "p_bar": None, "step": None}
+    path.write_text(json.dumps(nulls | {"tokens": None, "limit": None, "actor": None, "success": None}) + "\n")
+    assert read_transcripts(path) == [{"problem": "q", "question": "q", "response": "r", "id": None}]
     path.write_text("\n")
     with pytest.raises(InputError, match="no transcript"):
         read_transcripts(path)
