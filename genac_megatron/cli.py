@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `genac`; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(_options_first(given))
+    options = _parsed(given)
     endings: list[Ending] = []  # of the run, once it is about to begin
     code = _done(options, given, endings)
     for ending in endings:
@@ -157,12 +157,17 @@ def _tell(error: GenacError) -> None:
     print(f"genac: {kind}: {error}", file=sys.stderr, flush=True)
 
 
-def _options_first(given: list[str]) -> list[str]:
-    """Options may stand before, between and behind a recipe's overrides."""
-    if given[:1] not in (["run"], ["slurm"], ["preflight"]):
-        return given
-    flags = [word for word in given if word.startswith("-")]
-    return [given[0], *flags, *(word for word in given[1:] if not word.startswith("-"))]
+def _parsed(given: list[str]) -> argparse.Namespace:
+    """The command line. Options may stand before, between and behind a recipe's overrides."""
+    grammar = parser()
+    options, left = grammar.parse_known_args(given)
+    if "--" in left:
+        left.remove("--")
+    if left and (not hasattr(options, "overrides") or any(word.startswith("-") for word in left)):
+        grammar.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:  # argparse ends a list of words at the first option behind it
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def _run(options: argparse.Namespace, given: list[str], endings: list[Ending]) -> int:

@@ -130,7 +130,7 @@ start_step() {
   local log=$1; shift
   GENAC_RANK_OF=$(mark) srun --nodes="$GENAC_NODES" --ntasks="$GENAC_RANKS" \
     --ntasks-per-node="$GENAC_RANKS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    --distribution=block --kill-on-bad-exit=1 --wait=0 --export=ALL --label \
+    --distribution=block:block --kill-on-bad-exit=1 --wait=0 --export=ALL --label \
     --output="${GENAC_LOGS//%/%%}/$log-node%n-%N.log" "${step_options[@]}" "${command[@]}" "$@" &
   step=$!
 }

@@ -15,7 +15,7 @@ import psutil
 from genac_megatron.errors import GenacError, InputError
 
 PORTS = 32  # a job's window; a multiple of it where there are many servers
-LOWEST_PORT = 10_000
+LOWEST_PORT, HIGHEST_PORT = 10_000, 65_535
 FIRST_JOBS = 64  # of a new cluster, as in tests: other servers take ports of their windows last
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 NET = Path("/sys/class/net")
@@ -149,17 +149,14 @@ def ephemeral_low() -> int:
 def job_ports(job: int, low: int | None = None, servers: int = 0) -> range:
     """The ports of a job: a window chosen by its number, below the ephemeral range, with room for `servers`.
 
-    Raises InputError where there is no such room.
+    Where that range leaves no such room (nodes tuned to 1024 to 65535), a window in it all the same: one in
+    use is passed by (`free_ports`).
     """
     top = ephemeral_low() if low is None else low
     size = max(PORTS, -(-(ENGINES + servers) // PORTS) * PORTS)
     windows = (top - LOWEST_PORT) // size
     if windows < 1:
-        raise InputError(
-            f"the ephemeral ports begin at {top}, which leaves no {size} for the job",
-            where=str(EPHEMERAL),
-            way_out=f"raise its lower end to at least {LOWEST_PORT + size}",
-        )
+        windows = (HIGHEST_PORT - LOWEST_PORT) // size
     start = LOWEST_PORT + job % windows * size
     return range(start, start + size)
 

@@ -94,7 +94,10 @@ def check_embedded(name: str, role: RoleConfig, where: Where) -> None:
     """Raise InputError where something is written that an embedded engine would not read."""
     if role.engine.kind != "embedded":
         return
-    written = {"engine": (role.engine, EngineConfig()), "publication": (role.publication, PublicationConfig())}
+    written = {
+        "engine": (role.engine, EngineConfig()),
+        "publication": (role.publication, PublicationConfig()),
+    }
     for block, (mine, usual) in written.items():
         others = mine.model_fields_set - EMBEDDED[block]
         for key in sorted(key for key in others if getattr(mine, key) != getattr(usual, key)):

@@ -43,6 +43,7 @@ class HeldOut:
     key: tuple[int, str]  # actor version, how it was sampled
     groups: list[Group]  # this rank's share
     draws: dict[tuple[str, int], list[float]] | None = None  # (rollout key, state index) -> outcomes
+    whole: bool = False  # they are of whole responses (`monte_carlo_draws`)
     judged: tuple[object, list[Group]] | None = None  # by which critic, told what; the groups with judgements
 
     def outcomes(self) -> dict[str, list[float]]:
@@ -278,8 +279,9 @@ def _evaluate_critic(
     if held.judged is None or held.judged[0] != told or is_scalar(run):
         held.judged = told, _judged(run, stage, held.groups)
     judged = held.judged[1]  # a stage begins with what the one before ended with
-    if monte_carlo and held.draws is None and run.recipe.evaluation.mc_states:
-        held.draws = monte_carlo_draws(run, stage, judged)
+    whole = needs_whole(stage)
+    if monte_carlo and run.recipe.evaluation.mc_states and (held.draws is None or held.whole != whole):
+        held.draws, held.whole = monte_carlo_draws(run, stage, judged), whole
     # Only where asked for: a resumed run has no values left over from an earlier stage.
     mine = held.draws if monte_carlo and held.draws is not None else {}
     known = {k: v for part in run.gather([mine]) for k, v in part.items()}
@@ -348,9 +350,7 @@ def monte_carlo_draws(
     A gate by what the critic knows within responses needs several states of each: then whole responses are
     drawn, and states one by one else.
     """
-    config = run.recipe.evaluation
-    gate = stage.advantage.gate if isinstance(stage, PpoStage) else None
-    whole = gate is not None and gate.figure == "explained_variance_response"
+    config, whole = run.recipe.evaluation, needs_whole(stage)
     states = [j.state for g in groups for js in g.judgements for j in js if j.state.index > 0]
     states += [group.judgements[0][0].state for group in groups]
     ranked = draw_order(run.recipe.seed, [_key(state) for state in states], whole=whole)
@@ -364,6 +364,12 @@ def monte_carlo_draws(
     run.count({"verify/late": float(run.task.late - late)})
     run.spend("evaluate", "actor")
     return {_key(state): drawn for state, drawn in zip(chosen, outcomes, strict=True)}
+
+
+def needs_whole(stage: StageConfig) -> bool:
+    """Whether Monte-Carlo values are wanted of all states of some responses."""
+    gate = stage.advantage.gate if isinstance(stage, PpoStage) else None
+    return gate is not None and gate.figure == "explained_variance_response"
 
 
 def draw_order(

@@ -74,7 +74,9 @@ def trusted_samples(
     taught = batch.only(kept)
     lams, values = _kept(lams, kept), _kept(values, kept)
     samples = actor_samples(taught, config, lams, stage.actor_loss, limit, cache, values)
-    advantages = [torch.tensor(sample.fields["advantages"]) for sample in samples]
+    advantages = [
+        torch.tensor(rollout.advantages) for rollout in taught.rollouts
+    ]  # not of each turn's sample
     found = {
         "advantage/gap": advantage_gap(advantages, taught.outcomes, ranks.totals),
         "advantage/within_response": variance_within(advantages, ranks.totals),

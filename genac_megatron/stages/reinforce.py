@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
-from genac_megatron.algorithms.losses import make_reinforce_loss
+from genac_megatron.algorithms.losses import Loss, make_reinforce_loss
 from genac_megatron.recipe.schema import ReinforceStage
 from genac_megatron.records import Sample
-from genac_megatron.stages.batch import critic_samples, next_batch
+from genac_megatron.stages.batch import Batch, critic_samples, next_batch
 from genac_megatron.stages.fallback import find_weights, go_back, keep_trained, keep_weights
 from genac_megatron.stages.figures import trained_figures
 from genac_megatron.stages.gates import check_critic_gate
@@ -50,19 +50,13 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         replayed: list[Sample] = []
         if replay is not None:
             samples, replayed = replay.joined(batch, samples, step)
-        with run.phase("critic_train"):
-            taught = batch.dealt([*samples, *replayed])
-            result = run.critic.train_step(
-                taught, loss, temperature=run.recipe.judging.temperature, with_entropy=True
-            )
-        own, others = result.logprobs[: len(samples)], result.logprobs[len(samples) :]
-        figures |= trained_figures("critic", [result], batch, samples, own)
+        figures |= _trained(run, batch, samples, replayed, replay, loss)
         keep_batch(run, stage, batch, step)
-        if replay is not None:
-            figures |= replay.figures(replayed, others, batch.ranks)
         told = run.icc if actor is None else met
         if told is not None:  # each actor has a success rate of its own
             told.update([batch.mean_target], advance=False)
+        if actor is not None and told is not None:
+            cast.remember(actor, told)
         figures |= merge_due(run, "critic", step=step)
         figures |= run.publish("critic", step=None if loop.whole(step) else step)
         due = stage.eval_every and step % stage.eval_every == 0 and step < stage.steps
@@ -73,3 +67,25 @@ def reinforce(run: Run, stage: ReinforceStage, loop: Loop) -> None:
         go_back(run, stage, back)
         run.at.explained_variance = None  # of the critic that is gone
         evaluate(run, stage, "fallback", stage.steps, monte_carlo=True)
+
+
+def _trained(
+    run: Run,
+    batch: Batch,
+    samples: list[Sample],
+    replayed: list[Sample],
+    replay: Replay | None,
+    loss: Loss,
+) -> dict[str, float]:
+    """One update of the critic, its figures; of nothing there is none. Collective."""
+    if not batch.ranks.any(bool([*samples, *replayed])):  # every judgement had no room, or is left out
+        run.critic.skip(1)
+        return {"critic/skipped": 1.0}
+    with run.phase("critic_train"):
+        taught = batch.dealt([*samples, *replayed])
+        result = run.critic.train_step(
+            taught, loss, temperature=run.recipe.judging.temperature, with_entropy=True
+        )
+    own, others = result.logprobs[: len(samples)], result.logprobs[len(samples) :]
+    figures = trained_figures("critic", [result], batch, samples, own)
+    return figures if replay is None else figures | replay.figures(replayed, others, batch.ranks)

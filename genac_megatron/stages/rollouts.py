@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from genac_megatron.environments import Environments
 from genac_megatron.recipe.schema import RolloutConfig
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genac_megatron.stages.runtime import Run
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -94,15 +96,14 @@ class Generator:
         need_room(prompt, self.config.max_new_tokens, self.positions)
         group = Group(prompt)
         if self.judge is None:
-            parts = await asyncio.gather(*(self._unjudged(prompt, s) for s in samples))
+            parts = await all_of(self._unjudged(prompt, s) for s in samples)
         else:
             first = PromptState(self.judge, prompt, samples.start)
             others = Others(samples) if self.leaves_certain else None
             if others is None:
                 first.begin()
             try:
-                made = (self._judged(prompt, s, self.judge, first, others) for s in samples)
-                parts = await asyncio.gather(*made)
+                parts = await all_of(self._judged(prompt, s, self.judge, first, others) for s in samples)
             finally:
                 await first.end()
         for rollout, judgements in parts:
@@ -283,6 +284,20 @@ def generate(
     return asyncio.run(groups_of(generator, lot))
 
 
+async def all_of(works: Iterable[Awaitable[T]]) -> list[T]:
+    """What all give; where one fails the others are ended first: in a loop that goes on they would, too, and
+    answer in the place of those that are begun anew.
+    """
+    made = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*made)
+    except BaseException:
+        for task in made:
+            task.cancel()
+        await asyncio.gather(*made, return_exceptions=True)
+        raise
+
+
 async def groups_of(generator: Generator, lot: Lot, beside: Sequence[Lot] = ()) -> list[Group]:
     """`generate` for an event loop of one's own. beside: what else is under way there."""
     judge, lots, lot.done = generator.judge, (*beside, lot), 0
@@ -297,20 +312,13 @@ async def groups_of(generator: Generator, lot: Lot, beside: Sequence[Lot] = ()) 
         lot.done += 1
         return group
 
-    made = [asyncio.ensure_future(one(p, n)) for p, n in zip(lot.prompts, lot.numbers, strict=True)]
-    try:
-        return await asyncio.gather(*made)
-    except BaseException:  # the others of a loop that goes on would, too
-        for task in made:
-            task.cancel()
-        await asyncio.gather(*made, return_exceptions=True)
-        raise
+    return await all_of(one(p, n) for p, n in zip(lot.prompts, lot.numbers, strict=True))
 
 
 async def _judged(judge: StateJudge, group: Group) -> Group:
     shared = asyncio.ensure_future(judge.judge_prompt(group.prompt, group.rollouts[0].sample))
     try:
-        judgements = await asyncio.gather(*(judge.judge_response(r, shared) for r in group.rollouts))
+        judgements = await all_of(judge.judge_response(r, shared) for r in group.rollouts)
     finally:
         await let_go(shared)
     return Group(group.prompt, group.rollouts, list(judgements))

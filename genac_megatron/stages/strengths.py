@@ -56,7 +56,7 @@ class Cast:
         run.publish(ACTOR)
         run.icc = self._met(actor)
         yield run.icc
-        self._remember(actor, run.icc)
+        self.remember(actor, run.icc)
         run.icc = own_icc
         self._put(own)
         run.publish(ACTOR)  # a checkpoint, and an evaluation, find engines and trainer as they were
@@ -80,13 +80,14 @@ class Cast:
             targets, judging.icc_momentum, seed, from_first(partial(self._step, actor))
         )
         told.actor = actor.name
-        self._remember(actor, told)
+        self.remember(actor, told)
         run.progress.note(
             f"[{self.stage.name}] {actor.name}: success rate {told.p_bar:.3f} on held-out prompts"
         )
         return told
 
-    def _remember(self, actor: ActorConfig, told: IccState) -> None:
+    def remember(self, actor: ActorConfig, told: IccState) -> None:
+        """Keep what the critic is told of the actor, for its next turn and for checkpoints."""
         self.run.at.told[self._key(actor)] = told.state_dict()
 
     def _step(self, actor: ActorConfig) -> int:

@@ -19,7 +19,7 @@ from genac_megatron.critic.states import cut_states, state_text
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.recipe.algorithms import RegressionConfig
 from genac_megatron.recipe.schema import RolloutConfig
-from genac_megatron.records import Rollout, State, sample_of
+from genac_megatron.records import Completion, Rollout, State, sample_of
 from genac_megatron.stages.batch import Batch, generator_for
 from genac_megatron.stages.dealt import placed
 from genac_megatron.stages.rollouts import continue_states
@@ -101,16 +101,13 @@ def monte_carlo_values(
     """
     tokenizer, states = run.tokenizers["actor"], run.recipe.judging.states
     wanted: dict[tuple[int, int], State] = {}  # by the response, or by the group where the cut is 0
-    found: list[list[tuple[int, int]]] = []
+    found: list[dict[int, tuple[int, int]]] = []
     for number, group in enumerate(batch.groups):
         for one in group.rollouts:
-            cuts = {state.cut: state for state in cut_states(one, tokenizer, states)}
-            chosen = list(cuts)
-            if config.at:
-                chosen = trained_places(len(one.completion.ids), config.at, chosen)
-            keys = [(len(found) if cut else -1 - number, cut) for cut in chosen]
-            for key in keys:
-                wanted.setdefault(key, cuts[key[1]])
+            keys = {}
+            for place, state in states_at(one.completion, cut_states(one, tokenizer, states), config).items():
+                keys[place] = len(found) if state.cut else -1 - number, state.cut
+                wanted.setdefault(keys[place], state)
             found.append(keys)
     generator = generator_for(run, rollout, (*seed, "monte carlo"), judged=False)
     mine, late = list(wanted.values()), run.task.late
@@ -120,11 +117,22 @@ def monte_carlo_values(
     known = dict(zip(wanted, map(mean, drawn), strict=True))
     targets = []
     for one, keys in zip(batch.rollouts, found, strict=True):
-        values = torch.zeros(len(one.completion.ids))
-        for key in keys:
-            values[key[1]] = known[key]
+        values = torch.zeros(one.completion.written)
+        for place, key in keys.items():
+            values[place] = known[key]
         targets.append(values)
-    return targets, [[cut for _, cut in keys] for keys in found]
+    return targets, [list(keys) for keys in found]
+
+
+def states_at(completion: Completion, states: Sequence[State], config: RegressionConfig) -> dict[int, State]:
+    """States by the sampled token before which each stands, of several the last, as it has seen most; with
+    config.at the nearest to these.
+    """
+    length = completion.written
+    found = {completion.written_before(state.cut): state for state in states}
+    found = {place: state for place, state in found.items() if place < length}  # behind all there is no token
+    places = trained_places(length, config.at, list(found)) if config.at else list(found)
+    return {place: found[place] for place in places}
 
 
 def towards_the_moved(run: Run, batch: Batch, lesson: Lesson, cap: float, temperature: float) -> Lesson:

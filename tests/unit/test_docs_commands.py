@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genac_megatron.cli import _options_first, main, parser
+from genac_megatron.cli import _parsed, main
 from genac_megatron.recipe.loader import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def check(words: list[str], folder: Path) -> None:
         assert {word for word in rest if "=" not in word} <= set(targets)
     elif head == "genac":
         try:
-            options = parser().parse_args(_options_first(rest))
+            options = _parsed(rest)
         except SystemExit as error:
             pytest.fail(f"genac {' '.join(rest)}: exit code {error.code}")
         given = Path(getattr(options, "recipe", None) or getattr(options, "file", None) or ROOT)
@@ -100,3 +100,20 @@ def test_the_index_has_every_page() -> None:
     for page in DOCS.rglob("*.md"):
         name = page.relative_to(DOCS).as_posix()
         assert name == "README.md" or name in index, name
+
+
+def test_options_stand_before_between_and_behind_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ("r.yaml", ["seed=2", "a.b=-1"], "gpu", "30")
+    for line in (
+        "--partition gpu --time 30 r.yaml seed=2 a.b=-1",
+        "r.yaml --partition gpu seed=2 --time=30 a.b=-1",
+        "r.yaml seed=2 a.b=-1 --time 30 --partition=gpu",
+        "--time=30 r.yaml --partition gpu -- seed=2 a.b=-1",
+    ):
+        found = _parsed(["slurm", *line.split()])
+        assert (found.recipe, found.overrides, found.partition, str(found.time)) == wanted, line
+    for wrong in (["run", "r.yaml", "--no-such", "seed=2"], ["doctor", "seed=2"]):
+        with pytest.raises(SystemExit) as ended:
+            _parsed(wrong)
+        assert ended.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err

@@ -113,7 +113,9 @@ def test_a_server_that_shares_gpus_with_a_sender_is_told(place: Path) -> None:
 def test_what_servers_alone_read_is_refused_beside_an_embedded_engine(key: str, value: str) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"roles.actor.{key}={value}"])
-    assert f"'actor' sets {key}, which is of SGLang's servers, and its engine is embedded" in str(caught.value)
+    assert f"'actor' sets {key}, which is of SGLang's servers, and its engine is embedded" in str(
+        caught.value
+    )
     assert "kind: sglang" in str(caught.value.way_out)
 
 

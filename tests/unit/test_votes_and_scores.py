@@ -102,7 +102,9 @@ def test_transcripts_are_read_in_their_forms_and_bad_ones_are_named(tmp_path: Pa
         with pytest.raises(InputError, match=rf"t\.jsonl:2: {said}"):
             read_transcripts(path)
     nulls = {"problem": None, "question": "q", "response": "r", "id": None, "p_bar": None, "step": None}
-    path.write_text(json.dumps(nulls | {"tokens": None, "limit": None, "actor": None, "success": None}) + "\n")
+    path.write_text(
+        json.dumps(nulls | {"tokens": None, "limit": None, "actor": None, "success": None}) + "\n"
+    )
     assert read_transcripts(path) == [{"problem": "q", "question": "q", "response": "r", "id": None}]
     path.write_text("\n")
     with pytest.raises(InputError, match="no transcript"):
