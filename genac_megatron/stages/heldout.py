@@ -46,6 +46,10 @@ class HeldOut:
     whole: bool = False  # they are of whole responses (`monte_carlo_draws`)
     judged: tuple[object, list[Group]] | None = None  # by which critic, told what; the groups with judgements
 
+    def lacks(self, whole: bool) -> bool:
+        """Whether there are no such draws, as a stage with another gate made them."""
+        return self.draws is None or self.whole != whole
+
     def outcomes(self) -> dict[str, list[float]]:
         """This rank's outcomes by prompt."""
         return {g.prompt.id: [r.outcome for r in g.rollouts] for g in self.groups}
@@ -280,7 +284,7 @@ def _evaluate_critic(
         held.judged = told, _judged(run, stage, held.groups)
     judged = held.judged[1]  # a stage begins with what the one before ended with
     whole = needs_whole(stage)
-    if monte_carlo and run.recipe.evaluation.mc_states and (held.draws is None or held.whole != whole):
+    if monte_carlo and run.recipe.evaluation.mc_states and held.lacks(whole):
         held.draws, held.whole = monte_carlo_draws(run, stage, judged), whole
     # Only where asked for: a resumed run has no values left over from an earlier stage.
     mine = held.draws if monte_carlo and held.draws is not None else {}

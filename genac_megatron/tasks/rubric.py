@@ -72,7 +72,7 @@ def make_rubric_task(
 
 
 def read_rubric_rows(config: RubricTask, seed: int, notes: list[str]) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; `notes` says what is left aside. Raises InputError naming file and line."""
+    """(training, held-out) problems; `notes` says what is left aside. Raises InputError (file, line)."""
     problems = _read(config, config.path)
     heldout = None if config.heldout_path is None else _read(config, config.heldout_path)
     return split_problems(problems, heldout, config.heldout_size, seed, config.path, notes)

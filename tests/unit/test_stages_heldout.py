@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import statistics
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from genac_megatron.errors import InputError
+from genac_megatron.errors import InputError, PeerLost
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Completion, Judgement, Prompt, Rollout, State
 from genac_megatron.stages.heldout import (
+    HeldOut,
     critic_row,
     held_out,
     monte_carlo_draws,
@@ -20,7 +22,7 @@ from genac_megatron.stages.heldout import (
     tokens_per_state,
     without_tokens,
 )
-from genac_megatron.stages.rollouts import Group
+from genac_megatron.stages.rollouts import Group, all_of
 
 
 def judged(state: State, value: float | None, used: float, length: int) -> Judgement:
@@ -221,3 +223,37 @@ def test_failed_verifications_are_counted_with_a_stand_in_for_the_run() -> None:
     assert counted == [{"verify/late": 2.0}, {"verify/late": 0.0}, {"verify/late": 2.0}]
     held_out(run, other)  # shorter responses are others
     assert counted[3:] == [{"verify/late": 2.0}]
+
+
+def test_draws_of_another_kind_are_not_taken_over() -> None:
+    """REINFORCE draws states one by one; a gate by what is known within responses needs whole ones."""
+    held = HeldOut((1, "key"), [])
+    assert held.lacks(False)
+    held.draws, held.whole = {}, False
+    assert not held.lacks(False)
+    assert held.lacks(True)
+
+
+def test_a_failed_response_ends_its_siblings() -> None:
+    """In a loop that goes on they would, and answer turns of those that are begun anew."""
+    ended: list[str] = []
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise PeerLost("gone", where="here", way_out="none")
+
+    async def plays() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            ended.append("sibling")
+            raise
+
+    async def both() -> set[asyncio.Task[Any]]:
+        with pytest.raises(PeerLost):
+            await all_of([plays(), fails()])
+        return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
+
+    assert asyncio.run(both()) == set()
+    assert ended == ["sibling"]

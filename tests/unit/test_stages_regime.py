@@ -377,6 +377,18 @@ def test_figures_of_the_advantages_by_hand() -> None:
     assert "advantage/gap" not in figures, "all ended alike"
 
 
+def test_figures_of_conversations_are_of_responses_also_where_each_turn_is_a_sample() -> None:
+    """A chat template that rewrites earlier turns (environment.history: template)."""
+    batch = Batch([group(0, (1.0, [0.2, 0.6])), group(1, (0.0, [0.2, 0.6]))])
+    _, wanted = trusted_samples(Progression(), stage(normalise="none"), batch, 1)
+    for rollout in batch.rollouts:
+        rollout.completion = dataclasses.replace(rollout.completion, sampled=((0, 2), (2, 4)))
+        rollout.behind = ((1, 2), (1, 9))
+    samples, figures = trusted_samples(Progression(), stage(normalise="none"), batch, 1)
+    assert len(samples) == 4
+    assert figures == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("how", ["whiten", "centre", "scale", "none"])
 def test_normalised_advantages(how: Any) -> None:
     batch = make_batch(7)

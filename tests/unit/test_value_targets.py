@@ -17,7 +17,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.recipe.algorithms import RegressionConfig
 from genac_megatron.recipe.schema import PolicyStage, RolloutConfig, StatesConfig, ValueStage
 from genac_megatron.recipe.tasks import ChainedArithmeticTask, StateTrackingTask
-from genac_megatron.records import Completion, Finish, Request, Rollout, Sample
+from genac_megatron.records import Completion, Finish, Request, Rollout, Sample, State
 from genac_megatron.stages import policy as policy_stage
 from genac_megatron.stages.batch import Batch
 from genac_megatron.stages.dealt import Dealt
@@ -25,7 +25,7 @@ from genac_megatron.stages.minibatches import critic_passes, critic_updates, min
 from genac_megatron.stages.policy import train
 from genac_megatron.stages.rollouts import Group
 from genac_megatron.stages.under_way import Update
-from genac_megatron.stages.value_targets import exact_values, lesson_of
+from genac_megatron.stages.value_targets import exact_values, lesson_of, states_at
 from genac_megatron.stages.values import Lesson, launch_values, value_batch, value_samples
 from genac_megatron.tasks import make_task
 from genac_megatron.tasks.tokenizer import load_tokenizer
@@ -392,3 +392,14 @@ def test_a_prefixs_text_is_what_a_generative_critic_is_shown() -> None:
     for state in cut_states(rollout, TINY, run.recipe.judging.states):
         decoded = TINY.decode(rollout.completion.ids[: state.cut], skip_special_tokens=True)
         assert state_text(state, TINY) == decoded
+
+
+def test_monte_carlo_values_of_conversations_stand_at_sampled_tokens() -> None:
+    """ids 0-2 and 9-11 are the actor's; the state before its second turn is at the fourth sampled token."""
+    said = Completion(tuple(range(14)), (-0.5,) * 6, "stop", sampled=((0, 3), (9, 12)))
+    rollout = Rollout(make_task(TASK, TINY, 1).prompt("train", 0), 0, said, "")
+    states = [State(rollout, n, cut, 14) for n, cut in enumerate((0, 3, 9, 12))]
+    found = states_at(said, states, RegressionConfig())
+    assert {place: state.cut for place, state in found.items()} == {0: 0, 3: 9}, "12: no token is behind it"
+    nearest = states_at(said, states, RegressionConfig(target="monte_carlo", at=[0.9]))
+    assert {place: state.cut for place, state in nearest.items()} == {3: 9}
