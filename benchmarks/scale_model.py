@@ -364,9 +364,9 @@ def _unit(role: RoleConfig) -> int:
 def rows_of(
     path: Path, batch: str, serving: str, assumed: Assumed, measured: Measured, counts: Sequence[int] = COUNTS
 ) -> list[dict[str, Any]]:
-    """A row per number of GPUs on which the recipe fits."""
+    """A row per number of GPUs on which the recipe fits, its own among them."""
     named, rows = load_recipe(path), []
-    for gpus in counts:
+    for gpus in sorted({*counts, named.world.ranks}):
         fitted = resized(path, gpus, serving)
         if fitted is None:
             continue
