@@ -1,4 +1,4 @@
-"""What a critic is told of a stage's further actors: with a stand-in for the run, whose weights nobody reads."""
+"""What a critic is told of a stage's further actors: with a stand-in for the run, no weights read."""
 
 from __future__ import annotations
 
