@@ -362,11 +362,11 @@ def _unit(role: RoleConfig) -> int:
 
 
 def rows_of(
-    path: Path, batch: str, serving: str, assumed: Assumed, measured: Measured, counts: Sequence[int] = COUNTS
+    path: Path, batch: str, serving: str, assumed: Assumed, measured: Measured, counts: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """A row per number of GPUs on which the recipe fits, its own among them."""
+    """A row per number of GPUs on which the recipe fits; counts: (), COUNTS and its own."""
     named, rows = load_recipe(path), []
-    for gpus in sorted({*counts, named.world.ranks}):
+    for gpus in counts or sorted({*COUNTS, named.world.ranks}):
         fitted = resized(path, gpus, serving)
         if fitted is None:
             continue
