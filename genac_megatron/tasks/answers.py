@@ -86,12 +86,23 @@ _SENTENCE = re.compile(
 _HOPE = re.compile(r"\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE)
 _TAIL = 600  # characters in which a last sentence lies
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w)")
-_REASON = re.compile(r",?\s(?:because|since|as)\s")
+_REASON = re.compile(
+    r",?\s(?:because|since)\s|,\sas\s"
+    r"|\sas\s(?=(?:the|it|we|there|this|that|these|they|both|each|all|required|expected|shown|stated)\b)"
+)
 _TAKEN_BACK = re.compile(
     r"\b(?:but|however|actually|wait|no|not|rather|instead|correction|misread|mistake|wrong|oops)\b",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(rf"(?<!\b[A-Z])[.。；;](?=\s|$)|{_REASON.pattern}")
+_ABBREVIATED = (  # a period behind these ends nothing: St. Louis, approx. 5, No. 1
+    r"(?<!\b[A-Z])(?<!\b(?:St|Dr|Mr|Ms|Mt|sq|ca|vs))(?<!\b(?:Mrs|Gen|Col))(?<!\bProf)(?<!\bapprox)"
+    r"(?<!\bApprox)(?!(?<=\bNo).\s\d)"
+)
+# Behind a semicolon: 2; 3 and x = 1; y = 2
+_GOES_ON = r"\s*[-+−(\[{$\\]*\s*(?:\d|[A-Za-z](?:_?\w)?\s*=|[A-Za-z](?!\w|\s\w))"
+_SENTENCE_END = re.compile(
+    rf"{_ABBREVIATED}\.(?=\s|$)|。(?=\s|$)|[；;](?=\s|$)(?!{_GOES_ON})|{_REASON.pattern}"
+)
 
 # Between two boxes of one answer: a comma, "and", "or", and perhaps what the second one is called.
 _SPACING = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\(?:[,;:! ]|\\)|\\[()\[\]]|[$*~]")

@@ -160,3 +160,29 @@ def test_time_grows_with_the_length_alone(piece: str) -> None:
     final_answer(text, ALL_FORMS)
     final_answer(f"{text}\nAnswer: 5", ALL_FORMS)
     assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Answer: St. Louis", "St. Louis"),
+        ("Answer: Dr. Seuss. He wrote it.", "Dr. Seuss"),
+        ("Answer: approx. 5", "approx. 5"),
+        ("Answer: No. 1", "No. 1"),
+        ("Answer: No. The two differ.", "No"),
+        ("Answer: 2; 3", "2; 3"),
+        ("Answer: (1; 2)", "(1; 2)"),
+        ("Answer: x = 1; y = 2", "x = 1; y = 2"),
+        ("Answer: 5; that is all", "5"),
+        ("Answer: B; I think so", "B"),
+        ("Answer: twice as much as before", "twice as much as before"),
+        ("Answer: 5, as it is odd", "5"),
+        ("Answer: 5 as required", "5"),
+    ],
+)
+def test_where_a_lines_answer_ends(text: str, said: str) -> None:
+    assert final_answer(text) == said
+
+
+def test_a_sentence_may_hold_an_abbreviation() -> None:
+    assert final_answer("The answer is St. Louis.", ("sentence",)) == "St. Louis"
