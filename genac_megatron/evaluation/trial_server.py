@@ -83,6 +83,7 @@ def _ask(endpoint: ChatEndpoint, trial: Trial, limit: int, temperature: float) -
         except BaseException:
             for future in futures:
                 future.cancel()
+            replies.forget_kept()
             replies.keep()
             replies.take_what_is_open(futures)
             raise
@@ -123,6 +124,11 @@ class _Replies:
                     continue  # one of its kind is being raised
         finally:
             self.keep()
+
+    def forget_kept(self) -> None:
+        """Let go of answers that are on the disk: an interrupt may have come before they were forgotten."""
+        known = {(row["index"], row["sample"]) for row in self.trial.parts.so_far()}
+        self.answered = [(item, answer) for item, answer in self.answered if item not in known]
 
     def keep(self) -> None:
         """Grade and write what was answered."""

@@ -40,7 +40,7 @@ from genac_megatron.recipe.schema import (
     StageConfig,
     ValueStage,
 )
-from genac_megatron.recipe.server_rules import check_embedded, check_servers
+from genac_megatron.recipe.server_rules import check_embedded, check_servers, check_unread
 from genac_megatron.recipe.size_rules import check_sizes
 from genac_megatron.recipe.source_rules import (
     check_replay,
@@ -100,6 +100,7 @@ def check(recipe: Recipe, where: Where = nowhere) -> None:
         check_servers(name, role, where)
         check_lora(recipe, name, role, where)
         check_embedded(name, role, where)
+        check_unread(name, role, where)
     check_one_buffer(recipe, read_shape, where)
     check_task(recipe.task, ("task",), where)
     check_environment(recipe, where)

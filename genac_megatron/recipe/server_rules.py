@@ -90,6 +90,41 @@ def _check_spans(name: str, role: RoleConfig, where: Where) -> None:
         )
 
 
+# What servers that are started here are told; those of `urls` are somebody else's
+STARTED = ("engines", "gpus", "mem_fraction", "host", "port", "python", "args")
+
+
+def check_unread(name: str, role: RoleConfig, where: Where) -> None:
+    """Raise InputError where something is written of servers that nothing would read."""
+    engine, publication = role.engine, role.publication
+    if engine.kind != "sglang":
+        return
+
+    def refuse(block: str, key: str, why: str, way_out: str) -> None:
+        raise InputError(
+            f"'{name}' sets {block}.{key}, {why}", where=where(("roles", name, block, key)), way_out=way_out
+        )
+
+    usual = EngineConfig()
+    if engine.urls:
+        for key in STARTED:
+            if getattr(engine, key) != getattr(usual, key):
+                refuse("engine", key, "and its servers (engine.urls) are not started here",
+                       f"take {key} out, or urls")  # fmt: skip
+    elif engine.api_key_env is not None:
+        refuse("engine", "api_key_env", "which is of servers that are named (engine.urls)",
+               "take it out: servers that are started here have keys of their own")  # fmt: skip
+    if publication.pause != "retract" and publication.mode == "drain":
+        refuse("publication", "pause", "and its publications wait for running requests (mode: drain)",
+               "set publication.mode: in_flight, or take pause out")  # fmt: skip
+    if publication.folder is not None and publication.transport != "disk":
+        refuse("publication", "folder", f"and its weights do not go by disk ({publication.transport})",
+               "set publication.transport: disk, or take folder out")  # fmt: skip
+    if publication.address is not None and publication.transport in ("tensor", "disk"):
+        refuse("publication", "address", f"and its weights go by {publication.transport}",
+               "set publication.transport: group, or take address out")  # fmt: skip
+
+
 def check_embedded(name: str, role: RoleConfig, where: Where) -> None:
     """Raise InputError where something is written that an embedded engine would not read."""
     if role.engine.kind != "embedded":

@@ -18,7 +18,8 @@ import pytest
 from fake_chat import Answer, FakeChat, question, reply
 
 from genac_megatron.cli import main
-from genac_megatron.errors import InputError, PeerLost
+from genac_megatron.errors import InputError, PeerLost, StopRequested
+from genac_megatron.evaluation.parts import Parts
 from genac_megatron.evaluation.trial import Trial, TrialOptions, paths_of
 from genac_megatron.evaluation.trial_server import ServerOptions, try_server
 from genac_megatron.tasks.benchmarks import make_benchmark
@@ -241,6 +242,26 @@ def test_damaged_samples_are_no_figures(serve: Any, tmp_path: Path, questions: s
     (out / "amc23" / "samples.jsonl").write_text("".join(rows[:-2]))
     with pytest.raises(InputError, match="not the file that its manifest names"):
         try_server(ServerOptions(server.url, "m"), told)
+
+
+def test_ctrl_c_behind_a_write_doubles_no_answer(
+    fake_chat: Any, tmp_path: Path, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, append, times = fake_chat(lambda body: (200, right(body))), Parts.append, Counter[str]()
+
+    def interrupted(self: Parts, rows: Any, rank: int) -> None:
+        append(self, rows, rank)
+        times["writes"] += 1
+        if times["writes"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "append", interrupted)
+    told = TrialOptions(["amc23"], tmp_path / "out", {"amc23": questions}, samples=8)
+    with pytest.raises(StopRequested):
+        try_server(ServerOptions(server.url, "m", concurrency=4), told)
+    rows = [(row["index"], row["sample"]) for row in kept(tmp_path / "out" / "amc23")]
+    assert len(rows) >= 16
+    assert len(rows) == len(set(rows))
 
 
 def test_ctrl_c_costs_no_right_answer(fake_chat: Any, tmp_path: Path, questions: str) -> None:

@@ -122,3 +122,20 @@ def test_what_servers_alone_read_is_refused_beside_an_embedded_engine(key: str, 
 def test_an_embedded_engine_may_have_what_servers_read_at_its_usual_value() -> None:
     for key in "engine.engines=1", "engine.nodes=[0]", "publication.transport=auto", "publication.every=2":
         load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"roles.actor.{key}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "more"),
+    [
+        ("engine.args", "['--mem-fraction-static', '0.5']", ["roles.actor.engine.urls=['http://host:1']"]),
+        ("engine.mem_fraction", "0.5", ["roles.actor.engine.urls=['http://host:1']"]),
+        ("engine.api_key_env", "KEY", []),
+        ("publication.pause", "in_place", []),
+        ("publication.folder", "shared", []),
+        ("publication.address", "10.0.0.1", ["roles.actor.publication.transport=disk"]),
+    ],
+)
+def test_what_no_server_would_be_told_is_refused(key: str, value: str, more: list[str]) -> None:
+    recipe = ROOT / "recipes" / "quickstart-sglang.yaml"
+    with pytest.raises(InputError, match=f"'actor' sets {key}, (and|which)"):
+        load_recipe(recipe, [*more, f"roles.actor.{key}={value}"])
