@@ -375,6 +375,12 @@ def _check_task(options: argparse.Namespace) -> None:
             "--timeout": options.timeout,
         }
         way_out = "leave it out, or give --url instead of the recipe"
+    if options.p_bar is not None and options.critic is None:
+        raise InputError(
+            "a critic is told it, and none is asked",
+            where="--p-bar",
+            way_out="give --critic too, or leave it out",
+        )
     for name, value in other.items():
         if value not in (None, []):
             raise InputError(f"{kind} takes no {name}", where="genac evaluate task", way_out=way_out)

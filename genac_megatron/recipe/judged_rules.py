@@ -21,6 +21,9 @@ CRITIC_FIGURES = (
     *("tokens_per_state", "group_error", "group_distance"),
 )
 
+# Of a task that is trained on, and no suite's
+TRAINED_ON = ("heldout_path", "heldout_split", "heldout_size", "order", "decontaminate")
+
 
 def check_judged(recipe: Recipe, where: Where) -> None:
     """Raise InputError where `evaluation` or `checkpoint.best` asks for what no run of the recipe gives."""
@@ -64,6 +67,28 @@ def _check_suites(
                 way_out="name the file in task",
             )
         check_task(suite.task, (*place, index, "task"), where)
+        _check_read(suite, (*place, index, "task"), where)
+
+
+def _check_read(suite: SuiteConfig, place: tuple[str | int, ...], where: Where) -> None:
+    """Of a suite all rows are asked, but for those that filter.values leaves out."""
+    task = suite.task
+    assert task is not None
+    for key in TRAINED_ON:
+        field = type(task).model_fields.get(key)
+        if field is not None and getattr(task, key) != field.get_default(call_default_factory=True):
+            raise _unread(suite, key, where((*place, key)))
+    for key in task.filter.model_fields_set - {"values"}:
+        raise _unread(suite, f"filter.{key}", where((*place, "filter", key)))
+
+
+def _unread(suite: SuiteConfig, key: str, place: str) -> InputError:
+    return InputError(
+        f"'{suite.name}' sets {key}, and all rows of a suite are asked, but for those that filter.values "
+        "leaves out",
+        where=place,
+        way_out=f"take {key} out",
+    )
 
 
 def _check_every(recipe: Recipe, where: Where) -> None:

@@ -318,6 +318,7 @@ def test_ctrl_c_costs_no_right_answer(fake_chat: Any, tmp_path: Path, questions:
         (["recipe.yaml", "--api-key-env", "KEY"], "a recipe takes no --api-key-env"),
         (["recipe.yaml", "--concurrency", "32"], "a recipe takes no --concurrency"),
         (["recipe.yaml", "--timeout", "1800"], "a recipe takes no --timeout"),
+        (["recipe.yaml", "--p-bar", "0.5"], "a critic is told it, and none is asked"),
         (["--url", "http://host:port/v1", "--model", "m"], "not an http address: Invalid port: 'port'"),
         (["--url", "127.0.0.1:9/v1", "--model", "m"], "not an http address"),
         (["--url", "http://127.0.0.1:9/v1", "--model", "m", "--api-key-env", "ABSENT"], "--api-key-env: the"),
