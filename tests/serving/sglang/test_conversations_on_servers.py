@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from genac_megatron.environments.base import Step
+from genac_megatron.environments.host import Answer, Job
 from genac_megatron.recipe.schema import RolloutConfig
 from genac_megatron.records import Prompt, Rollout
 from genac_megatron.serving.sglang.client import Generated
@@ -69,6 +70,19 @@ def recorded(engine: SglangEngine) -> Sent:
     return sent
 
 
+class Together(Direct):
+    """Which answers no first turn until so many conversations have taken theirs."""
+
+    def __init__(self, answers: Callable[[int, str], Any], conversations: int, **config: Any) -> None:
+        super().__init__(answers, **config)
+        self._all = asyncio.Barrier(conversations)
+
+    async def ask(self, job: Job) -> Answer:
+        if len(job.turns) == 1:
+            await self._all.wait()
+        return await super().ask(job)
+
+
 async def played(
     engine: SglangEngine,
     answers: Callable[[int, str], Any],
@@ -79,7 +93,9 @@ async def played(
     stop_ids: tuple[int, ...] = (LETTERS.eos_token_id,),
 ) -> list[Group]:
     """Conversations of turns of `tokens` tokens at most."""
-    environment: Any = Direct(answers, turns=4, turn_tokens=tokens, observation_tokens=64)
+    environment: Any = Together(
+        answers, prompts * samples, turns=4, turn_tokens=tokens, observation_tokens=64
+    )
     task: Any = SimpleNamespace(reasoning_tags=None)
     asked = []
     for n in range(prompts):
