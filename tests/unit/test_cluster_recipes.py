@@ -60,14 +60,15 @@ def test_dapos_data_take_the_place_of_gsm8ks_whole(place: Path, monkeypatch: pyt
 
 
 def test_adapters_on_one_base_take_fewer_nodes() -> None:
-    """8B on one, 32B on two, 70B on four, where whole models take two, five and nine."""
+    """8B and 14B on one, 32B on two, 70B on four, where whole models take two, four, five and nine."""
     seen = [match.groups() for match in map(NAME.fullmatch, RECIPES) if match]
     nodes = {model: int(count) for _, model, count, *_, lora, fp8 in seen if lora and fp8}
-    assert nodes == {"qwen3-8b": 1, "qwen3-32b": 2, "llama-3.1-70b": 4}
+    assert nodes == {"qwen3-8b": 1, "qwen3-14b": 1, "qwen3-32b": 2, "llama-3.1-70b": 4}
     whole = {
         model: int(count) for kind, model, count, *_, lora, fp8 in seen if kind == "pipeline" and not lora
     }
-    assert {model: whole[model] for model in nodes} == {"qwen3-8b": 2, "qwen3-32b": 5, "llama-3.1-70b": 9}
+    found = {model: whole[model] for model in nodes}
+    assert found == {"qwen3-8b": 2, "qwen3-14b": 4, "qwen3-32b": 5, "llama-3.1-70b": 9}
 
 
 @pytest.mark.parametrize("name", RECIPES)
