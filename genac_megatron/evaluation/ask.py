@@ -72,7 +72,8 @@ def ask_endpoint_about(
     *,
     as_it_is: bool = False,
 ) -> None:
-    """Ask an endpoint about each; `keep` has every answer before another request takes its place.
+    """Ask an endpoint about each; `keep` has every answer before another request takes its place, and what
+    was refused at the end, unless all was.
 
     as_it_is: it is a critic, and has the recipe's template, `brief` too.
 
@@ -111,7 +112,7 @@ class _Taken:
 
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
-        self.refused: list[Refusal] = []
+        self.refused: list[tuple[Asked, Refusal]] = []
         self.failed: list[Unanswered] = []
         self.answered = self.in_a_row = 0
 
@@ -126,8 +127,7 @@ class _Taken:
             return
         self.in_a_row = 0
         if isinstance(reply, Refusal):
-            self.refused.append(reply)
-            self.keep(answer_row(asked, "", None, refused=str(reply)))
+            self.refused.append((asked, reply))
             return
         self.answered += 1
         text = reply.text or ""
@@ -135,8 +135,10 @@ class _Taken:
         self.keep(answer_row(asked, text, parse_score(text), reply.finish, **more))
 
     def check(self, endpoint: EndpointTeacher, count: int) -> None:
-        if self.refused and len(self.refused) == count > 1:
-            raise endpoint.endpoint.refused_all(count, self.refused[-1])
+        if self.refused and len(self.refused) == count > 1:  # none is kept: they are asked again
+            raise endpoint.endpoint.refused_all(count, self.refused[-1][1])
+        for asked, reply in self.refused:
+            self.keep(answer_row(asked, "", None, refused=str(reply)))
         if self.failed:
             raise PeerLost(
                 f"the teacher did not answer {len(self.failed)} of {count} requests, the last: "

@@ -106,10 +106,8 @@ def scored(
 
 def judged_texts(
     run: Run, parts: Parts, plan: Row, rows: Sequence[Row], judgements: int, name: str
-) -> dict[int, float]:
-    """By state the mean of what the run's critic says of each row; without those of which nothing parses.
-    What is there already is not asked again. Collective.
-    """
+) -> list[Row]:
+    """What the run's critic says of each row. What is there already is not asked again. Collective."""
     known = set(from_first(lambda: sorted(parts.begin(plan))))
     left: list[Asked] = [
         (row, n) for row in rows for n in range(judgements) if (row["state"], n) not in known
@@ -126,11 +124,11 @@ def judged_texts(
         done = min(total - len(left) + (at + PIECE) * run.world.size, total)
         run.progress.step(done, {})
         stop_if_asked(run, f"{done} of {total} judgements")
-    return mean_values(from_first(lambda: list(parts.begin(plan).values())))
+    return from_first(lambda: list(parts.begin(plan).values()))
 
 
 def mean_values(answers: Sequence[Row]) -> dict[int, float]:
-    """By state the mean of the judgements that parse."""
+    """By state the mean of the judgements that parse; without those of which none does."""
     said: dict[int, list[float]] = defaultdict(list)
     for answer in answers:
         if answer["value"] is not None:
@@ -160,11 +158,13 @@ def score(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions, f
             "times": options.judgements,
         }
         plan["judging"] = recipe.judging.model_dump(mode="json")
-        values = judged_texts(run, _parts(options), plan, asked, options.judgements, "score")
-        line = run.together(lambda: _write(options, rows, asked, owners, values) if world.rank == 0 else None)
+        answers = judged_texts(run, _parts(options), plan, asked, options.judgements, "score")
+        line = run.together(
+            lambda: _write(options, rows, asked, owners, answers) if world.rank == 0 else None
+        )
         if line:
             print(line, flush=True)
-        _need_values(values, "roles.critic")
+        need_values(answers, "roles.critic")
 
 
 def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfig) -> str:
@@ -179,7 +179,7 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
     parts = _parts(options)
     plan: Row = {"kind": "score", "rows": asked, "model": teacher.model, "times": options.judgements}
     plan["judging"] = recipe.judging.model_dump(mode="json")
-    known = parts.begin(plan)
+    known = {key for key, row in parts.begin(plan).items() if not row.get("refused")}
     left = [(row, n) for row in asked for n in range(options.judgements) if (row["state"], n) not in known]
     if left:
         if teacher.api_key_env is not None:
@@ -188,18 +188,31 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
     ask_endpoint_about(
         left, teacher, recipe.judging, teacher.concurrency, lambda row: parts.append([row], 0), as_it_is=True
     )
-    values = mean_values(list(parts.begin(plan).values()))
-    line = _write(options, rows, asked, owners, values)
-    _need_values(values, f"the model {teacher.model} of {teacher.url}")
+    answers = list(parts.begin(plan).values())
+    line = _write(options, rows, asked, owners, answers)
+    need_values(answers, f"the model {teacher.model} of {teacher.url}")
     return line
 
 
-def _need_values(values: dict[int, float], where: str) -> None:
-    if not values:
+def need_values(answers: Sequence[Row], where: str) -> None:
+    """Raise InputError where no judgement has a value."""
+    if any(answer["value"] is not None for answer in answers):
+        return
+    what = "no judgement parses: it is no critic"
+    way_out = "name a model that was trained as a critic (--checkpoint RUN), or raise judging.max_new_tokens"
+    if refused := _refused(answers):
+        what = f"no judgement has a value: {refused}"
         way_out = (
-            "name a model that was trained as a critic (--checkpoint RUN), or raise judging.max_new_tokens"
+            "give it room: a longer context, a lower judging.max_new_tokens, shorter transcripts; what a "
+            "server refused is asked again by the same command"
         )
-        raise on_all_ranks(InputError("no judgement parses: it is no critic", where=where, way_out=way_out))
+    raise on_all_ranks(InputError(what, where=where, way_out=way_out))
+
+
+def _refused(answers: Sequence[Row]) -> str:
+    """How many judgements were refused, and why the last; nothing where none was."""
+    found = [answer["refused"] for answer in answers if answer.get("refused")]
+    return f"{len(found)} of {len(answers)} refused, the last: {found[-1]}" if found else ""
 
 
 def _parts(options: ScoreOptions) -> Parts:
@@ -211,12 +224,14 @@ def _write(
     rows: Sequence[Row],
     asked: Sequence[Row],
     owners: Sequence[int],
-    values: dict[int, float],
+    answers: Sequence[Row],
 ) -> str:
     """Write the rows with their values; how many have one, in words."""
-    out = scored(rows, asked, owners, values)
+    out = scored(rows, asked, owners, mean_values(answers))
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in out)
     write_text_atomic(options.out, text)
     known = [row["value"] for row in out if row["value"] is not None]
     mean = f", mean value {math.fsum(known) / len(known):.3f}" if known else ""
-    return f"{options.out}: {len(known)} of {len(out)} transcripts have a value{mean}"
+    refused = _refused(answers)
+    lost = f"; of the judgements {refused}" if refused else ""
+    return f"{options.out}: {len(known)} of {len(out)} transcripts have a value{mean}{lost}"

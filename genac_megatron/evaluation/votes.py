@@ -117,7 +117,7 @@ def vote_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
 def votes_of(run: Run, trial: Trial, told: IccState) -> dict[str, Any]:
     """Have the run's critic value every sample of a finished trial; figures by rule. Collective."""
     from genac_megatron.evaluation.parts import Parts
-    from genac_megatron.evaluation.score import judged_texts, text_row
+    from genac_megatron.evaluation.score import judged_texts, mean_values, text_row
     from genac_megatron.evaluation.session import identity
     from genac_megatron.training.agreement import from_first
 
@@ -130,7 +130,7 @@ def votes_of(run: Run, trial: Trial, told: IccState) -> dict[str, Any]:
     parts = Parts(trial.parts.folder / "values", "values.jsonl", ("state", "judgement"))
     critic = identity(run, "critic")
     plan = {"kind": "votes", "samples": trial.plan, "critic": critic, "p_bar": told.p_bar}
-    values = judged_texts(run, parts, plan, rows, 1, f"{trial.name}, values")
+    values = mean_values(judged_texts(run, parts, plan, rows, 1, f"{trial.name}, values"))
     by_problem: dict[int, list[Ballot]] = defaultdict(list)
     for place, row in enumerate(samples):
         prompt = trial.prompts[row["index"]]

@@ -110,8 +110,10 @@ def test_refusals_are_kept_and_what_had_no_answer_is_asked_again(
     left = [one for one in asked(5) if one[0]["state"] not in kept]
     ask_endpoint_about(left, teacher(server), JUDGING, 2, keep)
     assert sorted(kept) == list(range(5))
+    kept.clear()
     with pytest.raises(InputError, match="refused each of 2 requests"):
         ask_endpoint_about([asked(2)[1]] * 2, teacher(server), JUDGING, 2, keep)
+    assert not kept  # it is the endpoint's fault, and may be mended
 
 
 def test_a_refused_key_ends_it_and_what_is_under_way_is_kept(fake_chat: Callable[..., FakeChat]) -> None:

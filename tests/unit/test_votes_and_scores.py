@@ -16,7 +16,14 @@ import genac_megatron as genac
 from genac_megatron.cli import main
 from genac_megatron.critic.icc import IccState
 from genac_megatron.errors import InputError
-from genac_megatron.evaluation.score import mean_values, prefixes, score_by_server, scored, state_rows
+from genac_megatron.evaluation.score import (
+    mean_values,
+    need_values,
+    prefixes,
+    score_by_server,
+    scored,
+    state_rows,
+)
 from genac_megatron.evaluation.transcripts import ScoreOptions, read_transcripts
 from genac_megatron.evaluation.votes import Ballot, answer_of, best, figures, majority, weighted
 from genac_megatron.recipe.loader import load_recipe
@@ -173,6 +180,54 @@ def test_the_command_line_scores_by_the_librarys_call(
     source.write_text(json.dumps(rows[1]))
     assert main(["score", str(source), str(recipe), "--out", str(tmp_path / "none.jsonl"), *by_url]) == 2
     assert "no judgement parses: it is no critic" in capsys.readouterr().err
+
+
+def test_what_a_server_refused_is_told_and_asked_again(
+    fake_chat: Callable[..., FakeChat], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"good", "bad"}  # what it has no room for
+
+    def judge(body: dict[str, Any]) -> tuple[int, Any]:
+        refused = any(text in question(body) for text in short)
+        return (400, "context too long") if refused else (200, reply("<answer>8</answer>"))
+
+    server = fake_chat(judge)
+    recipe, out = tmp_path / "r.yaml", tmp_path / "s.jsonl"
+    recipe.write_text(json.dumps(SMALL))
+
+    def scored_by(*texts: str) -> tuple[int, str]:
+        source = tmp_path / "t.jsonl"
+        source.write_text("".join(json.dumps({"problem": "p", "response": t}) + "\n" for t in texts))
+        words = ["--out", str(out), "--url", server.url, "--model", "critic", "--p-bar", "0.5"]
+        code = main(["score", str(source), str(recipe), *words])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    code, said = scored_by("good", "bad")
+    assert code == 2
+    assert "refused each of 2 requests" in said
+    short.remove("good")
+    code, said = scored_by("good", "bad")
+    assert code == 0
+    assert "1 of 2 transcripts have a value, mean value 0.800; of the judgements 1 of 2 refused" in said
+    assert "context too long" in said
+    short.clear()
+    code, said = scored_by("good", "bad")
+    assert (code, len(server.bodies)) == (0, 5)
+    assert said == f"{out}: 2 of 2 transcripts have a value, mean value 0.800\n"
+    out = tmp_path / "one.jsonl"
+    short.add("good")
+    code, said = scored_by("good")
+    assert code == 2
+    assert "no judgement has a value: 1 of 1 refused, the last: status 400" in said
+    short.clear()
+    assert scored_by("good")[0] == 0
+
+
+def test_judgements_without_room_are_not_called_another_models() -> None:
+    answers = [{"value": None, "refused": "no room: 900 tokens in 512 positions"}]
+    with pytest.raises(InputError, match=r"no room: 900 tokens(.|\n)*a lower judging\.max_new_tokens"):
+        need_values(answers, "roles.critic")
 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
