@@ -31,6 +31,8 @@ class Theme:
     sft: str
     reinforce: str
     ppo: str
+    value: str
+    policy: str
     actor: str
     critic: str
     phases: Sequence[str]
@@ -48,6 +50,8 @@ LIGHT = Theme(
     sft="#d97706",
     reinforce="#7c3aed",
     ppo="#2563eb",
+    value="#b45309",
+    policy="#0891b2",
     actor="#0f766e",
     critic="#be185d",
     phases=[
@@ -71,6 +75,8 @@ DARK = Theme(
     sft="#fbbf24",
     reinforce="#a78bfa",
     ppo="#60a5fa",
+    value="#fb923c",
+    policy="#22d3ee",
     actor="#2dd4bf",
     critic="#f472b6",
     phases=[

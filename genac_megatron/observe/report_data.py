@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from genac_megatron.observe.bands import Left, all_outside, is_step
 from genac_megatron.observe.history import attempts, history, meaning
 from genac_megatron.observe.report_gates import Figures, JudgedStage, Missed, missed
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, ROLLOUTS, RunFolder
-from genac_megatron.recipe.schema import PolicyStage, PpoStage, StageConfig
+from genac_megatron.recipe.algorithms import WithScalarCritic
+from genac_megatron.recipe.schema import PolicyStage, PpoStage, SftStage, StageConfig
 from genac_megatron.recipe.stages import entry_action
 
-KINDS = ("sft", "reinforce", "ppo")
+KINDS = ("sft", "reinforce", "value", "policy", "ppo")  # of stages
+ACTOR_KINDS = ("policy", "ppo")  # that train the actor by RL
 ROLES = ("actor", "critic")
 CRITIC_FIGURES = (
     "brier", "brier_constant", "mse", "mse_constant", "auc", "ece", "explained_variance", "spearman",
@@ -152,37 +155,42 @@ class RunData:
         return [{**s, "name": s.get("name", s.get("kind"))} for s in known]
 
     @cached_property
-    def at_stage_end(self) -> dict[str, Row]:
-        """By kind, the critic's evaluation that stands for the stage's end.
+    def judged_kinds(self) -> list[str]:
+        """Kinds of the recipe's stages that have a critic."""
+        found = set()
+        for plain in self.recipe_stages():
+            stage = typed_stage(plain)
+            alone = isinstance(stage, SftStage) and stage.role != "critic"
+            alone |= isinstance(stage, PolicyStage) and not isinstance(stage.algorithm, WithScalarCritic)
+            found |= set() if alone else {plain.get("kind")}
+        return [kind for kind in KINDS if kind in found]
 
-        SFT and REINFORCE: the last one of that kind, else the one the next stage starts with (no step
-        of it done, so it sees the same critic and the same frozen actor). PPO: the last one after a step.
+    @cached_property
+    def at_stage_end(self) -> dict[str, Row]:
+        """By kind, the critic's evaluation that stands for the stage's end: the last one after a step.
+
+        SFT and REINFORCE without one: that which the next stage starts with (no step of it done, so it sees
+        the same critic and the same frozen actor).
         """
         ends: dict[str, Row] = {}
-        for kind, after in (("sft", "reinforce"), ("reinforce", "ppo")):
+        for kind in KINDS:
             own = [e for e in self.judged(kind) if not is_start(e)]
-            next_start = [e for e in self.judged(after) if is_start(e)]
+            after = {"sft": "reinforce", "reinforce": "ppo"}.get(kind)
+            next_start = [e for e in self.judged(after) if is_start(e)] if after else []
             if own or next_start:
                 ends[kind] = own[-1] if own else next_start[0]
-        joint = [e for e in self.judged("ppo") if not is_start(e)]
-        if joint:
-            ends["ppo"] = joint[-1]
         return ends
 
     @cached_property
     def actor_before(self) -> Row | None:
-        """The actor's last evaluation before the first joint step."""
-        before = []
-        for row in self.acted():
-            if row.get("kind") == "ppo" and not is_start(row):
-                break
-            before.append(row)
+        """The actor's last evaluation before the first step of its RL."""
+        before = list(takewhile(lambda row: not is_moved(row), self.acted()))
         return before[-1] if before else None
 
     @cached_property
     def actor_after(self) -> Row | None:
-        """The actor's last evaluation after a joint step."""
-        after = [e for e in self.acted() if e.get("kind") == "ppo" and not is_start(e)]
+        """The actor's last evaluation after a step of its RL."""
+        after = [e for e in self.acted() if is_moved(e)]
         return after[-1] if after else None
 
 
@@ -194,6 +202,11 @@ def _steps(rows: Iterable[Row]) -> dict[Any, None]:
 def is_start(row: Row) -> bool:
     """Whether an evaluation was made before its stage's first step."""
     return row.get("name") == "start" or (number(row.get("step")) == 0 and row.get("name") != "end")
+
+
+def is_moved(row: Row) -> bool:
+    """Whether an evaluation was made after a step of the actor's RL."""
+    return row.get("kind") in ACTOR_KINDS and not is_start(row)
 
 
 def read_run(path: str | Path) -> RunData:
@@ -283,7 +296,9 @@ def brier_interval(row: Row) -> tuple[float, float]:
 
 def _actor(run: RunData) -> Row:
     result: Row = {"actor/accuracy_sft": math.nan, "actor/accuracy_ppo": math.nan}
-    for name, row in (("sft", run.actor_before), ("ppo", run.actor_after)):
+    after = run.actor_after
+    kind = str(after["kind"]) if after else "ppo"
+    for name, row in (("sft", run.actor_before), (kind, after)):
         if row is None:
             continue
         result[f"actor/accuracy_{name}"] = number(row["actor"].get("accuracy"))
@@ -293,28 +308,28 @@ def _actor(run: RunData) -> Row:
         if outcomes and (k := min(map(len, outcomes.values()))) > 1:
             result[f"actor/pass_at_{k}_{name}"] = figures.pass_at_k(outcomes, k)
         result[f"actor/truncated_{name}"] = number(row["actor"].get("truncated"))
-    if run.actor_before and run.actor_after:
-        result["actor/accuracy_gain"] = result["actor/accuracy_ppo"] - result["actor/accuracy_sft"]
-        before = groups(run.actor_before["actor"].get("outcomes"))
-        after = groups(run.actor_after["actor"].get("outcomes"))
-        shared = [p for p in before if p in after]
-        gains = [float(np.mean(after[p]) - np.mean(before[p])) for p in shared]
+    if run.actor_before and after:
+        result["actor/accuracy_gain"] = result[f"actor/accuracy_{kind}"] - result["actor/accuracy_sft"]
+        one, other = (groups(row["actor"].get("outcomes")) for row in (run.actor_before, after))
+        shared = [p for p in one if p in other]
+        gains = [float(np.mean(other[p]) - np.mean(one[p])) for p in shared]
         low, high = figures.bootstrap_mean(gains, shared)
         result |= {"actor/accuracy_gain_low": low, "actor/accuracy_gain_high": high}
-        result["actor/accuracy_ppo_step"] = number(run.actor_after.get("step"))
+        result[f"actor/accuracy_{kind}_step"] = number(after.get("step"))
     return result
 
 
 def _critic(run: RunData) -> Row:
-    result: Row = {f"critic/brier_{name}": math.nan for name in ("constant", *KINDS, "constant_ppo")}
+    promised = ("constant", "sft", "reinforce", "ppo", "constant_ppo")
+    result: Row = {f"critic/brier_{name}": math.nan for name in promised}
     for kind, row in run.at_stage_end.items():
         for name in CRITIC_FIGURES:
             if name in row["critic"]:
                 result[f"critic/{name}_{kind}"] = number(row["critic"][name])
         low, high = brier_interval(row)
         result |= {f"critic/brier_{kind}_low": low, f"critic/brier_{kind}_high": high}
-    frozen = run.at_stage_end.get("reinforce") or run.at_stage_end.get("sft")
-    if frozen:
+    ends = (run.at_stage_end.get(kind) for kind in ("reinforce", "value", "sft"))
+    if frozen := next((end for end in ends if end), None):
         result["critic/brier_constant"] = number(frozen["critic"].get("brier_constant"))
     judged = run.judged()
     result["critic/parse_rate"] = number(judged[-1]["critic"].get("parse_rate")) if judged else math.nan
@@ -470,10 +485,10 @@ def what_is_missing(run: RunData) -> list[str]:
             missing.append(f"stage {name} has not begun")
         elif not math.isnan(wanted) and steps[name] < wanted:
             missing.append(f"stage {name} is at step {steps[name]:.0f} of {wanted:.0f}")
-    wanted_kinds = {s.get("kind") for s in run.recipe_stages()}
-    for kind in KINDS:
-        if kind in wanted_kinds and kind != "sft" and kind not in run.at_stage_end:
+    for kind in run.judged_kinds:
+        if kind != "sft" and kind not in run.at_stage_end:
             missing.append(f"no evaluation of the critic after {kind}")
-    if "ppo" in wanted_kinds and run.actor_after is None:
-        missing.append("no evaluation of the actor after a ppo step")
+    trained = [kind for kind in ACTOR_KINDS if any(s.get("kind") == kind for s in run.recipe_stages())]
+    if trained and run.actor_after is None:
+        missing.append(f"no evaluation of the actor after a {trained[0]} step")
     return missing

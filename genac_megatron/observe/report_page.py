@@ -172,10 +172,11 @@ def _tile(title: str, value: str, note: str, verdict: bool | None = None) -> str
 def tiles(run: RunData, s: Mapping[str, Any]) -> str:
     """The figures to look at first."""
     tiles = []
-    before, after = number(s["actor/accuracy_sft"]), number(s["actor/accuracy_ppo"])
-    if not math.isnan(after):
+    before = number(s["actor/accuracy_sft"])
+    if (end := run.actor_after) is not None:
+        after = number(end["actor"].get("accuracy"))
         low, high = number(s.get("actor/accuracy_gain_low")), number(s.get("actor/accuracy_gain_high"))
-        note = f"from {text_of(before, per_cent=True)}"
+        note = f"after {end['kind']}, from {text_of(before, per_cent=True)}"
         sure = None
         if not math.isnan(low):
             note += (
@@ -184,9 +185,9 @@ def tiles(run: RunData, s: Mapping[str, Any]) -> str:
             sure = low > 0
         tiles.append(_tile("Actor, held out", text_of(after, per_cent=True), note, sure))
     elif not math.isnan(before):
-        tiles.append(_tile("Actor, held out", text_of(before, per_cent=True), "before joint training"))
+        tiles.append(_tile("Actor, held out", text_of(before, per_cent=True), "before its RL"))
     for kind in KINDS:
-        own = number(s[f"critic/brier_{kind}"])
+        own = number(s.get(f"critic/brier_{kind}"))
         base = number(s.get(f"critic/brier_constant_{kind}"))
         if not math.isnan(own):
             better = None if math.isnan(base) else own < base

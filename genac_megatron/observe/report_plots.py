@@ -47,16 +47,22 @@ class Plot:
 
 
 def draw_all(run: RunData) -> tuple[list[Plot], list[str]]:
-    """Every plot that the run has data for, and the titles of the others."""
+    """Every plot that the run has data for, and the titles of the others that its recipe would give."""
     plots, absent = [], []
     for id_, title, caption, height, draw in PLOTS:
         light = png(draw, run, LIGHT, height)
         dark = png(draw, run, DARK, height)
         if light is None or dark is None:
-            absent.append(title)
+            absent += [title] if _wanted(run, id_, title) else []
         else:
             plots.append(Plot(id_, title, caption, light, dark))
     return plots, absent
+
+
+def _wanted(run: RunData, id_: str, title: str) -> bool:
+    """Whether the recipe's stages have what a plot shows: a critic, of what it gives a generative one."""
+    kinds = set(run.judged_kinds)
+    return bool(kinds & {"reinforce", "ppo"} if id_ == "credit" else kinds or not title.startswith("Critic:"))
 
 
 # --- the actor -----------------------------------------------------------------------------------
@@ -428,7 +434,7 @@ PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
         "critic_error",
         "Critic: error against the best constant",
         "A critic below the dashed line knows more than the mean outcome. Band: 95 % interval, prompts "
-        "resampled. In ppo the actor moves, and the constant with it.",
+        "resampled. In ppo and policy the actor moves, and the constant with it.",
         3.3,
         critic_error,
     ),

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from genac_megatron.models.families.base import Shape
+from genac_megatron.observe.report_data import ACTOR_KINDS
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.rules import read_shape
@@ -20,7 +21,6 @@ from genac_megatron.studies.places import Places, made_from, newer
 from genac_megatron.studies.schema import Cell, bases_of, cells_of
 from genac_megatron.studies.standing import has_ended, stands_on
 
-ACTOR_KINDS = ("ppo", "policy")  # stages that train the actor by RL
 DECODED = ("tokens/rollout", "tokens/judge")
 COSTS = ("tokens", "flops", "flops_shared", "seconds", "decoded")
 Record = dict[str, Any]
