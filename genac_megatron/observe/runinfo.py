@@ -150,10 +150,16 @@ class RunFolder:
         return read_jsonl(self.path / log)
 
     def append(self, log: str, row: Mapping[str, Any]) -> None:
-        """Append one object, flushed to the system before the call returns."""
+        """Append one object, flushed to the system before the call returns. It begins a line of its own, also
+        behind one that was cut off.
+        """
         path = self.path / log
-        with _writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+        line = json.dumps(jsonable(row), allow_nan=False) + "\n"
+        with _writing(path), path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
 
     def resolved_recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data; empty where it is missing or no mapping. Raises InputError where it is

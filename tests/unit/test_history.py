@@ -29,6 +29,7 @@ from genac_megatron.observe.origin import TYPED, Origin, again, code, typed
 from genac_megatron.observe.report import write_report
 from genac_megatron.observe.runinfo import RunFolder
 from genac_megatron.recipe.document import files
+from genac_megatron.watch.follow import Log
 
 ORIGIN = Origin(["run", "r.yaml", "a=b c"], "r.yaml", ["a=b c"], {"r.yaml": "name: <x>\n"})
 
@@ -200,6 +201,27 @@ def test_what_a_rank_noted_stands(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert shown.err == ""
     assert "genac: done after 0s" in shown.out
     assert f"genac convert to-hf {folder.path} run-hf" in shown.out
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_line_that_was_cut_off_swallows_no_further_start(
+    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the disk was full: the half line is lost, what comes after it is not."""
+    folder, _ = begun(part(tmp_path / "run", steps=3, evaluations=0, rollouts=0))
+    note_end(folder, EXIT_LOST, "gone")
+    path = folder.path / HISTORY
+    path.write_bytes(path.read_bytes()[:-cut])
+    ending = Ending(folder.path, plots=False)
+    note_start(folder, ORIGIN)
+    note_end(folder, EXIT_OK)
+    ending.tell(EXIT_OK)
+    assert "genac: done after 0s" in capsys.readouterr().out
+    second = EXIT_LOST if cut == 1 else None  # all but the line's end is there, or its last words are not
+    assert [end and end["code"] for _, end in attempts(history(folder))] == [EXIT_LOST, second, EXIT_OK]
+    followed = Log(path)
+    followed.look()
+    assert followed.rows == history(folder), "as a page sees it that follows the run"
 
 
 def test_of_a_run_that_was_never_begun_nothing_is_said(
