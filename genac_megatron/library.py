@@ -184,7 +184,7 @@ def score(
         if isinstance(transcripts, str | Path):
             source = Path(transcripts)
         else:
-            rows = [json.dumps(dict(row), ensure_ascii=False) for row in transcripts]
+            rows = [json.dumps(dict(row)) for row in transcripts]
             source.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         named = None if checkpoint is None else str(checkpoint)
         wanted = ScoreOptions(source, target, named, p_bar, step, limit, judgements, lines)

@@ -8,7 +8,6 @@ with `value`, and with `values` of its prefixes where they are asked for.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from genac_megatron.errors import InputError
 from genac_megatron.observe.manifest import find_checkpoint, read_manifest
 from genac_megatron.recipe.schema import Recipe
 
+LARGEST = 2**53  # a count; JSON's Infinity is none
 OPTIONAL = ("tokens", "limit", "actor", "p_bar", "step", "success")  # null, as tables write it, is none
 
 
@@ -80,26 +80,33 @@ def _transcript(line: str, where: str) -> Row:
         )
     for name, low, high in (
         ("p_bar", 0, 1),
-        ("step", 0, math.inf),
-        ("tokens", 0, math.inf),
-        ("limit", 1, math.inf),
+        ("step", 0, LARGEST),
+        ("tokens", 0, LARGEST),
+        ("limit", 1, LARGEST),
     ):
         value = row.get(name)
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
         ):
             raise InputError(f"{name} is {value!r}", where=where, way_out="correct it, or leave it out")
-    for name, text in (("problem", problem), ("response", response)):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"its {name} is no Unicode text: half of a surrogate pair at character {error.start}",
-                where=where,
-                way_out="write it anew as UTF-8",
-            ) from error
+    _need_unicode({**row, "problem": problem, "response": response}, where)
     given = {name: value for name, value in row.items() if value is not None or name not in OPTIONAL}
     return {**given, "problem": problem, "response": response}
+
+
+def _need_unicode(row: Row, where: str) -> None:
+    """Raise InputError where a name or a value of the row, which comes out again, cannot be written."""
+    for name, value in row.items():
+        shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        for text in (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"its {shown} is no Unicode text: half of a surrogate pair at character {error.start}",
+                    where=where,
+                    way_out="write it anew as UTF-8",
+                ) from error
 
 
 def told_by(recipe: Recipe, options: ScoreOptions) -> IccState:

@@ -91,11 +91,15 @@ def test_answers_are_read_as_the_task_reads_them(tmp_path: Path) -> None:
 def test_transcripts_are_read_in_their_forms_and_bad_ones_are_named(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    rows = [{"problem": "p", "response": "r", "id": 7}, {"question": "q", "response": ""}, {"messages": chat}]
+    rows = [
+        {"problem": "p", "response": "r", "id": 7, "meta": "\U0001f600"},  # written as a pair that is whole
+        {"question": "q", "response": ""},
+        {"messages": chat},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_transcripts(path)
     assert [(row["problem"], row["response"]) for row in found] == [("p", "r"), ("q", ""), ("2+2?", "4")]
-    assert found[0]["id"] == 7
+    assert (found[0]["id"], found[0]["meta"]) == (7, "\U0001f600")
     for bad, said in (
         ("{", "not JSON"),
         ("[1]", "not an object"),
@@ -103,7 +107,12 @@ def test_transcripts_are_read_in_their_forms_and_bad_ones_are_named(tmp_path: Pa
         (json.dumps({"messages": chat[:1]}), "it has no problem and response"),
         ('{"problem": "p", "response": "r", "p_bar": 1.5}', r"p_bar is 1\.5"),
         ('{"problem": "p", "response": "r", "tokens": true}', "tokens is True"),
+        ('{"problem": "p", "response": "r", "step": Infinity}', "step is inf"),
+        ('{"problem": "p", "response": "r", "limit": 1e400}', "limit is inf"),
         (r'{"problem": "p", "response": "\ud83d"}', "its response is no Unicode text"),
+        (r'{"problem": "p", "response": "r", "actor": "a\ud83d"}', "its actor is .* pair at character 1"),
+        (r'{"problem": "p", "response": "r", "meta": [{"a": "\ud83d"}]}', "its meta is no Unicode text"),
+        (r'{"problem": "p", "response": "r", "\ud83d": 1}', r"its \\ud83d is no Unicode text"),
     ):
         path.write_text(f"\n{bad}\n")
         with pytest.raises(InputError, match=rf"t\.jsonl:2: {said}"):
@@ -116,6 +125,9 @@ def test_transcripts_are_read_in_their_forms_and_bad_ones_are_named(tmp_path: Pa
     path.write_text("\n")
     with pytest.raises(InputError, match="no transcript"):
         read_transcripts(path)
+    (tmp_path / "r.yaml").write_text(json.dumps(SMALL))
+    with pytest.raises(InputError, match="its meta is no Unicode text"):
+        genac.score([{"problem": "p", "response": "r", "meta": "\ud83d"}], tmp_path / "r.yaml", p_bar=0.5)
 
 
 def test_prefixes_and_what_is_told_of_them(tmp_path: Path) -> None:
