@@ -8,6 +8,7 @@ from typing import Any
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.publication.digest import weights_digest
+from genac_megatron.recipe.data import HELDOUT
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.recipe.sharing import only
 from genac_megatron.stages.runtime import Run
@@ -43,6 +44,27 @@ def rollout_config(recipe: Recipe, max_new_tokens: int | None) -> RolloutConfig:
     if max_new_tokens is not None:
         changes["max_new_tokens"] = max_new_tokens
     return recipe.stages[-1].rollout.model_copy(update=changes)
+
+
+def trial_config(
+    recipe: Recipe, name: str, max_new_tokens: int | None, temperature: float | None
+) -> RolloutConfig:
+    """How the actor is sampled on a benchmark, which verifies what was cut off (docs/tasks.md); the recipe's
+    own held-out prompts are graded by the last stage's rule, as in its evaluations."""
+    config = rollout_config(recipe, max_new_tokens)
+    changes: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    if name != HELDOUT:
+        changes["truncated_outcome"] = "verify"
+    return config.model_copy(update=changes)
+
+
+def as_sampled(recipe: Recipe, config: RolloutConfig) -> dict[str, Any]:
+    """What a plan says of it: the rule for cut-off responses where the recipe names another than `verify`,
+    which earlier versions graded all benchmarks by."""
+    said = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    if recipe.stages[-1].rollout.truncated_outcome == "verify":
+        return said
+    return said | {"truncated_outcome": config.truncated_outcome}
 
 
 def answered_by(recipe: Recipe) -> dict[str, Any]:

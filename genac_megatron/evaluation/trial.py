@@ -200,9 +200,10 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     from genac_megatron.evaluation.score import ScoreOptions, needs_critic, told_by
     from genac_megatron.evaluation.session import (
         answered_by,
+        as_sampled,
         identity,
         made_from,
-        rollout_config,
+        trial_config,
         with_roles,
     )
     from genac_megatron.recipe.tasks import BenchmarkTask
@@ -218,10 +219,6 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     if own != HELDOUT:
         first = BenchmarkTask(kind="benchmark", name=own, path=options.paths.get(own))
         recipe = recipe.model_copy(update={"task": first})
-    config = rollout_config(recipe, options.max_new_tokens)
-    if options.temperature is not None:
-        config = config.model_copy(update={"temperature": options.temperature})
-    sampling = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     with session(recipe, world, stop, "benchmarks", folder) as run:
         run.publish(*roles)
         votes: dict[str, Row] = {}
@@ -230,7 +227,8 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
             tags = recipe.roles["actor"].model.reasoning_tags
             made = partial(make_benchmark, name, options.paths.get(name), run.tokenizers["actor"], tags)
             task = run.task if name == own else run.together(made)
-            more = answered_by(recipe)
+            config = trial_config(recipe, name, options.max_new_tokens, options.temperature)
+            sampling, more = as_sampled(recipe, config), answered_by(recipe)
             trial = run.together(partial(Trial, options, name, task, model, sampling, source, more))
             _on_engines(run, trial, config)
             if told is not None:

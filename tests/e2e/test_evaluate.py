@@ -192,6 +192,7 @@ def test_benchmarks_by_a_recipes_actor(trained: Path) -> None:
     given = (
         *("evaluate", "task", "aime24,rg:gcd", "recipe.yaml", "--checkpoint", "runs/run", "--out", "tried"),
         *("--path", "aime24=aime.jsonl", "--samples", "2", "--problems", "3", "--max-new-tokens", "8"),
+        "stages.1.rollout.truncated_outcome=zero",  # of training: benchmarks verify what was cut off
     )
     done = genac(*given, cwd=trained)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -203,7 +204,9 @@ def test_benchmarks_by_a_recipes_actor(trained: Path) -> None:
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         assert [(row["index"], row["sample"]) for row in rows] == [(i, s) for i in range(3) for s in (0, 1)]
         assert all(1 <= row["tokens"] <= 8 for row in rows)
-        figures = json.loads((folder / "results.json").read_text())["figures"]
+        report = json.loads((folder / "results.json").read_text())
+        assert report["sampling"]["truncated_outcome"] == "verify"
+        figures = report["figures"]
         assert figures["avg@2"]["value"] == sum(row["outcome"] for row in rows) / 6
         kept[name] = (folder / "samples.jsonl").read_bytes()
         # As after a kill: some rows are kept in parts, the rest is to be made again.

@@ -13,6 +13,7 @@ from genac_megatron.algorithms.advantages import segment_gae
 from genac_megatron.algorithms.baselines.dapo import overlong_penalty
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.build import for_critics
+from genac_megatron.evaluation.session import as_sampled, trial_config
 from genac_megatron.recipe.algorithms import CriticLossConfig
 from genac_megatron.recipe.rules import check
 from genac_megatron.recipe.schema import AdvantageConfig, LossConfig, Recipe, RolloutConfig
@@ -118,17 +119,37 @@ def test_the_overlong_penalty_is_the_actors_alone() -> None:
     assert batch.targets == [1.0] * 4
 
 
-def test_a_cache_longer_than_a_response_is_refused() -> None:
+def recipe(stage: dict[str, Any]) -> Recipe:
     shape = {"layers": 2, "hidden": 32, "ffn": 64, "heads": 2, "kv_heads": 2}
     role = {"model": {"family": "qwen3", "tokenizer": "builtin:tiny", "shape": shape}}
-    stage = {"kind": "ppo", "overlong": {"cache": 65}, "rollout": {"max_new_tokens": 64}}
-    whole = {
-        "name": "x",
-        "task": {"kind": "state_tracking"},
-        "roles": {"actor": role, "critic": role},
-        "stages": [stage],
-    }
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "task": {"kind": "state_tracking"},
+            "roles": {"actor": role, "critic": role},
+            "stages": [stage],
+        }
+    )
+
+
+def test_a_benchmark_verifies_what_was_cut_off_whatever_the_recipe_trains_by() -> None:
+    strict = recipe({"kind": "ppo", "rollout": {"truncated_outcome": "zero"}})
+    outcomes = {}
+    for name in ("aime24", "heldout"):
+        config = trial_config(strict, name, None, 0.5)
+        assert config.temperature == 0.5
+        rule = config.truncated_outcome
+        outcomes[name] = verified("length", truncated_outcome=rule).outcome
+        assert as_sampled(strict, config)["truncated_outcome"] == rule, "its plan says it"
+    assert outcomes == {"aime24": 1.0, "heldout": 0.0}  # its own prompts: as its evaluations do
+    usual = recipe({"kind": "ppo"})
+    plan = as_sampled(usual, trial_config(usual, "aime24", 9, None))
+    assert plan == {"max_new_tokens": 9, "temperature": 1.0}, "as in folders of earlier versions"
+
+
+def test_a_cache_longer_than_a_response_is_refused() -> None:
+    long = recipe({"kind": "ppo", "overlong": {"cache": 65}, "rollout": {"max_new_tokens": 64}})
     with pytest.raises(
         InputError, match=r"overlong cache of 65 tokens .*\n.*lower overlong.cache, for example to 16"
     ):
-        check(Recipe.model_validate(whole))
+        check(long)
