@@ -145,19 +145,36 @@ def _states(optimizer: Any, parameter: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def forget_moments(optimizer: Any, parameters: Collection[Any]) -> None:
-    """Set the moments of these parameters of the model to 0, as if they had none; the count of steps goes on.
+def begin_anew(optimizer: Any, parameters: Collection[Any]) -> None:
+    """Have these parameters of the model, which were written from outside, as if they had never been trained:
+    masters at their weights, moments 0. The count of steps goes on, and other parameters keep what they have.
 
     So a first update after it is (1 - beta1) / sqrt(1 - beta2) of Adam's usual one. Not collective.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer):
-            states = [_states(part, one) for one, _ in _ranges(part) if one in parameters]
-        else:
-            states = [part.optimizer.state.get(getattr(one, "main_param", one), {}) for one in parameters]
-        for state in states:
-            for name in MOMENTS & state.keys():
-                state[name].zero_()
+        if not isinstance(part, DistributedOptimizer):
+            for one in parameters:
+                master = getattr(one, "main_param", one)
+                _set_anew(one.detach(), {"param": master.detach(), **part.optimizer.state.get(master, {})})
+            continue
+        for one, start in _ranges(part):
+            if one in parameters:
+                states = _states(part, one)
+                _set_anew(one.detach().flatten()[start:][: states["param"].numel()], states)
+                part._set_main_param_and_optimizer_states(one, states)
+        _sync_offloaded(part)
+
+
+def _set_anew(weight: Tensor, states: dict[str, Tensor]) -> None:
+    states["param"].copy_(weight)
+    for name in MOMENTS & states.keys():
+        states[name].zero_()
+
+
+def _sync_offloaded(optimizer: Any) -> None:
+    """Tell Megatron's offloading optimizer's parts what was put into its states."""
+    if hasattr(optimizer.optimizer, "_sync_hdo_state_to_sub_optimizers"):
+        optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
 def sharded_states(
@@ -189,8 +206,7 @@ def load_states(self: Any, state_dict: dict[int, dict[str, dict[int, Tensor]]]) 
                     target.copy_(box.flatten())
                 at += box.numel()
         self._set_main_param_and_optimizer_states(parameter, states)
-    if hasattr(self.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # Megatron's offloading optimizer
-        self.optimizer._sync_hdo_state_to_sub_optimizers()
+    _sync_offloaded(self)
 
 
 OWN: dict[str, Callable[..., Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from genac_megatron.models.mapping import param_rules
-from genac_megatron.platform.optimizer_shards import forget_moments
+from genac_megatron.platform.optimizer_shards import begin_anew
 from genac_megatron.training.agreement import agree, gathered
 from genac_megatron.training.role import Role
 
@@ -20,7 +20,7 @@ def merge(role: Role, moved: str) -> float:
     """
     merges = role.memory.merges + 1
     sums = gathered(agree(lambda: _merge(role, merges)))
-    role.refresh_master()
+    role.serial += 1  # not refresh_master: a scalar head's masters know more than its weights
     role.memory.move(moved, merges, by=role)
     added, lost = (math.fsum(part[index] for part in sums) for index in (0, 1))
     return math.sqrt(lost / added) if added else 0.0
@@ -42,6 +42,6 @@ def _merge(role: Role, merges: int) -> tuple[float, float]:
     if not role.active:
         return 0.0, 0.0
     if role.optimizer is not None:
-        forget_moments(role.optimizer, set(mine))
+        begin_anew(role.optimizer, set(mine))
     first = role.groups.dp_cp.rank() == 0
     return (added, lost) if first else (0.0, 0.0)

@@ -62,6 +62,15 @@ def moments(role: Role) -> list[torch.Tensor]:
     ]
 
 
+def masters(role: Role) -> dict[str, torch.Tensor]:
+    """Of each parameter that trains, flat; one rank has all of it."""
+    found = {}
+    for name, parameter in role.models[0].named_parameters():
+        if parameter.requires_grad:
+            found[name] = parameter.main_param.detach().float().flatten().clone()
+    return found
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_merge_moves_the_base_and_not_what_the_role_says(dtype: str, distributed: bool) -> None:
@@ -133,6 +142,26 @@ def test_a_scalar_head_goes_on_beside_a_base_that_moves(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "value-00002", {"actor": again})
     load_checkpoint(tmp_path / "value-00002", {"actor": again}, optimizers=True)
     assert train_values(again, 1, 3) == train_values(role, 1, 3)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_scalar_heads_master_keeps_what_its_weights_cannot_say(distributed: bool) -> None:
+    """bf16 rounds small updates away, which masters add up over merges; the adapter's begin at its weights."""
+    init_world()
+    training = {"dtype": "bf16", "distributed_optimizer": distributed}
+    config = adapted({"count": 1}, MOVES, training=training)
+    role = adapter_role(config.model_copy(update={"model": config.model.model_copy(update={"head": "value"})}))
+    role.begin_stage(None, 10)
+    train_values(role, 2)
+    (bare,) = role.models
+    before = masters(role)
+    merged(role)
+    after = masters(role)
+    own = {n for n, p in bare.named_parameters() if p.requires_grad and "adapters." not in n}
+    weights = dict(bare.named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in own)
+    assert any(not torch.equal(after[name], weights[name].float().flatten()) for name in own)
+    assert all(torch.equal(after[n], weights[n].float().flatten()) for n in after.keys() - own)
 
 
 def test_checkpoints_hold_the_base_and_resume_byte_for_byte(tmp_path: Path) -> None:
