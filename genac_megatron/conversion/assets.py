@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ class Assets:
     config: Path | None  # a folder with config.json; None: it is made of the shape
     template: str | None = None  # the recipe's chat template, in the place of the tokenizer's
     variables: Mapping[str, Any] = field(default_factory=dict)  # the recipe's chat_template_kwargs
+
+    def of(self, shape: Shape) -> Assets:
+        """These for a model of `shape`: the config of the language model that a scalar critic began as is not
+        its own, which is made of its shape.
+        """
+        if self.config is None or not shape.value or (found := shape_from_folder(self.config)).value:
+            return self
+        return replace(self, config=None) if shape.may_start_from(found) else self
 
     def check(self, shape: Shape) -> None:
         """Raise InputError where tokenizer or config are not those of a model of `shape`."""

@@ -141,7 +141,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
     said = manifest.get("adapters", {}).get(options.role)
     if said is not None or options.merge is not None:
         return _adapter_to_hf(options, path, shape, said)
-    assets = of_checkpoint(path, options.role, options.assets)
+    assets = of_checkpoint(path, options.role, options.assets).of(shape)
     job = ToHf(path / WEIGHTS, shape, *_common(options), assets, options.role)
     job.stored.check()
     assets.check(shape)
@@ -168,8 +168,9 @@ def _adapter_to_hf(options: argparse.Namespace, path: Path, shape: Shape, said: 
             if getattr(options, key) != default:
                 what = f"--{key} is of whole models, and its {options.role} is an adapter beside one"
                 raise InputError(what, where=str(path), way_out=f"add --merge BASE, or leave --{key} out")
-        write_peft(adapted, dst, trained_from(path, options.role))
-        print(dst)
+        if _rank()[0] == 0:  # it is small: others have no part of it
+            write_peft(adapted, dst, trained_from(path, options.role))
+            print(dst)
         return EXIT_OK
     adapted.need_language_model()
     base = Path(options.merge).expanduser() if options.merge else None
@@ -232,15 +233,12 @@ def shard_bytes(text: str) -> int:
 
 def _run(job: Conversion, options: argparse.Namespace) -> None:
     from genac_megatron.conversion.job import convert
-    from genac_megatron.launch import adopt_slurm
     from genac_megatron.stages.stopping import StopFlag
 
     stop = StopFlag().install(signal.SIGUSR1)  # others end it at once: a shard is lost
     if options.workers < 1:
         raise InputError(f"{options.workers} workers", where="--workers", way_out="give at least 1")
-    # Ranks of a conversion do not talk to each other, so that they need no address to meet at.
-    world = {**os.environ, **adopt_slurm({"MASTER_ADDR": "", "MASTER_PORT": "", **os.environ})}
-    rank, ranks = int(world.get("RANK", "0")), int(world.get("WORLD_SIZE", "1"))
+    rank, ranks = _rank()
     if ranks > 1 and options.verify:
         raise InputError("--verify needs one process", where="--verify", way_out="leave it out under ranks")
     convert(job, workers=options.workers, rank=rank, ranks=ranks, quiet=options.quiet, stop=stop)
@@ -248,8 +246,16 @@ def _run(job: Conversion, options: argparse.Namespace) -> None:
         print(job.dst)
 
 
+def _rank() -> tuple[int, int]:
+    """This process's rank and their number. They do not talk, so that they need no address to meet at."""
+    from genac_megatron.launch import adopt_slurm
+
+    world = {**os.environ, **adopt_slurm({"MASTER_ADDR": "", "MASTER_PORT": "", **os.environ})}
+    return int(world.get("RANK", "0")), int(world.get("WORLD_SIZE", "1"))
+
+
 def _verify(hf: Path, checkpoint: Path, role: str, shape: Shape, job: Conversion) -> None:
-    from genac_megatron.conversion.verify import verify
+    from genac_megatron.conversion.verify import compared, verify
 
     found = verify(hf, checkpoint, role, shape, job.torch_dtype)
-    print(f"verified: logits differ by at most {found:.2g} of the largest", file=sys.stderr, flush=True)
+    print(f"verified: {compared(shape)} differ by at most {found:.2g} of the largest", file=sys.stderr, flush=True)

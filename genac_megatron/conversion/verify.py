@@ -1,4 +1,5 @@
-"""Logits of a checkpoint's role, loaded by Megatron, against transformers' of a Hugging Face folder.
+"""Logits, or a scalar critic's values, of a checkpoint's role, loaded by Megatron, against transformers' of a
+Hugging Face folder.
 
 The Megatron side goes through Megatron's own loading into a model, not through this package's reader. Both
 compute in fp32, one after the other, in one process: memory for the fp32 weights of one model at a time.
@@ -27,7 +28,7 @@ RANDOM_TOKENS = 64
 
 @torch.no_grad()
 def verify(hf: Path, checkpoint: Path, role: str, shape: Shape, dtype: torch.dtype) -> float:
-    """The largest difference of logits, relative to the largest logit.
+    """The largest difference of logits (of values), relative to the largest.
 
     dtype: of the folder's weights; Megatron's are rounded to it first, so that it compares the conversion and
     not the rounding. Raises InputError above TOLERANCE.
@@ -35,16 +36,21 @@ def verify(hf: Path, checkpoint: Path, role: str, shape: Shape, dtype: torch.dty
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--verify works in one process", way_out="convert first, then verify by itself")
     tokens = sample_tokens(hf, shape)
-    theirs = _transformers_logits(hf, tokens)
+    theirs = _transformers_logits(hf, shape, tokens)
     ours = _megatron_logits(checkpoint, role, shape, dtype, tokens)
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     if not difference < TOLERANCE:
         raise InputError(
-            f"logits differ by {difference:.2g} of the largest, more than {TOLERANCE:g}",
+            f"{compared(shape)} differ by {difference:.2g} of the largest, more than {TOLERANCE:g}",
             where=f"{hf} and {role} of {checkpoint}",
             way_out="do not use the result; please report the model",
         )
     return difference
+
+
+def compared(shape: Shape) -> str:
+    """What a model of that shape says."""
+    return "values" if shape.value else "logits"
 
 
 def sample_tokens(hf: Path, shape: Shape) -> Tensor:
@@ -54,12 +60,14 @@ def sample_tokens(hf: Path, shape: Shape) -> Tensor:
     return torch.cat([torch.tensor(text), random])[None, : shape.max_positions]
 
 
-def _transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
+def _transformers_logits(hf: Path, shape: Shape, tokens: Tensor) -> Tensor:
+    """[T, vocabulary], or [T, 1] of a scalar critic."""
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForTokenClassification if shape.value else AutoModelForCausalLM
+    model = kind.from_pretrained(
         hf, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
     logits: Tensor = model.eval()(tokens).logits[0].float()
@@ -72,8 +80,10 @@ def _megatron_logits(checkpoint: Path, role: str, shape: Shape, dtype: torch.dty
         parameter.copy_(parameter.to(dtype))
     device = next(model.parameters()).device
     positions = torch.arange(tokens.size(1), device=device)[None]
-    logits: Tensor = model.eval()(tokens.to(device), positions, None)[0].float().cpu()
-    return logits[:, : shape.vocab]
+    given = tokens.to(device)
+    labels = {"labels": given} if shape.value else {}  # which no value depends on: values are asked for so
+    said: Tensor = model.eval()(given, positions, None, **labels)[0].float().cpu()
+    return said[:, None] if shape.value else said[:, : shape.vocab]
 
 
 def load_alone(checkpoint: Path, role: str, shape: Shape) -> Any:

@@ -79,7 +79,7 @@ def reload_weights(optimizer: Any) -> None:
 
 
 def build_scheduler(megatron_optimizer: Any, optimizer: OptimizerConfig, total_steps: int) -> Any:
-    """Warm-up from lr / warmup_steps, then constant, linear or cosine down to min_lr at the last step."""
+    """Warm-up from lr / warmup_steps, then constant, linear or cosine down to min_lr behind the last step."""
     rising = max(optimizer.warmup_steps - 1, 0)  # steps between the first one's lr and the whole
     decay_steps = max(total_steps, rising + 1)
     return OptimizerParamScheduler(

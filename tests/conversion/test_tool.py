@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
@@ -145,6 +145,39 @@ def test_a_runs_recipe_says_what_goes_with_its_weights(
         assert_same(source, tmp_path / role)
     assert main(["inspect", str(run), "--role", "actor"]) == 0
     assert "written by tp=3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_scalar_critic_there_and_back_with_values_compared(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = make_folder(tmp_path / "hf", tiny_shape(name).as_value)
+    assert convert("to-megatron", source, tmp_path / "ck", "--role", "critic", "--verify") == 0
+    assert convert("to-hf", tmp_path / "ck", tmp_path / "back", "--role", "critic", "--verify") == 0
+    assert capfd.readouterr().err.count("verified: values differ by at most") == 2
+    assert_same(source, tmp_path / "back")
+
+
+def test_a_scalar_critic_that_began_as_a_language_model_has_its_own_config(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its recipe names that model's folder, whose tokenizer it has."""
+    began_as = make_folder(tmp_path / "lm", tiny_shape(tie=True))
+    source = make_folder(tmp_path / "value", tiny_shape(tie=True).as_value)
+    run = tmp_path / "run"
+    assert convert("to-megatron", source, run / "checkpoints" / "value-00004", "--role", "critic") == 0
+    shutil.rmtree(run / "checkpoints" / "value-00004" / "hf")
+    (run / "recipe.yaml").write_text(json.dumps({"roles": {"critic": {"model": {"hf": str(began_as)}}}}))
+    assert convert("to-hf", run, tmp_path / "back", "--role", "critic", "--verify") == 0
+    assert "verified: values differ by" in capfd.readouterr().err
+    assert_same(source, tmp_path / "back")
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "back")
+    assert model.config.architectures == ["Qwen3ForTokenClassification"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template
+    other = make_folder(tmp_path / "other", tiny_shape(hidden=96, tie=True))
+    (run / "recipe.yaml").write_text(json.dumps({"roles": {"critic": {"model": {"hf": str(other)}}}}))
+    assert convert("to-hf", run, tmp_path / "none", "--role", "critic") == 2
+    assert "its config.json is another model's" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("named", ["sizes", "folder"])

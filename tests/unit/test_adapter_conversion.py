@@ -83,6 +83,18 @@ def test_a_peft_folder_has_what_was_trained(made: Any, tmp_path: Path) -> None:
     assert convert(folder, tmp_path / "peft") == 2  # it exists
 
 
+def test_of_several_ranks_one_writes_a_peft_folder(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end well, before it is there and after."""
+    folder, _, _ = made
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, there in (("1", False), ("0", True), ("1", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert convert(folder, tmp_path / "peft") == 0
+        assert (tmp_path / "peft").exists() == there
+
+
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_a_merged_folder_is_what_is_published(made: Any, tmp_path: Path, role: str) -> None:
     """Of the role that stands on another's base too."""
