@@ -258,4 +258,8 @@ def _verify(hf: Path, checkpoint: Path, role: str, shape: Shape, job: Conversion
     from genac_megatron.conversion.verify import compared, verify
 
     found = verify(hf, checkpoint, role, shape, job.torch_dtype)
-    print(f"verified: {compared(shape)} differ by at most {found:.2g} of the largest", file=sys.stderr, flush=True)
+    print(
+        f"verified: {compared(shape)} differ by at most {found:.2g} of the largest",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -67,9 +67,7 @@ def _transformers_logits(hf: Path, shape: Shape, tokens: Tensor) -> Tensor:
 
     logging.disable_progress_bar()
     kind = AutoModelForTokenClassification if shape.value else AutoModelForCausalLM
-    model = kind.from_pretrained(
-        hf, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-    )
+    model = kind.from_pretrained(hf, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True)
     logits: Tensor = model.eval()(tokens).logits[0].float()
     return logits
 

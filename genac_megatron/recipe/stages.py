@@ -163,7 +163,7 @@ class SftHeldout(Block):
     target: PositiveFloat | None = None  # good enough: the stage cools down and ends; the gate asks for it
     patience: Positive | None = None  # looks without a better figure, after which it cools down and ends
     min_delta: Annotated[float, Field(ge=0)] = 0.0  # what counts as better, for patience
-    cooldown: Annotated[int, Field(ge=0)] = 0  # last steps, in which the learning rate falls to min_lr, come to behind them
+    cooldown: Annotated[int, Field(ge=0)] = 0  # last steps, in which the learning rate falls to min_lr
     keep: Literal["best", "last"] = "best"  # weights that the stage ends with
 
 

@@ -13,7 +13,7 @@ class OptimizerConfig(Block):
     """AdamW under Megatron's distributed optimizer."""
 
     lr: PositiveFloat = 1e-6  # the largest learning rate: after warm-up
-    min_lr: Annotated[float, Field(ge=0)] = 0.0  # what linear and cosine schedules come to behind the last update
+    min_lr: Annotated[float, Field(ge=0)] = 0.0  # where linear and cosine end, behind the last update
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the stage's updates
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # updates in which lr rises from 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  # decoupled, as in AdamW

@@ -146,11 +146,13 @@ def test_a_scalar_head_goes_on_beside_a_base_that_moves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_a_scalar_heads_master_keeps_what_its_weights_cannot_say(distributed: bool) -> None:
-    """bf16 rounds small updates away, which masters add up over merges; the adapter's begin at its weights."""
+    """bf16 rounds small updates away, which masters add up; the adapter's begin at its weights."""
     init_world()
     training = {"dtype": "bf16", "distributed_optimizer": distributed}
     config = adapted({"count": 1}, MOVES, training=training)
-    role = adapter_role(config.model_copy(update={"model": config.model.model_copy(update={"head": "value"})}))
+    role = adapter_role(
+        config.model_copy(update={"model": config.model.model_copy(update={"head": "value"})})
+    )
     role.begin_stage(None, 10)
     train_values(role, 2)
     (bare,) = role.models
