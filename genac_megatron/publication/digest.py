@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 
+from genac_megatron.models.families.base import VALUE_HEAD
 from genac_megatron.platform.fp8 import forget
 from genac_megatron.publication.adapters import AdapterJoiner
 from genac_megatron.publication.publisher import Publisher
@@ -35,29 +36,33 @@ class WeightDigest:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             self._found[name] = digest.hexdigest()
 
-    def hexdigest(self) -> str:
-        """Of all tensors, whatever the order they came in."""
-        text = "\n".join(f"{name} {digest}" for name, digest in sorted(self._found.items()))
+    def hexdigest(self, without: Collection[str] = ()) -> str:
+        """Of all tensors but those named, whatever the order they came in."""
+        found = {name: digest for name, digest in self._found.items() if name not in without}
+        text = "\n".join(f"{name} {digest}" for name, digest in sorted(found.items()))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def weights_digest(role: Role, *, base: bool = False) -> str:
+def weights_digest(role: Role) -> str:
     """The digest of a role's weights, on rank 0; of other ranks it means nothing. Collective.
 
-    An adapter's are merged with its base, or are the `base` alone.
+    An adapter's are merged with its base.
     """
     sink = WeightDigest()
-    Publisher(role, [sink], base=base).publish(0)
+    Publisher(role, [sink]).publish(0)
     return sink.hexdigest()
 
 
 def know_base(role: Role) -> None:
     """Tell an adapter, on every rank, the digest of the model that it stands beside. Collective.
 
-    Of one that is kept in FP8 it is that of the weights which were loaded, as a folder of them has it.
+    A scalar head is no part of it. Of one that is kept in FP8 it is that of the weights which were loaded, as
+    a folder of them has it.
     """
-    digest = weights_digest(role, base=True)
-    role.base = from_first(lambda: digest)
+    sink = WeightDigest()
+    Publisher(role, [sink], base=True).publish(0)
+    head = {name for rule in VALUE_HEAD for name in rule.hf}
+    role.base, role.base_and_head = from_first(lambda: (sink.hexdigest(without=head), sink.hexdigest()))
     forget(parameter for model in role.models for parameter in model.parameters())
 
 

@@ -91,7 +91,7 @@ def check_adapter(
         raise refuse(
             f"is another adapter: {', '.join(different)}", f"set roles.{role.name}.training.adapter to those"
         )
-    if saved["base"] != wanted["base"]:
+    if saved["base"] not in (wanted["base"], role.base_and_head):
         raise refuse(
             "is an adapter beside another base: {base:.12} in {dtype}".format(**saved)
             + ", and the recipe's model is {base:.12} in {dtype}".format(**wanted),

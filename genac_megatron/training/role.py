@@ -92,6 +92,7 @@ class Role(Resting):
         self.serial = 0
         self.owns_base = beside is None
         self.base = ""  # of an adapter: the digest of the model that it stands beside, once that is loaded
+        self.base_and_head = ""  # the same with a scalar head, as version 0.1.0's checkpoints have it
         if self.active:
             base = None if beside is None else beside.models
             self._models = build_model(shape, layout, groups, config.training, config.model.init_seed, base)
