@@ -177,7 +177,7 @@ def _deviations(times: Sequence[Floats], moved: Floats) -> Floats:
         # Each is in its partners' mean too, which hides 1 / (n - 1) of it.
         within = moved[first:last, first:last].sum(1) * (n - 1) / (n - 2)
         part = 2.0 * of_kind @ (within + moved[first:last].sum(1) - moved[first:last, first:last].sum(1))
-        own, wide, first = own + part, wide + _student(n) * part, last
+        own, wide, first = own + part, wide + student(n) * part, last
     products = np.einsum("di,ij,dj->d", every, moved, every)
     products[1:] -= products[1:].mean()
     of_own, of_products = np.var(own[1:]), products[1:].var()
@@ -185,9 +185,9 @@ def _deviations(times: Sequence[Floats], moved: Floats) -> Floats:
     return np.asarray(kept * wide + products)
 
 
-def _student(n: int) -> float:
-    """By how much draws of n members are too narrow for 95 %: Student's t over the normal's quantile, and
-    the variance of n over that of n - 1."""
+def student(n: int) -> float:
+    """By how much draws of a mean of n members are too narrow for 95 %: Student's t over the normal's
+    quantile, and the variance of n over that of n - 1."""
     df = n - 1
     return float(np.sqrt(n / df) * (1.0 + 1.21 / df + 1.43 / df**2))
 

@@ -1,8 +1,8 @@
 """`genac compare RUN RUN ...`: runs beside each other, with intervals of their differences. No torch.
 
 What is measured on held-out prompts is paired by prompt, which are resampled; what is logged each step is
-paired by step, of which blocks are resampled, as neighbours are alike (Künsch 1989). The first run is the one
-that others are compared with.
+paired by step, with Student's intervals of the means of blocks of steps, as neighbours are alike. The first
+run is the one that others are compared with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genac_megatron.evaluation.gradient_figures import student
 from genac_megatron.evaluation.intervals import Estimate, Resampled, plain
 from genac_megatron.evaluation.tables import table
 from genac_megatron.observe.report_data import Row, RunData, groups, number, phase_totals
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DRAWS = 1000
+LEAST = 20  # steps with an interval
+BLOCKS = 5  # of them at least: of fewer means nobody can tell how they spread
 PER_STEP = (
     ("rollout/outcome_mean", "training reward", 3),
     ("rollout/length_mean", "tokens per response", 1),
@@ -139,17 +142,12 @@ class Comparison:
         stage = shared[-1][0] if shared else ""
         places = [at for at in shared if at[0] == stage]
         values = [exact(float(np.mean([steps[at] for at in places]))) if steps else None for steps in found]
-        less = [self._blocks(found[0], other, places) if other and found[0] else None for other in found[1:]]
-        return Line(key, title, digits, values, less, f"{stage}, {len(places)} steps")
-
-    def _blocks(
-        self,
-        one: Mapping[tuple[str, int], float],
-        other: Mapping[tuple[str, int], float],
-        places: Sequence[tuple[str, int]],
-    ) -> Estimate:
-        """The mean difference over steps, blocks of which are resampled."""
-        return Resampled(block_codes(len(places)), self.draws).mean([other[at] - one[at] for at in places])
+        less = [
+            over_steps([other[at] - found[0][at] for at in places]) if other and found[0] else None
+            for other in found[1:]
+        ]
+        few = "" if len(places) >= LEAST or not any(less) else ", too few for an interval"
+        return Line(key, title, digits, values, less, f"{stage}, {len(places)} steps{few}")
 
     # --- what it took ----------------------------------------------------------------------------
 
@@ -290,10 +288,18 @@ def by_step(run: RunData, key: str) -> dict[tuple[str, int], float]:
     return found
 
 
-def block_codes(count: int) -> list[int]:
-    """For each of `count` places in a row the block that it is of: about the square root of them each."""
-    length = max(1, round(math.sqrt(count)))
-    return [at // length for at in range(count)]
+def over_steps(figures: Sequence[float] | np.ndarray) -> Estimate:
+    """The mean over steps in a row, with Student's 95 % interval of the means of blocks of about twice the
+    square root of their number: what is alike among neighbours falls inside of them (Künsch 1989). Without
+    one of fewer than LEAST steps.
+    """
+    values, count = np.asarray(figures, dtype=np.float64), len(figures)
+    if count < LEAST:
+        return exact(float(values.mean()))
+    blocks = max(BLOCKS, math.ceil(math.sqrt(count) / 2))
+    means = np.array([block.mean() for block in np.array_split(values, blocks)])
+    value, half = float(values.mean()), 1.96 * student(blocks) * float(means.std()) / math.sqrt(blocks)
+    return Estimate(value, value - half, value + half, np.array([]))
 
 
 def exact(value: float) -> Estimate:

@@ -9,23 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from genac_megatron.evaluation.intervals import Estimate, Resampled
+from genac_megatron.evaluation.intervals import Estimate
 from genac_megatron.observe.report_canvas import Theme, drawn_png, legend, per_cent, smooth, stacked
 from genac_megatron.observe.report_data import RunData, number
 from genac_megatron.watch.compare import (
+    LEAST,
     Comparison,
     Sums,
     accuracy_rows,
-    block_codes,
     brier_rows,
     by_step,
+    over_steps,
     place,
     shared_places,
 )
 
-DRAWS = 300  # of a band
 WINDOWS = 24  # of a curve of differences
-LEAST = 8  # steps in common
 
 Draw = Callable[[Figure, Comparison, Theme], bool]
 
@@ -129,11 +128,11 @@ def _logged(figure: Figure, made: Comparison, theme: Theme, key: str, *, share: 
 
 
 def _difference(axes: Axes, x: np.ndarray, less: np.ndarray, colour: str) -> None:
-    """Running means of paired differences with 95 % intervals, blocks of steps resampled in each window."""
-    half = max(LEAST // 2, len(less) // 10)
+    """Running means of paired differences with 95 % intervals. Windows are equally wide, also at the ends."""
+    width = max(LEAST, len(less) // 5)
     centres = np.unique(np.linspace(0, len(less) - 1, WINDOWS).astype(int))
-    rows = [(max(0, c - half), min(len(less), c + half + 1)) for c in centres]
-    means = [Resampled(block_codes(end - begin), DRAWS).mean(less[begin:end]) for begin, end in rows]
+    begins = np.clip(centres - width // 2, 0, len(less) - width)
+    means = [over_steps(less[begin : begin + width]) for begin in begins]
     at = x[centres]
     low, high, value = (np.array([getattr(m, part) for m in means]) for part in ("low", "high", "value"))
     axes.fill_between(at, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -178,7 +177,7 @@ def seconds(figure: Figure, made: Comparison, theme: Theme) -> bool:
 
 BAND = "Bands: 95 % intervals"
 BY_PROMPT = f"{BAND}, prompts resampled. Below: paired by prompt."
-BY_STEP = f"Running means. Below: paired by step. {BAND}, blocks of steps resampled."
+BY_STEP = f"Running means. Below: paired by step. {BAND}, by blocks of steps."
 PLOTS: tuple[tuple[str, str, str, float, Draw], ...] = (
     ("accuracy", "Held-out accuracy", BY_PROMPT, 4.4, accuracy),
     ("reward", "Training reward", BY_STEP, 4.4, reward),

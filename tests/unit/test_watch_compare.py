@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import yaml
 from fabricated_run import RECIPE, evaluation_rows, fabricate, metric_rows, part, write_lines
+from matplotlib.figure import Figure
 
 from genac_megatron.cli import main
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.intervals import Estimate
+from genac_megatron.observe.report_canvas import LIGHT
 from genac_megatron.observe.report_data import read_run
-from genac_megatron.watch.compare import Comparison, Line, block_codes, exact, shown
+from genac_megatron.watch.compare import LEAST, Comparison, Line, exact, over_steps, shown
+from genac_megatron.watch.compare_plots import _difference, draw
 from genac_megatron.watch.compared import compare_runs, names_of
 
 
@@ -53,7 +56,7 @@ def test_held_out_figures_are_paired_by_prompt(folder: Path) -> None:
     assert [v.value for v in brier.values if v] == pytest.approx(wanted)
 
 
-def test_logged_figures_are_paired_by_step_and_blocks_are_resampled(folder: Path) -> None:
+def test_logged_figures_are_paired_by_step(folder: Path) -> None:
     made = compare_runs([folder / "one", folder / "two"])
     line = lines_of(made)["rollout/outcome_mean"]
     assert line.of == "ppo, 30 steps"
@@ -66,8 +69,36 @@ def test_logged_figures_are_paired_by_step_and_blocks_are_resampled(folder: Path
     assert less is not None
     assert less.value == pytest.approx((rewards[1] - rewards[0]).mean())
     assert less.low < less.value < less.high
-    assert block_codes(30) == sorted(block_codes(30))
-    assert max(np.bincount(block_codes(30))) == 5
+    blocks = (rewards[1] - rewards[0]).reshape(5, 6).mean(1)
+    half = 2.776 * blocks.std(ddof=1) / math.sqrt(5)  # Student's t, four degrees of freedom
+    assert (less.high - less.low) / 2 == pytest.approx(half, rel=0.02)
+
+
+def test_few_steps_have_no_interval_and_that_is_said(folder: Path, tmp_path: Path) -> None:
+    made = Comparison(["one", "two"], [
+        read_run(part(tmp_path / name, steps=44 + LEAST - 1, evaluations=6, rollouts=0)) for name in "ab"
+    ])  # fmt: skip
+    line = lines_of(made)["rollout/outcome_mean"]
+    assert line.of == f"ppo, {LEAST - 1} steps, too few for an interval"
+    assert [one and (one.value, math.isnan(one.low)) for one in line.less] == [(0.0, True)]
+    assert draw(made, "reward", LIGHT) is not None
+
+
+@pytest.mark.parametrize(("count", "alike", "least"), [(20, 0.0, 0.92), (30, 0.0, 0.92), (60, 0.5, 0.9)])
+def test_an_interval_has_the_truth_as_often_as_it_says(count: int, alike: float, least: float) -> None:
+    """alike: how much of its neighbour is in a step."""
+    noise = np.random.default_rng(7).normal(size=(1500, count + 30))
+    for at in range(1, count + 30):
+        noise[:, at] += alike * noise[:, at - 1]
+    found = [over_steps(row[30:]) for row in noise]
+    assert least <= np.mean([one.low <= 0 <= one.high for one in found]) <= 0.97
+
+
+def test_a_curve_of_differences_has_windows_that_are_wide_enough() -> None:
+    axes = Figure().subplots()
+    _difference(axes, np.arange(25.0), np.random.default_rng(0).normal(size=25), "red")
+    (band,) = axes.collections
+    assert np.isfinite(band.get_paths()[0].vertices).all(), "an interval in every window, at the ends too"
 
 
 def test_a_run_that_is_the_same_differs_by_nothing(folder: Path, tmp_path: Path) -> None:
@@ -147,7 +178,7 @@ def test_an_unfinished_run_is_compared_only_when_asked(
     assert "--unfinished" in text
     made = compare_runs([folder / "one", half], unfinished=True)
     assert any("half: not finished" in note for note in made.notes)
-    assert lines_of(made)["rollout/outcome_mean"].of == "ppo, 16 steps"
+    assert lines_of(made)["rollout/outcome_mean"].of == "ppo, 16 steps, too few for an interval"
 
 
 def test_a_log_that_cannot_be_read_is_told(folder: Path, tmp_path: Path) -> None:
