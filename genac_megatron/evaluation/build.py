@@ -31,6 +31,7 @@ from genac_megatron.evaluation.session import (
     answered_by,
     identity,
     made_from,
+    own_code,
     rollout_config,
     stop_if_asked,
     with_role,
@@ -143,6 +144,7 @@ class Builder:
             "p_bar_of": None if self.told is None else self.told.manifest["sha256"],
             "step": self.options.step,
             **answered_by(recipe),
+            **own_code(recipe),
         }
 
     def _rendered(self) -> dict[str, str]:

@@ -45,6 +45,7 @@ from genac_megatron.evaluation.scoring import template_digest
 from genac_megatron.evaluation.session import (
     identity,
     made_from,
+    own_code,
     stop_if_asked,
     with_roles,
 )
@@ -239,6 +240,7 @@ class Audit:
             "seed": recipe.seed,
             "roles": {name: identity(run, name) for name in run.roles},
             "task": recipe.task.model_dump(mode="json"),
+            **own_code(recipe),
             **self._prompts(),
             "rollout": self.config.model_dump(mode="json", exclude={"prompts", "samples"}),
             "judging": self._judging(),

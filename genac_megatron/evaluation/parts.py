@@ -198,9 +198,10 @@ class Parts:
             )
         if different:
             key = different[0]
+            there, here = _apart(found.get(key), wanted.get(key))
             raise InputError(
                 f"the folder holds work with another {', '.join(different)} "
-                f"({key}: {_short(found.get(key))} there, {_short(wanted.get(key))} here)",
+                f"({key}: {_short(there)} there, {_short(here)} here)",
                 where=str(self.folder),
                 way_out="go on with the command that began it, or name a new folder",
             )
@@ -218,6 +219,14 @@ def _object(path: Path) -> Row | None:
 def _line(row: Mapping[str, Any]) -> str:
     text = json.dumps(jsonable(row), allow_nan=False, ensure_ascii=False)
     return SURROGATES.sub("\ufffd", text) + "\n"
+
+
+def _apart(there: Any, here: Any) -> tuple[Any, Any]:
+    """Of two objects what differs alone; other values as they are."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return there, here
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return {name: there.get(name) for name in names}, {name: here.get(name) for name in names}
 
 
 def _short(value: Any) -> str:

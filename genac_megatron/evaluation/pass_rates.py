@@ -24,6 +24,7 @@ from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.parts import Parts, Row
 from genac_megatron.evaluation.session import (
     answered_by,
+    graded_by,
     identity,
     made_from,
     rollout_config,
@@ -132,6 +133,7 @@ def plan_of(
         "actor": recipe.judging.actor_name,
         "model": model,
         **answered_by(recipe),
+        **graded_by(recipe, own=True),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,21 @@ from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.data import HELDOUT
+from genac_megatron.recipe.own_code import parse_named
 from genac_megatron.recipe.schema import Recipe, RolloutConfig
 from genac_megatron.recipe.sharing import only
+from genac_megatron.recipe.tasks import OwnReward, single_tasks
 from genac_megatron.stages.runtime import Run
 from genac_megatron.training.agreement import from_first
+
+# Of a task, what may change while the work goes on: where files lie (plans have digests of what they hold),
+# where a judge is, and paces.
+PASSING: Any = {
+    "path": True,
+    "heldout_path": True,
+    "judge": {"url", "api_key_env", "timeout_s", "concurrency", "attempts", "give_up"},
+    "verifier": {"python", "workers", "give_up"},
+}
 
 
 def with_role(recipe: Recipe, role: str, checkpoint: str | None) -> Recipe:
@@ -65,6 +77,33 @@ def as_sampled(recipe: Recipe, config: RolloutConfig) -> dict[str, Any]:
     if recipe.stages[-1].rollout.truncated_outcome == "verify":
         return said
     return said | {"truncated_outcome": config.truncated_outcome}
+
+
+def graded_by(recipe: Recipe, *, own: bool = False) -> dict[str, Any]:
+    """How responses are graded, for a plan: by the actor's own reasoning tags, by code of the user's own and,
+    where the recipe's `own` prompts are asked, by its task. What there is none of it leaves out."""
+    tags = recipe.roles["actor"].model.reasoning_tags
+    found: dict[str, Any] = {} if tags is None else {"reasoning_tags": list(tags)}
+    if own:
+        exclude = {**PASSING, "parts": {"__all__": {"task": PASSING}}}
+        found["task"] = recipe.task.model_dump(mode="json", exclude=exclude)
+    return found | own_code(recipe, rewards=own)
+
+
+def own_code(recipe: Recipe, *, rewards: bool = True) -> dict[str, Any]:
+    """The user's functions that give outcomes, each with its file's digest, for a plan; {} without such.
+
+    Of a module, and of what a file imports, nothing is known.
+    """
+    verifiers = [getattr(task, "verifier", None) for task in single_tasks(recipe.task)] if rewards else []
+    named = [one.python for one in verifiers if isinstance(one, OwnReward)]
+    if recipe.environment is not None and recipe.environment.python is not None:
+        named.append(recipe.environment.python)
+    code = []
+    for one in map(parse_named, named):
+        digest = hashlib.sha256(one.path.read_bytes()).hexdigest() if one.in_file else None
+        code.append([f"{one.path.name}:{one.function}", digest])
+    return {"code": code} if code else {}
 
 
 def answered_by(recipe: Recipe) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class TrialOptions:
 class Trial:
     """One benchmark's work: which samples are missing, and what the whole says.
 
-    `model` says what the model is, so that no other's samples are mixed in, `answered_by` what answers its
-    turns, if something does; `made_from` where it was found, for people.
+    `model` says what the model is, so that no other's samples are mixed in, `more` what answers its turns and
+    how it is graded, where that is the recipe's matter; `made_from` where it was found, for people.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Trial:
         model: Row,
         sampling: Row,
         made_from: Row,
-        answered_by: Row | None = None,
+        more: Row | None = None,
     ) -> None:
         self.options, self.name, self.task, self.made_from = options, name, task, made_from
         self.sampling = sampling
@@ -98,7 +98,7 @@ class Trial:
             "sampling": sampling,
             "seed": options.seed,
             "model": model,
-            **(answered_by or {}),
+            **(more or {}),
         }
 
     @property
@@ -201,6 +201,7 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
     from genac_megatron.evaluation.session import (
         answered_by,
         as_sampled,
+        graded_by,
         identity,
         made_from,
         trial_config,
@@ -228,7 +229,8 @@ def try_actor(recipe: Recipe, world: World, stop: StopFlag, options: TrialOption
             made = partial(make_benchmark, name, options.paths.get(name), run.tokenizers["actor"], tags)
             task = run.task if name == own else run.together(made)
             config = trial_config(recipe, name, options.max_new_tokens, options.temperature)
-            sampling, more = as_sampled(recipe, config), answered_by(recipe)
+            more = answered_by(recipe) | graded_by(recipe, own=name == HELDOUT)
+            sampling = as_sampled(recipe, config)
             trial = run.together(partial(Trial, options, name, task, model, sampling, source, more))
             _on_engines(run, trial, config)
             if told is not None:

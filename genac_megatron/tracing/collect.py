@@ -32,7 +32,7 @@ from genac_megatron.evaluation.ask import (
     ask_endpoint_about,
     ask_exact_about,
 )
-from genac_megatron.evaluation.session import answered_by, stop_if_asked, with_roles
+from genac_megatron.evaluation.session import answered_by, own_code, stop_if_asked, with_roles
 from genac_megatron.observe.manifest import MANIFEST, find_checkpoint
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, SftStage
@@ -119,6 +119,7 @@ class Collector:
             "actors": [self._named(one) for one in self.actors],
             "model": recipe.roles["actor"].model.model_dump(mode="json"),
             **answered_by(recipe),
+            **own_code(recipe),
         }
 
     def _named(self, actor: ActorConfig) -> Row:

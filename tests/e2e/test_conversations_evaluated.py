@@ -88,6 +88,9 @@ def test_a_recipes_own_prompts_are_asked_in_its_environment(folder: Path) -> Non
     assert figures["turns"]["value"] == 3.0
     assert figures["failed"]["value"] == 0.0
     done(folder, *words)  # all is there already
+    other = genac(*words, "task.slip_rate=0.5", cwd=folder)
+    assert other.returncode == 2
+    assert "work with another task" in other.stderr
 
 
 def test_a_bank_of_conversations_is_built_and_scored(folder: Path) -> None:

@@ -78,7 +78,10 @@ def test_a_command_that_was_killed_goes_on_to_the_same_file(measured: Path, tmp_
     (out / "parts/00000-000.jsonl").write_text("".join(kept) + '{"index": 5, "pass')  # it was writing
     measure(tmp_path, str(out))
     assert (out / "pass_rates.jsonl").read_text() == whole
-    assert "another samples" in measure(tmp_path, str(out), "--samples", "2", code=2)
+    other = ("--samples", "2", "task.answer_forms=[boxed]")
+    assert "with another samples, task (samples: 3 there, 2 here)" in measure(
+        tmp_path, str(out), *other, code=2
+    )
 
 
 def test_a_run_is_of_the_questions_that_are_chosen(measured: Path, tmp_path: Path) -> None:
