@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +171,12 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+def over_ranks(counted: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What ranks have counted, added up; of the peak of memory that of the largest rank too."""
+    found = {key: sum(part.get(key, 0.0) for part in counted) for key in sorted(set().union(*counted))}
+    return {**found, "memory/peak_rank_gib": max(part["memory/peak_gib"] for part in counted)}
 
 
 def rows_of(state: Mapping[str, Any]) -> dict[str, int]:

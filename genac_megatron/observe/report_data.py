@@ -381,7 +381,7 @@ def _costs(run: RunData) -> Row:
     tokens = phase_totals(run.metrics, "tokens/")
     result |= {f"tokens/{phase}": value for phase, value in tokens.items()}
     result["tokens/total"] = sum(tokens.values())
-    for name in ("peak_gib", "rss_gib"):
+    for name in ("peak_gib", "peak_rank_gib", "rss_gib"):
         values = run.series(f"memory/{name}")[1]
         if values.size:
             result[f"memory/{name}"] = float(values.max())

@@ -219,7 +219,10 @@ def tiles(run: RunData, s: Mapping[str, Any]) -> str:
         tokens = number(s["tokens/total"])
         tiles.append(_tile("Time", format_duration(total), f"{tokens:,.0f} tokens" if tokens else ""))
     if not math.isnan(peak := number(s["memory/peak_gib"])):
-        tiles.append(_tile("Peak memory", f"{peak:.2f} GiB", "most of any rank"))
+        largest = number(s.get("memory/peak_rank_gib"))
+        told = "all ranks added up" if math.isnan(largest) else f"the largest rank; all ranks {peak:.2f} GiB"
+        shown = peak if math.isnan(largest) else largest
+        tiles.append(_tile("Peak memory", f"{shown:.2f} GiB", f"of host memory, {told}"))
     if broken := int(s["metrics/nonfinite"]):
         tiles.append(_tile("Not finite", str(broken), "figures logged as null", False))
     return f"<div class=tiles>{''.join(tiles)}</div>" if tiles else ""

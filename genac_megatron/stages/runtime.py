@@ -19,7 +19,7 @@ from genac_megatron.models.hf_headers import begins_with_weights, check_weights
 from genac_megatron.models.mapping import GetTensor, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
 from genac_megatron.observe.manifest import find_checkpoint
-from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.observe.metrics import MetricsLog, over_ranks
 from genac_megatron.observe.profile import Profiler
 from genac_megatron.observe.progress import Progress
 from genac_megatron.observe.runinfo import RunFolder, run_path
@@ -367,11 +367,6 @@ class Run:
         """How many each rank gives so that all together give `count`, or a few more."""
         return -(-count // self.world.size)
 
-    def sum_figures(self, figures: dict[str, float]) -> dict[str, float]:
-        """Each figure summed over ranks."""
-        parts = self.gather([figures])
-        return {key: sum(part.get(key, 0.0) for part in parts) for key in sorted(set().union(*parts))}
-
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time (and show) a phase."""
         return self.progress.phase(name)
@@ -422,7 +417,7 @@ class Run:
         Not `step_done`: what a stage spent after its last step.
         """
         memory = {"memory/rss_gib": platform.rss_gib(), "memory/peak_gib": platform.peak_rss_gib()}
-        metrics = {**self._noted, **metrics, **self.sum_figures({**memory, **self._spent})}
+        metrics = {**self._noted, **metrics, **over_ranks(self.gather([{**memory, **self._spent}]))}
         self._noted, self._spent = {}, {}
         row = {**metrics, **times_of(gathered(self.progress.timer.take()))}
         self.together(lambda: self.log.log(stage, kind, step, row) if self.log is not None else None)

@@ -101,6 +101,7 @@ def test_a_run_leaves_its_report(whole: Path) -> None:
                 "publish/actor_version", "publish/critic_version", "time/total_s",
                 "memory/peak_gib"):  # fmt: skip
         assert key in summary, key
+    assert 0 < summary["memory/peak_rank_gib"] < 0.9 * summary["memory/peak_gib"], "of one of two ranks"
     assert (run / "report" / "index.html").stat().st_size > 10_000
     steps = list(
         dict.fromkeys((row["stage"], row["step"]) for row in rows(whole))

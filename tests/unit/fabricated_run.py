@@ -54,6 +54,7 @@ def metric_rows(rng: random.Random) -> list[dict[str, Any]]:
                 "tokens/train": 1000,
                 "memory/rss_gib": 2.0,
                 "memory/peak_gib": 2.0 + step / 100,
+                "memory/peak_rank_gib": 1.0 + step / 100,
             }
             if kind != "sft":
                 row |= rl_row(rng, kind, step)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricated_run import fabricate
 
 from genac_megatron.errors import GenacError, InputError
 from genac_megatron.observe import runinfo
-from genac_megatron.observe.metrics import MetricsLog
+from genac_megatron.observe.metrics import MetricsLog, over_ranks
+from genac_megatron.observe.report_data import read_run, summarise
+from genac_megatron.observe.report_page import tiles
 from genac_megatron.observe.runinfo import EVALUATIONS, LOGS, METRICS, ROLLOUTS, RunFolder
 from genac_megatron.recipe.schema import ObserveConfig, WandbConfig
 
@@ -198,6 +201,28 @@ def test_atomic_files_leave_no_parts_and_survive_a_failed_write(tmp_path: Path) 
     assert json.loads(path.read_text())["c"] == 0.5
     runinfo.write_json_atomic(path, {})
     assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_memory_is_added_up_and_the_largest_ranks_is_said_too() -> None:
+    ranks = [{"memory/rss_gib": 1.0, "memory/peak_gib": 5.0}, {"memory/rss_gib": 2.0, "memory/peak_gib": 3.0}]
+    counted = over_ranks([ranks[0] | {"tokens/train": 7.0}, ranks[1]])
+    assert counted == {
+        "memory/rss_gib": 3.0, "memory/peak_gib": 8.0, "memory/peak_rank_gib": 5.0, "tokens/train": 7.0
+    }  # fmt: skip
+
+
+def test_the_report_says_whose_memory_it_shows(tmp_path: Path) -> None:
+    """Of the largest rank, which is what has to fit; of an earlier version's run only the sum is known."""
+    run = fabricate(tmp_path / "run")
+    data = read_run(run)
+    assert "<b>1.30 GiB</b><span class=soft>of host memory, the largest rank; all ranks 2.30 GiB" in tiles(
+        data, summarise(data)
+    )
+    for row in data.metrics:
+        del row["memory/peak_rank_gib"]
+    assert "<b>2.30 GiB</b><span class=soft>of host memory, all ranks added up" in tiles(
+        data, summarise(data)
+    )
 
 
 def test_unreadable_lines_are_counted(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_summary_totals(summary: dict[str, Any]) -> None:
     assert summary["publish/critic_version"] == 50
     assert summary["publish/seconds"] == 25.0
     assert summary["memory/peak_gib"] == pytest.approx(2.3)
+    assert summary["memory/peak_rank_gib"] == pytest.approx(1.3)
     assert summary["report/complete"] is True
 
 
