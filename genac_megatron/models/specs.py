@@ -8,6 +8,7 @@ Parameters have the same names in checkpoints under both kinds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from genac_megatron.models.context_parallel import exchanged_sdpa
 from genac_megatron.models.flex_trees import How, with_trees
 from genac_megatron.models.packed_attention import packed_sdpa, plan_of, sdpa
 from genac_megatron.models.repeated_heads import RepeatedHeads
+from genac_megatron.platform.without_te import repair_router
 from genac_megatron.recipe.schema import TrainingConfig
 
 Kind = Literal["torch", "te"]
@@ -39,6 +41,16 @@ def choose(specs: Literal["auto", "torch", "te"]) -> Kind:
             "Transformer Engine cannot be used here", where="training.specs", way_out="use auto or torch"
         )
     return "te" if specs == "te" or (specs == "auto" and platform.has_te()) else "torch"
+
+
+def without_engine(specs: Iterable[str]) -> str:
+    """What to tell where `auto`, of these `training.specs`, takes torch's layers on a GPU; "" elsewhere."""
+    if platform.device().type != "cuda" or "auto" not in specs or platform.has_te():
+        return ""
+    return (
+        "Transformer Engine cannot be used here: torch's layers take the place of its own (genac doctor says "
+        "what is missing; training.specs: torch asks for torch's)"
+    )
 
 
 def tree_way(training: TrainingConfig) -> Literal["cpu", "flex", "merged"] | None:
@@ -122,6 +134,7 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
         self_attention=attention,
     )
     if config.num_moe_experts is not None:
+        repair_router()
         # The norm before experts is a part of no linear layer under Transformer Engine either: the stock
         # local spec stores it as one.
         kept = {k: v for k, v in submodules.sharded_state_dict_keys_map.items() if "pre_mlp" not in k}

@@ -24,6 +24,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from genac_megatron.platform.without_te import repair_optimizer
+
 PREFIX = "optimizer.state"  # as Megatron's own, before the state's and the parameter's name
 STEP = "step"  # of torch's Adam: kept with the parameter groups
 MOMENTS = {"exp_avg", "exp_avg_sq"}  # of Adam, in a parameter's state
@@ -31,9 +33,12 @@ REPLACED: dict[str, Callable[..., Any]] = {}  # Megatron's own methods, once `in
 
 
 def install() -> None:
-    """Have every distributed optimizer save and load its states by share; any number of times."""
+    """Have every distributed optimizer save and load its states by share, over torch's Adam too; any number
+    of times.
+    """
     if REPLACED:
         return
+    repair_optimizer()
     for name, own in OWN.items():
         REPLACED[name] = getattr(DistributedOptimizer, name)
         setattr(DistributedOptimizer, name, own)

@@ -18,6 +18,7 @@ from genac_megatron.models.hf_folder import HfFolder
 from genac_megatron.models.hf_headers import begins_with_weights, check_weights
 from genac_megatron.models.mapping import GetTensor, random_weights, with_head
 from genac_megatron.models.registry import hf_config, shape_of
+from genac_megatron.models.specs import without_engine
 from genac_megatron.observe.manifest import find_checkpoint
 from genac_megatron.observe.metrics import MetricsLog, over_ranks
 from genac_megatron.observe.profile import Profiler
@@ -153,6 +154,8 @@ class Run:
             for made in servers.values():
                 made.release(CACHE, WEIGHTS)
         make_buffers([(self.recipe.roles[name], shape) for name, shape in shapes.items()])
+        if told := without_engine(role.training.specs for role in self.recipe.roles.values()):
+            self.progress.note(told)
         served: dict[str, Served] = {}
         for name in in_order(self.recipe):
             self._build_role(name, self.recipe.roles[name], shapes[name], served, resuming)
