@@ -113,15 +113,22 @@ class RunData:
 
     def position(self, row: Row) -> float:
         """Where an evaluation lies on the axis of all steps: steps done before it."""
+        if row.get("stage") not in self._done:
+            return float(self.places[-1] if self.places else 0)
+        steps, done = self._done[row["stage"]]
+        step = number(row.get("step"))
+        return float(done[0 if math.isnan(step) else np.searchsorted(steps, step, side="right")])
+
+    @cached_property
+    def _done(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By stage its rows' steps in order, and where the axis is before them and by each."""
+        found = {}
         for span in self.spans:
-            if span.name == row.get("stage"):
-                done = [
-                    self.places[i]
-                    for i in range(span.first, span.last)
-                    if number(self.metrics[i].get("step")) <= number(row.get("step"))
-                ]
-                return float(max(done, default=span.begin))
-        return float(self.places[-1] if self.places else 0)
+            steps = np.array([number(row.get("step")) for row in self.metrics[span.first : span.last]])
+            order = np.argsort(steps, kind="stable")[: int(np.isfinite(steps).sum())]  # NaN is last
+            places = np.array(self.places[span.first : span.last], dtype=int)[order]
+            found[span.name] = steps[order], np.maximum.accumulate([span.begin, *places])
+        return found
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(axis position, value) of the rows that have a finite figure under this name."""
@@ -485,9 +492,8 @@ def what_is_missing(run: RunData) -> list[str]:
             missing.append(f"stage {name} has not begun")
         elif not math.isnan(wanted) and steps[name] < wanted:
             missing.append(f"stage {name} is at step {steps[name]:.0f} of {wanted:.0f}")
-    for kind in run.judged_kinds:
-        if kind != "sft" and kind not in run.at_stage_end:
-            missing.append(f"no evaluation of the critic after {kind}")
+    judged = {"sft", *run.at_stage_end}
+    missing += [f"no evaluation of the critic after {k}" for k in run.judged_kinds if k not in judged]
     trained = [kind for kind in ACTOR_KINDS if any(s.get("kind") == kind for s in run.recipe_stages())]
     if trained and run.actor_after is None:
         missing.append(f"no evaluation of the actor after a {trained[0]} step")

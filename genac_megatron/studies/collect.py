@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from genac_megatron.models.families.base import Shape
 from genac_megatron.observe.report_data import ACTOR_KINDS
 from genac_megatron.observe.runinfo import EVALUATIONS, METRICS, read_jsonl
@@ -161,20 +163,41 @@ def curve(
 
     earlier: what its critic's own base runs had spent; None: that is not known, and no cost is in the curve.
     """
-    points, spent = [], {} if earlier is None else earlier
+    points, spent, by = [], {} if earlier is None else earlier, _Spent(rows, shapes, weights)
     lacking = {*COSTS} if earlier is None else {"flops_shared"} - earlier.keys() if earlier else set[str]()
     for evaluation in evaluations:
         if evaluation.get("kind") not in ACTOR_KINDS:
             continue
         stage, step = evaluation["stage"], evaluation["step"]
-        first = next((i for i, row in enumerate(rows) if row.get("stage") == stage), len(rows))
-        before = rows[:first] + [
-            row for row in rows[first:] if row.get("stage") == stage and 0 < row["step"] <= step
-        ]
         found = {
             key: value + spent.get(key, 0.0)
-            for key, value in _total(before, shapes, weights).items()
+            for key, value in by.step(stage, step).items()
             if key not in lacking
         }
         points.append({"steps": float(step), "accuracy": evaluation["actor"]["accuracy"], **found})
     return points
+
+
+class _Spent:
+    """What rows had spent by a step of a stage: all before the stage, and its own from step 1 on."""
+
+    def __init__(self, rows: list[Record], shapes: Shapes, weights: Mapping[str, Weights]) -> None:
+        each = [_total([row], shapes, weights) for row in rows]
+        # NaN where a row does not say, and in all sums from there on
+        table = np.array([[one.get(key, math.nan) for key in COSTS] for one in each]).reshape(-1, len(COSTS))
+        self._all = np.cumsum(np.vstack([np.zeros(len(COSTS)), table]), axis=0)
+        members: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            members.setdefault(str(row.get("stage")), []).append(place)
+        self._by_stage = {}
+        for stage, places in members.items():
+            steps = np.array([rows[place]["step"] for place in places], dtype=float)
+            order = np.argsort(steps, kind="stable")[int((steps <= 0).sum()) :]
+            parts = [self._all[places[:1]], table[np.array(places)[order]]]
+            self._by_stage[stage] = steps[order], np.cumsum(np.vstack(parts), axis=0)
+
+    def step(self, stage: str, step: float) -> dict[str, float]:
+        """As `_total`."""
+        steps, sums = self._by_stage.get(stage, (np.array([]), self._all[-1:]))
+        row = sums[np.searchsorted(steps, step, side="right")]
+        return {key: float(x) for key, x in zip(COSTS, row, strict=True) if not math.isnan(x)}
