@@ -13,9 +13,11 @@ from genac_megatron.errors import InputError
 from genac_megatron.evaluation import plots
 from genac_megatron.evaluation.intervals import Estimate, Resampled, plain
 from genac_megatron.evaluation.tables import table, with_interval
+from genac_megatron.metrics import Floats
 from genac_megatron.observe.runinfo import read_jsonl, write_json_atomic, write_text_atomic
 
 SCORES, STATES = "scores.json", "states.jsonl"
+AGAIN = "score the bank again: genac evaluate bank score BANK RECIPE --checkpoint RUN"
 ROWS = (
     ("mse", "MSE to Monte-Carlo values"),
     ("mse_constant", "  of the best constant"),
@@ -37,7 +39,8 @@ ROWS = (
 def compare(folders: Sequence[Path], out: Path | None, draws: int = 500) -> str:
     """One table of several scores; on one bank also the paired difference of each MSE to the first's.
 
-    Raises InputError where a folder holds no scores. Writes compare.md, compare.json, compare.png to `out`.
+    Raises InputError where a folder holds none that this version makes. Writes compare.md, compare.json,
+    compare.png to `out`.
     """
     reports = [_read_scores(folder) for folder in folders]
     names = _names(reports, folders)
@@ -71,7 +74,27 @@ def _read_scores(folder: Path) -> dict[str, Any]:
             where=str(folder),
             way_out="give folders that `genac evaluate bank score` has made",
         ) from error
+    if fault := _fault(report):
+        raise InputError(f"no scores of this version: {fault}", where=str(path), way_out=AGAIN)
     return report
+
+
+def _fault(report: Any) -> str:
+    """The first thing that scores have and a file's content has not; "" where it has all."""
+    if not isinstance(report, dict):
+        return "it holds no object"
+    for key in ("name", "bank"):
+        if not isinstance(report.get(key), str):
+            return f"{key} is not there"
+    figures = report.get("figures")
+    for key, _ in ROWS:
+        figure = figures.get(key) if isinstance(figures, dict) else None
+        for part in ("value", "low", "high"):
+            if not isinstance(figure, dict) or part not in figure:
+                return f"figures.{key}.{part} is not there"
+            if not isinstance(figure[part], int | float | None):
+                return f"figures.{key}.{part} is no number"
+    return ""
 
 
 def _names(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[str]:
@@ -91,7 +114,24 @@ def _paired(folders: Sequence[Path], reports: Sequence[dict[str, Any]], draws: i
     """
     if len({report["bank"] for report in reports}) != 1 or len(reports) < 2:
         return []
-    tables = [read_jsonl(folder / STATES)[0] for folder in folders]
-    errors = [np.array([(row["used"] - row["monte_carlo"]) ** 2 for row in rows]) for rows in tables]
-    sample = Resampled([row["prompt"] for row in tables[0]], draws)
-    return [sample.mean(error - errors[0]) for error in errors[1:]]
+    (prompts, first), *others = map(_errors, folders)
+    for folder, (theirs, _) in zip(folders[1:], others, strict=True):
+        if theirs != prompts:
+            what = f"not the states that {folders[0] / STATES} has: no states of these scores"
+            raise InputError(what, where=str(folder / STATES), way_out=AGAIN)
+    sample = Resampled(prompts, draws)
+    return [sample.mean(errors - first) for _, errors in others]
+
+
+def _errors(folder: Path) -> tuple[list[str], Floats]:
+    """Of each state its prompt, and the squared distance of the critic's value to the Monte-Carlo one."""
+    rows, bad = read_jsonl(folder / STATES)
+    try:
+        prompts = [str(row["prompt"]) for row in rows]
+        errors = np.array([(row["used"] - row["monte_carlo"]) ** 2 for row in rows])
+    except (KeyError, TypeError):
+        bad += 1
+    if bad or not rows:
+        what = "no states of these scores, or not all of them, can be read there"
+        raise InputError(what, where=str(folder / STATES), way_out=AGAIN)
+    return prompts, errors

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from genac_megatron.cli import main
+from genac_megatron.errors import EXIT_INPUT, InputError
 from genac_megatron.evaluation.compare import compare
 from genac_megatron.evaluation.tables import with_interval
 from genac_megatron.observe.runinfo import write_json_atomic
@@ -65,3 +68,57 @@ def test_scores_of_several_banks_are_not_paired(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert report["mse_less_the_first"] == []
     assert report["names"] == ["bank-x/c", "bank-y/c"]
+
+
+FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6}
+WHOLE = {"name": "a", "bank": "ab", "figures": dict.fromkeys(FIGURES, FIGURE)}
+
+
+def given(**figures: Any) -> dict[str, Any]:
+    """Scores with other figures; None: without it."""
+    found = {k: v for k, v in (dict.fromkeys(FIGURES, FIGURE) | figures).items() if v is not None}
+    return WHOLE | {"figures": found}
+
+
+MADE_BY_HAND = [
+    ([], "no object"),
+    ({"name": "a", "figures": {}}, "bank"),
+    (given(mse=0.5), "figures.mse"),
+    (given(mse=FIGURE | {"value": "low"}), "figures.mse.value"),
+    (given(mse={"value": 0.5}), "figures.mse.low"),
+    (given(ece=None), "figures.ece"),
+]
+
+
+@pytest.mark.parametrize(("report", "said"), MADE_BY_HAND)
+def test_scores_that_this_version_has_not_made_are_refused(
+    report: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = scores(tmp_path / "a", {"a": 0.0, "b": 0.0, "c": 0.0}, 0.0)
+    write_json_atomic(folder / "scores.json", report)
+    assert main(["evaluate", "bank", "compare", str(folder), str(folder)]) == EXIT_INPUT
+    told = capsys.readouterr().err
+    assert said in told
+    assert str(folder / "scores.json") in told
+    assert "genac evaluate bank score" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("change", ["gone", "half", "fewer", "other"])
+def test_so_are_states_of_other_scores(change: str, tmp_path: Path) -> None:
+    off = {"a": 0.0, "b": 0.0, "c": 0.0}
+    first, second = (scores(tmp_path / "s" / name, off, 0.0) for name in ("first", "second"))
+    states = second / "states.jsonl"
+    lines = states.read_text().splitlines()
+    if change == "gone":
+        states.unlink()
+    else:
+        left = {
+            "half": lines[-1][:9],
+            "fewer": "",
+            "other": json.dumps(json.loads(lines[-1]) | {"used": None}),
+        }
+        states.write_text("\n".join([*lines[:-1], left[change]]))
+    with pytest.raises(InputError, match="states of these scores") as error:
+        compare([first, second], None)
+    assert str(states) in str(error.value)
