@@ -41,12 +41,12 @@ from genac_megatron.evaluation.estimators import (
 )
 from genac_megatron.evaluation.gradient_report import write_report
 from genac_megatron.evaluation.parts import Key, Parts, Row
-from genac_megatron.evaluation.scoring import template_digest
 from genac_megatron.evaluation.session import (
     identity,
     made_from,
     own_code,
     stop_if_asked,
+    template_digest,
     with_roles,
 )
 from genac_megatron.metrics import Floats

@@ -32,13 +32,16 @@ Key = tuple[int, ...]
 
 
 class Parts:
-    """The rows of one piece of work, by `keys`: the fields, all integers, that name a row.
+    """The rows of one piece of work, by `keys`: the fields, all integers, that name a row. `other`: what whom
+    the folder is refused to can do.
 
     `begin` and `finish` are for one process, which holds the folder in between; `append` for each.
     """
 
-    def __init__(self, folder: Path, name: str, keys: tuple[str, ...]) -> None:
-        self.folder, self.name, self.keys = folder, name, keys
+    def __init__(
+        self, folder: Path, name: str, keys: tuple[str, ...], other: str = "name a new folder"
+    ) -> None:
+        self.folder, self.name, self.keys, self.other = folder, name, keys, other
         self._file: Path | None = None
         self._lock: FolderLock | None = None
 
@@ -60,9 +63,7 @@ class Parts:
         if (self.folder / PLAN).exists():
             self._compare(self._plan_there(), wanted)
         elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):
-            raise InputError(
-                "the folder holds something else", where=str(self.folder), way_out="name a new folder"
-            )
+            raise InputError("the folder holds something else", where=str(self.folder), way_out=self.other)
         else:
             write_json_atomic(self.folder / PLAN, wanted)
         if self.complete:
@@ -79,7 +80,7 @@ class Parts:
 
     def _hold(self) -> None:
         if self._lock is None:
-            lock = FolderLock(self.folder, "the evaluation", other="name a new folder")
+            lock = FolderLock(self.folder, "the evaluation", other=self.other)
             lock.acquire()  # until `finish`, or this process ends
             self._lock = lock
 
@@ -102,7 +103,7 @@ class Parts:
             raise InputError(
                 f"rows are there that were not planned: {len(surplus)}, the first: {self._named(surplus[0])}",
                 where=str(self.folder),
-                way_out="name a new folder",
+                way_out=self.other,
             )
         return [found[key] for key in planned]
 
@@ -174,7 +175,7 @@ class Parts:
     def _plan_there(self) -> Row:
         found = _object(self.folder / PLAN)
         if found is None:
-            raise InputError(f"{PLAN} cannot be read", where=str(self.folder), way_out="name a new folder")
+            raise InputError(f"{PLAN} cannot be read", where=str(self.folder), way_out=self.other)
         return found
 
     def _damaged(self, what: str) -> InputError:
@@ -194,7 +195,7 @@ class Parts:
                 f"another version of GenAC-Megatron began this work: its plan says nothing of "
                 f"{', '.join(different)}",
                 where=str(self.folder),
-                way_out="name a new folder; what is finished can be used as it is",
+                way_out=f"{self.other}; what is finished can be used as it is",
             )
         if different:
             key = different[0]
@@ -203,7 +204,7 @@ class Parts:
                 f"the folder holds work with another {', '.join(different)} "
                 f"({key}: {_short(there)} there, {_short(here)} here)",
                 where=str(self.folder),
-                way_out="go on with the command that began it, or name a new folder",
+                way_out=f"go on with the command that began it, or {self.other}",
             )
 
 

@@ -16,7 +16,7 @@ from genac_megatron.critic.verdicts import Row
 from genac_megatron.errors import InputError, on_all_ranks
 from genac_megatron.evaluation.ask import Asked, ask_critic_about, ask_endpoint_about
 from genac_megatron.evaluation.parts import Parts
-from genac_megatron.evaluation.session import identity, stop_if_asked, with_role
+from genac_megatron.evaluation.session import identity, stop_if_asked, template_digest, with_role
 from genac_megatron.evaluation.transcripts import ScoreOptions, needs_critic, read_transcripts, told_by
 from genac_megatron.observe.runinfo import write_text_atomic
 from genac_megatron.recipe.schema import Recipe, TeacherConfig
@@ -151,13 +151,8 @@ def score(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptions, f
         rows = run.together(lambda: read_transcripts(options.source))
         tokenizer = run.together(lambda: role_tokenizer("actor", reader.model))
         asked, owners = state_rows(rows, options, told, tokenizer, recipe.judging.states.max_states)
-        plan = {
-            "kind": "score",
-            "rows": asked,
-            "critic": identity(run, "critic"),
-            "times": options.judgements,
-        }
-        plan["judging"] = recipe.judging.model_dump(mode="json")
+        asker = {"critic": identity(run, "critic"), "seed": recipe.seed}
+        plan = run.together(lambda: _plan(recipe, options, asked, asker))
         answers = judged_texts(run, _parts(options), plan, asked, options.judgements, "score")
         line = run.together(
             lambda: _write(options, rows, asked, owners, answers) if world.rank == 0 else None
@@ -177,8 +172,7 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
     tokenizer = role_tokenizer("actor", reader.model)
     asked, owners = state_rows(rows, options, told, tokenizer, recipe.judging.states.max_states)
     parts = _parts(options)
-    plan: Row = {"kind": "score", "rows": asked, "model": teacher.model, "times": options.judgements}
-    plan["judging"] = recipe.judging.model_dump(mode="json")
+    plan = _plan(recipe, options, asked, {"model": teacher.model})
     known = {key for key, row in parts.begin(plan).items() if not row.get("refused")}
     left = [(row, n) for row in asked for n in range(options.judgements) if (row["state"], n) not in known]
     if left:
@@ -200,7 +194,7 @@ def need_values(answers: Sequence[Row], where: str) -> None:
         return
     what = "no judgement parses: it is no critic"
     way_out = "name a model that was trained as a critic (--checkpoint RUN), or raise judging.max_new_tokens"
-    if refused := _refused(answers):
+    if refused := refused_of(answers):
         what = f"no judgement has a value: {refused}"
         way_out = (
             "give it room: a longer context, a lower judging.max_new_tokens, shorter transcripts; what a "
@@ -209,14 +203,27 @@ def need_values(answers: Sequence[Row], where: str) -> None:
     raise on_all_ranks(InputError(what, where=where, way_out=way_out))
 
 
-def _refused(answers: Sequence[Row]) -> str:
+def refused_of(answers: Sequence[Row]) -> str:
     """How many judgements were refused, and why the last; nothing where none was."""
     found = [answer["refused"] for answer in answers if answer.get("refused")]
     return f"{len(found)} of {len(answers)} refused, the last: {found[-1]}" if found else ""
 
 
+def _plan(recipe: Recipe, options: ScoreOptions, asked: Sequence[Row], asker: Row) -> Row:
+    """What the judgements depend on. Raises InputError where the template cannot be read."""
+    return {
+        "kind": "score",
+        "rows": asked,
+        **asker,
+        "times": options.judgements,
+        "judging": recipe.judging.model_dump(mode="json"),
+        "template": template_digest(recipe.judging),
+    }
+
+
 def _parts(options: ScoreOptions) -> Parts:
-    return Parts(options.out.with_name(f"{options.out.name}.parts"), "values.jsonl", ("state", "judgement"))
+    folder = options.out.with_name(f"{options.out.name}.parts")
+    return Parts(folder, "values.jsonl", ("state", "judgement"), "name another file by --out")
 
 
 def _write(
@@ -232,6 +239,6 @@ def _write(
     write_text_atomic(options.out, text)
     known = [row["value"] for row in out if row["value"] is not None]
     mean = f", mean value {math.fsum(known) / len(known):.3f}" if known else ""
-    refused = _refused(answers)
+    refused = refused_of(answers)
     lost = f"; of the judgements {refused}" if refused else ""
     return f"{options.out}: {len(known)} of {len(out)} transcripts have a value{mean}{lost}"

@@ -10,7 +10,6 @@ BANK/scores/NAME/
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from genac_megatron import __version__
-from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation import plots
 from genac_megatron.evaluation.bank import Bank, Valued, read_bank, rendered_digest
@@ -29,11 +27,11 @@ from genac_megatron.evaluation.critics import ValueOf, critic_of
 from genac_megatron.evaluation.figures import Scored, critic_estimates, scored
 from genac_megatron.evaluation.intervals import plain
 from genac_megatron.evaluation.parts import PLAN, Key, Parts, Row
-from genac_megatron.evaluation.session import identity, made_from, stop_if_asked, with_role
+from genac_megatron.evaluation.session import identity, judged_by, made_from, stop_if_asked, with_role
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.lock import Held
 from genac_megatron.observe.runinfo import write_json_atomic
-from genac_megatron.recipe.schema import JudgingConfig, Recipe
+from genac_megatron.recipe.schema import Recipe
 from genac_megatron.stages.runtime import Run
 from genac_megatron.stages.session import session
 from genac_megatron.stages.stopping import StopFlag
@@ -130,26 +128,15 @@ def score_bank(recipe: Recipe, world: World, stop: StopFlag, options: ScoreOptio
             scoring.score(chunks)
 
 
-def template_digest(judging: JudgingConfig) -> str:
-    """Of what a critic's prompt says, wherever its file lies. Raises InputError where it cannot be read."""
-    template = load_template(judging.template, judging.privileged)
-    return hashlib.sha256(f"{template.before}\0{template.after}".encode()).hexdigest()
-
-
 def score_plan(recipe: Recipe, bank: Bank, critic: dict[str, str], scalar: bool) -> dict[str, Any]:
     """What a critic's values of a bank depend on. Raises InputError where the template cannot be read."""
-    judging = None
-    if not scalar:
-        unread = {"states", "teacher", "icc_momentum", "budget", "certain", "template", "privileged"}
-        judging = recipe.judging.model_dump(mode="json", exclude=unread)
-        judging["template"] = template_digest(recipe.judging)
     return {
         "format": FORMAT,
         "kind": "scores",
         "bank": bank.manifest["sha256"],
         "told": {**{key: bank.manifest[key] for key in ("p_bar", "step")}, "limit": bank.limit},
         "critic": critic,
-        "judging": judging,
+        "judging": None if scalar else judged_by(recipe.judging),
         "seed": recipe.seed,
     }
 

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError, StopRequested, on_all_ranks
 from genac_megatron.evaluation.fingerprint import tokenizer_digest
 from genac_megatron.publication.digest import weights_digest
 from genac_megatron.recipe.data import HELDOUT
 from genac_megatron.recipe.own_code import parse_named
-from genac_megatron.recipe.schema import Recipe, RolloutConfig
+from genac_megatron.recipe.schema import JudgingConfig, Recipe, RolloutConfig
 from genac_megatron.recipe.sharing import only
 from genac_megatron.recipe.tasks import OwnReward, single_tasks
 from genac_megatron.stages.runtime import Run
@@ -104,6 +105,18 @@ def own_code(recipe: Recipe, *, rewards: bool = True) -> dict[str, Any]:
         digest = hashlib.sha256(one.path.read_bytes()).hexdigest() if one.in_file else None
         code.append([f"{one.path.name}:{one.function}", digest])
     return {"code": code} if code else {}
+
+
+def template_digest(judging: JudgingConfig) -> str:
+    """Of what a critic's prompt says, wherever its file lies. Raises InputError where it cannot be read."""
+    template = load_template(judging.template, judging.privileged)
+    return hashlib.sha256(f"{template.before}\0{template.after}".encode()).hexdigest()
+
+
+def judged_by(judging: JudgingConfig) -> dict[str, Any]:
+    """How a critic is asked about states that are there, for a plan. Raises as `template_digest`."""
+    unread = {"states", "teacher", "icc_momentum", "budget", "certain", "template", "privileged"}
+    return {**judging.model_dump(mode="json", exclude=unread), "template": template_digest(judging)}
 
 
 def answered_by(recipe: Recipe) -> dict[str, Any]:

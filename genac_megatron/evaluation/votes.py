@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from genac_megatron.critic.icc import IccState
 from genac_megatron.evaluation.intervals import Resampled, plain
+from genac_megatron.evaluation.parts import Parts, Row
 from genac_megatron.evaluation.tables import table, with_interval
 from genac_megatron.observe.runinfo import write_json_atomic
 from genac_megatron.records import Prompt
@@ -29,6 +31,7 @@ from genac_megatron.tasks.reasoning import opened_reasoning, usual
 
 if TYPE_CHECKING:
     from genac_megatron.evaluation.trial import Trial
+    from genac_megatron.recipe.schema import Recipe
     from genac_megatron.stages.runtime import Run
 
 VOTES = "votes.json"
@@ -106,18 +109,53 @@ def answer_of(task: Task, prompt: Prompt, text: str, ended: bool) -> str | None:
 
 
 def vote_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line a benchmark, its figures at all its responses."""
+    """One line a benchmark, its figures at all its responses and the share of judgements that parse; then
+    what was refused, and where none parses."""
     rows = [
-        [name, str(report["k"]), *(with_interval(report[f"{rule}@{report['k']}"]) for rule in RULES)]
+        [
+            name,
+            str(report["k"]),
+            *(with_interval(report[f"{rule}@{report['k']}"]) for rule in RULES),
+            f"{report['parsed']:.3f}",
+        ]
         for name, report in reports.items()
     ]
-    return table(["benchmark", "k", *(f"{rule}@k" for rule in RULES)], rows)
+    shown = [table(["benchmark", "k", *(f"{rule}@k" for rule in RULES), "parsed"], rows)]
+    for name, report in reports.items():
+        if report.get("refused"):
+            shown.append(f"{name}: of the judgements {report['refused']}")
+        if not report["parsed"]:
+            shown.append(
+                f"{name}: no judgement parses, so best@k and weighted@k are no critic's: give --critic a run "
+                "whose critic was trained, or change judging.max_new_tokens"
+            )
+    return "\n".join(shown)
+
+
+def votes_plan(recipe: Recipe, samples: Row, critic: Row, told: IccState) -> Row:
+    """What the judgements depend on. Raises InputError where the template cannot be read."""
+    from genac_megatron.evaluation.session import judged_by
+
+    return {
+        "kind": "votes",
+        "samples": samples,
+        "critic": critic,
+        "p_bar": told.p_bar,
+        "step": told.step,
+        "judging": judged_by(recipe.judging),
+        "seed": recipe.seed,
+    }
+
+
+def votes_parts(benchmark: Path) -> Parts:
+    """The judgements of a benchmark's samples, in its folder."""
+    folder = benchmark / "values"
+    return Parts(folder, "values.jsonl", ("state", "judgement"), f"remove {folder}: the samples stay")
 
 
 def votes_of(run: Run, trial: Trial, told: IccState) -> dict[str, Any]:
     """Have the run's critic value every sample of a finished trial; figures by rule. Collective."""
-    from genac_megatron.evaluation.parts import Parts
-    from genac_megatron.evaluation.score import judged_texts, mean_values, text_row
+    from genac_megatron.evaluation.score import judged_texts, mean_values, refused_of, text_row
     from genac_megatron.evaluation.session import identity
     from genac_megatron.training.agreement import from_first
 
@@ -127,10 +165,10 @@ def votes_of(run: Run, trial: Trial, told: IccState) -> dict[str, Any]:
         text_row(place, trial.prompts[row["index"]], row["text"], row["tokens"], limit, told)
         for place, row in enumerate(samples)
     ]
-    parts = Parts(trial.parts.folder / "values", "values.jsonl", ("state", "judgement"))
-    critic = identity(run, "critic")
-    plan = {"kind": "votes", "samples": trial.plan, "critic": critic, "p_bar": told.p_bar}
-    values = mean_values(judged_texts(run, parts, plan, rows, 1, f"{trial.name}, values"))
+    parts, critic = votes_parts(trial.parts.folder), identity(run, "critic")
+    plan = run.together(lambda: votes_plan(run.recipe, trial.plan, critic, told))
+    answers = judged_texts(run, parts, plan, rows, 1, f"{trial.name}, values")
+    values = mean_values(answers)
     by_problem: dict[int, list[Ballot]] = defaultdict(list)
     for place, row in enumerate(samples):
         prompt = trial.prompts[row["index"]]
@@ -144,6 +182,7 @@ def votes_of(run: Run, trial: Trial, told: IccState) -> dict[str, Any]:
     report = {
         "k": trial.samples,
         "parsed": sum(place in values for place in range(len(rows))) / max(len(rows), 1),
+        "refused": refused_of(answers),
         **found,
     }
     if run.world.rank == 0:

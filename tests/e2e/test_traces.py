@@ -143,3 +143,6 @@ def _after_training(folder: Path) -> None:
     votes = json.loads((folder / "bench/gsm8k/votes.json").read_text())
     assert votes["k"] == 2
     assert set(votes) >= {"best@2", "maj@2", "weighted@2", "parsed"}
+    plan = json.loads((folder / "bench/gsm8k/values/plan.json").read_text())
+    assert plan["judging"]["max_new_tokens"] == 40
+    assert plan["step"] is not None

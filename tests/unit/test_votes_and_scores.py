@@ -15,6 +15,7 @@ from fake_chat import FakeChat, question, reply
 import genac_megatron as genac
 from genac_megatron.cli import main
 from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.score import (
     mean_values,
@@ -25,7 +26,17 @@ from genac_megatron.evaluation.score import (
     state_rows,
 )
 from genac_megatron.evaluation.transcripts import ScoreOptions, read_transcripts
-from genac_megatron.evaluation.votes import Ballot, answer_of, best, figures, majority, weighted
+from genac_megatron.evaluation.votes import (
+    Ballot,
+    answer_of,
+    best,
+    figures,
+    majority,
+    vote_table,
+    votes_parts,
+    votes_plan,
+    weighted,
+)
 from genac_megatron.recipe.loader import load_recipe
 from genac_megatron.recipe.schema import TeacherConfig
 from genac_megatron.recipe.tasks import JsonlTask
@@ -234,6 +245,66 @@ def test_what_a_server_refused_is_told_and_asked_again(
     assert "no judgement has a value: 1 of 1 refused, the last: status 400" in said
     short.clear()
     assert scored_by("good")[0] == 0
+
+
+def test_a_template_that_was_edited_is_another_judging(
+    fake_chat: Callable[..., FakeChat], tmp_path: Path
+) -> None:
+    server = fake_chat(lambda body: (200, reply("<answer>8</answer>")))
+    template = tmp_path / "t.txt"
+    template.write_text("Judge {actor} {p_bar} {problem} {partial} {used} {limit}")
+    (tmp_path / "r.yaml").write_text(
+        json.dumps({**SMALL, "judging": {**SMALL["judging"], "template": "./t.txt"}})
+    )
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"problem": "p", "response": "good"}))
+    options = ScoreOptions(tmp_path / "t.jsonl", tmp_path / "s.jsonl", p_bar=0.5)
+    teacher = TeacherConfig(kind="endpoint", url=server.url, model="critic")
+    score_by_server(recipe, options, teacher)
+    template.write_text("Judge {actor} {p_bar} {problem} {partial} {used} {limit} well")
+    load_template.cache_clear()  # as of another process
+    with pytest.raises(InputError, match=r"another template(.|\n)*or name another file by --out"):
+        score_by_server(recipe, options, teacher)
+
+
+def test_votes_of_another_judging_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(json.dumps(SMALL))
+    folder = tmp_path / "bench" / "values"
+
+    def begin(told: IccState, *overrides: str) -> None:
+        plan = votes_plan(load_recipe(str(tmp_path / "r.yaml"), overrides), {}, {"weights": "w"}, told)
+        parts = votes_parts(folder.parent)
+        try:
+            parts.begin(plan)
+        finally:
+            parts.release()
+
+    told = IccState(0.5, 3, actor="actor")
+    for _ in range(2):
+        begin(told, "judging.states.max_states=5")  # of no matter: a sample is judged as it ended
+    where = rf"\(judging: {{\"temperature\": 1.0}} there(.|\n)*or remove {folder}: the samples stay"
+    with pytest.raises(InputError, match=rf"another judging {where}"):
+        begin(told, "judging.temperature=0.5")
+    for other, words in ((told, ("seed=9",)), (IccState(0.5, 4, actor="actor"), ())):
+        with pytest.raises(InputError, match=r"another (seed|step)"):
+            begin(other, *words)
+
+
+def test_a_critic_that_cannot_be_read_is_told_of_beside_its_votes() -> None:
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    report = {"k": 2, "best@2": figure, "maj@2": figure, "weighted@2": figure}
+    shown = vote_table({"good": {**report, "parsed": 0.75}})
+    assert "| parsed |" in shown
+    assert "0.750 |" in shown
+    assert "no judgement" not in shown
+    shown = vote_table(
+        {
+            "good": {**report, "parsed": 0.75, "refused": "1 of 4 refused, the last: no room"},
+            "bad": {**report, "parsed": 0.0},
+        }
+    )
+    assert "good: of the judgements 1 of 4 refused, the last: no room" in shown
+    assert "bad: no judgement parses, so best@k and weighted@k are no critic's" in shown
 
 
 def test_judgements_without_room_are_not_called_another_models() -> None:
