@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genac_megatron.critic.icc import IccState
+from genac_megatron.critic.prompt import load_template
 from genac_megatron.critic.states import spread
 from genac_megatron.critic.verdicts import Row
 from genac_megatron.errors import InputError, on_all_ranks
@@ -167,6 +168,7 @@ def score_by_server(recipe: Recipe, options: ScoreOptions, teacher: TeacherConfi
 
     Raises InputError, PeerLost.
     """
+    load_template.cache_clear()  # a session of Python may have read it before it was edited
     told = told_by(recipe, options)
     rows, reader = read_transcripts(options.source), recipe.roles.get("actor") or recipe.roles["critic"]
     tokenizer = role_tokenizer("actor", reader.model)

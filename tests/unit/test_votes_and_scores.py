@@ -15,7 +15,6 @@ from fake_chat import FakeChat, question, reply
 import genac_megatron as genac
 from genac_megatron.cli import main
 from genac_megatron.critic.icc import IccState
-from genac_megatron.critic.prompt import load_template
 from genac_megatron.errors import InputError
 from genac_megatron.evaluation.score import (
     mean_values,
@@ -262,7 +261,6 @@ def test_a_template_that_was_edited_is_another_judging(
     teacher = TeacherConfig(kind="endpoint", url=server.url, model="critic")
     score_by_server(recipe, options, teacher)
     template.write_text("Judge {actor} {p_bar} {problem} {partial} {used} {limit} well")
-    load_template.cache_clear()  # as of another process
     with pytest.raises(InputError, match=r"another template(.|\n)*or name another file by --out"):
         score_by_server(recipe, options, teacher)
 
